@@ -1,0 +1,326 @@
+"""The recipe: one typed description of a run, from the command line to the run folder.
+
+A value of ``auto`` (or null) is decided from the data and the machine by `ktray.resolve`, printed with its
+reason, and written to the run folder's ``recipe.yaml``, which runs again as ``--recipe FILE``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ktray.errors import KtrayError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Part(BaseModel):
+    """A section of the recipe. Unknown keys are refused; values are validated when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Task(Part):
+    name: str | None = Field(None, description="a built-in task (letters, digits); ignored when task.data is set")
+    data: str | None = Field(
+        None,
+        description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list",
+    )
+    kind: Literal["classification"] = Field("classification", description="what is predicted")
+    labels_per_class: int | None = Field(None, ge=1, description="label budget per class; null uses all of train")
+    splits: str | None = Field(None, description="folder of split lists (file,class lines) for task.data")
+    split_seed: int = Field(0, description="seed that draws splits and the label budget")
+    val_fraction: float = Field(0.2, gt=0, lt=1, description="share split off for validation where there is none")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share split off for test where there is none")
+    prompts: list[str] | None = Field(
+        None, description="templates with {} for the text head; null: the task's own or ktray's"
+    )
+
+
+class Gallery(Part):
+    data: list[str] | str | None = Field(
+        None,
+        description="unlabelled images: folder, tar shards, Parquet or CSV; local or s3://; one or a list",
+    )
+    column: str = Field("auto", description="column of a Parquet gallery with image bytes or paths")
+
+
+class Data(Part):
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable images above which a stage fails")
+    max_pixels: int = Field(178_956_970, ge=1, description="largest image that is decoded, pixels")
+
+
+class Finetuning(Part):
+    """Finetuning of the teacher's tower (teacher.adapt=finetune|auto)."""
+
+    steps: int = Field(150, ge=1, description="optimizer steps")
+    batch_size: int = Field(64, ge=1, description="images a step, over all workers")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of the last layers")
+    head_lr: float = Field(1e-3, gt=0, description="peak learning rate of the head")
+    layer_decay: float = Field(0.75, gt=0, le=1, description="factor on the learning rate per block below the head")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    ema: float = Field(0.98, ge=0, lt=1, description="decay of the averaged weights; 0 switches it off")
+
+
+class Teacher(Part):
+    name: str | None = Field(
+        None,
+        description="open_clip:<model>[/<pretrained>], timm:<model>, or miniverse; null: published for own data",
+    )
+    checkpoint: str | None = Field(None, description="weights file (safetensors or weights-only .pt), local or s3://")
+    config: str | None = Field(None, description="open_clip model config (JSON) for a model of your own")
+    adapt: Literal["probe", "finetune", "text", "auto"] = Field(
+        "auto", description="how the task is taught to the teacher; auto takes the best on validation"
+    )
+    candidates: list[Literal["text", "probe", "finetune"]] = Field(
+        ["text", "probe", "finetune"],
+        description="what adapt=auto tries (text only where the teacher has a text tower)",
+    )
+    finetune: Finetuning = Finetuning()
+
+
+class Student(Part):
+    name: str | None = Field(None, description="any timm model; null: chosen by image size and device")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
+    checkpoint: str | None = Field(None, description="weights to start from (safetensors or weights-only .pt)")
+    pretrained: bool = Field(False, description="start from timm's published weights (needs a network)")
+
+
+class Transfer(Part):
+    source: Literal["auto", "none", "generic", "target", "retrieved"] = Field(
+        "auto",
+        description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
+    )
+    strategy: Literal["query_balanced"] = Field("query_balanced", description="how retrieved images are shared out")
+    size: int | None = Field(None, ge=1, description="images in the transfer set; null: from gallery and machine")
+    dedup_similarity: float = Field(
+        0.95, gt=0, le=1, description="cosine to a held-out image from which the pixels are compared too"
+    )
+    seed: int = Field(0, description="seed of source=generic")
+
+
+class Teach(Part):
+    mode: Literal["cached"] = Field("cached", description="the teacher's outputs are computed once and stored")
+    views: int = Field(4, ge=1, description="augmented views per image")
+    crop_min: float = Field(0.5, gt=0, le=1, description="smallest crop, share of the image's area")
+    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    jitter: float = Field(0.2, ge=0, lt=1, description="strength of brightness, contrast and saturation changes")
+    seed: int = Field(0, description="seed of the views")
+
+
+class Objective(Part):
+    name: Literal["oriented", "scratch"] = Field("oriented", description="way of pretraining")
+    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+
+
+class Train(Part):
+    """Pretraining on the transfer set (and the scratch floor)."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the transfer set; null: from train.steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; wins over train.epochs; null: from the data")
+    batch_size: int | None = Field(None, ge=1, description="images a step, over all workers; null: from the device")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine)")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with rising learning rate")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights; 0 switches it off")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: by a short measurement")
+    compile: bool = Field(False, description="torch.compile the student")
+    checkpoint_seconds: float = Field(15.0, gt=0, description="seconds between checkpoints")
+    resident_bytes: int = Field(
+        2_000_000_000,
+        ge=0,
+        description="transfer sets up to this size stay in a worker's memory; larger ones stream",
+    )
+    window_bytes: int = Field(256_000_000, ge=1, description="streamed rows that are shuffled together")
+
+
+class Finetune(Part):
+    """Finetuning of the student on the labels."""
+
+    steps: int = Field(150, ge=0, description="optimizer steps; 0 skips it")
+    batch_size: int = Field(64, ge=1, description="labelled images a step, over all workers")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with rising learning rate")
+    ema: float = Field(0.98, ge=0, lt=1, description="decay of the averaged weights; 0 switches it off")
+    replay: float = Field(
+        1.0,
+        ge=0,
+        description="transfer images per labelled one in a batch: the distillation term that is kept",
+    )
+    evals: int = Field(10, ge=1, description="times validation is read; the best of them (the start included) is kept")
+
+
+class Baselines(Part):
+    scratch: bool = Field(True, description="also train the student without pretraining, as the floor")
+    scratch_steps: int | None = Field(None, ge=1, description="steps of the floor; null: as many as train.steps")
+
+
+class Cluster(Part):
+    workers: int = Field(1, ge=1, description="training workers (DDP)")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
+    max_failures: int = Field(3, ge=-1, description="worker failures survived per stage; -1: any number")
+
+
+class MLflow(Part):
+    uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, else sqlite in the store")
+    experiment: str = Field("ktray", description="experiment that the run is logged under")
+
+
+class Recipe(Part):
+    store: str = Field("./ktray-store", description="folder or s3://bucket/prefix for stages and runs")
+    seed: int = Field(0, description="seed of training: initial weights, order, mixup")
+    image_size: int | None = Field(None, ge=8, description="student's input, pixels; null: from the labelled images")
+    task: Task = Task()
+    gallery: Gallery = Gallery()
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    transfer: Transfer = Transfer()
+    teach: Teach = Teach()
+    objective: Objective = Objective()
+    train: Train = Train()
+    finetune: Finetune = Finetune()
+    baselines: Baselines = Baselines()
+    cluster: Cluster = Cluster()
+    mlflow: MLflow = MLflow()
+    prices: dict[str, float] = Field(
+        default_factory=dict, description="USD per hour by device name, over ktray's table"
+    )
+
+
+def keys(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
+    """All keys of the schema as (dotted key, default, type, description)."""
+    rows: list[tuple[str, Any, str, str]] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Part):
+            rows += keys(kind, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            rows.append((prefix + name, default, _type_name(kind), field.description or ""))
+    return rows
+
+
+def load(recipe: str | None, overrides: list[str]) -> Recipe:
+    """The recipe named ``recipe`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
+
+    Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
+    ``gallery.data=[a,b]`` have their types.
+
+    Raises:
+        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
+    """
+    raw = _read_yaml(recipe) if recipe else {}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
+        _set(raw, key.strip(), _parse_value(value))
+    _check_keys(raw)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("function", "literal", "bool"))
+        )
+        raise KtrayError(
+            f"Recipe key '{where}' does not accept {first.get('input')!r}: {first['msg']}",
+            "See --help for each key's type.",
+        ) from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def digest(*values: Any) -> str:
+    """A short, stable hash of JSON-like values (16 hex digits of SHA-256)."""
+    text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.exists():
+            known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+            raise KtrayError(f"No recipe is named '{recipe}'", f"Known are {', '.join(known)}; a file ends in .yaml.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise KtrayError(f"Recipe file '{path}' cannot be read: {error.strerror}", "Check --recipe.") from error
+    except yaml.YAMLError as error:
+        raise KtrayError(f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Mend the file.") from error
+    if not isinstance(raw, dict):
+        raise KtrayError(f"Recipe file '{path}' does not hold keys", "Start from the recipe.yaml of a run folder.")
+    return raw
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    known = {row[0] for row in keys()}
+    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices")):
+        raise _unknown(key)
+    node = raw
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise KtrayError(f"Recipe key '{key}' is under a key that holds a value", "See --help for the keys.")
+    node[parts[-1]] = value
+
+
+def _check_keys(raw: dict[str, Any], model: type[Part] = Recipe, prefix: str = "") -> None:
+    for name, value in raw.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            raise _unknown(f"{prefix}{name}")
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Part) and isinstance(value, dict):
+            _check_keys(value, kind, f"{prefix}{name}.")
+
+
+def _unknown(key: str) -> KtrayError:
+    known = [row[0] for row in keys()]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    if not near:
+        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return KtrayError(
+        f"Unknown recipe key '{key}'",
+        f"Did you mean '{near[0]}'? --help lists all." if near else "--help lists all.",
+    )
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(str(a) for a in get_args(kind))
+    args = get_args(kind)
+    if args and get_origin(kind) not in (list, dict):
+        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
+    if args:
+        return f"{get_origin(kind).__name__}[{', '.join(_type_name(a) for a in args)}]"
+    return getattr(kind, "__name__", str(kind))
