@@ -1,0 +1,120 @@
+"""The machine under a run: what it is, what of it this process may use, how much memory was taken.
+
+No host names, no addresses: what `describe_device` returns is published in reports and sets prices.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Set by whoever starts the machine (cluster templates do): the provider's type name, as in prices.yaml.
+INSTANCE_VARIABLE = "KTRAY_INSTANCE"
+
+
+def describe_device() -> dict[str, Any]:
+    """This machine, for prices and reports.
+
+    Returns:
+        ``cpu`` (model name), ``cores`` (usable, not installed), ``memory_bytes`` (usable), ``gpus`` (list of
+        ``{"name", "memory_bytes"}``, those torch sees), ``system`` and, where the environment variable
+        ``KTRAY_INSTANCE`` names it, ``instance``.
+    """
+    device: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": usable_cpus(),
+        "memory_bytes": memory_bytes(),
+        "gpus": _gpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if os.environ.get(INSTANCE_VARIABLE):
+        device["instance"] = os.environ[INSTANCE_VARIABLE]
+    return device
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Model name of the processor; its architecture where the system does not tell."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return asked.stdout.strip() or platform.machine()
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return names[0] if names else platform.machine()
+
+
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores this process may keep busy: its affinity mask, cut by the container's CPU quota; at least 1.
+
+    `os.cpu_count` gives the host's cores, which starts far too many threads in a container.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    for folder in _cgroup_folders("cpu", cgroups, membership):
+        quota, period = "max", "100000"
+        if (found := _text(folder / "cpu.max")) is not None:
+            quota, period = found.split()
+        elif (found := _text(folder / "cpu.cfs_quota_us")) is not None:
+            quota, period = found, _text(folder / "cpu.cfs_period_us") or period
+        if quota != "max" and int(quota) > 0:
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return max(1, cores)
+
+
+def memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory this process may use, in bytes: the machine's, cut by the container's limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for folder in _cgroup_folders("memory", cgroups, membership):
+        limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes") or "max"
+        if limit != "max":
+            total = min(total, int(limit))
+    return total
+
+
+def peak_rss(status: Path = Path("/proc/self/status")) -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    # getrusage keeps the parent's peak across exec on Linux; VmHWM starts anew.
+    for line in (_text(status) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": int(gpu.total_memory)} for gpu in found]
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _cgroup_folders(controller: str, cgroups: Path, membership: Path) -> list[Path]:
+    """This process's control group for ``controller`` and the groups around it (v1 and v2): any may set a limit."""
+    folders: list[Path] = []
+    for line in (_text(membership) or "").splitlines():
+        _, names, inside = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        root = cgroups / controller if names else cgroups
+        group = root / inside.lstrip("/")
+        while group != root:
+            folders.append(group)
+            group = group.parent
+        folders.append(root)
+    return folders

@@ -1,0 +1,159 @@
+"""What there is in the miniverse: subjects, colours, backgrounds, and the streams that mix them.
+
+Everything here is data. A *subject* is what a caption names ("capital letter K", "five-pointed star");
+subjects come in *kinds* (capital, small, digit, sign, text, shape, texture). A *stream* is a named,
+endless sequence of images with its own random numbers and its own mix of kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WORLD_VERSION = "1"
+"""Changes whenever any image of any stream changes; part of the names of generated folders."""
+
+CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+# Small letters that are not a smaller copy of their capital: at 32 px and free scale "c" is "C".
+SMALL = "abdefghmnqrt"
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIGNS = {
+    "&": "ampersand",
+    "?": "question mark",
+    "!": "exclamation mark",
+    "#": "hash sign",
+    "%": "percent sign",
+    "@": "at sign",
+    "+": "plus sign",
+    "=": "equals sign",
+}
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "diamond",
+    "pentagon",
+    "hexagon",
+    "cross",
+    "ring",
+    "arrow",
+    "crescent",
+    "heart",
+)
+TEXTURES = ("stripes", "checks", "dots", "waves", "ripples", "grid", "speckles", "clouds")
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (240, 215, 50),
+    "green": (50, 160, 70),
+    "cyan": (60, 195, 205),
+    "blue": (45, 85, 205),
+    "purple": (130, 60, 175),
+    "pink": (240, 130, 180),
+    "brown": (125, 80, 45),
+    "black": (22, 22, 26),
+    "white": (242, 242, 240),
+    "grey": (128, 130, 134),
+}
+
+BACKGROUNDS = ("plain", "shaded", "noisy", "striped", "checked", "cluttered")
+BACKGROUND_SHARES = (0.28, 0.22, 0.16, 0.10, 0.08, 0.16)
+
+# The text faces that matplotlib bundles: those whose ASCII glyphs are letters, digits and signs.
+# (cmmi10, cmsy10, cmex10, STIXSiz*, STIXNonUni* and *Display map other symbols, or none, to them.)
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+    "cmb10",
+    "cmr10",
+    "cmss10",
+    "cmti10",
+    "cmtt10",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that can be in a picture.
+
+    Attributes:
+        kind: ``capital``, ``small``, ``digit``, ``sign``, ``text``, ``shape`` or ``texture``.
+        token: the glyph, or the name of the shape or texture; empty for ``text``.
+        name: the noun phrase that captions and prompts use.
+    """
+
+    kind: str
+    token: str
+    name: str
+
+
+SUBJECTS: dict[str, tuple[Subject, ...]] = {
+    "capital": tuple(Subject("capital", c, f"capital letter {c}") for c in CAPITALS),
+    "small": tuple(Subject("small", c, f"small letter {c}") for c in SMALL),
+    "digit": tuple(Subject("digit", c, f"digit {n}") for c, n in zip(DIGITS, DIGIT_NAMES, strict=True)),
+    "sign": tuple(Subject("sign", c, n) for c, n in SIGNS.items()),
+    "text": (Subject("text", "", "line of text"),),
+    "shape": tuple(Subject("shape", s, s) for s in SHAPES),
+    "texture": tuple(Subject("texture", t, t) for t in TEXTURES),
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A named sequence of images.
+
+    Attributes:
+        mix: kind -> share; the shares sum to 1.
+        balanced: take the subjects in turn (index modulo their number) instead of drawing them, so that
+            any prefix of a labelled split is balanced. Only with a single kind.
+    """
+
+    mix: dict[str, float]
+    balanced: bool = False
+
+
+# Capitals are rare in the gallery, as any one task is on the web, and common in what the teacher learns
+# from: a foundation model has seen everything, a gallery is whatever lies around.
+STREAMS: dict[str, Stream] = {
+    "pretrain": Stream(
+        {
+            "capital": 0.42,
+            "small": 0.15,
+            "digit": 0.13,
+            "sign": 0.07,
+            "text": 0.03,
+            "shape": 0.12,
+            "texture": 0.08,
+        }
+    ),
+    "gallery": Stream(
+        {
+            "capital": 0.12,
+            "small": 0.22,
+            "digit": 0.12,
+            "sign": 0.10,
+            "text": 0.08,
+            "shape": 0.22,
+            "texture": 0.14,
+        }
+    ),
+    "letters-train": Stream({"capital": 1.0}, balanced=True),
+    "letters-val": Stream({"capital": 1.0}, balanced=True),
+    "letters-test": Stream({"capital": 1.0}, balanced=True),
+}

@@ -1,0 +1,48 @@
+"""Task-oriented transfer: the student matches the adapted teacher's task predictions.
+
+For the teacher's calibrated logits ``t`` (divided by the temperature fitted on validation) and the student's
+logits ``s`` of the same view,
+
+    loss = T^2 * KL(softmax(t / T) || softmax(s / T)),
+
+averaged over the batch (Hinton et al., arXiv 1503.02531, section 2, for the softening and the factor T^2;
+Vemulapalli et al., arXiv 2311.18237, for matching predictions of the target task on an unlabeled transfer
+set). With ``mixup`` > 0 images and teacher probabilities of the same pair are mixed with the same weight
+(Zhang et al., arXiv 1710.09412; Beyer et al., arXiv 2106.05237, section 3, where it helps long schedules).
+
+Use it when the teacher knows the task, by its labels or by its text. Do not when the teacher's predictions
+are near chance on validation: its features may still be good, its predictions are not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ktray.objectives.base import Batch, Objective, Target
+
+
+class Oriented(Objective):
+    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits`` (N, C) calibrated teacher logits."""
+
+    name = "oriented"
+    targets_needed: frozenset[Target] = frozenset({"logits"})
+
+    def __init__(self, temperature: float = 1.0, mixup: float = 0.0) -> None:
+        super().__init__()
+        self.temperature, self.mixup = temperature, mixup
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+        targets = F.softmax(batch["logits"].float() / self.temperature, dim=1)
+        images = batch["images"]
+        if self.mixup > 0:
+            from ktray.data.augment import mixup
+
+            images, targets = mixup(images, targets, self.mixup, generator)
+        return {**batch, "images": images, "targets": targets}
+
+    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        log_q = F.log_softmax(student_out.float() / self.temperature, dim=1)
+        kl = F.kl_div(log_q, batch["targets"], reduction="batchmean")
+        agree = (student_out.detach().argmax(1) == batch["targets"].argmax(1)).float().mean()
+        return {"loss": kl * self.temperature**2, "agreement": agree}

@@ -1,0 +1,281 @@
+"""The training loop: plain torch, no Ray. Runs in a worker, a notebook or a test.
+
+Restart-exact: every random draw is a function of the seed and the step, and a checkpoint holds all else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to optimise. ``checkpoint_seconds`` is turned into steps once the speed is known."""
+
+    steps: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    ema: float
+    clip: float
+    seed: int
+    evals: int = 5
+    checkpoint_seconds: float = 15.0
+    keep: str = "last"  # or "best": the weights with the best validation score, the starting ones included
+    patience: int = 0  # evaluations without a better score after which training stops; 0: never
+
+
+@dataclass
+class Program:
+    """What is trained.
+
+    Attributes:
+        module: called with (batch, generator), returns ``{"loss": ...}``; holds ``model``.
+        model: the weights that are averaged, evaluated and handed on.
+        groups: optimizer groups (``params``, ``lr_scale``, optional ``weight_decay``).
+        batches: (start, stop) -> this rank's batches, on the device.
+        evaluate: model -> (score, metrics) on validation, the same on every rank; higher score is better.
+        flops_per_step, images_per_step: over all ranks.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    batches: Callable[[int, int], Iterator[Batch]]
+    evaluate: Callable[[nn.Module], tuple[float, dict[str, float]]] | None
+    flops_per_step: float
+    images_per_step: int
+    device: torch.device
+    autocast: torch.dtype | None = None
+
+
+@dataclass
+class State:
+    """Where training stands; all of it goes into a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_score: float = -math.inf
+    best_step: int = 0
+    stale: int = 0
+    finished: bool = False
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Hooks:
+    """How the loop talks to whatever runs it.
+
+    ``save(directory)`` is called on every rank with a folder of files on rank 0 (None elsewhere).
+    """
+
+    save: Callable[[Path | None, dict[str, Any]], None]
+    progress: Callable[[dict[str, float]], None]
+    folder: Callable[[], Path]
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up to 1, then a half cosine to 0; a factor on the peak rate."""
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, settings.steps - warm)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def decay_groups(model: nn.Module, weight_decay: float, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels with weight decay, biases and norms without."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+class Average:
+    """Exponential moving average of a model's weights (buffers are copied)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        # Early steps average over fewer weights, else the random start would linger.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = model.state_dict()
+        floats = [k for k, v in self.state.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.state[k] for k in floats], [live[k] for k in floats], 1 - decay)
+        for k, v in self.state.items():
+            if not v.is_floating_point():
+                v.copy_(live[k])
+
+
+class Fit:
+    """One training run on this rank."""
+
+    def __init__(self, program: Program, settings: Settings, hooks: Hooks, resume: Path | None = None) -> None:
+        self.p, self.s, self.hooks = program, settings, hooks
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.state = State()
+        fused = program.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(program.groups, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.average = Average(program.model, settings.ema) if settings.ema else None
+        self.best: dict[str, torch.Tensor] | None = None
+        if resume is not None:
+            self._restore(resume)
+        self.module: nn.Module = program.module
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ids = [program.device] if program.device.type == "cuda" else None
+            self.module = nn.parallel.DistributedDataParallel(program.module, device_ids=ids)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to evaluate and hand on: averaged where averaging is on."""
+        return self.average.state if self.average else self.p.model.state_dict()
+
+    def run(self) -> State:
+        """Train to the end. The last save holds ``weights.safetensors`` and ``outcome.json``."""
+        s, state = self.s, self.state
+        if state.finished:
+            return state
+        eval_every = max(1, s.steps // s.evals)
+        save_every: int | None = None
+        losses: list[torch.Tensor] = []
+        if state.step == 0:
+            self._evaluate()
+        begun, waited, since, first = time.perf_counter(), 0.0, time.perf_counter(), state.step
+        before = state.seconds
+        stream = self.p.batches(state.step, s.steps)
+        while state.step < s.steps and not (s.patience and state.stale >= s.patience):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            out = self._step(batch, state.step)
+            losses.append(out["loss"].detach())
+            state.step += 1
+            state.seconds = before + time.perf_counter() - begun
+            now = time.perf_counter()
+            if now - since > 0.5 or state.step == s.steps:
+                done = state.step - first
+                self.hooks.progress(
+                    {
+                        "done": state.step,
+                        "total": s.steps,
+                        "images": state.step * self.p.images_per_step,
+                        "images_per_s": done * self.p.images_per_step / (now - begun),
+                        "data_wait": waited / (now - begun),
+                        "flops": state.step * self.p.flops_per_step,
+                    }
+                )
+                since = now
+            if state.step % eval_every == 0 or state.step == s.steps:
+                loss = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} at step {state.step}; lower the learning rate")
+                self._evaluate(loss)
+            if save_every is None and state.step - first >= min(20, max(1, s.steps // 20)):
+                speed = (time.perf_counter() - begun) / (state.step - first)
+                save_every = self._agree(max(1, round(s.checkpoint_seconds / speed)))
+            if save_every and state.step % save_every == 0 and state.step < s.steps:
+                self._save()
+        state.finished = True
+        self._save()
+        return state
+
+    def _agree(self, value: int) -> int:
+        # Saving is a barrier over all ranks, so all must save at the same steps.
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return value
+        shared = torch.tensor([value], device=self.p.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
+
+    def _step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        factor = learning_rate(step, self.s)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0)
+        generator = torch.Generator(device=self.p.device).manual_seed(
+            (self.s.seed * 1_000_003 + step) * 4099 + self.rank
+        )
+        self.module.train()
+        with torch.autocast(self.p.device.type, dtype=self.p.autocast, enabled=self.p.autocast is not None):
+            out: dict[str, torch.Tensor] = self.module(batch, generator)
+        out["loss"].backward()
+        nn.utils.clip_grad_norm_(
+            [p for group in self.optimizer.param_groups for p in group["params"]], self.s.clip, foreach=True
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.p.model, step)
+        return out
+
+    def _evaluate(self, loss: float | None = None) -> None:
+        state = self.state
+        row: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
+        if loss is not None:
+            row["loss"] = loss
+        if self.p.evaluate is not None:
+            live = {k: v.clone() for k, v in self.p.model.state_dict().items()} if self.average else None
+            self.p.model.load_state_dict(self.weights())
+            score, found = self.p.evaluate(self.p.model)
+            if score > state.best_score:
+                state.best_score, state.best_step, state.stale = score, state.step, 0
+                if self.s.keep == "best":
+                    self.best = {k: v.detach().clone() for k, v in self.p.model.state_dict().items()}
+            else:
+                state.stale += 1
+            if live is not None:
+                self.p.model.load_state_dict(live)
+            row.update(found)
+        if loss is not None or self.p.evaluate is not None:
+            state.curve.append(row)
+            self.hooks.progress({"curve": 1.0, **row})
+
+    def _save(self) -> None:
+        if self.rank:
+            self.hooks.save(None, {})
+            return
+        folder = self.hooks.folder()
+        if self.state.finished:
+            final = self.best if self.s.keep == "best" and self.best is not None else self.weights()
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in final.items()}
+            save_file(tensors, str(folder / "weights.safetensors"))
+        else:
+            torch.save(
+                {
+                    "module": self.p.module.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "average": self.average.state if self.average else None,
+                    "best": self.best,
+                },
+                folder / "state.pt",
+            )
+        (folder / "outcome.json").write_text(json.dumps(asdict(self.state)))
+        self.hooks.save(folder, {"step": self.state.step})
+
+    def _restore(self, folder: Path) -> None:
+        self.state = State(**json.loads((folder / "outcome.json").read_text()))
+        if self.state.finished:
+            return
+        saved = torch.load(folder / "state.pt", map_location=self.p.device, weights_only=True)
+        self.p.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.best = saved["best"]
+        if self.average and saved["average"]:
+            self.average.state = saved["average"]

@@ -1,0 +1,146 @@
+"""Galleries and tasks on disk: layout, shares, no overlap, idempotence, concurrency, failure."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ktray.errors import KtrayError
+from ktray.miniverse import TASKS, WORLD_VERSION, ensure_gallery, ensure_task, generate
+from ktray.miniverse.world import sample
+
+Bytes = dict[str, bytes]
+
+
+def _files(folder: Path) -> Bytes:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tasks")
+    return {name: ensure_task(root, name) for name in TASKS}
+
+
+def test_gallery_is_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "SHARD_IMAGES", 40)
+    folder = ensure_gallery(tmp_path / "new", images=100)
+    shards = sorted(folder.iterdir())
+    assert [shard.name for shard in shards] == [f"gallery-{i:05d}.tar" for i in range(3)]
+    keys: list[str] = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            names = tar.getnames()
+            assert names[0::2] == [name.replace(".txt", ".jpg") for name in names[1::2]]
+            for name in names[0::2]:
+                stem = name.removesuffix(".jpg")
+                keys.append(stem)
+                drawn = sample("gallery", int(stem))
+                image_file, text_file = tar.extractfile(name), tar.extractfile(f"{stem}.txt")
+                assert image_file is not None
+                assert text_file is not None
+                image = Image.open(io.BytesIO(image_file.read()))
+                assert (image.format, image.size) == ("JPEG", (32, 32))
+                # JPEG is lossy: close to the drawn picture, and to no other.
+                assert np.abs(np.asarray(image, dtype=float) - drawn.image).mean() < 12
+                assert text_file.read().decode() == drawn.caption
+    assert keys == [f"{i:06d}" for i in range(100)]
+
+
+def test_letters_layout(tasks: dict[str, Path]) -> None:
+    folder = tasks["letters"]
+    about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    assert about["name"] == "letters"
+    assert about["classes"] == list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert about["class_names"]["K"] == "capital letter K"
+    assert about["image_size"] == 32
+    assert all("{}" in prompt for prompt in about["prompts"])
+    for split, each in {"train": about["labels_per_class"], "val": 10, "test": 100}.items():
+        assert sorted(p.name for p in (folder / split).iterdir()) == about["classes"]
+        for label in about["classes"]:
+            assert len(list((folder / split / label).glob("*.png"))) == each
+    image = np.asarray(Image.open(folder / "test" / "C" / "00002.png"))
+    assert np.array_equal(image, sample("letters-test", 2).image)
+
+
+def test_digits_are_the_real_scans(tasks: dict[str, Path]) -> None:
+    from sklearn.datasets import load_digits
+
+    folder = tasks["digits"]
+    counts = {split: len(list((folder / split).rglob("*.png"))) for split in ("train", "val", "test")}
+    assert counts == {"train": 100, "val": 100, "test": 1597}
+    scans = load_digits()
+    known = {
+        (255 - np.round(scan * 255 / 16)).astype(int).tobytes(): t
+        for scan, t in zip(scans.images, scans.target, strict=True)
+    }
+    assert len(known) > 1700
+    image = Image.open(next((folder / "test" / "3").glob("*.png")))
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
+    threes = [255 - scan * 255 / 16 for scan, t in zip(scans.images, scans.target, strict=True) if t == 3]
+    assert min(np.abs(small - three).mean() for three in threes) < 12
+
+
+def test_splits_and_gallery_share_no_image(tasks: dict[str, Path]) -> None:
+    for folder in tasks.values():
+        by_split = {
+            split: {p.read_bytes() for p in (folder / split).rglob("*.png")} for split in ("train", "val", "test")
+        }
+        assert not by_split["train"] & by_split["val"]
+        assert not (by_split["train"] | by_split["val"]) & by_split["test"]
+    letters = {np.asarray(Image.open(p)).tobytes() for p in tasks["letters"].rglob("*.png")}
+    others = {sample(stream, i).image.tobytes() for stream in ("gallery", "pretrain") for i in range(1000)}
+    assert len(others) == 2000
+    assert not letters & others
+
+
+def test_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ensure_gallery(tmp_path, images=10)
+    assert WORLD_VERSION in first.name
+    before = _files(first)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("drawn again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample", refuse)
+        assert ensure_gallery(tmp_path, images=10) == first
+    assert _files(ensure_gallery(tmp_path / "elsewhere", images=10)) == before
+    monkeypatch.setattr(generate, "WORLD_VERSION", "other")
+    assert ensure_gallery(tmp_path, images=10) != first
+
+
+def test_concurrent_callers_get_one_whole_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: ensure_gallery(tmp_path, images=60), range(4)))
+    assert len(folders) == 1
+    assert [p.name for p in tmp_path.iterdir()] == [folders.pop().name]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(generate, "_add", full)
+    with pytest.raises(KtrayError, match="No space left on device"):
+        ensure_gallery(tmp_path, images=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KtrayError, match="store"):
+        ensure_gallery(tmp_path / "file", images=10)
+
+
+def test_unknown_task(tmp_path: Path) -> None:
+    with pytest.raises(KtrayError, match=r"no built-in task 'leters'.*letters, digits"):
+        ensure_task(tmp_path, "leters")

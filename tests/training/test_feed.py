@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from ktray.training.feed import Feed, rank_slices
+
+SHARDS = [(f"s{i}", rows) for i, rows in enumerate([7, 5, 9, 4, 6, 8, 3, 10])]
+START = dict(zip([n for n, _ in SHARDS], np.cumsum([0] + [r for _, r in SHARDS])[:-1], strict=True))
+TOTAL = sum(r for _, r in SHARDS)
+
+
+def reader(log=None):
+    def read(windows):
+        for window in windows:
+            if log is not None:
+                log.extend(s.shard for s in window)
+            ids = [START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in window]
+            ids = np.concatenate(ids)
+            yield {"id": ids, "x": ids * 2.0}
+
+    return read
+
+
+@pytest.mark.parametrize("window_rows", [1, 12, 10_000])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_every_row_once_per_epoch_and_full_batches(window_rows, rank, world):
+    feed = Feed(SHARDS, reader(), batch=4, rank=rank, world=world, seed=3, window_rows=window_rows)
+    batches = list(feed.batches(0, 50))
+    assert len(batches) == 50
+    assert {len(b["id"]) for b in batches} == {4}
+    stream = np.concatenate([b["id"] for b in batches])
+    mine = np.sort(
+        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in rank_slices(SHARDS, rank, world)])
+    )
+    for epoch in range(len(stream) // feed.rows):
+        part = stream[epoch * feed.rows : (epoch + 1) * feed.rows]
+        np.testing.assert_array_equal(np.sort(part), mine)
+    for b in batches:
+        np.testing.assert_array_equal(b["x"], b["id"] * 2.0)
+
+
+def test_ranks_cover_the_set_without_overlap():
+    for world in (1, 2, 3, 5):
+        ids = []
+        for rank in range(world):
+            feed = Feed(SHARDS, reader(), batch=1, rank=rank, world=world)
+            ids += [int(b["id"][0]) for b in feed.batches(0, feed.rows)]
+        assert sorted(ids) == list(range(TOTAL))
+
+
+@pytest.mark.parametrize("window_rows", [1, 12, 10_000])
+def test_restart_goes_on_with_the_same_batches_and_reads_only_what_is_left(window_rows):
+    def make(log=None):
+        return Feed(SHARDS, reader(log), batch=5, seed=7, window_rows=window_rows)
+
+    whole = [b["id"] for b in make().batches(0, 30)]
+    log: list[str] = []
+    resumed = [b["id"] for b in make(log).batches(17, 30)]
+    for a, b in zip(whole[17:], resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+    if window_rows < 1000:
+        assert len(log) <= 13 * 5 / TOTAL * len(SHARDS) + 2 * len(SHARDS) * 0.5 + 2
+
+
+def test_resident_feed_reads_once_and_order_differs_by_epoch_and_seed():
+    log: list[str] = []
+    feed = Feed(SHARDS, reader(log), batch=TOTAL, seed=1)
+    first, second = [b["id"] for b in feed.batches(0, 2)]
+    assert len(log) == len(SHARDS)
+    assert not np.array_equal(first, second)
+    other = next(iter(Feed(SHARDS, reader(), batch=TOTAL, seed=2).batches(0, 1)))["id"]
+    assert not np.array_equal(first, other)
+
+
+def test_batch_larger_than_the_set_spans_epochs():
+    feed = Feed([("s0", 7)], reader(), batch=16, seed=0)
+    batch = next(iter(feed.batches(0, 1)))["id"]
+    assert len(batch) == 16
+    assert np.bincount(batch, minlength=7).min() >= 2
+
+
+def test_rank_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        Feed([("s0", 1)], reader(), batch=1, rank=1, world=2)
