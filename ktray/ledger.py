@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from types import TracebackType
@@ -209,7 +209,7 @@ class Meter:
         devices: int = 1,
         prices: Mapping[str, float] | None = None,
         joules: Callable[[], float] | None = None,
-        interval: float = 10.0,
+        interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log, self._device, self._devices, self._prices = log, device, devices, dict(prices or {})
@@ -315,7 +315,7 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def attempt(self, log: Log, stage: str, key: str, devices: int = 1) -> Any:
+    def attempt(self, log: Log, stage: str, key: str, devices: int = 1) -> Iterator[Meter]:
         """Measure an attempt: ``with ledger.attempt(log, "teach", key) as meter: ... meter.add(...)``.
 
         Earlier attempts under the same key that did not finish are entered too: this one goes on from them.

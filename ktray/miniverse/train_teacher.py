@@ -63,7 +63,7 @@ class Settings:
     ema: float = 0.998
     pool: int = 300_000
     seed: int = 0
-    every: int = 500
+    every: int = 250
 
 
 def _render(span: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -200,6 +200,67 @@ def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+class Run:
+    """What a training run holds: weights, their running average, the optimizer, the log; and its checkpoint."""
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        torch.manual_seed(settings.seed)
+        self.out, self.settings = out, settings
+        self.model = build_model()
+        self.average = deepcopy(self.model).eval().requires_grad_(False)
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        plain = [p for p in self.model.parameters() if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        self.checkpoint = out / "checkpoint.pt"
+        seconds = self._resume() if self.checkpoint.exists() else 0.0
+        self.began = time.monotonic() - seconds
+
+    def _resume(self) -> float:
+        saved = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.rows = saved["step"], json.loads(saved["rows"])
+        return float(saved["seconds"])
+
+    def save(self) -> None:
+        """Weights, log and checkpoint, each replaced in one move."""
+        _save(self.average, self.out / "model.safetensors")
+        _write_log(self.out / "train_log.csv", self.rows)
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": time.monotonic() - self.began,
+            "rows": json.dumps(self.rows),
+        }
+        torch.save(state, self.checkpoint.with_suffix(".partial"))
+        self.checkpoint.with_suffix(".partial").replace(self.checkpoint)
+
+    def update(self, images: Tensor, pictures: Tensor, told: Tensor, text: Tensor) -> float:
+        """One step on preprocessed `images` with codes `pictures` and captions `told`; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = _learning_rate(self.step, self.settings)
+        image_out, text_out, scale = self.model(images, text)
+        loss = contrastive_loss(image_out, text_out, scale, true_captions(told, pictures))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(100))  # type: ignore[operator]
+            # A short memory at first, so that early averages are not the random start.
+            weight = 1 - min(self.settings.ema, (1 + self.step) / (20 + self.step))
+            for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(now, weight)
+        return loss.item()
+
+
 def train(out: Path, settings: Settings, processes: int) -> dict[str, float]:
     """Train, and leave ``model.safetensors`` (float16) and ``train_log.csv`` in `out`.
 
@@ -207,83 +268,43 @@ def train(out: Path, settings: Settings, processes: int) -> dict[str, float]:
         ``zero_shot_val`` and ``zero_shot_test`` of the saved (averaged) weights, 0..1.
     """
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    model = build_model()
-    average = deepcopy(model).eval().requires_grad_(False)
+    run = Run(out, settings)
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
-    step, seconds, rows = 0, 0.0, []
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, seconds, rows = saved["step"], saved["seconds"], json.loads(saved["rows"])
     log.info("drawing %d pictures", settings.pool)
-    began = time.monotonic() - seconds
     images, codes_array = render_pool(settings.pool, processes)
     codes = torch.from_numpy(codes_array)
     names = [subject.name for subject in SUBJECTS["capital"]]
     val = _labelled("letters-val", 520)
     tokens: dict[tuple[int, ...], Tensor] = {}
     losses: list[float] = []
-    for rows_of_batch, told in batches(codes, settings, step):
-        lr = _learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    for rows, told in batches(codes, settings, run.step):
         unique = torch.unique(told, dim=0)
-        for key in map(tuple, unique.tolist()):
+        keys = [tuple(key) for key in unique.tolist()]
+        for key in keys:
             if key not in tokens:
                 tokens[key] = tokenizer([_words(list(key))])[0]
-        text = torch.stack([tokens[tuple(key)] for key in unique.tolist()])
-        image_out, text_out, scale = model(normalise(images[rows_of_batch.numpy()]), text)
-        loss = contrastive_loss(image_out, text_out, scale, true_captions(unique, codes[rows_of_batch]))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))  # type: ignore[operator]
-            # A short memory at first, so that early averages are not the random start.
-            weight = 1 - min(settings.ema, (1 + step) / (20 + step))
-            for mean, now in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(now, weight)
-        if step % settings.every == 0 or step == settings.steps:
-            classifier = text_classifier(average, tokenizer, names, prompt_templates())
+        text = torch.stack([tokens[key] for key in keys])
+        losses.append(run.update(normalise(images[rows.numpy()]), codes[rows], unique, text))
+        last = run.step == settings.steps
+        if run.step % settings.every == 0 or last:
+            classifier = text_classifier(run.average, tokenizer, names, prompt_templates())
             row: dict[str, Any] = {
-                "step": step,
-                "images": step * settings.batch,
-                "seconds": round(time.monotonic() - began, 1),
-                "lr": f"{lr:.3g}",
+                "step": run.step,
+                "images": run.step * settings.batch,
+                "seconds": round(time.monotonic() - run.began, 1),
+                "lr": f"{_learning_rate(run.step - 1, settings):.3g}",
                 "loss": round(sum(losses) / len(losses), 4),
-                "zero_shot_val": round(zero_shot_accuracy(average, *val, classifier), 4),
+                "zero_shot_val": round(zero_shot_accuracy(run.average, *val, classifier), 4),
             }
             losses.clear()
-            _save(average, out / "model.safetensors")
-            if step == settings.steps:
+            if last:
                 test = _labelled("letters-test", 2600)
-                row["zero_shot_test"] = round(zero_shot_accuracy(average, *test, classifier), 4)
-            rows.append(row)
-            _write_log(out / "train_log.csv", rows)
+                row["zero_shot_test"] = round(zero_shot_accuracy(run.average, *test, classifier), 4)
+            run.rows.append(row)
             log.info("%s", row)
-            state = {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "seconds": time.monotonic() - began,
-                "rows": json.dumps(rows),
-            }
-            torch.save(state, checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
-    checkpoint.unlink(missing_ok=True)
-    return {key: float(rows[-1][key]) for key in ("zero_shot_val", "zero_shot_test")}
+            run.save()
+    run.checkpoint.unlink(missing_ok=True)
+    return {key: float(run.rows[-1][key]) for key in ("zero_shot_val", "zero_shot_test")}
 
 
 def main() -> None:

@@ -99,9 +99,7 @@ class Feed:
             for number, window in enumerate(self.windows(epoch)):
                 count = sum(s.count for s in window)
                 if position + count > first_row and position < last_row:
-                    out.append(
-                        (epoch, number, window, max(0, first_row - position), min(count, last_row - position))
-                    )
+                    out.append((epoch, number, window, max(0, first_row - position), min(count, last_row - position)))
                 position += count
             epoch += 1
         return out

@@ -1,0 +1,58 @@
+"""The board: where workers post how far they are, and the driver reads it.
+
+Workers run on other machines and must never wait for the driver, so a post is fire-and-forget; the driver
+reads in its own time and turns posts into the progress line, MLflow steps and the ledger's heartbeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+LIMIT = 10_000
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Board:
+    """Holds posts until they are read; the oldest go when nobody reads."""
+
+    def __init__(self) -> None:
+        self.posts: list[dict[str, Any]] = []
+
+    def post(self, value: dict[str, Any]) -> None:
+        self.posts.append(value)
+        del self.posts[:-LIMIT]
+
+    def drain(self) -> list[dict[str, Any]]:
+        posts, self.posts = self.posts, []
+        return posts
+
+
+@contextlib.contextmanager
+def watch(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> Iterator[Any]:
+    """A board whose posts are handed to ``on_post`` on a thread of the driver. Yields the handle."""
+    board = Board.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def drain() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            for value in ray.get(board.drain.remote(), timeout=10):
+                on_post(value)
+
+    def follow() -> None:
+        while not stop.wait(interval):
+            drain()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join(timeout=15)
+        drain()
+        ray.kill(board)

@@ -1,0 +1,78 @@
+"""Floating-point operations, counted on the graph that really runs.
+
+`torch.utils.flop_counter` counts matrix products, convolutions and attention (a multiply-add is two); norms,
+activations and other elementwise work, a few per cent in these models, are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of everything that `run` executes, its backward passes included.
+
+    Attention runs as plain matrix products here, so that a model counts the same on every device: fused
+    kernels recompute in the backward pass (or, as the encoder's fast path does, hide from the counter).
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
+
+
+def forward_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2) -> float:
+    """FLOPs per sample of a forward pass in evaluation mode.
+
+    Args:
+        model: takes one float tensor; its device is used (``meta`` computes nothing).
+        input_shape: one sample's shape, e.g. (3, 224, 224).
+        batch: samples counted together; costs per batch are shared among them.
+    """
+    x = _input(model, input_shape, batch)
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return count_flops(lambda: model(x)) / batch
+    finally:
+        model.train(was)
+
+
+def train_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2) -> float:
+    """FLOPs per sample of a forward and a backward pass in training mode, on a copy of the model.
+
+    Parameters without gradient get none, so a frozen tower costs its forward pass alone.
+
+    Args: as for `forward_flops`.
+    """
+    copy = deepcopy(model).train()
+    x = _input(copy, input_shape, batch)
+
+    def step() -> None:
+        out = copy(x)
+        first = out[0] if isinstance(out, tuple) else out
+        first.float().sum().backward()
+
+    return count_flops(step) / batch
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model without memory: the same counts, for plans. `build` must not read weights."""
+    with torch.device("meta"):
+        return build()
+
+
+def _input(model: nn.Module, shape: tuple[int, ...], batch: int) -> torch.Tensor:
+    first = next(model.parameters())
+    return torch.zeros(batch, *shape, device=first.device, dtype=first.dtype)

@@ -1,0 +1,23 @@
+"""Model names: the nearest known ones for an unknown one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from ktray.errors import KtrayError
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str], key: str) -> KtrayError:
+    """The error for a name that a library does not know.
+
+    Args:
+        kind: what is named, e.g. "timm model".
+        name: the unknown name.
+        known: all names of the library.
+        key: the recipe's key that names it.
+    """
+    lower = {k.lower(): k for k in known}
+    near = [lower[k] for k in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
+    remedy = f"Did you mean {' or '.join(near)}? Set {key}=." if near else f"Set {key}= to a known one."
+    return KtrayError(f"There is no {kind} '{name}'", remedy)

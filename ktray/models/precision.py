@@ -1,0 +1,174 @@
+"""Number format and memory layout for a model on a device, by a safe rule or a short measurement.
+
+The decision is data: it is recorded and handed on, since a second measurement may decide otherwise and so
+change the last digits of a resumed run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+DType = Literal["bf16"]
+# A format that is not clearly faster is not worth its rounding.
+_CLEARLY = 0.9
+_BUDGET_S = 2.0
+_FIRST_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model runs.
+
+    Attributes:
+        autocast: "bf16", or None for float32 throughout.
+        channels_last: memory layout of convolutions and images.
+        reason: why, one line for the log.
+    """
+
+    autocast: DType | None
+    channels_last: bool
+    reason: str
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """For ``torch.autocast(dtype=)``; None: no autocast."""
+        return torch.bfloat16 if self.autocast else None
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Precision:
+        return cls(**value)
+
+
+def fp32_channels_last_is_safe(model: nn.Module) -> bool:
+    """Whether a float32 channels-last backward pass on CPU is known not to corrupt memory.
+
+    In torch 2.15 (oneDNN, x86) the backward of a 1x1 convolution with a stride and fewer than 16 input
+    channels, such as FastViT's stem, writes outside its buffers and kills the process at 112 px and above.
+    Below 32 input channels it is avoided altogether.
+    """
+    return not any(
+        isinstance(m, nn.Conv2d)
+        and max(m.kernel_size) == 1
+        and max(m.stride) > 1
+        and m.in_channels // m.groups < _FIRST_CHANNELS
+        for m in model.modules()
+    )
+
+
+def choose_precision(
+    model: nn.Module,
+    device: str | torch.device,
+    image_size: int | tuple[int, int],
+    batch: int,
+    *,
+    train: bool,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Precision:
+    """The format and layout to run a model with.
+
+    On CUDA: bf16 autocast, channels-last where there are convolutions. On CPU with ``auto``: the fastest of the
+    safe candidates in a measurement of about two seconds on a copy. Elsewhere: float32.
+
+    Args:
+        model: takes normalised float images (N, 3, h, w); it is not changed.
+        device: where it will run.
+        image_size: pixels, of the measurement.
+        batch: images a step; the measurement takes fewer where that is slow.
+        train: measure forward and backward, else the forward pass alone.
+        precision: force a number format; the layout is still chosen.
+    """
+    kind = torch.device(device).type
+    convolves = any(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in model.modules())
+    if kind == "cuda":
+        forced = "asked for" if precision != "auto" else "the rule on CUDA"
+        return Precision(None if precision == "fp32" else "bf16", convolves, forced)
+    if kind != "cpu":
+        return Precision("bf16" if precision == "bf16" else None, False, f"the rule on {kind}")
+    candidates: list[tuple[DType | None, bool]] = []
+    if precision != "bf16":
+        candidates.append((None, False))
+        # The crash is in the backward pass; the forward pass alone is safe.
+        if convolves and (not train or fp32_channels_last_is_safe(model)):
+            candidates.append((None, True))
+    if precision != "fp32":
+        candidates.append(("bf16", False))
+        if convolves:
+            candidates.append(("bf16", True))
+    if len(candidates) == 1:
+        return Precision(*candidates[0], "the only safe choice")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return _fastest(_measure(model, candidates, size, batch, train))
+
+
+def _fastest(seconds: dict[tuple[DType | None, bool], float]) -> Precision:
+    """The first candidate, unless another one is clearly faster."""
+    first, best = next(iter(seconds)), min(seconds, key=lambda c: seconds[c])
+    chosen = best if seconds[best] < _CLEARLY * seconds[first] else first
+    table = ", ".join(f"{_name(c)} {1000 * s:.3g} ms" for c, s in seconds.items())
+    return Precision(*chosen, f"measured on CPU: {table}")
+
+
+def _measure(
+    model: nn.Module, candidates: list[tuple[DType | None, bool]], size: tuple[int, int], batch: int, train: bool
+) -> dict[tuple[DType | None, bool], float]:
+    """Best time of a step, in seconds, per candidate. Draws no random numbers of the caller's."""
+    share = _BUDGET_S / len(candidates)
+    with torch.random.fork_rng(devices=[]):
+        images = max(2, min(batch, 4))
+        probe = _step(model, candidates[0], images, size, train)
+        once = min(_timed(probe), _timed(probe))
+        # Three steps and a warm-up of each candidate have to fit in its share.
+        images = max(2, min(batch, 64, int(images * share / 4 / max(once, 1e-6))))
+        seconds = {}
+        for candidate in candidates:
+            step = _step(model, candidate, images, size, train)
+            began = time.perf_counter()
+            _timed(step)
+            times = [_timed(step)]
+            while len(times) < 8 and time.perf_counter() - began < share:
+                times.append(_timed(step))
+            seconds[candidate] = min(times)
+    return seconds
+
+
+def _step(
+    model: nn.Module, candidate: tuple[DType | None, bool], images: int, size: tuple[int, int], train: bool
+) -> Callable[[], None]:
+    autocast, channels_last = candidate
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    copy = deepcopy(model).cpu().to(memory_format=layout).train(train)
+    x = torch.rand(images, 3, *size).to(memory_format=layout)
+
+    def step() -> None:
+        with torch.set_grad_enabled(train):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
+                out = copy(x)
+            if train:
+                copy.zero_grad(set_to_none=True)
+                (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
+
+    return step
+
+
+def _timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _name(candidate: tuple[DType | None, bool]) -> str:
+    return f"{candidate[0] or 'fp32'} {'channels-last' if candidate[1] else 'contiguous'}"

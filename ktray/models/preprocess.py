@@ -1,0 +1,187 @@
+"""Preprocessing that travels with a model.
+
+Loaders hand out uint8 pixels; the model that looks at them brings its own size, interpolation, mean and std.
+Two uses: `Preprocess.eval_transform` is the geometry (resize and crop) of one whole image on the CPU, equal to
+what open_clip and timm do with PIL; `Preprocess.normalise` turns a batch of uint8 crops into a model's input
+on the device that the batch is on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import open_clip
+import timm.data
+import torch
+from PIL import Image
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio, str_to_interp_mode
+from torch import nn
+from torch.nn import functional as F
+from torchvision import transforms
+
+Interpolation = Literal["bilinear", "bicubic"]
+ResizeMode = Literal["shortest", "squash", "longest"]
+
+_TIMM_CROP_MODES: dict[str, ResizeMode] = {"center": "shortest", "squash": "squash", "border": "longest"}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model expects of its input.
+
+    Attributes:
+        size: (height, width) of the input, pixels.
+        mean, std: per channel (RGB), on the scale 0..1.
+        interpolation: of every resize.
+        resize_mode: ``shortest`` fits the shorter edge and crops the centre, ``squash`` ignores the aspect
+            ratio, ``longest`` fits the longer edge and pads with `fill`.
+        crop_pct: the crop's share of the resized image's edge, as in timm.
+        fill: RGB of the padding, 0..255.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
+    crop_pct: float = 1.0
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def from_open_clip(cls, model: nn.Module | dict[str, Any]) -> Preprocess:
+        """From an open_clip model (its ``visual.preprocess_cfg``) or such a dictionary."""
+        cfg = open_clip.get_model_preprocess_cfg(model) if isinstance(model, nn.Module) else model
+        mean = cfg.get("mean") or open_clip.OPENAI_DATASET_MEAN
+        std = cfg.get("std") or open_clip.OPENAI_DATASET_STD
+        return cls(
+            size=_pair(cfg.get("size", 224)),
+            mean=_three(mean),
+            std=_three(std),
+            interpolation=_interpolation(cfg.get("interpolation")),
+            resize_mode=cfg.get("resize_mode") or "shortest",
+            fill=(int(cfg.get("fill_color") or 0),) * 3,
+        )
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> Preprocess:
+        """From a timm model (its ``pretrained_cfg``, as timm resolves it)."""
+        cfg = timm.data.resolve_model_data_config(model)
+        mean = _three(cfg["mean"])
+        return cls(
+            size=_pair(cfg["input_size"][-2:]),
+            mean=mean,
+            std=_three(cfg["std"]),
+            interpolation=_interpolation(cfg["interpolation"]),
+            resize_mode=_TIMM_CROP_MODES[cfg["crop_mode"]],
+            crop_pct=float(cfg["crop_pct"]),
+            # timm pads with the mean colour.
+            fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
+        )
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Preprocess:
+        """Inverse of `to_dict`, also after a trip through JSON."""
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return cls(**tuples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def timm_config(self) -> dict[str, Any]:
+        """The same in the words of a timm ``pretrained_cfg``."""
+        modes = {ours: theirs for theirs, ours in _TIMM_CROP_MODES.items()}
+        return {
+            "input_size": [3, *self.size],
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": modes[self.resize_mode],
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def with_size(self, size: int | tuple[int, int]) -> Preprocess:
+        """The same for another input size, pixels."""
+        return replace(self, size=_pair(size))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any field."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def eval_transform(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """Resize and crop one whole image as open_clip's and timm's own evaluation transforms do.
+
+        Args:
+            image: (H, W, 3) uint8, or an RGB PIL image.
+
+        Returns:
+            (3, height, width) uint8, contiguous.
+        """
+        pil = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        pixels = np.asarray(_geometry(self)(pil.convert("RGB")))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def normalise(self, batch: torch.Tensor) -> torch.Tensor:
+        """uint8 crops to this model's input, on the batch's device.
+
+        A batch of another size is resized to `size` (antialiased, whole frame: the crop has been chosen by
+        then, so `resize_mode` and `crop_pct` do not apply).
+
+        Args:
+            batch: (N, 3, H, W) uint8, or float on the scale 0..255 (mixed images).
+
+        Returns:
+            (N, 3, height, width) float32.
+        """
+        x = batch.float()
+        if tuple(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True, align_corners=False)
+            # Bicubic overshoots at edges; PIL clips there too.
+            x = x.clamp_(0, 255)
+        scale, bias = _affine(self.mean, self.std, x.device)
+        return torch.addcmul(bias, x, scale)
+
+
+@lru_cache(maxsize=64)
+def _geometry(p: Preprocess) -> transforms.Compose:
+    scaled = (int(p.size[0] / p.crop_pct), int(p.size[1] / p.crop_pct))
+    mode = str_to_interp_mode(p.interpolation)
+    if p.resize_mode == "squash":
+        return transforms.Compose([transforms.Resize(scaled, mode), transforms.CenterCrop(p.size)])
+    if p.resize_mode == "longest":
+        resize = ResizeKeepRatio(scaled, longest=1.0, interpolation=p.interpolation)
+        return transforms.Compose([resize, CenterCropOrPad(p.size, fill=p.fill)])
+    if scaled[0] == scaled[1]:
+        # Not ResizeKeepRatio: both libraries take torchvision's rounding of the longer edge here.
+        return transforms.Compose([transforms.Resize(scaled[0], mode), transforms.CenterCrop(p.size)])
+    return transforms.Compose([ResizeKeepRatio(scaled, interpolation=p.interpolation), transforms.CenterCrop(p.size)])
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # (x / 255 - mean) / std as one multiply-add over the batch; cached, else each batch would wait for a copy.
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    scale, bias = 1 / (255 * s), -m / s
+    return scale.float().view(1, 3, 1, 1).to(device), bias.float().view(1, 3, 1, 1).to(device)
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    if isinstance(values, (int, float)):
+        return (float(values),) * 3
+    red, green, blue = values
+    return (float(red), float(green), float(blue))
+
+
+def _interpolation(name: str | None) -> Interpolation:
+    # Rare others ("random", "lanczos") have no antialiased kernel on devices; bicubic is the nearest.
+    return "bilinear" if name == "bilinear" else "bicubic"

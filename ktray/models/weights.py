@@ -1,0 +1,220 @@
+"""Weight files: fetched, fingerprinted, read without running code, checked against a model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ktray.errors import KtrayError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
+    """A local path of a file: itself, or a copy in the user's cache for ``s3://`` and other URIs.
+
+    Args:
+        uri: path or URI of one file.
+        key: the recipe's key that names it, for the error's remedy.
+
+    Raises:
+        KtrayError: there is no such file, or it cannot be reached.
+    """
+    if "://" not in uri:
+        path = Path(uri).expanduser()
+        if not path.is_file():
+            raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing file.")
+        return path
+    try:
+        fs, inside = pafs.FileSystem.from_uri(uri)
+        info = fs.get_file_info(inside)
+        if info.type != pafs.FileType.File:
+            raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing object.")
+        version = hashlib.sha256(f"{uri}|{info.size}|{info.mtime_ns}".encode()).hexdigest()[:16]
+        target = _cache() / version / Path(inside).name
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Several workers may fetch at once: each writes its own file, the rename is atomic.
+            handle, temporary = tempfile.mkstemp(dir=target.parent)
+            os.close(handle)
+            try:
+                pafs.copy_files(inside, temporary, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+                os.replace(temporary, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+    except (OSError, ValueError) as error:
+        raise KtrayError(
+            f"'{uri}' cannot be fetched: {_first_line(error)}", f"Check {key}=, the network and the credentials."
+        ) from error
+    return target
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "ktray" / "weights"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits; hashed once per process while size and time stay."""
+    stat = path.stat()
+    return _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def weight_errors(path: Path, key: str = "teacher.checkpoint") -> Iterator[None]:
+    """Turns what torch, safetensors and open_clip raise on a bad weight file into a `KtrayError`."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise KtrayError(
+            f"'{path}' holds more than tensors (or is damaged); it is not opened, since a pickle can run code",
+            f"Save the state dict as safetensors and set {key}= to it.",
+        ) from error
+    except RuntimeError as error:
+        wrong = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if wrong:
+            raise KtrayError(
+                f"The weights in '{path}' have other shapes than the model: {'; '.join(wrong[:3])}",
+                f"Check that {key}= belongs to this model (name, config, image size).",
+            ) from error
+        raise _unreadable(path, error, key) from error
+    except (SafetensorError, OSError, EOFError, AttributeError, TypeError, KeyError, StopIteration) as error:
+        raise _unreadable(path, error, key) from error
+
+
+def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
+    """The state dict in a safetensors or (weights-only) torch file, on the CPU.
+
+    Wrappers of training scripts (``state_dict``, ``model``, averaged weights first; ``module.`` and
+    ``_orig_mod.`` prefixes) are taken off.
+
+    Raises:
+        KtrayError: not readable, or a pickle with anything but tensors and plain containers.
+    """
+    with weight_errors(path, key):
+        if path.suffix == ".safetensors":
+            loaded = load_file(str(path), device="cpu")
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for inner in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(inner), dict):
+            loaded = loaded[inner]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+        raise KtrayError(f"'{path}' holds no state dict", f"Set {key}= to a file of named tensors.")
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in loaded.items()}
+
+
+def mismatch(model: nn.Module, state: Tensors) -> str:
+    """Why a state dict does not fit a model, naming up to three keys of each kind; empty if it fits."""
+    own = model.state_dict()
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    return describe_keys([k for k in own if k not in state], [k for k in state if k not in own], shapes)
+
+
+def describe_keys(missing: list[str], unexpected: list[str], shapes: list[str] | None = None) -> str:
+    """One line about keys that do not fit; empty if there are none."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes or []))
+    return "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys)
+
+
+def wrong_keys(path: Path, why: str, key: str = "teacher.checkpoint") -> KtrayError:
+    """The error for weights that do not belong to the model."""
+    return KtrayError(
+        f"The weights in '{path}' do not fit the model: {why}",
+        f"Check that {key}= belongs to this model (name, config, image size).",
+    )
+
+
+def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool = False) -> bool:
+    """Load a weight file into a timm model, strictly.
+
+    A classifier that the model lacks, or (unless `keep_head`) has with another number of classes, is left out.
+
+    Args:
+        model: a timm model; changed in place.
+        path: the file.
+        key: the recipe's key that names it.
+        keep_head: require that the classifier fits too.
+
+    Returns:
+        Whether the file's classifier was loaded (or the model has none).
+
+    Raises:
+        KtrayError: see `read_weights`; or keys or shapes that do not fit.
+    """
+    state = read_weights(path, key)
+    fitted, loaded_head = _fit_head(model, state, keep_head)
+    why = mismatch(model, fitted)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if why and convert is not None:
+        # Published weights may have other names, or position embeddings for another size. What the
+        # converter cannot read is named by the check below.
+        with contextlib.suppress(Exception):
+            state = convert(state, model)
+        fitted, loaded_head = _fit_head(model, state, keep_head)
+        why = mismatch(model, fitted)
+    if why:
+        raise wrong_keys(path, why, key)
+    model.load_state_dict(fitted)
+    return loaded_head
+
+
+def _head_names(model: nn.Module) -> tuple[str, ...]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    names = cfg.get("classifier") or ()
+    return tuple(f"{n}." for n in ((names,) if isinstance(names, str) else names))
+
+
+def _fit_head(model: nn.Module, state: Tensors, keep_head: bool) -> tuple[Tensors, bool]:
+    """The state with the model's own classifier in place of one that does not fit; whether it did fit."""
+    if keep_head:
+        return state, True
+    own, heads = model.state_dict(), _head_names(model)
+    wrong = {k for k, v in state.items() if heads and k.startswith(heads) and (k not in own or own[k].shape != v.shape)}
+    kept = {k: v for k, v in state.items() if k not in wrong}
+    absent = [k for k in own if heads and k.startswith(heads) and k not in kept]
+    return {**kept, **{k: own[k] for k in absent}}, not absent
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _unreadable(path: Path, error: Exception, key: str) -> KtrayError:
+    return KtrayError(
+        f"'{path}' cannot be read as weights: {_first_line(error)}",
+        f"Set {key}= to a safetensors file or a state dict saved by torch.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

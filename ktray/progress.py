@@ -1,0 +1,165 @@
+"""One line of progress per running stage: done/total, rate, time left, and the share of time spent on waiting.
+
+On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+# Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
+_screen = threading.Lock()
+_WINDOW_S = 15.0  # the rate is that of the last moments: a resumed or warming-up stage settles soon
+
+
+def humanise(seconds: float) -> str:
+    """``8s``, ``2m05s``, ``3h07m``, ``2d04h``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Progress:
+    """The progress line of one stage; a context manager, safe to update from any thread.
+
+    Args:
+        stage: what runs.
+        total: units to do; None where that is not known yet (no time left is shown then).
+        unit: what is counted.
+        done: units done before, by an attempt that this one resumes; they count in done/total, not in the rate.
+        stream: where to write; standard error by default.
+        every: seconds between lines where the stream is no terminal.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int | None,
+        unit: str = "img",
+        done: int = 0,
+        stream: TextIO | None = None,
+        every: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stage, self._total, self._unit, self._every, self._clock = stage, total, unit, every, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._tty = self._stream.isatty()
+        self._lock = threading.Lock()
+        self._began, self._first = clock(), done
+        self._done, self._wait, self._extra = done, None, ""
+        self._recent: deque[tuple[float, int]] = deque([(self._began, done)])
+        self._shown_at: float | None = None
+        self._closed = False
+        self._show()
+
+    def update(
+        self,
+        done: int,
+        data_wait: float | None = None,
+        extra: str | Mapping[str, Any] = "",
+        total: int | None = None,
+    ) -> None:
+        """Tell where the stage stands.
+
+        Args:
+            done: units done in all, earlier attempts included.
+            data_wait: share of the time that the device waited for data, 0..1.
+            extra: more to show, as text or as names and values.
+            total: a total that has become known or has changed.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            now = self._clock()
+            self._done = done
+            self._total = self._total if total is None else total
+            self._wait = data_wait if data_wait is not None else self._wait
+            self._extra = extra if isinstance(extra, str) else " ".join(f"{k}={_short(v)}" for k, v in extra.items())
+            self._recent.append((now, done))
+            while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
+                self._recent.popleft()
+            if self._shown_at is None or now - self._shown_at >= (0.2 if self._tty else self._every):
+                self._show()
+
+    def close(self, word: str = "done") -> None:
+        """Write the last line, with the whole time taken and the mean rate; further updates are ignored."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            took = self._clock() - self._began
+            worked = self._done - self._first
+            rate = f", {_count(worked / took)} {self._unit}/s" if worked > 0 and took > 0 else ""
+            parts = [f"{self._stage}: {word}", self._amount() + rate, f"in {humanise(took)}", *self._tail()]
+            self._write(" | ".join(parts), last=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("stopped" if kind else "done")
+
+    def line(self) -> str:
+        """The line as it would be shown now."""
+        parts = [f"{self._stage}: {self._amount()}"]
+        if self._total:
+            parts[0] += f" {100 * min(1.0, self._done / self._total):.0f}%"
+        rate = self._rate()
+        if rate > 0:
+            parts.append(f"{_count(rate)} {self._unit}/s")
+            if self._total is not None:
+                parts.append(f"ETA {humanise((self._total - self._done) / rate)}")
+        parts.append(humanise(self._clock() - self._began))
+        return " | ".join([*parts, *self._tail()])
+
+    def _amount(self) -> str:
+        total = "" if self._total is None else f"/{self._total:,}"
+        return f"{self._done:,}{total} {self._unit}"
+
+    def _tail(self) -> list[str]:
+        waiting = [] if self._wait is None else [f"data_wait {100 * self._wait:.0f}%"]
+        return waiting + ([self._extra] if self._extra else [])
+
+    def _rate(self) -> float:
+        (then, before), (now, done) = self._recent[0], self._recent[-1]
+        return max(0.0, (done - before) / (now - then)) if now > then else 0.0
+
+    def _show(self) -> None:
+        self._shown_at = self._clock()
+        self._write(self.line(), last=False)
+
+    def _write(self, text: str, last: bool) -> None:
+        with _screen:
+            try:
+                if self._tty:
+                    # A line wider than the terminal would wrap, and "\r" would no longer reach its beginning.
+                    width = shutil.get_terminal_size().columns
+                    self._stream.write("\r\x1b[2K" + (text if last else text[: width - 1]) + ("\n" if last else ""))
+                else:
+                    self._stream.write(text + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # a closed pipe or stream must not end the stage
+                return
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,129 @@
+"""Where work runs: connecting to Ray, and a plan of CPUs and GPUs that cannot deadlock.
+
+Ray never reports that a stage waits for a CPU that its own workers hold; it just hangs. So each stage asks for
+shares that were checked to fit beforehand, and one that cannot fit ends with the arithmetic.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktray.errors import KtrayError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shares of the cluster. CPU figures are Ray's logical CPUs."""
+
+    total_cpus: float
+    total_gpus: float
+    workers: int
+    worker_cpus: float
+    worker_gpus: float
+    actors: int
+    actor_cpus: float
+    actor_gpus: float
+    decode_cpus: float
+    worker_threads: int
+    actor_threads: int
+
+    @property
+    def line(self) -> str:
+        """One line for the terminal."""
+        device = "GPU" if self.worker_gpus else "CPU"
+        return (
+            f"cluster {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: {self.workers} training worker(s) on {device} "
+            f"with {self.worker_cpus:g} CPUs each, {self.actors} teacher actor(s), decode tasks of {self.decode_cpus:g} CPU"
+        )
+
+
+def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str) -> Plan:
+    """Divide a cluster. Training workers leave CPUs for reading; a decode task always has room.
+
+    Raises:
+        KtrayError: it cannot fit; with the arithmetic.
+    """
+    on_gpu = gpus > 0 if use_gpu == "auto" else bool(use_gpu)
+    if on_gpu and gpus < workers:
+        raise KtrayError(
+            f"{workers} training workers need {workers} GPUs and the cluster has {gpus:g}",
+            f"Set cluster.workers={int(gpus)}, or cluster.use_gpu=false.",
+        )
+    if cpus <= 0:
+        raise KtrayError("The cluster offers no CPU", "Start a node with CPUs (ray start --num-cpus=N).")
+    # At least half of the CPUs, and never less than one where there are two, stay for reading.
+    worker_cpus = min(1.0, int(50 * cpus / workers) / 100)
+    if worker_cpus < 0.02:
+        raise KtrayError(
+            f"{workers} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / workers:.3f}, 0.02 is the least",
+            f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",
+        )
+    actors = max(1, int(gpus)) if on_gpu else max(1, int(cpus) // 4)
+    actor_cpus = min(1.0, cpus / 2 / actors)
+    decode_cpus = min(1.0, cpus - actors * actor_cpus)
+    cores_a_node = max(1, int(cpus / max(1, nodes)))
+    return Plan(
+        total_cpus=cpus,
+        total_gpus=gpus,
+        workers=workers,
+        worker_cpus=worker_cpus,
+        worker_gpus=1.0 if on_gpu else 0.0,
+        actors=actors,
+        actor_cpus=actor_cpus,
+        actor_gpus=1.0 if on_gpu else 0.0,
+        decode_cpus=decode_cpus,
+        worker_threads=max(1, cores_a_node * nodes // workers),
+        actor_threads=max(1, cores_a_node * nodes // actors),
+    )
+
+
+def connect(debug: bool = False) -> None:
+    """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine."""
+    for name, value in {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    level = logging.INFO if debug else logging.ERROR
+    common: dict[str, Any] = {"log_to_driver": debug, "logging_level": level, "ignore_reinit_error": True}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # A job's workers already run in its working directory; a bare driver must bring the package along.
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        package = str(Path(__file__).parent)
+        env = None if in_job else {"py_modules": [package]}
+        ray.init(address=address, runtime_env=env, **common)
+    else:
+        from ktray.device import memory_bytes, usable_cpus
+
+        ray.init(
+            address="local",
+            num_cpus=max(2, int(usable_cpus())),
+            object_store_memory=int(min(2_000_000_000, memory_bytes() * 0.15)),
+            **common,
+        )
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = debug
+    context.execution_options.verbose_progress = False
+
+
+def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:
+    """`plan` for the cluster that Ray is connected to."""
+    import ray
+
+    total = ray.cluster_resources()
+    return plan(total.get("CPU", 0.0), total.get("GPU", 0.0), max(1, len(ray.nodes())), workers, use_gpu)

@@ -1,0 +1,132 @@
+"""The contact sheet: queries on the left, what each of them fetched on the right, to be judged at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+THUMB = 76
+_GAP = 8
+_MARGIN = 24
+_LABEL = 132
+_LINE = 17
+_ROW_GAP = 12
+_ARROW = 34
+_TITLE, _SUBTITLE, _NAME, _NUMBER = 21, 14, 14, 12
+
+_PAPER = (255, 255, 255)
+_BAND = (246, 247, 249)
+_INK = (27, 31, 36)
+_SOFT = (92, 100, 110)
+_EDGE = (205, 210, 216)
+_QUERY = (0, 90, 181)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One query: its image (uint8 (H, W, 3)), its class, and its hits, nearest first, with their cosines."""
+
+    query: np.ndarray
+    label: str
+    images: Sequence[np.ndarray]
+    similarity: Sequence[float]
+
+
+def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str, subtitle: str = "") -> None:
+    """Draw the sheet as PNG.
+
+    Args:
+        rows: the queries to show; all columns line up, so a row may have fewer hits than another.
+        target: a path or a binary file.
+        title: one line, such as the task and the source.
+        subtitle: one line of counts, such as ``260 queries · 4,000 images · 12 near-duplicates dropped``.
+    """
+    columns = max((len(row.images) for row in rows), default=0)
+    row_height = _GAP + THUMB + _LINE + _ROW_GAP
+    hits_left = _MARGIN + _LABEL + THUMB + _ARROW
+    head = _MARGIN + 30 + (24 if subtitle else 0) + 26
+    heading = _font(_TITLE, True)
+    width = hits_left + max(columns * (THUMB + _GAP) - _GAP, 200) + _MARGIN
+    width = max(width, round(heading.getlength(title)) + 2 * _MARGIN, round(_font(_SUBTITLE).getlength(subtitle)) + 2 * _MARGIN)
+    sheet = Image.new("RGB", (width, head + max(1, len(rows)) * row_height + _MARGIN // 2), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 6), title, _INK, heading)
+    if subtitle:
+        draw.text((_MARGIN, _MARGIN + 24), subtitle, _SOFT, _font(_SUBTITLE))
+    small = _font(_NUMBER, True)
+    draw.text((_MARGIN + _LABEL + THUMB / 2, head - 10), "query", _QUERY, small, anchor="ms")
+    if columns:
+        draw.text((hits_left, head - 10), "fetched, nearest first (cosine below)", _SOFT, small, anchor="ls")
+    if not rows:
+        draw.text((_MARGIN, head + 20), "nothing to show", _SOFT, _font(_NAME))
+    for number, row in enumerate(rows):
+        top = head + number * row_height
+        if number % 2 == 0:
+            draw.rectangle((0, top, width, top + row_height - 1), _BAND)
+        _draw_row(sheet, draw, row, top + _GAP, hits_left)
+    sheet.save(target, "PNG", optimize=True)
+
+
+def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top: int, hits_left: int) -> None:
+    lines = _wrap(row.label, _LABEL - 2 * _GAP, _font(_NAME, True), 3)
+    first = top + THUMB / 2 - len(lines) * _LINE / 2
+    for i, line in enumerate(lines):
+        draw.text((_MARGIN + _LABEL - 2 * _GAP, first + i * _LINE), line, _INK, _font(_NAME, True), anchor="ra")
+    left = _MARGIN + _LABEL
+    sheet.paste(_thumbnail(row.query), (left, top))
+    draw.rectangle((left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), outline=_QUERY, width=3)
+    middle, tip = top + THUMB // 2, hits_left - 10
+    draw.line((left + THUMB + 10, middle, tip - 4, middle), _SOFT, 2)
+    draw.polygon(((tip, middle), (tip - 7, middle - 5), (tip - 7, middle + 5)), _SOFT)
+    for i, (image, similarity) in enumerate(zip(row.images, row.similarity, strict=True)):
+        x = hits_left + i * (THUMB + _GAP)
+        sheet.paste(_thumbnail(image), (x, top))
+        draw.rectangle((x - 1, top - 1, x + THUMB, top + THUMB), outline=_EDGE)
+        draw.text((x + THUMB / 2, top + THUMB + _LINE - 3), f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
+    if not row.images:
+        draw.text((hits_left, middle), "fetched nothing", _SOFT, _font(_NAME), anchor="lm")
+
+
+def _thumbnail(image: np.ndarray) -> Image.Image:
+    """The whole image in a square of `THUMB` pixels on grey; small images keep their pixels visible."""
+    picture = Image.fromarray(image)
+    scale = THUMB / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    square = Image.new("RGB", (THUMB, THUMB), _EDGE)
+    square.paste(picture.resize(size, how), ((THUMB - size[0]) // 2, (THUMB - size[1]) // 2))
+    return square
+
+
+def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont, most: int) -> list[str]:
+    """At most ``most`` lines that fit, broken at spaces where there are any, the rest behind an ellipsis."""
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest:
+        end = len(rest)
+        last = len(lines) == most - 1
+        while end > 1 and font.getlength(rest[:end] + ("…" if last and end < len(rest) else "")) > width:
+            end -= 1
+        if end == len(rest) or last:
+            lines.append(rest if end == len(rest) else rest[:end].rstrip() + "…")
+            break
+        space = rest.rfind(" ", 1, end + 1)
+        end = space if space > 0 else end
+        lines.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    return lines
+
+
+@lru_cache(maxsize=8)
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    # matplotlib is a dependency anyway and carries a font; a system need not have any.
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

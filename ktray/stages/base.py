@@ -1,0 +1,183 @@
+"""What every stage shares: its key, reuse, lease, cost, progress, and the count of bad images."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktray.data.labelled import LabelledSet
+from ktray.data.quarantine import Quarantine
+from ktray.ledger import DirLog, Ledger, Meter
+from ktray.progress import Progress
+from ktray.recipe import Recipe, digest
+from ktray.resources import Plan
+from ktray.store import Stage, Store
+from ktray.tracking import Tracker
+
+
+@dataclass
+class Context:
+    """One run: what the stages read and report to.
+
+    Attributes:
+        recipe: fully resolved.
+        task: labels, splits and class names; ``prompts`` are the text head's templates.
+        fingerprint: of the labelled set (which image has which label in which split).
+        canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
+        say: prints one line for the person who watches.
+    """
+
+    recipe: Recipe
+    store: Store
+    plan: Plan
+    ledger: Ledger
+    tracker: Tracker
+    task: LabelledSet
+    class_names: list[str]
+    prompts: list[str]
+    fingerprint: str
+    canvas: float
+    run_id: str
+    say: Callable[[str], None]
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    read: int = 0
+
+
+@dataclass
+class Done:
+    """A whole stage."""
+
+    stage: Stage
+    manifest: dict[str, Any]
+    cached: bool
+
+    @property
+    def key(self) -> str:
+        return str(self.manifest["key"])
+
+
+class Reporter:
+    """Progress, cost and MLflow steps of one attempt; fed by shard summaries or by the board."""
+
+    def __init__(self, context: Context, name: str, meter: Meter) -> None:
+        self.context, self.name, self.meter = context, name, meter
+        self.run = context.tracker.stage(name)
+        self.progress: Progress | None = None
+        self.read = self.done = 0
+        self.quarantine = Quarantine()
+        self._lock = threading.Lock()
+        self._counted = {"images": 0.0, "flops": 0.0}
+
+    def expect(self, total: int | None, unit: str = "img") -> None:
+        """Start a progress line; ``total`` None when it is not known beforehand."""
+        self.progress = Progress(self.name, total or 0, unit)
+
+    def shards(self, summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Consume shard summaries: ``read``, ``bad`` [(uri, reason)], ``images``, ``flops``, ``peak``."""
+        kept = []
+        for s in summaries:
+            self.done += int(s.get("read", 0))
+            self.read += int(s.get("read", 0))
+            for uri, reason in s.get("bad", []):
+                self.quarantine.add(uri, reason, self.name)
+            self.meter.add(
+                flops=s.get("flops", 0), images=int(s.get("images", 0)), peak_memory_bytes=int(s.get("peak", 0))
+            )
+            if self.progress:
+                self.progress.update(self.done)
+            kept.append(s)
+        return kept
+
+    def post(self, value: dict[str, Any]) -> None:
+        """A post of a training worker (see `ktray.training.loop`)."""
+        with self._lock:
+            if "curve" in value:
+                step = int(value["step"])
+                self.run.metrics(step, {k: v for k, v in value.items() if k not in ("curve", "step")})
+                return
+            if self.progress:
+                self.progress.update(int(value["done"]), value.get("data_wait"))
+            for name in ("images", "flops"):
+                # A worker that came back from a checkpoint counts its steps again: they were run again.
+                more = value[name] - self._counted[name]
+                if more > 0:
+                    self.meter.add(**{name: int(more)})
+                self._counted[name] = value[name]
+
+    def start_at(self, images: float, flops: float) -> None:
+        """What an earlier attempt has already counted, when training goes on from its checkpoint."""
+        self._counted = {"images": images, "flops": flops}
+
+
+Work = Callable[[Stage, Reporter], dict[str, Any]]
+
+
+def run_stage(context: Context, name: str, key_parts: Any, work: Work, *, ledger_name: str | None = None) -> Done:
+    """Reuse the stage's directory when it is whole, else do the work under a lease and commit it.
+
+    Args:
+        key_parts: JSON-like; everything that goes into the result, the stage's own version included.
+        work: does the stage in its directory and returns the manifest's own entries.
+        ledger_name: the stage that the cost is booked on, where it is not ``name``.
+    """
+    key = digest(name, key_parts)
+    stage = context.store.stage(name, key)
+    booked = ledger_name or name
+    manifest = stage.manifest()
+    if manifest is None:
+        with stage.lease(context.say):
+            manifest = stage.manifest()  # another job may have finished it while this one waited
+            if manifest is None:
+                return _attempt(context, stage, name, booked, key, key_parts, work)
+    context.ledger.reuse(DirLog(stage), booked, key)
+    _count(context, manifest)
+    again = " (made earlier in this run)" if manifest.get("run") == context.run_id else ""
+    context.say(f"{name:<9} reused {key}{again}")
+    return Done(stage, manifest, cached=True)
+
+
+def _attempt(context: Context, stage: Stage, name: str, booked: str, key: str, key_parts: Any, work: Work) -> Done:
+    devices = context.plan.workers if context.plan.worker_gpus else 1
+    with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
+        reporter = Reporter(context, name, meter)
+        status = "FAILED"
+        try:
+            found = work(stage, reporter)
+            reporter.quarantine.check(reporter.read, context.recipe.data.max_bad_fraction)
+            status = "FINISHED"
+        finally:
+            if reporter.progress:
+                reporter.progress.close()
+            cost = meter.now()
+            reporter.run.finish(
+                {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
+            )
+    found.update(key=key, stage=name, inputs=key_parts, run=context.run_id, read=reporter.read)
+    found["quarantine"] = [list(row) for row in reporter.quarantine.rows]
+    manifest = stage.commit(found)
+    _count(context, manifest)
+    return Done(stage, manifest, cached=False)
+
+
+def _count(context: Context, manifest: dict[str, Any]) -> None:
+    context.read += int(manifest.get("read", 0))
+    for uri, reason, stage in manifest.get("quarantine", []):
+        context.quarantine.add(uri, reason, stage)
+
+
+def finished_shards(stage: Stage) -> dict[str, dict[str, Any]]:
+    """Summaries of the shards that an earlier attempt has finished, by shard name."""
+    return {name.removesuffix(".json"): stage.read_json(name) for name in stage.names(".parquet.json")}
+
+
+def finish_shard(stage: Stage, name: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """Declare a shard finished: its summary is written after its data, so that a restart counts it once."""
+    stage.write_json(f"{name}.json", summary)
+    return summary
+
+
+def resumed(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a shard from an earlier attempt, without the work: that attempt was charged for it."""
+    return {**summary, "flops": 0, "images": 0}

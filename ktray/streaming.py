@@ -1,0 +1,242 @@
+"""Ray Data shells: shards through a CPU decode pool into one pool of device actors, and shards back out.
+
+One shard is one unit: it is prepared by a CPU task, finished by a device actor that writes its result, and is
+done once that file stands in the store. A killed stage therefore goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktray.resources import Plan
+from ktray.store import Dir
+from ktray.training.feed import Rows, Window
+
+Item = dict[str, Any]
+
+
+class Finish(Protocol):
+    """The device half of a stage; made once per actor, then called for every shard.
+
+    Takes the item and its prepared columns, writes what the stage stores, and returns a summary (JSON-able).
+    """
+
+    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]: ...
+
+
+def map_shards(
+    items: Sequence[Item],
+    prepare: Callable[[Item], Rows],
+    finish: Callable[[], Finish],
+    plan: Plan,
+    *,
+    device_stage: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Run every item through ``prepare`` (CPU task) and ``finish`` (actor); yields summaries as they come.
+
+    Args:
+        items: JSON-able descriptions of shards.
+        prepare: item to columns of equal length; runs anywhere.
+        finish: makes the actor's callable; runs once per actor.
+        device_stage: whether actors hold a GPU where the plan gives them one.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    if not items:
+        return
+    rows = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Prepare(prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=plan.decode_cpus
+    )
+    dataset = dataset.map_batches(
+        _Actor,
+        fn_constructor_args=(finish, plan.actor_threads),
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(size=min(plan.actors, len(rows))),
+        num_cpus=plan.actor_cpus,
+        num_gpus=plan.actor_gpus if device_stage else 0,
+    )
+    yield from _summaries(dataset)
+
+
+def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], plan: Plan) -> Iterator[dict[str, Any]]:
+    """`map_shards` for work without a model: every item through ``work`` in CPU tasks."""
+    import ray
+
+    if not items:
+        return
+    rows = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Work(work), batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
+    )
+    yield from _summaries(dataset)
+
+
+def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for text in batch.column("summary").to_pylist():
+            yield json.loads(text)
+
+
+class _Work:
+    def __init__(self, work: Callable[[Item], dict[str, Any]]) -> None:
+        self.work = work
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        items = [json.loads(text) for text in batch.column("item").to_pylist()]
+        return pa.table({"summary": [json.dumps(self.work(item), default=float) for item in items]})
+
+
+class _Prepare:
+    def __init__(self, prepare: Callable[[Item], Rows]) -> None:
+        self.prepare = prepare
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        text = batch.column("item")[0].as_py()
+        columns = self.prepare(json.loads(text))
+        return pa.table({"item": [text], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
+
+
+class _Actor:
+    def __init__(self, finish: Callable[[], Finish], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.finish = finish()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        item = json.loads(batch.column("item")[0].as_py())
+        columns = _unpack(batch.column("columns")[0].as_buffer())
+        return pa.table({"summary": [json.dumps(self.finish(item, columns), default=float)]})
+
+
+def _pack(columns: Rows) -> bytes:
+    # One buffer a shard: Ray Data may cut or merge blocks of rows, and a shard must stay whole.
+    stream = io.BytesIO()
+    np.savez(stream, **columns)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def _unpack(buffer: pa.Buffer) -> Rows:
+    with np.load(pa.BufferReader(buffer), allow_pickle=False) as loaded:
+        return {name: loaded[name] for name in loaded.files}
+
+
+def write_rows(directory: Dir, name: str, columns: Rows) -> int:
+    """Write columns of equal length as one Parquet shard; arrays of more axes become fixed-size binary.
+
+    Returns the bytes written. Shapes and dtypes travel in the schema's metadata.
+    """
+    arrays, metadata = {}, {}
+    for key, value in columns.items():
+        if value.ndim == 1 and value.dtype != np.float16:
+            arrays[key] = pa.array(value.tolist() if value.dtype.kind in "UO" else value)
+            continue
+        width = int(np.prod(value.shape[1:])) * value.dtype.itemsize
+        flat = np.ascontiguousarray(value)
+        arrays[key] = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(width), len(value), [None, pa.py_buffer(flat.tobytes())]
+        )
+        metadata[key] = json.dumps([flat.dtype.str, list(value.shape[1:])])
+    table = pa.table(arrays).replace_schema_metadata(metadata)
+    stream = pa.BufferOutputStream()
+    # Pixels are noise to a dictionary and to most codecs; zstd level 1 costs little and helps flat pictures.
+    pq.write_table(table, stream, compression="zstd", compression_level=1, use_dictionary=False)
+    data = stream.getvalue()
+    directory.write(name, data.to_pybytes())
+    return int(data.size)
+
+
+def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:
+    """Read a shard of `write_rows`."""
+    table = pq.read_table(
+        pa.BufferReader(directory.read(name)), columns=list(columns) if columns else None, use_threads=False
+    )
+    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    out: Rows = {}
+    for key in table.column_names:
+        column = table.column(key).combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        if key in metadata:
+            dtype, shape = json.loads(metadata[key])
+            width = column.type.byte_width
+            buffer = column.buffers()[1]
+            flat = np.frombuffer(
+                buffer,
+                dtype=np.dtype(dtype),
+                count=len(column) * width // np.dtype(dtype).itemsize,
+                offset=column.offset * width,
+            )
+            out[key] = flat.reshape(len(column), *shape)
+        else:
+            out[key] = column.to_numpy(zero_copy_only=False)
+    return out
+
+
+def read_windows(directory: Dir, columns: Sequence[str]) -> Callable[[Sequence[Window]], Iterator[Rows]]:
+    """A reader for `ktray.training.feed.Feed` that reads in this process; for sets that stay in memory."""
+
+    def read(windows: Sequence[Window]) -> Iterator[Rows]:
+        for window in windows:
+            yield _concat([_slice(read_rows(directory, s.shard, columns), s.start, s.step) for s in window])
+
+    return read
+
+
+def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Callable[[Sequence[Window]], Iterator[Rows]]:
+    """A reader for `Feed` through Ray Data: tasks read ahead while the step runs, in the feed's order."""
+
+    def read(windows: Sequence[Window]) -> Iterator[Rows]:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        rows = [
+            {"item": json.dumps([s.shard, s.start, s.step, i == len(window) - 1])}
+            for window in windows
+            for i, s in enumerate(window)
+        ]
+        dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _ReadSlice(directory, columns), batch_size=1, batch_format="pyarrow", num_cpus=cpus
+        )
+        parts: list[Rows] = []
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            for i in range(batch.num_rows):
+                parts.append(_unpack(batch.column("columns")[i].as_buffer()))
+                if batch.column("last")[i].as_py():
+                    yield _concat(parts)
+                    parts = []
+
+    return read
+
+
+class _ReadSlice:
+    def __init__(self, directory: Dir, columns: Sequence[str]) -> None:
+        self.directory, self.columns = directory, columns
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        shard, start, step, last = json.loads(batch.column("item")[0].as_py())
+        rows = _slice(read_rows(self.directory, shard, self.columns), start, step)
+        return pa.table({"columns": pa.array([_pack(rows)], type=pa.large_binary()), "last": [last]})
+
+
+def _slice(rows: Rows, start: int, step: int) -> Rows:
+    return rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()}
+
+
+def _concat(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
