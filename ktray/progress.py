@@ -36,7 +36,7 @@ class Progress:
 
     Args:
         stage: what runs.
-        total: units to do; None where that is not known yet (no time left is shown then).
+        total: units to do; None or 0 where that is not known yet (no time left is shown then).
         unit: what is counted.
         done: units done before, by an attempt that this one resumes; they count in done/total, not in the rate.
         stream: where to write; standard error by default.
@@ -54,12 +54,13 @@ class Progress:
         every: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stage, self._total, self._unit, self._every, self._clock = stage, total, unit, every, clock
+        self._stage, self._total, self._unit, self._every, self._clock = stage, total or None, unit, every, clock
         self._stream = sys.stderr if stream is None else stream
         self._tty = self._stream.isatty()
         self._lock = threading.Lock()
         self._began, self._first = clock(), done
-        self._done, self._wait, self._extra = done, None, ""
+        self._done, self._extra = done, ""
+        self._wait: float | None = None
         self._recent: deque[tuple[float, int]] = deque([(self._began, done)])
         self._shown_at: float | None = None
         self._closed = False
@@ -122,7 +123,7 @@ class Progress:
         rate = self._rate()
         if rate > 0:
             parts.append(f"{_count(rate)} {self._unit}/s")
-            if self._total is not None:
+            if self._total:
                 parts.append(f"ETA {humanise((self._total - self._done) / rate)}")
         parts.append(humanise(self._clock() - self._began))
         return " | ".join([*parts, *self._tail()])
@@ -132,8 +133,8 @@ class Progress:
         return f"{self._done:,}{total} {self._unit}"
 
     def _tail(self) -> list[str]:
-        waiting = [] if self._wait is None else [f"data_wait {100 * self._wait:.0f}%"]
-        return waiting + ([self._extra] if self._extra else [])
+        waiting = "" if self._wait is None else f"data_wait {100 * self._wait:.0f}%"
+        return [part for part in (waiting, self._extra) if part]
 
     def _rate(self) -> float:
         (then, before), (now, done) = self._recent[0], self._recent[-1]

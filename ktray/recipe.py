@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ktray.errors import KtrayError
 
 RECIPES = Path(__file__).parent / "recipes"
+DEFAULT = "letters"
 
 
 class Part(BaseModel):
@@ -213,12 +214,18 @@ def keys(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any, s
 def load(recipe: str | None, overrides: list[str]) -> Recipe:
     """The recipe named ``recipe`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
 
-    Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
+    Without a name it is the built-in task's own recipe (``letters`` unless ``task.name`` says otherwise), and the
+    schema's defaults for own data (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
     ``gallery.data=[a,b]`` have their types.
 
     Raises:
         KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
     """
+    own = any(text.startswith("task.data=") for text in overrides)
+    if recipe is None and not own:
+        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
+        wanted = named[-1] if named else DEFAULT
+        recipe = wanted if (RECIPES / f"{wanted}.yaml").exists() else None
     raw = _read_yaml(recipe) if recipe else {}
     for text in overrides:
         key, sign, value = text.partition("=")

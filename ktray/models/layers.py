@@ -76,7 +76,8 @@ def _order(tower: nn.Module) -> _Order:
         stages = {f"layer{i}.": i for i in range(1, 5)}
         return _Order({**dict.fromkeys(("conv", "bn"), 0), **stages}, 5)
     if hasattr(tower, "group_matcher"):
-        by_layer = group_parameters(tower, tower.group_matcher(coarse=False))
+        matcher: Any = tower.group_matcher
+        by_layer = group_parameters(tower, matcher(coarse=False))
         return _Order({n: i for i, names in by_layer.items() for n in names}, max(by_layer))
     children = {f"{name}.": i for i, (name, _) in enumerate(tower.named_children())}
     return _Order(children, len(children))

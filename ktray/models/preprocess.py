@@ -86,7 +86,7 @@ class Preprocess:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Preprocess:
         """Inverse of `to_dict`, also after a trip through JSON."""
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         return cls(**tuples)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _geometry(p: Preprocess) -> transforms.Compose:
         return transforms.Compose([transforms.Resize(scaled, mode), transforms.CenterCrop(p.size)])
     if p.resize_mode == "longest":
         resize = ResizeKeepRatio(scaled, longest=1.0, interpolation=p.interpolation)
-        return transforms.Compose([resize, CenterCropOrPad(p.size, fill=p.fill)])
+        return transforms.Compose([resize, CenterCropOrPad(list(p.size), fill=p.fill)])
     if scaled[0] == scaled[1]:
         # Not ResizeKeepRatio: both libraries take torchvision's rounding of the longer edge here.
         return transforms.Compose([transforms.Resize(scaled[0], mode), transforms.CenterCrop(p.size)])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ktray.errors import KtrayError
 from ktray.models.layers import Layer, tower_layers
+from ktray.models.messages import cause
 from ktray.models.preprocess import Preprocess
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -59,7 +60,7 @@ class TextTower(nn.Module):
                 self._tokenizer = self._make_tokenizer()
             except Exception as error:
                 raise KtrayError(
-                    f"The teacher's tokenizer cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}",
+                    f"The teacher's tokenizer cannot be loaded: {cause(error)}",
                     "Some are fetched from the hub: go on without text by teacher.adapt=probe.",
                 ) from error
         tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
@@ -99,7 +100,8 @@ class Teacher(nn.Module):
         self.source, self.name = source, source.name
         self.fingerprint = fingerprint
         scale = getattr(text.model, "logit_scale", None) if text is not None else None
-        self.logit_scale = float(scale.detach().exp()) if isinstance(scale, torch.Tensor) else 1.0
+        known = isinstance(scale, torch.Tensor) and not scale.is_meta
+        self.logit_scale = float(scale.detach().exp()) if known and scale is not None else 1.0
 
     @property
     def has_text(self) -> bool:

@@ -25,7 +25,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from ktray.errors import KtrayError
-from ktray.models.names import unknown_name
+from ktray.models.messages import cause, unknown_name
 from ktray.models.preprocess import Preprocess
 from ktray.models.teacher import Teacher, TeacherSource, TextTower, Tokenizer
 from ktray.models.weights import describe_keys, fetch, file_digest, load_timm_weights, weight_errors, wrong_keys
@@ -72,9 +72,13 @@ def load_teacher(
     return _build(_resolve(source), load=True).to(device)
 
 
-def build_teacher(source: TeacherSource) -> Teacher:
-    """A teacher's architecture with random weights, for callers that fill it at once."""
-    return _build(_resolve(source), load=False)
+def build_teacher(source: TeacherSource, device: str = "cpu") -> Teacher:
+    """A teacher's architecture without its weights: for callers that fill it at once, or (``device="meta"``) plan.
+
+    Its fingerprint is empty.
+    """
+    with torch.device(device):
+        return _build(_resolve(source), load=False, device=device)
 
 
 def teacher_fingerprint(
@@ -98,7 +102,8 @@ def _resolve(source: TeacherSource) -> _Spec:
         checkpoint = checkpoint or str(MINIVERSE / "model.safetensors")
         config = config or str(MINIVERSE / "miniverse.json")
     if library == "open_clip" and rest:
-        model, _, tag = rest.partition("/")
+        model, _, wanted = rest.partition("/")
+        tag = wanted or None
         parsed = _read_config(config) if isinstance(config, str) else config
         if parsed is None and model not in open_clip.list_models():
             raise unknown_name("open_clip model", model, open_clip.list_models(), "teacher.name")
@@ -108,7 +113,7 @@ def _resolve(source: TeacherSource) -> _Spec:
         if not tag and not checkpoint:
             some = f" (or name a pretrained tag, e.g. open_clip:{model}/{tags[0]})" if tags else ""
             raise KtrayError(f"Teacher '{source.name}' names no weights", _WAY_OUT.replace("FILE,", f"FILE{some},"))
-        return _Spec(source, library, model, tag or None, checkpoint, parsed, source.image_size)
+        return _Spec(source, library, model, tag, checkpoint, parsed, source.image_size)
     if library == "timm" and rest:
         if not timm.is_model(rest):
             raise unknown_name("timm model", rest, timm.list_models(), "teacher.name")
@@ -156,17 +161,20 @@ def _fingerprint(spec: _Spec) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _build(spec: _Spec, load: bool) -> Teacher:
+def _build(spec: _Spec, load: bool, device: str = "cpu") -> Teacher:
     # The file is checked first: building a large model takes longer than finding that it is not there.
     path = fetch(spec.checkpoint) if spec.checkpoint and load else None
-    teacher = (_build_open_clip if spec.library == "open_clip" else _build_timm)(spec, path, load)
+    if spec.library == "open_clip":
+        teacher = _build_open_clip(spec, path, load, device)
+    else:
+        teacher = _build_timm(spec, path, load)
     teacher.eval()
     if spec.image_size:
         _check_size(teacher, spec.image_size)
     return teacher
 
 
-def _build_open_clip(spec: _Spec, path: Path | None, load: bool) -> Teacher:
+def _build_open_clip(spec: _Spec, path: Path | None, load: bool, device: str) -> Teacher:
     registered = _register(spec.model, spec.config) if spec.config else spec.model
     # The tag tells how its weights were trained, also where they come from a local file.
     published = open_clip.get_pretrained_cfg(spec.model, spec.tag) if spec.tag else {}
@@ -180,6 +188,7 @@ def _build_open_clip(spec: _Spec, path: Path | None, load: bool) -> Teacher:
                 registered,
                 pretrained=spec.tag if from_hub else None,
                 load_weights=from_hub,
+                device=device,
                 pretrained_text=False,
                 force_image_size=None if timm_tower else spec.image_size,
                 force_preprocess_cfg=forced or None,
@@ -226,7 +235,9 @@ def _quiet() -> Iterator[None]:
 
 def _build_timm(spec: _Spec, path: Path | None, load: bool) -> Teacher:
     cfg = timm.get_pretrained_cfg(spec.model)
-    sized = {"img_size": spec.image_size} if spec.image_size and cfg is not None and cfg.fixed_input_size else {}
+    sized: dict[str, Any] = (
+        {"img_size": spec.image_size} if spec.image_size and cfg is not None and cfg.fixed_input_size else {}
+    )
     from_hub = load and path is None
     try:
         model = timm.create_model(spec.model, pretrained=from_hub, num_classes=0, **sized)
@@ -239,7 +250,7 @@ def _build_timm(spec: _Spec, path: Path | None, load: bool) -> Teacher:
         model,
         None,
         preprocess.with_size(spec.image_size) if spec.image_size else preprocess,
-        embed_dim=int(getattr(model, "head_hidden_size", None) or model.num_features),
+        embed_dim=feature_dim(model),
         patch_dim=_patch_dim(model),
         source=spec.source,
         fingerprint=_fingerprint(spec) if load else "",
@@ -264,6 +275,12 @@ def _tokenizer(model: str, config: dict[str, Any] | None) -> Tokenizer:
     return tokenizer
 
 
+def feature_dim(model: nn.Module) -> int:
+    """Width of a timm model's pooled features, before its classifier."""
+    width: Any = getattr(model, "head_hidden_size", None) or model.num_features
+    return int(width)
+
+
 def _patch_dim(tower: nn.Module) -> int | None:
     if isinstance(tower, TimmModel):
         tower = tower.trunk
@@ -276,10 +293,11 @@ def _patch_dim(tower: nn.Module) -> int | None:
 def _check_size(teacher: Teacher, image_size: int) -> None:
     try:
         with torch.inference_mode():
-            teacher.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+            device = next(teacher.image_tower.parameters()).device
+            teacher.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device))
     except Exception as error:
         raise KtrayError(
-            f"Teacher '{teacher.name}' cannot see images of {image_size} px: {_cause(error)}",
+            f"Teacher '{teacher.name}' cannot see images of {image_size} px: {cause(error)}",
             "Choose a multiple of its patch size, or its own size.",
         ) from error
 
@@ -287,17 +305,12 @@ def _check_size(teacher: Teacher, image_size: int) -> None:
 def _no_hub(spec: _Spec, error: Exception) -> KtrayError:
     return KtrayError(
         f"The weights of teacher '{spec.source.name}' cannot be fetched, there is no network or no hub "
-        f"({_cause(error)})",
+        f"({cause(error)})",
         _WAY_OUT,
     )
 
 
 def _cannot_build(spec: _Spec, error: Exception) -> KtrayError:
     return KtrayError(
-        f"Teacher '{spec.source.name}' cannot be built: {_cause(error)}", "Check teacher.name and teacher.config."
+        f"Teacher '{spec.source.name}' cannot be built: {cause(error)}", "Check teacher.name and teacher.config."
     )
-
-
-def _cause(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ktray.errors import KtrayError
+from ktray.models.messages import cause
 
 Tensors = dict[str, torch.Tensor]
 
@@ -58,7 +60,7 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
                     os.unlink(temporary)
     except (OSError, ValueError) as error:
         raise KtrayError(
-            f"'{uri}' cannot be fetched: {_first_line(error)}", f"Check {key}=, the network and the credentials."
+            f"'{uri}' cannot be fetched: {cause(error)}", f"Check {key}=, the network and the credentials."
         ) from error
     return target
 
@@ -115,6 +117,7 @@ def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
         KtrayError: not readable, or a pickle with anything but tensors and plain containers.
     """
     with weight_errors(path, key):
+        loaded: Any
         if path.suffix == ".safetensors":
             loaded = load_file(str(path), device="cpu")
         else:
@@ -210,11 +213,6 @@ def _some(keys: list[str]) -> str:
 
 def _unreadable(path: Path, error: Exception, key: str) -> KtrayError:
     return KtrayError(
-        f"'{path}' cannot be read as weights: {_first_line(error)}",
+        f"'{path}' cannot be read as weights: {cause(error)}",
         f"Set {key}= to a safetensors file or a state dict saved by torch.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -102,9 +102,7 @@ def query_balanced(
     )
 
 
-def random_selection(
-    n: int, size: int, seed: int, *, exclude: Collection[int] | np.ndarray = ()
-) -> Selection:
+def random_selection(n: int, size: int, seed: int, *, exclude: Collection[int] | np.ndarray = ()) -> Selection:
     """``size`` of ``n`` gallery images without looking at any query, each equally likely.
 
     The same seed with a smaller ``size`` gives a prefix.

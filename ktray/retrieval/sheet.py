@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-THUMB = 76
+THUMB = 96  # a multiple of 32 and 48, so that small images are enlarged evenly
 _GAP = 8
 _MARGIN = 24
 _LABEL = 132
@@ -19,6 +20,8 @@ _LINE = 17
 _ROW_GAP = 12
 _ARROW = 34
 _TITLE, _SUBTITLE, _NAME, _NUMBER = 21, 14, 14, 12
+
+_EXPLAINED = "fetched, nearest first; below each its cosine to the query"
 
 _PAPER = (255, 255, 255)
 _BAND = (246, 247, 249)
@@ -30,12 +33,17 @@ _QUERY = (0, 90, 181)
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One query: its image (uint8 (H, W, 3)), its class, and its hits, nearest first, with their cosines."""
+    """One query and what it fetched.
 
-    query: np.ndarray
+    Attributes:
+        query: uint8 (H, W, 3); None for a row of images that no query brought.
+        label: the query's class, or what the row is.
+        hits: (uint8 (H, W, 3), cosine) pairs, nearest first; a NaN is not written.
+    """
+
+    query: np.ndarray | None
     label: str
-    images: Sequence[np.ndarray]
-    similarity: Sequence[float]
+    hits: Sequence[tuple[np.ndarray, float]]
 
 
 def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str, subtitle: str = "") -> None:
@@ -47,22 +55,23 @@ def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str
         title: one line, such as the task and the source.
         subtitle: one line of counts, such as ``260 queries · 4,000 images · 12 near-duplicates dropped``.
     """
-    columns = max((len(row.images) for row in rows), default=0)
+    columns = max((len(row.hits) for row in rows), default=0)
     row_height = _GAP + THUMB + _LINE + _ROW_GAP
     hits_left = _MARGIN + _LABEL + THUMB + _ARROW
     head = _MARGIN + 30 + (24 if subtitle else 0) + 26
     heading = _font(_TITLE, True)
-    width = hits_left + max(columns * (THUMB + _GAP) - _GAP, 200) + _MARGIN
-    width = max(width, round(heading.getlength(title)) + 2 * _MARGIN, round(_font(_SUBTITLE).getlength(subtitle)) + 2 * _MARGIN)
+    small = _font(_NUMBER, True)
+    beside = max(columns * (THUMB + _GAP) - _GAP, round(small.getlength(_EXPLAINED)))
+    texts = max(heading.getlength(title), _font(_SUBTITLE).getlength(subtitle))
+    width = max(hits_left + beside, _MARGIN + round(texts)) + _MARGIN
     sheet = Image.new("RGB", (width, head + max(1, len(rows)) * row_height + _MARGIN // 2), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN - 6), title, _INK, heading)
     if subtitle:
         draw.text((_MARGIN, _MARGIN + 24), subtitle, _SOFT, _font(_SUBTITLE))
-    small = _font(_NUMBER, True)
-    draw.text((_MARGIN + _LABEL + THUMB / 2, head - 10), "query", _QUERY, small, anchor="ms")
-    if columns:
-        draw.text((hits_left, head - 10), "fetched, nearest first (cosine below)", _SOFT, small, anchor="ls")
+    if any(row.query is not None for row in rows):
+        draw.text((_MARGIN + _LABEL + THUMB / 2, head - 10), "query", _QUERY, small, anchor="ms")
+        draw.text((hits_left, head - 10), _EXPLAINED, _SOFT, small, anchor="ls")
     if not rows:
         draw.text((_MARGIN, head + 20), "nothing to show", _SOFT, _font(_NAME))
     for number, row in enumerate(rows):
@@ -79,17 +88,20 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top:
     for i, line in enumerate(lines):
         draw.text((_MARGIN + _LABEL - 2 * _GAP, first + i * _LINE), line, _INK, _font(_NAME, True), anchor="ra")
     left = _MARGIN + _LABEL
-    sheet.paste(_thumbnail(row.query), (left, top))
-    draw.rectangle((left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), outline=_QUERY, width=3)
     middle, tip = top + THUMB // 2, hits_left - 10
-    draw.line((left + THUMB + 10, middle, tip - 4, middle), _SOFT, 2)
-    draw.polygon(((tip, middle), (tip - 7, middle - 5), (tip - 7, middle + 5)), _SOFT)
-    for i, (image, similarity) in enumerate(zip(row.images, row.similarity, strict=True)):
+    if row.query is not None:
+        sheet.paste(_thumbnail(row.query), (left, top))
+        draw.rectangle((left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), outline=_QUERY, width=3)
+        draw.line((left + THUMB + 10, middle, tip - 4, middle), _SOFT, 2)
+        draw.polygon(((tip, middle), (tip - 7, middle - 5), (tip - 7, middle + 5)), _SOFT)
+    for i, (image, similarity) in enumerate(row.hits):
         x = hits_left + i * (THUMB + _GAP)
         sheet.paste(_thumbnail(image), (x, top))
         draw.rectangle((x - 1, top - 1, x + THUMB, top + THUMB), outline=_EDGE)
-        draw.text((x + THUMB / 2, top + THUMB + _LINE - 3), f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
-    if not row.images:
+        if math.isfinite(similarity):
+            where = (x + THUMB / 2, top + THUMB + _LINE - 3)
+            draw.text(where, f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
+    if not row.hits:
         draw.text((hits_left, middle), "fetched nothing", _SOFT, _font(_NAME), anchor="lm")
 
 

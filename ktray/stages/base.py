@@ -149,7 +149,7 @@ def _attempt(context: Context, stage: Stage, name: str, booked: str, key: str, k
             status = "FINISHED"
         finally:
             if reporter.progress:
-                reporter.progress.close()
+                reporter.progress.close("done" if status == "FINISHED" else "stopped")
             cost = meter.now()
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status

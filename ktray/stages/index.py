@@ -11,9 +11,9 @@ from ktray.data.decode import decode_rgb
 from ktray.data.sources import Shard, list_shards, read_shard
 from ktray.errors import BadImage
 from ktray.models.preprocess import Preprocess
-from ktray.retrieval.dedup import phash
+from ktray.retrieval.dedup import fingerprint
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
-from ktray.stages.teachers import TeacherSpec
+from ktray.stages.teachers import TeacherSpec, embed_numpy, tower_flops
 from ktray.store import Stage
 from ktray.streaming import Item, Rows, map_shards, write_rows
 
@@ -27,7 +27,7 @@ class _Prepare:
     max_pixels: int
 
     def __call__(self, item: Item) -> Rows:
-        uris, pixels, hashes, bad = [], [], [], []
+        uris, pixels, images, bad = [], [], [], []
         for record in read_shard(self.shards[item["shard"]]):
             try:
                 if record.data is None:
@@ -38,10 +38,12 @@ class _Prepare:
                 continue
             uris.append(record.uri)
             pixels.append(self.preprocess.eval_transform(image))
-            hashes.append(phash(image))
+            images.append(image)
+        prints = fingerprint(images)
         return {
             "uri": np.array(uris, dtype=str),
-            "hash": np.array(hashes, dtype=np.uint64),
+            "hash": prints.hash,
+            "digest": prints.digest,
             "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8),
             "bad": np.array(bad, dtype=str).reshape(-1, 2),
         }
@@ -53,11 +55,11 @@ class Embedder:
     def __init__(self, stage: Stage, spec: TeacherSpec, batch: int) -> None:
         self.stage, self.batch = stage, batch
         self.model = spec.tower()
-        self.flops = spec.forward_flops(self.model)
+        self.flops = tower_flops(self.model)
 
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
         pixels = columns["pixels"]
-        embedding = self.model.embed_numpy(pixels, self.batch)
+        embedding = embed_numpy(self.model, pixels, self.batch)
         norms = np.linalg.norm(embedding, axis=1, keepdims=True)
         unit = (embedding / np.maximum(norms, 1e-12)).astype(np.float16)
         kept = {k: v for k, v in columns.items() if k not in ("pixels", "bad")}
@@ -90,7 +92,7 @@ class MakeEmbedder:
 
 
 def run(context: Context, spec: TeacherSpec) -> Done:
-    """Shards of ``uri``, ``hash`` and ``embedding`` (fp16, unit length) of the whole gallery."""
+    """Shards of ``uri``, ``hash``, ``digest`` and ``embedding`` (fp16, unit length) of the whole gallery."""
     data = context.recipe.gallery.data
     shards = list_shards(data if data is not None else [], column=context.recipe.gallery.column)
 

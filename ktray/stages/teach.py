@@ -16,7 +16,7 @@ from ktray.data.sources import fetch
 from ktray.data.views import ViewPolicy, make_view, render
 from ktray.errors import BadImage, KtrayError
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
-from ktray.stages.teachers import AdaptedSpec
+from ktray.stages.teachers import AdaptedSpec, predict_numpy, resize_numpy, tower_flops
 from ktray.store import Stage
 from ktray.streaming import Item, Rows, map_shards, read_rows, write_rows
 from ktray.training.jobs import Cache
@@ -65,11 +65,9 @@ class _Predict:
     def __init__(self, stage: Stage, spec: AdaptedSpec, student_size: int, views: int, batch: int) -> None:
         self.stage, self.size, self.views, self.batch = stage, student_size, views, batch
         self.model = spec.load()
-        self.flops = spec.forward_flops(self.model)
+        self.flops = tower_flops(self.model)
 
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        from ktray.stages.teachers import predict_numpy, resize_numpy
-
         pixels = columns["pixels"]
         logits = predict_numpy(self.model, pixels, self.batch).astype(np.float16)
         kept = {k: v for k, v in columns.items() if k not in ("pixels", "bad")}

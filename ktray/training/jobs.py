@@ -19,7 +19,7 @@ from ktray import recipe as recipes
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
 from ktray.models.adapted import AdaptedTeacher
-from ktray.models.flops import forward_flops, train_flops
+from ktray.models.flops import train_flops
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.preprocess import Preprocess
 from ktray.models.student import build_student
@@ -298,15 +298,14 @@ class AdaptJob:
 
     def build(self, env: Env) -> Program:
         with self.start.local() as folder:
-            teacher = AdaptedTeacher.load(folder).to(env.device)
+            teacher = AdaptedTeacher.load(folder, env.device)
         batch = max(1, -(-self.part.batch_size // env.world))
         canvases, labels = self.labels.load("train", "canvas")
         pixels, val_labels = self.labels.load("val", "pixels")
         size = teacher.preprocess.size
-        groups = decay_groups(teacher.head, self.part.weight_decay, self.part.head_lr / self.part.lr)
-        blocks = teacher.blocks()
-        for depth, block in enumerate(reversed(blocks)):
-            groups += decay_groups(block, self.part.weight_decay, self.part.layer_decay**depth)
+        groups = teacher.param_groups(
+            self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr
+        )
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
             rows = _label_feed(len(labels), batch, env, self.settings.seed).batches(start, stop)
@@ -322,7 +321,7 @@ class AdaptJob:
             groups=groups,
             batches=batches,
             evaluate=evaluator(pixels, val_labels, lambda m, x: m.logits(x), env),
-            flops_per_step=3 * forward_flops(teacher.tower, (3, *size)) * batch * env.world,
+            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.world,
             images_per_step=batch * env.world,
             device=env.device,
             autocast=torch.bfloat16 if env.device.type == "cuda" else None,
@@ -352,3 +351,4 @@ def _label_feed(count: int, batch: int, env: Env, seed: int) -> Feed:
 def _to_device(rows: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[Batch]:
     for row in rows:
         yield {k: torch.from_numpy(np.ascontiguousarray(v)).to(device, non_blocking=True) for k, v in row.items()}
+

@@ -65,7 +65,9 @@ def block(images: list[np.ndarray], embedding: np.ndarray, offset: int = 0) -> G
 def test_planted_copies_are_found_and_named(change: object) -> None:
     copies = [change(i) for i in HELDOUT[:20]]  # type: ignore[operator]
     images = OTHERS[:75] + copies + OTHERS[75:]
-    table = near_duplicates([block(images, embed(images))], embed(HELDOUT), fingerprint_heldout(HELDOUT), similarity=0.9)
+    table = near_duplicates(
+        [block(images, embed(images))], embed(HELDOUT), fingerprint_heldout(HELDOUT), similarity=0.9
+    )
     planted = {75 + i: i for i in range(20)}
     found = dict(zip(table.gallery.tolist(), table.heldout.tolist(), strict=True))
     assert len(found.items() & planted.items()) >= 18

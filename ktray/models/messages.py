@@ -1,4 +1,4 @@
-"""Model names: the nearest known ones for an unknown one."""
+"""Words for errors about models."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def unknown_name(kind: str, name: str, known: Sequence[str], key: str) -> KtrayE
     near = [lower[k] for k in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
     remedy = f"Did you mean {' or '.join(near)}? Set {key}=." if near else f"Set {key}= to a known one."
     return KtrayError(f"There is no {kind} '{name}'", remedy)
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what a library raised, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,125 @@
+"""The command line that all jobs share: recipe, overrides, help from the schema, one clear line per error."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ktray import recipe as recipes
+from ktray.errors import KtrayError
+from ktray.recipe import Recipe
+
+USAGE = "[--recipe NAME|FILE.yaml] [key.path=value ...] [--plan] [--debug] [--help]"
+
+
+@dataclass
+class Arguments:
+    """A parsed command line."""
+
+    recipe: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    plan: bool = False
+    debug: bool = False
+    help: bool = False
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Raises `KtrayError` for an unknown option."""
+    found = Arguments()
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--help", "-h"):
+            found.help = True
+        elif word == "--plan":
+            found.plan = True
+        elif word == "--debug":
+            found.debug = True
+        elif word == "--recipe" or word.startswith("--recipe="):
+            value = word.partition("=")[2] or next(rest, "")
+            if not value:
+                raise KtrayError("--recipe needs a name or a file", f"Usage: {USAGE}")
+            found.recipe = value
+        elif word.startswith("-"):
+            raise KtrayError(f"Unknown option '{word}'", f"Usage: {USAGE}; keys are given as key.path=value.")
+        else:
+            found.overrides.append(word)
+    return found
+
+
+def help_text(program: str, purpose: str) -> str:
+    """Usage and every key of the recipe with type, default and meaning."""
+    lines = [f"python jobs/{program}.py {USAGE}", "", purpose, ""]
+    lines += [f"Recipes: {', '.join(sorted(p.stem for p in recipes.RECIPES.glob('*.yaml'))) or 'none'}", "", "Keys:"]
+    for key, default, kind, text in recipes.keys():
+        shown = "null" if default is None else default
+        lines.append(f"  {key}={shown}  ({kind})\n      {text}")
+    return "\n".join(lines)
+
+
+def main(
+    program: str,
+    purpose: str,
+    run: Callable[[Recipe, Callable[[str], None], bool], None],
+    plan: Callable[[Recipe, Callable[[str], None]], None],
+    argv: list[str] | None = None,
+) -> int:
+    """Parse, build the recipe, run or plan. Returns the exit code: 0 only if the result was written."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.help:
+            say(help_text(program, purpose))
+            return 0
+        recipe = recipes.load(arguments.recipe, arguments.overrides)
+        from ktray.bootstrap import check_torchvision
+
+        check_torchvision()
+        if arguments.plan:
+            plan(recipe, say)
+        else:
+            run(recipe, say, arguments.debug)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def say(text: str) -> None:
+    """One line for the person who watches, at once."""
+    print(text, flush=True)
+
+
+def explain(error: BaseException) -> str:
+    """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause."""
+    chain: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop(0)
+        if one is None or one in chain:
+            continue
+        chain.append(one)
+        todo += [one.__cause__, getattr(one, "cause", None), one.__context__]
+        todo += list(getattr(one, "worker_failures", {}).values())
+    for one in chain:
+        if isinstance(one, KtrayError):
+            return str(one)
+    for one in chain:
+        # Ray re-raises errors of workers as text when they do not pickle.
+        text = str(one)
+        if "ktray.errors.KtrayError:" in text:
+            return text.rsplit("ktray.errors.KtrayError:", 1)[1].strip().splitlines()[0]
+    for one in chain:
+        if isinstance(one, OSError) and one.errno:
+            from ktray.store import storage_error
+
+            return str(storage_error(one, str(one.filename or "store")))
+    last = chain[-1]
+    text = " ".join(str(last).split()) or type(last).__name__
+    return f"{type(last).__name__}: {text[-400:]} (--debug shows where)"

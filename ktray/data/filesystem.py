@@ -1,0 +1,236 @@
+"""Files here and on S3, by one set of functions.
+
+A path is a local path or ``s3://bucket/key``. Keys are taken as they are, spaces and non-ASCII included. An
+S3-compatible server is named by ``AWS_ENDPOINT_URL``, credentials and region come from the environment.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ktray.errors import KtrayError
+
+# One encoded image is held in memory as a whole; nothing that is a photo comes near this.
+MAX_FILE_BYTES = 1 << 28
+
+_JUNK = ("__MACOSX",)
+
+
+class FileTooLarge(OSError):
+    """A file or member above `MAX_FILE_BYTES`."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """A file and what tells one version of it from another."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path and not path.startswith("file://")
+
+
+def normalise(path: str) -> str:
+    """Absolute local path, or the uri without a closing slash."""
+    if is_remote(path):
+        return path.rstrip("/")
+    return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+
+
+@functools.lru_cache(maxsize=64)
+def bucket_filesystem(root: str) -> pafs.FileSystem:
+    """The file system of ``s3://bucket``. Bucket names need no encoding, so keys never go through a parser."""
+    try:
+        return pafs.FileSystem.from_uri(root)[0]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise KtrayError(
+            f"'{root}' cannot be opened: {_line(error)}", "Check its name, the credentials and AWS_ENDPOINT_URL."
+        ) from error
+
+
+def locate(path: str) -> tuple[pafs.FileSystem, str]:
+    """File system and the path inside it."""
+    if not is_remote(path):
+        return pafs.LocalFileSystem(), normalise(path)
+    scheme, _, rest = path.partition("://")
+    return bucket_filesystem(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
+
+
+def stat(path: str) -> FileStat | None:
+    """None unless it is a file. ``mtime_ns`` is S3's LastModified there."""
+    if not is_remote(path):
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return FileStat(path, found.st_size, found.st_mtime_ns) if os.path.isfile(path) else None
+    fs, inside = locate(path)
+    info = fs.get_file_info(inside)
+    return FileStat(path, info.size, info.mtime_ns or 0) if info.type == pafs.FileType.File else None
+
+
+def printable(name: str) -> str:
+    """A name that a table can hold: bytes that are no UTF-8, which Linux allows in names, become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def is_folder(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    fs, inside = locate(path)
+    return bool(fs.get_file_info(inside).type == pafs.FileType.Directory)
+
+
+def hidden(name: str) -> bool:
+    """Not meant as data: dot files (``.DS_Store``, ``._photo.jpg``) and archive left-overs."""
+    return name.startswith(".") or name in _JUNK
+
+
+def folders(path: str) -> list[str]:
+    """Names of the folders directly in a folder, links to folders included, sorted."""
+    if not is_remote(path):
+        with os.scandir(path) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not hidden(e.name))
+    fs, inside = locate(path)
+    infos = fs.get_file_info(pafs.FileSelector(inside))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory and not hidden(i.base_name))
+
+
+def walk(path: str) -> Iterator[FileStat]:
+    """All files below a folder, in no order, hidden ones left out.
+
+    A linked folder is not entered (it may lead in a circle, or to what is read elsewhere already), nor one
+    without permission: either comes out as a `FileStat` of size -1, so that it is reported when it is read.
+
+    Raises:
+        KtrayError: the folder itself cannot be listed.
+    """
+    try:
+        if is_remote(path):
+            yield from _walk_remote(path)
+        else:
+            yield from _walk_local(path, top=True)
+    except OSError as error:
+        raise KtrayError(f"Folder '{path}' cannot be listed: {_line(error)}", "Check its permissions.") from error
+
+
+def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
+    try:
+        entries = list(os.scandir(path))
+    except OSError:
+        if top:
+            raise
+        yield FileStat(path, -1, 0)
+        return
+    for entry in entries:
+        if hidden(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk_local(entry.path)
+        elif entry.is_dir():
+            yield FileStat(entry.path, -1, 0)
+        else:
+            try:
+                found = entry.stat()
+                yield FileStat(entry.path, found.st_size, found.st_mtime_ns)
+            except OSError:  # a link to nowhere: reading it says so
+                yield FileStat(entry.path, 0, 0)
+
+
+def _walk_remote(path: str) -> Iterator[FileStat]:
+    fs, inside = locate(path)
+    scheme = path.partition("://")[0]
+    for info in fs.get_file_info(pafs.FileSelector(inside, recursive=True)):
+        below = info.path[len(inside) :].strip("/").split("/")
+        if info.type == pafs.FileType.File and not any(hidden(part) for part in below):
+            yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
+
+
+def has_glob(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths that match ``*``, ``?``, ``[...]`` and ``**`` (any depth), sorted."""
+    if not is_remote(pattern):
+        return sorted(glob.glob(normalise(pattern), recursive=True))
+    base = pattern[: re.search(r"[*?\[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    if base.endswith(":/"):
+        raise KtrayError(f"'{pattern}' has a wildcard in the bucket's name", "Name the bucket in full.")
+    parts = pattern.split("/")
+    return sorted(s.path for s in _walk_remote(base) if _match(s.path.split("/"), parts))
+
+
+def _match(path: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_match(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _match(path[1:], pattern[1:])
+
+
+def open_stream(path: str) -> Any:
+    """A file for reading from start to end (``with`` closes it)."""
+    if not is_remote(path):
+        return open(path, "rb")
+    fs, inside = locate(path)
+    return fs.open_input_stream(inside)
+
+
+def open_random(path: str) -> Any:
+    """A file for reading anywhere (``with`` closes it)."""
+    if not is_remote(path):
+        return open(path, "rb")
+    fs, inside = locate(path)
+    return fs.open_input_file(inside)
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        OSError: it cannot be read; `FileTooLarge` above `MAX_FILE_BYTES`.
+    """
+    with open_stream(path) as stream:
+        data = bytes(stream.read(MAX_FILE_BYTES + 1))
+    if len(data) > MAX_FILE_BYTES:
+        raise FileTooLarge(f"more than {MAX_FILE_BYTES >> 20} MiB")
+    return data
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file; local folders on the way are made."""
+    fs, inside = locate(path)
+    if not is_remote(path):
+        Path(inside).parent.mkdir(parents=True, exist_ok=True)
+    with fs.open_output_stream(inside) as stream:
+        stream.write(data)
+
+
+def why(error: Exception) -> str:
+    """A file error in a few words, for a quarantine list or an error line."""
+    if isinstance(error, IsADirectoryError):
+        return "a linked or closed folder, which is not entered: name it as a source of its own"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    return _line(error)
+
+
+def _line(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:200]) or type(error).__name__

@@ -1,0 +1,126 @@
+"""Reading: shards from start to end, or single images by uri.
+
+A file that cannot be read is a record with an error, never an exception: one broken file ends no run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ktray.data import filesystem
+from ktray.data.filesystem import MAX_FILE_BYTES, why
+from ktray.data.parquets import image_column, iter_rows, read_footer
+from ktray.data.records import Record
+from ktray.data.sources import Shard, resolve
+from ktray.data.tars import fetch_members, read_tar
+from ktray.data.uris import ImageRef
+from ktray.errors import KtrayError
+
+
+def read_shard(shard: Shard) -> Iterator[Record]:
+    """The shard's images in order, encoded, one in memory at a time (Parquet: a batch)."""
+    if shard.kind == "files":
+        captions = shard.captions or (None,) * len(shard.paths)
+        for path, caption in zip(shard.paths, captions, strict=True):
+            if filesystem.printable(path) != path:
+                yield Record(filesystem.printable(path), None, error="the file's name is not UTF-8: rename it")
+                continue
+            data, error = _read_file(path)
+            yield Record(path, data, caption, error)
+    elif shard.kind == "tar":
+        yield from read_tar(shard.paths[0])
+    else:
+        yield from _read_parquet(shard)
+
+
+def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
+    """Images by uri, as (uri, bytes or None, error or None), in the order asked for.
+
+    Each tar and Parquet file is opened once; what comes from them is held until its turn, so ask for as many
+    images as may be in memory together. Plain files are read at their turn.
+    """
+    refs = [ImageRef.parse(uri) for uri in uris]
+    held: dict[ImageRef, tuple[bytes | None, str | None]] = {}
+    groups: dict[tuple[str, str], list[ImageRef]] = {}
+    for ref in refs:
+        groups.setdefault((ref.kind, ref.path), []).append(ref)
+    for (kind, path), group in groups.items():
+        if kind == "tar":
+            held |= fetch_members(path, group)
+        elif kind == "parquet":
+            held |= _fetch_rows(path, group)
+    for uri, ref in zip(uris, refs, strict=True):
+        data, error = held[ref] if ref in held else _read_file(ref.path)
+        yield uri, data, error
+
+
+def _read_file(path: str) -> tuple[bytes | None, str | None]:
+    if not path:
+        return None, "empty path"
+    ref = ImageRef.parse(path)
+    if ref.kind != "file":  # a list may name members and rows
+        _, data, error = next(fetch([path]))
+        return data, error
+    try:
+        return filesystem.read_bytes(path), None
+    except (OSError, ValueError, KtrayError) as error:  # ValueError: a NUL in the name
+        return None, why(error)
+
+
+def _read_parquet(shard: Shard) -> Iterator[Record]:
+    path = shard.paths[0]
+    if shard.column is None or shard.count is None:
+        yield Record(path, None, error=f"broken Parquet file: {_broken(path)}")
+        return
+    columns = [shard.column, *([shard.caption] if shard.caption else [])]
+    named = shard.column if shard.named else None
+    done = shard.start
+    last = shard.start + shard.count
+    try:
+        for row, values in iter_rows(path, columns, range(shard.start, last)):
+            uri, data, error = _cell(values[shard.column], path, ImageRef(path, row=row, column=named))
+            yield Record(uri, data, values.get(shard.caption) if shard.caption else None, error)
+            done = row + 1
+    except Exception as error:  # pyarrow raises its own types, OSError and ValueError on broken pages
+        for row in range(done, last):
+            uri = str(ImageRef(path, row=row, column=named))
+            yield Record(uri, None, error=f"broken Parquet file: {why(error)}")
+
+
+def _broken(path: str) -> str:
+    try:
+        read_footer(path)
+    except Exception as error:
+        return why(error)
+    return "it was broken when it was listed and has changed since"
+
+
+def _cell(value: Any, path: str, ref: ImageRef) -> tuple[str, bytes | None, str | None]:
+    """Uri and content of one cell: bytes, ``{bytes, path}``, or a path."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        if len(value) > MAX_FILE_BYTES:
+            return str(ref), None, f"more than {MAX_FILE_BYTES >> 20} MiB"
+        return str(ref), value, None
+    if not value:
+        return str(ref), None, "empty cell"
+    uri = resolve(str(value), path)
+    if ImageRef.parse(uri).kind == "parquet":  # it may name itself
+        return uri, None, "a Parquet cell that names a Parquet cell"
+    return uri, *_read_file(uri)
+
+
+def _fetch_rows(path: str, refs: Sequence[ImageRef]) -> dict[ImageRef, tuple[bytes | None, str | None]]:
+    out: dict[ImageRef, tuple[bytes | None, str | None]] = {}
+    for column in dict.fromkeys(ref.column for ref in refs):
+        by_row = {int(ref.row or 0): ref for ref in refs if ref.column == column}
+        try:
+            name = image_column(read_footer(path).schema, column or "auto", path)
+            for row, values in iter_rows(path, [name], sorted(by_row)):
+                out[by_row[row]] = _cell(values[name], path, by_row[row])[1:]
+        except Exception as error:
+            for ref in by_row.values():
+                out.setdefault(ref, (None, f"broken Parquet file: {why(error)}"))
+    return out

@@ -1,0 +1,182 @@
+"""Decide what the recipe leaves open, from the data and the machine, each with its reason."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ktray.data.labelled import LabelledSet, read_labelled
+from ktray.data.sources import Shard, fetch, list_shards
+from ktray.errors import KtrayError
+from ktray.models.heads import DEFAULT_TEMPLATES
+from ktray.recipe import Recipe, digest
+from ktray.resources import Plan
+
+DEFAULT_TASK = "letters"
+PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
+SMALL_STUDENT = "convnext_atto"
+SMALL_STUDENT_KWARGS: dict[str, Any] = {"depths": [2, 2, 4, 2], "dims": [32, 64, 128, 192], "patch_size": 2}
+SAMPLE = 48
+
+
+@dataclass
+class Resolved:
+    """A recipe without open keys, and what was read to close them."""
+
+    recipe: Recipe
+    task: LabelledSet
+    class_names: list[str]
+    prompts: list[str]
+    fingerprint: str
+    canvas: float
+    gallery_images: int | None
+    reasons: list[str]
+
+
+def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+    """Read the labels, then close every open key. The given recipe is not changed."""
+    recipe = recipe.model_copy(deep=True)
+    reasons: list[str] = []
+
+    def choose(key: str, value: Any, why: str) -> None:
+        part: Any = recipe
+        *path, name = key.split(".")
+        for step in path:
+            part = getattr(part, step)
+        setattr(part, name, value)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        reasons.append(f"{key}={shown} ({why})")
+
+    names: list[str] | None = None
+    prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
+    root = recipe.task.data
+    if root is None:
+        root, names, own_prompts = _builtin(recipe, choose, say)
+        prompts = list(recipe.task.prompts or own_prompts)
+    part = recipe.task
+    task = read_labelled(
+        root,
+        splits=part.splits,
+        seed=part.split_seed,
+        val_fraction=part.val_fraction,
+        test_fraction=part.test_fraction,
+        labels_per_class=part.labels_per_class,
+    )
+    reasons += list(task.notes)
+    shards = _gallery(recipe)
+    counts = [s.count for s in shards]
+    gallery_images = None if None in counts or not shards else sum(c or 0 for c in counts)
+    sides = _short_sides(task)
+    median = int(statistics.median(sides)) if sides else 224
+    on_gpu = plan.worker_gpus > 0
+
+    if recipe.teacher.name is None:
+        if recipe.teacher.checkpoint:
+            raise KtrayError(
+                "teacher.checkpoint is set but teacher.name is not", "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16."
+            )
+        name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
+        choose("teacher.name", name, "published model for own data; fetched from its hub")
+    if recipe.image_size is None:
+        size = next((s for s in (224, 160, 128, 96, 64, 48, 32) if s <= median), 32)
+        if not on_gpu and size > 128:
+            choose("image_size", 128, f"median short side {median} px; larger inputs are slow without a GPU")
+        else:
+            choose("image_size", size, f"median short side of the labelled images is {median} px")
+    size = int(recipe.image_size or 32)
+    if recipe.student.name is None:
+        if size <= 64:
+            recipe.student.kwargs = {**SMALL_STUDENT_KWARGS, **recipe.student.kwargs}
+            choose("student.name", SMALL_STUDENT, f"small, and total stride 16 keeps a map at {size} px")
+        elif on_gpu:
+            choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
+        else:
+            choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    if recipe.transfer.source == "auto":
+        if shards:
+            choose("transfer.source", "retrieved", "there is a gallery")
+        else:
+            choose("transfer.source", "target", "no gallery.data: the task's own images are the transfer set")
+    if recipe.transfer.source in ("generic", "retrieved") and not shards:
+        raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
+    if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
+        recipe.objective.name = "scratch"
+        recipe.transfer.source = "none"
+    if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
+        limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
+        if gallery_images is not None:
+            limit = min(limit, max(1, gallery_images // 2))
+        choose("transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow")
+    images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
+    if recipe.train.batch_size is None:
+        choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
+    batch = int(recipe.train.batch_size or 128)
+    if recipe.train.steps is None:
+        epochs = recipe.train.epochs
+        if epochs is None:
+            epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
+            choose("train.epochs", round(epochs, 2), "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs")
+        choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
+    if recipe.train.epochs is None:
+        recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
+    canvas = 1.0 if median <= size else 8 / 7
+    fingerprint = digest(
+        [[e.uri, e.label] for e in task.train],
+        [[e.uri, e.label] for e in task.val],
+        [[e.uri, e.label] for e in task.test],
+        task.unlabeled,
+        task.classes,
+        canvas,
+    )
+    return Resolved(recipe, task, names or task.classes, prompts, fingerprint, canvas, gallery_images, reasons)
+
+
+def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[str, list[str], list[str]]:
+    import json
+
+    from ktray.miniverse import TASKS, ensure_gallery, ensure_task
+
+    if recipe.task.name is None:
+        choose("task.name", DEFAULT_TASK, "the built-in task")
+    name = str(recipe.task.name)
+    if name not in TASKS:
+        import difflib
+
+        near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data.")
+    home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
+    if not home.exists():
+        say("miniverse drawing the small world (once, some seconds)")
+    folder = ensure_task(home, name)
+    facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    if recipe.gallery.data is None and recipe.transfer.source in ("auto", "generic", "retrieved"):
+        recipe.gallery.data = str(ensure_gallery(home))
+    if recipe.teacher.name is None:
+        choose("teacher.name", "miniverse", "the small model that ships, for a built-in task")
+    return str(folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
+
+
+def _gallery(recipe: Recipe) -> list[Shard]:
+    if recipe.gallery.data is None or recipe.transfer.source not in ("auto", "generic", "retrieved"):
+        return []
+    return list_shards(recipe.gallery.data, column=recipe.gallery.column)
+
+
+def _short_sides(task: LabelledSet) -> list[int]:
+    step = max(1, len(task.train) // SAMPLE)
+    sides = []
+    for _, data, _ in fetch([e.uri for e in task.train[::step][:SAMPLE]]):
+        try:
+            with Image.open(io.BytesIO(data or b"")) as image:
+                sides.append(min(image.size))
+        except Exception:  # any of Pillow's errors; the stage that decodes the image tells and counts it
+            continue
+    return sides

@@ -1,0 +1,215 @@
+"""What a run leaves in its folder: result.json, the student, the report, and the same in MLflow."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ktray.data.decode import decode_rgb
+from ktray.data.sources import fetch
+from ktray.errors import BadImage
+from ktray.models.student_io import save_student
+from ktray.report import WorstError, write_report
+from ktray.stages import evaluate
+from ktray.stages.base import Context
+from ktray.stages.transfer import student_spec
+from ktray.store import Dir
+from ktray.tasks.classification import confusion_matrix, softmax
+from ktray.tracking import stable_metrics
+from ktray.training.shell import Env
+
+if TYPE_CHECKING:
+    from ktray.pipeline import Made
+
+SCHEMA = 1
+PACKAGES = ("ray", "torch", "torchvision", "timm", "open_clip_torch", "mlflow", "pyarrow", "numpy", "pillow")
+WORST = 24
+
+
+def write(context: Context, made: Made, begun: float) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``."""
+    folder = context.store.run(context.run_id)
+    result = build(context, made, folder)
+    result["wall_seconds"] = round(time.time() - begun, 2)
+    with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
+        local = Path(scratch)
+        student, example = _student(context, made, local / "student")
+        folder.put(local / "student", "student")
+        context.quarantine.write(str(local / "quarantine.parquet"))
+        folder.put(local / "quarantine.parquet")
+        report = _report(context, made, result, local)
+        folder.put(report)
+    folder.write_json("result.json", result)
+    _log(context, made, result, folder, student, example)
+    folder.delete("running.json")
+    return result
+
+
+def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
+    """``result.json``: see the README for its keys."""
+    recipe = context.recipe
+    metrics = made.evaluate.manifest["metrics"]
+    found = {
+        "schema": SCHEMA,
+        "run_id": context.run_id,
+        "task": recipe.task.name or recipe.task.data,
+        "objective": recipe.objective.name,
+        "student": recipe.student.name,
+        "teacher": recipe.teacher.name if made.adapt else None,
+        "seed": recipe.seed,
+        "label_budget": len(context.task.train),
+        "metric": {
+            "name": "top1",
+            "test": metrics["student"]["top1"],
+            "val": best_validation(made.student.manifest),
+            "mean_class_accuracy": metrics["student"]["mean_class_accuracy"],
+            "per_class": metrics["student"]["per_class"],
+            "test_images": metrics["student"]["n"],
+        },
+        "cost": context.ledger.summary(),
+        "stages": context.ledger.stages(),
+        "data": {
+            "read": context.read,
+            "quarantined": len(context.quarantine.rows),
+            "reasons": dict(Counter(row[1] for row in context.quarantine.rows)),
+            "quarantine_list": folder.file("quarantine.parquet"),
+        },
+        "mlflow": context.tracker.info(),
+        "versions": versions(),
+        "device": dict(context.ledger.device),
+        "cluster": {"workers": context.plan.workers, "cpus": context.plan.total_cpus, "gpus": context.plan.total_gpus},
+    }
+    if made.adapt:
+        found["teacher_metric"] = {
+            "val": made.adapt.manifest["val"],
+            "test": metrics["teacher"]["top1"],
+            "adapt": made.adapt.manifest["chosen"],
+        }
+    if made.floor:
+        found["scratch_metric"] = {"val": best_validation(made.floor.manifest), "test": metrics["scratch"]["top1"]}
+    if made.curate:
+        kept = made.curate.manifest
+        found["transfer_set"] = {
+            "source": recipe.transfer.source,
+            "strategy": recipe.transfer.strategy,
+            "size": recipe.transfer.size,
+            "kept": kept["kept"],
+            "dropped": kept["dropped"],
+            "path": made.curate.stage.file("transfer.parquet"),
+        }
+    return found
+
+
+def best_validation(manifest: dict[str, Any]) -> float:
+    """Validation top-1 of the weights that a stage kept."""
+    curve = [row for row in manifest["curve"] if "val_top1" in row]
+    kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
+    return float(kept[-1]["val_top1"])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ktray and the libraries that decide a result."""
+    from ktray import __version__
+
+    found = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:
+    from ktray.models.student import build_student
+
+    spec = student_spec(context, made.student.stage)
+    model, preprocess = spec.build(Env(torch.device("cpu"), 0, 1, 1.0), 0)
+    student = build_student(spec.name, spec.kwargs, spec.num_classes, spec.image_size)
+    student.model.load_state_dict(model.state_dict())
+    student.eval()
+    save_student(student, folder, context.task.classes)
+    example = np.zeros((2, 3, *preprocess.size), np.float32)
+    return student.model, example
+
+
+def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) -> Path:
+    rows = evaluate.load(made.evaluate.stage)
+    logits, labels = rows["student"], rows["label"].astype(np.int64)
+    probability = softmax(logits)
+    predicted = probability.argmax(1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
+    worst = []
+    uris = [str(rows["uri"][i]) for i in wrong]
+    for i, (uri, data, _) in zip(wrong.tolist(), fetch(uris), strict=True):
+        try:
+            image = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels)
+        except BadImage:
+            continue
+        names = context.task.classes
+        confidence = float(probability[i, predicted[i]])
+        worst.append(WorstError(image, names[labels[i]], names[predicted[i]], confidence, uri))
+    curves = {
+        name: done.manifest["curve"]
+        for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
+        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not made.transfer)
+    }
+    sheet = None
+    if made.curate and made.curate.stage.exists("contact_sheet.png"):
+        sheet = folder / "contact_sheet.png"
+        sheet.write_bytes(made.curate.stage.read("contact_sheet.png"))
+    return write_report(
+        folder,
+        {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
+        curves=curves,
+        confusion=confusion_matrix(predicted, labels, len(context.task.classes)),
+        classes=context.task.classes,
+        contact_sheet=sheet,
+        worst=worst,
+        comparisons=comparisons(result),
+    )
+
+
+def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Teacher, student and floor as points of cost (FLOPs, worth without cache) and test accuracy."""
+    cost = result["cost"]
+    points = [
+        {
+            "name": f"student ({result['objective']})",
+            "flops": cost["without_cache"]["flops"],
+            "test": result["metric"]["test"],
+            "val": result["metric"]["val"],
+        }
+    ]
+    if "scratch_metric" in result:
+        floor = cost.get("baselines", {}).get("scratch", {})
+        points.append({"name": "scratch", "flops": floor.get("flops", 0), **result["scratch_metric"]})
+    if "teacher_metric" in result:
+        teacher = {k: result["teacher_metric"][k] for k in ("val", "test")}
+        points.append({"name": "teacher", "flops": None, **teacher})
+    return points
+
+
+def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:
+    tracker = context.tracker
+    tracker.final(stable_metrics(result))
+    if folder.is_local:
+        home = Path(folder.path)
+        for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):
+            tracker.artifact(home / name)
+        tracker.artifact(home / "student", "student_files")
+    if made.curate and made.curate.stage.is_local:
+        for name in ("contact_sheet.png", "transfer.parquet"):
+            if made.curate.stage.exists(name):
+                tracker.artifact(Path(made.curate.stage.path) / name)
+    tracker.log_student(student, example)

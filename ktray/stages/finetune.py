@@ -1,0 +1,96 @@
+"""FINETUNE: the student on the labels. From random weights it is the scratch floor.
+
+Validation chooses among the weights along the way, the starting ones included: with few labels the last
+finetuning can destroy what was transferred, and then it is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktray.recipe import Objective
+from ktray.stages import teach as teach_stage
+from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.transfer import fit, student_spec
+from ktray.store import Stage
+from ktray.training.jobs import FinetuneJob, Labels
+from ktray.training.loop import Settings
+
+VERSION = 1
+
+
+def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
+    """``weights.safetensors`` of the finetuned student."""
+    recipe = context.recipe
+    part = recipe.finetune
+
+    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+        settings = Settings(
+            steps=part.steps,
+            lr=part.lr,
+            weight_decay=part.weight_decay,
+            warmup=part.warmup,
+            ema=part.ema,
+            clip=recipe.train.clip,
+            seed=recipe.seed,
+            evals=part.evals,
+            checkpoint_seconds=recipe.train.checkpoint_seconds,
+            keep="best",
+        )
+        job = FinetuneJob(
+            settings,
+            student_spec(context, transfer.stage),
+            Labels(labels.stage),
+            teach_stage.view_policy(context),
+            part.batch_size,
+            recipe.objective,
+            recipe.train,
+            stage,
+            teach_stage.cache(teach),
+            part.replay,
+        )
+        return fit(context, stage, reporter, job, part.steps)
+
+    parts = [VERSION, transfer.key, labels.key, part.model_dump(), recipe.objective.model_dump(), recipe.seed]
+    return run_stage(context, "finetune", parts, work)
+
+
+def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
+    """The student on the labels alone, with the steps and batch that pretraining would have had.
+
+    It stops when validation has not improved for a third of the evaluations: more steps would only cost.
+    """
+    recipe = context.recipe
+    part = recipe.train
+    steps = int(recipe.baselines.scratch_steps or part.steps or 1)
+
+    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+        settings = Settings(
+            steps=steps,
+            lr=part.lr,
+            weight_decay=part.weight_decay,
+            warmup=part.warmup,
+            ema=part.ema,
+            clip=part.clip,
+            seed=recipe.seed,
+            evals=15,
+            patience=5,
+            checkpoint_seconds=part.checkpoint_seconds,
+            keep="best",
+        )
+        job = FinetuneJob(
+            settings,
+            student_spec(context),
+            Labels(labels.stage),
+            teach_stage.view_policy(context),
+            int(part.batch_size or 1),
+            Objective(name="scratch"),
+            part,
+            stage,
+        )
+        return fit(context, stage, reporter, job, steps)
+
+    optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
+    views = recipe.teach.model_dump(exclude={"views", "mode", "seed"})
+    parts = [VERSION, "scratch", labels.key, optimising, steps, recipe.student.model_dump(), views, recipe.seed]
+    return run_stage(context, "scratch", parts, work, ledger_name=booked)

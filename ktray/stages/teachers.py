@@ -1,0 +1,100 @@
+"""Teachers as picklable descriptions that a Ray actor turns into a model where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ktray.models.adapted import AdaptedTeacher
+from ktray.models.flops import forward_flops
+from ktray.models.preprocess import Preprocess
+from ktray.models.teacher import Teacher, TeacherSource
+from ktray.models.teacher_load import load_teacher, teacher_fingerprint
+from ktray.store import Dir
+
+
+def device() -> torch.device:
+    """The accelerator that Ray gave this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A frozen teacher."""
+
+    source: TeacherSource
+    fingerprint: str
+    preprocess: Preprocess
+    embed_dim: int
+    has_text: bool
+
+    @classmethod
+    def of(cls, source: TeacherSource) -> TeacherSpec:
+        """Load the teacher once to learn its facts."""
+        teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
+        fingerprint = teacher_fingerprint(source.name, source.checkpoint, source.config, source.image_size)
+        return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text)
+
+    def load(self) -> Teacher:
+        """With its text tower."""
+        s = self.source
+        return load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size)
+
+    def tower(self) -> Teacher:
+        """Without its text tower."""
+        return self.load().drop_text()
+
+
+@dataclass(frozen=True)
+class AdaptedSpec:
+    """An adapted teacher in the store."""
+
+    directory: Dir
+    preprocess: Preprocess
+
+    def load(self) -> AdaptedTeacher:
+        with self.directory.local() as folder:
+            return AdaptedTeacher.load(folder, device())
+
+
+def tower_flops(model: Teacher | AdaptedTeacher) -> float:
+    """FLOPs of the image tower for one image."""
+    return forward_flops(model.image_tower, (3, *model.preprocess.size))
+
+
+@torch.inference_mode()
+def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
+    return _batched(model.embed, pixels, batch, model.embed_dim)
+
+
+@torch.inference_mode()
+def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32."""
+    return _batched(model.logits, pixels, batch, len(model.classes))
+
+
+@torch.inference_mode()
+def resize_numpy(pixels: np.ndarray, size: int, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to (N, 3, size, size) uint8, antialiased."""
+    if pixels.shape[-1] == size and pixels.shape[-2] == size:
+        return pixels
+    parts = []
+    for at in range(0, len(pixels), batch):
+        x = torch.from_numpy(pixels[at : at + batch]).to(device()).float()
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        parts.append(x.round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, 3, size, size), np.uint8)
+
+
+def _batched(function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
+    where = device()
+    parts = [
+        function(torch.from_numpy(np.ascontiguousarray(pixels[at : at + batch])).to(where)).float().cpu().numpy()
+        for at in range(0, len(pixels), batch)
+    ]
+    return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

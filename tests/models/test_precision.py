@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ktray.models import precision
+from ktray.models.precision import Precision, choose_precision, fp32_channels_last_is_safe
+
+CONV = ("test_resnet", 32)
+
+
+def test_strided_1x1_convolutions_on_few_channels_are_unsafe() -> None:
+    assert not fp32_channels_last_is_safe(nn.Sequential(nn.Conv2d(3, 48, 1, stride=2)))
+    assert not fp32_channels_last_is_safe(nn.Conv2d(16, 16, 1, stride=2, groups=16))
+    assert fp32_channels_last_is_safe(nn.Conv2d(64, 128, 1, stride=2))
+    assert fp32_channels_last_is_safe(nn.Conv2d(3, 48, 1))
+    assert fp32_channels_last_is_safe(nn.Conv2d(3, 48, 3, stride=2))
+
+
+@pytest.mark.parametrize(("name", "safe"), [("fastvit_t8", False), ("mobilenetv3_small_050", True), ("resnet18", True)])
+def test_real_students(name: str, safe: bool) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=2)
+    assert fp32_channels_last_is_safe(model) is safe
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, seconds: dict) -> list:
+    """Replace the clock by a table; what was offered to it is returned."""
+    offered: list = []
+
+    def table(model, candidates, *_):
+        offered.extend(candidates)
+        return {c: seconds.get(c, 1.0) for c in candidates}
+
+    monkeypatch.setattr(precision, "_measure", table)
+    return offered
+
+
+def test_the_fastest_wins_when_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model(CONV[0])
+    offered = measured(monkeypatch, {("bf16", True): 0.5})
+    found = choose_precision(model, "cpu", 32, 8, train=True)
+    assert offered == [(None, False), (None, True), ("bf16", False), ("bf16", True)]
+    assert (found.autocast_dtype, found.memory_format) == (torch.bfloat16, torch.channels_last)
+    assert "bf16 channels-last 500 ms" in found.reason
+    measured(monkeypatch, {("bf16", True): 0.95})
+    found = choose_precision(model, "cpu", 32, 8, train=True)
+    assert (found.autocast_dtype, found.memory_format) == (None, torch.contiguous_format)
+
+
+def test_candidates_are_only_the_safe_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.Conv2d(4, 4, 3))
+    offered = measured(monkeypatch, {})
+    choose_precision(stem, "cpu", 32, 8, train=True)
+    assert (None, True) not in offered
+    assert ("bf16", True) in offered
+    offered = measured(monkeypatch, {})
+    choose_precision(stem, "cpu", 32, 8, train=False)
+    assert (None, True) in offered
+    offered = measured(monkeypatch, {})
+    choose_precision(timm.create_model("test_vit"), "cpu", 160, 8, train=True)
+    assert offered == [(None, False), ("bf16", False)] or (None, True) in offered
+
+
+def test_a_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.Conv2d(4, 4, 3))
+    found = choose_precision(stem, "cpu", 32, 8, train=True, precision="fp32")
+    assert (found.autocast, found.channels_last) == (None, False)
+    offered = measured(monkeypatch, {})
+    assert choose_precision(stem, "cpu", 32, 8, train=True, precision="bf16").autocast == "bf16"
+    assert all(autocast == "bf16" for autocast, _ in offered)
+
+
+def test_rules_of_other_devices() -> None:
+    model = timm.create_model(CONV[0])
+    assert choose_precision(model, "cuda", 32, 8, train=True) == Precision("bf16", True, "the rule on CUDA")
+    assert choose_precision(model, "cuda", 32, 8, train=True, precision="fp32").autocast is None
+    assert not choose_precision(nn.Linear(2, 2), "cuda:1", 32, 8, train=False).channels_last
+    assert choose_precision(model, "mps", 32, 8, train=True).autocast is None
+
+
+def test_the_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_BUDGET_S", 0.2)
+    model = timm.create_model(CONV[0], num_classes=3).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = choose_precision(model, "cpu", 32, 4, train=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+    assert found.reason.count("ms") == 4
+    assert Precision.from_dict(json.loads(json.dumps(found.to_dict()))) == found

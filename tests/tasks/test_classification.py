@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, recall_score
+
+from ktray.tasks import classification
+
+
+def test_metrics_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(500, 7)).astype(np.float32), rng.integers(0, 6, 500)  # class 6 never occurs
+    names = list("abcdefg")
+    found = classification.metrics(logits, labels, names)
+    predicted = logits.argmax(1)
+    assert found["top1"] == pytest.approx(accuracy_score(labels, predicted))
+    recall = recall_score(labels, predicted, labels=range(6), average=None, zero_division=0)
+    np.testing.assert_allclose([found["per_class"][n] for n in names[:6]], recall)
+    assert found["per_class"]["g"] is None
+    assert found["mean_class_accuracy"] == pytest.approx(recall.mean())
+    seen = predicted < 6
+    both = classification.metrics(logits[seen], labels[seen], names)
+    assert both["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels[seen], predicted[seen]))
+    np.testing.assert_array_equal(
+        classification.confusion_matrix(predicted, labels, 7), confusion_matrix(labels, predicted, labels=range(7))
+    )
+
+
+def test_no_rows_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        classification.metrics(np.zeros((0, 3)), np.zeros(0, int), list("abc"))
+
+
+def test_softmax_is_stable():
+    p = classification.softmax(np.array([[1000.0, 1000.0], [-1000.0, 0.0]]))
+    np.testing.assert_allclose(p, [[0.5, 0.5], [0.0, 1.0]], atol=1e-12)

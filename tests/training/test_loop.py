@@ -1,0 +1,142 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ktray.training.loop import Average, Fit, Hooks, Program, Settings, decay_groups, learning_rate
+
+SETTINGS = Settings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
+
+
+class Regression(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, generator):
+        noise = torch.randn(batch["x"].shape, generator=generator) * 0.01
+        return {"loss": ((self.model(batch["x"] + noise) - batch["y"]) ** 2).mean()}
+
+
+def program(evaluate=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            g = torch.Generator().manual_seed(step)
+            x = torch.randn(16, 4, generator=g)
+            yield {"x": x, "y": x.sum(1, keepdim=True)}
+
+    return Program(
+        module=Regression(model),
+        model=model,
+        groups=decay_groups(model, 0.01),
+        batches=batches,
+        evaluate=evaluate,
+        flops_per_step=10.0,
+        images_per_step=16,
+        device=torch.device("cpu"),
+    )
+
+
+class Recorder:
+    """Keeps every save, and can stop the run after one as a kill would."""
+
+    def __init__(self, root, stop_after=None):
+        self.root, self.stop_after, self.saved, self.posts, self.n = root, stop_after, [], [], 0
+
+    def folder(self):
+        self.n += 1
+        path = self.root / f"{self.n}"
+        path.mkdir(parents=True)
+        return path
+
+    def save(self, folder, metrics):
+        kept = self.root / f"kept-{len(self.saved)}"
+        shutil.copytree(folder, kept)
+        self.saved.append(kept)
+        if self.stop_after and len(self.saved) == self.stop_after:
+            raise InterruptedError
+
+    @property
+    def hooks(self):
+        return Hooks(save=self.save, progress=self.posts.append, folder=self.folder)
+
+
+def test_schedule_is_linear_then_half_cosine():
+    s = Settings(steps=100, lr=1, weight_decay=0, warmup=0.1, ema=0, clip=1, seed=0)
+    assert [learning_rate(i, s) for i in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(55, s) == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert learning_rate(100, s) == pytest.approx(0.0)
+
+
+def test_average_equals_a_plain_loop():
+    model = nn.Linear(2, 2)
+    average = Average(model, 0.9)
+    expected = model.weight.detach().clone().double()
+    for step in range(30):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 2))
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    torch.testing.assert_close(average.state["weight"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    settings = Settings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
+    whole = Recorder(tmp_path / "whole")
+    Fit(program(), settings, whole.hooks).run()
+    broken = Recorder(tmp_path / "broken", stop_after=13)
+    with pytest.raises(InterruptedError):
+        Fit(program(), settings, broken.hooks).run()
+    half = json.loads((broken.saved[-1] / "outcome.json").read_text())["step"]
+    assert 0 < half < settings.steps
+    resumed = Recorder(tmp_path / "resumed")
+    state = Fit(program(), settings, resumed.hooks, resume=broken.saved[-1]).run()
+    assert state.step == settings.steps
+    assert state.finished
+    a, b = load_file(whole.saved[-1] / "weights.safetensors"), load_file(resumed.saved[-1] / "weights.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    # A finished run is not trained again.
+    again = Recorder(tmp_path / "again")
+    assert Fit(program(), settings, again.hooks, resume=resumed.saved[-1]).run().finished
+    assert again.saved == []
+
+
+def test_best_keeps_the_start_when_training_only_hurts(tmp_path):
+    start = {}
+
+    def evaluate(model):
+        weight = model[0].weight.detach().clone()
+        start.setdefault("w", weight)
+        return (1.0 if torch.equal(weight, start["w"]) else 0.5), {"val_top1": 0.5}
+
+    settings = Settings(**{**SETTINGS.__dict__, "keep": "best"})
+    recorder = Recorder(tmp_path)
+    state = Fit(program(evaluate), settings, recorder.hooks).run()
+    assert state.best_step == 0
+    assert torch.equal(load_file(recorder.saved[-1] / "weights.safetensors")["0.weight"], start["w"])
+
+
+def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
+    scores = iter([0.1, 0.9] + [0.2] * 50)
+    settings = Settings(**{**SETTINGS.__dict__, "steps": 400, "evals": 20, "patience": 3})
+    recorder = Recorder(tmp_path)
+    state = Fit(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
+    assert state.step == 20 * 4
+    assert state.best_step == 20
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    p = program()
+    p.batches = lambda start, stop: iter([{"x": torch.full((4, 4), torch.nan), "y": torch.zeros(4, 1)}] * 40)
+    with pytest.raises(FloatingPointError, match="step"):
+        Fit(p, SETTINGS, Recorder(tmp_path).hooks).run()
