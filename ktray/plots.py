@@ -7,6 +7,7 @@ browser, so class names and labels in any script are legible.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -28,12 +29,14 @@ _VARIABLES = {
     _LINE: "var(--line)",
     **{colour: f"var(--series-{i + 1})" for i, colour in enumerate(_SERIES)},
 }
+# The same model has the same colour in every report.
+_MAIN = {"student": 0, "scratch": 1, "teacher": 2}
 VALIDATION_KEYS = ("val", "top1", "mean_class_accuracy", "miou", "accuracy")
 
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One way to a model: all FLOPs it took, and its accuracy on test, a fraction."""
+    """One way to a model: all FLOPs it took (0 where they are not known), and its accuracy on test, a fraction."""
 
     name: str
     flops: float
@@ -89,19 +92,35 @@ def validation_value(row: dict[str, Any]) -> float | None:
 
 
 def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accuracy") -> str:
-    """Accuracy against all FLOPs spent, on a logarithmic axis; "" where no point has a positive cost."""
+    """Accuracy against all FLOPs spent, on a logarithmic axis; "" where no point has a cost.
+
+    A point without a cost (0) becomes a horizontal line at its accuracy, such as a teacher that came ready.
+    """
+    lines = [point for point in points if point.flops <= 0]
     points = [point for point in points if point.flops > 0]
     if not points:
         return ""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
-    for i, point in enumerate(points):
-        series = i % len(_SERIES)
+    others = iter(range(len(_MAIN), len(_MAIN) + len(points)))
+    for point in points:
+        series = (_MAIN[point.name] if point.name in _MAIN else next(others)) % len(_SERIES)
         axes.plot(point.flops, point.accuracy, _MARKERS[series], color=_SERIES[series], markersize=10, clip_on=False)
     low, high = min(p.flops for p in points), max(p.flops for p in points)
     axes.set_xlim(low / 3, high * 3)
-    axes.set_ylim(*_span([p.accuracy for p in points]))
+    axes.set_ylim(*_span([p.accuracy for p in (*points, *lines)]))
+    for line in lines:
+        axes.axhline(line.accuracy, color=_SOFT, linewidth=1.4, linestyle=(0, (5, 4)))
+        axes.annotate(
+            f"{line.name} {line.accuracy:.1%}",
+            (0.01, line.accuracy),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=_INK,
+            parse_math=False,
+        )
     for point in points:
         right_half = point.flops > (low * high) ** 0.5 and len(points) > 1
         axes.annotate(
@@ -159,7 +178,7 @@ def _svg(figure: Figure, identifier: str, label: str) -> str:
         text = text.replace(colour, variable)
     # Kept at its drawn size on wide pages and shrunk on narrow ones.
     width = f"{figure.get_figwidth() * 96:.0f}px"
-    head = f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{width};height:auto"'
+    head = f'<svg role="img" aria-label="{html.escape(label)}" style="width:100%;max-width:{width};height:auto"'
     text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
     return text.replace("<svg", head, 1)

@@ -73,7 +73,7 @@ def write_report(
     """
     metric = metric_label(result)
     rows = accuracy_rows(result, comparisons)
-    points = [CostPoint(r["name"], r["flops"], r["test"]) for r in rows if r["flops"] and r["test"] is not None]
+    points = [CostPoint(r["name"], r["flops"] or 0, r["test"]) for r in rows if r["test"] is not None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "flops": flops,
@@ -122,16 +122,22 @@ def closing_table(result: dict[str, Any]) -> str:
         if stage.get("attempts", 1) > 1:
             cached += f" ({stage['attempts']} attempts)"
         rows.append(
-            [stage["name"], cached, seconds(stage.get("wall_seconds")), flops(stage.get("flops")), usd(stage.get("usd"))]
+            [
+                stage["name"],
+                cached,
+                seconds(stage.get("wall_seconds")),
+                flops(stage.get("flops")),
+                usd(stage.get("usd")),
+            ]
         )
     total = _total(result)
     rows.append(["total", "", seconds(total["wall_seconds"]), flops(total["flops"]), usd(total["usd"])])
-    text = _aligned(rows, rules=(1, len(rows) - 1))
+    text = _aligned(rows, words=2, rules=(1, len(rows) - 1))
     accuracy = accuracy_rows(result)
     if accuracy:
         table = [[metric_label(result), "validation", "test"]]
         table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
-        text += "\n\n" + _aligned(table, rules=(1,))
+        text += "\n\n" + _aligned(table, words=1, rules=(1,))
     return text
 
 
@@ -216,15 +222,16 @@ def _scaled(value: float, base: int, prefixes: Sequence[str], unit: str) -> str:
     return f"{value:.3g} {prefixes[step]}{unit}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], rules: Sequence[int]) -> str:
-    """Columns padded to their widest cell, the first two or fewer words left, numbers right; rules above rows."""
+def _aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
+    """Columns as wide as their widest cell, the first ``words`` flush left, the others right; rules above rows."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [all(not any(c.isdigit() for c in row[i].split("(")[0]) for row in rows) for i in range(len(widths))]
     lines = []
     for number, row in enumerate(rows):
         if number in rules:
             lines.append("  ".join("-" * width for width in widths))
-        cells = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
+        cells = [
+            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -245,7 +252,7 @@ def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) 
     tiles = []
     if "student" in tests:
         notes = [
-            f"{100 * (tests['student'] - tests[other]):+.1f} points against {other}"
+            f"{100 * (tests['student'] - tests[other]):+.1f} points against {other}".replace("-", "−")
             for other in ("scratch", "teacher")
             if other in tests
         ]
@@ -253,8 +260,8 @@ def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) 
     total, worth = _total(result), (result.get("cost") or {}).get("without_cache") or {}
     for label, key, show in (("compute spent", "flops", flops), ("money spent", "usd", usd)):
         if total[key] is not None:
-            note = f"{show(worth[key])} without reuse" if worth.get(key) is not None else ""
-            tiles.append((label, show(total[key]), note))
+            spent, alone = show(total[key]), show(worth.get(key))
+            tiles.append((label, spent, f"{alone} without reuse" if alone not in ("–", spent) else ""))
     if total["wall_seconds"] is not None:
         device = total["device_seconds"]
         note = f"{seconds(device)} of device time" if device is not None else ""

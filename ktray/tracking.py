@@ -9,6 +9,7 @@ already has is not logged again, so a job that was restarted from a checkpoint d
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ktray.errors import KtrayError
@@ -141,6 +142,8 @@ class Tracker:
         self._students: dict[int, tuple[Any, Any]] = {}
         self.problem: str | None = None
         self._lines = self._reload()
+        self._hold = _lock(state)
+        self._write_state()
         self._thread = threading.Thread(target=self._work, name="ktray-mlflow", daemon=True)
         self._thread.start()
 
@@ -207,8 +210,14 @@ class Tracker:
         found = self._state.get("run_id")
         return None if found is None else str(found)
 
-    def info(self) -> dict[str, Any]:
-        """The ``mlflow`` object of ``result.json``."""
+    def info(self, timeout: float = 15.0) -> dict[str, Any]:
+        """The ``mlflow`` object of ``result.json``; waits for the run's id while the server does not fail."""
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            while self._queue and self.run_id is None and self.problem is None and self._thread.is_alive():
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
+                self._wake.wait(left)
         return {"tracking_uri": scrub(self.uri), "experiment": self.experiment, "run_id": self.run_id}
 
     def flush(self, timeout: float = 10.0) -> int:
@@ -230,6 +239,8 @@ class Tracker:
             self._closing.set()
             self._wake.notify_all()
         self._thread.join(timeout)
+        if self._hold is not None and not self._thread.is_alive():
+            self._hold.close()
         with self._wake:
             return len(self._queue)
 
@@ -353,3 +364,49 @@ def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers among ``values``; those that JSON lacks (nan, inf) by name."""
     numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) or hasattr(v, "__float__")}
     return {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+
+
+def _lock(state: Path) -> IO[str] | None:
+    """The open lock file of a run's log, or None while another process (or tracker) holds it."""
+    handle = state.with_name(state.name + ".lock").open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return None
+    return handle
+
+
+def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: float = 30.0) -> int:
+    """Send what earlier runs could not: for each folder of ``runs`` that no job is using and that logged to the same
+    server and experiment.
+
+    Args:
+        runs: folder of run folders with ``log.jsonl`` and ``mlflow.json``.
+        uri, experiment, home: as for `Tracker`.
+        timeout: seconds for all of it.
+
+    Returns:
+        How many events are still pending.
+    """
+    deadline, pending = time.monotonic() + timeout, 0
+    address = scrub(tracking_uri(uri, home))
+    for state in sorted(runs.glob("*/mlflow.json")):
+        log = state.with_name("log.jsonl")
+        try:
+            known = json.loads(state.read_text())
+            lines = len(log.read_text(encoding="utf-8", errors="replace").splitlines())
+        except (OSError, ValueError):
+            continue
+        if (known.get("uri"), known.get("experiment")) != (address, experiment) or known.get("sent", 0) >= lines:
+            continue
+        hold = _lock(state)
+        if hold is None:
+            continue
+        hold.close()
+        tracker = Tracker(uri, experiment, log, state, home)
+        left = tracker.close(max(0.0, deadline - time.monotonic()))
+        pending += left
+        if left:  # the server is away: the other folders fare no better
+            break
+    return pending

@@ -1,14 +1,17 @@
 """The ledger, against sums worked out by hand."""
 
 import json
+import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ktray.errors import KtrayError
-from ktray.ledger import DirLog, Entry, Ledger, Meter, attempts, cost_summary, hourly_price, price_of
+from ktray.ledger import DirLog, Entry, Ledger, Meter, attempts, cost_summary, gpu_joules, hourly_price, price_of
 from ktray.store import Dir
 
 CPU = {"cpu": "any", "cores": 4, "memory_bytes": 1, "gpus": []}
@@ -202,3 +205,24 @@ def test_the_log_lies_in_the_stages_folder(tmp_path: Path) -> None:
     assert (tmp_path / "ledger.jsonl").exists()
     found = attempts(DirLog(Dir(str(tmp_path))).read())
     assert [(e.attempt, e.images, e.run) for e in found] == [(1, 1, "r"), (2, 1, "r")]
+
+
+def test_gpu_energy_is_read_from_nvmls_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_joules() is None or torch.cuda.is_available()
+    millijoules = {"GPU-a": 1_500, "GPU-b": 500}
+    nvml = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=millijoules.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid="ab"[i]))
+    read = gpu_joules()
+    assert read is not None
+    assert read() == 2.0
+    millijoules["GPU-b"] += 3_000
+    assert read() == 5.0
+    del millijoules["GPU-a"]  # a card that has no counter: no energy rather than a part of it
+    assert gpu_joules() is None

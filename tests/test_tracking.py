@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ktray.errors import KtrayError
-from ktray.tracking import HIDDEN, Tracker, scrub, stable_metrics, tracking_uri
+from ktray.tracking import HIDDEN, Tracker, catch_up, scrub, stable_metrics, tracking_uri
 from ktray.tracking_server import is_transient
 
 DEAD = "http://127.0.0.1:9"
@@ -179,6 +179,31 @@ def test_a_server_that_is_away_holds_nothing_up_and_gets_everything_later(
     assert by_name["r1"].info.status == "FINISHED"
     assert tracker(tmp_path).close(60) == 0
     assert len(steps(tmp_path, by_name["teach"].info.run_id, "loss")) == 20
+
+
+def test_another_run_sends_what_an_earlier_one_could_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ktray.tracking
+
+    class Away:
+        def __init__(self, *_: Any) -> None:
+            raise ConnectionError("away")
+
+    runs_folder = tmp_path / "runs"
+    with monkeypatch.context() as m:
+        m.setattr(ktray.tracking, "Server", Away)
+        for name in ("r1", "r2"):
+            folder = runs_folder / name
+            t = Tracker(None, "exp", folder / "log.jsonl", folder / "mlflow.json", tmp_path)
+            t.start(name)
+            t.finish()
+            assert t.close(60) == 2
+        assert catch_up(runs_folder, None, "exp", tmp_path) == 2  # tried with the first, left there
+    folder = runs_folder / "r2"
+    in_use = Tracker(None, "exp", folder / "log.jsonl", folder / "mlflow.json", tmp_path)
+    assert catch_up(runs_folder, None, "other experiment", tmp_path) == 0
+    assert catch_up(runs_folder, None, "exp", tmp_path) == 0
+    assert in_use.close(60) == 0
+    assert {name: r.info.status for name, r in runs(tmp_path).items()} == {"r1": "FINISHED", "r2": "FINISHED"}
 
 
 def test_events_do_not_wait_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

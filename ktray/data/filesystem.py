@@ -100,14 +100,17 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in _JUNK
 
 
-def folders(path: str) -> list[str]:
-    """Names of the folders directly in a folder, links to folders included, sorted."""
+def children(path: str) -> tuple[list[str], list[str]]:
+    """Names of the folders (links to folders included) and of the files directly in a folder, sorted."""
     if not is_remote(path):
         with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not hidden(e.name))
-    fs, inside = locate(path)
-    infos = fs.get_file_info(pafs.FileSelector(inside))
-    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory and not hidden(i.base_name))
+            found = [(e.name, e.is_dir()) for e in entries]
+    else:
+        fs, inside = locate(path)
+        infos = fs.get_file_info(pafs.FileSelector(inside))
+        found = [(i.base_name, i.type == pafs.FileType.Directory) for i in infos]
+    found = sorted((name, is_dir) for name, is_dir in found if not hidden(name))
+    return [name for name, is_dir in found if is_dir], [name for name, is_dir in found if not is_dir]
 
 
 def walk(path: str) -> Iterator[FileStat]:

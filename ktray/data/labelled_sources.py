@@ -74,7 +74,8 @@ def read_rows(data: str, splits: str | None, labels_per_class: int | None) -> tu
 
 def _folder(path: str, notes: list[str]) -> list[Row]:
     parts: dict[str, list[str]] = defaultdict(list)
-    for name in filesystem.folders(path):
+    folders, _ = filesystem.children(path)
+    for name in folders:
         if split := SPLITS.get(name.lower()):
             parts[split].append(name)
     if "train" in parts:
@@ -83,12 +84,12 @@ def _folder(path: str, notes: list[str]) -> list[Row]:
             raise KtrayError(
                 f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge or remove one."
             )
-        others = [n for n in filesystem.folders(path) if n.lower() not in SPLITS]
+        others = [n for n in folders if n.lower() not in SPLITS]
         if others:
             notes.append(f"Folders beside train, val and test are ignored: {', '.join(others[:5])}.")
         rows = [row for split, (name,) in sorted(parts.items()) for row in _classes(path, name, split, notes)]
     else:
-        if parts and set(filesystem.folders(path)) == {name for names in parts.values() for name in names}:
+        if parts and set(folders) == {name for names in parts.values() for name in names}:
             raise KtrayError(f"'{path}' has {' and '.join(sorted(parts))} but no train folder", FORMS)
         rows = _classes(path, "", "train", notes)
     if not rows:
@@ -100,7 +101,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
     """Rows of a folder of class folders. Images in folders below a class belong to the class."""
     folder = f"{root}/{inside}" if inside else root
     where = f"{inside}/" if inside else ""
-    names = filesystem.folders(folder)
+    names, files = filesystem.children(folder)
     rows: list[Row] = []
     empty: list[str] = []
     counts = {"not images": 0, "named in something else than UTF-8": 0, "in linked or closed folders": 0}
@@ -121,19 +122,13 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
     for what, number in counts.items():
         if number:
             notes.append(f"{number} files in '{where or './'}' are ignored: {what}.")
-    loose = _loose_images(folder)
+    loose = sum(map(is_image, files))
     if loose:
         notes.append(f"{loose} images directly in '{where or './'}' are ignored: they are in no class folder.")
     if empty:
         shown = ", ".join(f"'{name}'" for name in empty[:5])
         notes.append(f"{len(empty)} class folders in '{where or './'}' hold no image and are dropped: {shown}.")
     return rows
-
-
-def _loose_images(folder: str) -> int:
-    fs, inside = filesystem.locate(folder)
-    infos = fs.get_file_info(filesystem.pafs.FileSelector(inside))
-    return sum(i.type == filesystem.pafs.FileType.File and is_image(i.base_name) for i in infos)
 
 
 def _list(file: FileStat, notes: list[str]) -> list[Row]:
@@ -202,11 +197,10 @@ def _split_lists(path: str, splits: str, labels_per_class: int | None, notes: li
     if not filesystem.is_folder(splits):
         raise KtrayError(f"task.splits '{splits}' is not a folder", "Name a folder with train*.txt, val.txt, test.txt.")
     lists: dict[str, list[str]] = defaultdict(list)
-    for file in sorted(filesystem.walk(splits), key=lambda f: f.path):
-        base = file.path.rpartition("/")[2].lower()
-        kind = SPLITS.get(re.split(r"[_.\-]", base)[0])
-        if kind and base.endswith((".txt", ".csv")):
-            lists[kind].append(file.path)
+    for name in filesystem.children(splits)[1]:
+        kind = SPLITS.get(re.split(r"[_.\-]", name.lower())[0])
+        if kind and name.lower().endswith((".txt", ".csv")):
+            lists[kind].append(f"{splits}/{name}")
     if not lists["train"]:
         raise KtrayError(f"'{splits}' has no train*.txt", "Split lists are named train*.txt, val*.txt and test*.txt.")
     chosen = {kind: _choose(paths, kind, labels_per_class) for kind, paths in lists.items() if paths}
@@ -214,10 +208,10 @@ def _split_lists(path: str, splits: str, labels_per_class: int | None, notes: li
     index = _Index(path)
     rows = [index.row(name, label, kind) for kind, file in chosen.items() for name, label in _pairs(file)]
     named = {row.uri for row in rows if row.split == "train"}
-    for file in lists["train"]:
-        if file != chosen["train"]:
-            pool = (index.row(name, label, "pool") for name, label in _pairs(file))
-            rows += [row for row in pool if row.uri not in named and not named.add(row.uri)]  # type: ignore[func-returns-value]
+    larger = [
+        index.row(*pair, "pool") for other in lists["train"] if other != chosen["train"] for pair in _pairs(other)
+    ]
+    rows += {row.uri: row for row in larger if row.uri not in named}.values()
     index.check(splits)
     return rows
 

@@ -195,7 +195,7 @@ def _nearby(path: str) -> str:
     parent, _, name = path.rpartition("/")
     if filesystem.is_remote(path) or not filesystem.is_folder(parent or "/"):
         return "Check the path (a relative one starts at the current folder)."
-    near = difflib.get_close_matches(name, filesystem.folders(parent or "/"), n=1)
+    near = difflib.get_close_matches(name, sum(filesystem.children(parent or "/"), []), n=1)
     return f"Did you mean '{parent}/{near[0]}'?" if near else f"Folder '{parent or '/'}' exists: check the last part."
 
 

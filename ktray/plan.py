@@ -1,0 +1,116 @@
+"""``--plan``: what a run would do, what is there already, and what the rest will cost. Nothing is run.
+
+FLOPs are counted on the models' real graphs on the meta device, times the samples that will be processed.
+Time and money divide them by a stated rate, so they are no better than that rate; the ledger tells the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ktray.device import describe_device
+from ktray.ledger import hourly_price
+from ktray.models.flops import forward_flops, on_meta, train_flops
+from ktray.models.student import build_student
+from ktray.models.teacher import TeacherSource
+from ktray.models.teacher_load import build_teacher
+from ktray.recipe import Recipe
+from ktray.resolve import Resolved, resolve
+from ktray.resources import Plan, plan
+from ktray.store import Store
+
+# Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
+RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
+GPU_RATE = 42e12
+CORE_RATE = 30e9  # one CPU core, fp32; measured figures lie between 10 and 60 GFLOP/s for these models
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage of a plan. ``flops``, ``store_bytes`` are totals; ``seconds`` are device-seconds."""
+
+    stage: str
+    flops: float
+    store_bytes: float
+    what: str
+
+
+def lines(found: Resolved) -> list[Line]:
+    """The stages that the recipe will go through."""
+    recipe, task = found.recipe, found.task
+    size, classes = int(recipe.image_size or 32), len(task.classes)
+    part = recipe.student
+    student = on_meta(lambda: build_student(str(part.name), dict(part.kwargs), classes, size).model)
+    step = train_flops(student, (3, size, size))
+    scored = forward_flops(student, (3, size, size))
+    train = recipe.train
+    steps, batch = int(train.steps or 1), int(train.batch_size or 1)
+    floor = int(recipe.baselines.scratch_steps or steps)
+    if recipe.objective.name == "scratch":
+        return [
+            Line("finetune", step * floor * batch, 0, f"at most {floor} steps of {batch} labelled images"),
+            Line("evaluate", scored * len(task.test), 0, f"{len(task.test)} test images"),
+        ]
+    t = recipe.teacher
+    teacher = on_meta(lambda: build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config)))
+    tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))  # type: ignore[attr-defined]
+    width = int(teacher.embed_dim)  # type: ignore[arg-type]
+    labelled = len(task.train) + len(task.val)
+    adapt = tower * labelled
+    if t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates):
+        adapt += 3 * tower * t.finetune.steps * t.finetune.batch_size
+    out = [Line("adapt", adapt, labelled * width * 2, f"{t.adapt} on {len(task.train)} labels")]
+    images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
+    if recipe.transfer.source in ("generic", "retrieved"):
+        gallery = found.gallery_images
+        known = f"{gallery:,}" if gallery else "an unknown number of"
+        out.append(Line("index", tower * (gallery or 0), (gallery or 0) * width * 2, f"{known} gallery images"))
+        held = len(task.val) + len(task.test)
+        search = 2.0 * (gallery or 0) * width * (len(task.train) + held)
+        out.append(Line("curate", tower * held + search, images * 100, f"{recipe.transfer.source}, {images:,} images"))
+    views = recipe.teach.views * images
+    stored = views * (3 * size**2 + 2 * classes)
+    out.append(Line("teach", tower * views, stored, f"{recipe.teach.views} views of {images:,} images"))
+    out.append(Line("transfer", step * steps * batch, 0, f"{steps} steps of {batch}"))
+    f = recipe.finetune
+    tuned = step * f.steps * f.batch_size * (1 + f.replay)
+    out.append(Line("finetune", tuned, 0, f"{f.steps} steps of {f.batch_size} and replay"))
+    if recipe.baselines.scratch:
+        out.append(Line("scratch", step * floor * batch, 0, f"the floor, at most {floor} steps (stops early)"))
+    models = scored * (2 if recipe.baselines.scratch else 1) + tower
+    out.append(Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images"))
+    return out
+
+
+def show(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
+    device = describe_device()
+    gpus = device.get("gpus") or []
+    local: Plan = plan(max(2.0, float(device["cores"])), float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu)
+    found = resolve(recipe, local, say)
+    for reason in found.reasons:
+        say(f"recipe    {reason}")
+    name = str(gpus[0]["name"]) if gpus else ""
+    rate = next((r for n, r in RATES.items() if n in name), GPU_RATE) if gpus else CORE_RATE * int(device["cores"])
+    price = hourly_price(device, recipe.prices)
+    store = Store(found.recipe.store)
+    done = {s: len(store.sub(f"stages/{s}").children()) for s in store.sub("stages").children()}
+    say("")
+    say(f"{'stage':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what")
+    total = 0.0
+    for line in lines(found):
+        total += line.flops
+        say(_row(line.stage, line.flops, rate, price, line.store_bytes, line.what))
+    say(_row("total", total, rate, price, 0, ""))
+    kind = name or f"{device['cores']} CPU cores"
+    say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
+    held = ", ".join(f"{n} {s}" for s, n in sorted(done.items()))
+    say(f"store     {store.uri} holds {held or 'no stages'}; whole ones with the same inputs are reused at no cost")
+
+
+def _row(stage: str, flops: float, rate: float, price: float | None, stored: float, what: str) -> str:
+    hours = flops / rate / 3600
+    usd = f"{hours * price:.4f}" if price is not None else "?"
+    size = f"{stored / 1e6:.1f} MB" if stored else ""
+    return f"{stage:<10}{flops:>12.3g}{hours:>14.4f}{usd:>10}{size:>10}  {what}"

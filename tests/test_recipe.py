@@ -1,0 +1,74 @@
+import pytest
+
+from ktray import recipe as recipes
+from ktray.errors import KtrayError
+
+
+def test_overrides_have_types_and_the_resolved_recipe_reads_back(tmp_path):
+    found = recipes.load(None, ["train.lr=1e-3", "gallery.data=[a,b]", "student.kwargs.patch_size=2", "teach.views=2"])
+    assert found.train.lr == 0.001
+    assert found.gallery.data == ["a", "b"]
+    assert found.student.kwargs["patch_size"] == 2
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipes.dump(found))
+    assert recipes.load(str(file), []) == found
+
+
+def test_the_default_is_the_built_in_task_and_own_data_starts_from_the_schema():
+    assert recipes.load(None, []).task.name == "letters"
+    assert recipes.load(None, ["task.name=digits"]).task.name == "digits"
+    own = recipes.load(None, ["task.data=photos"])
+    assert own.student.name is None
+    assert own.train == recipes.Train()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipes.RECIPES.glob("*.yaml")))
+def test_every_named_recipe_is_valid(name):
+    assert recipes.load(name, []).task.name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.lr=3", r"Unknown recipe key 'trian\.lr'\. Did you mean 'train\.lr'"),
+        ("lr=3", r"Did you mean 'train\.lr'"),
+        ("train.lr=fast", r"'train\.lr' does not accept 'fast'"),
+        ("teacher.adapt=magic", "'probe', 'finetune', 'text' or 'auto'"),
+        ("teach.views=0", "greater than or equal to 1"),
+        ("transfer.size", "not a key=value pair"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(KtrayError, match=message):
+        recipes.load(None, [override])
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(KtrayError, match="No recipe is named 'nope'.*letters"):
+        recipes.load("nope", [])
+    with pytest.raises(KtrayError, match="cannot be read"):
+        recipes.load(str(tmp_path / "none.yaml"), [])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("train: {lr: [")
+    with pytest.raises(KtrayError, match="not YAML"):
+        recipes.load(str(bad), [])
+    bad.write_text("train: {learning: 3}")
+    with pytest.raises(KtrayError, match=r"Unknown recipe key 'train\.learning'"):
+        recipes.load(str(bad), [])
+
+
+def test_every_key_is_documented():
+    rows = recipes.keys()
+    assert len(rows) > 60
+    assert all(text for _, _, _, text in rows)
+    contract = {"store", "seed", "task.name", "task.data", "task.kind", "task.labels_per_class", "task.splits",
+                "gallery.data", "teacher.name", "teacher.checkpoint", "teacher.adapt", "student.name",
+                "student.checkpoint", "student.kwargs", "transfer.source", "transfer.strategy", "transfer.size",
+                "objective.name", "teach.mode", "teach.views", "train.epochs", "train.steps", "train.batch_size",
+                "train.lr", "image_size", "cluster.workers", "cluster.use_gpu", "mlflow.uri", "mlflow.experiment"}
+    assert contract <= {key for key, _, _, _ in rows}
+
+
+def test_digest_is_stable_and_tells_values_apart():
+    assert recipes.digest({"a": 1, "b": [2]}) == recipes.digest({"b": [2], "a": 1})
+    assert recipes.digest("a") != recipes.digest("b")

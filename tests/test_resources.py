@@ -1,0 +1,29 @@
+import pytest
+
+from ktray.errors import KtrayError
+from ktray.resources import plan
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_workers_and_a_decode_task_always_fit_together(cpus, workers):
+    p = plan(cpus, 0, 1, workers, "auto")
+    assert p.workers * p.worker_cpus + min(p.decode_cpus, cpus / 2) <= cpus + 1e-9
+    assert p.actors * p.actor_cpus + p.decode_cpus <= cpus + 1e-9
+    assert p.decode_cpus > 0
+    assert p.worker_threads >= 1
+
+
+def test_gpus_are_used_where_there_are_any():
+    p = plan(16, 2, 1, 2, "auto")
+    assert (p.worker_gpus, p.actor_gpus, p.actors) == (1.0, 1.0, 2)
+    assert plan(16, 2, 1, 2, False).worker_gpus == 0
+
+
+def test_what_cannot_fit_ends_with_the_arithmetic():
+    with pytest.raises(KtrayError, match=r"3 training workers need 3 GPUs and the cluster has 1\. Set cluster\.workers=1"):
+        plan(8, 1, 1, 3, True)
+    with pytest.raises(KtrayError, match="do not fit on 1 CPUs"):
+        plan(1, 0, 1, 100, "auto")
+    with pytest.raises(KtrayError, match="no CPU"):
+        plan(0, 0, 1, 1, "auto")

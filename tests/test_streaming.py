@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from ktray.errors import KtrayError
+from ktray.store import Dir
+from ktray.streaming import cpu_shards, map_shards, read_rows, read_windows, stream_windows, write_rows
+from ktray.training.feed import Feed
+
+
+def columns(n, offset=0):
+    rng = np.random.default_rng(offset)
+    return {
+        "uri": np.array([f"a/ü {i}.jpg" for i in range(offset, offset + n)]),
+        "id": np.arange(offset, offset + n),
+        "pixels": rng.integers(0, 256, (n, 3, 4, 5), dtype=np.uint8),
+        "logits": rng.normal(size=(n, 7)).astype(np.float16),
+        "similarity": rng.normal(size=n).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_rows_come_back_as_they_were(tmp_path, n):
+    directory = Dir(str(tmp_path))
+    rows = columns(n)
+    write_rows(directory, "s.parquet", rows)
+    back = read_rows(directory, "s.parquet")
+    assert back.keys() == rows.keys()
+    for name, value in rows.items():
+        if name == "uri":
+            assert [str(u) for u in back[name]] == value.tolist()
+        else:
+            assert back[name].dtype == value.dtype
+            np.testing.assert_array_equal(back[name], value)
+    assert list(read_rows(directory, "s.parquet", ["logits"])) == ["logits"]
+
+
+class Double:
+    """Device half for the test: writes the shard and sums it."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __call__(self, item, rows):
+        write_rows(self.directory, item["name"], {"x": rows["x"] * 2})
+        return {"name": item["name"], "sum": float(rows["x"].sum()), "n": len(rows["x"])}
+
+
+class MakeDouble:
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __call__(self):
+        return Double(self.directory)
+
+
+def prepare(item):
+    if item.get("fail"):
+        raise KtrayError("This shard is broken", "Mend it.")
+    return {"x": np.arange(item["n"], dtype=np.float32)}
+
+
+def test_every_shard_is_finished_once_and_written_whole(cluster, tmp_path):
+    directory = Dir(str(tmp_path))
+    items = [{"name": f"s{i}.parquet", "n": n} for i, n in enumerate([5, 0, 3, 8])]
+    found = list(map_shards(items, prepare, MakeDouble(directory), cluster))
+    assert sorted((s["name"], s["n"], s["sum"]) for s in found) == [
+        (i["name"], i["n"], float(sum(range(i["n"])))) for i in items
+    ]
+    for item in items:
+        np.testing.assert_array_equal(read_rows(directory, item["name"])["x"], 2.0 * np.arange(item["n"]))
+
+
+def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
+    from ktray import cli
+
+    items = [{"name": "s.parquet", "n": 1, "fail": True}]
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
+        list(map_shards(items, prepare, MakeDouble(Dir(str(tmp_path))), cluster))
+    assert cli.explain(caught.value) == "This shard is broken. Mend it."
+
+
+def square(item):
+    return {"n": item["n"] ** 2}
+
+
+def test_cpu_shards(cluster):
+    assert sorted(s["n"] for s in cpu_shards([{"n": i} for i in range(5)], square, cluster)) == [0, 1, 4, 9, 16]
+    assert list(cpu_shards([], square, cluster)) == []
+
+
+def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(cluster, tmp_path):
+    directory = Dir(str(tmp_path))
+    shards = []
+    for i, n in enumerate([7, 5, 9, 4]):
+        write_rows(directory, f"s{i}.parquet", columns(n, offset=100 * i))
+        shards.append((f"s{i}.parquet", n))
+    names = ["id", "pixels"]
+
+    def feed(reader):
+        return Feed(shards, reader, batch=4, seed=5, window_rows=10)
+
+    here = list(feed(read_windows(directory, names)).batches(0, 14))
+    streamed = list(feed(stream_windows(directory, names, 0.5)).batches(0, 14))
+    later = list(feed(stream_windows(directory, names, 0.5)).batches(9, 14))
+    assert len(here) == len(streamed) == 14
+    for a, b in zip(here, streamed, strict=True):
+        np.testing.assert_array_equal(a["id"], b["id"])
+        np.testing.assert_array_equal(a["pixels"], b["pixels"])
+    for a, b in zip(here[9:], later, strict=True):
+        np.testing.assert_array_equal(a["id"], b["id"])
