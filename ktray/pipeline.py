@@ -86,7 +86,11 @@ def _open(store: Store, found: Resolved, plan: Any, say: Callable[[str], None]) 
         local,
     )
     flat = {k: v for k, v in _flat(recipe.model_dump(mode="json")).items() if v is not None}
-    tracker.start(run_id, params=flat, tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name})
+    tracker.start(
+        run_id,
+        params=flat,
+        tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name},
+    )
     say(f"run       {folder.uri}")
     return Context(
         recipe=recipe,

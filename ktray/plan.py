@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ktray.device import describe_device
 from ktray.ledger import hourly_price
@@ -53,9 +54,9 @@ def lines(found: Resolved) -> list[Line]:
             Line("evaluate", scored * len(task.test), 0, f"{len(task.test)} test images"),
         ]
     t = recipe.teacher
-    teacher = on_meta(lambda: build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config)))
-    tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))  # type: ignore[attr-defined]
-    width = int(teacher.embed_dim)  # type: ignore[arg-type]
+    teacher: Any = on_meta(lambda: build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config)))
+    tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
+    width = int(teacher.embed_dim)
     labelled = len(task.train) + len(task.val)
     adapt = tower * labelled
     if t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates):
@@ -87,7 +88,9 @@ def show(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
     device = describe_device()
     gpus = device.get("gpus") or []
-    local: Plan = plan(max(2.0, float(device["cores"])), float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu)
+    local: Plan = plan(
+        max(2.0, float(device["cores"])), float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu
+    )
     found = resolve(recipe, local, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")

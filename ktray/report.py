@@ -74,7 +74,7 @@ def write_report(
     metric = metric_label(result)
     rows = accuracy_rows(result, comparisons)
     points = [CostPoint(r["name"], r["flops"] or 0, r["test"]) for r in rows if r["test"] is not None]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters |= {
         "flops": flops,
         "seconds": seconds,

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.labelled import LabelledSet, read_labelled
-from ktray.data.sources import Shard, fetch, list_shards
+from ktray.data.reading import fetch
+from ktray.data.sources import Shard, list_shards
 from ktray.errors import KtrayError
 from ktray.models.heads import DEFAULT_TEMPLATES
 from ktray.recipe import Recipe, digest
@@ -80,7 +81,8 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     if recipe.teacher.name is None:
         if recipe.teacher.checkpoint:
             raise KtrayError(
-                "teacher.checkpoint is set but teacher.name is not", "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16."
+                "teacher.checkpoint is set but teacher.name is not",
+                "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16.",
             )
         name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
         choose("teacher.name", name, "published model for own data; fetched from its hub")
@@ -113,7 +115,9 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
         if gallery_images is not None:
             limit = min(limit, max(1, gallery_images // 2))
-        choose("transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow")
+        choose(
+            "transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow"
+        )
     images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
     if recipe.train.batch_size is None:
         choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
@@ -122,19 +126,14 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         epochs = recipe.train.epochs
         if epochs is None:
             epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
-            choose("train.epochs", round(epochs, 2), "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs")
+            choose(
+                "train.epochs", round(epochs, 2), "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs"
+            )
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
     canvas = 1.0 if median <= size else 8 / 7
-    fingerprint = digest(
-        [[e.uri, e.label] for e in task.train],
-        [[e.uri, e.label] for e in task.val],
-        [[e.uri, e.label] for e in task.test],
-        task.unlabeled,
-        task.classes,
-        canvas,
-    )
+    fingerprint = digest(task.fingerprint, canvas)
     return Resolved(recipe, task, names or task.classes, prompts, fingerprint, canvas, gallery_images, reasons)
 
 
@@ -151,7 +150,9 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
 
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
-        raise KtrayError(f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data.")
+        raise KtrayError(
+            f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
+        )
     home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
     if not home.exists():
         say("miniverse drawing the small world (once, some seconds)")

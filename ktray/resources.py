@@ -36,8 +36,10 @@ class Plan:
         """One line for the terminal."""
         device = "GPU" if self.worker_gpus else "CPU"
         return (
-            f"cluster {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: {self.workers} training worker(s) on {device} "
-            f"with {self.worker_cpus:g} CPUs each, {self.actors} teacher actor(s), decode tasks of {self.decode_cpus:g} CPU"
+            f"cluster   {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: "
+            f"{self.workers} training worker(s) on {device} "
+            f"with {self.worker_cpus:g} CPUs each, {self.actors} teacher actor(s), "
+            f"decode tasks of {self.decode_cpus:g} CPU"
         )
 
 
@@ -59,7 +61,8 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
     worker_cpus = min(1.0, int(50 * cpus / workers) / 100)
     if worker_cpus < 0.02:
         raise KtrayError(
-            f"{workers} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / workers:.3f}, 0.02 is the least",
+            f"{workers} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / workers:.3f}, "
+            "0.02 is the least",
             f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",
         )
     actors = max(1, int(gpus)) if on_gpu else max(1, int(cpus) // 4)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ktray.data.decode import decode_rgb
-from ktray.data.sources import fetch
+from ktray.data.reading import fetch
 from ktray.errors import BadImage
 from ktray.models.student_io import save_student
 from ktray.report import WorstError, write_report
@@ -79,8 +79,8 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
         "stages": context.ledger.stages(),
         "data": {
             "read": context.read,
-            "quarantined": len(context.quarantine.rows),
-            "reasons": dict(Counter(row[1] for row in context.quarantine.rows)),
+            "quarantined": context.quarantine.images(),
+            "reasons": dict(Counter(bad.reason for bad in context.quarantine)),
             "quarantine_list": folder.file("quarantine.parquet"),
         },
         "mlflow": context.tracker.info(),

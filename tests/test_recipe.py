@@ -61,11 +61,37 @@ def test_every_key_is_documented():
     rows = recipes.keys()
     assert len(rows) > 60
     assert all(text for _, _, _, text in rows)
-    contract = {"store", "seed", "task.name", "task.data", "task.kind", "task.labels_per_class", "task.splits",
-                "gallery.data", "teacher.name", "teacher.checkpoint", "teacher.adapt", "student.name",
-                "student.checkpoint", "student.kwargs", "transfer.source", "transfer.strategy", "transfer.size",
-                "objective.name", "teach.mode", "teach.views", "train.epochs", "train.steps", "train.batch_size",
-                "train.lr", "image_size", "cluster.workers", "cluster.use_gpu", "mlflow.uri", "mlflow.experiment"}
+    contract = {
+        "store",
+        "seed",
+        "task.name",
+        "task.data",
+        "task.kind",
+        "task.labels_per_class",
+        "task.splits",
+        "gallery.data",
+        "teacher.name",
+        "teacher.checkpoint",
+        "teacher.adapt",
+        "student.name",
+        "student.checkpoint",
+        "student.kwargs",
+        "transfer.source",
+        "transfer.strategy",
+        "transfer.size",
+        "objective.name",
+        "teach.mode",
+        "teach.views",
+        "train.epochs",
+        "train.steps",
+        "train.batch_size",
+        "train.lr",
+        "image_size",
+        "cluster.workers",
+        "cluster.use_gpu",
+        "mlflow.uri",
+        "mlflow.experiment",
+    }
     assert contract <= {key for key, _, _, _ in rows}
 
 

@@ -115,9 +115,10 @@ def png(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Page:
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Page:
     """A page with every part, and user texts that would do harm unescaped."""
+    tmp_path = tmp_path_factory.mktemp("run")
     Image.fromarray(picture(9, 40, 60)).save(tmp_path / "sheet.png")
     rows = [{"uri": f"img {i} {EVIL}", "reason": "truncated" if i else EVIL} for i in range(3)]
     (tmp_path / "bad.json").write_text(json.dumps(rows))

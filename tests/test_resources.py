@@ -21,7 +21,9 @@ def test_gpus_are_used_where_there_are_any():
 
 
 def test_what_cannot_fit_ends_with_the_arithmetic():
-    with pytest.raises(KtrayError, match=r"3 training workers need 3 GPUs and the cluster has 1\. Set cluster\.workers=1"):
+    with pytest.raises(
+        KtrayError, match=r"3 training workers need 3 GPUs and the cluster has 1\. Set cluster\.workers=1"
+    ):
         plan(8, 1, 1, 3, True)
     with pytest.raises(KtrayError, match="do not fit on 1 CPUs"):
         plan(1, 0, 1, 100, "auto")

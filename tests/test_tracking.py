@@ -1,6 +1,7 @@
 """MLflow: a real sqlite store, a server that is away, restarts."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,8 +18,19 @@ from ktray.tracking_server import is_transient
 DEAD = "http://127.0.0.1:9"
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; making its tables takes MLflow seconds."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("empty")
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture(autouse=True)
-def nobodys_server_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def nobodys_server_and_folder(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(database, tmp_path / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -60,6 +72,7 @@ class Net(torch.nn.Module):
 
 
 def test_a_run_with_stages_results_artifacts_and_a_student(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").unlink()  # made on first use
     plot = tmp_path / "plot.txt"
     plot.write_text("a plot")
     model, example = Net().eval(), np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)

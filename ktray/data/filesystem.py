@@ -191,7 +191,7 @@ def open_stream(path: str) -> Any:
     if not is_remote(path):
         return open(path, "rb")
     fs, inside = locate(path)
-    return fs.open_input_stream(inside)
+    return fs.open_input_stream(inside, compression=None)  # it would unpack .gz by itself
 
 
 def open_random(path: str) -> Any:
@@ -220,7 +220,7 @@ def write_bytes(path: str, data: bytes) -> None:
     fs, inside = locate(path)
     if not is_remote(path):
         Path(inside).parent.mkdir(parents=True, exist_ok=True)
-    with fs.open_output_stream(inside) as stream:
+    with fs.open_output_stream(inside, compression=None) as stream:
         stream.write(data)
 
 

@@ -155,7 +155,7 @@ def _fill_splits(
     notes.append(f"There is no {names} split: {amounts} of each class is split off from train (seed {seed}).")
     if few:
         notes.append(
-            f"{few} classes have too few images for every split; train keeps one at least, then val, then test."
+            f"Classes with too few images for every split: {few}; train keeps one at least, then val, then test."
         )
     return out
 

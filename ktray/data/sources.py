@@ -186,16 +186,20 @@ def _folder(path: str) -> _Found:
 
 
 def _saw(paths: Sequence[str]) -> str:
-    ends = Counter("." + p.rpartition("/")[2].rpartition(".")[2] if "." in p.rpartition("/")[2] else p for p in paths)
+    names = [path.rpartition("/")[2] for path in paths]
+    ends = Counter("." + name.rpartition(".")[2] if "." in name else name for name in names)
     return ", ".join(f"{n} x {end}" for end, n in sorted(ends.most_common(5), key=lambda e: (-e[1], e[0])))
 
 
 def _nearby(path: str) -> str:
     """The nearest name in the folder above, as a remedy."""
     parent, _, name = path.rpartition("/")
-    if filesystem.is_remote(path) or not filesystem.is_folder(parent or "/"):
+    if filesystem.is_remote(path):
+        return "Check bucket, key and credentials."
+    if not filesystem.is_folder(parent or "/"):
         return "Check the path (a relative one starts at the current folder)."
-    near = difflib.get_close_matches(name, sum(filesystem.children(parent or "/"), []), n=1)
+    folders, files = filesystem.children(parent or "/")
+    near = difflib.get_close_matches(name, [*folders, *files], n=1)
     return f"Did you mean '{parent}/{near[0]}'?" if near else f"Folder '{parent or '/'}' exists: check the last part."
 
 

@@ -8,6 +8,9 @@ from ktray.miniverse.vocabulary import BACKGROUNDS, COLOURS
 
 # How much a caption tells, and how often: people name the thing, fewer its colour, fewer what is behind it.
 DETAIL_SHARES = {"name": 0.2, "colour": 0.3, "background": 0.1, "all": 0.4}
+# The same for the second part of the teacher's training: an embedding that gives most of its room to what a
+# thing is, rather than to colours, finds like things when pictures are compared with pictures.
+TERSE_SHARES = {"name": 0.7, "colour": 0.15, "background": 0.05, "all": 0.1}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ktray.miniverse.captions import DETAIL_SHARES, Facts, caption, prompt_templates
+from ktray.miniverse.captions import DETAIL_SHARES, TERSE_SHARES, Facts, caption, prompt_templates
 from ktray.miniverse.vocabulary import BACKGROUNDS, COLOURS, SUBJECTS
 from ktray.miniverse.world import sample
 from ktray.miniverse.zero_shot import text_classifier, zero_shot_accuracy
@@ -53,9 +53,13 @@ _DETAILS = list(DETAIL_SHARES)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a training run; the defaults are those of the model that ships."""
+    """Settings of a training run; the defaults are those of the model that ships.
+
+    From step `terse_from` on, captions mostly tell the name alone (`captions.TERSE_SHARES`).
+    """
 
     steps: int = 5000
+    terse_from: int = 3250
     batch: int = 256
     lr: float = 2e-3
     weight_decay: float = 0.05
@@ -131,7 +135,6 @@ def batches(codes: Tensor, settings: Settings, first: int) -> Iterator[tuple[Ten
     The random numbers of a step depend on the seed and the step alone, so a restart continues the same
     sequence.
     """
-    shares = torch.tensor(list(DETAIL_SHARES.values()))
     per_epoch = len(codes) // settings.batch
     for step in range(first, settings.steps):
         epoch, place = divmod(step, per_epoch)
@@ -139,6 +142,8 @@ def batches(codes: Tensor, settings: Settings, first: int) -> Iterator[tuple[Ten
         order = torch.randperm(len(codes), generator=shuffle)
         rows = order[place * settings.batch : (place + 1) * settings.batch]
         words = torch.Generator().manual_seed(settings.seed * 1_000_003 + 500_000 + step)
+        plan = DETAIL_SHARES if step < settings.terse_from else TERSE_SHARES
+        shares = torch.tensor([plan[detail] for detail in _DETAILS])
         detail = torch.multinomial(shares, settings.batch, replacement=True, generator=words)
         told = codes[rows].clone()
         told[(detail == _DETAILS.index("name")) | (detail == _DETAILS.index("background")), 1] = -1

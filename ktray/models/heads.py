@@ -189,7 +189,7 @@ def _fit(
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(closure)
     return weight.detach(), bias.detach()

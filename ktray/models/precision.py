@@ -6,6 +6,7 @@ change the last digits of a resumed run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 DType = Literal["bf16"]
+Candidate = tuple[DType | None, bool]  # autocast, channels-last
 # A format that is not clearly faster is not worth its rounding.
 _CLEARLY = 0.9
 _BUDGET_S = 2.0
@@ -43,7 +45,7 @@ class Precision:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        return _layout(self.channels_last)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,7 +83,7 @@ def choose_precision(
     """The format and layout to run a model with.
 
     On CUDA: bf16 autocast, channels-last where there are convolutions. On CPU with ``auto``: the fastest of the
-    safe candidates in a measurement of about two seconds on a copy. Elsewhere: float32.
+    safe candidates in a measurement of about two seconds on a copy (ten at most, for slow models). Elsewhere: float32.
 
     Args:
         model: takes normalised float images (N, 3, h, w); it is not changed.
@@ -92,29 +94,29 @@ def choose_precision(
         precision: force a number format; the layout is still chosen.
     """
     kind = torch.device(device).type
-    convolves = any(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in model.modules())
+    # One convolution alone is the patch embedding of a transformer.
+    convolves = sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 1
     if kind == "cuda":
         forced = "asked for" if precision != "auto" else "the rule on CUDA"
         return Precision(None if precision == "fp32" else "bf16", convolves, forced)
     if kind != "cpu":
         return Precision("bf16" if precision == "bf16" else None, False, f"the rule on {kind}")
-    candidates: list[tuple[DType | None, bool]] = []
+    candidates: list[Candidate] = []
     if precision != "bf16":
         candidates.append((None, False))
         # The crash is in the backward pass; the forward pass alone is safe.
         if convolves and (not train or fp32_channels_last_is_safe(model)):
             candidates.append((None, True))
     if precision != "fp32":
-        candidates.append(("bf16", False))
-        if convolves:
-            candidates.append(("bf16", True))
+        # Likelier first: a slow model does not get to the last.
+        candidates += [("bf16", True), ("bf16", False)] if convolves else [("bf16", False)]
     if len(candidates) == 1:
         return Precision(*candidates[0], "the only safe choice")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return _fastest(_measure(model, candidates, size, batch, train))
 
 
-def _fastest(seconds: dict[tuple[DType | None, bool], float]) -> Precision:
+def _fastest(seconds: dict[Candidate, float]) -> Precision:
     """The first candidate, unless another one is clearly faster."""
     first, best = next(iter(seconds)), min(seconds, key=lambda c: seconds[c])
     chosen = best if seconds[best] < _CLEARLY * seconds[first] else first
@@ -123,45 +125,54 @@ def _fastest(seconds: dict[tuple[DType | None, bool], float]) -> Precision:
 
 
 def _measure(
-    model: nn.Module, candidates: list[tuple[DType | None, bool]], size: tuple[int, int], batch: int, train: bool
-) -> dict[tuple[DType | None, bool], float]:
-    """Best time of a step, in seconds, per candidate. Draws no random numbers of the caller's."""
-    share = _BUDGET_S / len(candidates)
+    model: nn.Module, candidates: list[Candidate], size: tuple[int, int], batch: int, train: bool
+) -> dict[Candidate, float]:
+    """Best time of a step, in seconds, per candidate; slow models leave the last candidates out.
+
+    Draws none of the caller's random numbers.
+    """
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
-        images = max(2, min(batch, 4))
-        probe = _step(model, candidates[0], images, size, train)
+        copies = {
+            cl: deepcopy(model).cpu().to(memory_format=_layout(cl)).train(train) for cl in {c[1] for c in candidates}
+        }
+
+        def steps(images: int) -> dict[Candidate, Callable[[], None]]:
+            return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size), train) for c in candidates}
+
+        probe = steps(2)[candidates[0]]
         once = min(_timed(probe), _timed(probe))
-        # Three steps and a warm-up of each candidate have to fit in its share.
-        images = max(2, min(batch, 64, int(images * share / 4 / max(once, 1e-6))))
-        seconds = {}
-        for candidate in candidates:
-            step = _step(model, candidate, images, size, train)
-            began = time.perf_counter()
-            _timed(step)
-            times = [_timed(step)]
-            while len(times) < 8 and time.perf_counter() - began < share:
-                times.append(_timed(step))
-            seconds[candidate] = min(times)
+        # About five rounds of all candidates fit in the budget.
+        images = int(2 * _BUDGET_S / (5 * len(candidates)) / max(once, 1e-6))
+        ready = steps(max(2, min(batch, 64, images)))
+        seconds: dict[Candidate, float] = {}
+        # In turns, so that a busy neighbour slows all of them; the best time forgets warm-up and neighbours.
+        for turn in range(8):
+            for candidate in candidates:
+                spent = time.perf_counter() - began
+                if seconds and spent > (5 if turn == 0 else 1) * _BUDGET_S:
+                    return seconds
+                seconds[candidate] = min(_timed(ready[candidate]), seconds.get(candidate, math.inf))
     return seconds
 
 
-def _step(
-    model: nn.Module, candidate: tuple[DType | None, bool], images: int, size: tuple[int, int], train: bool
-) -> Callable[[], None]:
+def _step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
     autocast, channels_last = candidate
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    copy = deepcopy(model).cpu().to(memory_format=layout).train(train)
-    x = torch.rand(images, 3, *size).to(memory_format=layout)
+    images = x.to(memory_format=_layout(channels_last))
 
     def step() -> None:
         with torch.set_grad_enabled(train):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
-                out = copy(x)
+                out = model(images)
             if train:
-                copy.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
 
     return step
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _timed(step: Callable[[], None]) -> float:
@@ -170,5 +181,5 @@ def _timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _name(candidate: tuple[DType | None, bool]) -> str:
+def _name(candidate: Candidate) -> str:
     return f"{candidate[0] or 'fp32'} {'channels-last' if candidate[1] else 'contiguous'}"

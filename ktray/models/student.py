@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from ktray.data.decode import decode_rgb
 from ktray.errors import KtrayError
 from ktray.models.messages import cause, unknown_name
 from ktray.models.preprocess import Preprocess
@@ -99,6 +99,9 @@ class Student(nn.Module):
         Args:
             images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
             batch: images a forward pass.
+
+        Raises:
+            BadImage: bytes or a file that cannot be decoded.
         """
         was, device = self.training, next(self.model.parameters()).device
         self.eval()
@@ -234,13 +237,9 @@ def _positions(model: Any, features: Any) -> int | None:
     return None
 
 
-def _rgb(image: Image.Image | np.ndarray | bytes | str | Path) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
-    opened = image
+def _rgb(image: Image.Image | np.ndarray | bytes | str | Path) -> Image.Image | np.ndarray:
+    if isinstance(image, (str, Path)):
+        image = Path(image).read_bytes()
     if isinstance(image, bytes):
-        opened = Image.open(io.BytesIO(image))
-    elif isinstance(image, (str, Path)):
-        opened = Image.open(image)
-    assert isinstance(opened, Image.Image)
-    return ImageOps.exif_transpose(opened).convert("RGB")
+        return decode_rgb(image)
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image

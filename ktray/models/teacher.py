@@ -140,11 +140,12 @@ class Teacher(nn.Module):
         if self.patch_dim is None:
             raise KtrayError(f"Teacher '{self.name}' gives no patch embeddings", "Choose another teacher.name.")
         x = self.preprocess.normalise(batch).to(_dtype(self.image_tower))
-        # The last norm belongs to a patch embedding as it does to the pooled one. timm and open_clip differ
-        # in the argument's name, and timm returns the list itself.
+        # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool
+        # of another width stands before it. timm and open_clip differ in the argument's name.
         norm = "norm" if self.source.name.startswith("timm:") else "normalize_intermediates"
+        normed = getattr(self.image_tower, "attn_pool", None) is None or norm == "norm"
         out = self.image_tower.forward_intermediates(  # type: ignore[operator]
-            x, indices=1, intermediates_only=True, **{norm: True}
+            x, indices=1, intermediates_only=True, **{norm: normed}
         )
         maps = out["image_intermediates"] if isinstance(out, dict) else out
         last: torch.Tensor = maps[-1]

@@ -286,7 +286,9 @@ def _patch_dim(tower: nn.Module) -> int | None:
         tower = tower.trunk
     if not hasattr(tower, "forward_intermediates"):
         return None
-    width = getattr(getattr(tower, "transformer", None), "width", None) or getattr(tower, "num_features", None)
+    info: Any = getattr(tower, "feature_info", None)
+    # The last stage's channels: some convolutional models widen after it (num_features).
+    width = info[-1]["num_chs"] if info else getattr(getattr(tower, "transformer", None), "width", None)
     return int(width) if width else None
 
 

@@ -69,14 +69,26 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             if name.startswith("candidate-") and name != f"candidate-{chosen}":
                 stage.delete(name)
         listed = ", ".join(f"{n} {scores[n]['top1']:.1%}" for n in wanted)
-        context.say(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
-        return {"chosen": chosen, "scores": scores, "val": scores[chosen]["top1"], "embed_dim": spec.embed_dim,
-                "directory": f"candidate-{chosen}"}
+        context.say(
+            f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}"
+        )
+        return {
+            "chosen": chosen,
+            "scores": scores,
+            "val": scores[chosen]["top1"],
+            "embed_dim": spec.embed_dim,
+            "directory": f"candidate-{chosen}",
+        }
 
     part = context.recipe.teacher
     finetuning = [part.finetune.model_dump(), context.recipe.seed, context.recipe.teach.model_dump()]
     parts = [
-        VERSION, decoded.key, spec.fingerprint, wanted, context.class_names, context.prompts,
+        VERSION,
+        decoded.key,
+        spec.fingerprint,
+        wanted,
+        context.class_names,
+        context.prompts,
         finetuning if "finetune" in wanted else None,
     ]
     return run_stage(context, "adapt", parts, work)
@@ -114,12 +126,16 @@ def _fit_heads(
     data: dict[str, _Split] = {}
     images = 0
     for split in ("train", "val"):
-        shards = [read_rows(decoded, n, ["uri", "pixels", "label"]) for n in decoded.names(".parquet") if n.startswith(split)]
+        shards = [
+            read_rows(decoded, n, ["uri", "pixels", "label"]) for n in decoded.names(".parquet") if n.startswith(split)
+        ]
         pixels, label = np.concatenate([s["pixels"] for s in shards]), np.concatenate([s["label"] for s in shards])
         uri = np.concatenate([s["uri"] for s in shards]).astype(str)
         embedding = embed_numpy(teacher, pixels, 256)
         unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
-        write_rows(stage, f"embedding-{split}.parquet", {"uri": uri, "label": label, "embedding": unit.astype(np.float16)})
+        write_rows(
+            stage, f"embedding-{split}.parquet", {"uri": uri, "label": label, "embedding": unit.astype(np.float16)}
+        )
         data[split] = _Split(torch.from_numpy(embedding), torch.from_numpy(label.astype(np.int64)))
         images += len(label)
     flops = tower_flops(teacher) * images
@@ -153,8 +169,15 @@ def _finetune(
 
     part = context.recipe.teacher.finetune
     settings = Settings(
-        steps=part.steps, lr=part.lr, weight_decay=part.weight_decay, warmup=0.1, ema=part.ema, clip=1.0,
-        seed=context.recipe.seed, evals=5, keep="best",
+        steps=part.steps,
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        warmup=0.1,
+        ema=part.ema,
+        clip=1.0,
+        seed=context.recipe.seed,
+        evals=5,
+        keep="best",
     )
     base = stage.sub(f"candidate-{start}")
     job = AdaptJob(settings, base, Labels(decoded.stage), view_policy(context), part)

@@ -155,7 +155,7 @@ def _attempt(context: Context, stage: Stage, name: str, booked: str, key: str, k
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
             )
     found.update(key=key, stage=name, inputs=key_parts, run=context.run_id, read=reporter.read)
-    found["quarantine"] = [list(row) for row in reporter.quarantine.rows]
+    found["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(found)
     _count(context, manifest)
     return Done(stage, manifest, cached=False)

@@ -8,13 +8,12 @@ label budget, and the labelled ones). Gallery images that copy a validation or t
 from __future__ import annotations
 
 import io
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from ktray.data.decode import decode_rgb
-from ktray.data.sources import fetch
+from ktray.data.reading import fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
 from ktray.retrieval.dedup import Fingerprints, GalleryBlock, fingerprint_heldout, near_duplicates
@@ -22,7 +21,7 @@ from ktray.retrieval.search import search
 from ktray.retrieval.select import Selection, query_balanced, random_selection
 from ktray.retrieval.sheet import SheetRow, contact_sheet
 from ktray.stages import adapt as adapt_stage
-from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
+from ktray.stages.base import Context, Done, Reporter, finished_shards, resumed, run_stage
 from ktray.stages.index import MakeEmbedder
 from ktray.stages.labels import SHARD
 from ktray.stages.teachers import TeacherSpec
@@ -73,7 +72,9 @@ def run(context: Context, spec: TeacherSpec, adapt: Done, index: Done | None) ->
         else:
             chosen = _retrieve(queries, blocks, total, size, duplicates.gallery, reporter)
         if chosen.missing:
-            context.say(f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size")
+            context.say(
+                f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
+            )
         uris = _uris(index, names, offsets, chosen.gallery)
         origin = [query_uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
         write_rows(
@@ -96,7 +97,7 @@ def run(context: Context, spec: TeacherSpec, adapt: Done, index: Done | None) ->
                 "reason": np.array(duplicates.reason, dtype=str),
             },
         )
-        dropped = dict(Counter(duplicates.reason))
+        dropped = duplicates.counts()
         _sheet(context, stage, chosen, uris, query_uris, query_labels, sum(dropped.values()))
         return {"kept": len(uris), "dropped": dropped, "gallery": total, "similar_kept": duplicates.similar}
 
@@ -230,18 +231,14 @@ def _sheet(
             images[uri] = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels, hint_size=128)
         except BadImage:
             continue
-    blank = np.full((8, 8, 3), 255, np.uint8)
-    sheet = []
-    for query, label, hits in groups:
-        shown = [i for i in hits if uris[i] in images]
-        sheet.append(
-            SheetRow(
-                images.get(query or "", blank),
-                label,
-                [images[uris[i]] for i in shown],
-                [float(chosen.similarity[i]) for i in shown],
-            )
+    sheet = [
+        SheetRow(
+            images.get(query) if query else None,
+            label,
+            [(images[uris[i]], float(chosen.similarity[i])) for i in hits if uris[i] in images],
         )
+        for query, label, hits in groups
+    ]
     part = context.recipe.transfer
     title = f"Transfer set, {part.source}: queries (left) and the nearest images they fetched (right)"
     counts = f"{len(query_uris)} queries · {len(uris):,} images · {dropped} copies of held-out images dropped"

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from ktray.errors import KtrayError
+from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
 from ktray.models.student import build_student
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
 from ktray.stages.labels import decode_examples, shard_items
 from ktray.stages.teachers import AdaptedSpec, device, predict_numpy, tower_flops
-from ktray.models.flops import forward_flops
 from ktray.store import Stage
 from ktray.streaming import Item, Rows, map_shards, read_rows, write_rows
 from ktray.tasks import classification
@@ -61,8 +61,14 @@ class _Score:
             out["teacher"] = predict_numpy(self.teacher, columns["teacher"], 256)
         write_rows(self.stage, item["name"], out)
         n = len(out["label"])
-        summary = {"name": item["name"], "rows": n, "read": len(item["examples"]), "bad": columns["bad"].tolist(),
-                   "images": n, "flops": self.flops * n}
+        summary = {
+            "name": item["name"],
+            "rows": n,
+            "read": len(item["examples"]),
+            "bad": columns["bad"].tolist(),
+            "images": n,
+            "flops": self.flops * n,
+        }
         return finish_shard(self.stage, item["name"], summary)
 
 
@@ -76,7 +82,9 @@ class _MakeScore:
         return _Score(self.stage, self.students, self.teacher)
 
 
-def run(context: Context, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None) -> Done:
+def run(
+    context: Context, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None
+) -> Done:
     """Shards of test logits per model, and ``metrics`` by model in the manifest.
 
     Args:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ktray.data.decode import decode_rgb
-from ktray.data.sources import Shard, list_shards, read_shard
+from ktray.data.reading import read_shard
+from ktray.data.sources import Shard, list_shards
 from ktray.errors import BadImage
 from ktray.models.preprocess import Preprocess
 from ktray.retrieval.dedup import fingerprint

@@ -13,7 +13,7 @@ import numpy as np
 
 from ktray.data.decode import decode_rgb
 from ktray.data.labelled import Example
-from ktray.data.sources import fetch
+from ktray.data.reading import fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
 from ktray.stages.base import Context, Done, Reporter, run_stage

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ktray.data.decode import decode_rgb
-from ktray.data.sources import fetch
-from ktray.data.views import ViewPolicy, make_view, render
+from ktray.data.reading import fetch
+from ktray.data.views import VIEW_LENGTH, ViewPolicy, make_view, render
 from ktray.errors import BadImage, KtrayError
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
 from ktray.stages.teachers import AdaptedSpec, predict_numpy, resize_numpy, tower_flops
@@ -49,13 +49,12 @@ class _Prepare:
                 view = make_view(self.policy, uri, index, self.seed, *image.shape[:2])
                 uris.append(uri)
                 indices.append(index)
-                records.append(np.array(view.to_ints(), dtype=np.int32))
+                records.append(np.array(view, dtype=np.int32))
                 pixels.append(render(image, view, self.size).transpose(2, 0, 1))
-        width = len(make_view(self.policy, "", 0, 0, 8, 8).to_ints())
         return {
             "uri": np.array(uris, dtype=str),
             "view_index": np.array(indices, dtype=np.int32),
-            "view": np.stack(records) if records else np.zeros((0, width), np.int32),
+            "view": np.stack(records) if records else np.zeros((0, VIEW_LENGTH), np.int32),
             "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, self.size, self.size), np.uint8),
             "bad": np.array(bad, dtype=str).reshape(-1, 2),
         }
@@ -139,7 +138,11 @@ def view_policy(context: Context) -> ViewPolicy:
     """The views of training, from the recipe."""
     part = context.recipe.teach
     return ViewPolicy(
-        scale=(part.crop_min, 1.0), hflip=part.hflip, brightness=part.jitter, contrast=part.jitter, saturation=part.jitter
+        scale=(part.crop_min, 1.0),
+        hflip=part.hflip,
+        brightness=part.jitter,
+        contrast=part.jitter,
+        saturation=part.jitter,
     )
 
 

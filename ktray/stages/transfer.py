@@ -36,7 +36,13 @@ def run(context: Context, teach: Done, labels: Done) -> Done:
             checkpoint_seconds=part.checkpoint_seconds,
         )
         job = TransferJob(
-            settings, student_spec(context), teach_stage.cache(teach), Labels(labels.stage), recipe.objective, part, stage
+            settings,
+            student_spec(context),
+            teach_stage.cache(teach),
+            Labels(labels.stage),
+            recipe.objective,
+            part,
+            stage,
         )
         return fit(context, stage, reporter, job, steps)
 

@@ -145,7 +145,7 @@ def evaluator(pixels: torch.Tensor, labels: torch.Tensor, predict: Any, env: Env
     return evaluate
 
 
-def _settle_precision(directory: Dir, model: nn.Module, env: Env, size: int, batch: int, wish: str) -> Precision:
+def _settle_precision(directory: Dir, model: nn.Module, env: Env, size: int, batch: int, wish: Any) -> Precision:
     # A measurement may end differently next time; the first decision holds for every rank and every restart.
     found: list[Any] = [None]
     if env.rank == 0:
@@ -263,7 +263,7 @@ class FinetuneJob:
                 x = canvases[take].to(env.device)
                 seed = self.settings.seed * 1000 + env.rank
                 out = {
-                    "images": random_views(x, self.policy, size, seed=seed, step=step),
+                    "images": random_views(x, self.policy, seed=seed, step=step, size=size[0]),
                     "label": labels[take].to(env.device),
                 }
                 if replayed is not None:
@@ -303,16 +303,16 @@ class AdaptJob:
         canvases, labels = self.labels.load("train", "canvas")
         pixels, val_labels = self.labels.load("val", "pixels")
         size = teacher.preprocess.size
-        groups = teacher.param_groups(
-            self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr
-        )
+        groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
             rows = _label_feed(len(labels), batch, env, self.settings.seed).batches(start, stop)
             for step, row in enumerate(rows, start):
                 take = torch.from_numpy(row["row"])
                 seed = self.settings.seed * 1000 + env.rank
-                x = random_views(canvases[take].to(env.device), self.policy, size, seed=seed, step=step)
+                x = random_views(
+                    canvases[take].to(env.device), self.policy, seed=seed, step=step, size=size[0]
+                )
                 yield {"images": x, "label": labels[take].to(env.device)}
 
         return Program(
@@ -351,4 +351,3 @@ def _label_feed(count: int, batch: int, env: Env, seed: int) -> Feed:
 def _to_device(rows: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[Batch]:
     for row in rows:
         yield {k: torch.from_numpy(np.ascontiguousarray(v)).to(device, non_blocking=True) for k, v in row.items()}
-

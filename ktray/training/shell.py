@@ -31,7 +31,8 @@ class Env:
 class Job(Protocol):
     """What to train, as picklable data; the worker builds it."""
 
-    settings: Settings
+    @property
+    def settings(self) -> Settings: ...
 
     def build(self, env: Env) -> Program: ...
 
@@ -75,6 +76,8 @@ def train(
         result = trainer.fit()
     except OSError as error:
         raise storage_error(error, stage.uri) from error
+    if result.checkpoint is None:
+        raise RuntimeError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         state = json.loads((Path(folder) / "outcome.json").read_text())
         report = json.loads((Path(folder) / "report.json").read_text())

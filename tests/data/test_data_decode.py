@@ -9,6 +9,8 @@ from ktray.data.decode import decode_rgb
 from ktray.errors import BadImage
 
 ZOO = zoo()
+# pytest replaces the filters that the module sets
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, _) in ZOO.items() if kind == "ok"])

@@ -54,9 +54,10 @@ def test_strength_is_chosen_on_validation() -> None:
 
 def test_without_validation_it_cross_validates() -> None:
     x, y = blobs(40, noise=2.0)
-    head = probe_head(x, y, 4)
+    grid = [1e-4, 1e-3, 1e-2, 1e-1]
+    head = probe_head(x, y, 4, l2=grid)
     assert head.scores
-    assert torch.equal(probe_head(x, y, 4).weight, head.weight)
+    assert torch.equal(probe_head(x, y, 4, l2=grid).weight, head.weight)
     single = probe_head(x[:4], y[:4], 4)
     assert not single.scores
     assert torch.isfinite(single.weight).all()

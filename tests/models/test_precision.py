@@ -44,7 +44,7 @@ def test_the_fastest_wins_when_clearly_faster(monkeypatch: pytest.MonkeyPatch) -
     model = timm.create_model(CONV[0])
     offered = measured(monkeypatch, {("bf16", True): 0.5})
     found = choose_precision(model, "cpu", 32, 8, train=True)
-    assert offered == [(None, False), (None, True), ("bf16", False), ("bf16", True)]
+    assert offered == [(None, False), (None, True), ("bf16", True), ("bf16", False)]
     assert (found.autocast_dtype, found.memory_format) == (torch.bfloat16, torch.channels_last)
     assert "bf16 channels-last 500 ms" in found.reason
     measured(monkeypatch, {("bf16", True): 0.95})
@@ -62,8 +62,8 @@ def test_candidates_are_only_the_safe_ones(monkeypatch: pytest.MonkeyPatch) -> N
     choose_precision(stem, "cpu", 32, 8, train=False)
     assert (None, True) in offered
     offered = measured(monkeypatch, {})
-    choose_precision(timm.create_model("test_vit"), "cpu", 160, 8, train=True)
-    assert offered == [(None, False), ("bf16", False)] or (None, True) in offered
+    choose_precision(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), "cpu", 32, 8, train=True)
+    assert offered == [(None, False), ("bf16", False)]
 
 
 def test_a_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +83,18 @@ def test_rules_of_other_devices() -> None:
     assert choose_precision(model, "mps", 32, 8, train=True).autocast is None
 
 
+def test_a_slow_model_is_not_measured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: float(next(clock)))
+    steps = []
+    monkeypatch.setattr(precision, "_timed", lambda step: steps.append(step) or 10.0)
+    seconds = precision._measure(nn.Conv2d(3, 4, 3), [(None, False), ("bf16", True)], (8, 8), 64, True)
+    assert 1 <= len(seconds) <= 2
+    assert len(steps) < 8
+
+
 def test_the_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_BUDGET_S", 0.2)
+    monkeypatch.setattr(precision, "_BUDGET_S", 1.0)
     model = timm.create_model(CONV[0], num_classes=3).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -93,5 +103,5 @@ def test_the_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not model.training
-    assert found.reason.count("ms") == 4
+    assert "fp32 contiguous" in found.reason
     assert Precision.from_dict(json.loads(json.dumps(found.to_dict()))) == found

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ktray.errors import KtrayError
+from ktray.errors import BadImage, KtrayError
 from ktray.models.student import build_student
 from ktray.models.student_io import load_student, save_student
 
@@ -61,6 +61,8 @@ def test_predict_takes_every_form_of_image(photo: np.ndarray, tmp_path: Path) ->
     assert len(found) == 5
     assert len({round(f.probability, 6) for f in found}) == 1
     assert student.predict([]) == []
+    with pytest.raises(BadImage):
+        student.predict([b"no image"])
 
 
 def test_wrappers_leave_no_trace(tmp_path: Path) -> None:

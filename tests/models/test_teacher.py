@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from ktray.errors import KtrayError
 from ktray.models import teacher_load
-from ktray.models.teacher_load import load_teacher, teacher_fingerprint
+from ktray.models.teacher import TeacherSource
+from ktray.models.teacher_load import build_teacher, load_teacher, teacher_fingerprint
 
 
 def clip_teacher(tiny: SimpleNamespace, **kwargs):
@@ -67,6 +68,23 @@ def test_open_clip_patches_have_the_declared_width(tiny_clip: SimpleNamespace) -
     teacher = clip_teacher(tiny_clip)
     batch = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert teacher.patch_embeddings(batch).shape == (2, 32, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["open_clip:coca_ViT-B-32", "open_clip:convnext_base", "timm:fastvit_mci0", "timm:mobilenetv3_small_050"]
+)
+def test_widths_are_as_declared(name: str) -> None:
+    teacher = build_teacher(TeacherSource(name, checkpoint="unused"), device="meta")
+    batch = torch.zeros(2, 3, *teacher.preprocess.size, dtype=torch.uint8, device="meta")
+    assert teacher.embed(batch).shape == (2, teacher.embed_dim)
+    assert teacher.patch_embeddings(batch).shape[:2] == (2, teacher.patch_dim)
+
+
+def test_a_tower_without_patches_says_so() -> None:
+    teacher = build_teacher(TeacherSource("open_clip:RN50", checkpoint="unused"), device="meta")
+    assert teacher.patch_dim is None
+    with pytest.raises(KtrayError, match="no patch embeddings"):
+        teacher.patch_embeddings(torch.zeros(1, 3, 224, 224, dtype=torch.uint8, device="meta"))
 
 
 def test_another_image_size_resamples_the_position_embeddings(

@@ -47,7 +47,9 @@ def test_mixup_mixes_images_and_probabilities_of_the_same_pair():
             if i == j:
                 continue
             lam = float((mixed[i] - j) / (i - j))
-            if 0 <= lam <= 1 and torch.allclose(batch["targets"][i], lam * targets[i] + (1 - lam) * targets[j], atol=1e-4):
+            if 0 <= lam <= 1 and torch.allclose(
+                batch["targets"][i], lam * targets[i] + (1 - lam) * targets[j], atol=1e-4
+            ):
                 found = True
         assert found, f"row {i} is no mixture of one pair"
 

@@ -29,7 +29,9 @@ def test_every_row_once_per_epoch_and_full_batches(window_rows, rank, world):
     assert {len(b["id"]) for b in batches} == {4}
     stream = np.concatenate([b["id"] for b in batches])
     mine = np.sort(
-        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in rank_slices(SHARDS, rank, world)])
+        np.concatenate(
+            [START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in rank_slices(SHARDS, rank, world)]
+        )
     )
     for epoch in range(len(stream) // feed.rows):
         part = stream[epoch * feed.rows : (epoch + 1) * feed.rows]

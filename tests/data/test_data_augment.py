@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from image_zoo import photo
+from PIL import Image
+
+from ktray.data.augment import mixup, random_views
+from ktray.data.views import ViewPolicy
+
+PLAIN = ViewPolicy(scale=(1, 1), ratio=(1, 1), hflip=0)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.stack([torch.tensor(photo(i, 32, 32)).permute(2, 0, 1) for i in range(16)])
+
+
+def test_same_seed_and_step_same_pixels(images):
+    policy = ViewPolicy(brightness=0.2, contrast=0.2, saturation=0.2)
+    first = random_views(images, policy, seed=1, step=5)
+    torch.manual_seed(99)
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, random_views(images, policy, seed=1, step=5))
+    assert not torch.equal(first, random_views(images, policy, seed=1, step=6))
+    assert not torch.equal(first, random_views(images, policy, seed=2, step=5))
+    state = torch.random.get_rng_state()
+    random_views(images, policy, seed=1, step=5)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_full_crop_is_the_image_and_certain_flip_its_mirror(images):
+    assert torch.equal(random_views(images, PLAIN, seed=0, step=0), images)
+    mirror = ViewPolicy(scale=(1, 1), ratio=(1, 1), hflip=1)
+    assert torch.equal(random_views(images, mirror, seed=0, step=0), images.flip(3))
+
+
+def test_enlarging_is_pillows_bilinear(images):
+    got = random_views(images, PLAIN, seed=0, step=0, size=50)
+    for mine, image in zip(got, images, strict=True):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((50, 50), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(mine.permute(1, 2, 0).numpy(), np.asarray(expected), atol=1)
+
+
+def test_crops_are_boxes_of_the_policys_size_anywhere():
+    # Red holds the column and green the row, so a view's mean and slope tell its box.
+    ramp = torch.arange(64.0)
+    image = torch.stack([ramp.expand(64, 64) * 3, ramp.expand(64, 64).T * 3, torch.zeros(64, 64)]).to(torch.uint8)
+    policy = ViewPolicy(scale=(0.25, 0.5), ratio=(1, 1), hflip=0.5)
+    views = random_views(image.expand(2000, 3, 64, 64), policy, seed=0, step=0, size=32).double()
+    slope_x = (views[:, 0, 16, 28] - views[:, 0, 16, 4]) / 24 * 32 / 3 / 64
+    slope_y = (views[:, 1, 28, 16] - views[:, 1, 4, 16]) / 24 * 32 / 3 / 64
+    assert (slope_x < 0).double().mean() == pytest.approx(0.5, abs=0.05)
+    assert (slope_y > 0).all()
+    area = slope_x.abs() * slope_y
+    assert 0.23 < area.min() < 0.28
+    assert 0.47 < area.max() < 0.53
+    assert area.mean() == pytest.approx(0.375, abs=0.01)
+    centre = views[:, 0].mean((1, 2)) / 3
+    assert centre.mean() == pytest.approx(31.5, abs=0.7)
+    assert centre.std() > 3
+
+
+def test_oblong_images_and_jitter(images):
+    wide = torch.cat([images, images], dim=3)
+    policy = ViewPolicy(brightness=0.5, scale=(1, 1), ratio=(2, 2), hflip=0)
+    got = random_views(wide, policy, seed=0, step=0)
+    assert got.shape == (16, 3, 32, 32)
+    # In grey, brightness is all there is: every pixel of an image has one factor.
+    flat = torch.full((400, 3, 8, 8), 100, dtype=torch.uint8)
+    seen = random_views(flat, policy, seed=0, step=0)[:, :, :, :].double() / 100
+    assert (seen.amax((1, 2, 3)) == seen.amin((1, 2, 3))).all()
+    assert 0.49 < seen.min() < 0.55
+    assert 1.45 < seen.max() < 1.51
+
+
+def test_mixup_equals_its_closed_form():
+    n = 6
+    images = torch.randn(n, 3, 4, 4, dtype=torch.float64)
+    targets = torch.eye(n, dtype=torch.float64)
+    mixed, soft = mixup(images, targets, 0.8, torch.Generator().manual_seed(3))
+    # One-hot targets of distinct classes show the weight and the pairing.
+    torch.testing.assert_close(soft.sum(1), torch.ones(n, dtype=torch.float64))
+    weight = soft.diagonal()
+    own = weight[weight < 1 - 1e-9]
+    assert len(own) >= 2
+    assert torch.allclose(own, own[0])
+    lam = float(own[0])
+    assert 0 < lam < 1
+    for i in range(n):
+        other = [j for j in range(n) if j != i and soft[i, j] > 1e-9]
+        j = other[0] if other else i
+        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[j])
+        torch.testing.assert_close(soft[i], lam * targets[i] + (1 - lam) * targets[j])
+    # Every image serves once as a partner.
+    torch.testing.assert_close(soft.sum(0), torch.ones(n, dtype=torch.float64))
+
+
+def test_mixup_is_decided_by_the_generator_and_alpha():
+    images, targets = torch.randn(8, 1, 2, 2), torch.eye(8)
+    first = mixup(images, targets, 0.5, torch.Generator().manual_seed(1))
+    again = mixup(images, targets, 0.5, torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.tensor([[0.0], [1.0]])
+    for alpha in (0.2, 1.0, 5.0):
+        draws = []
+        while len(draws) < 600:
+            mixed = mixup(pair[..., None, None], pair, alpha, generator)[1]
+            draws.append(float(mixed[0, 0]))
+        values = torch.tensor([d for d in draws if 0 < d < 1], dtype=torch.float64)
+        # mixed[0] is 0 without a swap and 1 - lambda with one; Var Beta(a, a) = 1 / (4 (2a + 1)).
+        assert values.mean() == pytest.approx(0.5, abs=0.08)
+        assert values.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.25)
