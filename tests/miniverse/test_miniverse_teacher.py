@@ -113,7 +113,7 @@ def test_loss_is_least_when_true_pairs_share_evenly() -> None:
     text = torch.eye(3)
     image = torch.stack([F.normalize(torch.tensor([1.0, 1.0, 0.0]), dim=0), text[2]])
     loss = contrastive_loss(image, text, torch.tensor(200.0), true)
-    assert loss.item() == pytest.approx(math.log(2) / 2, abs=1e-4)  # the entropy of the targets, image side
+    assert loss.item() == pytest.approx(math.log(2) / 4, abs=1e-4)  # one of two rows, one of two sides
 
 
 def test_batches_continue_after_a_restart() -> None:
@@ -128,6 +128,14 @@ def test_batches_continue_after_a_restart() -> None:
     assert torch.cat([rows for rows, _ in whole[:5]]).sort().values.tolist() == list(range(40))
     for rows, told in whole:
         assert true_captions(told, codes[rows]).diagonal().all()
+
+
+def test_captions_get_terse() -> None:
+    settings = Settings(steps=80, batch=50, terse_from=40)
+    codes = torch.randint(0, 6, (500, 3), generator=torch.Generator().manual_seed(0))
+    bare = [float((told[:, 1:] == -1).all(1).float().mean()) for _, told in batches(codes, settings, 0)]
+    assert sum(bare[:40]) / 40 == pytest.approx(0.2, abs=0.05)
+    assert sum(bare[40:]) / 40 == pytest.approx(0.7, abs=0.05)
 
 
 def test_schedule_warms_up_and_ends_near_zero() -> None:
