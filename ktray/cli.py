@@ -52,7 +52,7 @@ def help_text(program: str, purpose: str) -> str:
     """Usage and every key of the recipe with type, default and meaning."""
     lines = [f"python jobs/{program}.py {USAGE}", "", purpose, ""]
     lines += [f"Recipes: {', '.join(sorted(p.stem for p in recipes.RECIPES.glob('*.yaml'))) or 'none'}", "", "Keys:"]
-    for key, default, kind, text in recipes.keys():
+    for key, default, kind, text in recipes.schema():
         shown = "null" if default is None else default
         lines.append(f"  {key}={shown}  ({kind})\n      {text}")
     return "\n".join(lines)
@@ -75,7 +75,9 @@ def main(
         recipe = recipes.load(arguments.recipe, arguments.overrides)
         from ktray.bootstrap import check_torchvision
 
-        check_torchvision()
+        problem = check_torchvision()
+        if problem:
+            raise KtrayError(problem)
         if arguments.plan:
             plan(recipe, say)
         else:

@@ -24,6 +24,7 @@ from ktray.device import peak_rss
 from ktray.errors import KtrayError
 
 STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
+PART_OF = {"labels": "adapt"}  # decoding the labelled images is booked on the stage that first needs them
 LOG_NAME = "ledger.jsonl"
 JOULES_PER_KWH = 3.6e6
 
@@ -352,7 +353,7 @@ def cost_summary(entries: Iterable[Entry]) -> dict[str, Any]:
     in no total. ``usd`` is None when a device in use has no price, ``kwh`` (the sum over what was measured) when
     nothing was. ``without_cache`` adds the worth of the reused stages.
     """
-    all_entries = list(entries)
+    all_entries = [replace(e, stage=PART_OF.get(e.stage, e.stage)) for e in entries]
     method = [e for e in all_entries if e.stage in STAGES]
     spent = [e for e in method if not e.cached]
     others = [e for e in all_entries if e.stage not in STAGES]

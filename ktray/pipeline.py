@@ -22,7 +22,7 @@ from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Dir, Store
-from ktray.tracking import Tracker
+from ktray.tracking import Tracker, catch_up
 
 FLOOR = "scratch"
 
@@ -69,6 +69,9 @@ def run(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict
         pending = context.tracker.close(timeout=60)
         if pending:
             say(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
+        else:
+            home = local_home(store)
+            catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
 def _open(store: Store, found: Resolved, plan: Any, say: Callable[[str], None]) -> Context:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ktray.device import describe_device
 from ktray.ledger import hourly_price
@@ -54,7 +53,7 @@ def lines(found: Resolved) -> list[Line]:
             Line("evaluate", scored * len(task.test), 0, f"{len(task.test)} test images"),
         ]
     t = recipe.teacher
-    teacher: Any = on_meta(lambda: build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config)))
+    teacher = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config), device="meta")
     tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
     width = int(teacher.embed_dim)
     labelled = len(task.train) + len(task.val)

@@ -198,13 +198,13 @@ class Recipe(Part):
     )
 
 
-def keys(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
+def schema(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
     """All keys of the schema as (dotted key, default, type, description)."""
     rows: list[tuple[str, Any, str, str]] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Part):
-            rows += keys(kind, f"{prefix}{name}.")
+            rows += schema(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
             rows.append((prefix + name, default, _type_name(kind), field.description or ""))
@@ -215,8 +215,8 @@ def load(recipe: str | None, overrides: list[str]) -> Recipe:
     """The recipe named ``recipe`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
 
     Without a name it is the built-in task's own recipe (``letters`` unless ``task.name`` says otherwise), and the
-    schema's defaults for own data (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types.
+    schema's defaults for own data (``task.data``). Values are read as YAML, so ``transfer.size=500``,
+    ``student.kwargs={patch_size: 2}`` and ``gallery.data=[a,b]`` have their types.
 
     Raises:
         KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
@@ -290,7 +290,7 @@ def _parse_value(text: str) -> Any:
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
-    known = {row[0] for row in keys()}
+    known = {row[0] for row in schema()}
     if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices")):
         raise _unknown(key)
     node = raw
@@ -312,7 +312,7 @@ def _check_keys(raw: dict[str, Any], model: type[Part] = Recipe, prefix: str = "
 
 
 def _unknown(key: str) -> KtrayError:
-    known = [row[0] for row in keys()]
+    known = [row[0] for row in schema()]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
     if not near:
         near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]

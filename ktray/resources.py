@@ -93,9 +93,10 @@ def connect(debug: bool = False) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_BACKEND_LOG_LEVEL": "info" if debug else "fatal",
     }.items():
         os.environ.setdefault(name, value)
-    import ray
+    import ray.data  # before the levels below: importing it sets them
 
     if ray.is_initialized():
         return

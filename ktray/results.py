@@ -176,28 +176,7 @@ def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) 
         classes=context.task.classes,
         contact_sheet=sheet,
         worst=worst,
-        comparisons=comparisons(result),
     )
-
-
-def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Teacher, student and floor as points of cost (FLOPs, worth without cache) and test accuracy."""
-    cost = result["cost"]
-    points = [
-        {
-            "name": f"student ({result['objective']})",
-            "flops": cost["without_cache"]["flops"],
-            "test": result["metric"]["test"],
-            "val": result["metric"]["val"],
-        }
-    ]
-    if "scratch_metric" in result:
-        floor = cost.get("baselines", {}).get("scratch", {})
-        points.append({"name": "scratch", "flops": floor.get("flops", 0), **result["scratch_metric"]})
-    if "teacher_metric" in result:
-        teacher = {k: result["teacher_metric"][k] for k in ("val", "test")}
-        points.append({"name": "teacher", "flops": None, **teacher})
-    return points
 
 
 def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:

@@ -10,7 +10,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in _PATHS if p)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a token file of this machine must not decide a test
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,9 @@ def test_bad_command_lines_exit_1(argv, capsys):
 
 def test_explain_digs_the_users_error_out_of_wrappers():
     inner = KtrayError("Teacher file missing", "Set teacher.checkpoint.")
-    try:
-        try:
-            raise inner
-        except KtrayError as error:
-            raise RuntimeError("worker died\nlong text") from error
-    except RuntimeError as outer:
-        assert cli.explain(outer) == str(inner)
+    outer = RuntimeError("worker died\nlong text")
+    outer.__cause__ = inner
+    assert cli.explain(outer) == str(inner)
     assert "No space" in cli.explain(OSError(28, "No space left on device"))
     assert cli.explain(ValueError("odd\nthing")).startswith("ValueError: odd thing")
 

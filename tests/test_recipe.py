@@ -44,7 +44,7 @@ def test_mistakes_are_named(override, message):
 
 
 def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(KtrayError, match="No recipe is named 'nope'.*letters"):
+    with pytest.raises(KtrayError, match=r"No recipe is named 'nope'.*letters"):
         recipes.load("nope", [])
     with pytest.raises(KtrayError, match="cannot be read"):
         recipes.load(str(tmp_path / "none.yaml"), [])
@@ -58,7 +58,7 @@ def test_files_that_cannot_be_used(tmp_path):
 
 
 def test_every_key_is_documented():
-    rows = recipes.keys()
+    rows = recipes.schema()
     assert len(rows) > 60
     assert all(text for _, _, _, text in rows)
     contract = {

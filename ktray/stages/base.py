@@ -120,7 +120,7 @@ def run_stage(context: Context, name: str, key_parts: Any, work: Work, *, ledger
     Args:
         key_parts: JSON-like; everything that goes into the result, the stage's own version included.
         work: does the stage in its directory and returns the manifest's own entries.
-        ledger_name: the stage that the cost is booked on, where it is not ``name``.
+        ledger_name: the name that the cost is booked under, where it is not ``name``.
     """
     key = digest(name, key_parts)
     stage = context.store.stage(name, key)

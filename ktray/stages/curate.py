@@ -184,7 +184,7 @@ def _heldout(context: Context, stage: Stage, spec: TeacherSpec, reporter: Report
     todo = [i for i in items if i["name"] not in finished]
     reporter.shards(map_shards(todo, prepare, MakeEmbedder(folder, spec), context.plan))
     reporter.read = 0  # counted where they are used
-    shards = [read_rows(folder, item["name"]) for item in items]
+    shards = [read_rows(folder, str(item["name"])) for item in items]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 

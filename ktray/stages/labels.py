@@ -94,7 +94,7 @@ def run(context: Context, preprocess: Preprocess) -> Done:
         return {"canvas": canvas.size, "size": preprocess.size, "shards": sorted(stage.names(".parquet"))}
 
     parts = [VERSION, context.fingerprint, preprocess.to_dict(), canvas.to_dict(), context.recipe.data.max_pixels]
-    return run_stage(context, "labels", parts, work, ledger_name="adapt")
+    return run_stage(context, "labels", parts, work)
 
 
 def shard_items(split: str, examples: list[Example]) -> list[Item]:

@@ -310,9 +310,7 @@ class AdaptJob:
             for step, row in enumerate(rows, start):
                 take = torch.from_numpy(row["row"])
                 seed = self.settings.seed * 1000 + env.rank
-                x = random_views(
-                    canvases[take].to(env.device), self.policy, seed=seed, step=step, size=size[0]
-                )
+                x = random_views(canvases[take].to(env.device), self.policy, seed=seed, step=step, size=size[0])
                 yield {"images": x, "label": labels[take].to(env.device)}
 
         return Program(
