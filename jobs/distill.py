@@ -13,7 +13,7 @@ def run(recipe, say, debug):
     from ktray.report import closing_table
 
     result = pipeline(recipe, say, debug)
-    folder = f"{recipe.store.rstrip('/')}/runs/{result['run_id']}"
+    folder = result["folder"]
     uri = result["mlflow"]["tracking_uri"]
     say("")
     say(closing_table(result))

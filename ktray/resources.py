@@ -105,7 +105,7 @@ def connect(debug: bool = False) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
-        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        in_job = inside_job()
         package = str(Path(__file__).parent)
         env = None if in_job else {"py_modules": [package]}
         ray.init(address=address, runtime_env=env, **common)
@@ -123,6 +123,11 @@ def connect(debug: bool = False) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False
+
+
+def inside_job() -> bool:
+    """Whether this driver was started by ``ray job submit``."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:

@@ -61,6 +61,7 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
     found = {
         "schema": SCHEMA,
         "run_id": context.run_id,
+        "folder": folder.uri,
         "task": recipe.task.name or recipe.task.data,
         "objective": recipe.objective.name,
         "student": recipe.student.name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktray.data.labelled import LabelledSet
-from ktray.data.quarantine import Quarantine
+from ktray.data.quarantine import Bad, Quarantine
 from ktray.ledger import DirLog, Ledger, Meter
 from ktray.progress import Progress
 from ktray.recipe import Recipe, digest
@@ -162,9 +162,11 @@ def _attempt(context: Context, stage: Stage, name: str, booked: str, key: str, k
 
 
 def _count(context: Context, manifest: dict[str, Any]) -> None:
+    bad = Quarantine(Bad(uri, reason, stage) for uri, reason, stage in manifest.get("quarantine", []))
+    # Also of a reused stage: the limit is this recipe's, the stage may have been made under a laxer one.
+    bad.check(int(manifest.get("read", 0)), context.recipe.data.max_bad_fraction)
     context.read += int(manifest.get("read", 0))
-    for uri, reason, stage in manifest.get("quarantine", []):
-        context.quarantine.add(uri, reason, stage)
+    context.quarantine.merge(bad)
 
 
 def finished_shards(stage: Stage) -> dict[str, dict[str, Any]]:
