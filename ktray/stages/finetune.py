@@ -45,7 +45,7 @@ def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
             part.batch_size,
             recipe.objective,
             recipe.train,
-            stage,
+            context.store.sub("precision"),
             teach_stage.cache(teach),
             part.replay,
         )
@@ -86,7 +86,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
             int(part.batch_size or 1),
             Objective(name="scratch"),
             part,
-            stage,
+            context.store.sub("precision"),
         )
         return fit(context, stage, reporter, job, steps)
 

@@ -42,7 +42,7 @@ def run(context: Context, teach: Done, labels: Done) -> Done:
             Labels(labels.stage),
             recipe.objective,
             part,
-            stage,
+            context.store.sub("precision"),
         )
         return fit(context, stage, reporter, job, steps)
 
@@ -79,7 +79,6 @@ def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int
         )
     reporter.meter.add(peak_memory_bytes=int(outcome.report["peak_memory_bytes"]))
     state = outcome.state
-    stage.delete("precision.json")
     return {
         "steps": state["step"],
         "seconds": state["seconds"],

@@ -18,12 +18,14 @@ from torch import nn
 from ktray import recipe as recipes
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
+from ktray.device import cpu_model
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.flops import train_flops
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.preprocess import Preprocess
 from ktray.models.student import build_student
 from ktray.objectives import Context, Objective, build_objective
+from ktray.recipe import digest
 from ktray.store import Dir
 from ktray.streaming import read_rows, read_windows, stream_windows
 from ktray.training.feed import Feed
@@ -145,15 +147,20 @@ def evaluator(pixels: torch.Tensor, labels: torch.Tensor, predict: Any, env: Env
     return evaluate
 
 
-def _settle_precision(directory: Dir, model: nn.Module, env: Env, size: int, batch: int, wish: Any) -> Precision:
-    # A measurement may end differently next time; the first decision holds for every rank and every restart.
+def _settle_precision(
+    directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, batch: int, wish: Any
+) -> Precision:
+    size = spec.image_size
+    # A measurement may end differently next time. The first decision of a store holds for every rank, restart
+    # and seed, so that runs differ by what the recipe says alone.
+    name = f"{digest([spec.name, spec.kwargs, size, batch, env.world, str(env.device.type), cpu_model(), wish])}.json"
     found: list[Any] = [None]
     if env.rank == 0:
-        if directory.exists("precision.json"):
-            found = [Precision.from_dict(directory.read_json("precision.json"))]
+        if directory.exists(name):
+            found = [Precision.from_dict(directory.read_json(name))]
         else:
             found = [choose_precision(model, env.device, size, batch, train=True, precision=wish)]
-            directory.write_json("precision.json", found[0].to_dict())
+            directory.write_json(name, found[0].to_dict())
     if env.world > 1:
         dist.broadcast_object_list(found, 0)
     chosen: Precision = found[0]
@@ -202,7 +209,7 @@ class TransferJob:
     def build(self, env: Env) -> Program:
         model, preprocess = self.student.build(env, self.settings.seed)
         batch = max(1, -(-int(self.part.batch_size or 1) // env.world))
-        precision = _settle_precision(self.directory, model, env, self.student.image_size, batch, self.part.precision)
+        precision = _settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective = build_objective(self.objective)
         objective.setup(Context(self.student.num_classes, getattr(model, "num_features", 0), None, self.settings.seed))
         module = Pretrain(model, preprocess, objective).to(env.device)
@@ -243,9 +250,7 @@ class FinetuneJob:
         model, preprocess = self.student.build(env, self.settings.seed)
         batch = max(1, -(-self.batch // env.world))
         extra = round(batch * self.replay) if self.cache else 0
-        precision = _settle_precision(
-            self.directory, model, env, self.student.image_size, batch + extra, self.part.precision
-        )
+        precision = _settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         module = Supervise(model, preprocess, build_objective(self.objective)).to(env.device)
         canvases, labels = self.labels.load("train", "canvas")
         pixels, val_labels = self.labels.load("val", "pixels")
