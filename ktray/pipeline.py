@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ktray
 from ktray import results
@@ -17,7 +17,7 @@ from ktray.ledger import Ledger, gpu_joules
 from ktray.models.teacher import TeacherSource
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, resolve
-from ktray.resources import cluster_plan, connect, inside_job
+from ktray.resources import Plan, cluster_plan, connect, inside_job
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import TeacherSpec
@@ -78,7 +78,17 @@ def run(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict
             catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
-def _open(store: Store, found: Resolved, plan: Any, say: Callable[[str], None]) -> Context:
+def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
+    """For a plan: by the name in the ledger, whether the store holds the stage whole. Runs and writes nothing."""
+    device = describe_device()
+    silent = cast(Tracker, None)  # no stage is run, so nothing is logged
+    context = _context(store, found, plan, lambda text: None, Ledger(device), silent, "plan")
+    context.planned = {}
+    stages(context)
+    return context.planned
+
+
+def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None]) -> Context:
     recipe = found.recipe
     text = dump(recipe)
     same = digest(text, found.fingerprint)
@@ -99,11 +109,24 @@ def _open(store: Store, found: Resolved, plan: Any, say: Callable[[str], None]) 
         tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name},
     )
     say(f"run       {folder.uri}")
+    ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
+    return _context(store, found, plan, say, ledger, tracker, run_id)
+
+
+def _context(
+    store: Store,
+    found: Resolved,
+    plan: Plan,
+    say: Callable[[str], None],
+    ledger: Ledger,
+    tracker: Tracker,
+    run_id: str,
+) -> Context:
     return Context(
-        recipe=recipe,
+        recipe=found.recipe,
         store=store,
         plan=plan,
-        ledger=Ledger(describe_device(), run_id, recipe.prices, gpu_joules()),
+        ledger=ledger,
         tracker=tracker,
         task=found.task,
         class_names=found.class_names,
@@ -150,7 +173,7 @@ def stages(context: Context) -> Made:
         models = {"student": (transfer.student_spec(context, done.stage), done.key)}
         return Made(decoded, evaluate.run(context, models, None), done)
     t = recipe.teacher
-    spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config))
+    spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
     adapted = adapt.run(context, spec, recipe.cluster.max_failures)
     indexed = index.run(context, spec) if recipe.transfer.source in ("generic", "retrieved") else None
     curated = curate.run(context, spec, adapted, indexed)

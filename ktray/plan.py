@@ -6,10 +6,15 @@ Time and money divide them by a stated rate, so they are no better than that rat
 
 from __future__ import annotations
 
+import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ktray.data.records import is_image
+from ktray.data.sources import list_shards
 from ktray.device import describe_device
+from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
 from ktray.models.flops import forward_flops, on_meta, train_flops
 from ktray.models.student import build_student
@@ -53,7 +58,7 @@ def lines(found: Resolved) -> list[Line]:
             Line("evaluate", scored * len(task.test), 0, f"{len(task.test)} test images"),
         ]
     t = recipe.teacher
-    teacher = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config), device="meta")
+    teacher = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size), device="meta")
     tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
     width = int(teacher.embed_dim)
     labelled = len(task.train) + len(task.val)
@@ -63,8 +68,7 @@ def lines(found: Resolved) -> list[Line]:
     out = [Line("adapt", adapt, labelled * width * 2, f"{t.adapt} on {len(task.train)} labels")]
     images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
     if recipe.transfer.source in ("generic", "retrieved"):
-        gallery = found.gallery_images
-        known = f"{gallery:,}" if gallery else "an unknown number of"
+        gallery, known = _gallery_images(found)
         out.append(Line("index", tower * (gallery or 0), (gallery or 0) * width * 2, f"{known} gallery images"))
         held = len(task.val) + len(task.test)
         search = 2.0 * (gallery or 0) * width * (len(task.train) + held)
@@ -83,6 +87,22 @@ def lines(found: Resolved) -> list[Line]:
     return out
 
 
+def _gallery_images(found: Resolved) -> tuple[int, str]:
+    """How many, and how sure that is. Tars do not tell: local ones are judged by the first one's images a byte."""
+    if found.gallery_images is not None:
+        return found.gallery_images, f"{found.gallery_images:,}"
+    recipe = found.recipe
+    shards = list_shards(recipe.gallery.data or [], column=recipe.gallery.column)
+    tars = [s.paths[0] for s in shards if s.count is None]
+    if not all(os.path.isfile(p) for p in tars):
+        return 0, "an unknown number of"
+    with tarfile.open(tars[0]) as first:
+        images = sum(is_image(name) for name in first.getnames())
+    guess = images * sum(os.path.getsize(p) for p in tars) / max(1, os.path.getsize(tars[0]))
+    total = round(guess) + sum(s.count or 0 for s in shards)
+    return total, f"about {total:,}"
+
+
 def show(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
     device = describe_device()
@@ -97,22 +117,42 @@ def show(recipe: Recipe, say: Callable[[str], None]) -> None:
     rate = next((r for n, r in RATES.items() if n in name), GPU_RATE) if gpus else CORE_RATE * int(device["cores"])
     price = hourly_price(device, recipe.prices)
     store = Store(found.recipe.store)
-    done = {s: len(store.sub(f"stages/{s}").children()) for s in store.sub("stages").children()}
+    whole, unknown = _whole(store, found, local)
     say("")
-    say(f"{'stage':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what")
-    total = 0.0
+    say(f"{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what")
+    total = saved = 0.0
     for line in lines(found):
+        there = whole.get(line.stage, False)
         total += line.flops
-        say(_row(line.stage, line.flops, rate, price, line.store_bytes, line.what))
-    say(_row("total", total, rate, price, 0, ""))
+        saved += line.flops if there else 0.0
+        state = "reused" if there else "to make"
+        say(_row(line.stage, state, line.flops, rate, price, line.store_bytes, line.what))
+    say(_row("total", "", total, rate, price, 0, ""))
+    if saved:
+        say(_row("to spend", "", total - saved, rate, price, 0, "without the stages that are reused"))
     kind = name or f"{device['cores']} CPU cores"
     say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
-    held = ", ".join(f"{n} {s}" for s, n in sorted(done.items()))
-    say(f"store     {store.uri} holds {held or 'no stages'}; whole ones with the same inputs are reused at no cost")
+    say(f"store     {store.uri}; {unknown or 'stages that it holds whole are reused at no cost'}")
 
 
-def _row(stage: str, flops: float, rate: float, price: float | None, stored: float, what: str) -> str:
+def _whole(store: Store, found: Resolved, local: Plan) -> tuple[dict[str, bool], str]:
+    """Which stages are whole, by name; and why that is not known, where the teacher is not on this machine."""
+    import huggingface_hub.constants
+
+    from ktray.pipeline import whole_stages
+
+    was = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
+    try:
+        return whole_stages(store, found, local), ""
+    except KtrayError as error:
+        return {}, f"what it holds of this run is not known: {error.what}"
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = was
+
+
+def _row(stage: str, state: str, flops: float, rate: float, price: float | None, stored: float, what: str) -> str:
     hours = flops / rate / 3600
     usd = f"{hours * price:.4f}" if price is not None else "?"
     size = f"{stored / 1e6:.1f} MB" if stored else ""
-    return f"{stage:<10}{flops:>12.3g}{hours:>14.4f}{usd:>10}{size:>10}  {what}"
+    return f"{stage:<10}{state:<10}{flops:>12.3g}{hours:>14.4f}{usd:>10}{size:>10}  {what}"

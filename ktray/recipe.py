@@ -76,6 +76,9 @@ class Teacher(Part):
     )
     checkpoint: str | None = Field(None, description="weights file (safetensors or weights-only .pt), local or s3://")
     config: str | None = Field(None, description="open_clip model config (JSON) for a model of your own")
+    image_size: int | None = Field(
+        None, description="input size in pixels other than the model's own (position embeddings are resampled)", ge=16
+    )
     adapt: Literal["probe", "finetune", "text", "auto"] = Field(
         "auto", description="how the task is taught to the teacher; auto takes the best on validation"
     )

@@ -22,8 +22,9 @@ from ktray.resources import Plan
 DEFAULT_TASK = "letters"
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
 PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
-SMALL_STUDENT = "convnext_atto"
-SMALL_STUDENT_KWARGS: dict[str, Any] = {"depths": [2, 2, 4, 2], "dims": [32, 64, 128, 192], "patch_size": 2}
+# Residual networks take an output stride, which keeps a map to pool over where the images are small.
+SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
+SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
 SAMPLE = 48
 
 
@@ -96,7 +97,8 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     if recipe.student.name is None:
         if size <= 64:
             recipe.student.kwargs = {**SMALL_STUDENT_KWARGS, **recipe.student.kwargs}
-            choose("student.name", SMALL_STUDENT, f"small, and total stride 16 keeps a map at {size} px")
+            name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
+            choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
         elif on_gpu:
             choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
         else:

@@ -95,8 +95,8 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
 
 
 def adapted(done: Done, spec: TeacherSpec) -> AdaptedSpec:
-    """The adapted teacher of a whole ADAPT directory."""
-    return AdaptedSpec(done.stage.sub(done.manifest["directory"]), spec.preprocess)
+    """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
+    return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), spec.preprocess)
 
 
 def train_embeddings(done: Done) -> tuple[np.ndarray, list[str], np.ndarray]:

@@ -27,6 +27,7 @@ class Context:
         fingerprint: of the labelled set (which image has which label in which split).
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
         say: prints one line for the person who watches.
+        planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
     """
 
     recipe: Recipe
@@ -43,11 +44,12 @@ class Context:
     say: Callable[[str], None]
     quarantine: Quarantine = field(default_factory=Quarantine)
     read: int = 0
+    planned: dict[str, bool] | None = None
 
 
 @dataclass
 class Done:
-    """A whole stage."""
+    """A whole stage; in a plan perhaps one that is still to be made, with nothing but its key in the manifest."""
 
     stage: Stage
     manifest: dict[str, Any]
@@ -126,6 +128,9 @@ def run_stage(context: Context, name: str, key_parts: Any, work: Work, *, ledger
     stage = context.store.stage(name, key)
     booked = ledger_name or name
     manifest = stage.manifest()
+    if context.planned is not None:
+        context.planned[booked] = manifest is not None
+        return Done(stage, manifest or {"key": key}, cached=manifest is not None)
     if manifest is None:
         with stage.lease(context.say):
             manifest = stage.manifest()  # another job may have finished it while this one waited
