@@ -43,9 +43,14 @@ def watch(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> I
             for value in ray.get(board.drain.remote(), timeout=10):
                 on_post(value)
 
+    problems: list[Exception] = []
+
     def follow() -> None:
-        while not stop.wait(interval):
-            drain()
+        try:
+            while not stop.wait(interval):
+                drain()
+        except Exception as error:  # e.g. no space for the log; raised where the training ends
+            problems.append(error)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -54,5 +59,8 @@ def watch(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> I
     finally:
         stop.set()
         thread.join(timeout=15)
-        drain()
+        if not problems:
+            drain()
         ray.kill(board)
+    if problems:
+        raise problems[0]

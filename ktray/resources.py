@@ -118,8 +118,9 @@ def connect(debug: bool = False) -> None:
             object_store_memory=int(min(2_000_000_000, memory_bytes() * 0.15)),
             **common,
         )
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+    # Ray Data logs an error with its traceback and raises it too; the command line tells it in one line.
+    for name, quiet in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
+        logging.getLogger(name).setLevel(logging.INFO if debug else quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False

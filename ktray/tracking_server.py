@@ -261,8 +261,10 @@ def _prepare(timeout: float) -> None:
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  (its import sets the levels anew)
 
-    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
+    for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs each error with its traceback and raises it too; the tracker tells it in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -1,0 +1,45 @@
+"""No space left in the store: one clear line, whichever stage meets it. On a real, small file system."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_task import SMALL, write_gallery, write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def mounts() -> bool:
+    """Whether a small tmpfs can be mounted in a namespace of its own."""
+    if shutil.which("unshare") is None:
+        return False
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m none /mnt"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not mounts(), reason="needs unprivileged mounts (Linux)")
+@pytest.mark.parametrize(("size", "where"), [("300k", "labels"), ("2m", "teach")])
+def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
+    write_task(tmp_path / "task")
+    write_gallery(tmp_path / "gallery")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    keys = [*SMALL, f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", "teach.views=8"]
+    job = [sys.executable, str(ROOT / "jobs/distill.py"), f"store={disk}", *keys, "train.steps=5"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} none "{disk}" && exec "$@"', "sh", *job],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout[-2000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "No space is left" in errors[0]
+    assert f"stages/{where}/" in errors[0]
+    assert "store=" in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
