@@ -138,7 +138,23 @@ def closing_table(result: dict[str, Any]) -> str:
         table = [[metric_label(result), "validation", "test"]]
         table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
         text += "\n\n" + _aligned(table, words=1, rules=(1,))
+    for line in advice(result):
+        text += f"\n\n{line}"
     return text
+
+
+def advice(result: dict[str, Any]) -> list[str]:
+    """What validation says against this run, if it does, as sentences. The test split is not asked."""
+    values = [(result.get(key) or {}).get("val") for key in ("metric", "scratch_metric", "teacher_metric")]
+    student, scratch, teacher = values
+    if student is None or scratch is None or scratch <= student:
+        return []
+    why = "its teacher knows the task less well than the labels tell it" if teacher and teacher < scratch else ""
+    text = f"note: on validation the student from scratch ({percent(scratch)}) beats the distilled one"
+    text += f" ({percent(student)}){': ' + why if why else ''}."
+    return [
+        text + " Try another teacher.name, teacher.adapt=finetune or more finetune.steps, or objective.name=scratch."
+    ]
 
 
 def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:

@@ -232,3 +232,25 @@ def test_plan_counts_what_the_run_then_spends(first, world, capsys):
     assert planned["teach"] == pytest.approx(spent["teach"], rel=1e-6)
     assert planned["index"] == pytest.approx(spent["index"], rel=0.2)  # unusable images are planned for
     assert np.isclose(planned["evaluate"], spent["evaluate"], rtol=1e-6)
+
+
+def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):
+    from ktray.plan import show
+
+    store, data, _, _, _ = first
+
+    def states(*overrides):
+        show(recipe.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]), print)
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {r[0]: " ".join(r[1:3]) for r in rows if len(r) > 2 and r[0] in STAGES}
+
+    before = sorted(store.rglob("*"))
+    assert {n: s.split()[0] for n, s in states().items()} == dict.fromkeys(STAGES, "reused")
+    changed = states("train.lr=0.002")
+    assert changed["teach"].startswith("reused")
+    assert {n for n, s in changed.items() if s == "to make"} == {"transfer", "finetune", "scratch", "evaluate"}
+    assert {n for n, s in states("teach.seed=3").items() if s == "to make"} >= {"teach", "transfer", "evaluate"}
+    assert sorted(store.rglob("*")) == before
+
+
+STAGES = ["adapt", "index", "curate", "teach", "transfer", "finetune", "scratch", "evaluate"]

@@ -335,3 +335,15 @@ def test_closing_table() -> None:
 )
 def test_numbers_for_people(write: Any, value: float | None, text: str) -> None:
     assert write(value) == text
+
+
+@pytest.mark.parametrize(("student", "scratch", "told"), [(0.9, 0.95, True), (0.95, 0.9, False), (0.9, 0.9, False)])
+def test_a_transfer_that_does_not_pay_is_told(student: float, scratch: float, told: bool) -> None:
+    found = result(
+        metric={"name": "top1", "test": 0.5, "val": student},
+        scratch_metric={"val": scratch, "test": 0.5},
+        teacher_metric={"val": 0.92, "test": 0.5},
+    )
+    text = closing_table(found)
+    assert ("beats the distilled one (90.0%): its teacher knows" in text) is told
+    assert ("objective.name=scratch" in text) is told
