@@ -26,6 +26,7 @@ PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
 SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
 SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
 SAMPLE = 48
+MIN_STEPS = 200
 
 
 @dataclass
@@ -128,9 +129,10 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         epochs = recipe.train.epochs
         if epochs is None:
             epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
-            choose(
-                "train.epochs", round(epochs, 2), "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs"
-            )
+            why = "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs"
+            if epochs * images < MIN_STEPS * batch:
+                epochs, why = MIN_STEPS * batch / max(1, images), f"few images: at least {MIN_STEPS} steps"
+            choose("train.epochs", round(epochs, 2), why)
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)

@@ -74,7 +74,7 @@ def test_timm_dinov2_small(cluster, tmp_path):
     save_file(model.state_dict(), str(path))
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**{**config, "input_size": (3, 98, 98)}, is_training=False)
-    # 12 blocks of width 384 on 50 tokens, and the patches: 12 * (12 * 384^2 * 50 + 2 * 50^2 * 384) + 49 * 588 * 384 MAC.
+    # MACs of 12 blocks of width 384 on 50 tokens, and of the embedding of 49 patches.
     macs = 12 * (12 * 384**2 * 50 + 2 * 50**2 * 384) + 49 * 3 * 14 * 14 * 384
     found = distil(tmp_path, "timm:vit_small_patch14_dinov2", path, "teacher.image_size=98")
     check(*found, transform, model, 2 * macs)
