@@ -20,6 +20,7 @@ from ktray.models.flops import forward_flops, on_meta, train_flops
 from ktray.models.student import build_student
 from ktray.models.teacher import TeacherSource
 from ktray.models.teacher_load import build_teacher
+from ktray.objectives import build_objective
 from ktray.recipe import Recipe
 from ktray.resolve import Resolved, resolve
 from ktray.resources import Plan, plan
@@ -63,9 +64,13 @@ def lines(found: Resolved) -> list[Line]:
     width = int(teacher.embed_dim)
     labelled = len(task.train) + len(task.val)
     adapt = tower * labelled
-    if t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates):
+    objective = build_objective(recipe.objective)
+    predicts = "logits" in objective.targets_needed
+    if predicts and (t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates)):
         adapt += 3 * tower * t.finetune.steps * t.finetune.batch_size
-    out = [Line("adapt", adapt, labelled * width * 2, f"{t.adapt} on {len(task.train)} labels")]
+    out = [
+        Line("adapt", adapt, labelled * width * 2, f"{t.adapt if predicts else 'probe'} on {len(task.train)} labels")
+    ]
     images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
     if recipe.transfer.source in ("generic", "retrieved"):
         gallery, known = _gallery_images(found)
@@ -74,12 +79,14 @@ def lines(found: Resolved) -> list[Line]:
         search = 2.0 * (gallery or 0) * width * (len(task.train) + held)
         out.append(Line("curate", tower * held + search, images * 100, f"{recipe.transfer.source}, {images:,} images"))
     views = recipe.teach.views * images
-    stored = views * (3 * size**2 + 2 * classes)
+    targets = (classes if predicts else 0) + (width if "embedding" in objective.targets_needed else 0)
+    stored = views * (3 * size**2 + 2 * targets)
     out.append(Line("teach", tower * views, stored, f"{recipe.teach.views} views of {images:,} images"))
     out.append(Line("transfer", step * steps * batch, 0, f"{steps} steps of {batch}"))
     f = recipe.finetune
-    tuned = step * f.steps * f.batch_size * (1 + f.replay)
-    out.append(Line("finetune", tuned, 0, f"{f.steps} steps of {f.batch_size} and replay"))
+    replay = f.replay if objective.reads == "logits" else 0.0
+    tuned = step * f.steps * f.batch_size * (1 + replay)
+    out.append(Line("finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"))
     if recipe.baselines.scratch:
         out.append(Line("scratch", step * floor * batch, 0, f"the floor, at most {floor} steps (stops early)"))
     models = scored * (2 if recipe.baselines.scratch else 1) + tower

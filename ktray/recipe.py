@@ -119,7 +119,10 @@ class Teach(Part):
 
 
 class Objective(Part):
-    name: Literal["oriented", "scratch"] = Field("oriented", description="way of pretraining")
+    name: Literal["oriented", "agnostic", "scratch"] = Field("oriented", description="way of pretraining")
+    match: Literal["cosine", "mse", "contrastive"] = Field(
+        "cosine", description="agnostic: how the teacher's features are matched"
+    )
     temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
 

@@ -16,6 +16,7 @@ from ktray.data.reading import fetch
 from ktray.data.sources import Shard, list_shards
 from ktray.errors import KtrayError
 from ktray.models.heads import DEFAULT_TEMPLATES
+from ktray.objectives import build_objective
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 
@@ -114,6 +115,11 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
         recipe.objective.name = "scratch"
         recipe.transfer.source = "none"
+    if build_objective(recipe.objective).reads == "features" and not recipe.finetune.steps:
+        raise KtrayError(
+            f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
+            "Set finetune.steps to at least 1; its classifier is fitted there.",
+        )
     if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
         limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
         if gallery_images is not None:

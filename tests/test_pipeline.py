@@ -15,6 +15,7 @@ from small_task import CLASSES, SMALL, write_gallery, write_task
 
 import ktray
 from ktray import cli, recipe
+from ktray.models.student import build_student
 from ktray.pipeline import run
 from ktray.stages import evaluate
 from ktray.store import Stage
@@ -232,6 +233,34 @@ def test_plan_counts_what_the_run_then_spends(first, world, capsys):
     assert planned["teach"] == pytest.approx(spent["teach"], rel=1e-6)
     assert planned["index"] == pytest.approx(spent["index"], rel=0.2)  # unusable images are planned for
     assert np.isclose(planned["evaluate"], spent["evaluate"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_agnostic_transfer_learns_and_trains_no_classifier(first, workers):
+    store, data, _, _, _ = first
+    lines: list[str] = []
+    keys = ["objective.name=agnostic", "train.steps=61", f"seed={workers}", "baselines.scratch=false"]
+    found = distil(store, *data, *keys, f"cluster.workers={workers}", lines=lines)
+    assert found["metric"]["test"] > 0.5  # chance is a third
+    assert found["teacher_metric"]["adapt"] == "probe"
+    key = {s["name"]: s["key"] for s in found["stages"]}
+    from safetensors.torch import load_file
+
+    pretrained = load_file(str(store / "stages/transfer" / key["transfer"] / "weights.safetensors"))
+    torch.manual_seed(workers)
+    start = build_student("test_resnet", {"output_stride": 16}, len(CLASSES), 32).model.state_dict()
+    assert torch.equal(pretrained["fc.weight"], start["fc.weight"])
+    assert not torch.allclose(pretrained["conv1.0.weight"], start["conv1.0.weight"])
+    # The linear probe that FINETUNE starts from stands at step 0 of its curve, well above chance.
+    curve = Stage(str(store / "stages/finetune" / key["finetune"])).manifest()["curve"]
+    assert curve[0]["step"] == 0
+    assert curve[0]["val_top1"] > 0.4
+
+
+def test_agnostic_without_finetuning_is_refused(first):
+    store, data, _, _, _ = first
+    with pytest.raises(ktray.errors.KtrayError, match=r"finetune\.steps"):
+        distil(store, *data, "objective.name=agnostic", "finetune.steps=0")
 
 
 def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):

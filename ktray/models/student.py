@@ -86,9 +86,7 @@ class Student(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) normalised float to pooled features (N, feature_dim), before the classifier."""
-        model: Any = self.model
-        out: torch.Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
-        return out
+        return pooled_features(self.model, x)
 
     @torch.inference_mode()
     def predict(
@@ -115,6 +113,38 @@ class Student(nn.Module):
                 found.append(Prediction(self.classes[best], row[best], named))
         self.train(was)
         return found
+
+
+def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:
+    """The last layer of a timm classifier, linear or a 1 x 1 convolution, with a bias.
+
+    Raises:
+        KtrayError: the model has another kind.
+    """
+    found = model.get_classifier()
+    if not isinstance(found, nn.Linear | nn.Conv2d) or found.bias is None:
+        raise KtrayError(
+            f"{type(model).__name__} has no linear classifier of its own ({type(found).__name__})",
+            "Set student.name to another model, or objective.name=oriented.",
+        )
+    return found
+
+
+def pooled_features(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """(N, 3, h, w) normalised float to pooled features (N, F) of a timm model, before the classifier."""
+    out: torch.Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+    return out
+
+
+class Features(nn.Module):
+    """A timm model's pooled features as a module of its own, e.g. to be compiled; the model is shared."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return pooled_features(self.model, x)
 
 
 def build_student(

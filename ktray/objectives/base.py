@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 Target = Literal["logits", "embedding", "patch_embedding", "text"]
+Reads = Literal["logits", "features"]
 Batch = dict[str, torch.Tensor]
 
 
@@ -28,10 +29,16 @@ class Context:
 
 
 class Objective(nn.Module):
-    """A way of pretraining. Parameters of this module are trained beside the student's."""
+    """A way of pretraining. Parameters of this module are trained beside the student's.
+
+    Attributes:
+        reads: what ``loss`` takes of the student: ``logits`` (N, C), or ``features`` (N, F), pooled, before the
+            classifier, which then stays as it was.
+    """
 
     name: str
     targets_needed: frozenset[Target]
+    reads: Reads = "logits"
 
     def setup(self, context: Context) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""

@@ -20,6 +20,7 @@ from ktray.errors import KtrayError
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.flops import count_flops
 from ktray.models.heads import LinearHead, fit_temperature, probe_head, text_head
+from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.teach import view_policy
@@ -33,8 +34,11 @@ VERSION = 1
 
 
 def candidates(context: Context, spec: TeacherSpec) -> list[str]:
-    """What is tried, in order."""
+    """What is tried, in order. An objective that needs no predictions needs no adapted teacher: the probe costs nothing
+    beyond the embeddings that retrieval needs, and leaves the tower as it is."""
     part = context.recipe.teacher
+    if "logits" not in build_objective(context.recipe.objective).targets_needed:
+        return ["probe"]
     wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
     if wanted == ["text"] and not spec.has_text:
         raise KtrayError(f"Teacher '{spec.source.name}' has no text tower", "Set teacher.adapt=probe.")

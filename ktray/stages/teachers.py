@@ -73,6 +73,15 @@ def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int)
 
 
 @torch.inference_mode()
+def logits_numpy(model: AdaptedTeacher, embedding: np.ndarray) -> np.ndarray:
+    """Embeddings (N, D) float32 to calibrated logits (N, C) float32."""
+    if not len(embedding):
+        return np.zeros((0, len(model.classes)), np.float32)
+    found: np.ndarray = model.logits_of(torch.from_numpy(embedding).to(model.head.weight.device)).cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
 def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to calibrated logits (N, C) float32."""
     return _batched(model.logits, pixels, batch, len(model.classes))

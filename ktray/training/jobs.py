@@ -21,9 +21,11 @@ from ktray.data.views import ViewPolicy
 from ktray.device import cpu_model
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.flops import train_flops
+from ktray.models.heads import probe_head
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.preprocess import Preprocess
-from ktray.models.student import build_student
+from ktray.models.student import Features, build_student, classifier_of, pooled_features
+from ktray.models.teacher_load import feature_dim
 from ktray.objectives import Context, Objective, build_objective
 from ktray.recipe import digest
 from ktray.store import Dir
@@ -53,16 +55,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of TEACH: shards of ``pixels`` (views) and ``logits`` (calibrated)."""
+    """A folder of TEACH: shards of ``pixels`` (views) and the teacher's ``targets`` for them."""
 
     directory: Dir
     shards: tuple[tuple[str, int], ...]
     row_bytes: int
+    targets: tuple[str, ...]
+    embed_dim: int
 
     def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
         rows = sum(n for _, n in self.shards)
         resident = rows * self.row_bytes <= part.resident_bytes
-        columns = ["pixels", "logits"]
+        columns = ["pixels", *self.targets]
         if resident:
             return Feed(
                 self.shards,
@@ -147,6 +151,31 @@ def evaluator(pixels: torch.Tensor, labels: torch.Tensor, predict: Any, env: Env
     return evaluate
 
 
+@torch.inference_mode()
+def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, env: Env) -> torch.Tensor:
+    model.eval()
+    batches = (pixels[i : i + 256].to(env.device) for i in range(0, len(pixels), 256))
+    return torch.cat([pooled_features(model, preprocess.normalise(x)).float() for x in batches])
+
+
+def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: Env) -> None:
+    """Set a pretrained student's untrained classifier to a linear probe of its features, for a fair start.
+
+    The probe sees features of unit length; its weights are divided by the mean length, since the classifier does not.
+    """
+    pixels, y = labels.load("train", "pixels")
+    val_pixels, val_y = labels.load("val", "pixels")
+    features = _features(model, preprocess, pixels, env)
+    classifier = classifier_of(model)
+    val = (_features(model, preprocess, val_pixels, env), val_y)
+    head = probe_head(features, y, len(classifier.weight), val=val)
+    with torch.no_grad():
+        weight = head.weight / features.norm(dim=1).mean()
+        classifier.weight.copy_(weight.view_as(classifier.weight))
+        assert classifier.bias is not None  # classifier_of has checked it
+        classifier.bias.copy_(head.bias)
+
+
 def _settle_precision(
     directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, batch: int, wish: Any
 ) -> Precision:
@@ -211,10 +240,14 @@ class TransferJob:
         batch = max(1, -(-int(self.part.batch_size or 1) // env.world))
         precision = _settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective = build_objective(self.objective)
-        objective.setup(Context(self.student.num_classes, getattr(model, "num_features", 0), None, self.settings.seed))
-        module = Pretrain(model, preprocess, objective).to(env.device)
+        objective.setup(Context(self.student.num_classes, feature_dim(model), self.cache.embed_dim, self.settings.seed))
+        reads_logits = objective.reads == "logits"
+        if not reads_logits:
+            # It takes no part in the loss; the optimizer and DDP must not wait for it.
+            classifier_of(model).requires_grad_(False)
+        module = Pretrain(model if reads_logits else Features(model), preprocess, objective).to(env.device)
         if self.part.compile:
-            module.student = torch.compile(model)  # type: ignore[assignment]
+            module.student = torch.compile(module.student)  # type: ignore[assignment]
         feed = self.cache.feed(self.part, env, batch, self.settings.seed)
         pixels, labels = self.val.load("val", "pixels")
         size = (3, *preprocess.size)
@@ -223,7 +256,7 @@ class TransferJob:
             model=model,
             groups=decay_groups(model, self.settings.weight_decay) + decay_groups(objective, 0.0),
             batches=lambda start, stop: _to_device(feed.batches(start, stop), env.device),
-            evaluate=evaluator(pixels, labels, lambda m, x: m(preprocess.normalise(x)), env),
+            evaluate=evaluator(pixels, labels, lambda m, x: m(preprocess.normalise(x)), env) if reads_logits else None,
             flops_per_step=train_flops(model, size) * batch * env.world,
             images_per_step=batch * env.world,
             device=env.device,
@@ -249,9 +282,13 @@ class FinetuneJob:
     def build(self, env: Env) -> Program:
         model, preprocess = self.student.build(env, self.settings.seed)
         batch = max(1, -(-self.batch // env.world))
-        extra = round(batch * self.replay) if self.cache else 0
+        objective = build_objective(self.objective)
+        if self.student.start is not None and objective.reads == "features":
+            _fit_classifier(model, preprocess, self.labels, env)
+        # The distillation term reads predictions; after feature matching there is none to keep.
+        extra = round(batch * self.replay) if self.cache and objective.reads == "logits" else 0
         precision = _settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
-        module = Supervise(model, preprocess, build_objective(self.objective)).to(env.device)
+        module = Supervise(model, preprocess, objective).to(env.device)
         canvases, labels = self.labels.load("train", "canvas")
         pixels, val_labels = self.labels.load("val", "pixels")
         size = preprocess.size
