@@ -110,13 +110,18 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
     return total, f"about {total:,}"
 
 
-def show(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
+def this_machine(recipe: Recipe) -> Plan:
+    """How the recipe would use this machine."""
     device = describe_device()
     gpus = device.get("gpus") or []
-    local: Plan = plan(
-        max(2.0, float(device["cores"])), float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu
-    )
+    cores = max(2.0, float(device["cores"]))
+    return plan(cores, float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu)
+
+
+def show(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
+    device, local = describe_device(), this_machine(recipe)
+    gpus = device.get("gpus") or []
     found = resolve(recipe, local, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")

@@ -182,6 +182,20 @@ class MLflow(Part):
     experiment: str = Field("ktray", description="experiment that the run is logged under")
 
 
+class Compare(Part):
+    """What jobs/compare.py runs beside each other; other jobs do not read it."""
+
+    ways: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name of a way: its recipe keys, e.g. {mine: {objective.name: agnostic, objective.match: mse}}; "
+        "empty: both objectives on each transfer set, and scratch",
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="each way is run with each seed")
+    equal: Literal["steps", "flops"] = Field(
+        "steps", description="what all ways have alike: pretraining steps, or the FLOPs of all their stages together"
+    )
+
+
 class Recipe(Part):
     store: str = Field("./ktray-store", description="folder or s3://bucket/prefix for stages and runs")
     seed: int = Field(0, description="seed of training: initial weights, order, mixup")
@@ -199,6 +213,7 @@ class Recipe(Part):
     baselines: Baselines = Baselines()
     cluster: Cluster = Cluster()
     mlflow: MLflow = MLflow()
+    compare: Compare = Compare()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )
@@ -238,6 +253,18 @@ def load(recipe: str | None, overrides: list[str]) -> Recipe:
         if not sign:
             raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
         _set(raw, key.strip(), _parse_value(value))
+    return _validate(raw)
+
+
+def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does."""
+    raw = recipe.model_dump(mode="json")
+    for key, value in keys.items():
+        _set(raw, key, value)
+    return _validate(raw)
+
+
+def _validate(raw: dict[str, Any]) -> Recipe:
     _check_keys(raw)
     try:
         return Recipe.model_validate(raw)
