@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe import Recipe
+from ktray.resources import lasting_store
 
 USAGE = "[--recipe NAME|FILE.yaml] [key.path=value ...] [--plan] [--debug] [--help]"
 
@@ -78,6 +79,10 @@ def main(
         problem = check_torchvision()
         if problem:
             raise KtrayError(problem)
+        store = lasting_store(recipe.store)
+        if store != recipe.store:
+            say(f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)")
+            recipe.store = store
         if arguments.plan:
             plan(recipe, say)
         else:

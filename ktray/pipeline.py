@@ -17,7 +17,7 @@ from ktray.ledger import Ledger, gpu_joules
 from ktray.models.teacher import TeacherSource
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, resolve
-from ktray.resources import Plan, cluster_plan, connect, inside_job
+from ktray.resources import Plan, cluster_plan, connect
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import TeacherSpec
@@ -49,10 +49,6 @@ def run(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict
     reuses its stages.
     """
     begun = time.time()
-    if inside_job() and "://" not in recipe.store and not Path(recipe.store).expanduser().is_absolute():
-        # A job's working directory is a copy that Ray deletes after the job.
-        recipe = recipe.model_copy(update={"store": str(Path.home() / recipe.store)})
-        say(f"recipe    store={recipe.store} (a job's own folder is deleted with it; on a cluster name a shared one)")
     store = Store(recipe.store)
     store.check_writable()
     connect(debug)

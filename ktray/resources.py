@@ -131,6 +131,12 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def lasting_store(store: str) -> str:
+    """Where a relative store lies: in the home folder inside a job, whose working directory Ray deletes after it."""
+    relative = "://" not in store and not Path(store).expanduser().is_absolute()
+    return str(Path.home() / store) if relative and inside_job() else store
+
+
 def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:
     """`plan` for the cluster that Ray is connected to."""
     import ray

@@ -20,6 +20,10 @@ def mounts() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="needs unprivileged mounts (Linux)")
 @pytest.mark.parametrize(("size", "where"), [("300k", "labels"), ("2m", "teach")])
@@ -30,11 +34,9 @@ def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
     disk.mkdir()
     keys = [*SMALL, f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", "teach.views=8"]
     job = [sys.executable, str(ROOT / "jobs/distill.py"), f"store={disk}", *keys, "train.steps=5"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} none "{disk}" && exec "$@"', "sh", *job],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -43,3 +45,18 @@ def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
     assert f"stages/{where}/" in errors[0]
     assert "store=" in errors[0]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not mounts(), reason="needs unprivileged mounts (Linux)")
+def test_a_store_without_write_permission_ends_with_one_line(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    job = [sys.executable, str(ROOT / "jobs/distill.py"), f"store={disk / 'store'}"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o ro none "{disk}" && exec "$@"', "sh", *job],
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: No permission to write")
+    assert "store=" in error

@@ -29,3 +29,16 @@ def test_what_cannot_fit_ends_with_the_arithmetic():
         plan(1, 0, 1, 100, "auto")
     with pytest.raises(KtrayError, match="no CPU"):
         plan(0, 0, 1, 1, "auto")
+
+
+def test_a_jobs_relative_store_outlives_the_job(monkeypatch, tmp_path):
+    from ktray.resources import lasting_store
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert lasting_store("./ktray-store") == "./ktray-store"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert lasting_store("./ktray-store") == str(tmp_path / "ktray-store")
+    assert lasting_store("s3://bucket/x") == "s3://bucket/x"
+    assert lasting_store("/shared/x") == "/shared/x"
+    assert lasting_store("~/x") == "~/x"
