@@ -15,7 +15,7 @@ def run(recipe, say, debug):
 
 
 def plan(recipe, say):
-    from ktray.comparison.ways import show
+    from ktray.comparison.budget import show
 
     show(recipe, say)
 

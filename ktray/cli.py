@@ -12,14 +12,14 @@ from ktray.errors import KtrayError
 from ktray.recipe import Recipe
 from ktray.resources import lasting_store
 
-USAGE = "[--recipe NAME|FILE.yaml] [key.path=value ...] [--plan] [--debug] [--help]"
+USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--debug] [--help]"
 
 
 @dataclass
 class Arguments:
     """A parsed command line."""
 
-    recipe: str | None = None
+    recipes: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     plan: bool = False
     debug: bool = False
@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> Arguments:
             value = word.partition("=")[2] or next(rest, "")
             if not value:
                 raise KtrayError("--recipe needs a name or a file", f"Usage: {USAGE}")
-            found.recipe = value
+            found.recipes.append(value)
         elif word.startswith("-"):
             raise KtrayError(f"Unknown option '{word}'", f"Usage: {USAGE}; keys are given as key.path=value.")
         else:
@@ -73,7 +73,7 @@ def main(
         if arguments.help:
             say(help_text(program, purpose))
             return 0
-        recipe = recipes.load(arguments.recipe, arguments.overrides)
+        recipe = recipes.load(arguments.recipes, arguments.overrides)
         from ktray.bootstrap import check_torchvision
 
         problem = check_torchvision()

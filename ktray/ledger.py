@@ -321,7 +321,7 @@ class Ledger:
 
         Earlier attempts under the same key that did not finish are entered too: this one goes on from them.
         """
-        earlier = attempts(log.read())
+        earlier = [replace(e, stage=stage) for e in attempts(log.read())]
         self.entries += earlier
         number = 1 + max((e.attempt for e in earlier), default=0)
         meter = Meter(log, Entry(stage, key, number, self.run), self.device, devices, self.prices, self.joules)
@@ -332,9 +332,18 @@ class Ledger:
             self.entries.append(meter.entry)
 
     def reuse(self, log: Log, stage: str, key: str) -> None:
-        """Enter a stage that was found whole: worth what it took, spent only if this very run had made it."""
+        """Enter a stage that was found whole: worth what it took, spent only if this very run had made it.
+
+        It is booked under ``stage``, whatever the run that made it called it. A stage that two parts of one run use
+        counts once.
+        """
         made = attempts(log.read()) or [Entry(stage, key, attempt=0)]
-        self.entries += [replace(e, cached=not (self.run and e.run == self.run)) for e in made]
+        known = {(e.key, e.attempt) for e in self.entries}
+        self.entries += [
+            replace(e, stage=stage, cached=not (self.run and e.run == self.run))
+            for e in made
+            if (e.key, e.attempt) not in known
+        ]
 
     def summary(self) -> dict[str, Any]:
         """`cost_summary` of all entries."""

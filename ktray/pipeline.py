@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import ktray
 from ktray import results
 from ktray.device import describe_device
+from ktray.errors import KtrayError
 from ktray.ledger import Ledger, gpu_joules
+from ktray.models.preprocess import Preprocess
+from ktray.models.reading import map_shape
 from ktray.models.teacher import TeacherSource
+from ktray.objectives import build_objective
+from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, resolve
 from ktray.resources import Plan, cluster_plan, connect
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
-from ktray.stages.teachers import TeacherSpec
+from ktray.stages.teachers import AdaptedSpec, TeacherSpec
 from ktray.store import Dir, Store
 from ktray.tracking import Tracker, catch_up
 
@@ -29,10 +34,10 @@ FLOOR = "scratch"
 
 @dataclass
 class Made:
-    """The stages of one run; None where the recipe has no such stage."""
+    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial."""
 
     labels: Done
-    evaluate: Done
+    evaluate: Done | None
     student: Done
     adapt: Done | None = None
     index: Done | None = None
@@ -42,26 +47,76 @@ class Made:
     floor: Done | None = None
 
 
-def run(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool = False,
+    plan: Plan | None = None,
+    tags: Mapping[str, str] | None = None,
+    trial: bool = False,
+) -> dict[str, Any]:
     """Run a recipe to its end; returns the content of ``result.json``.
 
     An unfinished run of the same recipe is continued under its id; a finished one is left alone and a new run
     reuses its stages.
+
+    Args:
+        plan: the part of the cluster to use; None: all of it.
+        tags: of the MLflow run, beside its own.
+        trial: one of several runs of which validation will choose. The test split is not read, and no student, report
+            or model is left; a later run of the same recipe reuses all stages.
     """
     begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        made = stages(context, trial)
+        return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
+
+    return _logged(recipe, say, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
+
+
+def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """The transfer set of a recipe and nothing after it; returns the content of ``result.json``. A later run of the
+    recipe reuses it. Of a way that has several phases it is the last one's set.
+
+    Raises:
+        KtrayError: the recipe has no transfer set.
+    """
+    from ktray import curation
+
+    if recipe.objective.name == "scratch":
+        raise KtrayError("objective.name=scratch has no transfer set", "Choose another objective.")
+    begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        name, phase = phases(context.recipe)[-1]
+        made = _curate(replace(context, recipe=phase, phase=name, read=0))
+        return curation.write(context, made.adapt, made.curate, begun)
+
+    return _logged(recipe, say, debug, None, {"job": "curate"}, work)
+
+
+def _logged(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool,
+    plan: Plan | None,
+    tags: Mapping[str, str],
+    work: Callable[[Context], dict[str, Any]],
+) -> dict[str, Any]:
+    """Work in a run's folder, logged to MLflow whatever comes of it."""
     store = Store(recipe.store)
     store.check_writable()
     connect(debug)
-    plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    plan = plan or cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
     say(plan.line)
     found = resolve(recipe, plan, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
-    context = _open(store, found, plan, say)
+    context = _open(store, found, plan, say, tags)
     status = "FAILED"
     try:
-        made = stages(context)
-        result = results.write(context, made, begun)
+        result = work(context)
         status = "FINISHED"
         return result
     finally:
@@ -84,10 +139,10 @@ def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
     return context.planned
 
 
-def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None]) -> Context:
+def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None], tags: Mapping[str, str]) -> Context:
     recipe = found.recipe
     text = dump(recipe)
-    same = digest(text, found.fingerprint)
+    same = digest(text, found.fingerprint, tags.get("job"))
     run_id, folder = _run_folder(store, recipe, same)
     folder.write("recipe.yaml", text.encode())
     local = local_home(store)
@@ -102,7 +157,7 @@ def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None])
     tracker.start(
         run_id,
         params=flat,
-        tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name},
+        tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
     )
     say(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
@@ -131,6 +186,8 @@ def _context(
         canvas=found.canvas,
         run_id=run_id,
         say=say,
+        metric=str(found.recipe.task.metric),
+        source=found.source,
     )
 
 
@@ -153,37 +210,82 @@ def _run_folder(store: Store, recipe: Recipe, same: str) -> tuple[str, Dir]:
     return run_id, folder
 
 
-def stages(context: Context) -> Made:
-    """Run the stages, each reused where it is whole."""
-    from ktray.models.student import build_student
-
-    recipe = context.recipe
-    part = recipe.student
-    size, classes = recipe.image_size, len(context.task.classes)
-    student = build_student(str(part.name), dict(part.kwargs), classes, size, part.pretrained, part.checkpoint)
+def stages(context: Context, trial: bool = False) -> Made:
+    """Run the stages, each reused where it is whole; those of a trial without EVALUATE."""
+    recipe, size = context.recipe, int(context.recipe.image_size or 0)
+    student = transfer.student_spec(context).make()
     for warning in student.warnings:
         context.say(f"student   {warning}")
     if recipe.objective.name == "scratch":
         decoded = labels.run(context, student.preprocess)
         done = finetune.run_scratch(context, decoded, booked="finetune")
         models = {"student": (transfer.student_spec(context, done.stage), done.key)}
-        return Made(decoded, evaluate.run(context, models, None), done)
-    t = recipe.teacher
-    spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
-    adapted = adapt.run(context, spec, recipe.cluster.max_failures)
-    indexed = index.run(context, spec) if recipe.transfer.source in ("generic", "retrieved") else None
-    curated = curate.run(context, spec, adapted, indexed)
-    taught = teach.run(context, curated, adapted, adapt.adapted(adapted, spec))
-    decoded = labels.run(context, student.preprocess)
-    moved = transfer.run(context, taught, decoded)
-    tuned = finetune.run(context, moved, taught, decoded) if recipe.finetune.steps else moved
+        return Made(decoded, None if trial else evaluate.run(context, models, None), done)
+    start: Pretrained | None = None
+    for name, phase in phases(recipe):
+        inner = replace(context, recipe=phase, phase=name, read=0)
+        reads_map = build_objective(phase.objective).reads == "map"
+        start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
+        context.read += inner.read
+    assert start is not None  # there is at least one phase
+    decoded, moved = start.labels, start.transfer
+    tuned = finetune.run(context, moved, start.teach, decoded) if recipe.finetune.steps else moved
     models = {"student": (transfer.student_spec(context, tuned.stage), tuned.key)}
     floor = None
     if recipe.baselines.scratch:
         floor = finetune.run_scratch(context, decoded, booked=FLOOR)
         models[FLOOR] = (transfer.student_spec(context, floor.stage), floor.key)
-    scored = evaluate.run(context, models, (adapt.adapted(adapted, spec), adapted.key))
-    return Made(decoded, scored, tuned, adapted, indexed, curated, taught, moved, floor)
+    judged = (start.spec, start.adapt.key) if start.adapt and start.spec else None
+    scored = None if trial else evaluate.run(context, models, judged)
+    return Made(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
+
+
+@dataclass
+class Pretrained:
+    """The stages of one phase of pretraining."""
+
+    labels: Done
+    adapt: Done | None
+    spec: AdaptedSpec | None
+    index: Done | None
+    curate: Done
+    teach: Done
+    transfer: Done
+
+
+@dataclass
+class Curated:
+    """The stages up to the transfer set; ``spec`` is the adapted teacher."""
+
+    adapt: Done | None
+    spec: AdaptedSpec | None
+    index: Done | None
+    curate: Done
+
+
+def _curate(context: Context) -> Curated:
+    recipe, t = context.recipe, context.recipe.teacher
+    spec = adapted = model = indexed = None
+    if needs_teacher(recipe):
+        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
+        adapted = adapt.run(context, spec, recipe.cluster.max_failures)
+        model = adapt.adapted(context, adapted, spec)
+    # A random draw asks the teacher for nothing.
+    encoder = spec if recipe.transfer.source == "retrieved" else None
+    if context.source is not None:
+        indexed = index.run_labelled(context, context.source)
+    elif recipe.transfer.source in ("generic", "retrieved"):
+        indexed = index.run(context, encoder)
+    return Curated(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
+
+
+def _pretrain(context: Context, student: Preprocess, map_side: int, start: Pretrained | None) -> Pretrained:
+    known = _curate(context)
+    by_teacher = (known.adapt, known.spec) if taught(context.recipe) else (None, None)
+    targets = teach.run(context, known.curate, *by_teacher, student, map_side)
+    decoded = labels.run(context, student)
+    moved = transfer.run(context, targets, decoded, start.transfer if start else None)
+    return Pretrained(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

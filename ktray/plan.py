@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
+from torch import nn
+
+from ktray.data.captions import first_captions, tokenise
 from ktray.data.records import is_image
 from ktray.data.sources import list_shards
 from ktray.device import describe_device
 from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
 from ktray.models.flops import forward_flops, on_meta, train_flops
-from ktray.models.student import build_student
+from ktray.models.reading import Features, feature_dim, map_shape, trunk
 from ktray.models.teacher import TeacherSource
 from ktray.models.teacher_load import build_teacher
-from ktray.objectives import build_objective
+from ktray.objectives import Context, build_objective
+from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe
-from ktray.resolve import Resolved, resolve
+from ktray.resolve import Resolved, resolve, transfer_images
 from ktray.resources import Plan, plan
 from ktray.store import Store
+from ktray.training.inputs import StudentSpec
 
 # Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
 RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
@@ -43,55 +49,130 @@ class Line:
 
 
 def lines(found: Resolved) -> list[Line]:
-    """The stages that the recipe will go through."""
+    """The stages that the recipe will go through; those of several phases are added up."""
     recipe, task = found.recipe, found.task
     size, classes = int(recipe.image_size or 32), len(task.classes)
-    part = recipe.student
-    student = on_meta(lambda: build_student(str(part.name), dict(part.kwargs), classes, size).model)
-    step = train_flops(student, (3, size, size))
-    scored = forward_flops(student, (3, size, size))
-    train = recipe.train
-    steps, batch = int(train.steps or 1), int(train.batch_size or 1)
-    floor = int(recipe.baselines.scratch_steps or steps)
+    spec = StudentSpec.of(recipe, classes)
+    student = on_meta(lambda: spec.make(bare=True).model)
+    cost = _Student(student, size)
+    batch = int(recipe.train.batch_size or 1)
+    floor = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
     if recipe.objective.name == "scratch":
         return [
-            Line("finetune", step * floor * batch, 0, f"at most {floor} steps of {batch} labelled images"),
-            Line("evaluate", scored * len(task.test), 0, f"{len(task.test)} test images"),
+            Line("finetune", cost.train(size) * floor * batch, 0, f"at most {floor} steps of {batch} labelled images"),
+            Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
         ]
+    teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
+    out: dict[str, Line] = {}
+    for name, phase in phases(recipe):
+        for line in _pretraining(found, phase, cost, teacher):
+            before = out.get(line.stage)
+            what = f"{line.what} ({name})" if name else line.what
+            if before is not None:
+                flops, stored = before.flops + line.flops, before.store_bytes + line.store_bytes
+                out[line.stage] = Line(line.stage, flops, stored, f"{before.what}; {what}")
+            else:
+                out[line.stage] = Line(line.stage, line.flops, line.store_bytes, what)
+    f = recipe.finetune
+    if f.steps:
+        last = phases(recipe)[-1][1]
+        replay = f.replay if build_objective(last.objective).reads == "logits" else 0.0
+        tuned = cost.train(size) * f.steps * f.batch_size * (1 + replay)
+        out["finetune"] = Line(
+            "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
+        )
+    if recipe.baselines.scratch:
+        what = f"the floor, at most {floor} steps (stops early)"
+        out["scratch"] = Line("scratch", cost.train(size) * floor * batch, 0, what)
+    models = cost.forward(size) * (2 if recipe.baselines.scratch else 1) + (teacher.tower if teacher else 0.0)
+    out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
+    return list(out.values())
+
+
+class _Student:
+    """FLOPs of a student's image by input size, each counted once."""
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        self.model, self.size = model, size
+        self.features = feature_dim(trunk(model))
+        self.train = lru_cache(lambda side: train_flops(self.model, (3, side, side)))
+        self.forward = lru_cache(lambda side: forward_flops(self.model, (3, side, side)))
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    tower: float
+    width: int
+    patch_dim: int
+
+
+def _teacher(recipe: Recipe) -> _Teacher:
     t = recipe.teacher
-    teacher = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size), device="meta")
-    tower = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
-    width = int(teacher.embed_dim)
-    labelled = len(task.train) + len(task.val)
-    adapt = tower * labelled
+    model = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size), device="meta")
+    tower = forward_flops(model.image_tower, (3, *model.preprocess.size))
+    return _Teacher(tower, int(model.embed_dim), int(model.patch_dim or 0))
+
+
+def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Iterator[Line]:
+    task, t = found.task, recipe.teacher
+    size, classes = int(recipe.image_size or 32), len(task.classes)
     objective = build_objective(recipe.objective)
-    predicts = "logits" in objective.targets_needed
-    if predicts and (t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates)):
-        adapt += 3 * tower * t.finetune.steps * t.finetune.batch_size
-    out = [
-        Line("adapt", adapt, labelled * width * 2, f"{t.adapt if predicts else 'probe'} on {len(task.train)} labels")
-    ]
-    images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
+    needs = objective.targets_needed
+    tower, width = (teacher.tower, teacher.width) if teacher and needs_teacher(recipe) else (0.0, 0)
+    predicts = "logits" in needs
+    if tower:
+        labelled = len(task.train) + len(task.val)
+        adapt = tower * labelled
+        if predicts and (t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates)):
+            adapt += 3 * tower * t.finetune.steps * t.finetune.batch_size
+        how = t.adapt if predicts else "probe"
+        yield Line("adapt", adapt, labelled * width * 2, f"{how} on {len(task.train)} labels")
+    images = transfer_images(recipe, task)
     if recipe.transfer.source in ("generic", "retrieved"):
         gallery, known = _gallery_images(found)
-        out.append(Line("index", tower * (gallery or 0), (gallery or 0) * width * 2, f"{known} gallery images"))
         held = len(task.val) + len(task.test)
-        search = 2.0 * (gallery or 0) * width * (len(task.train) + held)
-        out.append(Line("curate", tower * held + search, images * 100, f"{recipe.transfer.source}, {images:,} images"))
-    views = recipe.teach.views * images
-    targets = (classes if predicts else 0) + (width if "embedding" in objective.targets_needed else 0)
-    stored = views * (3 * size**2 + 2 * targets)
-    out.append(Line("teach", tower * views, stored, f"{recipe.teach.views} views of {images:,} images"))
-    out.append(Line("transfer", step * steps * batch, 0, f"{steps} steps of {batch}"))
-    f = recipe.finetune
-    replay = f.replay if objective.reads == "logits" else 0.0
-    tuned = step * f.steps * f.batch_size * (1 + replay)
-    out.append(Line("finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"))
-    if recipe.baselines.scratch:
-        out.append(Line("scratch", step * floor * batch, 0, f"the floor, at most {floor} steps (stops early)"))
-    models = scored * (2 if recipe.baselines.scratch else 1) + tower
-    out.append(Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images"))
-    return out
+        # A random draw asks the teacher for nothing: the gallery is fingerprinted, not embedded.
+        looked = recipe.transfer.source == "retrieved"
+        embedded = tower * gallery if looked else 0.0
+        found_by = tower * held + 2.0 * gallery * width * (held + len(task.train)) if looked else 0.0
+        yield Line("index", embedded, gallery * (width * 2 * looked + 100), f"{known} gallery images")
+        yield Line("curate", found_by, images * 100, f"{recipe.transfer.source}, {images:,} images")
+    views = images * (1 if objective.views == "canvas" else recipe.teach.views)
+    halves = (classes if predicts else 0) + (width if "embedding" in needs else 0)
+    if "patch_embedding" in needs and teacher:
+        halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
+    what = f"{recipe.teach.views} views of {images:,} images" if objective.views == "fixed" else f"{images:,} images"
+    yield Line("teach", tower * views if taught(recipe) else 0.0, views * (3 * size**2 + 2 * halves), what)
+    steps, batch = int(recipe.train.steps or 1), int(recipe.train.batch_size or 1)
+    objective.setup(_sizes(found, recipe, cost, teacher))
+    per_step = objective.flops(cost.train, cost.forward, size) * batch
+    beside = ""
+    if objective.labelled:
+        per_step += cost.train(size) * recipe.finetune.batch_size
+        beside = f" and {recipe.finetune.batch_size} labelled"
+    yield Line("transfer", per_step * steps, 0, f"{steps} steps of {batch}{beside}")
+
+
+def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Context:
+    size = int(recipe.image_size or 32)
+    vocabulary, text_length = 2, 1
+    if "text" in build_objective(recipe.objective).targets_needed and recipe.gallery.data is not None:
+        tokens, vocabulary = tokenise(first_captions(recipe.gallery.data, recipe.gallery.column))
+        text_length = tokens.shape[1]
+    return Context(
+        num_classes=len(found.task.classes),
+        student_dim=cost.features,
+        teacher_dim=teacher.width if teacher else None,
+        teacher_patch_dim=teacher.patch_dim if teacher else None,
+        seed=0,
+        student=Features(cost.model),
+        image_size=size,
+        # Those of all captions are known when they have been read; a text tower's table costs no FLOPs.
+        vocabulary=vocabulary,
+        text_length=text_length,
+        source_classes=len(found.source.classes) if found.source else 0,
+        student_map_dim=cost.features,
+    )
 
 
 def _gallery_images(found: Resolved) -> tuple[int, str]:

@@ -28,14 +28,23 @@ class Part(BaseModel):
 
 
 class Task(Part):
-    name: str | None = Field(None, description="a built-in task (letters, digits); ignored when task.data is set")
+    name: str | None = Field(None, description="a built-in task (letters, digits, ...); ignored when task.data is set")
     data: str | None = Field(
         None,
-        description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list",
+        description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list; for "
+        "segmentation train/images + train/masks (and val, test) + classes.txt",
     )
-    kind: Literal["classification"] = Field("classification", description="what is predicted")
+    kind: Literal["classification", "segmentation"] = Field("classification", description="what is predicted")
+    metric: Literal["auto", "top1", "mean_class_accuracy", "miou"] = Field(
+        "auto", description="what models are chosen by and judged on; auto: top1, or miou for segmentation"
+    )
     labels_per_class: int | None = Field(None, ge=1, description="label budget per class; null uses all of train")
+    labels: int | None = Field(None, ge=1, description="label budget in images, for segmentation; null uses all")
+    layout: Literal["auto", "imagenet", "places365", "ham10k", "eurosat", "ade20k"] = Field(
+        "auto", description="how a published data set lies in task.data; auto recognises it when task.splits is set"
+    )
     splits: str | None = Field(None, description="folder of split lists (file,class lines) for task.data")
+    train_list: str | None = Field(None, description="train list in task.splits, such as train_1percent")
     split_seed: int = Field(0, description="seed that draws splits and the label budget")
     val_fraction: float = Field(0.2, gt=0, lt=1, description="share split off for validation where there is none")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share split off for test where there is none")
@@ -79,6 +88,9 @@ class Teacher(Part):
     image_size: int | None = Field(
         None, description="input size in pixels other than the model's own (position embeddings are resampled)", ge=16
     )
+    levels: int = Field(
+        1, ge=1, description="segmentation: last blocks (or stages, where they differ in size) that its head reads"
+    )
     adapt: Literal["probe", "finetune", "text", "auto"] = Field(
         "auto", description="how the task is taught to the teacher; auto takes the best on validation"
     )
@@ -93,6 +105,7 @@ class Student(Part):
     name: str | None = Field(None, description="any timm model; null: chosen by image size and device")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     checkpoint: str | None = Field(None, description="weights to start from (safetensors or weights-only .pt)")
+    head: Literal["lraspp", "deeplabv3"] = Field("lraspp", description="segmentation head on the timm model's maps")
     pretrained: bool = Field(False, description="start from timm's published weights (needs a network)")
 
 
@@ -101,12 +114,20 @@ class Transfer(Part):
         "auto",
         description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
     )
-    strategy: Literal["query_balanced"] = Field("query_balanced", description="how retrieved images are shared out")
+    strategy: Literal["query_balanced", "class_balanced", "best_first", "diverse", "informative"] = Field(
+        "query_balanced", description="which of the images that the queries find are taken"
+    )
     size: int | None = Field(None, ge=1, description="images in the transfer set; null: from gallery and machine")
     dedup_similarity: float = Field(
         0.95, gt=0, le=1, description="cosine to a held-out image from which the pixels are compared too"
     )
     seed: int = Field(0, description="seed of source=generic")
+
+
+class Supervised(Part):
+    data: str | None = Field(
+        None, description="labelled generic images for objective.name=supervised; forms as for task.data"
+    )
 
 
 class Teach(Part):
@@ -119,10 +140,21 @@ class Teach(Part):
 
 
 class Objective(Part):
-    name: Literal["oriented", "agnostic", "scratch"] = Field("oriented", description="way of pretraining")
+    name: Literal["oriented", "dual", "agnostic", "agnostic_then_oriented", "clip", "supervised", "dino", "scratch"] = (
+        Field("oriented", description="way of pretraining")
+    )
     match: Literal["cosine", "mse", "contrastive"] = Field(
         "cosine", description="agnostic: how the teacher's features are matched"
     )
+    patches: float = Field(0.0, ge=0, description="agnostic: weight of the patch features; 0 matches the pooled alone")
+    generic_share: float = Field(
+        0.5, gt=0, lt=1, description="agnostic_then_oriented: share of the steps that go to the generic part"
+    )
+    label_weight: float = Field(0.5, gt=0, lt=1, description="dual: weight of the labels' loss beside the teacher's")
+    mix: float = Field(0.5, ge=0, le=1, description="dual: share of the label head in the student's predictions")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="supervised: smoothing of the generic labels")
+    prototypes: int = Field(1024, ge=2, description="dino: outputs of the projection head")
+    local_crops: int = Field(6, ge=0, description="dino: small crops beside the two large ones")
     temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
 
@@ -185,14 +217,30 @@ class MLflow(Part):
 class Compare(Part):
     """What jobs/compare.py runs beside each other; other jobs do not read it."""
 
-    ways: dict[str, dict[str, Any]] = Field(
+    ways: dict[str, dict[str, Any]] | list[str] = Field(
         default_factory=dict,
         description="name of a way: its recipe keys, e.g. {mine: {objective.name: agnostic, objective.match: mse}}; "
-        "empty: both objectives on each transfer set, and scratch",
+        "or names of the default ways, e.g. [oriented retrieved, scratch]; empty: all default ways",
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="each way is run with each seed")
-    equal: Literal["steps", "flops"] = Field(
-        "steps", description="what all ways have alike: pretraining steps, or the FLOPs of all their stages together"
+    steps: int | None = Field(None, ge=1, description="pretraining steps of the first way; null: the recipe's")
+    equal: Literal["steps", "flops", "device_seconds", "own"] = Field(
+        "steps",
+        description="what all ways have alike: pretraining steps, or the FLOPs or the device time of all their stages; "
+        "own: nothing, each has the steps of its keys",
+    )
+    lr_search: list[float] = Field(
+        default_factory=list,
+        description="factors on train.lr that each way tries on one seed, best on validation; empty: no search",
+    )
+    sizes: list[int] = Field(
+        default_factory=list, description="further transfer set sizes of oriented and agnostic on the retrieved set"
+    )
+    budgets: list[float] = Field(
+        default_factory=list, description="further, shorter runs of the first way: shares of its pretraining steps"
+    )
+    parallel: int | Literal["auto"] = Field(
+        "auto", description="ways that run at once, each on its share of the cluster; auto: as many as keep it busy"
     )
 
 
@@ -208,6 +256,7 @@ class Recipe(Part):
     transfer: Transfer = Transfer()
     teach: Teach = Teach()
     objective: Objective = Objective()
+    supervised: Supervised = Supervised()
     train: Train = Train()
     finetune: Finetune = Finetune()
     baselines: Baselines = Baselines()
@@ -232,28 +281,42 @@ def schema(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any,
     return rows
 
 
-def load(recipe: str | None, overrides: list[str]) -> Recipe:
-    """The recipe named ``recipe`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
+def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
+    """The recipe named ``recipes`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
 
-    Without a name it is the built-in task's own recipe (``letters`` unless ``task.name`` says otherwise), and the
-    schema's defaults for own data (``task.data``). Values are read as YAML, so ``transfer.size=500``,
-    ``student.kwargs={patch_size: 2}`` and ``gallery.data=[a,b]`` have their types.
+    Of several, the keys of later ones win. Without a name it is the built-in task's own recipe (``letters`` unless
+    ``task.name`` says otherwise), and the schema's defaults for own data (``task.data``). Values are read as YAML, so
+    ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and ``gallery.data=[a,b]`` have their types.
 
     Raises:
         KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
     """
+    wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
     own = any(text.startswith("task.data=") for text in overrides)
-    if recipe is None and not own:
+    if not wanted and not own:
         named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
-        wanted = named[-1] if named else DEFAULT
-        recipe = wanted if (RECIPES / f"{wanted}.yaml").exists() else None
-    raw = _read_yaml(recipe) if recipe else {}
+        name = named[-1] if named else DEFAULT
+        wanted = [name] if (RECIPES / f"{name}.yaml").exists() else []
+    raw: dict[str, Any] = {}
+    for name in wanted:
+        _merge(raw, _read_yaml(name))
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
         _set(raw, key.strip(), _parse_value(value))
     return _validate(raw)
+
+
+def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key != "kwargs":
+            if key == "student" and "name" in value:
+                raw[key].pop("kwargs", None)
+            _merge(raw[key], value)
+        else:
+            raw[key] = value
 
 
 def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:

@@ -88,6 +88,7 @@ def write_report(
     page = template.render(
         r=result,
         metric=metric,
+        metric_name=str((result.get("metric") or {}).get("name")),
         cost=result.get("cost") or {},
         tiles=_tiles(result, rows, metric),
         stages=result.get("stages") or [],

@@ -21,6 +21,7 @@ from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 
 DEFAULT_TASK = "letters"
+PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
 PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
 # Residual networks take an output stride, which keeps a map to pool over where the images are small.
@@ -41,6 +42,7 @@ class Resolved:
     fingerprint: str
     canvas: float
     gallery_images: int | None
+    source: LabelledSet | None
     reasons: list[str]
 
 
@@ -65,8 +67,15 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         root, names, own_prompts = _builtin(recipe, choose, say)
         prompts = list(recipe.task.prompts or own_prompts)
     part = recipe.task
+    if part.metric == "auto":
+        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
+        choose("task.metric", metric, why)
     task = read_labelled(
         root,
+        kind=part.kind,
+        layout=part.layout,
+        train_list=part.train_list,
+        labels=part.labels,
         splits=part.splits,
         seed=part.split_seed,
         val_fraction=part.val_fraction,
@@ -105,17 +114,35 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
             choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
         else:
             choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    name = recipe.objective.name
+    source = _source(recipe) if name == "supervised" else None
+    if source is not None:
+        gallery_images = len(source.train) + len(source.val) + len(source.test)
+        if recipe.transfer.source not in ("auto", "generic"):
+            raise KtrayError(
+                f"objective.name=supervised learns from supervised.data, not from transfer.source="
+                f"{recipe.transfer.source}",
+                "Leave transfer.source out.",
+            )
     if recipe.transfer.source == "auto":
-        if shards:
+        if name in ("clip", "dino", "supervised") and (shards or source):
+            choose("transfer.source", "generic", f"{name} has no teacher that could retrieve")
+        elif shards:
             choose("transfer.source", "retrieved", "there is a gallery")
         else:
             choose("transfer.source", "target", "no gallery.data: the task's own images are the transfer set")
-    if recipe.transfer.source in ("generic", "retrieved") and not shards:
+    if recipe.transfer.source == "target" and name in ("clip", "agnostic_then_oriented"):
+        need = "captions" if name == "clip" else "a generic set"
+        raise KtrayError(f"objective.name={name} needs {need}, and transfer.source=target", "Set gallery.data=DIR.")
+    if recipe.transfer.source in ("generic", "retrieved") and not shards and source is None:
         raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
     if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
         recipe.objective.name = "scratch"
         recipe.transfer.source = "none"
-    if build_objective(recipe.objective).reads == "features" and not recipe.finetune.steps:
+    objective = build_objective(recipe.objective)
+    if objective.labelled and recipe.finetune.steps:
+        choose("finetune.steps", 0, f"{name} learns from the labels while it is pretrained")
+    if objective.reads != "logits" and not objective.labelled and not recipe.finetune.steps:
         raise KtrayError(
             f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
             "Set finetune.steps to at least 1; its classifier is fitted there.",
@@ -127,7 +154,7 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose(
             "transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow"
         )
-    images = recipe.transfer.size or (len(task.train) + len(task.unlabeled))
+    images = transfer_images(recipe, task)
     if recipe.train.batch_size is None:
         choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
@@ -144,17 +171,39 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
     canvas = 1.0 if median <= size else 8 / 7
     fingerprint = digest(task.fingerprint, canvas)
-    return Resolved(recipe, task, names or task.classes, prompts, fingerprint, canvas, gallery_images, reasons)
+    known = names or task.names or task.classes
+    return Resolved(recipe, task, known, prompts, fingerprint, canvas, gallery_images, source, reasons)
+
+
+def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
+    """How many images the transfer set will have; the task's own are as many as there are."""
+    own = len(task.train) + len(task.unlabeled)
+    return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
+
+
+def _source(recipe: Recipe) -> LabelledSet:
+    """The labelled generic set of objective.name=supervised."""
+    if recipe.supervised.data is None:
+        raise KtrayError(
+            "objective.name=supervised needs a labelled generic set, and supervised.data is not set",
+            "Set supervised.data=DIR (class folders), or choose another objective.",
+        )
+    return read_labelled(recipe.supervised.data, seed=0)
 
 
 def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[str, list[str], list[str]]:
     import json
 
-    from ktray.miniverse import TASKS, ensure_gallery, ensure_task
+    from ktray.miniverse import TASKS, ensure_gallery, ensure_generic_labels, ensure_task
 
     if recipe.task.name is None:
         choose("task.name", DEFAULT_TASK, "the built-in task")
     name = str(recipe.task.name)
+    if name not in TASKS and name in PAPER_TASKS:
+        raise KtrayError(
+            f"Task '{name}' is a published data set, and task.data is not set",
+            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/paper-tasks.md says where they come from.",
+        )
     if name not in TASKS:
         import difflib
 
@@ -168,6 +217,13 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
         say("miniverse drawing the small world (once, some seconds)")
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
+    if recipe.task.kind != kind:
+        choose("task.kind", kind, "the built-in task's")
+    if recipe.task.metric == "auto" and metric != "top1":
+        choose("task.metric", metric, "the built-in task's")
+    if recipe.objective.name == "supervised" and recipe.supervised.data is None:
+        recipe.supervised.data = str(ensure_generic_labels(home, name))
     if recipe.gallery.data is None and recipe.transfer.source in ("auto", "generic", "retrieved"):
         recipe.gallery.data = str(ensure_gallery(home))
     if recipe.teacher.name is None:

@@ -17,12 +17,15 @@ import torch
 from ktray.data.decode import decode_rgb
 from ktray.data.reading import fetch
 from ktray.errors import BadImage
+from ktray.models.dense_io import save_dense_student
+from ktray.models.dense_student import DenseStudent
 from ktray.models.student_io import save_student
 from ktray.report import WorstError, write_report
-from ktray.stages import evaluate
+from ktray.stages import evaluate, evaluate_dense
 from ktray.stages.base import Context
 from ktray.stages.transfer import student_spec
 from ktray.store import Dir
+from ktray.streaming import Rows
 from ktray.tasks.classification import confusion_matrix, softmax
 from ktray.tracking import stable_metrics
 from ktray.training.shell import Env
@@ -54,11 +57,21 @@ def write(context: Context, made: Made, begun: float) -> dict[str, Any]:
     return result
 
 
+def write_trial(context: Context, made: Made, begun: float) -> dict[str, Any]:
+    """Write and log what a trial found: ``result.json`` with what validation says and what it cost."""
+    folder = context.store.run(context.run_id)
+    result = {**build(context, made, folder), "wall_seconds": round(time.time() - begun, 2)}
+    folder.write_json("result.json", result)
+    context.tracker.final(stable_metrics(result))
+    folder.delete("running.json")
+    return result
+
+
 def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
-    """``result.json``: see the README for its keys."""
+    """``result.json``: see the README for its keys. A trial has none of the test split."""
     recipe = context.recipe
-    metrics = made.evaluate.manifest["metrics"]
-    found = {
+    metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
+    found: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": context.run_id,
         "folder": folder.uri,
@@ -68,14 +81,7 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
         "teacher": recipe.teacher.name if made.adapt else None,
         "seed": recipe.seed,
         "label_budget": len(context.task.train),
-        "metric": {
-            "name": "top1",
-            "test": metrics["student"]["top1"],
-            "val": best_validation(made.student.manifest),
-            "mean_class_accuracy": metrics["student"]["mean_class_accuracy"],
-            "per_class": metrics["student"]["per_class"],
-            "test_images": metrics["student"]["n"],
-        },
+        "metric": {"name": context.metric, "val": best_validation(made.student.manifest, context.metric)},
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
         "data": {
@@ -89,14 +95,21 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
         "device": dict(context.ledger.device),
         "cluster": {"workers": context.plan.workers, "cpus": context.plan.total_cpus, "gpus": context.plan.total_gpus},
     }
-    if made.adapt:
-        found["teacher_metric"] = {
-            "val": made.adapt.manifest["val"],
-            "test": metrics["teacher"]["top1"],
-            "adapt": made.adapt.manifest["chosen"],
+    if metrics:
+        student = metrics["student"]
+        found["metric"] |= {
+            "test": student[context.metric],
+            **{k: v for k, v in student.items() if k not in ("per_class", "n")},
+            "per_class": student["per_class"],
+            "test_images": student["n"],
         }
+    tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
+    if made.adapt:
+        adapted = made.adapt.manifest
+        found["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
     if made.floor:
-        found["scratch_metric"] = {"val": best_validation(made.floor.manifest), "test": metrics["scratch"]["top1"]}
+        floor = best_validation(made.floor.manifest, context.metric)
+        found["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
     if made.curate:
         kept = made.curate.manifest
         found["transfer_set"] = {
@@ -110,11 +123,12 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
     return found
 
 
-def best_validation(manifest: dict[str, Any]) -> float:
-    """Validation top-1 of the weights that a stage kept."""
-    curve = [row for row in manifest["curve"] if "val_top1" in row]
+def best_validation(manifest: dict[str, Any], metric: str) -> float:
+    """The metric on validation of the weights that a stage kept."""
+    name = f"val_{metric}"
+    curve = [row for row in manifest["curve"] if name in row]
     kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
-    return float(kept[-1]["val_top1"])
+    return float(kept[-1][name])
 
 
 def versions() -> dict[str, str]:
@@ -131,20 +145,51 @@ def versions() -> dict[str, str]:
 
 
 def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:
-    from ktray.models.student import build_student
-
     spec = student_spec(context, made.student.stage)
     model, preprocess = spec.build(Env(torch.device("cpu"), 0, 1, 1.0), 0)
-    student = build_student(spec.name, spec.kwargs, spec.num_classes, spec.image_size)
+    student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())
     student.eval()
-    save_student(student, folder, context.task.classes)
+    if isinstance(student, DenseStudent):
+        save_dense_student(student, folder, context.task.classes)
+    else:
+        save_student(student, folder, context.task.classes)
     example = np.zeros((2, 3, *preprocess.size), np.float32)
     return student.model, example
 
 
 def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) -> Path:
-    rows = evaluate.load(made.evaluate.stage)
+    classes = context.task.classes
+    assert made.evaluate is not None  # a trial has no report
+    if context.recipe.task.kind == "segmentation":
+        from ktray.mask_pictures import worst_masks
+
+        confusion = evaluate_dense.confusion(made.evaluate.stage, len(classes))
+        worst = worst_masks(context, made)
+    else:
+        confusion, worst = _worst_errors(context, evaluate.load(made.evaluate.stage))
+    curves = {
+        name: done.manifest["curve"]
+        for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
+        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not made.transfer)
+    }
+    sheet = None
+    if made.curate and made.curate.stage.exists("contact_sheet.png"):
+        sheet = folder / "contact_sheet.png"
+        sheet.write_bytes(made.curate.stage.read("contact_sheet.png"))
+    return write_report(
+        folder,
+        {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
+        curves=curves,
+        confusion=confusion,
+        classes=classes,
+        contact_sheet=sheet,
+        worst=worst,
+    )
+
+
+def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstError]]:
+    """The confusion matrix, and the errors that the student was surest of."""
     logits, labels = rows["student"], rows["label"].astype(np.int64)
     probability = softmax(logits)
     predicted = probability.argmax(1)
@@ -160,24 +205,7 @@ def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) 
         names = context.task.classes
         confidence = float(probability[i, predicted[i]])
         worst.append(WorstError(image, names[labels[i]], names[predicted[i]], confidence, uri))
-    curves = {
-        name: done.manifest["curve"]
-        for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
-        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not made.transfer)
-    }
-    sheet = None
-    if made.curate and made.curate.stage.exists("contact_sheet.png"):
-        sheet = folder / "contact_sheet.png"
-        sheet.write_bytes(made.curate.stage.read("contact_sheet.png"))
-    return write_report(
-        folder,
-        {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
-        curves=curves,
-        confusion=confusion_matrix(predicted, labels, len(context.task.classes)),
-        classes=context.task.classes,
-        contact_sheet=sheet,
-        worst=worst,
-    )
+    return confusion_matrix(predicted, labels, len(context.task.classes)), worst
 
 
 def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:

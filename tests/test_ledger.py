@@ -160,6 +160,25 @@ def test_reused_stages_cost_nothing_and_keep_their_worth() -> None:
     again = Ledger(CPU, run="first")
     again.reuse(log, "teach", "k")
     assert again.summary()["flops"]["total"] == 100
+    # Two parts of one run that use a stage pay for it once.
+    again.reuse(log, "teach", "k")
+    assert again.summary()["flops"]["total"] == 100
+
+
+def test_a_stage_is_booked_as_the_run_that_uses_it_says() -> None:
+    log = Lines()
+    log.append(json.dumps(Entry("scratch", "k", run="first", flops=100, usd=2.0).__dict__))
+    as_floor, as_way = Ledger(CPU, run="second"), Ledger(CPU, run="third")
+    as_floor.reuse(log, "scratch", "k")
+    as_way.reuse(log, "finetune", "k")
+    assert as_floor.summary()["without_cache"]["flops"] == 0
+    assert as_floor.summary()["baselines"]["scratch"]["flops"] == 100
+    assert as_way.summary()["without_cache"]["flops"] == 100
+    broken = Lines()
+    broken.append(json.dumps(Entry("scratch", "k", run="first", flops=40, state="running").__dict__))
+    with as_way.attempt(broken, "finetune", "k") as meter:
+        meter.add(flops=1)
+    assert [(e.stage, e.attempt, e.flops) for e in as_way.entries[-2:]] == [("finetune", 1, 40), ("finetune", 2, 1)]
 
 
 def test_the_summary_is_the_sum_by_stage() -> None:

@@ -22,9 +22,20 @@ def test_the_default_is_the_built_in_task_and_own_data_starts_from_the_schema():
     assert own.train == recipes.Train()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in recipes.RECIPES.glob("*.yaml")))
+NAMES = sorted(p.stem for p in recipes.RECIPES.glob("*.yaml"))
+PARTS = [name for name in NAMES if name.startswith(("teacher-", "student-", "paper-"))]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in PARTS])
 def test_every_named_recipe_is_valid(name):
     assert recipes.load(name, []).task.name
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_recipe_goes_over_a_whole_one(name):
+    found = recipes.load(["eurosat", name], [])
+    assert found.task.name == "eurosat"
+    assert found != recipes.load("eurosat", []) or name in ("teacher-dinov2-vitl14", "student-fastvit-s12")
 
 
 @pytest.mark.parametrize(
@@ -98,3 +109,13 @@ def test_every_key_is_documented():
 def test_digest_is_stable_and_tells_values_apart():
     assert recipes.digest({"a": 1, "b": [2]}) == recipes.digest({"b": [2], "a": 1})
     assert recipes.digest("a") != recipes.digest("b")
+
+
+def test_of_several_recipes_the_later_keys_win(tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("student: {name: resnet18}\ntrain: {steps: 7}\n")
+    found = recipes.load(["digits", str(more)], ["seed=3"])
+    assert (found.task.name, found.train.steps, found.train.batch_size, found.seed) == ("digits", 7, 128, 3)
+    # Arguments belong to the student that they were written for.
+    assert (found.student.name, found.student.kwargs) == ("resnet18", {})
+    assert recipes.load([str(more), "digits"], []).student.kwargs == {"output_stride": 8}

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,31 @@ def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
         list(map_shards(items, prepare, MakeDouble(Dir(str(tmp_path))), cluster))
     assert cli.explain(caught.value) == "This shard is broken. Mend it."
+
+
+class MakeNamed:
+    """Tells which process made it and how many were made there."""
+
+    made = 0
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self):
+        MakeNamed.made += 1
+        made = MakeNamed.made
+        return lambda item, rows: {"by": self.name, "process": os.getpid(), "made": made}
+
+
+def test_a_process_makes_its_device_half_once_and_a_new_one_for_another_stage(cluster):
+    items = [{"n": 1}] * 6
+    first = list(map_shards(items, prepare, MakeNamed("first"), cluster))
+    second = list(map_shards(items, prepare, MakeNamed("second"), cluster))
+    assert {s["by"] for s in first} == {"first"}
+    assert {s["by"] for s in second} == {"second"}
+    for found in (first, second):
+        made = {(s["process"], s["made"]) for s in found}
+        assert len(made) == len({process for process, _ in made}), "made again for a shard of the same stage"
 
 
 def square(item):

@@ -1,103 +1,122 @@
-"""``compare.html``, ``compare.png``, ``compare.csv`` and the table for the terminal."""
+"""``compare.html``, its pictures as PNG, ``compare.csv`` and the table for the terminal."""
 
 from __future__ import annotations
 
 import base64
 import csv
-import io
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from ktray.comparison import picture
 from ktray.report import flops, percent, seconds, usd
 
-# Colour-blind safe (Okabe and Ito); the marker repeats what the colour says.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00", "#56b4e9", "#4a5560", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 COLUMNS = (
-    "name", "accuracy", "spread", "low", "high", "validation", "flops", "device_seconds", "usd", "steps", "seeds",
+    "name", "accuracy", "spread", "low", "high", "validation", "flops", "teacher_share", "device_seconds", "usd",
+    "steps", "lr", "images", "seeds", "pareto", "lead", "lead_low", "lead_high", "reached_by", "times_less",
+    "times_low", "times_high",
 )  # fmt: skip
 
 
 def write(folder: Path, found: dict[str, Any]) -> list[Path]:
-    """Write the three files into ``folder``; returns their paths."""
-    png = picture(found)
-    (folder / "compare.png").write_bytes(png)
-    with open(folder / "compare.csv", "w", newline="", encoding="utf-8") as file:
+    """Write the page, its pictures and the CSV into ``folder``; returns their paths."""
+    images = {"compare": picture.compute(found), "sizes": picture.sizes(found), "shares": picture.shares(found)}
+    files = []
+    for name, png in images.items():
+        if png is not None:
+            files.append(folder / ("compare.png" if name == "compare" else f"compare-{name}.png"))
+            files[-1].write_bytes(png)
+    files.append(folder / "compare.csv")
+    with open(files[-1], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(found["ways"])
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    environment.filters |= {"flops": flops, "seconds": seconds, "usd": usd, "percent": percent}
+        writer.writerows(_flat(way) for way in found["ways"])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"flops": flops, "seconds": seconds, "usd": usd, "percent": percent, "accuracy": accuracy}
     text = resources.files("ktray.comparison").joinpath("compare.html").read_text("utf-8")
-    image = "data:image/png;base64," + base64.b64encode(png).decode()
-    html = environment.from_string(text).render(f=found, picture=image, remark=remark)
-    (folder / "compare.html").write_text(html, encoding="utf-8")
-    return [folder / name for name in ("compare.html", "compare.png", "compare.csv")]
+    shown = {name: png and "data:image/png;base64," + base64.b64encode(png).decode() for name, png in images.items()}
+    html = environment.from_string(text).render(
+        f=found, picture=shown, metric=picture.metric_name(found), times=times, points=points, headline=headline(found)
+    )
+    files.append(folder / "compare.html")
+    files[-1].write_text(html, encoding="utf-8")
+    return files
 
 
-def picture(found: dict[str, Any]) -> bytes:
-    """PNG of test accuracy, with its interval, against the FLOPs of all stages, and the Pareto front."""
-    ways = found["ways"]
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    front = sorted((w["flops"], w["accuracy"]) for w in ways if w["pareto"])
-    axes.plot(*zip(*front, strict=True), color="#b0b7bf", linewidth=1.4, zorder=1, label="Pareto front")
-    for i, way in enumerate(ways):
-        low, high = way["accuracy"] - way["low"], way["high"] - way["accuracy"]
-        axes.errorbar(
-            way["flops"],
-            way["accuracy"],
-            yerr=[[max(0.0, low)], [max(0.0, high)]],
-            fmt=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
-            markersize=8,
-            capsize=3,
-            label=f"{way['name']}  {way['accuracy']:.1%}",
-        )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("compute of all stages, the teacher's included (logarithmic)")
-    axes.set_ylabel("test top-1")
-    axes.grid(True, color="#e3e6ea")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
-    return out.getvalue()
+def accuracy(way: dict[str, Any]) -> str:
+    """``88.9 ± 0.3%``; without ± where one seed tells of no spread."""
+    spread = "" if way["spread"] is None else f" ± {100 * way['spread']:.1f}"
+    return f"{100 * way['accuracy']:.1f}{spread}%"
 
 
-def remark(way: dict[str, Any]) -> str:
-    """What a row says beside its numbers: who does as well for less, and by how much the chosen way leads."""
-    said = []
-    if way["behind_chosen"]:
-        low, high = (100 * v for v in way["behind_chosen"])
-        said.append(f"chosen way leads by {low:+.1f} to {high:+.1f} points")
-    if way["cheaper"]:
-        name, times = way["cheaper"]
-        said.append(f"'{name}' is as accurate for {times:.1f}x less compute")
-    return "; ".join(said)
+def points(lead: list[float] | None) -> str:
+    """Points that the first way leads by, with the interval: ``+5.4 (+4.1 to +6.8)``."""
+    if lead is None:
+        return "–"
+    mean, low, high = (100 * v for v in lead)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def times(reach: dict[str, Any] | None) -> str:
+    """``3.4x less compute (2.0 to 4.1)``; below 1 it is more compute, about 1 the same. A bound of ``not reached`` says
+    that among the draws of the interval are some in which no run was as accurate."""
+    if reach is None:
+        return "not reached"
+    value, low, high = reach["times"], reach["low"], reach["high"]
+    word = f"{_factor(value)}x less compute"
+    if value < 0.995:
+        word = f"{_factor(1 / value)}x more compute"
+        low, high = (1 / v if v else math.inf for v in (high, low))
+    elif value < 1.005:
+        word = "the same compute"
+    bounds = [f"{_factor(v)}" if v and v < math.inf else "not reached" for v in (low, high)]
+    return word if word.startswith("the same") and bounds == ["1.00"] * 2 else f"{word} ({' to '.join(bounds)})"
+
+
+def headline(found: dict[str, Any]) -> str:
+    """The first way against the best (on validation) of the others, in a sentence; empty without others."""
+    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    if not others:
+        return ""
+    best = max(others, key=lambda w: w["validation"])
+    text = f"{found['first']} gains {points(best['lead'])} points on {best['name']}, the best of the others"
+    if best["reach"] is None:
+        return f"{text}, and no run of it reaches that way's {percent(best['accuracy'])}"
+    return f"{text}, and reaches its {percent(best['accuracy'])} with {times(best['reach'])}: {best['reach']['name']}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def table(found: dict[str, Any]) -> str:
     """The comparison for a terminal, best on validation first."""
     width = max(len(w["name"]) for w in found["ways"]) + 2
-    head = f"{'way':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}{'compute':>14}{'time':>10}{'money':>11}"
+    head = (
+        f"{'way':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}"
+        f"{'compute':>14}{'teacher':>9}{'time':>10}{'money':>11}"
+    )
     out = [head, "-" * len(head)]
     for w in sorted(found["ways"], key=lambda w: -w["validation"]):
-        test = f"{100 * w['accuracy']:.1f} ± {100 * w['spread']:.1f}%"
         span = f"{100 * w['low']:.1f} to {100 * w['high']:.1f}%"
-        cost = f"{flops(w['flops']):>14}{seconds(w['device_seconds']):>10}{usd(w['usd']):>11}"
-        out.append(f"{w['name']:<{width}}{test:>15}{span:>18}{percent(w['validation']):>12}{cost}")
-    out += [f"  {w['name']}: {text}" for w in found["ways"] if (text := remark(w))]
+        cost = f"{flops(w['flops']):>14}{w['teacher_share']:>9.0%}{seconds(w['device_seconds']):>10}{usd(w['usd']):>11}"
+        out.append(f"{w['name']:<{width}}{accuracy(w):>15}{span:>18}{percent(w['validation']):>12}{cost}")
+    first = found["first"]
+    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    if others:
+        out.append(f"\n{headline(found)}\n")
+        out.append(f"{first} against the others: points gained, and its cheapest run that is as accurate")
+    for w in others:
+        by = f" by '{w['reach']['name']}'" if w["reach"] else ""
+        out.append(f"  {w['name']:<{width}}{points(w['lead']):>26}   {times(w['reach'])}{by}")
     return "\n".join(out)
+
+
+def _flat(way: dict[str, Any]) -> dict[str, Any]:
+    lead, reach = way["lead"] or (None, None, None), way["reach"] or {}
+    more = {"reached_by": reach.get("name"), "times_less": reach.get("times")}
+    more |= {"times_low": reach.get("low"), "times_high": reach.get("high")}
+    return {**way, "lead": lead[0], "lead_low": lead[1], "lead_high": lead[2], **more}

@@ -1,6 +1,7 @@
 """``jobs/compare.py``: every way with every seed through the pipeline, stages shared, and one page of what they say.
 
-A run that was interrupted goes on where it stopped: each way's stages are in the store.
+A comparison that was interrupted goes on in its folder: runs that are finished are read, the stages of the others are
+in the store.
 """
 
 from __future__ import annotations
@@ -8,23 +9,25 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import ktray
-from ktray.comparison import page
-from ktray.comparison.statistics import Row, cheaper, difference, interval, pareto
-from ktray.comparison.ways import Ways, budget_steps, default_ways, recipe_of
+from ktray.comparison import calibration, costs, page, rows
+from ktray.comparison.budget import budgets
+from ktray.comparison.log import log
+from ktray.comparison.runner import RUNNING, Runner, open_folder
+from ktray.comparison.search import search
+from ktray.comparison.side_by_side import how_many, share
+from ktray.comparison.ways import list_ways, recipe_of, with_steps
 from ktray.pipeline import local_home
-from ktray.pipeline import run as pipeline
 from ktray.recipe import Recipe, dump
 from ktray.resources import cluster_plan, connect
-from ktray.stages import evaluate
-from ktray.store import Stage, Store
+from ktray.store import Store
 
 SCHEMA = 1
+TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
 
 
 def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
@@ -33,52 +36,73 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     Raises:
         KtrayError: a way that the recipe does not allow, or whatever a run raises.
     """
+    import ray
+
     begun = time.time()
+    recipe = with_steps(recipe)
     store = Store(recipe.store)
     store.check_writable()
     connect(debug)
-    plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
-    ways: Ways = recipe.compare.ways or default_ways(recipe)
-    steps = budget_steps(recipe, ways, recipe.compare.equal, plan, say)
+    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    ways = list_ways(recipe, say)
+    seeds = recipe.compare.seeds
+    memory = float(ray.cluster_resources().get("memory", 0.0))
+    at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
+    say(f"cluster   {at_once} at once ({why})")
+    run_id, folder = open_folder(store, recipe)
+    say(f"compare   {folder.uri}")
+    folder.write("recipe.yaml", dump(recipe).encode())
+    runner = Runner(store, folder, whole, share(whole, at_once), at_once, say, debug)
+    aside = recipe.model_copy(deep=True)
+    aside.mlflow.experiment = f"{recipe.mlflow.experiment}-{TRIALS}"
+    # One at a time: what runs beside a measurement slows it.
+    measure = partial(
+        calibration.measure, aside, store=store, plan=runner.share, run=partial(runner.run, at_once=1, trial=True)
+    )
+    budget = budgets(recipe, ways, runner.share, say, lambda ways, most: measure(ways))
+    measured = costs.totals(runner.results.values())
+    searched = search(aside, ways, budget, partial(runner.run, trial=True), say)
+    recipes = {
+        (name, seed): recipe_of(
+            recipe, way.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
+        )
+        for seed in seeds  # outside: a comparison that is stopped early has all ways with fewer seeds
+        for name, way in ways.items()
+    }
+    done = runner.run([(name, one) for (name, _), one in recipes.items()])
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    # Seeds outside: a comparison that is stopped early has all ways with fewer seeds.
-    jobs = [(seed, name) for seed in recipe.compare.seeds for name in ways]
-    for number, (seed, name) in enumerate(jobs, 1):
-        say(f"\ncompare   {number}/{len(jobs)}: {name}, seed {seed}")
-        one = recipe_of(recipe, ways[name], seed=seed, train__steps=steps[name][0])
-        results[name].append(pipeline(one, say, debug))
-    correct = {name: np.stack([_correct(store, r) for r in found]) for name, found in results.items()}
-    rows = [_row(name, results[name], correct[name], steps[name][0]) for name in ways]
-    best = max(range(len(rows)), key=lambda i: rows[i].validation)
-    front = pareto([(r.flops, r.accuracy) for r in rows])
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_id = f"{stamp}-compare-{recipe.task.name or Path(str(recipe.task.data)).stem}"
-    folder = store.run(run_id)
-    any_result = next(iter(results.values()))[0]
-    found = {
+    for (name, _), result in zip(recipes, done, strict=True):
+        results[name].append(result)
+    found = rows.build(store, ways, results)
+    for row in found:
+        name = row["name"]
+        row.update(steps=budget[name].steps, lr=searched.lr[name], share=ways[name].share, keys=ways[name].keys)
+        row.update(trials=searched.trials.get(name, []))
+    any_result = done[0]
+    teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
+    unique = {r["run_id"]: r for r in done}.values()
+    content = {
         "schema": SCHEMA,
         "run_id": run_id,
         "folder": folder.uri,
         "task": any_result["task"],
         "student": any_result["student"],
         "equal": recipe.compare.equal,
-        "seeds": recipe.compare.seeds,
+        "seeds": seeds,
         "label_budget": any_result["label_budget"],
+        "metric": any_result["metric"]["name"],
         "test_images": any_result["metric"]["test_images"],
-        "chosen_on_validation": rows[best].name,
-        "ways": [
-            {
-                **vars(row),
-                "keys": ways[row.name],
-                "pareto": i in front,
-                "cheaper": cheaper(rows, i),
-                "behind_chosen": None if i == best else difference(correct[rows[best].name], correct[row.name]),
-                "runs": [r["run_id"] for r in results[row.name]],
-            }
-            for i, row in enumerate(rows)
-        ],
-        "teacher": {name: r[0]["teacher_metric"] for name, r in results.items() if "teacher_metric" in r[0]},
-        "spent": _spent(results),
+        "first": found[0]["name"],
+        "chosen_on_validation": max(found, key=lambda row: row["validation"])["name"],
+        "ways": found,
+        "teacher_metric": max(teachers, key=lambda t: t["val"]) if teachers else None,
+        "spent": {
+            **costs.totals(runner.results.values()),
+            "ways": costs.totals(unique),
+            "search": costs.totals(searched.results),
+            "calibration": measured,
+        },
+        "lr_search": list(recipe.compare.lr_search),
         "mlflow": any_result["mlflow"],
         "versions": any_result["versions"],
         "device": any_result["device"],
@@ -86,50 +110,16 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
         "wall_seconds": round(time.time() - begun, 2),
     }
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
-        for file in page.write(Path(scratch), found):
+        files = page.write(Path(scratch), content)
+        for file in files:
             folder.put(file)
-    folder.write("recipe.yaml", dump(recipe).encode())
-    folder.write_json("result.json", found)
+        # MLflow may take them later, so they must stay where a local store has them.
+        kept = [Path(folder.path) / file.name for file in files] if folder.is_local else files
+        content["mlflow"] = log(recipe, store, content, kept)
+    folder.write_json("result.json", content)
+    folder.delete(RUNNING)
     say("")
-    say(page.table(found))
+    say(page.table(content))
     say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
-    say(f"runs      {any_result['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
-    return found
-
-
-def _correct(store: Store, result: dict[str, Any]) -> np.ndarray:
-    """(N,) bool: which test images the student got right, in the order of the stage's shards."""
-    (key,) = {s["key"] for s in result["stages"] if s["name"] == "evaluate"}
-    rows = evaluate.load(Stage(store.stage("evaluate", key).uri))
-    found: np.ndarray = rows["student"].argmax(1) == rows["label"]
-    return found
-
-
-def _row(name: str, found: list[dict[str, Any]], correct: np.ndarray, steps: int) -> Row:
-    accuracy = correct.mean(1)
-    worth = [r["cost"]["without_cache"] for r in found]
-    low, high = interval(correct)
-    prices = [w["usd"] for w in worth if w["usd"] is not None]
-    return Row(
-        name=name,
-        accuracy=float(accuracy.mean()),
-        spread=float(accuracy.std(ddof=1)) if len(found) > 1 else 0.0,
-        low=low,
-        high=high,
-        validation=float(np.mean([r["metric"]["val"] for r in found])),
-        flops=float(np.mean([w["flops"] for w in worth])),
-        device_seconds=float(np.mean([w["device_seconds"] for w in worth])),
-        usd=float(np.mean(prices)) if len(prices) == len(worth) else None,
-        steps=steps,
-        seeds=len(found),
-    )
-
-
-def _spent(results: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """FLOPs that this call spent, and what the runs would have cost without shared stages."""
-    runs = [r for found in results.values() for r in found]
-    return {
-        "flops": float(sum(r["cost"]["flops"]["total"] for r in runs)),
-        "flops_without_cache": float(sum(r["cost"]["without_cache"]["flops"] for r in runs)),
-        "device_seconds": float(sum(r["cost"]["device_seconds"]["total"] for r in runs)),
-    }
+    say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+    return content

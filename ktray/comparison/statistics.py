@@ -1,63 +1,137 @@
-"""What several runs say together: means, spread, intervals, the Pareto front, and what equal accuracy costs."""
+"""What several runs say together: metrics as sums over images, bootstrap, the Pareto front, what equal accuracy costs.
+
+Each metric is a function of sums over test images, so a bootstrap sample is a weight for each image: how often it was
+drawn. All ways are scored on the same drawn images (a paired bootstrap), their seeds are drawn apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+DRAWS = 2000
+LEVEL = 0.95
+_CHUNK_BYTES = 64_000_000  # of drawn weights held at once
+
+
+class Scores(Protocol):
+    """The test images of one way over its seeds, ready to be scored under any weights of the images."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, N): seeds and images."""
+        ...
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        """(B, N) float weights of the images -> (B, S) float scores, 0..1."""
+        ...
+
 
 @dataclass(frozen=True)
-class Row:
-    """One way over its seeds. Accuracies are fractions; cost is the mean over seeds, of all stages a model needed."""
+class Accuracy:
+    """Top-1: ``correct`` is (S, N) bool."""
 
-    name: str
-    accuracy: float
-    spread: float
-    low: float
-    high: float
-    validation: float
-    flops: float
-    device_seconds: float
-    usd: float | None
-    steps: int
-    seeds: int
+    correct: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.correct.shape[0], self.correct.shape[1]
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        right: np.ndarray = weights @ self.correct.T.astype(np.float64)
+        return right / weights.sum(1, keepdims=True)
 
 
-def interval(correct: np.ndarray, draws: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean accuracy over test images and seeds, both drawn with replacement.
+@dataclass(frozen=True)
+class MeanClassAccuracy:
+    """Mean recall over the classes that the drawn images have: ``correct`` (S, N) bool, ``label`` (N,) int."""
+
+    correct: np.ndarray
+    label: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.correct.shape[0], self.correct.shape[1]
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        order = np.argsort(self.label, kind="stable")
+        starts = np.flatnonzero(np.diff(self.label[order], prepend=-1))
+        drawn = weights[:, order]
+        images = np.add.reduceat(drawn, starts, axis=1)
+        present = images > 0
+        scores = []
+        for correct in self.correct[:, order]:
+            right = np.add.reduceat(drawn * correct, starts, axis=1)
+            scores.append(np.divide(right, images, out=np.zeros_like(right), where=present).sum(1) / present.sum(1))
+        return np.stack(scores, axis=1)
+
+
+@dataclass(frozen=True)
+class MeanIoU:
+    """Mean intersection over union, pixels summed over the images: ``tp``, ``fp``, ``fn`` are (S, N, C) counts.
+
+    A class that is neither in the drawn images nor predicted on them is left out of the mean.
+    """
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tp.shape[0], self.tp.shape[1]
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        scores = []
+        for tp, fp, fn in zip(self.tp, self.fp, self.fn, strict=True):
+            inside = weights @ tp.astype(np.float64)
+            union = inside + weights @ fp.astype(np.float64) + weights @ fn.astype(np.float64)
+            present = union > 0
+            iou = np.divide(inside, union, out=np.zeros_like(inside), where=present)
+            scores.append(iou.sum(1) / np.maximum(1, present.sum(1)))
+        return np.stack(scores, axis=1)
+
+
+def plain(scores: Scores) -> np.ndarray:
+    """(S,) scores on the test set as it is."""
+    found: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
+    return found
+
+
+def resample(ways: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Bootstrap of each way's mean over seeds: images and seeds are drawn with replacement.
 
     Args:
-        correct: (S, N) bool, by seed and test image; the same images in every row.
+        ways: all with the same N test images in the same order; the numbers of seeds may differ.
         draws: resamples.
-        level: of the interval.
         seed: of the resampling.
+
+    Returns:
+        (draws, len(ways)) float64.
     """
     rng = np.random.default_rng(seed)
-    seeds, images = correct.shape
-    values = correct.astype(np.float64)
-    means = np.empty(draws)
-    for i in range(draws):
-        # Means of drawn seeds by image first: the same as indexing both ways, without the (S, N) copy.
-        weights = np.bincount(rng.integers(0, seeds, seeds), minlength=seeds) / seeds
-        means[i] = (weights @ values)[rng.integers(0, images, images)].mean()
-    tail = (1 - level) / 2
-    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+    (images,) = {way.shape[1] for way in ways}
+    out = np.empty((draws, len(ways)))
+    chunk = max(1, min(draws, _CHUNK_BYTES // (8 * images)))
+    for at in range(0, draws, chunk):
+        some = min(chunk, draws - at)
+        weights = np.stack([np.bincount(rng.integers(0, images, images), minlength=images) for _ in range(some)])
+        for column, way in enumerate(ways):
+            seeds = way.shape[0]
+            taken = rng.integers(0, seeds, (some, seeds))
+            scores = way.score(weights.astype(np.float64))
+            out[at : at + some, column] = np.take_along_axis(scores, taken, axis=1).mean(1)
+    return out
 
 
-def difference(a: np.ndarray, b: np.ndarray, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the accuracy of ``a`` minus that of ``b``; the images are drawn together, the seeds apart."""
-    rng = np.random.default_rng(0)
-    images = a.shape[1]
-    means = np.empty(draws)
-    left, right = a.astype(np.float64), b.astype(np.float64)
-    for i in range(draws):
-        drawn = rng.integers(0, images, images)
-        weights = [np.bincount(rng.integers(0, len(x), len(x)), minlength=len(x)) / len(x) for x in (left, right)]
-        means[i] = (weights[0] @ left - weights[1] @ right)[drawn].mean()
+def interval(sample: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile interval of a (draws,) sample; pass a difference of two columns for that of a difference."""
     tail = (1 - level) / 2
-    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+    low, high = np.quantile(sample, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -70,14 +144,49 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def cheaper(rows: Sequence[Row], index: int) -> tuple[str, float] | None:
-    """The cheapest other way that is at least as accurate as row ``index``, and how many times less it costs.
+@dataclass(frozen=True)
+class Reach:
+    """The cheapest of several runs that is at least as accurate as a reference.
 
-    None where no other way reaches it at less cost.
+    Attributes:
+        index: which run.
+        times: the reference's cost over this run's.
+        low, high: interval of ``times`` over the bootstrap; 0 stands for draws in which no run reached the reference.
     """
-    me = rows[index]
-    able = [r for i, r in enumerate(rows) if i != index and r.accuracy >= me.accuracy and r.flops < me.flops]
-    if not able:
+
+    index: int
+    times: float
+    low: float
+    high: float
+
+
+def reach(
+    accuracy: Sequence[float], cost: Sequence[float], sample: np.ndarray, reference: int, runs: Sequence[int]
+) -> Reach | None:
+    """Which of ``runs`` is the cheapest that reaches ``reference``; None where none does.
+
+    Nothing is interpolated between runs. In each bootstrap draw the cheapest is looked for anew, so the interval says
+    too how sure it is that the accuracy is reached at all.
+
+    Args:
+        accuracy, cost: mean accuracy and cost of each way.
+        sample: (draws, ways), see `resample`.
+        reference: index of the way to reach.
+        runs: indices of the runs to look among.
+    """
+    costs = np.array([cost[i] for i in runs], dtype=np.float64)
+
+    def cheapest(reached: np.ndarray) -> np.ndarray:
+        return np.where(reached, costs, np.inf).min(axis=-1)
+
+    able = np.array([accuracy[i] >= accuracy[reference] for i in runs], dtype=bool)
+    if not able.any():
         return None
-    best = min(able, key=lambda r: r.flops)
-    return best.name, me.flops / best.flops
+    best = cheapest(able)
+    times = cost[reference] / cheapest(sample[:, list(runs)] >= sample[:, [reference]])
+    # Between two values of a short list the quantile must not invent a third.
+    tail = (1 - LEVEL) / 2
+    low = float(np.quantile(times, tail, method="lower"))
+    high = float(np.quantile(times, 1 - tail, method="higher"))
+    index = next(i for i, c, ok in zip(runs, costs, able, strict=True) if ok and c == best)
+    return Reach(index, cost[reference] / float(best), low, high)

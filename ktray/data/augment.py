@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+from typing import overload
 
 import numpy as np
 import torch
@@ -13,28 +13,55 @@ from ktray.data.views import ViewPolicy
 
 # Rec. 601.
 _LUMA = (0.299, 0.587, 0.114)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+@overload
+def random_views(
+    images: torch.Tensor, policy: ViewPolicy, keys: torch.Tensor, *, salt: int = 0, size: int | None = None
+) -> torch.Tensor: ...
+
+
+@overload
+def random_views(
+    images: torch.Tensor,
+    policy: ViewPolicy,
+    keys: torch.Tensor,
+    *,
+    salt: int = 0,
+    size: int | None = None,
+    masks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def random_views(
-    images: torch.Tensor, policy: ViewPolicy, *, seed: int, step: int, size: int | None = None
-) -> torch.Tensor:
+    images: torch.Tensor,
+    policy: ViewPolicy,
+    keys: torch.Tensor,
+    *,
+    salt: int = 0,
+    size: int | None = None,
+    masks: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One random view of each image: resized crop, horizontal flip, colour, as `ViewPolicy` says.
 
-    The draws follow from (seed, step) and the batch size alone, on the CPU, so they are the same on every
-    device. Crops are sampled bilinearly without antialiasing: keep canvases at most twice as large as ``size``.
+    An image's draws follow from its key alone, and are the same on every device and in any batch. Crops are sampled
+    bilinearly without antialiasing: keep canvases at most twice as large as ``size``.
 
     Args:
         images: (N, 3, H, W) uint8.
+        keys: (N,) int64, one for each image and visit; see `view_keys`.
+        salt: for several views of one key.
         size: side of the result; None: the shorter side of the images.
+        masks: (N, H, W) uint8, label maps on the images' pixels.
 
     Returns:
-        (N, 3, size, size) uint8 on the same device.
+        (N, 3, size, size) uint8 on the same device; with ``masks`` also theirs, (N, size, size) uint8, each pixel the
+        nearest in the same crop and flip.
     """
     n, _, height, width = images.shape
     size = size or min(height, width)
-    digest = hashlib.blake2b(f"{seed}\0{step}".encode(), digest_size=8, person=b"ktray.augment").digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    draws = torch.rand((8, n), generator=generator, dtype=torch.float64)
+    draws = _uniforms(keys, salt, 8)
     grid = F.affine_grid(
         _boxes(draws[:5], policy, height, width).to(images.device), [n, 3, size, size], align_corners=False
     )
@@ -43,7 +70,35 @@ def random_views(
     if any(strengths):
         factors = [1 + (2 * u - 1) * x for u, x in zip(draws[5:], strengths, strict=True)]
         pixels = _recolour(pixels, *(f.to(pixels).view(n, 1, 1, 1) for f in factors))
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+    views = pixels.round_().clamp_(0, 255).to(torch.uint8)
+    if masks is None:
+        return views
+    labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    return views, labels[:, 0].to(torch.uint8)
+
+
+def view_keys(seed: int, rows: np.ndarray, visits: np.ndarray) -> torch.Tensor:
+    """(N,) int64 keys for `random_views`: of row number ``rows[i]`` at its visit number ``visits[i]``."""
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(np.asarray(rows, np.uint64) + _mix(np.uint64(seed % 2**63))) + np.asarray(visits, np.uint64))
+    return torch.from_numpy(mixed.view(np.int64).copy())
+
+
+def _uniforms(keys: torch.Tensor, salt: int, count: int) -> torch.Tensor:
+    """(count, N) float64 in [0, 1), each from its key, salt and number."""
+    base = keys.cpu().numpy().view(np.uint64)
+    with np.errstate(over="ignore"):
+        salted = _mix(base + _mix(np.uint64(salt + 1)))
+        drawn = np.stack([_mix(salted + np.uint64(i + 1) * _STEP) for i in range(count)])
+    return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014): neighbouring numbers to unrelated ones."""
+    z = np.asarray(x, np.uint64) + _STEP
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def _boxes(draws: torch.Tensor, policy: ViewPolicy, height: int, width: int) -> torch.Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -32,16 +31,18 @@ FORMS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One labelled image as it was found.
 
     Attributes:
         uri: where it lies.
-        key: its path inside the data, the same on every machine; what is drawn depends on it.
-        label: the class's name, Unicode NFC.
+        key: its path inside the data, or ``class/file`` of a split list: the same on every machine; what is drawn
+            depends on it.
+        label: the class's name, Unicode NFC; empty where a mask holds the classes.
         split: ``train``, ``val``, ``test``, or ``pool`` (a training image outside of the chosen split list).
-        version: size and time of the file, or empty.
+        version: size and time of the file (and of its mask), or empty.
+        mask: where its label map lies, or empty.
     """
 
     uri: str
@@ -49,27 +50,31 @@ class Row:
     label: str
     split: str
     version: str = ""
+    mask: str = field(default="", repr=False)
 
 
-def read_rows(data: str, splits: str | None, labels_per_class: int | None) -> tuple[list[Row], list[str]]:
-    """All labelled images under ``data``, and notes on what was left out."""
+def read_rows(data: str, notes: list[str]) -> list[Row]:
+    """All labelled images of a folder of class folders or of a list; what was left out goes to ``notes``."""
+    path, file = place(data)
+    if file is None:
+        return _folder(path, notes)
+    if is_csv(path) or is_parquet(path):
+        return _list(file, notes)
+    raise KtrayError(f"'{path}' is not a kind of labelled data", FORMS)
+
+
+def place(data: str) -> tuple[str, FileStat | None]:
+    """The absolute path, and its `FileStat` when it is a file and no folder. Raises KtrayError: it is neither."""
     path = filesystem.normalise(data)
-    notes: list[str] = []
     try:
         if filesystem.is_folder(path):
-            if splits:
-                return _split_lists(path, filesystem.normalise(splits), labels_per_class, notes), notes
-            return _folder(path, notes), notes
+            return path, None
         file = filesystem.stat(path)
     except OSError as error:
         raise KtrayError(f"'{path}' cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
     if file is None:
         raise KtrayError(f"'{path}' does not exist", f"Check task.data. {FORMS}")
-    if splits:
-        raise KtrayError(f"task.splits goes with a folder of images, and '{path}' is a list", "Leave one of them out.")
-    if is_csv(path) or is_parquet(path):
-        return _list(file, notes), notes
-    raise KtrayError(f"'{path}' is not a kind of labelled data", FORMS)
+    return path, file
 
 
 def _folder(path: str, notes: list[str]) -> list[Row]:
@@ -116,7 +121,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
             elif not is_image(file.path):
                 counts["not images"] += 1
             else:
-                rows.append(Row(file.path, _nfc(key), _nfc(name), split, f"{file.size}:{file.mtime_ns}"))
+                rows.append(Row(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
         if len(rows) == before:
             empty.append(filesystem.printable(name))
     for what, number in counts.items():
@@ -145,12 +150,12 @@ def _list(file: FileStat, notes: list[str]) -> list[Row]:
             raise KtrayError(f"List '{path}' has no column '{needed}'", f"Lists have path,label[,split]: {hint}.")
     rows: list[Row] = []
     for number, line in enumerate(lines, 2 if is_csv(path) else 1):
-        name, label = line[names["path"]], _nfc(line[names["label"]])
+        name, label = line[names["path"]], nfc(line[names["label"]])
         split = line[names["split"]].lower() if "split" in names else "train"
         if not name or not label or split not in SPLITS:
             what = "no path" if not name else "no label" if not label else f"split '{split}'"
             raise KtrayError(f"List '{path}' has {what} in row {number}", "Splits are train, val and test.")
-        rows.append(Row(resolve(name, path), _nfc(name), label, SPLITS[split], version))
+        rows.append(Row(resolve(name, path), nfc(name), label, SPLITS[split], version))
     if not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
@@ -193,96 +198,16 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
-def _split_lists(path: str, splits: str, labels_per_class: int | None, notes: list[str]) -> list[Row]:
-    if not filesystem.is_folder(splits):
-        raise KtrayError(f"task.splits '{splits}' is not a folder", "Name a folder with train*.txt, val.txt, test.txt.")
-    lists: dict[str, list[str]] = defaultdict(list)
-    for name in filesystem.children(splits)[1]:
-        kind = SPLITS.get(re.split(r"[_.\-]", name.lower())[0])
-        if kind and name.lower().endswith((".txt", ".csv")):
-            lists[kind].append(f"{splits}/{name}")
-    if not lists["train"]:
-        raise KtrayError(f"'{splits}' has no train*.txt", "Split lists are named train*.txt, val*.txt and test*.txt.")
-    chosen = {kind: _choose(paths, kind, labels_per_class) for kind, paths in lists.items() if paths}
-    notes.append("Split lists: " + ", ".join(f"{c.rpartition('/')[2]}" for c in chosen.values()) + ".")
-    index = _Index(path)
-    rows = [index.row(name, label, kind) for kind, file in chosen.items() for name, label in _pairs(file)]
-    named = {row.uri for row in rows if row.split == "train"}
-    larger = [
-        index.row(*pair, "pool") for other in lists["train"] if other != chosen["train"] for pair in _pairs(other)
-    ]
-    rows += {row.uri: row for row in larger if row.uri not in named}.values()
-    index.check(splits)
-    return rows
-
-
-def _choose(paths: Sequence[str], kind: str, labels_per_class: int | None) -> str:
-    if len(paths) == 1:
-        return paths[0]
-    wanted = rf"train_{labels_per_class}img" if labels_per_class else r"train_full|train\."
-    fits = [p for p in paths if re.match(wanted, p.rpartition("/")[2])]
-    if kind == "train" and len(fits) != 1 and labels_per_class:
-        fits = [p for p in paths if re.match(r"train_full|train\.", p.rpartition("/")[2])]
-    if len(fits) == 1:
-        return fits[0]
-    listed = ", ".join(p.rpartition("/")[2] for p in paths)
-    raise KtrayError(
-        f"It is not clear which {kind} list is meant: {listed}",
-        "Set task.labels_per_class to the number in one of the names, or leave one list in the folder.",
-    )
-
-
-def _pairs(path: str) -> Iterable[tuple[str, str]]:
-    for number, line in enumerate(filesystem.read_bytes(path).decode("utf-8-sig").splitlines(), 1):
-        if line.strip():
-            name, comma, label = (part.strip() for part in line.rpartition(","))
-            if not comma or not name or not label:
-                raise KtrayError(f"Split list '{path}' has no 'file,class' in line {number}", "Mend the line.")
-            yield name, _nfc(label)
-
-
-class _Index:
-    """Finds the images that split lists name: by path below the data, or by name and class folder."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.by_name: dict[str, list[FileStat]] = defaultdict(list)
-        self.missing: list[str] = []
-        for file in filesystem.walk(root):
-            self.by_name[file.path.rpartition("/")[2]].append(file)
-
-    def row(self, name: str, label: str, split: str) -> Row:
-        found = self._find(name, label)
-        if found is None:
-            self.missing.append(f"{name},{label}")
-            return Row(f"{self.root}/{name}", name, label, split)
-        key = _nfc(found.path[len(self.root) + 1 :])
-        return Row(found.path, key, label, split, f"{found.size}:{found.mtime_ns}")
-
-    def _find(self, name: str, label: str) -> FileStat | None:
-        files = self.by_name.get(name.rpartition("/")[2], [])
-        exact = [f for f in files if f.path == f"{self.root}/{name}"]
-        # Places365's class "hunting_lodge_outdoor" lies in the folder "h/hunting_lodge/outdoor".
-        wanted = "_" + label.replace("/", "_")
-        in_class = [f for f in files if _below(f.path.rpartition("/")[0], self.root).endswith(wanted)]
-        for candidates in (exact, in_class, files):
-            if len(candidates) == 1:
-                return candidates[0]
-        return None
-
-    def check(self, splits: str) -> None:
-        if self.missing:
-            shown = "; ".join(self.missing[:3])
-            raise KtrayError(
-                f"{len(self.missing)} images of the lists in '{splits}' are not (or not clearly) in '{self.root}': "
-                f"{shown}",
-                "Check task.data: files lie in it by the list's path, or in a folder of their class.",
-            )
-
-
-def _below(folder: str, root: str) -> str:
-    return "_" + _nfc(folder[len(root) + 1 :]).replace("/", "_")
-
-
-def _nfc(name: str) -> str:
+def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
+
+
+def three(names: Iterable[str]) -> str:
+    """Up to three of some names, and how many more."""
+    every = list(names)
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(f"'{filesystem.printable(name)}'" for name in every[:3]) + more
+
+
+def count(things: Sized, one: str, many: str = "") -> str:
+    return f"{len(things)} {one if len(things) == 1 else many or one + 's'}"

@@ -29,13 +29,16 @@ from ktray.miniverse.vocabulary import (
     SMALL,
     STREAMS,
     SUBJECTS,
+    Stream,
     Subject,
 )
 
 Pixels = NDArray[np.float32]
 Uniform = Callable[[], float]
 
-STYLE_SHARES = (0.80, 0.12, 0.08)
+# Coverages between these are neither subject nor background in a mask.
+UNCERTAIN = (0.25, 0.75)
+IGNORE = 255
 # A subject must differ from what is behind it by this much in at least one of luminance and hue (0..255,
 # Euclidean in RGB with the eye's weights), or nobody could read it.
 MIN_CONTRAST = 62.0
@@ -54,6 +57,8 @@ class Sample:
         facts: all that is true of it; `told` is the part that its caption tells.
         caption: the caption.
         index: its number in its stream.
+        mask: uint8 array [size, size]: 1 where there is the subject's ink, 0 where there is none, 255 on the rim,
+            where a pixel has some. All 1 for a texture, which fills the frame.
     """
 
     image: NDArray[np.uint8]
@@ -62,6 +67,7 @@ class Sample:
     told: Facts
     caption: str
     index: int
+    mask: NDArray[np.uint8]
 
 
 def sample(stream: str, index: int, *, size: int = 32, seed: int = 0) -> Sample:
@@ -76,12 +82,20 @@ def sample(stream: str, index: int, *, size: int = 32, seed: int = 0) -> Sample:
     rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(stream.encode()), index]))
     # One call for all the scalars a picture needs: calls, not numbers, are what costs.
     uniform: Uniform = iter(rng.random(96).tolist()).__next__
-    subject = _subject(stream, index, uniform)
+    plan = STREAMS[stream]
+    subject = _subject(plan, index, uniform)
     detail = _pick(tuple(DETAIL_SHARES), tuple(DETAIL_SHARES.values()), uniform())
-    pixels, facts = _picture(subject, size, uniform, rng)
+    pixels, cover, facts = _picture(subject, plan, index, size, uniform, rng)
     image = _camera(pixels, uniform, rng)
     told = facts.told(detail)
-    return Sample(image, subject, facts, told, caption(told), index)
+    return Sample(image, subject, facts, told, caption(told), index, _labelled(cover))
+
+
+def _labelled(cover: Pixels) -> NDArray[np.uint8]:
+    """A mask from the ink's coverage [size, size, 1]. The camera's blur is none of its business: it moves no edge."""
+    least, most = UNCERTAIN
+    share = cover[..., 0]
+    return np.where(share > most, 1, np.where(share < least, 0, IGNORE)).astype(np.uint8)
 
 
 def _pick(values: tuple[str, ...], shares: tuple[float, ...], u: float) -> str:
@@ -92,10 +106,11 @@ def _pick(values: tuple[str, ...], shares: tuple[float, ...], u: float) -> str:
     return values[-1]
 
 
-def _subject(stream: str, index: int, uniform: Uniform) -> Subject:
-    plan = STREAMS[stream]
+def _subject(plan: Stream, index: int, uniform: Uniform) -> Subject:
     kind = _pick(tuple(plan.mix), tuple(plan.mix.values()), uniform())
     choices = SUBJECTS[kind]
+    if plan.tokens:
+        choices = tuple(subject for subject in choices if subject.token in plan.tokens)
     drawn = int(uniform() * len(choices))
     return choices[index % len(choices) if plan.balanced else drawn]
 
@@ -107,9 +122,10 @@ def _colour(number: int, uniform: Uniform) -> Pixels:
     return np.clip(_RGB[number] + np.array(moves, dtype=np.float32), 0, 255)
 
 
-def _two_colours(uniform: Uniform) -> tuple[int, Pixels, Pixels]:
-    """Number and shade of the subject's colour, and a background colour that it stands out from."""
-    number = int(uniform() * len(_NAMES))
+def _two_colours(uniform: Uniform, wanted: int | None) -> tuple[int, Pixels, Pixels]:
+    """Number and shade of the subject's colour (the wanted one, if any), and a background colour unlike it."""
+    drawn = int(uniform() * len(_NAMES))
+    number = drawn if wanted is None else wanted
     ink = _colour(number, uniform)
     paper = _colour((number + 1 + int(uniform() * (len(_NAMES) - 1))) % len(_NAMES), uniform)
     gap = float(np.linalg.norm((ink - paper) * _EYE))
@@ -161,9 +177,9 @@ def _rgb(colour: Pixels) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _mask(subject: Subject, size: int, uniform: Uniform) -> Image.Image:
+def _mask(subject: Subject, styles: tuple[float, ...], size: int, uniform: Uniform) -> Image.Image:
     side = mask_size(size)
-    style = _pick(STYLES, STYLE_SHARES, uniform())
+    style = _pick(STYLES, styles, uniform())
     font = int(uniform() * len(FONTS))
     if subject.kind == "shape":
         return shape_mask(subject.token, style, side)
@@ -203,19 +219,22 @@ def _place(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> 
     return np.asarray(placed, dtype=np.float32)[..., None] * np.float32(1 / 255)
 
 
-def _picture(subject: Subject, size: int, uniform: Uniform, rng: np.random.Generator) -> tuple[Pixels, Facts]:
-    number, ink, paper = _two_colours(uniform)
+def _picture(
+    subject: Subject, plan: Stream, index: int, size: int, uniform: Uniform, rng: np.random.Generator
+) -> tuple[Pixels, Pixels, Facts]:
+    """The picture [size, size, 3], its ink's coverage [size, size, 1] in 0..1, and what is true of it."""
+    number, ink, paper = _two_colours(uniform, index % len(_NAMES) if plan.colours else None)
     if subject.kind == "texture":
         field = texture_field(subject.token, size, uniform, rng)[..., None]
-        return paper + field * (ink - paper), Facts(subject.name, _NAMES[number])
+        return paper + field * (ink - paper), np.ones_like(field), Facts(subject.name, _NAMES[number])
     kind = _pick(BACKGROUNDS, BACKGROUND_SHARES, uniform())
     canvas = _background(kind, paper, size, uniform, rng)
     ink_map: Pixels = ink
     if uniform() < 0.2:  # an ink that changes across the subject
         ramp = (texture_field("shade", size, uniform, rng) - 0.5)[..., None]
         ink_map = ink + ramp * np.float32(70)
-    cover = _place(_mask(subject, size, uniform), subject, size, uniform)
-    return canvas + cover * (ink_map - canvas), Facts(subject.name, _NAMES[number], kind)
+    cover = _place(_mask(subject, plan.styles, size, uniform), subject, size, uniform)
+    return canvas + cover * (ink_map - canvas), cover, Facts(subject.name, _NAMES[number], kind)
 
 
 def _camera(pixels: Pixels, uniform: Uniform, rng: np.random.Generator) -> NDArray[np.uint8]:

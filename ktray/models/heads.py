@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
 
@@ -220,5 +219,7 @@ def _folds(
     rarest = int(np.bincount(labels)[np.unique(labels)].min())
     if rarest < 2:
         return []
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
     split = StratifiedKFold(min(5, rarest), shuffle=True, random_state=seed).split(labels, labels)
     return [(x[a], y[a], x[b], y[b]) for a, b in split]

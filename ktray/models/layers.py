@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
 from timm.models import group_parameters
 from torch import nn
 
@@ -63,6 +60,11 @@ class _Order:
 
 
 def _order(tower: nn.Module) -> _Order:
+    # Slow to import, and students do without it.
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
     if isinstance(tower, TimmModel):
         trunk = _order(tower.trunk)
         return _Order({f"trunk.{k}": v for k, v in trunk.prefixes.items()}, trunk.last)

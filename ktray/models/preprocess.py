@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import open_clip
 import timm.data
 import torch
 from PIL import Image
@@ -55,6 +54,8 @@ class Preprocess:
     @classmethod
     def from_open_clip(cls, model: nn.Module | dict[str, Any]) -> Preprocess:
         """From an open_clip model (its ``visual.preprocess_cfg``) or such a dictionary."""
+        import open_clip  # slow to import, and students do without it
+
         cfg = open_clip.get_model_preprocess_cfg(model) if isinstance(model, nn.Module) else model
         mean = cfg.get("mean") or open_clip.OPENAI_DATASET_MEAN
         std = cfg.get("std") or open_clip.OPENAI_DATASET_STD

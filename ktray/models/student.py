@@ -17,7 +17,7 @@ from ktray.data.decode import decode_rgb
 from ktray.errors import KtrayError
 from ktray.models.messages import cause, unknown_name
 from ktray.models.preprocess import Preprocess
-from ktray.models.teacher_load import feature_dim
+from ktray.models.reading import feature_dim, map_positions, pooled_features
 from ktray.models.weights import fetch, load_timm_weights
 
 # Arguments of timm.create_model that ktray sets itself, or that would change what a student is.
@@ -130,23 +130,6 @@ def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:
     return found
 
 
-def pooled_features(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """(N, 3, h, w) normalised float to pooled features (N, F) of a timm model, before the classifier."""
-    out: torch.Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
-    return out
-
-
-class Features(nn.Module):
-    """A timm model's pooled features as a module of its own, e.g. to be compiled; the model is shared."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return pooled_features(self.model, x)
-
-
 def build_student(
     name: str,
     kwargs: dict[str, Any] | None = None,
@@ -245,26 +228,13 @@ def _dry_run(model: nn.Module, name: str, size: tuple[int, int], num_classes: in
         raise KtrayError(
             f"Student '{name}' gives {tuple(out.shape[1:])} instead of {num_classes} logits", "Choose another one."
         )
-    positions = _positions(timm_model, features)
+    positions = map_positions(timm_model, features)
     if positions == 1:
         return [
             f"the last feature map of {name} at {size[0]}x{size[1]} px is 1x1: it sees one position of the image "
             "and learns little; lower its stride by student.kwargs (patch_size, output_stride) or choose another"
         ]
     return []
-
-
-def _positions(model: Any, features: Any) -> int | None:
-    """Positions in the last map of features or tokens; None where there is no such map."""
-    if not isinstance(features, torch.Tensor):
-        return None
-    if features.ndim == 3:
-        return int(features.shape[1]) - int(getattr(model, "num_prefix_tokens", 0))
-    if features.ndim == 4:
-        channels_first = features.shape[1] == model.num_features
-        rows, columns = features.shape[2:] if channels_first else features.shape[1:3]
-        return int(rows * columns)
-    return None
 
 
 def _rgb(image: Image.Image | np.ndarray | bytes | str | Path) -> Image.Image | np.ndarray:

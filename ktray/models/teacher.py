@@ -14,6 +14,7 @@ from ktray.errors import KtrayError
 from ktray.models.layers import Layer, tower_layers
 from ktray.models.messages import cause
 from ktray.models.preprocess import Preprocess
+from ktray.tasks.segmentation import resize_map
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -125,31 +126,39 @@ class Teacher(nn.Module):
         """
         return embed(self.image_tower, self.preprocess, batch)
 
-    def patch_embeddings(self, batch: torch.Tensor) -> torch.Tensor:
-        """The tower's last map of patch embeddings.
+    def patch_embeddings(self, batch: torch.Tensor, levels: int = 1) -> torch.Tensor:
+        """The tower's last map of patch embeddings, or its last maps side by side.
 
         Args:
             batch: as for `embed`.
+            levels: how many of the last blocks (plain transformers) or stages (others) to take. Coarser maps are
+                resized bilinearly to the finest one; none is scaled.
 
         Returns:
-            (N, patch_dim, rows, columns) float32.
+            (N, D, rows, columns) float32, input side first; D is `patch_dim` for one level, else the sum of
+            `level_dims`.
 
         Raises:
-            KtrayError: the tower has no such map.
+            KtrayError: the tower has no such map, or fewer levels.
+        """
+        self.level_dims(levels)
+        return patch_embeddings(self.image_tower, self.preprocess, self.source, batch, levels)
+
+    def level_dims(self, levels: int) -> list[int]:
+        """Widths of the last ``levels`` maps, input side first.
+
+        Raises:
+            KtrayError: the tower has no maps, or fewer.
         """
         if self.patch_dim is None:
             raise KtrayError(f"Teacher '{self.name}' gives no patch embeddings", "Choose another teacher.name.")
-        x = self.preprocess.normalise(batch).to(_dtype(self.image_tower))
-        # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool
-        # of another width stands before it. timm and open_clip differ in the argument's name.
-        norm = "norm" if self.source.name.startswith("timm:") else "normalize_intermediates"
-        normed = getattr(self.image_tower, "attn_pool", None) is None or norm == "norm"
-        out = self.image_tower.forward_intermediates(  # type: ignore[operator]
-            x, indices=1, intermediates_only=True, **{norm: normed}
-        )
-        maps = out["image_intermediates"] if isinstance(out, dict) else out
-        last: torch.Tensor = maps[-1]
-        return last.float()
+        widths = _widths(self.image_tower)
+        if not 1 <= levels <= len(widths):
+            raise KtrayError(
+                f"Teacher '{self.name}' has {len(widths)} maps of patch embeddings, not {levels}",
+                "Take fewer levels.",
+            )
+        return widths[-levels:]
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Text embeddings of unit length: (M, embed_dim) float32.
@@ -177,6 +186,32 @@ def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torc
     # CoCa's tower gives (pooled, tokens).
     pooled: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return pooled.float()
+
+
+def patch_embeddings(
+    tower: nn.Module, preprocess: Preprocess, source: TeacherSource, batch: torch.Tensor, levels: int = 1
+) -> torch.Tensor:
+    """The function behind `Teacher.patch_embeddings`, for those who hold the tower alone."""
+    x = preprocess.normalise(batch).to(_dtype(tower))
+    # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool
+    # of another width stands before it. timm and open_clip differ in the argument's name.
+    norm = "norm" if source.name.startswith("timm:") else "normalize_intermediates"
+    normed = getattr(tower, "attn_pool", None) is None or norm == "norm"
+    out = tower.forward_intermediates(  # type: ignore[operator]
+        x, indices=levels, intermediates_only=True, **{norm: normed}
+    )
+    maps = [m.float() for m in (out["image_intermediates"] if isinstance(out, dict) else out)]
+    rows, columns = max(tuple(m.shape[-2:]) for m in maps)
+    return torch.cat([resize_map(m, (rows, columns)) for m in maps], 1)
+
+
+def _widths(tower: nn.Module) -> list[int]:
+    """Channels of every map that ``forward_intermediates`` gives."""
+    inner: Any = getattr(tower, "trunk", tower)
+    info = getattr(inner, "feature_info", None)
+    if info:
+        return [int(level["num_chs"]) for level in info]
+    return [int(inner.transformer.width)] * len(inner.transformer.resblocks)
 
 
 def _dtype(tower: nn.Module) -> torch.dtype:

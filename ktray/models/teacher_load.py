@@ -27,6 +27,7 @@ from torch import nn
 from ktray.errors import KtrayError
 from ktray.models.messages import cause, unknown_name
 from ktray.models.preprocess import Preprocess
+from ktray.models.reading import feature_dim
 from ktray.models.teacher import Teacher, TeacherSource, TextTower, Tokenizer
 from ktray.models.weights import describe_keys, fetch, file_digest, load_timm_weights, weight_errors, wrong_keys
 
@@ -273,12 +274,6 @@ def _register(model: str, config: dict[str, Any]) -> str:
 def _tokenizer(model: str, config: dict[str, Any] | None) -> Tokenizer:
     tokenizer: Tokenizer = open_clip.get_tokenizer(_register(model, config) if config else model)
     return tokenizer
-
-
-def feature_dim(model: nn.Module) -> int:
-    """Width of a timm model's pooled features, before its classifier."""
-    width: Any = getattr(model, "head_hidden_size", None) or model.num_features
-    return int(width)
 
 
 def _patch_dim(tower: nn.Module) -> int | None:

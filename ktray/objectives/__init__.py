@@ -6,19 +6,50 @@ from typing import TYPE_CHECKING
 
 from ktray.objectives.agnostic import Agnostic
 from ktray.objectives.base import Batch, Context, Objective
+from ktray.objectives.clip import Clip
+from ktray.objectives.dino import Dino
+from ktray.objectives.dual import Dual
 from ktray.objectives.oriented import Oriented
 from ktray.objectives.scratch import Scratch
+from ktray.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
     from ktray import recipe
 
-__all__ = ["Agnostic", "Batch", "Context", "Objective", "Oriented", "Scratch", "build_objective"]
+__all__ = [
+    "Agnostic",
+    "Batch",
+    "Clip",
+    "Context",
+    "Dino",
+    "Dual",
+    "Objective",
+    "Oriented",
+    "Scratch",
+    "Supervised",
+    "build_objective",
+]
 
 
-def build_objective(part: recipe.Objective) -> Objective:
-    """The objective that the recipe names."""
-    if part.name == "oriented":
-        return Oriented(part.temperature, part.mixup)
-    if part.name == "agnostic":
-        return Agnostic(part.match)
-    return Scratch()
+def build_objective(part: recipe.Objective, *, hflip: float = 0.5) -> Objective:
+    """The objective that the recipe names.
+
+    Args:
+        hflip: probability of a horizontal flip, for an objective that cuts its own views.
+    """
+    match part.name:
+        case "oriented" | "agnostic_then_oriented":
+            # Generic first is a run of its own before it; see `ktray.pipeline`.
+            return Oriented(part.temperature, part.mixup)
+        case "dual":
+            return Dual(part.temperature, part.mixup, part.label_weight, part.mix)
+        case "agnostic":
+            return Agnostic(part.match, part.patches)
+        case "clip":
+            return Clip()
+        case "supervised":
+            return Supervised(part.label_smoothing, part.mixup)
+        case "dino":
+            return Dino(part.prototypes, part.local_crops, hflip=hflip)
+        case "scratch":
+            return Scratch()

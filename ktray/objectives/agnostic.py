@@ -7,10 +7,17 @@ With the teacher's embedding ``t`` of a view, the student's pooled features ``f`
     mse:          mean over the D dimensions of (p - sqrt(D) t / |t|)^2
     contrastive:  InfoNCE, both ways, over the pairs (p_i, t_i) of a worker's batch, with a trained temperature
 
-averaged over the batch. ``mse`` is what Proteus does (ICLR 2025: LayerNorm and a linear layer, squared error on
-features, neither labels nor logits), with the target scaled to unit mean square so that the learning rate means the
-same for every teacher. ``contrastive`` is the task-agnostic baseline of Vemulapalli et al. (arXiv 2311.18237), in the
-form of CLIP's loss (arXiv 2103.00020, figure 3). The classifier is untouched: FINETUNE fits it before it trains.
+averaged over the batch. With ``patches`` > 0 the student's last map is matched too, position by position, to the
+teacher's patch embeddings, by a projection of its own:
+
+    loss = loss(pooled) + patches * mean over positions of loss(position)
+
+``mse`` with ``patches`` is Proteus (ICLR 2025: LayerNorm and a linear layer for each level, squared error on the global
+and the patch features, neither labels nor logits) without its masked patches, which a convolutional student has not;
+the target is scaled to unit mean square so that the learning rate means the same for every teacher. ``contrastive`` is
+the task-agnostic baseline of Vemulapalli et al. (arXiv 2311.18237), in the form of CLIP's loss (arXiv 2103.00020,
+figure 3); its patches are matched by cosine, since neighbouring patches are no negatives. The classifier is untouched:
+FINETUNE fits it before it trains.
 
 Use it when one pretrained student is to serve many tasks, or when the teacher cannot tell the task's classes. Do not
 when it can: matching all that the teacher sees spends the small model's capacity on what the task does not need.
@@ -33,38 +40,76 @@ _START, _LIMIT = 1 / 0.07, 100.0
 
 
 class Agnostic(Objective):
-    """See the module's text. Batch: ``embedding`` (N, D), the frozen teacher's, any length; reads features (N, F)."""
+    """See the module's text. Batch: ``embedding`` (N, D) and, for patches, ``patch_embedding`` (N, D', h', w'), the
+    frozen teacher's, any length. Reads features (N, F), for patches also the map (N, F', h, w).
+
+    Args:
+        match: how features are matched.
+        patches: weight of the patch term; 0 leaves it out.
+    """
 
     name = "agnostic"
-    targets_needed: frozenset[Target] = frozenset({"embedding"})
-    reads: Reads = "features"
 
-    def __init__(self, match: Match = "cosine") -> None:
+    def __init__(self, match: Match = "cosine", patches: float = 0.0) -> None:
         super().__init__()
-        self.match = match
+        self.match, self.patches = match, patches
+        needed: set[Target] = {"embedding", "patch_embedding"} if patches else {"embedding"}
+        self.targets_needed: frozenset[Target] = frozenset(needed)
+        self.reads: Reads = "map" if patches else "features"
 
     def setup(self, context: Context) -> None:
-        """Raises ValueError when the teacher's width is not known."""
+        """Raises ValueError when a width of the teacher's that is needed is not known."""
         if context.teacher_dim is None:
             raise ValueError("Agnostic needs Context.teacher_dim")
+        if self.patches and not (context.teacher_patch_dim and context.student_map_dim):
+            raise ValueError("Agnostic with patches needs Context.teacher_patch_dim and student_map_dim")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            self.project = nn.Sequential(
-                nn.LayerNorm(context.student_dim), nn.Linear(context.student_dim, context.teacher_dim)
-            )
+            self.project = _projection(context.student_dim, context.teacher_dim)
+            if self.patches and context.teacher_patch_dim:
+                self.project_patches = _projection(context.student_map_dim, context.teacher_patch_dim)
         if self.match == "contrastive":
             self.log_scale = nn.Parameter(torch.tensor(math.log(_START)))
 
-    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        projected, target = self.project(student_out.float()), F.normalize(batch["embedding"].float(), dim=1)
+    def loss(
+        self, student_out: torch.Tensor | tuple[torch.Tensor, torch.Tensor], batch: Batch
+    ) -> dict[str, torch.Tensor]:
+        pooled = student_out if isinstance(student_out, torch.Tensor) else student_out[0]
+        projected, target = self.project(pooled.float()), F.normalize(batch["embedding"].float(), dim=1)
         cosine = F.cosine_similarity(projected, target, dim=1)
-        if self.match == "mse":
-            loss = F.mse_loss(projected, target * math.sqrt(target.shape[1]))
-        elif self.match == "contrastive":
+        if self.match == "contrastive":
             scale = self.log_scale.exp().clamp(max=_LIMIT)
-            logits = scale * F.normalize(projected, dim=1) @ target.T
+            # In full precision: logits reach 100.
+            with torch.autocast(target.device.type, enabled=False):
+                logits = scale * F.normalize(projected.float(), dim=1) @ target.T
             pair = torch.arange(len(logits), device=logits.device)
             loss = (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
         else:
-            loss = (1 - cosine).mean()
-        return {"loss": loss, "cosine": cosine.mean().detach()}
+            loss = self._by_row(projected, target)
+        found = {"loss": loss, "cosine": cosine.mean().detach()}
+        if self.patches and not isinstance(student_out, torch.Tensor):
+            own, theirs = _same_grid(student_out[1].float(), batch["patch_embedding"].float())
+            own, theirs = self.project_patches(own), F.normalize(theirs, dim=1)
+            found["loss"] = loss + self.patches * self._by_row(own, theirs)
+            found["patch_cosine"] = F.cosine_similarity(own, theirs, dim=1).mean().detach()
+        return found
+
+    def _by_row(self, projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean over the rows (M, D) of a pair's own loss; ``target`` has unit rows."""
+        if self.match == "mse":
+            return F.mse_loss(projected, target * math.sqrt(target.shape[1]))
+        return (1 - F.cosine_similarity(projected, target, dim=1)).mean()
+
+
+def _projection(own: int, teacher: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(own), nn.Linear(own, teacher))
+
+
+def _same_grid(own: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps (N, F', h, w), (N, D', h', w') as rows (N h w, F'), (N h w, D'); the teacher's are resized."""
+    grid = (own.shape[2], own.shape[3])
+    if theirs.shape[2] >= grid[0] and theirs.shape[3] >= grid[1]:
+        theirs = F.adaptive_avg_pool2d(theirs, grid)
+    else:
+        theirs = F.interpolate(theirs, size=grid, mode="bilinear", align_corners=False)
+    return own.movedim(1, 3).flatten(0, 2), theirs.movedim(1, 3).flatten(0, 2)

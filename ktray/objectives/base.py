@@ -1,44 +1,78 @@
 """What a way of pretraining is.
 
-An objective says what it needs from the teacher (`targets_needed`, stored by TEACH), turns the student's
-output and a batch into a loss, and owns whatever else it trains; those modules never enter the student.
+An objective says what it needs of the teacher and of the images (`targets_needed`, stored by TEACH), turns the
+student's output and a batch into a loss, and owns whatever else it trains; those modules never enter the student.
 It must not import Ray: it runs in a notebook as in a worker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-Target = Literal["logits", "embedding", "patch_embedding", "text"]
-Reads = Literal["logits", "features"]
+# logits, embedding and patch_embedding are the teacher's; text (the caption's tokens) and label (the class in a
+# labelled generic set) come with the image.
+Target = Literal["logits", "embedding", "patch_embedding", "text", "label"]
+Reads = Literal["logits", "features", "map"]
 Batch = dict[str, torch.Tensor]
+Normalise = Callable[[torch.Tensor], torch.Tensor]
+FlopsOf = Callable[[int], float]
+
+TEACHERS: frozenset[Target] = frozenset({"logits", "embedding", "patch_embedding"})
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know when it is set up."""
+    """What an objective may know when it is set up.
+
+    Attributes:
+        num_classes: of the target task.
+        student_dim, student_map_dim: widths of the student's pooled features and of its last map (they differ where a
+            layer stands between them); the latter only where ``reads`` is ``map``.
+        teacher_dim, teacher_patch_dim: widths of the teacher's embedding and of its patch embeddings; None where TEACH
+            stores none.
+        seed: of everything random in the objective's own modules.
+        student: the module that ``step`` calls, for those that keep a copy of it.
+        image_size: side of the student's input, pixels.
+        vocabulary, text_length: number of different tokens and tokens a caption, where captions are stored.
+        source_classes: classes of the labelled generic set, where there is one.
+    """
 
     num_classes: int
     student_dim: int
     teacher_dim: int | None
     seed: int
+    teacher_patch_dim: int | None = None
+    student: nn.Module | None = None
+    image_size: int = 0
+    vocabulary: int = 0
+    text_length: int = 0
+    source_classes: int = 0
+    student_map_dim: int = 0
 
 
 class Objective(nn.Module):
-    """A way of pretraining. Parameters of this module are trained beside the student's.
+    """A way of pretraining. Parameters of this module that require gradients are trained beside the student's.
 
     Attributes:
-        reads: what ``loss`` takes of the student: ``logits`` (N, C), or ``features`` (N, F), pooled, before the
-            classifier, which then stays as it was.
+        targets_needed: columns that a batch has beside ``pixels``: ``logits`` (N, C), ``embedding`` (N, D),
+            ``patch_embedding`` (N, D, h, w), ``text`` (N, L) int64, ``label`` (N,) int64.
+        reads: what the student gives: ``logits`` (N, C); ``features`` (N, F), pooled, before the classifier, which then
+            stays as it was; or ``map``, the pair of pooled features and the last map (N, F, h, w).
+        views: ``fixed`` takes the views that TEACH has cut, ``canvas`` takes whole images and cuts its own.
+        labelled: the task's own labelled images ride in every batch (``label_images`` (B, 3, H, W) uint8 and
+            ``label_of`` (B,) int64), and no FINETUNE follows.
     """
 
     name: str
     targets_needed: frozenset[Target]
     reads: Reads = "logits"
+    views: Literal["fixed", "canvas"] = "fixed"
+    labelled: bool = False
 
     def setup(self, context: Context) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""
@@ -50,3 +84,38 @@ class Objective(nn.Module):
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """``{"loss": scalar, ...}``; further entries are detached scalars for the log."""
         raise NotImplementedError
+
+    def step(
+        self, student: nn.Module, normalise: Normalise, batch: Batch, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """One batch through the student to the loss; for those that call it otherwise than once.
+
+        Args:
+            student: gives what ``reads`` says.
+            normalise: images of 0..255 (N, 3, H, W), uint8 or float, to the student's input; resizes nothing.
+            batch: ``pixels`` (N, 3, H, W) uint8, ``view_key`` (N,) int64 (the same for an image at its n-th visit,
+                whatever the worker, the order and the restart; see `ktray.data.augment.random_views`), the targets.
+            generator: on the batch's device; follows from seed, step and rank.
+        """
+        batch = self.prepare({**batch, "images": batch["pixels"].float()}, generator)
+        return self.loss(student(normalise(batch["images"])), batch)
+
+    def after_step(self, student: nn.Module, progress: float) -> None:
+        """Called after each optimizer step, e.g. to move an averaged copy.
+
+        Args:
+            progress: share of all steps that are done, above 0, up to 1.
+        """
+
+    def finish(self, model: nn.Module) -> None:
+        """Put into the student, a timm model, what the objective has learnt for it. Called on what is evaluated and on
+        what is handed on; must give the same however often it is called."""
+
+    def flops(self, train: FlopsOf, forward: FlopsOf, size: int) -> float:
+        """FLOPs of one image in training.
+
+        Args:
+            train, forward: side of the input in pixels -> FLOPs of the student's training step, of its forward pass.
+            size: side of the student's input.
+        """
+        return train(size)

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from ktray.objectives.base import Batch, Objective, Target
+from ktray.objectives.dense import by_position
 
 
 class Oriented(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits`` (N, C) calibrated teacher logits."""
+    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits`` (N, C) calibrated teacher logits, or for
+    segmentation maps of them (N, C, h, w); then the mean is over all positions (see `ktray.objectives.dense`)."""
 
     name = "oriented"
     targets_needed: frozenset[Target] = frozenset({"logits"})
@@ -42,7 +44,8 @@ class Oriented(Objective):
         return {**batch, "images": images, "targets": targets}
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        log_q = F.log_softmax(student_out.float() / self.temperature, dim=1)
-        kl = F.kl_div(log_q, batch["targets"], reduction="batchmean")
-        agree = (student_out.detach().argmax(1) == batch["targets"].argmax(1)).float().mean()
+        rows, targets = by_position(student_out, batch["targets"])
+        log_q = F.log_softmax(rows.float() / self.temperature, dim=1)
+        kl = F.kl_div(log_q, targets, reduction="batchmean")
+        agree = (rows.detach().argmax(1) == targets.argmax(1)).float().mean()
         return {"loss": kl * self.temperature**2, "agreement": agree}

@@ -209,6 +209,52 @@ def near_duplicates(
     )
 
 
+def hash_duplicates(
+    gallery: Iterable[tuple[int, Fingerprints]], heldout: Fingerprints, *, distance: int = DISTANCE
+) -> DuplicateTable:
+    """The gallery images that copy a held-out image, where no encoder is at hand: by pixels or by hash alone.
+
+    Every pair of hashes is compared, so that some images are dropped by chance (in the miniverse one in fifty): that
+    costs a random draw nothing.
+
+    Args:
+        gallery: index of a block's first image, fingerprints with (n,) hashes.
+        heldout, distance: as for `near_duplicates`; ``similarity`` of the result is not a number.
+    """
+    import faiss
+
+    variants = heldout.hash.shape[1]
+    tree = faiss.IndexBinaryFlat(64)
+    tree.add(_bytes(heldout.hash.reshape(-1)))
+    known = {digest: row for row, digest in reversed(list(enumerate(heldout.digest.tolist())))}
+    rows: list[tuple[int, int, int, str]] = []
+    for offset, prints in gallery:
+        if not len(prints.hash) or not len(heldout.digest):
+            continue
+        # faiss counts a distance as found when it is below the radius.
+        limits, bits, found = tree.range_search(_bytes(prints.hash), distance + 1)
+        for i, digest in enumerate(prints.digest.tolist()):
+            if digest in known:
+                rows.append((offset + i, known[digest], 0, IDENTICAL))
+            elif limits[i] < limits[i + 1]:
+                span = slice(int(limits[i]), int(limits[i + 1]))
+                best = min(zip(bits[span].tolist(), (found[span] // variants).tolist(), strict=True))
+                rows.append((offset + i, int(best[1]), int(best[0]), NEAR_DUPLICATE))
+    columns = list(zip(*rows, strict=True)) or [()] * 4
+    return DuplicateTable(
+        np.array(columns[0], dtype=np.int64),
+        np.array(columns[1], dtype=np.int64),
+        np.full(len(rows), np.nan, dtype=np.float32),
+        np.array(columns[2], dtype=np.int64),
+        list(columns[3]),
+        0,
+    )
+
+
+def _bytes(hashes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(hashes, dtype=np.uint64).view(np.uint8).reshape(-1, 8)
+
+
 def _distances(hash_: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(P,) int64: for pair p, the fewest bits in which ``hash_[p]`` differs from one of ``hashes[rows[p]]``."""
     out = np.full(len(rows), 64, dtype=np.int64)

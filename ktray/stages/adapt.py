@@ -8,7 +8,10 @@ teach with otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +21,24 @@ import torch.nn.functional as F
 
 from ktray.errors import KtrayError
 from ktray.models.adapted import AdaptedTeacher
+from ktray.models.dense_head import fit_map_temperature
+from ktray.models.dense_teacher import DenseTeacher, load_adapted
 from ktray.models.flops import count_flops
 from ktray.models.heads import LinearHead, fit_temperature, probe_head, text_head
+from ktray.models.preprocess import Preprocess
 from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
+from ktray.stages.adapt_dense import fit_heads, score_maps
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.teach import view_policy
 from ktray.stages.teachers import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
 from ktray.store import Stage
 from ktray.streaming import read_rows, write_rows
-from ktray.training.jobs import AdaptJob, Labels
+from ktray.training.evaluation import class_scores
+from ktray.training.jobs import AdaptJob
 from ktray.training.loop import Settings
 
-VERSION = 1
+VERSION = 3  # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept
 
 
 def candidates(context: Context, spec: TeacherSpec) -> list[str]:
@@ -40,6 +48,11 @@ def candidates(context: Context, spec: TeacherSpec) -> list[str]:
     if "logits" not in build_objective(context.recipe.objective).targets_needed:
         return ["probe"]
     wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
+    if context.recipe.task.kind == "segmentation":
+        # There is no text head of pixels.
+        if wanted == ["text"]:
+            raise KtrayError("teacher.adapt=text is for classification", "Set teacher.adapt=probe.")
+        return [name for name in wanted if name != "text"]
     if wanted == ["text"] and not spec.has_text:
         raise KtrayError(f"Teacher '{spec.source.name}' has no text tower", "Set teacher.adapt=probe.")
     return [name for name in wanted if name != "text" or spec.has_text]
@@ -48,7 +61,9 @@ def candidates(context: Context, spec: TeacherSpec) -> list[str]:
 def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
     """The adapted teacher (``adapted/``) and the frozen tower's embeddings of the labelled images."""
     wanted = candidates(context, spec)
-    decoded = labels_stage.run(context, spec.preprocess)
+    part, dense = context.recipe.teacher, context.recipe.task.kind == "segmentation"
+    decoded = labels_stage.run(context, _preprocess(context, spec))
+    metric = context.metric
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         import ray
@@ -56,35 +71,38 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
         plan = context.plan
         reporter.expect(len(context.task.train) + len(context.task.val))
         names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
-        heads = ray.remote(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)(_fit_heads)
-        found: dict[str, Any] = ray.get(
-            heads.remote(
-                stage, decoded.stage, spec, context.task.classes, names, context.prompts, wanted, plan.actor_threads
-            )
+        given = (stage, decoded.stage, spec, context.task.classes)
+        fit: Callable[[], dict[str, Any]] = (
+            partial(fit_heads, *given, part.levels, plan.actor_threads)
+            if dense
+            else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.actor_threads)
         )
+        remote: Any = ray.remote(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)(_call)
+        found: dict[str, Any] = ray.get(remote.remote(fit))
         reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
         if reporter.progress:
             reporter.progress.update(found["images"])
         scores: dict[str, dict[str, float]] = found["scores"]
         if "finetune" in wanted:
             scores["finetune"] = _finetune(context, stage, decoded, found["start"], reporter, max_failures)
-        chosen = max((n for n in wanted), key=lambda n: (round(scores[n]["top1"], 9), -scores[n]["loss"]))
+        chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
         for name in stage.children():
-            if name.startswith("candidate-") and name != f"candidate-{chosen}":
+            if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
                 stage.delete(name)
-        listed = ", ".join(f"{n} {scores[n]['top1']:.1%}" for n in wanted)
+        listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
         context.say(
             f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}"
         )
         return {
             "chosen": chosen,
             "scores": scores,
-            "val": scores[chosen]["top1"],
+            "val": scores[chosen][metric],
             "embed_dim": spec.embed_dim,
+            "patch_dim": spec.patch_dim,
             "directory": f"candidate-{chosen}",
+            "frozen": None if dense else f"candidate-{found['start']}",
         }
 
-    part = context.recipe.teacher
     finetuning = [part.finetune.model_dump(), context.recipe.seed, context.recipe.teach.model_dump()]
     parts = [
         VERSION,
@@ -94,19 +112,59 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
         context.class_names,
         context.prompts,
         finetuning if "finetune" in wanted else None,
+        metric,
+        part.levels if dense else None,
     ]
     return run_stage(context, "adapt", parts, work)
 
 
-def adapted(done: Done, spec: TeacherSpec) -> AdaptedSpec:
+def adapted(context: Context, done: Done, spec: TeacherSpec) -> AdaptedSpec:
     """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
-    return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), spec.preprocess)
+    return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), _preprocess(context, spec))
+
+
+def _preprocess(context: Context, spec: TeacherSpec) -> Preprocess:
+    """The teacher's own; for segmentation whole images are squashed, so that no pixel is left without a class."""
+    if context.recipe.task.kind == "segmentation":
+        return replace(spec.preprocess, resize_mode="squash", crop_pct=1.0)
+    return spec.preprocess
 
 
 def train_embeddings(done: Done) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Unit embeddings (N, D) float32 by the frozen tower, uris and labels of the labelled images: the queries."""
     rows = read_rows(done.stage, "embedding-train.parquet")
     return rows["embedding"].astype(np.float32), [str(u) for u in rows["uri"]], rows["label"]
+
+
+def frozen_predictions(done: Done) -> Callable[[np.ndarray], np.ndarray]:
+    """Class probabilities (N, C) float32 of unit embeddings (N, D) by the frozen tower, under the best of the heads
+    that leave the tower as it is: what can be said of gallery images without embedding them again.
+
+    Raises:
+        KtrayError: a task that has no such head.
+    """
+    from safetensors.torch import load
+
+    if not done.manifest["frozen"]:
+        raise KtrayError(
+            "This transfer.strategy asks the teacher for an image's class, and segmentation has none",
+            "Set transfer.strategy=query_balanced, diverse or best_first.",
+        )
+    folder = done.stage.sub(done.manifest["frozen"])
+    weights = load(folder.read("head.safetensors"))
+    head = LinearHead(weights["weight"], weights["bias"])
+    temperature = float(folder.read_json("adapted.json")["temperature"])
+
+    @torch.inference_mode()
+    def predict(embedding: np.ndarray) -> np.ndarray:
+        logits = head(torch.from_numpy(embedding.astype(np.float32))) / temperature
+        return logits.softmax(1).numpy()
+
+    return predict
+
+
+def _call(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return work()
 
 
 @dataclass(frozen=True)
@@ -123,6 +181,7 @@ def _fit_heads(
     names: list[str],
     prompts: list[str],
     wanted: list[str],
+    metric: str,
     threads: int,
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
@@ -160,8 +219,8 @@ def _fit_heads(
         raw = head(val.embedding).detach()
         temperature = fit_temperature(raw, val.label)
         scores[name] = {**_score(raw / temperature, val.label), "temperature": temperature}
-        _save(stage, f"candidate-{name}", AdaptedTeacher(teacher, head, classes, temperature))
-    start = max(scores, key=lambda n: (scores[n]["top1"], -scores[n]["loss"]))
+        save_candidate(stage, name, AdaptedTeacher(teacher, head, classes, temperature))
+    start = max(scores, key=lambda n: (scores[n][metric], -scores[n]["loss"]))
     return {"scores": scores, "start": start, "images": images, "flops": flops}
 
 
@@ -184,23 +243,24 @@ def _finetune(
         keep="best",
     )
     base = stage.sub(f"candidate-{start}")
-    job = AdaptJob(settings, base, Labels(decoded.stage), view_policy(context), part)
+    job = AdaptJob(settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric)
     result: dict[str, float] = {}
 
     def finish(weights: Path) -> None:
         from safetensors.torch import load_file
 
         with base.local() as folder:
-            teacher = AdaptedTeacher.load(folder)
+            teacher = load_adapted(folder)
         teacher.load_state_dict(load_file(str(weights)))
         teacher.finetuned = True
-        pixels, label = Labels(decoded.stage).load("val", "pixels")
+        pixels, label = labels_stage.labels_of(context, decoded).load("val", "pixels")
         with torch.inference_mode():
             raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
         raw = raw * teacher.temperature
-        teacher.temperature = fit_temperature(raw, label)
-        result.update(_score(raw / teacher.temperature, label), temperature=teacher.temperature)
-        _save(stage, "candidate-finetune", teacher)
+        fit, judge = (fit_map_temperature, score_maps) if label.ndim == 3 else (fit_temperature, _score)
+        teacher.temperature = fit(raw, label)
+        result.update(judge(raw / teacher.temperature, label), temperature=teacher.temperature)
+        save_candidate(stage, "finetune", teacher)
 
     with watch(reporter.post) as board:
         train(job, stage, context.plan, board, max_failures=max_failures, on_weights=finish)
@@ -208,15 +268,14 @@ def _finetune(
 
 
 def _score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    return {
-        "top1": float((logits.argmax(1) == labels).double().mean()),
-        "loss": float(F.cross_entropy(logits, labels)),
-    }
+    classes = logits.shape[1]
+    right = torch.bincount(labels[logits.argmax(1) == labels], minlength=classes).double()
+    found = class_scores(right, torch.bincount(labels, minlength=classes).double())
+    return {**found, "loss": float(F.cross_entropy(logits, labels))}
 
 
-def _save(stage: Stage, name: str, teacher: AdaptedTeacher) -> None:
-    import tempfile
-
+def save_candidate(stage: Stage, name: str, teacher: AdaptedTeacher | DenseTeacher) -> None:
+    """Keep an adapted teacher in the stage until the best is chosen."""
     with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
         teacher.save(folder)
-        stage.put(Path(folder), name)
+        stage.put(Path(folder), f"candidate-{name}")

@@ -27,6 +27,9 @@ class Context:
         fingerprint: of the labelled set (which image has which label in which split).
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
         say: prints one line for the person who watches.
+        metric: what models are chosen by and judged on: a key of the task's metrics.
+        source: the labelled generic set of objective.name=supervised.
+        phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
         planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
     """
 
@@ -45,6 +48,9 @@ class Context:
     quarantine: Quarantine = field(default_factory=Quarantine)
     read: int = 0
     planned: dict[str, bool] | None = None
+    metric: str = "top1"
+    phase: str = ""
+    source: LabelledSet | None = None
 
 
 @dataclass
@@ -127,26 +133,28 @@ def run_stage(context: Context, name: str, key_parts: Any, work: Work, *, ledger
     key = digest(name, key_parts)
     stage = context.store.stage(name, key)
     booked = ledger_name or name
+    shown = f"{name}-{context.phase}" if context.phase else name
     manifest = stage.manifest()
     if context.planned is not None:
-        context.planned[booked] = manifest is not None
+        context.planned[booked] = manifest is not None and context.planned.get(booked, True)
         return Done(stage, manifest or {"key": key}, cached=manifest is not None)
     if manifest is None:
         with stage.lease(context.say):
             manifest = stage.manifest()  # another job may have finished it while this one waited
             if manifest is None:
-                return _attempt(context, stage, name, booked, key, key_parts, work)
+                return _attempt(context, stage, (name, shown, booked), key, key_parts, work)
     context.ledger.reuse(DirLog(stage), booked, key)
     _count(context, manifest)
     again = " (made earlier in this run)" if manifest.get("run") == context.run_id else ""
-    context.say(f"{name:<9} reused {key}{again}")
+    context.say(f"{shown:<9} reused {key}{again}")
     return Done(stage, manifest, cached=True)
 
 
-def _attempt(context: Context, stage: Stage, name: str, booked: str, key: str, key_parts: Any, work: Work) -> Done:
+def _attempt(context: Context, stage: Stage, names: tuple[str, str, str], key: str, key_parts: Any, work: Work) -> Done:
+    name, shown, booked = names
     devices = context.plan.workers if context.plan.worker_gpus else 1
     with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
-        reporter = Reporter(context, name, meter)
+        reporter = Reporter(context, shown, meter)
         status = "FAILED"
         try:
             found = work(stage, reporter)

@@ -2,12 +2,14 @@
 
 ``retrieved``: each labelled image is a query and brings an equal share of its nearest gallery images.
 ``generic``: a random draw of the gallery. ``target``: the task's own images without labels (the surplus of the
-label budget, and the labelled ones). Gallery images that copy a validation or test image are dropped.
+label budget, and the labelled ones). Gallery images that copy a validation or test image are dropped. What came with
+an image and the objective needs (its caption, its generic label) goes along.
 """
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,66 +18,84 @@ from ktray.data.decode import decode_rgb
 from ktray.data.reading import fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
-from ktray.retrieval.dedup import Fingerprints, GalleryBlock, fingerprint_heldout, near_duplicates
-from ktray.retrieval.search import search
-from ktray.retrieval.select import Selection, query_balanced, random_selection
+from ktray.objectives import build_objective
+from ktray.retrieval.coverage import coverage, lines
+from ktray.retrieval.dedup import (
+    Fingerprints,
+    fingerprint_heldout,
+    hash_duplicates,
+    near_duplicates,
+)
+from ktray.retrieval.select import Selection, random_selection
 from ktray.retrieval.sheet import SheetRow, contact_sheet
 from ktray.stages import adapt as adapt_stage
-from ktray.stages.base import Context, Done, Reporter, finished_shards, resumed, run_stage
+from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
+from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, retrieve
 from ktray.stages.index import MakeEmbedder
 from ktray.stages.labels import SHARD
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Stage
-from ktray.streaming import Item, Rows, map_shards, read_rows, write_rows
+from ktray.streaming import Item, Rows, cpu_shards, map_shards, read_rows, write_rows
 
-VERSION = 1
+VERSION = 3  # 2: captions, labels; 3: strategies, coverage
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
 
 
-def run(context: Context, spec: TeacherSpec, adapt: Done, index: Done | None) -> Done:
-    """``transfer.parquet`` (uri, query, rank, similarity), ``dropped.parquet``, ``contact_sheet.png``."""
+def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: Done | None) -> Done:
+    """``transfer.parquet`` (uri, query, rank, similarity, perhaps caption or label), ``dropped.parquet``,
+    ``contact_sheet.png``.
+
+    Args:
+        spec: the index's encoder; None where it holds fingerprints alone.
+        adapt: gives the queries of ``retrieved``.
+        index: None for ``target``.
+    """
     part = context.recipe.transfer
+    needs = build_objective(context.recipe.objective).targets_needed
+    beside = [name for column, name in (("text", "caption"), ("label", "label")) if column in needs]
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         if index is None:
             return _target(context, stage)
-        names = [name for name, rows in index.manifest["shards"] if rows]
-        counts = [rows for _, rows in index.manifest["shards"] if rows]
-        if not names:
-            raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
+        gallery = Gallery(index)
         heldout = _heldout(context, stage, spec, reporter)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
-
-        def blocks() -> Any:
-            for name, offset in zip(names, offsets, strict=False):
-                yield offset, read_rows(index.stage, name, ["embedding"])["embedding"]
-
-        def prints() -> Any:
-            for name, offset in zip(names, offsets, strict=False):
-                rows = read_rows(index.stage, name, ["embedding", "hash", "digest"])
-                hashes = Fingerprints(rows["hash"].astype(np.uint64), rows["digest"].astype(np.uint64))
-                yield GalleryBlock(offset, rows["embedding"], hashes)
-
-        duplicates = near_duplicates(
-            prints(),
-            heldout["embedding"].astype(np.float32),
-            Fingerprints(heldout["hash"], heldout["digest"]),
-            similarity=part.dedup_similarity,
-        )
-        total, size = offsets[-1], int(part.size or 1)
-        width = heldout["embedding"].shape[1]
-        reporter.meter.add(flops=2 * total * len(heldout["embedding"]) * width)
-        queries, query_uris, query_labels = adapt_stage.train_embeddings(adapt)
-        if part.source == "generic":
-            chosen = random_selection(total, size, part.seed, exclude=duplicates.gallery)
+        prints = Fingerprints(heldout["hash"], heldout["digest"])
+        if spec:
+            duplicates = near_duplicates(
+                gallery.blocks(), heldout["embedding"].astype(np.float32), prints, similarity=part.dedup_similarity
+            )
+            reporter.meter.add(flops=2 * gallery.total * heldout["embedding"].size)
         else:
-            chosen = _retrieve(queries, blocks, total, size, duplicates.gallery, reporter)
+            duplicates = hash_duplicates(gallery.prints(), prints)
+        total, size, exclude = gallery.total, int(part.size or 1), duplicates.gallery
+        if "caption" in beside:
+            silent = np.flatnonzero(np.concatenate(gallery.columns("caption")) == "")
+            exclude = np.union1d(exclude, silent)
+            if len(silent) == total:
+                raise KtrayError(
+                    "No gallery image has a caption, and objective.name=clip learns from captions",
+                    "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
+                )
+        query_uris: list[str] = []
+        query_labels = np.zeros(0, np.int64)
+        if part.source == "retrieved" and adapt is not None:
+            queries, query_uris, query_labels = adapt_stage.train_embeddings(adapt)
+            predict = None
+            if part.strategy in NEEDS_PREDICTIONS:
+                predict = adapt_stage.frozen_predictions(adapt)
+
+            def spent(flops: float) -> None:
+                reporter.meter.add(flops=flops)
+
+            chosen = retrieve(part.strategy, queries, gallery, size, exclude, predict, spent)
+        else:
+            chosen = random_selection(total, size, part.seed, exclude=exclude)
         if chosen.missing:
             context.say(
                 f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
             )
-        uris = _uris(index, names, offsets, chosen.gallery)
+        uris = gallery.take("uri", chosen.gallery)
         origin = [query_uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
         write_rows(
             stage,
@@ -85,29 +105,43 @@ def run(context: Context, spec: TeacherSpec, adapt: Done, index: Done | None) ->
                 "query": np.array(origin, dtype=str),
                 "rank": chosen.rank,
                 "similarity": chosen.similarity,
+                **{name: np.array(gallery.take(name, chosen.gallery)) for name in beside},
             },
         )
         write_rows(
             stage,
             "dropped.parquet",
             {
-                "uri": np.array(_uris(index, names, offsets, duplicates.gallery), dtype=str),
+                "uri": np.array(gallery.take("uri", duplicates.gallery), dtype=str),
                 "heldout": np.array([str(heldout["uri"][i]) for i in duplicates.heldout], dtype=str),
                 "similarity": duplicates.similarity,
                 "reason": np.array(duplicates.reason, dtype=str),
             },
         )
         dropped = duplicates.counts()
+        covered = None
+        if query_uris and len(chosen):
+            classes = [] if context.recipe.task.kind == "segmentation" else context.task.classes
+            covered = coverage(chosen, query_labels, classes)
+            for line in lines(covered):
+                context.say(f"curate    {line}")
         _sheet(context, stage, chosen, uris, query_uris, query_labels, sum(dropped.values()))
-        return {"kept": len(uris), "dropped": dropped, "gallery": total, "similar_kept": duplicates.similar}
+        return {
+            "kept": len(uris),
+            "dropped": dropped,
+            "gallery": total,
+            "similar_kept": duplicates.similar,
+            "coverage": covered,
+        }
 
     parts = [
         VERSION,
         part.model_dump(),
+        beside,
         index.key if index else None,
-        adapt.manifest["key"] if part.source == "retrieved" else None,
+        adapt.manifest["key"] if part.source == "retrieved" and adapt else None,
         context.fingerprint,
-        spec.fingerprint if index else None,
+        spec.fingerprint if index and spec else None,
     ]
     return run_stage(context, "curate", parts, work)
 
@@ -132,23 +166,8 @@ def _target(context: Context, stage: Stage) -> dict[str, Any]:
     return {"kept": n, "dropped": {}, "gallery": n, "similar_kept": 0}
 
 
-def _retrieve(
-    queries: np.ndarray, blocks: Any, total: int, size: int, exclude: np.ndarray, reporter: Reporter
-) -> Selection:
-    k = min(total, 4 * -(-size // len(queries)) + 8)
-    while True:
-        similarity, found = search(queries, blocks(), k)
-        reporter.meter.add(flops=2 * total * len(queries) * queries.shape[1])
-        chosen = query_balanced(similarity, found, size, exclude=exclude)
-        # Searching on is only worth it while images are missing: a shortfall that other queries filled is told
-        # by coverage, and chasing it would search the whole gallery for the odd query.
-        if not chosen.missing or not chosen.retry_k:
-            return chosen
-        k = min(total, chosen.retry_k)
-
-
 class _PrepareHeldout:
-    def __init__(self, preprocess: Preprocess, max_pixels: int) -> None:
+    def __init__(self, preprocess: Preprocess | None, max_pixels: int) -> None:
         self.preprocess, self.max_pixels = preprocess, max_pixels
 
     def __call__(self, item: Item) -> Rows:
@@ -161,16 +180,26 @@ class _PrepareHeldout:
             except BadImage:
                 continue
         prints = fingerprint_heldout(images)
-        pixels = [self.preprocess.eval_transform(i) for i in images]
-        return {
-            "uri": np.array(uris, dtype=str),
-            "hash": prints.hash,
-            "digest": prints.digest,
-            "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8),
-        }
+        found = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
+        if self.preprocess:
+            pixels = [self.preprocess.eval_transform(i) for i in images]
+            found["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
+        return found
 
 
-def _heldout(context: Context, stage: Stage, spec: TeacherSpec, reporter: Reporter) -> Rows:
+@dataclass(frozen=True)
+class _WriteHeldout:
+    folder: Stage
+    prepare: _PrepareHeldout
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        columns = self.prepare(item)
+        write_rows(self.folder, item["name"], columns)
+        rows = len(columns["uri"])
+        return finish_shard(self.folder, item["name"], {"name": item["name"], "rows": rows, "read": rows})
+
+
+def _heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
     """Embeddings and fingerprints of validation and test images; nothing else of them is looked at."""
     uris = [e.uri for e in [*context.task.val, *context.task.test]]
     folder = Stage(stage.file("heldout"))
@@ -180,22 +209,16 @@ def _heldout(context: Context, stage: Stage, spec: TeacherSpec, reporter: Report
     finished = finished_shards(folder)
     reporter.expect(len(uris))
     reporter.shards({**resumed(s), "bad": []} for s in finished.values())
-    prepare = _PrepareHeldout(spec.preprocess, context.recipe.data.max_pixels)
+    prepare = _PrepareHeldout(spec.preprocess if spec else None, context.recipe.data.max_pixels)
     todo = [i for i in items if i["name"] not in finished]
-    reporter.shards(map_shards(todo, prepare, MakeEmbedder(folder, spec), context.plan))
+    reporter.shards(
+        map_shards(todo, prepare, MakeEmbedder(folder, spec), context.plan)
+        if spec
+        else cpu_shards(todo, _WriteHeldout(folder, prepare), context.plan)
+    )
     reporter.read = 0  # counted where they are used
     shards = [read_rows(folder, str(item["name"])) for item in items]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
-
-
-def _uris(index: Done, names: list[str], offsets: list[int], rows: np.ndarray) -> list[str]:
-    out: dict[int, str] = {}
-    shard = np.searchsorted(offsets, rows, side="right") - 1
-    for number in np.unique(shard).tolist():
-        uris = read_rows(index.stage, names[number], ["uri"])["uri"]
-        for row in rows[shard == number].tolist():
-            out[row] = str(uris[row - offsets[number]])
-    return [out[row] for row in rows.tolist()]
 
 
 def _sheet(
@@ -221,16 +244,11 @@ def _sheet(
         first = [q for q in order if not (int(query_labels[q]) in seen or seen.add(int(query_labels[q])))]  # type: ignore[func-returns-value]
         rows = (first + [q for q in order if q not in first])[:SHEET_ROWS]
         groups = [
-            (query_uris[q], context.task.classes[int(query_labels[q])], by_query[q][:SHEET_COLUMNS])
+            (query_uris[q], _caption(context, query_uris[q], int(query_labels[q])), by_query[q][:SHEET_COLUMNS])
             for q in sorted(rows, key=lambda q: (int(query_labels[q]), q))
         ]
     wanted = [u for u, _, _ in groups if u] + [uris[i] for _, _, hits in groups for i in hits]
-    images: dict[str, np.ndarray] = {}
-    for uri, data, _ in fetch(list(dict.fromkeys(wanted))):
-        try:
-            images[uri] = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels, hint_size=128)
-        except BadImage:
-            continue
+    images = small_images(context, wanted)
     sheet = [
         SheetRow(
             images.get(query) if query else None,
@@ -245,3 +263,19 @@ def _sheet(
     stream = io.BytesIO()
     contact_sheet(sheet, stream, title, counts)
     stage.write("contact_sheet.png", stream.getvalue())
+
+
+def small_images(context: Context, uris: list[str]) -> dict[str, np.ndarray]:
+    """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones left out."""
+    found = {}
+    for uri, data, _ in fetch(list(dict.fromkeys(uris))):
+        try:
+            found[uri] = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels, hint_size=128)
+        except BadImage:
+            continue
+    return found
+
+
+def _caption(context: Context, uri: str, label: int) -> str:
+    """A query's class; for segmentation, where it has none, its file name."""
+    return uri.rpartition("/")[2] if context.recipe.task.kind == "segmentation" else context.task.classes[label]

@@ -6,7 +6,7 @@ the number of workers nor on how images were cut into shards. Unusable test imag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,16 @@ import torch
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
-from ktray.models.student import build_student
+from ktray.stages import evaluate_dense
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
-from ktray.stages.labels import decode_examples, shard_items
+from ktray.stages.labels import Masks, decode_examples, shard_items
 from ktray.stages.teachers import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.store import Stage
 from ktray.streaming import Item, Rows, map_shards, read_rows, write_rows
-from ktray.tasks import classification
-from ktray.training.jobs import StudentSpec
+from ktray.tasks import classification, segmentation
+from ktray.training.inputs import StudentSpec
 
-VERSION = 1
+VERSION = 2  # 2: masks
 
 
 @dataclass(frozen=True)
@@ -85,45 +85,62 @@ class _MakeScore:
 def run(
     context: Context, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None
 ) -> Done:
-    """Shards of test logits per model, and ``metrics`` by model in the manifest.
+    """Shards of test logits (or counts of pixels) per model, and ``metrics`` by model in the manifest.
 
     Args:
         students: name to (student, key of the stage that made its weights).
         teacher: (adapted teacher, key of ADAPT), or None.
     """
 
+    recipe, classes = context.recipe, context.task.classes
+    masks = Masks.of(context)
+
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         spec = next(iter(students.values()))[0]
-        built = build_student(spec.name, spec.kwargs, spec.num_classes, spec.image_size)
-        transforms = {"student": built.preprocess}
+        transforms = {"student": spec.make(bare=True).preprocess}
         if teacher:
             transforms["teacher"] = teacher[0].preprocess
         items = shard_items("test", context.task.test)
         finished = finished_shards(stage)
         reporter.expect(len(context.task.test))
         reporter.shards(resumed(s) for s in finished.values())
-        finish = _MakeScore(stage, {n: s for n, (s, _) in students.items()}, teacher[0] if teacher else None)
-        prepare = _Prepare(transforms, context.recipe.data.max_pixels)
+        specs, judge = {n: s for n, (s, _) in students.items()}, teacher[0] if teacher else None
+        limit = recipe.data.max_pixels
         todo = [i for i in items if i["name"] not in finished]
-        reporter.shards(map_shards(todo, prepare, finish, context.plan))
-        rows = load(stage)
-        if not len(rows["label"]):
-            raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
         names = [*students, *(["teacher"] if teacher else [])]
-        return {"metrics": {n: classification.metrics(rows[n], rows["label"], context.task.classes) for n in names}}
+        if masks:
+            prepare = evaluate_dense.Prepare(transforms, limit, masks)
+            finish = evaluate_dense.MakeScore(stage, specs, judge, len(classes))
+            reporter.shards(map_shards(todo, prepare, finish, context.plan))
+        else:
+            reporter.shards(
+                map_shards(todo, _Prepare(transforms, limit), _MakeScore(stage, specs, judge), context.plan)
+            )
+        rows = load(stage)
+        if not len(rows["uri"]):
+            raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
+        if masks:
+            return {
+                "metrics": {
+                    n: segmentation.metrics(rows[f"{n}_tp"], rows[f"{n}_fp"], rows[f"{n}_fn"], classes) for n in names
+                }
+            }
+        return {"metrics": {n: classification.metrics(rows[n], rows["label"], classes) for n in names}}
 
     parts = [
         VERSION,
         context.fingerprint,
         {name: key for name, (_, key) in students.items()},
         teacher[1] if teacher else None,
-        context.recipe.image_size,
-        context.recipe.data.max_pixels,
+        recipe.image_size,
+        recipe.data.max_pixels,
+        asdict(masks) if masks else None,
     ]
     return run_stage(context, "evaluate", parts, work)
 
 
 def load(stage: Stage) -> Rows:
-    """All test rows: ``uri``, ``label`` and the logits of each model."""
+    """All test rows: ``uri``, ``label`` and the logits of each model; for segmentation ``uri`` and per model
+    ``<name>_tp``, ``<name>_fp``, ``<name>_fn`` (N, C) pixels."""
     shards = [read_rows(stage, name) for name in stage.names(".parquet")]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}

@@ -11,12 +11,13 @@ from typing import Any
 from ktray.recipe import Objective
 from ktray.stages import teach as teach_stage
 from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.labels import labels_of
 from ktray.stages.transfer import fit, student_spec
 from ktray.store import Stage
-from ktray.training.jobs import FinetuneJob, Labels
+from ktray.training.jobs import FinetuneJob
 from ktray.training.loop import Settings
 
-VERSION = 1
+VERSION = 2  # 2: views keyed by image
 
 
 def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
@@ -40,11 +41,12 @@ def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
         job = FinetuneJob(
             settings,
             student_spec(context, transfer.stage),
-            Labels(labels.stage),
+            labels_of(context, labels),
             teach_stage.view_policy(context),
             part.batch_size,
             recipe.objective,
             recipe.train,
+            context.metric,
             context.store.sub("precision"),
             teach_stage.cache(teach),
             part.replay,
@@ -52,6 +54,7 @@ def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
         return fit(context, stage, reporter, job, part.steps)
 
     parts = [VERSION, transfer.key, labels.key, part.model_dump(), recipe.objective.model_dump(), recipe.seed]
+    parts.append(context.metric)
     return run_stage(context, "finetune", parts, work)
 
 
@@ -81,11 +84,12 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
         job = FinetuneJob(
             settings,
             student_spec(context),
-            Labels(labels.stage),
+            labels_of(context, labels),
             teach_stage.view_policy(context),
             int(part.batch_size or 1),
             Objective(name="scratch"),
             part,
+            context.metric,
             context.store.sub("precision"),
         )
         return fit(context, stage, reporter, job, steps)
@@ -93,4 +97,5 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
     optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
     views = recipe.teach.model_dump(exclude={"views", "mode", "seed"})
     parts = [VERSION, "scratch", labels.key, optimising, steps, recipe.student.model_dump(), views, recipe.seed]
+    parts.append(context.metric)
     return run_stage(context, "scratch", parts, work, ledger_name=booked)

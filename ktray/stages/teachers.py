@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ktray.models.adapted import AdaptedTeacher
+from ktray.models.dense_teacher import DenseTeacher, load_adapted
 from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
 from ktray.models.teacher import Teacher, TeacherSource
@@ -31,13 +32,14 @@ class TeacherSpec:
     preprocess: Preprocess
     embed_dim: int
     has_text: bool
+    patch_dim: int | None = None
 
     @classmethod
     def of(cls, source: TeacherSource) -> TeacherSpec:
         """Load the teacher once to learn its facts."""
         teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
         fingerprint = teacher_fingerprint(source.name, source.checkpoint, source.config, source.image_size)
-        return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text)
+        return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text, teacher.patch_dim)
 
     def load(self) -> Teacher:
         """With its text tower."""
@@ -56,18 +58,18 @@ class AdaptedSpec:
     directory: Dir
     preprocess: Preprocess
 
-    def load(self) -> AdaptedTeacher:
+    def load(self) -> AdaptedTeacher | DenseTeacher:
         with self.directory.local() as folder:
-            return AdaptedTeacher.load(folder, device())
+            return load_adapted(folder, device())
 
 
-def tower_flops(model: Teacher | AdaptedTeacher) -> float:
+def tower_flops(model: Teacher | AdaptedTeacher | DenseTeacher) -> float:
     """FLOPs of the image tower for one image."""
     return forward_flops(model.image_tower, (3, *model.preprocess.size))
 
 
 @torch.inference_mode()
-def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+def embed_numpy(model: Teacher | AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
     return _batched(model.embed, pixels, batch, model.embed_dim)
 
@@ -82,8 +84,8 @@ def logits_numpy(model: AdaptedTeacher, embedding: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
-    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32."""
+def predict_numpy(model: AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of them (N, C, h, w)."""
     return _batched(model.logits, pixels, batch, len(model.classes))
 
 

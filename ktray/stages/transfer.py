@@ -1,27 +1,36 @@
-"""TRANSFER: pretrain the student by matching what the teacher predicted for the same views."""
+"""TRANSFER: pretrain the student under the objective, on what TEACH has stored."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ktray.board import watch
+from ktray.objectives import build_objective
 from ktray.stages import teach as teach_stage
 from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.labels import labels_of
 from ktray.store import Stage
-from ktray.training.jobs import Labels, StudentSpec, TransferJob
+from ktray.training.inputs import StudentSpec
+from ktray.training.jobs import TransferJob
 from ktray.training.loop import Settings
 from ktray.training.shell import Job, train
 
-VERSION = 1
+VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"
 
 
-def run(context: Context, teach: Done, labels: Done) -> Done:
-    """``weights.safetensors`` of the pretrained student; the curve is in the manifest."""
+def run(context: Context, teach: Done, labels: Done, start: Done | None = None) -> Done:
+    """``weights.safetensors`` of the pretrained student; the curve is in the manifest.
+
+    Args:
+        start: an earlier part of the pretraining that this one goes on from.
+    """
     recipe = context.recipe
     part = recipe.train
     steps = int(part.steps or 1)
+    policy = teach_stage.view_policy(context)
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         settings = Settings(
@@ -37,33 +46,41 @@ def run(context: Context, teach: Done, labels: Done) -> Done:
         )
         job = TransferJob(
             settings,
-            student_spec(context),
+            student_spec(context, start.stage if start else None),
             teach_stage.cache(teach),
-            Labels(labels.stage),
+            labels_of(context, labels),
+            policy,
+            recipe.finetune.batch_size,
             recipe.objective,
             part,
+            context.metric,
             context.store.sub("precision"),
         )
         return fit(context, stage, reporter, job, steps)
 
-    objective = recipe.objective.model_dump()
     optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
-    parts = [VERSION, teach.key, labels.key, objective, optimising, recipe.student.model_dump(), recipe.seed]
+    objective = build_objective(recipe.objective)
+    parts = [
+        VERSION,
+        teach.key,
+        labels.key,
+        recipe.objective.model_dump(exclude={"generic_share"}),
+        optimising,
+        recipe.student.model_dump(),
+        recipe.task.kind,
+        recipe.seed,
+        context.metric,
+        start.key if start else None,
+        recipe.finetune.batch_size if objective.labelled else None,
+        # Those who cut views while they train; the others' are in TEACH's key.
+        asdict(policy) if objective.labelled or objective.views == "canvas" else None,
+    ]
     return run_stage(context, "transfer", parts, work)
 
 
 def student_spec(context: Context, start: Stage | None = None) -> StudentSpec:
     """The recipe's student, from its initial weights or from a stage's ``weights.safetensors``."""
-    part = context.recipe.student
-    return StudentSpec(
-        str(part.name),
-        dict(part.kwargs),
-        len(context.task.classes),
-        int(context.recipe.image_size or 0),
-        part.pretrained,
-        part.checkpoint,
-        (start, WEIGHTS) if start is not None else None,
-    )
+    return StudentSpec.of(context.recipe, len(context.task.classes), (start, WEIGHTS) if start is not None else None)
 
 
 def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int) -> dict[str, Any]:

@@ -105,11 +105,15 @@ class Feed:
         return out
 
     def batches(self, start: int, stop: int) -> Iterator[Rows]:
-        """Batches ``start``..``stop - 1``. Every batch is full; epochs follow each other without a gap."""
+        """Batches ``start``..``stop - 1``. Every batch is full; epochs follow each other without a gap.
+
+        Beside the reader's columns a batch has ``visit`` (N,) int64: how often each row was there before.
+        """
         schedule = self._schedule(start * self.batch, stop * self.batch)
         carried: Rows | None = None
         for (epoch, number, _, first, last), rows in zip(schedule, self._rows(schedule), strict=True):
             count = len(next(iter(rows.values())))
+            rows = {**rows, "visit": np.full(count, epoch, dtype=np.int64)}
             order = self._rng(epoch, number).permutation(count)[first:last]
             at = 0
             if carried is not None:

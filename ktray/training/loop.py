@@ -5,6 +5,7 @@ Restart-exact: every random draw is a function of the seed and the step, and a c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -44,11 +45,14 @@ class Program:
 
     Attributes:
         module: called with (batch, generator), returns ``{"loss": ...}``; holds ``model``.
-        model: the weights that are averaged, evaluated and handed on.
+        model: the weights that are evaluated and handed on.
         groups: optimizer groups (``params``, ``lr_scale``, optional ``weight_decay``).
         batches: (start, stop) -> this rank's batches, on the device.
         evaluate: model -> (score, metrics) on validation, the same on every rank; higher score is better.
         flops_per_step, images_per_step: over all ranks.
+        averaged: what is averaged; None: the model. Otherwise a module that holds it.
+        after_step: called after each optimizer step with the share of the steps that are done.
+        finish: puts into the model what other modules have learnt for it; called before it is evaluated or handed on.
     """
 
     module: nn.Module
@@ -60,6 +64,9 @@ class Program:
     images_per_step: int
     device: torch.device
     autocast: torch.dtype | None = None
+    averaged: nn.Module | None = None
+    after_step: Callable[[float], None] | None = None
+    finish: Callable[[nn.Module], None] | None = None
 
 
 @dataclass
@@ -134,7 +141,8 @@ class Fit:
         self.state = State()
         fused = program.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(program.groups, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
-        self.average = Average(program.model, settings.ema) if settings.ema else None
+        self.averaged = program.averaged if program.averaged is not None else program.model
+        self.average = Average(self.averaged, settings.ema) if settings.ema else None
         self.best: dict[str, torch.Tensor] | None = None
         if resume is not None:
             self._restore(resume)
@@ -143,9 +151,16 @@ class Fit:
             ids = [program.device] if program.device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(program.module, device_ids=ids)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to evaluate and hand on: averaged where averaging is on."""
-        return self.average.state if self.average else self.p.model.state_dict()
+    @contextlib.contextmanager
+    def finished_model(self) -> Iterator[nn.Module]:
+        """The model to evaluate and hand on: averaged where averaging is on; training goes on from its own weights."""
+        live = {k: v.clone() for k, v in self.averaged.state_dict().items()}
+        if self.average:
+            self.averaged.load_state_dict(self.average.state)
+        if self.p.finish:
+            self.p.finish(self.p.model)
+        yield self.p.model
+        self.averaged.load_state_dict(live)
 
     def run(self) -> State:
         """Train to the end. The last save holds ``weights.safetensors`` and ``outcome.json``."""
@@ -158,7 +173,7 @@ class Fit:
         if state.step == 0:
             self._evaluate()
         begun, waited, since, first = time.perf_counter(), 0.0, time.perf_counter(), state.step
-        before = state.seconds
+        before, told = state.seconds, state.step
         stream = self.p.batches(state.step, s.steps)
         while state.step < s.steps and not (s.patience and state.stale >= s.patience):
             asked = time.perf_counter()
@@ -169,19 +184,9 @@ class Fit:
             state.step += 1
             state.seconds = before + time.perf_counter() - begun
             now = time.perf_counter()
-            if now - since > 0.5 or state.step == s.steps:
-                done = state.step - first
-                self.hooks.progress(
-                    {
-                        "done": state.step,
-                        "total": s.steps,
-                        "images": state.step * self.p.images_per_step,
-                        "images_per_s": done * self.p.images_per_step / (now - begun),
-                        "data_wait": waited / (now - begun),
-                        "flops": state.step * self.p.flops_per_step,
-                    }
-                )
-                since = now
+            if now - since > 0.5:
+                self._tell(first, now - begun, waited)
+                since, told = now, state.step
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
@@ -193,9 +198,25 @@ class Fit:
                 save_every = self._agree(max(1, round(s.checkpoint_seconds / speed)))
             if save_every and state.step % save_every == 0 and state.step < s.steps:
                 self._save()
+        if told < state.step:  # also of a run that stops early, so that all of its steps are counted
+            self._tell(first, time.perf_counter() - begun, waited)
         state.finished = True
         self._save()
         return state
+
+    def _tell(self, first: int, seconds: float, waited: float) -> None:
+        """Post how far it is: steps since ``first`` took ``seconds``, of which ``waited`` for data."""
+        state, images = self.state, self.p.images_per_step
+        self.hooks.progress(
+            {
+                "done": state.step,
+                "total": self.s.steps,
+                "images": state.step * images,
+                "images_per_s": (state.step - first) * images / seconds,
+                "data_wait": waited / seconds,
+                "flops": state.step * self.p.flops_per_step,
+            }
+        )
 
     def _agree(self, value: int) -> int:
         # Saving is a barrier over all ranks, so all must save at the same steps.
@@ -221,8 +242,10 @@ class Fit:
         )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.p.after_step:
+            self.p.after_step((step + 1) / self.s.steps)
         if self.average:
-            self.average.update(self.p.model, step)
+            self.average.update(self.averaged, step)
         return out
 
     def _evaluate(self, loss: float | None = None) -> None:
@@ -231,17 +254,14 @@ class Fit:
         if loss is not None:
             row["loss"] = loss
         if self.p.evaluate is not None:
-            live = {k: v.clone() for k, v in self.p.model.state_dict().items()} if self.average else None
-            self.p.model.load_state_dict(self.weights())
-            score, found = self.p.evaluate(self.p.model)
-            if score > state.best_score:
-                state.best_score, state.best_step, state.stale = score, state.step, 0
-                if self.s.keep == "best":
-                    self.best = {k: v.detach().clone() for k, v in self.p.model.state_dict().items()}
-            else:
-                state.stale += 1
-            if live is not None:
-                self.p.model.load_state_dict(live)
+            with self.finished_model() as model:
+                score, found = self.p.evaluate(model)
+                if score > state.best_score:
+                    state.best_score, state.best_step, state.stale = score, state.step, 0
+                    if self.s.keep == "best":
+                        self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                else:
+                    state.stale += 1
             row.update(found)
         if loss is not None or self.p.evaluate is not None:
             state.curve.append(row)
@@ -253,7 +273,9 @@ class Fit:
             return
         folder = self.hooks.folder()
         if self.state.finished:
-            final = self.best if self.s.keep == "best" and self.best is not None else self.weights()
+            with self.finished_model() as model:
+                last = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            final = self.best if self.s.keep == "best" and self.best is not None else last
             tensors = {k: v.detach().cpu().contiguous().clone() for k, v in final.items()}
             save_file(tensors, str(folder / "weights.safetensors"))
         else:

@@ -53,6 +53,7 @@ def train(
     ``on_weights`` gets the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
     """
     import ray.train
+    from ray import cloudpickle
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": plan.worker_cpus}
@@ -60,7 +61,12 @@ def train(
         resources["GPU"] = plan.worker_gpus
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "board": board, "threads": plan.worker_threads, "read_cpus": plan.decode_cpus},
+        train_loop_config={
+            "job": cloudpickle.dumps(job),
+            "board": board,
+            "threads": plan.worker_threads,
+            "read_cpus": plan.decode_cpus,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=plan.worker_gpus > 0, resources_per_worker=resources
         ),
@@ -89,12 +95,14 @@ def train(
 def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
+    from ray import cloudpickle
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
     device = ray.train.torch.get_device()
-    job: Job = config["job"]
+    # Pickled apart, so that the controller, which only passes it on, need not import what it is made of.
+    job: Job = cloudpickle.loads(config["job"])
     board = config["board"]
     torch.manual_seed(job.settings.seed)
     program = job.build(Env(device, rank, world, config["read_cpus"]))

@@ -1,4 +1,4 @@
-"""A small comparison end to end: equal budgets, shared stages, page, and what its numbers are made of."""
+"""A small comparison end to end: interrupted and gone on with, stages shared, page, and what its numbers say."""
 
 import csv
 import json
@@ -8,105 +8,157 @@ import pytest
 from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe
-from ktray.comparison import compare
-from ktray.comparison.ways import budget_steps, default_ways, recipe_of
+from ktray.comparison import compare, page, runner
 from ktray.errors import KtrayError
-from ktray.resources import plan
 
 WAYS = "compare.ways={mse: {objective.name: agnostic, objective.match: mse}, scratch: {objective.name: scratch}}"
-HERE = plan(2, 0, 1, 1, False)
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory):
+def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("comparison")
     task, gallery = write_task(root / "task"), write_gallery(root / "gallery")
     data = [f"store={root / 'store'}", f"task.data={task}", f"gallery.data={gallery}"]
-    return root / "store", [*SMALL, *data, "train.steps=40", WAYS]
+    return root / "store", [*SMALL, *data, "train.steps=40", WAYS, "compare.seeds=[0, 1]", "compare.parallel=1"]
 
 
 @pytest.fixture(scope="module")
-def done(cluster, keys):
-    store, given = keys
+def done(cluster, given):
+    store, keys = given
+    real, titles = runner.pipeline, []
+
+    def stopped_after_two(one, *rest, **named):
+        if len(titles) == 2:
+            raise KtrayError("pulled the plug")
+        titles.append((one.objective.name, one.seed))
+        return real(one, *rest, **named)
+
+    def counted(one, *rest, **named):
+        titles.append((one.objective.name, one.seed))
+        return real(one, *rest, **named)
+
     lines: list[str] = []
-    found = compare(recipe.load(None, [*given, "compare.seeds=[0, 1]"]), lines.append)
-    return store, given, found, lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "pipeline", stopped_after_two)
+        with pytest.raises(KtrayError, match="plug"):
+            compare(recipe.load(None, keys), lines.append)
+        patch.setattr(runner, "pipeline", counted)
+        found = compare(recipe.load(None, keys), lines.append)
+    return store, keys, found, lines, titles
+
+
+def results(store, way):
+    return [json.loads((store / "runs" / r / "result.json").read_text()) for r in way["runs"]]
+
+
+def test_an_interrupted_comparison_goes_on_in_its_folder(done):
+    store, _, found, _, titles = done
+    assert titles == [("agnostic", 0), ("scratch", 0), ("agnostic", 1), ("scratch", 1)]
+    assert [p.name for p in (store / "runs").glob("*-compare-*")] == [found["run_id"]]
+    assert not (store / "runs" / found["run_id"] / "running.json").exists()
 
 
 def test_rows_are_the_runs(done):
-    store, _, found, lines = done
+    store, _, found, lines, _ = done
     assert [w["name"] for w in found["ways"]] == ["mse", "scratch"]
     for way in found["ways"]:
-        runs = [json.loads((store / "runs" / r / "result.json").read_text()) for r in way["runs"]]
+        runs = results(store, way)
         tests = [r["metric"]["test"] for r in runs]
         assert [r["seed"] for r in runs] == [0, 1]
         assert way["accuracy"] == pytest.approx(np.mean(tests))
         assert way["spread"] == pytest.approx(np.std(tests, ddof=1))
         assert way["low"] <= way["accuracy"] <= way["high"]
         assert way["flops"] == pytest.approx(np.mean([r["cost"]["without_cache"]["flops"] for r in runs]))
+        assert sum(way["stages"].values()) == pytest.approx(way["flops"])
         assert way["steps"] == 40
+        assert way["lr"] == 0.003
+    mse, scratch = found["ways"]
+    stages = mse["stages"]
+    share = (stages["adapt"] + stages["index"] + stages["curate"] + stages["teach"]) / mse["flops"]
+    assert mse["teacher_share"] == pytest.approx(share)
+    assert 0 < share < 1
+    assert scratch["teacher_share"] == 0
+    assert scratch["images"] is None
+    assert mse["images"] > 0
+    assert mse["lead"] is None
+    assert scratch["lead"][0] == pytest.approx(mse["accuracy"] - scratch["accuracy"])
     chosen = max(found["ways"], key=lambda w: w["validation"])["name"]
     assert found["chosen_on_validation"] == chosen
-    assert found["spent"]["flops"] < found["spent"]["flops_without_cache"], "no stage was shared"
-    assert any(line.startswith("way  ") and "95% interval" in line for line in "\n".join(lines).splitlines())
+    assert any("95% interval" in line for line in "\n".join(lines).splitlines())
+
+
+def test_what_was_spent_is_the_sum_of_the_runs(done):
+    store, _, found, _, _ = done
+    runs = [r for way in found["ways"] for r in results(store, way)]
+    spent = found["spent"]
+    assert spent["flops"] == pytest.approx(sum(r["cost"]["flops"]["total"] for r in runs))
+    assert spent["flops"] < spent["flops_without_cache"], "no stage was shared"
+    assert spent["ways"]["flops"] == spent["flops"]
+    assert spent["search"]["flops"] == spent["calibration"]["flops"] == 0
 
 
 def test_files_hold_the_same_numbers(done):
-    store, _, found, _ = done
+    store, _, found, _, _ = done
     folder = store / "runs" / found["run_id"]
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(found))
     with open(folder / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(r["accuracy"]) for r in rows] == [w["accuracy"] for w in found["ways"]]
-    page = (folder / "compare.html").read_text()
+    html = (folder / "compare.html").read_text()
     assert (folder / "compare.png").read_bytes()[:4] == b"\x89PNG"
     for way in found["ways"]:
-        assert f"{100 * way['accuracy']:.1f} ± {100 * way['spread']:.1f}%" in page
-    assert "http" not in page
+        assert page.accuracy(way) in html
+    assert "http" not in html
+
+
+def test_mlflow_has_the_comparison_beside_its_runs(done):
+    from mlflow import MlflowClient
+
+    _, _, found, _, _ = done
+    client = MlflowClient(tracking_uri=found["mlflow"]["tracking_uri"])
+    run = client.get_run(found["mlflow"]["run_id"])
+    assert run.data.tags["compare"] == found["run_id"]
+    assert run.info.status == "FINISHED"
+    for way in found["ways"]:
+        assert run.data.metrics[f"{way['name']}.accuracy"] == pytest.approx(way["accuracy"])
+        assert run.data.params[f"runs.{way['name']}"] == ", ".join(way["runs"])
+    kept = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"compare.html", "compare.png", "compare.csv"} <= kept
+    assert len(client.search_runs([run.info.experiment_id], "tags.`ktray.run` != ''")) == 5
 
 
 def test_again_it_reuses_all_and_agrees(done):
-    _, given, found, _ = done
-    again = compare(recipe.load(None, [*given, "compare.seeds=[0, 1]"]), lambda text: None)
+    _, keys, found, _, _ = done
+    again = compare(recipe.load(None, keys), lambda text: None)
+    assert again["run_id"] != found["run_id"], "a finished comparison is left alone"
     assert again["spent"]["flops"] == 0
-    names = ("name", "accuracy", "low", "high", "flops", "pareto")
+    names = ("name", "accuracy", "low", "high", "pareto", "stages")
     assert [{n: w[n] for n in names} for w in again["ways"]] == [{n: w[n] for n in names} for w in found["ways"]]
 
 
-def test_equal_flops_gives_every_way_the_first_ones_cost(keys):
-    from ktray.plan import lines
-    from ktray.resolve import resolve
-
-    base = recipe.load(None, keys[1])
-    planned = budget_steps(base, base.compare.ways, "flops", HERE, lambda text: None)
-    assert planned["mse"][0] == 40
-    assert planned["scratch"][0] > 40
-    budget = planned["mse"][1]
-    for name, (steps, cost) in planned.items():
-        found = resolve(recipe_of(base, base.compare.ways[name], train__steps=steps), HERE, print)
-        assert cost == pytest.approx(sum(line.flops for line in lines(found)))
-        assert cost <= budget
-        more = resolve(recipe_of(base, base.compare.ways[name], train__steps=steps + 1), HERE, print)
-        assert sum(line.flops for line in lines(more)) > budget
-
-
-def test_a_budget_that_a_way_cannot_meet_names_it(keys):
-    base = recipe.load(None, [*keys[1], "train.steps=1"])
-    ways = {"scratch": {"objective.name": "scratch"}, "dear": {"objective.name": "oriented"}}
-    with pytest.raises(KtrayError, match="'dear'"):
-        budget_steps(base, ways, "flops", HERE, lambda text: None)
-
-
-def test_a_way_with_an_unknown_key_names_its_nearest(keys):
-    base = recipe.load(None, keys[1])
-    with pytest.raises(KtrayError, match=r"objective\.match"):
-        recipe_of(base, {"objective.mach": "mse"})
-    with pytest.raises(KtrayError, match="compare"):
-        recipe_of(base, {"compare.seeds": [1]})
-
-
-def test_default_ways_follow_the_data(keys):
-    with_gallery = default_ways(recipe.load(None, keys[1]))
-    assert len(with_gallery) == 7
-    without = default_ways(recipe.load(None, ["task.data=x"]))
-    assert set(without) == {"oriented, target", "agnostic, target", "scratch"}
+def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_alone(done):
+    store, keys, _, _, _ = done
+    more = ["compare.equal=device_seconds", "compare.lr_search=[0.01, 1]", "compare.seeds=[0]", "compare.parallel=2"]
+    lines: list[str] = []
+    found = compare(recipe.load(None, [*keys, *more]), lines.append)
+    mse, scratch = found["ways"]
+    assert mse["steps"] == 40
+    assert scratch["steps"] > 40, "without teacher and gallery there is time for more steps"
+    for way in (mse, scratch):
+        assert [t["factor"] for t in way["trials"]] == [0.01, 1]
+        best = max(way["trials"], key=lambda t: t["validation"])
+        assert way["lr"] == best["lr"]
+        assert way["validation"] == pytest.approx(best["validation"]), "the chosen trial is the way's first run"
+    spent = found["spent"]
+    assert spent["search"]["flops"] > 0
+    assert spent["flops"] == pytest.approx(sum(spent[part]["flops"] for part in ("ways", "search", "calibration")))
+    folders = {p.name: p for p in (store / "runs").iterdir()}
+    ended = [json.loads((p / "result.json").read_text()) for p in folders.values() if (p / "result.json").exists()]
+    tried = [r for r in ended if "ways" not in r and "test" not in r["metric"]]
+    assert len(tried) == 8
+    for trial in tried:
+        assert not any(stage["name"] == "evaluate" for stage in trial["stages"])
+        assert not (folders[trial["run_id"]] / "student").exists()
+    again = compare(recipe.load(None, [*keys, *more]), lines.append)
+    assert again["spent"]["flops"] == 0
+    assert [w["steps"] for w in again["ways"]] == [w["steps"] for w in found["ways"]]

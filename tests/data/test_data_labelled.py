@@ -246,14 +246,16 @@ def test_split_lists_choose_by_budget_and_find_images_by_class(tmp_path):
     assert len(out.unlabeled) == 6
     assert set(out.unlabeled) == {f"{root}/{c}/{i}.jpg" for c in ("a/airfield", "h/lodge/outdoor") for i in (2, 3, 4)}
     assert any("train_2img_per_class.txt" in note for note in out.notes)
-    with pytest.raises(KtrayError, match=r"not clear which train list.*labels_per_class"):
+    with pytest.raises(
+        KtrayError, match=r"not clear which of these lists.*train_2img_per_class.*task\.train_list.*labels_per_class"
+    ):
         read_labelled(root, splits=splits, seed=0)
 
 
 def test_split_lists_name_what_is_not_there(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     splits = lists(tmp_path / "s", train=[("a/0.jpg", "a"), ("b/0.jpg", "b"), ("b/7.jpg", "b")])
-    with pytest.raises(KtrayError, match=r"1 images of the lists .*b/7.jpg,b"):
+    with pytest.raises(KtrayError, match=r"1 image of the lists .*b/7.jpg,b"):
         read_labelled(root, splits=splits, seed=0)
 
 

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ktray.errors import KtrayError
-from ktray.miniverse import TASKS, WORLD_VERSION, ensure_gallery, ensure_task, generate
+from ktray.miniverse import WORLD_VERSION, ensure_gallery, ensure_generic_labels, ensure_task, generate
+from ktray.miniverse.vocabulary import SUBJECTS
 from ktray.miniverse.world import sample
 
 Bytes = dict[str, bytes]
@@ -26,7 +28,7 @@ def _files(folder: Path) -> Bytes:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tasks")
-    return {name: ensure_task(root, name) for name in TASKS}
+    return {name: ensure_task(root, name) for name in ("letters", "digits")}
 
 
 def test_gallery_is_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +96,14 @@ def test_splits_and_gallery_share_no_image(tasks: dict[str, Path]) -> None:
         by_split = {
             split: {p.read_bytes() for p in (folder / split).rglob("*.png")} for split in ("train", "val", "test")
         }
+        assert min(map(len, by_split.values())) > 20
         assert not by_split["train"] & by_split["val"]
         assert not (by_split["train"] | by_split["val"]) & by_split["test"]
-    letters = {np.asarray(Image.open(p)).tobytes() for p in tasks["letters"].rglob("*.png")}
-    others = {sample(stream, i).image.tobytes() for stream in ("gallery", "pretrain") for i in range(1000)}
-    assert len(others) == 2000
-    assert not letters & others
+    drawn = {np.asarray(Image.open(p)).tobytes() for folder in tasks.values() for p in folder.rglob("*.png")}
+    streams = ("gallery", "pretrain", "generic-labelled")
+    others = {sample(stream, i).image.tobytes() for stream in streams for i in range(700)}
+    assert len(others) == 2100
+    assert not drawn & others
 
 
 def test_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +143,31 @@ def test_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KtrayError, match="store"):
         ensure_gallery(tmp_path / "file", images=10)
+
+
+def test_generic_labels_are_read_and_leave_out_the_task(tmp_path: Path) -> None:
+    from ktray.data.labelled import read_labelled
+
+    file = ensure_generic_labels(tmp_path, "letters", images=250)
+    assert ensure_generic_labels(tmp_path, "letters", images=250) == file
+    found = read_labelled(str(file), seed=0)
+    assert len(found.train) + len(found.val) + len(found.test) == 250
+    names = {s.name for kind, subjects in SUBJECTS.items() if kind not in ("capital", "text") for s in subjects}
+    assert set(found.classes) <= names
+    assert len(found.classes) > 40
+    rows = pq.read_table(file).to_pylist()
+    image = Image.open(io.BytesIO(rows[0]["image"]))
+    assert (image.format, image.size) == ("JPEG", (32, 32))
+    kept = [drawn for drawn in (sample("generic-labelled", i) for i in range(60)) if drawn.subject.kind != "capital"]
+    for row, drawn in zip(rows, kept, strict=False):
+        assert row["label"] == drawn.subject.name
+        assert np.abs(np.asarray(Image.open(io.BytesIO(row["image"])), dtype=float) - drawn.image).mean() < 12
+    others = ensure_generic_labels(tmp_path, "marks", images=60)
+    labels = {row["label"] for row in pq.read_table(others).to_pylist()}
+    assert any(label.startswith("capital") for label in labels)
+    assert not labels & {s.name for s in SUBJECTS["sign"]}
+    with pytest.raises(KtrayError, match="no built-in task 'mark'"):
+        ensure_generic_labels(tmp_path, "mark")
 
 
 def test_unknown_task(tmp_path: Path) -> None:

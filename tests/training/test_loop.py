@@ -133,6 +133,7 @@ def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     state = Fit(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
     assert state.step == 20 * 4
     assert state.best_step == 20
+    assert [post["done"] for post in recorder.posts if "done" in post][-1] == 80, "the last steps are not accounted for"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):

@@ -1,0 +1,100 @@
+"""What jobs/curate.py leaves: the transfer set as a list, a page to browse it, and what it consists of."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktray.results import versions
+from ktray.retrieval.browse import Found, Query, choose, page
+from ktray.stages import adapt as adapt_stage
+from ktray.stages.base import Context, Done
+from ktray.stages.curate import small_images
+from ktray.streaming import read_rows
+
+SCHEMA = 1
+LISTED = ("transfer.parquet", "dropped.parquet", "contact_sheet.png")
+
+
+def write(context: Context, adapt: Done | None, curated: Done, begun: float) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``."""
+    folder, facts, recipe = context.store.run(context.run_id), curated.manifest, context.recipe
+    folder.write("transfer.html", _page(context, adapt, curated).encode())
+    for name in LISTED:
+        if curated.stage.exists(name):
+            folder.write(name, curated.stage.read(name))
+    result = {
+        "schema": SCHEMA,
+        "run_id": context.run_id,
+        "folder": folder.uri,
+        "task": recipe.task.name or recipe.task.data,
+        "transfer_set": {
+            "source": recipe.transfer.source,
+            "strategy": recipe.transfer.strategy,
+            "size": recipe.transfer.size,
+            "kept": facts["kept"],
+            "dropped": facts["dropped"],
+            "gallery": facts["gallery"],
+            "coverage": facts.get("coverage"),
+            "path": folder.file("transfer.parquet"),
+        },
+        "cost": context.ledger.summary(),
+        "stages": context.ledger.stages(),
+        "mlflow": context.tracker.info(),
+        "versions": versions(),
+        "device": dict(context.ledger.device),
+        "wall_seconds": round(time.time() - begun, 2),
+    }
+    folder.write_json("result.json", result)
+    context.tracker.final(metrics(result))
+    if folder.is_local:
+        for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
+            if folder.exists(name):
+                context.tracker.artifact(Path(folder.path) / name)
+    folder.delete("running.json")
+    return result
+
+
+def metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The set in numbers for MLflow: what was kept and dropped, how evenly the queries brought it, and its cost."""
+    chosen = result["transfer_set"]
+    found = {"transfer.kept": chosen["kept"], "transfer.gallery": chosen["gallery"]}
+    found |= {f"transfer.dropped.{reason}": count for reason, count in chosen["dropped"].items()}
+    if chosen["coverage"]:
+        queries = chosen["coverage"]["queries"]
+        found |= {f"coverage.{name}": queries[name] for name in ("empty", "least", "median", "most")}
+    found["cost.total_flops"] = result["cost"]["flops"]["total"]
+    found["cost.total_device_seconds"] = result["cost"]["device_seconds"]["total"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def _page(context: Context, adapt: Done | None, curated: Done) -> str:
+    rows = read_rows(curated.stage, "transfer.parquet", ["uri", "query", "similarity"])
+    uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
+    labels: dict[str, int] = {}
+    if adapt is not None and any(brought_by) and context.recipe.task.kind != "segmentation":
+        _, query_uris, query_labels = adapt_stage.train_embeddings(adapt)
+        labels = dict(zip(query_uris, query_labels.tolist(), strict=True))
+    # Queries in the order of their classes; "" stands for a draw without query.
+    order = sorted(set(brought_by.tolist()), key=lambda uri: (labels.get(uri, -1), uri))
+    number = {uri: i for i, uri in enumerate(order)}
+    query = np.array([number[uri] for uri in brought_by], dtype=np.int64)
+    shown = choose(query)
+    images = small_images(context, [*uris[shown].tolist(), *(uri for uri in order if uri)])
+    part = context.recipe.transfer
+    return page(
+        f"Transfer set of {context.recipe.task.name or context.recipe.task.data}: {part.source}"
+        + (f", {part.strategy}" if part.source == "retrieved" else ""),
+        f"{len(uris):,} images, {len(shown):,} of them here; {sum(curated.manifest['dropped'].values())} copies of "
+        "held-out images were left out",
+        context.task.classes,
+        [Query(uri, labels.get(uri), images.get(uri)) for uri in order],
+        [
+            Found(uris[i], int(query[i]), float(rows["similarity"][i]), images[uris[i]])
+            for i in shown.tolist()
+            if uris[i] in images
+        ],
+    )

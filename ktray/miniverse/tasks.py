@@ -1,0 +1,208 @@
+"""The built-in tasks: real digits, and miniature counterparts of the five tasks of the paper.
+
+Each is made for what its counterpart is known for: many classes and a rich gallery (letters), few labels of
+things that fill the frame (textures), a class that is not the object (colours), a long tail (marks), a map in
+place of a label (shapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ktray.miniverse.captions import prompt_templates
+from ktray.miniverse.vocabulary import COLOURS, KNOWN_TEXTURES, SHAPES, SUBJECTS
+from ktray.miniverse.world import IGNORE, sample
+
+IMAGE_SIZE = 32
+# Images of the commonest and of the rarest class of `marks`.
+TAILS = {"train": (60, 3), "val": (40, 3), "test": (500, 35)}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image and its label.
+
+    Attributes:
+        image: uint8 [size, size, 3], RGB.
+        label: index into `Task.classes`.
+        mask: for segmentation, uint8 [size, size] of such indices, 255 where a pixel counts for nothing.
+    """
+
+    image: NDArray[np.uint8]
+    label: int
+    mask: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A built-in task.
+
+    Attributes:
+        name: its name in recipes (``task.name``).
+        classes: folder names (segmentation: names of the maps' values), in the order of the labels.
+        class_names: class -> noun phrase for prompts.
+        labels_per_class: images a class in ``train``; of the commonest class, where they differ.
+        splits: gives ``train``, ``val`` and ``test``.
+        about: one sentence on where the images come from.
+        kinds: kinds of subjects that the classes are; a generic labelled set for this task leaves them out.
+        counterpart: which task of the paper it stands for, and in what; empty if for none.
+        kind: what is predicted.
+        metric: what it is judged on.
+        prompts: templates with one ``{}`` for a class's noun phrase.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    class_names: dict[str, str]
+    labels_per_class: int
+    splits: Callable[[], dict[str, list[Example]]]
+    about: str
+    kinds: tuple[str, ...]
+    counterpart: str = ""
+    kind: Literal["classification", "segmentation"] = "classification"
+    metric: Literal["top1", "mean_class_accuracy", "miou"] = "top1"
+    prompts: tuple[str, ...] = tuple(prompt_templates())
+
+
+def tail(most: int, least: int, classes: int) -> list[int]:
+    """Counts that fall geometrically from `most` to `least`, rounded."""
+    return [round(most * (least / most) ** (rank / (classes - 1))) for rank in range(classes)]
+
+
+def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) -> dict[str, list[Example]]:
+    """Splits of the streams ``{name}-{split}``, which take the classes in turn.
+
+    Args:
+        classes: in the stream's order; labels are in the order of the sorted names, as readers of folders have it.
+        counts: split -> images of each class, in the stream's order.
+    """
+    labels = [sorted(classes).index(one) for one in classes]
+    return {
+        split: [
+            Example(sample(f"{name}-{split}", index, size=IMAGE_SIZE).image, labels[index % len(classes)])
+            for index in range(len(classes) * max(each))
+            if index // len(classes) < each[index % len(classes)]
+        ]
+        for split, each in counts.items()
+    }
+
+
+def _even(name: str, classes: Sequence[str], **counts: int) -> Callable[[], dict[str, list[Example]]]:
+    return lambda: _in_turn(name, classes, {split: [each] * len(classes) for split, each in counts.items()})
+
+
+def _marks() -> dict[str, list[Example]]:
+    counts = {split: tail(most, least, len(_SIGNS)) for split, (most, least) in TAILS.items()}
+    return _in_turn("marks", tuple(_SIGNS), counts)
+
+
+def _shapes() -> dict[str, list[Example]]:
+    splits: dict[str, list[Example]] = {}
+    for split, each in {"train": 10, "val": 5, "test": 50}.items():
+        splits[split] = []
+        for index in range(len(SHAPES) * each):
+            drawn = sample(f"shapes-{split}", index, size=IMAGE_SIZE)
+            label = 1 + index % len(SHAPES)
+            mask = np.where(drawn.mask == 1, np.uint8(label), drawn.mask)
+            splits[split].append(Example(drawn.image, label, mask))
+    return splits
+
+
+def _digits() -> dict[str, list[Example]]:
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    ink = np.asarray(scans.images, dtype=np.float32) / 16.0
+    labels = np.asarray(scans.target)
+    order = np.random.default_rng(0).permutation(len(labels))
+    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
+    seen = [0] * 10
+    for row in order.tolist():
+        label = int(labels[row])
+        split = "train" if seen[label] < 10 else "val" if seen[label] < 20 else "test"
+        seen[label] += 1
+        # Dark ink on light paper, as it was before the scan.
+        paper = Image.fromarray(np.round(255 * (1 - ink[row])).astype(np.uint8))
+        grown = paper.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
+        splits[split].append(Example(np.asarray(grown), label))
+    return splits
+
+
+# Folder -> noun phrase, commonest first; the signs themselves are no names for folders.
+_SIGNS = {subject.name.replace(" ", "_"): subject.name for subject in SUBJECTS["sign"]}
+_LETTERS = tuple(subject.token for subject in SUBJECTS["capital"])
+
+_ALL = (
+    Task(
+        name="letters",
+        classes=_LETTERS,
+        class_names={subject.token: subject.name for subject in SUBJECTS["capital"]},
+        labels_per_class=10,
+        splits=_even("letters", _LETTERS, train=10, val=10, test=100),
+        about="capital letters of the miniverse, drawn apart from the gallery and from what the teacher saw",
+        kinds=("capital",),
+        counterpart="ImageNet: the most classes, and a teacher that knows them well",
+    ),
+    Task(
+        name="digits",
+        classes=tuple(subject.token for subject in SUBJECTS["digit"]),
+        class_names={subject.token: subject.name for subject in SUBJECTS["digit"]},
+        labels_per_class=10,
+        splits=_digits,
+        about="handwritten digits, real scans of 8 x 8 points, from scikit-learn's load_digits",
+        kinds=("digit",),
+    ),
+    Task(
+        name="textures",
+        classes=tuple(sorted(KNOWN_TEXTURES)),
+        class_names={name: name for name in KNOWN_TEXTURES},
+        labels_per_class=5,
+        splits=_even("textures", KNOWN_TEXTURES, train=5, val=5, test=120),
+        about="textures that fill the frame, in two colours that say nothing about the class",
+        kinds=("texture",),
+        counterpart="EuroSAT: few classes and very few labels, pictures without an object",
+        # Captions tell no background where there is none.
+        prompts=("the {}", *(f"the {{}} in {colour}" for colour in COLOURS)),
+    ),
+    Task(
+        name="colours",
+        classes=tuple(sorted(COLOURS)),
+        class_names={name: name for name in COLOURS},
+        labels_per_class=10,
+        splits=_even("colours", tuple(COLOURS), train=10, val=5, test=80),
+        about="things of every kind; the class is the colour of the thing, not what it is nor what is behind it",
+        kinds=(),
+        counterpart="Places365: the class is not the object, and the whole gallery shows it",
+        prompts=tuple(f"the {s.name} in {{}}" for kind in ("capital", "digit", "shape") for s in SUBJECTS[kind][:10]),
+    ),
+    Task(
+        name="marks",
+        classes=tuple(sorted(_SIGNS)),
+        class_names=_SIGNS,
+        labels_per_class=TAILS["train"][0],
+        splits=_marks,
+        about="signs with a long tail: of each class a share of the images of the one before it, in every split",
+        kinds=("sign",),
+        counterpart="HAM10K: few classes, the commonest twenty times as common as the rarest",
+        metric="mean_class_accuracy",
+    ),
+    Task(
+        name="shapes",
+        classes=("background", *SHAPES),
+        class_names={name: name for name in ("background", *SHAPES)},
+        labels_per_class=10,
+        splits=_shapes,
+        about=f"one shape a picture with the map of its ink; the rim, where a pixel has some, is {IGNORE}",
+        kinds=("shape",),
+        counterpart="ADE20K: a class for every pixel, and few labelled pictures",
+        kind="segmentation",
+        metric="miou",
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

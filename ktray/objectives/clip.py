@@ -1,0 +1,91 @@
+"""Contrastive image-text pretraining of the student on captioned images (CLIP, arXiv 2103.00020).
+
+The student's features and a small text transformer are projected to a common space, both trained together; the
+transformer and the projections are dropped afterwards. For unit embeddings ``v_i`` of images and ``u_j`` of captions,
+and a trained inverse temperature ``s``,
+
+    P_ij = softmax_j(s v_i . u_j),  Q_ij = softmax_i(s v_i . u_j),
+    loss = - mean_i sum_j Y_ij (log P_ij + log Q_ji) / 2,
+
+over the pairs of a worker's batch (figure 3 of the paper). ``Y_ij`` is 1 for the pair itself; captions that are equal
+share it equally, since none of them is the wrong one. The text tower is open_clip's, with CLIP's causal attention
+(section 2.4), much smaller than CLIP's by default: captions of a small set have a small vocabulary.
+
+Use it where captions are plenty and nothing better is known of the images. Do not for a task that a text-trained
+teacher already knows: the student learns from thousands of pairs what the teacher has learnt from millions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ktray.objectives.base import Batch, Context, FlopsOf, Objective, Reads, Target
+
+# CLIP's start and limit of the inverse temperature.
+_START, _LIMIT = 1 / 0.07, 100.0
+# CLIP's attention heads are this wide.
+_HEAD_WIDTH = 64
+
+
+class Clip(Objective):
+    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``text`` (N, L) int64.
+
+    Token ids: 0 is padding, the highest one ends a caption, and its place is where the caption's embedding is read.
+
+    Args:
+        width, layers: of the text transformer.
+        dim: of the common space.
+    """
+
+    name = "clip"
+    targets_needed: frozenset[Target] = frozenset({"text"})
+    reads: Reads = "features"
+
+    def __init__(self, width: int = 128, layers: int = 2, dim: int = 128) -> None:
+        super().__init__()
+        self.width, self.layers, self.dim = width, layers, dim
+        # CLIP's length, for plans that are made before a caption is read.
+        self.text_length = 77
+
+    def setup(self, context: Context) -> None:
+        """Raises ValueError when no captions are stored."""
+        if not (context.vocabulary and context.text_length):
+            raise ValueError("Clip needs Context.vocabulary and Context.text_length")
+        from open_clip.transformer import TextTransformer  # slow to import
+
+        self.text_length = context.text_length
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            self.text = TextTransformer(
+                context_length=context.text_length,
+                vocab_size=context.vocabulary,
+                width=self.width,
+                heads=max(1, self.width // _HEAD_WIDTH),
+                layers=self.layers,
+                output_dim=self.dim,
+            )
+            self.project = nn.Linear(context.student_dim, self.dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_START)))
+
+    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        image = F.normalize(self.project(student_out.float()).float(), dim=1)
+        text = F.normalize(self.text(batch["text"]).float(), dim=1)
+        same = (batch["text"][:, None] == batch["text"][None]).all(2)
+        targets = same / same.sum(1, keepdim=True)
+        scale = self.log_scale.exp().clamp(max=_LIMIT)
+        # In full precision: logits reach 100.
+        with torch.autocast(image.device.type, enabled=False):
+            logits = scale * image @ text.T
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        found = same.gather(1, logits.detach().argmax(1, keepdim=True)).float().mean()
+        return {"loss": loss, "retrieved": found, "scale": scale.detach()}
+
+    def flops(self, train: FlopsOf, forward: FlopsOf, size: int) -> float:
+        """The text tower's share included: 12 width^2 weights a layer and token, attention, and the projection."""
+        length, width = self.text_length, self.width
+        layer = 24 * length * width**2 + 4 * length**2 * width
+        return train(size) + 3 * (self.layers * layer + 2 * width * self.dim)

@@ -1,0 +1,91 @@
+"""Two heads, one stage: labels and the teacher's predictions each have a head on the student's features.
+
+DHO (arXiv 2505.07675). In a shared head the gradients of the labels and of the teacher disagree; with a linear head
+each they meet in the features alone. For features ``f`` of labelled images (classes ``y``) and of transfer views
+(calibrated teacher logits ``t``),
+
+    loss = w CE(h_CE(f), y) + (1 - w) T^2 KL(softmax(t / T) || softmax(h_KD(f) / T)).
+
+The paper predicts with the arithmetic mixture ``a softmax(h_CE) + (1 - a) softmax(h_KD / b)`` and chooses ``a`` (0.2 to
+0.5) and ``b`` (0.5) on validation. Its code uses w = 0.5, and T = 2. It also distils on the labelled images, which here
+are distilled where the transfer set has them.
+
+ktray's student stays a plain timm model with one linear classifier, so that it predicts with the geometric mixture, the
+product of the two experts: ``softmax(a h_CE + (1 - a) h_KD / b)``, which is linear in the features.
+
+Use it with few labels and a teacher that knows the task: one stage instead of two, and no FINETUNE that may undo the
+transfer. Do not where the labels come later, or are many: then train on them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ktray.models.student import classifier_of
+from ktray.objectives.base import Batch, Context, Normalise, Objective, Reads, Target
+from ktray.objectives.oriented import Oriented
+
+
+class Dual(Objective):
+    """See the module's text. Batch: ``pixels`` and ``logits`` (N, C), ``label_images`` (B, 3, H, W), ``label_of`` (B,).
+
+    Args:
+        temperature, mixup: of the distillation head, as for `Oriented`.
+        label_weight: w, the labels' share of the loss.
+        mix: a, the label head's share of the prediction.
+        mix_temperature: b, of the distillation head when it predicts.
+    """
+
+    name = "dual"
+    targets_needed: frozenset[Target] = frozenset({"logits"})
+    reads: Reads = "features"
+    labelled = True
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        mixup: float = 0.0,
+        label_weight: float = 0.5,
+        mix: float = 0.5,
+        mix_temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.distil = Oriented(temperature, mixup)
+        self.label_weight, self.mix, self.mix_temperature = label_weight, mix, mix_temperature
+
+    def setup(self, context: Context) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            self.label_head = nn.Linear(context.student_dim, context.num_classes)
+            self.distil_head = nn.Linear(context.student_dim, context.num_classes)
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return self.distil.prepare(batch, generator)
+
+    def step(
+        self, student: nn.Module, normalise: Normalise, batch: Batch, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        batch = self.prepare({**batch, "images": batch["pixels"].float()}, generator)
+        images = torch.cat([batch["images"], batch["label_images"].float()])
+        return self.loss(student(normalise(images)), batch)
+
+    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """``student_out``: features (N + B, F), of the transfer views and then of the labelled images."""
+        views, labelled = student_out.float().split([len(batch["targets"]), len(batch["label_of"])])
+        label = F.cross_entropy(self.label_head(labelled).float(), batch["label_of"])
+        distil = self.distil.loss(self.distil_head(views), batch)
+        loss = self.label_weight * label + (1 - self.label_weight) * distil["loss"]
+        parts = {"label_loss": label.detach(), "distil_loss": distil["loss"].detach()}
+        return {"loss": loss, "agreement": distil["agreement"], **parts}
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        """Write the mixed heads into the classifier; ``softmax`` of its output is the geometric mixture."""
+        classifier = classifier_of(model)
+        own, other = self.mix, (1 - self.mix) / self.mix_temperature
+        weight = own * self.label_head.weight + other * self.distil_head.weight
+        classifier.weight.copy_(weight.view_as(classifier.weight))
+        assert classifier.bias is not None  # classifier_of has checked it
+        classifier.bias.copy_(own * self.label_head.bias + other * self.distil_head.bias)

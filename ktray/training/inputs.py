@@ -1,0 +1,165 @@
+"""What training reads, as plain data: labelled images, cached targets, and the student to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ktray import recipe as recipes
+from ktray.data.augment import random_views, view_keys
+from ktray.data.views import ViewPolicy
+from ktray.models.dense_student import DenseStudent, Head, build_dense_student
+from ktray.models.preprocess import Preprocess
+from ktray.models.student import Student, build_student
+from ktray.store import Dir
+from ktray.streaming import read_rows, read_windows, stream_windows
+from ktray.training.feed import Feed
+from ktray.training.loop import Batch
+from ktray.training.shell import Env
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A folder of the ``labels`` stage: shards of ``canvas`` (train), ``pixels`` (evaluation view), and ``label`` or,
+    with ``masks``, the label maps ``canvas_mask`` and ``pixels_mask``."""
+
+    directory: Dir
+    masks: bool = False
+
+    def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 3, H, W) uint8 and what belongs to each: (N,) int64 classes, or (N, H, W) uint8 label maps."""
+        target = f"{column}_mask" if self.masks else "label"
+        shards = [
+            read_rows(self.directory, name, [column, target])
+            for name in self.directory.names(".parquet")
+            if name.startswith(f"{split}-")
+        ]
+        pixels = np.concatenate([s[column] for s in shards])
+        targets = np.concatenate([s[target] for s in shards])
+        kept = targets.copy() if self.masks else targets.astype(np.int64)
+        return torch.from_numpy(pixels.copy()), torch.from_numpy(kept)
+
+    def batches(
+        self, env: Env, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
+    ) -> Iterator[Batch]:
+        """Batches ``start``..``stop - 1`` of random views: ``images`` (N, 3, size, size) uint8 and ``label``: (N,)
+        classes, or (N, size, size) label maps of the same views."""
+        canvases, labels = self.load("train", "canvas")
+        # With fewer images than ranks every rank sees all, in an order and in views of its own.
+        shared = len(labels) >= env.world
+        world, apart = (env.world, 0) if shared else (1, env.rank)
+        feed = Feed(
+            [("labels", len(labels))],
+            _numbers,
+            batch=batch,
+            rank=env.rank % world,
+            world=world,
+            seed=seed + apart,
+        )
+        for rows in feed.batches(start, stop):
+            visits = rows["visit"] * (1 if shared else env.world) + apart
+            take = torch.from_numpy(rows["row"])
+            keys = view_keys(seed, rows["row"], visits)
+            images, target = canvases[take].to(env.device), labels[take].to(env.device)
+            if self.masks:
+                views, target = random_views(images, policy, keys, size=size, masks=target)
+            else:
+                views = random_views(images, policy, keys, size=size)
+            yield {"images": views, "label": target}
+
+
+def _numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
+    for window in windows:
+        yield {"row": np.concatenate([np.arange(s.start, s.rows, s.step) for s in window])}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of TEACH: shards of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each.
+
+    Attributes:
+        embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not stored.
+        vocabulary, text_length: of the captions' tokens, 0 where they are not stored.
+        source_classes: of the labelled generic set, 0 where there is none.
+    """
+
+    directory: Dir
+    shards: tuple[tuple[str, int], ...]
+    row_bytes: int
+    targets: tuple[str, ...]
+    embed_dim: int = 0
+    patch_dim: int = 0
+    vocabulary: int = 0
+    text_length: int = 0
+    source_classes: int = 0
+
+    def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
+        rows = sum(n for _, n in self.shards)
+        columns = ["pixels", "view_id", *self.targets]
+        if rows * self.row_bytes <= part.resident_bytes:
+            window, read = 1 << 62, read_windows(self.directory, columns)
+        else:
+            window = max(batch, part.window_bytes // self.row_bytes)
+            read = stream_windows(self.directory, columns, env.read_cpus)
+        return Feed(self.shards, read, batch=batch, rank=env.rank, world=env.world, seed=seed, window_rows=window)
+
+    def batches(self, part: recipes.Train, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+        """Batches on the device, as `ktray.objectives.base.Objective.step` takes them."""
+        for rows in self.feed(part, env, batch, seed).batches(start, stop):
+            keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
+            found = {
+                k: torch.from_numpy(np.ascontiguousarray(v)).to(env.device, non_blocking=True) for k, v in rows.items()
+            }
+            yield {**found, "view_key": keys}
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """How to make the student, and the weights to start from (a file in the store).
+
+    Attributes:
+        head: of segmentation; None for classification.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    num_classes: int
+    image_size: int
+    pretrained: bool = False
+    checkpoint: str | None = None
+    head: Head | None = None
+    start: tuple[Dir, str] | None = None
+
+    @classmethod
+    def of(cls, recipe: recipes.Recipe, num_classes: int, start: tuple[Dir, str] | None = None) -> StudentSpec:
+        """The student of a resolved recipe."""
+        part = recipe.student
+        head = part.head if recipe.task.kind == "segmentation" else None
+        size = int(recipe.image_size or 0)
+        kwargs = dict(part.kwargs)
+        return cls(str(part.name), kwargs, num_classes, size, part.pretrained, part.checkpoint, head, start)
+
+    def make(self, bare: bool = False) -> Student | DenseStudent:
+        """The student with its facts.
+
+        Args:
+            bare: from random weights, whatever it shall start from: for those who fill it or only count.
+        """
+        start = (False, None) if bare else (self.pretrained, self.checkpoint)
+        known = (self.name, self.kwargs, self.num_classes, self.image_size, *start)
+        return build_dense_student(*known, self.head) if self.head else build_student(*known)
+
+    def build(self, env: Env, seed: int) -> tuple[nn.Module, Preprocess]:
+        torch.manual_seed(seed)
+        student = self.make(bare=self.start is not None)
+        if self.start is not None:
+            from safetensors.torch import load
+
+            directory, name = self.start
+            student.model.load_state_dict(load(directory.read(name)))
+        return student.model.to(env.device), student.preprocess

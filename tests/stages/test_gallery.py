@@ -1,0 +1,109 @@
+"""What queries find in a gallery of several shards, and what the teacher says of it without looking again."""
+
+import numpy as np
+import pytest
+import torch
+
+from ktray.errors import KtrayError
+from ktray.models.adapted import AdaptedTeacher
+from ktray.models.heads import LinearHead
+from ktray.models.teacher_load import load_teacher
+from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
+from ktray.stages.adapt import frozen_predictions, save_candidate
+from ktray.stages.base import Done
+from ktray.stages.gallery import CANDIDATES, Gallery, retrieve
+from ktray.store import Stage
+from ktray.streaming import write_rows
+
+N, Q, D, SIZE = 90, 4, 16, 12
+NONE = np.zeros(0, np.int64)
+
+
+def unit(rng, n):
+    rows = rng.normal(size=(n, D))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    stage = Stage(str(tmp_path_factory.mktemp("index")))
+    vectors, queries = unit(rng, N), unit(rng, Q).astype(np.float32)
+    shards = []
+    for number, (first, last) in enumerate(((0, 40), (40, 40), (40, 90))):  # one shard is empty
+        name = f"shard-{number:06d}.parquet"
+        columns = {"uri": np.array([f"i{i}" for i in range(first, last)], dtype=str), "embedding": vectors[first:last]}
+        if last > first:
+            write_rows(stage, name, columns)
+        shards.append([name, last - first])
+    return Gallery(Done(stage, {"shards": shards}, True)), vectors.astype(np.float32), queries
+
+
+def predict(embedding):
+    """Three classes from the first values; a stand-in with the shapes of the real one."""
+    z = np.exp(4 * embedding[:, :3])
+    return z / z.sum(1, keepdims=True)
+
+
+def ignore(flops):
+    assert flops > 0
+
+
+def hits(vectors, queries):
+    k = CANDIDATES * (SIZE // Q) + 8
+    similarity = queries @ vectors.T
+    index = np.argsort(-similarity, axis=1)[:, :k]
+    return np.take_along_axis(similarity, index, 1), index
+
+
+@pytest.mark.parametrize("strategy", ["best_first", "class_balanced", "diverse", "informative"])
+def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, strategy):
+    gallery, vectors, queries = world
+    similarity, index = hits(vectors, queries)
+    probability = predict(vectors)
+    ordered = np.sort(probability, axis=1)
+    expected = {
+        "best_first": lambda: best_first(similarity, index, SIZE),
+        "class_balanced": lambda: class_balanced(similarity, index, probability.argmax(1)[index], SIZE),
+        "diverse": lambda: diverse(similarity, index, vectors, index, SIZE),
+        "informative": lambda: informative(similarity, index, (ordered[:, -1] - ordered[:, -2])[index], SIZE),
+    }[strategy]()
+    chosen = retrieve(strategy, queries, gallery, SIZE, NONE, predict, ignore)
+    assert chosen.gallery.tolist() == expected.gallery.tolist()
+    assert chosen.query.tolist() == expected.query.tolist()
+    assert gallery.take("uri", chosen.gallery) == [f"i{i}" for i in expected.gallery]
+
+
+@pytest.mark.parametrize("strategy", ["query_balanced", "best_first", "class_balanced", "diverse", "informative"])
+def test_asked_for_more_than_there_is_it_takes_all_but_the_excluded(world, strategy):
+    gallery, _, queries = world
+    banned = np.array([3, 50])
+    chosen = retrieve(strategy, queries, gallery, N, banned, predict, ignore)
+    assert sorted(chosen.gallery.tolist()) == [i for i in range(N) if i not in (3, 50)]
+    assert chosen.missing == 2
+
+
+@pytest.mark.parametrize("strategy", ["best_first", "class_balanced"])
+def test_it_searches_on_while_images_are_missing(world, strategy):
+    gallery, _, queries = world
+    same = np.repeat(queries[:1], Q, axis=0)  # all queries find the same images
+    chosen = retrieve(strategy, same, gallery, 80, NONE, predict, ignore)
+    assert chosen.missing == 0
+    assert len(set(chosen.gallery.tolist())) == 80
+
+
+def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
+    teacher = load_teacher("miniverse")
+    torch.manual_seed(0)
+    head = LinearHead(torch.randn(3, teacher.embed_dim), torch.randn(3))
+    adapted = AdaptedTeacher(teacher, head, ["a", "b", "c"], temperature=0.7)
+    stage = Stage(str(tmp_path))
+    save_candidate(stage, "probe", adapted)
+    embedding = torch.nn.functional.normalize(torch.randn(5, teacher.embed_dim), dim=1)
+    found = frozen_predictions(Done(stage, {"frozen": "candidate-probe"}, True))(embedding.numpy())
+    assert found == pytest.approx(adapted.logits_of(embedding).softmax(1).detach().numpy(), abs=1e-6)
+
+
+def test_segmentation_has_no_class_to_ask_for(tmp_path):
+    with pytest.raises(KtrayError, match="segmentation"):
+        frozen_predictions(Done(Stage(str(tmp_path)), {"frozen": None}, True))
