@@ -23,7 +23,7 @@ def run(recipe, say, debug):
 def plan(recipe, say):
     from ktray.plan import show
 
-    show(recipe, say)
+    show(recipe, say, until="curate")
 
 
 if __name__ == "__main__":

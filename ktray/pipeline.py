@@ -21,7 +21,7 @@ from ktray.models.teacher import TeacherSource
 from ktray.objectives import build_objective
 from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
-from ktray.resolve import Resolved, resolve
+from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
 from ktray.resources import Plan, cluster_plan, connect
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
@@ -91,9 +91,24 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
     def work(context: Context) -> dict[str, Any]:
         name, phase = phases(context.recipe)[-1]
         made = _curate(replace(context, recipe=phase, phase=name, read=0))
-        return curation.write(context, made.adapt, made.curate, begun)
+        return curation.write(context, made.curate, begun)
 
     return _logged(recipe, say, debug, None, {"job": "curate"}, work)
+
+
+def index_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """The gallery's index and nothing after it; returns the content of ``result.json``. Runs with the same gallery,
+    teacher and crops search it."""
+    from ktray import curation
+
+    begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        t = context.recipe.teacher
+        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
+        return curation.write_index(context, index.run(context, spec), spec, begun)
+
+    return _logged(recipe, say, debug, None, {"job": "index"}, work, resolve_gallery)
 
 
 def _logged(
@@ -103,6 +118,7 @@ def _logged(
     plan: Plan | None,
     tags: Mapping[str, str],
     work: Callable[[Context], dict[str, Any]],
+    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Work in a run's folder, logged to MLflow whatever comes of it."""
     store = Store(recipe.store)
@@ -110,7 +126,7 @@ def _logged(
     connect(debug)
     plan = plan or cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
     say(plan.line)
-    found = resolve(recipe, plan, say)
+    found = settle(recipe, plan, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
     context = _open(store, found, plan, say, tags)
@@ -143,7 +159,7 @@ def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None],
     recipe = found.recipe
     text = dump(recipe)
     same = digest(text, found.fingerprint, tags.get("job"))
-    run_id, folder = _run_folder(store, recipe, same)
+    run_id, folder = _run_folder(store, _title(recipe, tags), same)
     folder.write("recipe.yaml", text.encode())
     local = local_home(store)
     tracker = Tracker(
@@ -196,15 +212,20 @@ def local_home(store: Store) -> Path:
     return Path(store.path) if store.is_local else Path("ktray-store").absolute()
 
 
-def _run_folder(store: Store, recipe: Recipe, same: str) -> tuple[str, Dir]:
+def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
+    if tags.get("job") == "index":
+        return "index"
+    task = recipe.task.name or Path(str(recipe.task.data)).stem
+    return f"{''.join(c if c.isalnum() else '-' for c in task)[:24]}-{recipe.objective.name}"
+
+
+def _run_folder(store: Store, title: str, same: str) -> tuple[str, Dir]:
     runs = store.sub("runs")
     for name in reversed(runs.children()):
         folder = store.run(name)
         if folder.exists("running.json") and folder.read_json("running.json").get("recipe") == same:
             return name, folder
-    task = recipe.task.name or Path(str(recipe.task.data)).stem
-    safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe}-{recipe.objective.name}-{uuid.uuid4().hex[:4]}"
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     folder.write_json("running.json", {"recipe": same, "ktray": ktray.__version__})
     return run_id, folder
@@ -271,10 +292,10 @@ def _curate(context: Context) -> Curated:
         adapted = adapt.run(context, spec, recipe.cluster.max_failures)
         model = adapt.adapted(context, adapted, spec)
     # A random draw asks the teacher for nothing.
-    encoder = spec if recipe.transfer.source == "retrieved" else None
+    encoder = spec if recipe.transfer.source in ("retrieved", "list") or index_alone(recipe) else None
     if context.source is not None:
         indexed = index.run_labelled(context, context.source)
-    elif recipe.transfer.source in ("generic", "retrieved"):
+    elif recipe.transfer.source in ("generic", "retrieved", "list"):
         indexed = index.run(context, encoder)
     return Curated(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
 

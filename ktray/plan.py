@@ -15,8 +15,8 @@ from functools import lru_cache
 from torch import nn
 
 from ktray.data.captions import first_captions, tokenise
+from ktray.data.lists import gallery_shards
 from ktray.data.records import is_image
-from ktray.data.sources import list_shards
 from ktray.device import describe_device
 from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
@@ -27,8 +27,9 @@ from ktray.models.teacher_load import build_teacher
 from ktray.objectives import Context, build_objective
 from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe
-from ktray.resolve import Resolved, resolve, transfer_images
+from ktray.resolve import Resolved, resolve, resolve_gallery, transfer_images
 from ktray.resources import Plan, plan
+from ktray.retrieval.crops import Crops
 from ktray.store import Store
 from ktray.training.inputs import StudentSpec
 
@@ -36,6 +37,9 @@ from ktray.training.inputs import StudentSpec
 RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
 GPU_RATE = 42e12
 CORE_RATE = 30e9  # one CPU core, fp32; measured figures lie between 10 and 60 GFLOP/s for these models
+
+
+HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what"
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,21 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
         how = t.adapt if predicts else "probe"
         yield Line("adapt", adapt, labelled * width * 2, f"{how} on {len(task.train)} labels")
     images = transfer_images(recipe, task)
-    if recipe.transfer.source in ("generic", "retrieved"):
+    if recipe.transfer.source in ("generic", "retrieved", "list"):
         gallery, known = _gallery_images(found)
         held = len(task.val) + len(task.test)
         # A random draw asks the teacher for nothing: the gallery is fingerprinted, not embedded.
-        looked = recipe.transfer.source == "retrieved"
+        looked = recipe.transfer.source != "generic"
+        crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most if looked else 1
+        gallery *= crops
         embedded = tower * gallery if looked else 0.0
         found_by = tower * held + 2.0 * gallery * width * (held + len(task.train)) if looked else 0.0
-        yield Line("index", embedded, gallery * (width * 2 * looked + 100), f"{known} gallery images")
+        yield Line(
+            "index",
+            embedded,
+            gallery * (width * 2 * looked + 100),
+            f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else ""),
+        )
         yield Line("curate", found_by, images * 100, f"{recipe.transfer.source}, {images:,} images")
     views = images * (1 if objective.views == "canvas" else recipe.teach.views)
     halves = (classes if predicts else 0) + (width if "embedding" in needs else 0)
@@ -180,7 +191,7 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
     if found.gallery_images is not None:
         return found.gallery_images, f"{found.gallery_images:,}"
     recipe = found.recipe
-    shards = list_shards(recipe.gallery.data or [], column=recipe.gallery.column)
+    shards = gallery_shards(recipe.gallery.data, recipe.gallery.column, recipe.transfer.list)
     tars = [s.paths[0] for s in shards if s.count is None]
     if not all(os.path.isfile(p) for p in tars):
         return 0, "an unknown number of"
@@ -199,22 +210,21 @@ def this_machine(recipe: Recipe) -> Plan:
     return plan(cores, float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu)
 
 
-def show(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Print the plan of this machine; with ``RAY_ADDRESS`` set it is still this machine that is described."""
-    device, local = describe_device(), this_machine(recipe)
-    gpus = device.get("gpus") or []
+def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -> None:
+    """Print the plan of this machine, to the end or ``until`` a stage; with ``RAY_ADDRESS`` set it is still this
+    machine that is described."""
+    local = this_machine(recipe)
     found = resolve(recipe, local, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
-    name = str(gpus[0]["name"]) if gpus else ""
-    rate = next((r for n, r in RATES.items() if n in name), GPU_RATE) if gpus else CORE_RATE * int(device["cores"])
-    price = hourly_price(device, recipe.prices)
+    rate, price, kind = _machine(recipe)
     store = Store(found.recipe.store)
     whole, unknown = _whole(store, found, local)
-    say("")
-    say(f"{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what")
+    say(HEAD)
     total = saved = 0.0
-    for line in lines(found):
+    planned = lines(found)
+    last = next((i for i, line in enumerate(planned) if line.stage == until), len(planned) - 1)
+    for line in planned[: last + 1]:
         there = whole.get(line.stage, False)
         total += line.flops
         saved += line.flops if there else 0.0
@@ -223,9 +233,34 @@ def show(recipe: Recipe, say: Callable[[str], None]) -> None:
     say(_row("total", "", total, rate, price, 0, ""))
     if saved:
         say(_row("to spend", "", total - saved, rate, price, 0, "without the stages that are reused"))
-    kind = name or f"{device['cores']} CPU cores"
     say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
     say(f"store     {store.uri}; {unknown or 'stages that it holds whole are reused at no cost'}")
+
+
+def show_index(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Print what embedding the gallery takes; nothing is run."""
+    found = resolve_gallery(recipe, this_machine(recipe), say)
+    for reason in found.reasons:
+        say(f"recipe    {reason}")
+    rate, price, kind = _machine(recipe)
+    teacher = _teacher(found.recipe)
+    images, known = _gallery_images(found)
+    crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most
+    rows = images * crops
+    say(HEAD)
+    what = f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else "")
+    say(_row("index", "", teacher.tower * rows, rate, price, rows * (teacher.width * 2 + 100), what))
+    say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding comes on top")
+    say("shards that the index holds already cost nothing")
+
+
+def _machine(recipe: Recipe) -> tuple[float, float | None, str]:
+    """FLOP/s that are assumed, USD an hour, and what the machine is."""
+    device = describe_device()
+    gpus = device.get("gpus") or []
+    name = str(gpus[0]["name"]) if gpus else ""
+    rate = next((r for n, r in RATES.items() if n in name), GPU_RATE) if gpus else CORE_RATE * int(device["cores"])
+    return rate, hourly_price(device, recipe.prices), name or f"{device['cores']} CPU cores"
 
 
 def _whole(store: Store, found: Resolved, local: Plan) -> tuple[dict[str, bool], str]:

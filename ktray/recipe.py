@@ -59,6 +59,16 @@ class Gallery(Part):
         description="unlabelled images: folder, tar shards, Parquet or CSV; local or s3://; one or a list",
     )
     column: str = Field("auto", description="column of a Parquet gallery with image bytes or paths")
+    index: str | None = Field(
+        None,
+        description="folder of the embedded gallery, kept and extended there, local or s3://; without gallery.data all "
+        "that it holds is the gallery; null: in the store, by encoder",
+    )
+    crops: Literal["none", "grid", "random"] = Field(
+        "none", description="parts of an image that are candidates beside the whole"
+    )
+    crop_count: int = Field(4, ge=1, le=64, description="crops an image; of a grid a square number")
+    verify: bool = Field(False, description="compare the index with its checksums before it is used")
 
 
 class Data(Part):
@@ -110,7 +120,7 @@ class Student(Part):
 
 
 class Transfer(Part):
-    source: Literal["auto", "none", "generic", "target", "retrieved"] = Field(
+    source: Literal["auto", "none", "generic", "target", "retrieved", "list"] = Field(
         "auto",
         description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
     )
@@ -118,8 +128,23 @@ class Transfer(Part):
         "query_balanced", description="which of the images that the queries find are taken"
     )
     size: int | None = Field(None, ge=1, description="images in the transfer set; null: from gallery and machine")
+    queries: Literal["images", "text", "both"] = Field(
+        "images", description="what is looked for: the labelled images, the classes' names in the prompts, or both"
+    )
+    per: Literal["query", "class"] = Field(
+        "query", description="class: a class's queries are averaged, so that the classes bring equal shares"
+    )
+    query_crops: Literal["none", "grid", "random"] = Field(
+        "none", description="parts of the labelled images that are queries too, gallery.crop_count an image"
+    )
     dedup_similarity: float = Field(
         0.95, gt=0, le=1, description="cosine to a held-out image from which the pixels are compared too"
+    )
+    repeat_similarity: float | None = Field(
+        0.95, gt=0, le=1, description="the same within the transfer set; null keeps images that show the same"
+    )
+    list: str | None = Field(
+        None, description="source=list: Parquet, CSV or text file of the images' paths or uris, local or s3://"
     )
     seed: int = Field(0, description="seed of source=generic")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.labelled import LabelledSet, read_labelled
+from ktray.data.lists import gallery_shards
 from ktray.data.reading import fetch
-from ktray.data.sources import Shard, list_shards
+from ktray.data.sources import Shard
 from ktray.errors import KtrayError
 from ktray.models.heads import DEFAULT_TEMPLATES
 from ktray.objectives import build_objective
@@ -83,21 +85,19 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         labels_per_class=part.labels_per_class,
     )
     reasons += list(task.notes)
+    if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
+        raise KtrayError(
+            "transfer.source=list and transfer.list=FILE go together, and one is missing", "Set both or neither."
+        )
     shards = _gallery(recipe)
+    has_gallery = bool(shards) or index_alone(recipe)
     counts = [s.count for s in shards]
     gallery_images = None if None in counts or not shards else sum(c or 0 for c in counts)
     sides = _short_sides(task)
     median = int(statistics.median(sides)) if sides else 224
     on_gpu = plan.worker_gpus > 0
 
-    if recipe.teacher.name is None:
-        if recipe.teacher.checkpoint:
-            raise KtrayError(
-                "teacher.checkpoint is set but teacher.name is not",
-                "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16.",
-            )
-        name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
-        choose("teacher.name", name, "published model for own data; fetched from its hub")
+    _published(recipe, on_gpu, choose)
     if recipe.image_size is None:
         size = next((s for s in (224, 160, 128, 96, 64, 48, 32) if s <= median), 32)
         if not on_gpu and size > 128:
@@ -124,17 +124,20 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
                 f"{recipe.transfer.source}",
                 "Leave transfer.source out.",
             )
+    count = recipe.gallery.crop_count
+    if "grid" in (recipe.gallery.crops, recipe.transfer.query_crops) and math.isqrt(count) ** 2 != count:
+        raise KtrayError(f"gallery.crop_count={count} cells make no square grid", "Set gallery.crop_count=4, 9 or 16.")
     if recipe.transfer.source == "auto":
-        if name in ("clip", "dino", "supervised") and (shards or source):
+        if name in ("clip", "dino", "supervised") and (has_gallery or source):
             choose("transfer.source", "generic", f"{name} has no teacher that could retrieve")
-        elif shards:
+        elif has_gallery:
             choose("transfer.source", "retrieved", "there is a gallery")
         else:
             choose("transfer.source", "target", "no gallery.data: the task's own images are the transfer set")
     if recipe.transfer.source == "target" and name in ("clip", "agnostic_then_oriented"):
         need = "captions" if name == "clip" else "a generic set"
         raise KtrayError(f"objective.name={name} needs {need}, and transfer.source=target", "Set gallery.data=DIR.")
-    if recipe.transfer.source in ("generic", "retrieved") and not shards and source is None:
+    if recipe.transfer.source in ("generic", "retrieved") and not has_gallery and source is None:
         raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
     if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
         recipe.objective.name = "scratch"
@@ -154,6 +157,8 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose(
             "transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow"
         )
+    if recipe.transfer.size is None and recipe.transfer.source == "list" and gallery_images:
+        choose("transfer.size", gallery_images, "all of the list")
     images = transfer_images(recipe, task)
     if recipe.train.batch_size is None:
         choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
@@ -175,10 +180,61 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     return Resolved(recipe, task, known, prompts, fingerprint, canvas, gallery_images, source, reasons)
 
 
+def index_alone(recipe: Recipe) -> bool:
+    """Whether the gallery is all that an index holds."""
+    return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None
+
+
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
     """How many images the transfer set will have; the task's own are as many as there are."""
     own = len(task.train) + len(task.unlabeled)
     return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
+
+
+def resolve_gallery(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+    """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
+    reasons: list[str] = []
+
+    def choose(key: str, value: str, why: str) -> None:
+        recipe.teacher.name = value
+        reasons.append(f"{key}={value} ({why})")
+
+    recipe.transfer.source, recipe.transfer.list = "retrieved", None
+    if recipe.gallery.data is None:
+        recipe.gallery.data = str(_own_gallery(recipe, say))
+        reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
+        if recipe.teacher.name is None:
+            choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
+    _published(recipe, plan.worker_gpus > 0, choose)
+    counts = [shard.count for shard in _gallery(recipe)]
+    images = None if None in counts else sum(c or 0 for c in counts)
+    nothing = LabelledSet([], [], [], [])
+    return Resolved(recipe, nothing, [], [], "", 1.0, images, None, reasons)
+
+
+def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], None]) -> None:
+    if recipe.teacher.name is not None:
+        return
+    if recipe.teacher.checkpoint:
+        raise KtrayError(
+            "teacher.checkpoint is set but teacher.name is not",
+            "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16.",
+        )
+    name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
+    choose("teacher.name", name, "published model for own data; fetched from its hub")
+
+
+def _home(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
+    if not home.exists():
+        say("miniverse drawing the small world (once, some seconds)")
+    return home
+
+
+def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    from ktray.miniverse import ensure_gallery
+
+    return ensure_gallery(_home(recipe, say))
 
 
 def _source(recipe: Recipe) -> LabelledSet:
@@ -212,9 +268,7 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
         raise KtrayError(
             f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
         )
-    home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
-    if not home.exists():
-        say("miniverse drawing the small world (once, some seconds)")
+    home = _home(recipe, say)
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
@@ -224,7 +278,8 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
         choose("task.metric", metric, "the built-in task's")
     if recipe.objective.name == "supervised" and recipe.supervised.data is None:
         recipe.supervised.data = str(ensure_generic_labels(home, name))
-    if recipe.gallery.data is None and recipe.transfer.source in ("auto", "generic", "retrieved"):
+    wanted = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
+    if recipe.gallery.data is None and wanted:
         recipe.gallery.data = str(ensure_gallery(home))
     if recipe.teacher.name is None:
         choose("teacher.name", "miniverse", "the small model that ships, for a built-in task")
@@ -232,9 +287,9 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
 
 
 def _gallery(recipe: Recipe) -> list[Shard]:
-    if recipe.gallery.data is None or recipe.transfer.source not in ("auto", "generic", "retrieved"):
+    if recipe.transfer.source not in ("auto", "generic", "retrieved", "list"):
         return []
-    return list_shards(recipe.gallery.data, column=recipe.gallery.column)
+    return gallery_shards(recipe.gallery.data, recipe.gallery.column, recipe.transfer.list)
 
 
 def _short_sides(task: LabelledSet) -> list[int]:

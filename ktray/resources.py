@@ -84,6 +84,15 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
     )
 
 
+# glibc gives a large tensor's memory back to the kernel when it is freed, and a training step then waits for some 5,000
+# page faults. With these it keeps and reuses it: a step of the default student takes 15% less time on two cores.
+MALLOC = {
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
+
+
 def connect(debug: bool = False) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine."""
     for name, value in {
@@ -112,9 +121,15 @@ def connect(debug: bool = False) -> None:
     else:
         from ktray.device import memory_bytes, usable_cpus
 
+        cores = max(2, int(usable_cpus()))
+        # Ray ends idle worker processes after a second, and a new one imports for 5 to 10.
+        idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
+        for name, value in (MALLOC | idle).items():  # the workers are started from here
+            os.environ.setdefault(name, value)
         ray.init(
             address="local",
-            num_cpus=max(2, int(usable_cpus())),
+            include_dashboard=False,  # a tenth of one of two cores; `ray start --head` has one
+            num_cpus=cores,
             object_store_memory=int(min(2_000_000_000, memory_bytes() * 0.15)),
             **common,
         )

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ktray.data.decode import decode_rgb
-from ktray.data.reading import fetch
+from ktray.data.reading import decode_image, fetch
 from ktray.errors import BadImage
 from ktray.models.dense_io import save_dense_student
 from ktray.models.dense_student import DenseStudent
 from ktray.models.student_io import save_student
+from ktray.recipe import Recipe
 from ktray.report import WorstError, write_report
 from ktray.stages import evaluate, evaluate_dense
 from ktray.stages.base import Context
@@ -111,16 +111,21 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
         floor = best_validation(made.floor.manifest, context.metric)
         found["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
     if made.curate:
-        kept = made.curate.manifest
-        found["transfer_set"] = {
-            "source": recipe.transfer.source,
-            "strategy": recipe.transfer.strategy,
-            "size": recipe.transfer.size,
-            "kept": kept["kept"],
-            "dropped": kept["dropped"],
-            "path": made.curate.stage.file("transfer.parquet"),
-        }
+        found["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
     return found
+
+
+def transfer_set(recipe: Recipe, curated: dict[str, Any], folder: Dir) -> dict[str, Any]:
+    """What ``result.json`` says of the transfer set, from CURATE's manifest; ``folder`` holds its list."""
+    part = recipe.transfer
+    return {
+        "source": part.source,
+        "strategy": part.strategy,
+        "size": part.size,
+        "kept": curated["kept"],
+        "dropped": curated["dropped"],
+        "path": folder.file("transfer.parquet"),
+    }
 
 
 def best_validation(manifest: dict[str, Any], metric: str) -> float:
@@ -197,9 +202,9 @@ def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstE
     wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
     worst = []
     uris = [str(rows["uri"][i]) for i in wrong]
-    for i, (uri, data, _) in zip(wrong.tolist(), fetch(uris), strict=True):
+    for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
         try:
-            image = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels)
+            image = decode_image(uri, data, error, max_pixels=context.recipe.data.max_pixels)
         except BadImage:
             continue
         names = context.task.classes

@@ -36,7 +36,7 @@ class Finish(Protocol):
 
 def map_shards(
     items: Sequence[Item],
-    prepare: Callable[[Item], Rows],
+    prepare: Callable[[Item], Rows | Iterator[Rows]],
     finish: Callable[[], Finish],
     plan: Plan,
     *,
@@ -46,7 +46,9 @@ def map_shards(
 
     Args:
         items: JSON-able descriptions of shards.
-        prepare: item to columns of equal length; runs anywhere.
+        prepare: item to columns of equal length; runs anywhere. Where an item is too much for the memory at once it
+            gives an iterator of pieces: each is finished by itself, its item then has its number as ``piece``, and
+            ``pieces``, how many there are, in the last.
         finish: makes the worker's callable; runs once per process.
         device_stage: whether workers hold a GPU where the plan gives them one.
     """
@@ -93,6 +95,39 @@ def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], pl
     yield from _summaries(dataset)
 
 
+def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) -> Iterator[tuple[int, Rows]]:
+    """``work`` on every item (picklable) in parallel tasks, each with a device where the plan gives its workers one;
+    yields (number of the item, columns) as they come. A single item is done in this process."""
+    if len(items) < 2:
+        yield from ((number, work(item)) for number, item in enumerate(items))
+        return
+    import ray
+    from ray.data import TaskPoolStrategy
+
+    rows = [{"number": number} for number in range(len(items))]
+    how: dict[str, Any]
+    if plan.actor_gpus:
+        how = {"num_gpus": plan.actor_gpus, "num_cpus": plan.actor_cpus, "compute": TaskPoolStrategy(plan.actors)}
+    else:
+        how = {"num_cpus": plan.decode_cpus}
+    dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Numbered(list(items), work), batch_size=1, batch_format="pyarrow", **how
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for i in range(batch.num_rows):
+            yield batch.column("number")[i].as_py(), _unpack(batch.column("columns")[i].as_buffer())
+
+
+class _Numbered:
+    def __init__(self, items: list[Any], work: Callable[[Any], Rows]) -> None:
+        self.items, self.work = items, work
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        number = batch.column("number")[0].as_py()
+        columns = self.work(self.items[number])
+        return pa.table({"number": [number], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
+
+
 def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for text in batch.column("summary").to_pylist():
@@ -109,13 +144,24 @@ class _Work:
 
 
 class _Prepare:
-    def __init__(self, prepare: Callable[[Item], Rows]) -> None:
+    def __init__(self, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> None:
         self.prepare = prepare
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        text = batch.column("item")[0].as_py()
-        columns = self.prepare(json.loads(text))
-        return pa.table({"item": [text], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        item = json.loads(batch.column("item")[0].as_py())
+        found = self.prepare(item)
+        if isinstance(found, dict):
+            yield _pack_item(item, found)
+            return
+        number, held = 0, next(found)  # one piece is held back, to know which is the last
+        for columns in found:
+            yield _pack_item({**item, "piece": number}, held)
+            number, held = number + 1, columns
+        yield _pack_item({**item, "piece": number, "pieces": number + 1}, held)
+
+
+def _pack_item(item: Item, columns: Rows) -> pa.Table:
+    return pa.table({"item": [json.dumps(item)], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
 
 
 class _Actor:
@@ -161,10 +207,10 @@ def _unpack(buffer: pa.Buffer) -> Rows:
         return {name: loaded[name] for name in loaded.files}
 
 
-def write_rows(directory: Dir, name: str, columns: Rows) -> int:
-    """Write columns of equal length as one Parquet shard; arrays of more axes become fixed-size binary.
+def pack_rows(columns: Rows) -> bytes:
+    """Columns of equal length as Parquet; arrays of more axes become fixed-size binary.
 
-    Returns the bytes written. Shapes and dtypes travel in the schema's metadata.
+    Shapes and dtypes travel in the schema's metadata.
     """
     arrays, metadata = {}, {}
     for key, value in columns.items():
@@ -181,9 +227,15 @@ def write_rows(directory: Dir, name: str, columns: Rows) -> int:
     stream = pa.BufferOutputStream()
     # Pixels are noise to a dictionary and to most codecs; zstd level 1 costs little and helps flat pictures.
     pq.write_table(table, stream, compression="zstd", compression_level=1, use_dictionary=False)
-    data = stream.getvalue()
-    directory.write(name, data.to_pybytes())
-    return int(data.size)
+    packed: bytes = stream.getvalue().to_pybytes()
+    return packed
+
+
+def write_rows(directory: Dir, name: str, columns: Rows) -> int:
+    """Write columns as one Parquet shard (`pack_rows`); returns the bytes written."""
+    data = pack_rows(columns)
+    directory.write(name, data)
+    return len(data)
 
 
 def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:

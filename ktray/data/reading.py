@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from ktray.data import filesystem
+from ktray.data.decode import decode_rgb
 from ktray.data.filesystem import MAX_FILE_BYTES, why
 from ktray.data.parquets import image_column, iter_rows, read_footer
 from ktray.data.records import Record
 from ktray.data.sources import Shard, resolve
 from ktray.data.tars import fetch_members, read_tar
 from ktray.data.uris import ImageRef
-from ktray.errors import KtrayError
+from ktray.errors import BadImage, KtrayError
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
@@ -37,10 +40,11 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
     """Images by uri, as (uri, bytes or None, error or None), in the order asked for.
 
-    Each tar and Parquet file is opened once; what comes from them is held until its turn, so ask for as many
-    images as may be in memory together. Plain files are read at their turn.
+    A crop's bytes are those of its whole image (`decode_image` cuts it). Each tar and Parquet file is opened once; what
+    comes from them is held until its turn, so ask for as many images as may be in memory together. Plain files are read
+    at their turn.
     """
-    refs = [ImageRef.parse(uri) for uri in uris]
+    refs = [ImageRef.parse(uri).whole for uri in uris]
     held: dict[ImageRef, tuple[bytes | None, str | None]] = {}
     groups: dict[tuple[str, str], list[ImageRef]] = {}
     for ref in refs:
@@ -55,6 +59,29 @@ def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]
         yield uri, data, error
 
 
+def decode_image(
+    uri: str, data: bytes | None, error: str | None = None, *, max_pixels: int, hint_size: int | None = None
+) -> np.ndarray:
+    """Pixels of what `fetch` or `read_shard` gave for a uri: uint8 (H, W, 3), cut where the uri names a crop.
+
+    Args:
+        hint_size: as for `decode_rgb`; of no effect on a crop, whose box is in pixels of the full image.
+
+    Raises:
+        BadImage: there is no data, it cannot be decoded, or the crop lies outside.
+    """
+    if data is None:
+        raise BadImage(error or "cannot be read")
+    box = ImageRef.parse(uri).box
+    image = decode_rgb(data, max_pixels=max_pixels, hint_size=None if box else hint_size)
+    if not box:
+        return image
+    left, top, width, height = box
+    if not width or not height or left + width > image.shape[1] or top + height > image.shape[0]:
+        raise BadImage(f"the crop {box} does not lie within its {image.shape[1]} x {image.shape[0]} pixels")
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+
 def _read_file(path: str) -> tuple[bytes | None, str | None]:
     if not path:
         return None, "empty path"
@@ -63,7 +90,7 @@ def _read_file(path: str) -> tuple[bytes | None, str | None]:
         _, data, error = next(fetch([path]))
         return data, error
     try:
-        return filesystem.read_bytes(path), None
+        return filesystem.read_bytes(ref.path), None
     except (OSError, ValueError, KtrayError) as error:  # ValueError: a NUL in the name
         return None, why(error)
 

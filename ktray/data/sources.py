@@ -10,6 +10,7 @@ import csv
 import difflib
 import hashlib
 import io
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ktray.data.parquets import PATH_NAMES, caption_column, image_column, read_f
 from ktray.data.records import is_csv, is_image, is_parquet, is_tar
 from ktray.errors import KtrayError
 
+ROWS = 1024
 KINDS = "images, .tar/.tar.gz/.tgz shards, .parquet files or a .csv list with a path column"
 
 
@@ -34,7 +36,7 @@ class Shard:
     Attributes:
         kind: ``files`` (``paths`` are images), ``tar`` or ``parquet`` (``paths[0]`` is the file).
         fingerprint: hash of paths, sizes and modification times (not of contents). For images from a CSV list
-            it covers the list, not the images.
+            it covers the list's rows, not the images.
         count: images in it; None where only reading tells (tars, a Parquet file whose footer is broken).
         start: first row of a Parquet file.
         column: the Parquet file's image column.
@@ -83,14 +85,14 @@ class _Found:
         return self.images, self.tars, self.parquets, self.lists
 
 
-def list_shards(spec: str | Sequence[str], *, rows_per_shard: int = 1024, column: str = "auto") -> list[Shard]:
+def list_shards(spec: str | Sequence[str], *, rows_per_shard: int = ROWS, column: str = "auto") -> list[Shard]:
     """The shards of a source of unlabelled images.
 
     Args:
         spec: one or several of: a folder (searched at any depth for images, or for tar shards, or for Parquet
             files; linked folders are not entered), a file of one of these kinds, a CSV list with a path column,
             a pattern with ``*``, ``?``, ``[...]``, ``**``. Local or ``s3://``.
-        rows_per_shard: images in a shard of files, and about as many rows in one of Parquet. A tar is a shard.
+        rows_per_shard: images in a shard, about (see `spans`). A tar is a shard.
         column: column of Parquet and CSV files with image bytes or paths; ``auto`` finds it.
 
     Returns:
@@ -204,8 +206,39 @@ def _nearby(path: str) -> str:
 
 
 def _file_shards(files: Sequence[FileStat], rows: int) -> list[Shard]:
-    parts = (files[at : at + rows] for at in range(0, len(files), rows))
+    parts = (files[first:last] for first, last in spans([f.path for f in files], rows))
     return [Shard("files", tuple(f.path for f in part), fingerprint(part), len(part)) for part in parts]
+
+
+def path_shards(paths: Sequence[str], captions: Sequence[str | None] = (), rows: int = ROWS) -> list[Shard]:
+    """Shards of single images by path or uri, in the order given. Their fingerprints cover the paths and captions."""
+    return [
+        Shard(
+            "files",
+            part := tuple(paths[first:last]),
+            fingerprint([], part, beside := tuple(captions[first:last])),
+            len(part),
+            captions=beside,
+        )
+        for first, last in spans(paths, rows)
+    ]
+
+
+def spans(keys: Sequence[str], rows: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of groups of half to twice ``rows`` keys, cut where a key's hash says so.
+
+    So a key that comes or goes changes its own group and perhaps a neighbour, and an index of the others still holds;
+    groups of equal size would all be others from there on.
+    """
+    out, first = [], 0
+    least = max(1, rows // 2)
+    for at, key in enumerate(keys, 1):
+        size = at - first
+        cut = zlib.crc32(key.encode("utf-8", "surrogateescape")) % least == 0
+        if size >= 2 * rows or (size >= least and cut) or at == len(keys):
+            out.append((first, at))
+            first = at
+    return out
 
 
 def _list_shards(file: FileStat, rows: int, column: str) -> list[Shard]:
@@ -223,16 +256,7 @@ def _list_shards(file: FileStat, rows: int, column: str) -> list[Shard]:
     captions_in = caption_column(schema)
     paths = [resolve(row[paths_in], file.path) for row in table]
     captions = [row[captions_in] or None for row in table] if captions_in else []
-    return [
-        Shard(
-            "files",
-            part := tuple(paths[at : at + rows]),
-            fingerprint([file], part),
-            len(part),
-            captions=tuple(captions[at : at + rows]),
-        )
-        for at in range(0, len(paths), rows)
-    ]
+    return path_shards(paths, captions, rows)
 
 
 def _parquet_shards(file: FileStat, rows: int, column: str) -> list[Shard]:

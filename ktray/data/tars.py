@@ -84,6 +84,7 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
     key, caption = "", None
     images: list[Record] = []
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+        broken = None
         try:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # a stream keeps every header otherwise
@@ -96,8 +97,11 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
                     images.append(_image(path, archive, member))
                 elif member.name.lower().endswith(".txt") and member.isreg() and member.size <= MAX_CAPTION_BYTES:
                     caption = _content(archive, member).decode("utf-8", "replace").strip() or None
-        finally:
-            yield from (_with(record, caption) for record in images)
+        except Exception as error:  # what was read before it is whole
+            broken = error
+        yield from (_with(record, caption) for record in images)
+        if broken is not None:
+            raise broken
         _check_end(archive)
 
 

@@ -18,8 +18,10 @@ from torch import nn
 
 DType = Literal["bf16"]
 Candidate = tuple[DType | None, bool]  # autocast, channels-last
-# A format that is not clearly faster is not worth its rounding.
-_CLEARLY = 0.9
+# A format that is not clearly faster is not worth its rounding; a layout costs nothing, but a tie should not be a toss.
+_CLEARLY, _LAYOUT = 0.9, 0.97
+# What takes this many times the fastest after one turn is not timed again.
+_HOPELESS = 1.5
 _BUDGET_S = 2.0
 _FIRST_CHANNELS = 32
 
@@ -117,9 +119,12 @@ def choose_precision(
 
 
 def _fastest(seconds: dict[Candidate, float]) -> Precision:
-    """The first candidate, unless another one is clearly faster."""
-    first, best = next(iter(seconds)), min(seconds, key=lambda c: seconds[c])
-    chosen = best if seconds[best] < _CLEARLY * seconds[first] else first
+    """The first candidate, unless another layout is faster or another format clearly so."""
+    chosen = first = next(iter(seconds))
+    for candidate in sorted(seconds, key=lambda c: seconds[c]):
+        if seconds[candidate] < (_LAYOUT if candidate[0] == first[0] else _CLEARLY) * seconds[first]:
+            chosen = candidate
+            break
     table = ", ".join(f"{_name(c)} {1000 * s:.3g} ms" for c, s in seconds.items())
     return Precision(*chosen, f"measured on CPU: {table}")
 
@@ -142,13 +147,15 @@ def _measure(
 
         probe = steps(2)[candidates[0]]
         once = min(_timed(probe), _timed(probe))
-        # About five rounds of all candidates fit in the budget.
-        images = int(2 * _BUDGET_S / (5 * len(candidates)) / max(once, 1e-6))
+        # About five rounds of the two candidates that matter fit in the budget.
+        images = int(2 * _BUDGET_S / (5 * 2) / max(once, 1e-6))
         ready = steps(max(2, min(batch, 64, images)))
         seconds: dict[Candidate, float] = {}
         # In turns, so that a busy neighbour slows all of them; the best time forgets warm-up and neighbours.
         for turn in range(8):
             for candidate in candidates:
+                if turn and seconds[candidate] > _HOPELESS * min(seconds.values()):
+                    continue
                 spent = time.perf_counter() - began
                 if seconds and spent > (5 if turn == 0 else 1) * _BUDGET_S:
                     return seconds

@@ -91,6 +91,26 @@ class DuplicateTable:
     def __len__(self) -> int:
         return len(self.gallery)
 
+    @classmethod
+    def joined(cls, tables: Iterable[DuplicateTable]) -> DuplicateTable:
+        """The tables of several parts of a gallery as one."""
+        every = list(tables)
+
+        def column(name: str, kind: type) -> np.ndarray:
+            return np.concatenate([np.zeros(0, kind), *(getattr(table, name) for table in every)])
+
+        gallery = column("gallery", np.int64)
+        order = np.argsort(gallery, kind="stable")
+        reason = [why for table in every for why in table.reason]
+        return cls(
+            gallery[order],
+            column("heldout", np.int64)[order],
+            column("similarity", np.float32)[order],
+            column("distance", np.int64)[order],
+            [reason[i] for i in order.tolist()],
+            sum(table.similar for table in every),
+        )
+
     def counts(self) -> dict[str, int]:
         """Dropped images by reason; every reason is there, also with 0."""
         found = Counter(self.reason)
@@ -262,13 +282,13 @@ def _distances(hash_: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> np.nd
         part = slice(first, first + _PAIRS_AT_ONCE)
         for variant in range(hashes.shape[1]):
             differing = hash_[part] ^ hashes[rows[part], variant]
-            out[part] = np.minimum(out[part], _bit_counts(differing))
+            out[part] = np.minimum(out[part], bit_counts(differing))
     return out
 
 
 _BITS_OF_BYTE = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 
 
-def _bit_counts(values: np.ndarray) -> np.ndarray:
+def bit_counts(values: np.ndarray) -> np.ndarray:
     """(P,) numbers of set bits of (P,) uint64; numpy's own ``bitwise_count`` came with 2.0 only."""
     return np.asarray(_BITS_OF_BYTE[values.view(np.uint8).reshape(-1, 8)].sum(1, dtype=np.int64))

@@ -58,12 +58,17 @@ def search(queries: np.ndarray, blocks: Iterable[Block], k: int) -> tuple[np.nda
         if len(block):
             found_similarity, found_index = _search_block(knn, queries, block, k)
             found_index[found_index >= 0] += offset
-            similarity, index = _top(
-                np.concatenate([similarity, found_similarity], axis=1),
-                np.concatenate([index, found_index], axis=1),
-                k,
-            )
+            similarity, index = merge((similarity, index), (found_similarity, found_index))
     return similarity, index
+
+
+Hits = tuple[np.ndarray, np.ndarray]
+
+
+def merge(found: Hits, more: Hits) -> Hits:
+    """The hits of two galleries as those of both: the first k of each row, ordered as `search` orders them."""
+    similarity, index = (np.concatenate(pair, axis=1) for pair in zip(found, more, strict=True))
+    return _top(similarity, index, found[0].shape[1])
 
 
 def _check(rows: np.ndarray, name: str, width: int) -> None:

@@ -123,6 +123,16 @@ def random_selection(n: int, size: int, seed: int, *, exclude: Collection[int] |
     )
 
 
+def listed_selection(n: int, size: int | None, *, exclude: Collection[int] | np.ndarray = ()) -> Selection:
+    """All of ``n`` images that somebody has chosen already, in their order; the first ``size`` where it is given."""
+    order = np.arange(n, dtype=np.int64)
+    gallery = order[~np.isin(order, np.fromiter(exclude, dtype=np.int64))][:size]
+    none = np.full(len(gallery), -1, dtype=np.int64)
+    alike = np.full(len(gallery), np.nan, dtype=np.float32)
+    missing = max(0, (size or 0) - len(gallery))
+    return Selection(gallery, none, none, alike, missing=missing, shortfall=0, retry_k=0)
+
+
 def _retry_k(index: np.ndarray, quota: np.ndarray, got: np.ndarray, short: np.ndarray, bound: int) -> int:
     """Hits per query for the next search: as many more as the worst query's yield suggests, at least double.
 

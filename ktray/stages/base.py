@@ -122,25 +122,40 @@ class Reporter:
 Work = Callable[[Stage, Reporter], dict[str, Any]]
 
 
-def run_stage(context: Context, name: str, key_parts: Any, work: Work, *, ledger_name: str | None = None) -> Done:
+def run_stage(
+    context: Context,
+    name: str,
+    key_parts: Any,
+    work: Work,
+    *,
+    ledger_name: str | None = None,
+    whole: Callable[[dict[str, Any]], bool] | None = None,
+) -> Done:
     """Reuse the stage's directory when it is whole, else do the work under a lease and commit it.
 
     Args:
         key_parts: JSON-like; everything that goes into the result, the stage's own version included.
         work: does the stage in its directory and returns the manifest's own entries.
         ledger_name: the name that the cost is booked under, where it is not ``name``.
+        whole: asked of the manifest of a finished stage, whether what it names outside its directory still stands;
+            where it does not, the work is done again.
     """
     key = digest(name, key_parts)
     stage = context.store.stage(name, key)
     booked = ledger_name or name
     shown = f"{name}-{context.phase}" if context.phase else name
-    manifest = stage.manifest()
+
+    def made() -> dict[str, Any] | None:
+        found = stage.manifest()
+        return None if found is None or (whole and not whole(found)) else found
+
+    manifest = made()
     if context.planned is not None:
         context.planned[booked] = manifest is not None and context.planned.get(booked, True)
         return Done(stage, manifest or {"key": key}, cached=manifest is not None)
     if manifest is None:
         with stage.lease(context.say):
-            manifest = stage.manifest()  # another job may have finished it while this one waited
+            manifest = made()  # another job may have finished it while this one waited
             if manifest is None:
                 return _attempt(context, stage, (name, shown, booked), key, key_parts, work)
     context.ledger.reuse(DirLog(stage), booked, key)

@@ -1,50 +1,47 @@
 """CURATE: choose the transfer set, keep held-out images out of it, and show it.
 
-``retrieved``: each labelled image is a query and brings an equal share of its nearest gallery images.
-``generic``: a random draw of the gallery. ``target``: the task's own images without labels (the surplus of the
-label budget, and the labelled ones). Gallery images that copy a validation or test image are dropped. What came with
+``retrieved``: queries (the labelled images, parts of them, the classes' names) bring equal shares of their nearest
+gallery images. ``generic``: a random draw of the gallery. ``list``: the images of a list that the user brings.
+``target``: the task's own images without labels (the surplus of the label budget, and the labelled ones). Gallery
+images that copy a validation or test image are dropped, and of several that show the same one is kept. What came with
 an image and the objective needs (its caption, its generic label) goes along.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ktray.data.decode import decode_rgb
-from ktray.data.reading import fetch
+from ktray.data.reading import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
-from ktray.models.preprocess import Preprocess
 from ktray.objectives import build_objective
 from ktray.retrieval.coverage import coverage, lines
-from ktray.retrieval.dedup import (
-    Fingerprints,
-    fingerprint_heldout,
-    hash_duplicates,
-    near_duplicates,
-)
-from ktray.retrieval.select import Selection, random_selection
+from ktray.retrieval.dedup import DuplicateTable, Fingerprints
+from ktray.retrieval.distinct import Distinct
+from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.sheet import SheetRow, contact_sheet
 from ktray.stages import adapt as adapt_stage
-from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
-from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, retrieve
-from ktray.stages.index import MakeEmbedder
-from ktray.stages.labels import SHARD
+from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, duplicates, exact, retrieve
+from ktray.stages.heldout import heldout
+from ktray.stages.queries import Queries, queries
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Stage
-from ktray.streaming import Item, Rows, cpu_shards, map_shards, read_rows, write_rows
+from ktray.streaming import Rows, write_rows
 
-VERSION = 3  # 2: captions, labels; 3: strategies, coverage
+VERSION = (
+    4  # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same
+)
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
+REPEATED = "repeated"
 
 
 def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: Done | None) -> Done:
-    """``transfer.parquet`` (uri, query, rank, similarity, perhaps caption or label), ``dropped.parquet``,
-    ``contact_sheet.png``.
+    """``transfer.parquet`` (uri, query, rank, similarity, perhaps caption or label), ``queries.parquet``,
+    ``dropped.parquet``, ``contact_sheet.png``.
 
     Args:
         spec: the index's encoder; None where it holds fingerprints alone.
@@ -58,79 +55,43 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         if index is None:
             return _target(context, stage)
-        gallery = Gallery(index)
-        heldout = _heldout(context, stage, spec, reporter)
-        prints = Fingerprints(heldout["hash"], heldout["digest"])
-        if spec:
-            duplicates = near_duplicates(
-                gallery.blocks(), heldout["embedding"].astype(np.float32), prints, similarity=part.dedup_similarity
-            )
-            reporter.meter.add(flops=2 * gallery.total * heldout["embedding"].size)
-        else:
-            duplicates = hash_duplicates(gallery.prints(), prints)
-        total, size, exclude = gallery.total, int(part.size or 1), duplicates.gallery
+        gallery = Gallery.of(index)
+        kept_out = heldout(context, stage, spec, reporter)
+        copies = _copies(context, gallery, kept_out, spec is not None, reporter)
+        repeats = _repeats(context, gallery, spec is not None)
+        exclude = copies.gallery
         if "caption" in beside:
             silent = np.flatnonzero(np.concatenate(gallery.columns("caption")) == "")
             exclude = np.union1d(exclude, silent)
-            if len(silent) == total:
+            if len(silent) == gallery.total:
                 raise KtrayError(
                     "No gallery image has a caption, and objective.name=clip learns from captions",
                     "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
                 )
-        query_uris: list[str] = []
-        query_labels = np.zeros(0, np.int64)
-        if part.source == "retrieved" and adapt is not None:
-            queries, query_uris, query_labels = adapt_stage.train_embeddings(adapt)
-            predict = None
-            if part.strategy in NEEDS_PREDICTIONS:
-                predict = adapt_stage.frozen_predictions(adapt)
-
-            def spent(flops: float) -> None:
-                reporter.meter.add(flops=flops)
-
-            chosen = retrieve(part.strategy, queries, gallery, size, exclude, predict, spent)
-        else:
-            chosen = random_selection(total, size, part.seed, exclude=exclude)
-        if chosen.missing:
+        asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
+        if part.source == "retrieved" and adapt is not None and spec is not None:
+            asked = queries(context, stage, adapt, spec, reporter)
+            write_rows(stage, "queries.parquet", {"uri": np.array(asked.uris, dtype=str), "label": asked.labels})
+        chosen = _choose(context, gallery, asked, adapt, exclude, repeats, reporter)
+        if chosen.missing and part.source != "list":
             context.say(
                 f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
             )
-        uris = gallery.take("uri", chosen.gallery)
-        origin = [query_uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
-        write_rows(
-            stage,
-            "transfer.parquet",
-            {
-                "uri": np.array(uris, dtype=str),
-                "query": np.array(origin, dtype=str),
-                "rank": chosen.rank,
-                "similarity": chosen.similarity,
-                **{name: np.array(gallery.take(name, chosen.gallery)) for name in beside},
-            },
-        )
-        write_rows(
-            stage,
-            "dropped.parquet",
-            {
-                "uri": np.array(gallery.take("uri", duplicates.gallery), dtype=str),
-                "heldout": np.array([str(heldout["uri"][i]) for i in duplicates.heldout], dtype=str),
-                "similarity": duplicates.similarity,
-                "reason": np.array(duplicates.reason, dtype=str),
-            },
-        )
-        dropped = duplicates.counts()
+        found = repeats.repeats if repeats else {}
+        uris = _write(stage, gallery, chosen, asked, beside, copies, kept_out, found)
+        dropped = {**copies.counts(), REPEATED: len(found)}
         covered = None
-        if query_uris and len(chosen):
+        if len(asked) and len(chosen):
             classes = [] if context.recipe.task.kind == "segmentation" else context.task.classes
-            covered = coverage(chosen, query_labels, classes)
+            covered = coverage(chosen, asked.labels, classes)
             for line in lines(covered):
                 context.say(f"curate    {line}")
-        _sheet(context, stage, chosen, uris, query_uris, query_labels, sum(dropped.values()))
+        _sheet(context, stage, chosen, uris, asked, dropped)
         return {
             "kept": len(uris),
             "dropped": dropped,
-            "gallery": total,
-            "similar_kept": duplicates.similar,
+            "gallery": gallery.total,
+            "similar_kept": copies.similar,
             "coverage": covered,
         }
 
@@ -142,8 +103,102 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
         adapt.manifest["key"] if part.source == "retrieved" and adapt else None,
         context.fingerprint,
         spec.fingerprint if index and spec else None,
+        [context.class_names, context.prompts] if part.queries != "images" else None,
+        context.recipe.gallery.crop_count if part.query_crops != "none" else None,
     ]
     return run_stage(context, "curate", parts, work)
+
+
+def _copies(context: Context, gallery: Gallery, kept_out: Rows, embedded: bool, reporter: Reporter) -> DuplicateTable:
+    embedding = kept_out["embedding"].astype(np.float32) if embedded else None
+    prints = Fingerprints(kept_out["hash"], kept_out["digest"])
+    found = duplicates(gallery, embedding, prints, context.recipe.transfer.dedup_similarity, context.plan)
+    if embedding is not None:
+        reporter.meter.add(flops=2 * gallery.total * embedding.size)
+    return found
+
+
+def _repeats(context: Context, gallery: Gallery, embedded: bool) -> Distinct | None:
+    similarity = context.recipe.transfer.repeat_similarity
+    if similarity is None:
+        return None
+
+    def look(rows: np.ndarray) -> tuple[np.ndarray | None, Fingerprints]:
+        prints = (np.array(gallery.take(name, rows), dtype=np.uint64) for name in ("hash", "digest"))
+        vectors = np.stack(gallery.take("embedding", rows)).astype(np.float32) if embedded else None
+        return vectors, Fingerprints(*prints)
+
+    return Distinct(look, similarity)
+
+
+def _choose(
+    context: Context,
+    gallery: Gallery,
+    asked: Queries,
+    adapt: Done | None,
+    exclude: np.ndarray,
+    repeats: Distinct | None,
+    reporter: Reporter,
+) -> Selection:
+    part, total = context.recipe.transfer, gallery.total
+    if part.source != "retrieved" or adapt is None:
+        while True:
+            chosen = (
+                listed_selection(total, part.size, exclude=exclude)
+                if part.source == "list"
+                else random_selection(total, int(part.size or 1), part.seed, exclude=exclude)
+            )
+            again = repeats(chosen.gallery) if repeats else exclude[:0]
+            if not len(again):
+                return chosen
+            exclude = np.union1d(exclude, again)
+
+    def hits(k: int) -> tuple[np.ndarray, np.ndarray]:
+        reporter.meter.add(flops=2 * total * asked.embedding.size)
+        return exact(asked.embedding, gallery, k, context.plan)
+
+    predict = adapt_stage.frozen_predictions(adapt) if part.strategy in NEEDS_PREDICTIONS else None
+    size = int(part.size or 1)
+    return retrieve(part.strategy, hits, len(asked), gallery, size, exclude, predict, repeats)
+
+
+def _write(
+    stage: Stage,
+    gallery: Gallery,
+    chosen: Selection,
+    asked: Queries,
+    beside: list[str],
+    copies: DuplicateTable,
+    kept_out: Rows,
+    repeated: dict[int, int],
+) -> list[str]:
+    """``transfer.parquet`` and ``dropped.parquet``; returns the images' uris."""
+    uris = gallery.take("uri", chosen.gallery)
+    origin = [asked.uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
+    write_rows(
+        stage,
+        "transfer.parquet",
+        {
+            "uri": np.array(uris, dtype=str),
+            "query": np.array(origin, dtype=str),
+            "rank": chosen.rank,
+            "similarity": chosen.similarity,
+            **{name: np.array(gallery.take(name, chosen.gallery)) for name in beside},
+        },
+    )
+    again, of = (np.array(list(rows), dtype=np.int64) for rows in (repeated.keys(), repeated.values()))
+    copied = [str(kept_out["uri"][i]) for i in copies.heldout]
+    write_rows(
+        stage,
+        "dropped.parquet",
+        {
+            "uri": np.array([*gallery.take("uri", copies.gallery), *gallery.take("uri", again)], dtype=str),
+            "copy_of": np.array([*copied, *gallery.take("uri", of)], dtype=str),
+            "similarity": np.concatenate([copies.similarity, np.full(len(again), np.nan, np.float32)]),
+            "reason": np.array([*copies.reason, *[REPEATED] * len(again)], dtype=str),
+        },
+    )
+    return uris
 
 
 def _target(context: Context, stage: Stage) -> dict[str, Any]:
@@ -166,86 +221,26 @@ def _target(context: Context, stage: Stage) -> dict[str, Any]:
     return {"kept": n, "dropped": {}, "gallery": n, "similar_kept": 0}
 
 
-class _PrepareHeldout:
-    def __init__(self, preprocess: Preprocess | None, max_pixels: int) -> None:
-        self.preprocess, self.max_pixels = preprocess, max_pixels
-
-    def __call__(self, item: Item) -> Rows:
-        uris, images = [], []
-        for uri, data, _ in fetch(item["uris"]):
-            # A held-out image that cannot be decoded cannot leak; EVALUATE quarantines it.
-            try:
-                images.append(decode_rgb(data or b"", max_pixels=self.max_pixels))
-                uris.append(uri)
-            except BadImage:
-                continue
-        prints = fingerprint_heldout(images)
-        found = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
-        if self.preprocess:
-            pixels = [self.preprocess.eval_transform(i) for i in images]
-            found["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
-        return found
-
-
-@dataclass(frozen=True)
-class _WriteHeldout:
-    folder: Stage
-    prepare: _PrepareHeldout
-
-    def __call__(self, item: Item) -> dict[str, Any]:
-        columns = self.prepare(item)
-        write_rows(self.folder, item["name"], columns)
-        rows = len(columns["uri"])
-        return finish_shard(self.folder, item["name"], {"name": item["name"], "rows": rows, "read": rows})
-
-
-def _heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
-    """Embeddings and fingerprints of validation and test images; nothing else of them is looked at."""
-    uris = [e.uri for e in [*context.task.val, *context.task.test]]
-    folder = Stage(stage.file("heldout"))
-    items = [
-        {"name": f"heldout-{i // SHARD:05d}.parquet", "uris": uris[i : i + SHARD]} for i in range(0, len(uris), SHARD)
-    ]
-    finished = finished_shards(folder)
-    reporter.expect(len(uris))
-    reporter.shards({**resumed(s), "bad": []} for s in finished.values())
-    prepare = _PrepareHeldout(spec.preprocess if spec else None, context.recipe.data.max_pixels)
-    todo = [i for i in items if i["name"] not in finished]
-    reporter.shards(
-        map_shards(todo, prepare, MakeEmbedder(folder, spec), context.plan)
-        if spec
-        else cpu_shards(todo, _WriteHeldout(folder, prepare), context.plan)
-    )
-    reporter.read = 0  # counted where they are used
-    shards = [read_rows(folder, str(item["name"])) for item in items]
-    return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
-
-
 def _sheet(
-    context: Context,
-    stage: Stage,
-    chosen: Selection,
-    uris: list[str],
-    query_uris: list[str],
-    query_labels: np.ndarray,
-    dropped: int,
+    context: Context, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
 ) -> None:
     """Queries spread over the classes on the left, what they brought on the right."""
     rng = np.random.default_rng(0)
     by_query: dict[int, list[int]] = {}
     for i, q in enumerate(chosen.query.tolist()):
         by_query.setdefault(q, []).append(i)
+    groups: list[tuple[str | None, str, list[int]]]
     if chosen.query.size and chosen.query[0] < 0:  # no queries: rows of a random draw
         picks = rng.permutation(len(uris))[: SHEET_ROWS * SHEET_COLUMNS].tolist()
         groups = [(None, "random", picks[i : i + SHEET_COLUMNS]) for i in range(0, len(picks), SHEET_COLUMNS)]
     else:
-        order = rng.permutation(sorted(by_query)).tolist()
+        order, labels = rng.permutation(sorted(by_query)).tolist(), asked.labels
         seen: set[int] = set()
-        first = [q for q in order if not (int(query_labels[q]) in seen or seen.add(int(query_labels[q])))]  # type: ignore[func-returns-value]
+        first = [q for q in order if not (int(labels[q]) in seen or seen.add(int(labels[q])))]  # type: ignore[func-returns-value]
         rows = (first + [q for q in order if q not in first])[:SHEET_ROWS]
         groups = [
-            (query_uris[q], _caption(context, query_uris[q], int(query_labels[q])), by_query[q][:SHEET_COLUMNS])
-            for q in sorted(rows, key=lambda q: (int(query_labels[q]), q))
+            (asked.uris[q], _caption(context, asked.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
+            for q in sorted(rows, key=lambda q: (int(labels[q]), q))
         ]
     wanted = [u for u, _, _ in groups if u] + [uris[i] for _, _, hits in groups for i in hits]
     images = small_images(context, wanted)
@@ -259,18 +254,23 @@ def _sheet(
     ]
     part = context.recipe.transfer
     title = f"Transfer set, {part.source}: queries (left) and the nearest images they fetched (right)"
-    counts = f"{len(query_uris)} queries · {len(uris):,} images · {dropped} copies of held-out images dropped"
+    copied = sum(count for reason, count in dropped.items() if reason != REPEATED)
+    counts = (
+        f"{len(asked)} queries · {len(uris):,} images · dropped: {copied} copies of held-out images, "
+        f"{dropped.get(REPEATED, 0)} that show the same as another"
+    )
     stream = io.BytesIO()
     contact_sheet(sheet, stream, title, counts)
     stage.write("contact_sheet.png", stream.getvalue())
 
 
 def small_images(context: Context, uris: list[str]) -> dict[str, np.ndarray]:
-    """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones left out."""
-    found = {}
-    for uri, data, _ in fetch(list(dict.fromkeys(uris))):
+    """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones (and what is no
+    image, such as a class's name) left out."""
+    found, limit = {}, context.recipe.data.max_pixels
+    for uri, data, error in fetch(list(dict.fromkeys(uris))):
         try:
-            found[uri] = decode_rgb(data or b"", max_pixels=context.recipe.data.max_pixels, hint_size=128)
+            found[uri] = decode_image(uri, data, error, max_pixels=limit, hint_size=128)
         except BadImage:
             continue
     return found

@@ -2,92 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ktray.errors import KtrayError
-from ktray.retrieval.dedup import Fingerprints, GalleryBlock
-from ktray.retrieval.search import search
+from ktray.resources import Plan
+from ktray.retrieval.dedup import DuplicateTable, Fingerprints, GalleryBlock, hash_duplicates, near_duplicates
+from ktray.retrieval.index_dir import IndexDir, Part
+from ktray.retrieval.search import Hits, merge, search
 from ktray.retrieval.select import Selection, query_balanced
 from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
 from ktray.stages.base import Done
-from ktray.streaming import read_rows
+from ktray.streaming import Rows, map_numbered
 
 # Hits a query, for each image of its share: those that others have taken first, and what a strategy may choose among.
 CANDIDATES = 4
+# Rows that are searched at once: in float32 some 200 MB at 512 dimensions, beside which the queries' share is small.
+BLOCK_ROWS = 100_000
+NO_ROWS = np.zeros(0, np.int64)
 NEEDS_PREDICTIONS = ("class_balanced", "informative")
 
 
 class Gallery:
-    """The index's shards as one long table."""
+    """The index's parts as one long table."""
 
-    def __init__(self, index: Done) -> None:
-        self.stage = index.stage
-        self.names = [name for name, rows in index.manifest["shards"] if rows]
-        counts = [rows for _, rows in index.manifest["shards"] if rows]
-        if not self.names:
-            raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
-        self.offsets: list[int] = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    def __init__(self, folder: IndexDir, named: Sequence[tuple[str, int]]) -> None:
+        """``named``: parts and their rows, in order."""
+        self.folder = folder
+        self.parts = [Part(name, rows, {}) for name, rows in named if rows]
+        self.offsets: list[int] = np.concatenate([[0], np.cumsum([p.rows for p in self.parts], dtype=int)]).tolist()
         self.total = self.offsets[-1]
 
+    @classmethod
+    def of(cls, index: Done) -> Gallery:
+        return cls(IndexDir(index.manifest["folder"]), [(name, rows) for name, rows in index.manifest["shards"]])
+
     def columns(self, column: str) -> list[np.ndarray]:
-        return [read_rows(self.stage, name, [column])[column] for name in self.names]
+        return [self.folder.rows(part, [column])[column] for part in self.parts]
 
-    def embeddings(self) -> Iterator[tuple[int, np.ndarray]]:
-        for name, offset in zip(self.names, self.offsets, strict=False):
-            yield offset, read_rows(self.stage, name, ["embedding"])["embedding"]
-
-    def prints(self) -> Iterator[tuple[int, Fingerprints]]:
-        for name, offset in zip(self.names, self.offsets, strict=False):
-            rows = read_rows(self.stage, name, ["hash", "digest"])
-            yield offset, Fingerprints(rows["hash"].astype(np.uint64), rows["digest"].astype(np.uint64))
-
-    def blocks(self) -> Iterator[GalleryBlock]:
-        for (offset, prints), (_, embedding) in zip(self.prints(), self.embeddings(), strict=True):
-            yield GalleryBlock(offset, embedding, prints)
+    def blocks(self) -> list[GalleryPart]:
+        """The gallery in pieces of about `BLOCK_ROWS`."""
+        groups: list[list[int]] = []
+        rows = BLOCK_ROWS
+        for number, part in enumerate(self.parts):
+            if rows + part.rows > BLOCK_ROWS:
+                groups.append([])
+                rows = 0
+            groups[-1].append(number)
+            rows += part.rows
+        return [
+            GalleryPart(self.folder, self.offsets[group[0]], tuple(self.parts[n] for n in group)) for group in groups
+        ]
 
     def take(self, column: str, rows: np.ndarray) -> list[Any]:
-        """A column's values of some rows, in their order."""
+        """A column's values of some rows, in their order; ``embedding`` is one of them."""
         out: dict[int, Any] = {}
         shard = np.searchsorted(self.offsets, rows, side="right") - 1
         for number in np.unique(shard).tolist():
-            values = read_rows(self.stage, self.names[number], [column])[column]
+            part = self.parts[number]
+            embedded = column == "embedding"
+            values = self.folder.embedding(part) if embedded else self.folder.rows(part, [column])[column]
             for row in rows[shard == number].tolist():
                 out[row] = values[row - self.offsets[number]]
         return [out[row] for row in rows.tolist()]
 
 
+@dataclass(frozen=True)
+class GalleryPart:
+    """Consecutive rows of a gallery. Picklable; reads when it is asked."""
+
+    folder: IndexDir
+    offset: int
+    parts: tuple[Part, ...]
+
+    def embedding(self) -> np.ndarray:
+        """(rows, D) float16."""
+        return np.concatenate([self.folder.embedding(part) for part in self.parts])
+
+    def prints(self) -> Fingerprints:
+        read = [self.folder.rows(part, ["hash", "digest"]) for part in self.parts]
+        hash_, digest = (np.concatenate([r[name] for r in read]).astype(np.uint64) for name in ("hash", "digest"))
+        return Fingerprints(hash_, digest)
+
+    def block(self) -> GalleryBlock:
+        return GalleryBlock(self.offset, self.embedding(), self.prints())
+
+
+def duplicates(
+    gallery: Gallery, heldout: np.ndarray | None, prints: Fingerprints, similarity: float, plan: Plan
+) -> DuplicateTable:
+    """The gallery's copies of held-out images; ``heldout`` (M, D) unit embeddings, None where there is no encoder."""
+    work = partial(_duplicates, heldout=heldout, prints=prints, similarity=similarity)
+    found = []
+    for _, rows in map_numbered(gallery.blocks(), work, plan):
+        reason, similar = rows.pop("reason").astype(str).tolist(), int(rows.pop("similar")[0])
+        found.append(DuplicateTable(**rows, reason=reason, similar=similar))
+    return DuplicateTable.joined(found)
+
+
+def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerprints, similarity: float) -> Rows:
+    found = (
+        hash_duplicates([(part.offset, part.prints())], prints)
+        if heldout is None
+        else near_duplicates([part.block()], heldout, prints, similarity=similarity)
+    )
+    columns = {name: getattr(found, name) for name in ("gallery", "heldout", "similarity", "distance")}
+    return {**columns, "reason": np.array(found.reason, dtype=str), "similar": np.array([found.similar])}
+
+
+def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Plan) -> Hits:
+    """`ktray.retrieval.search.search` over the whole gallery, a task for each block."""
+    found: Hits | None = None
+    for _, rows in map_numbered(gallery.blocks(), partial(_search, queries=queries, k=k), plan):
+        more = rows["similarity"], rows["index"]
+        found = merge(found, more) if found else more
+    assert found is not None  # a gallery has rows
+    return found
+
+
+def _search(part: GalleryPart, queries: np.ndarray, k: int) -> Rows:
+    similarity, index = search(queries, [(part.offset, part.embedding())], k)
+    return {"similarity": similarity, "index": index}
+
+
 def retrieve(
     strategy: str,
-    queries: np.ndarray,
+    hits: Callable[[int], Hits],
+    queries: int,
     gallery: Gallery,
     size: int,
     exclude: np.ndarray,
-    predict: Callable[[np.ndarray], np.ndarray] | None,
-    spent: Callable[[float], None],
+    predict: Callable[[np.ndarray], np.ndarray] | None = None,
+    repeats: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Selection:
     """``size`` gallery images for the queries.
 
     Args:
         strategy: ``transfer.strategy``.
-        queries: (Q, D) float32 unit embeddings.
+        hits: k to the k nearest of each query.
+        queries: how many they are.
         exclude: gallery rows that must not be taken.
         predict: unit embeddings to class probabilities, for the strategies that ask (`NEEDS_PREDICTIONS`).
-        spent: is told the FLOPs of each search.
+        repeats: of chosen rows, in their order, those that show what an earlier one shows; others take their places.
     """
     total = gallery.total
-    k = min(total, CANDIDATES * -(-size // len(queries)) + 8)
+    k = min(total, CANDIDATES * -(-size // queries) + 8)
+    similarity, found = hits(k)
     while True:
-        similarity, found = search(queries, gallery.embeddings(), k)
-        spent(2.0 * total * len(queries) * queries.shape[1])
         chosen = _choose(strategy, similarity, found, gallery, size, exclude, predict)
+        again = repeats(chosen.gallery) if repeats else NO_ROWS
+        if len(again):
+            exclude = np.union1d(exclude, again)
         # Searching on is only worth it while images are missing: a shortfall that other queries filled is told
         # by coverage, and chasing it would search the whole gallery for the odd query.
-        if not chosen.missing or not chosen.retry_k or k >= total:
+        elif not chosen.missing or not chosen.retry_k or k >= total:
             return chosen
-        k = min(total, chosen.retry_k)
+        else:
+            k = min(total, chosen.retry_k)
+            similarity, found = hits(k)
 
 
 def _choose(

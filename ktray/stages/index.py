@@ -1,140 +1,184 @@
-"""INDEX: embed the gallery with the frozen teacher, shard by shard.
+"""INDEX: embed the gallery with the frozen teacher, shard by shard, into a folder that grows with it.
 
-A way of pretraining that has no teacher draws its images at random, so that its index holds fingerprints alone. For
-``supervised`` the gallery is the labelled generic set.
+The folder (`ktray.retrieval.index_dir`) is ``gallery.index``, or one in the store that all galleries of an encoder
+share. What it holds already is not embedded again: a gallery that grows costs its new shards. A way of pretraining that
+has no teacher draws its images at random, so that its index holds fingerprints alone. For ``supervised`` the gallery is
+the labelled generic set.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ktray.data.decode import decode_rgb
 from ktray.data.labelled import LabelledSet
-from ktray.data.reading import fetch, read_shard
-from ktray.data.sources import Shard, list_shards
-from ktray.errors import BadImage
+from ktray.data.lists import gallery_shards
+from ktray.data.reading import decode_image, fetch, read_shard
+from ktray.data.sources import Shard
+from ktray.data.uris import ImageRef
+from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
+from ktray.recipe import digest
+from ktray.resolve import index_alone
+from ktray.retrieval.crops import Crops
 from ktray.retrieval.dedup import fingerprint
-from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
+from ktray.retrieval.index_dir import IndexDir, parts
+from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
 from ktray.stages.teachers import TeacherSpec, embed_numpy, tower_flops
-from ktray.store import Stage
-from ktray.streaming import Item, Rows, cpu_shards, map_shards, write_rows
+from ktray.streaming import Item, Rows, cpu_shards, map_shards
 
-VERSION = 2  # 2: captions
+VERSION = 3  # 2: captions; 3: shards shared among galleries, crops
 LABELLED_SHARD = 512
+# Pixels that go to the device at once, in bytes. Ray Data's own blocks are of this size; some copies of it are alive.
+PIECE_BYTES = 128_000_000
 
 
 @dataclass(frozen=True)
 class _Prepare:
+    """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
+
     shards: list[Shard]
     preprocess: Preprocess | None
+    crops: Crops
     max_pixels: int
 
-    def __call__(self, item: Item) -> Rows:
-        uris, captions, pixels, images, bad = [], [], [], [], []
+    def __call__(self, item: Item) -> Iterator[Rows]:
         records = (
             ((r.uri, r.data, r.error, r.caption) for r in read_shard(self.shards[item["shard"]]))
             if "shard" in item
             else ((*found, None) for found in fetch(item["uris"]))
         )
+        # Without an encoder only fingerprints are kept, and pixels no longer than until they are made.
+        image_bytes = 3 * int(np.prod(self.preprocess.size)) if self.preprocess else 3 * 256**2
+        most = max(1, PIECE_BYTES // image_bytes)
+        piece = _Piece(self.preprocess)
         for uri, data, error, caption in records:
             try:
-                if data is None:
-                    raise BadImage(error or "cannot be read")
-                image = decode_rgb(data, max_pixels=self.max_pixels)
+                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
             except BadImage as reason:
-                bad.append((uri, reason.reason))
+                piece.read += 1
+                piece.bad.append((uri, reason.reason))
                 continue
-            uris.append(uri)
-            captions.append(caption or "")
-            images.append(image)
-            if self.preprocess:
-                pixels.append(self.preprocess.eval_transform(image))
-        prints = fingerprint(images)
+            boxes = self.crops.boxes(uri, *image.shape[:2])
+            if piece.uris and len(piece.uris) + 1 + len(boxes) > most:
+                yield piece.columns()
+                piece = _Piece(self.preprocess)
+            piece.read += 1
+            piece.add(uri, caption, image)
+            for box in boxes:
+                left, top, width, height = box
+                cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+                piece.add(str(ImageRef.parse(uri).crop(box)), caption, cut)
+        yield piece.columns()
+
+
+@dataclass
+class _Piece:
+    preprocess: Preprocess | None
+    uris: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    hashes: list[np.ndarray] = field(default_factory=list)
+    digests: list[np.ndarray] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    read: int = 0
+
+    def add(self, uri: str, caption: str | None, image: np.ndarray) -> None:
+        self.uris.append(uri)
+        self.captions.append(caption or "")
+        prints = fingerprint([image])
+        self.hashes.append(prints.hash)
+        self.digests.append(prints.digest)
+        if self.preprocess:
+            self.pixels.append(self.preprocess.eval_transform(image))
+
+    def columns(self) -> Rows:
         found = {
-            "uri": np.array(uris, dtype=str),
-            "caption": np.array(captions, dtype=str),
-            "hash": prints.hash,
-            "digest": prints.digest,
-            "bad": np.array(bad, dtype=str).reshape(-1, 2),
+            "uri": np.array(self.uris, dtype=str),
+            "caption": np.array(self.captions, dtype=str),
+            "hash": np.concatenate([np.zeros(0, np.uint64), *self.hashes]),
+            "digest": np.concatenate([np.zeros(0, np.uint64), *self.digests]),
+            "bad": np.array(self.bad, dtype=str).reshape(-1, 2),
+            "read": np.array([self.read]),
         }
         if self.preprocess:
             empty = np.zeros((0, 3, *self.preprocess.size), np.uint8)
-            found["pixels"] = np.stack(pixels) if pixels else empty
+            found["pixels"] = np.stack(self.pixels) if self.pixels else empty
         return found
+
+
+def _write_part(folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
+    """Write a piece as a part of its shard; the summary is of this piece alone."""
+    bad, read = columns.pop("bad").tolist(), int(columns.pop("read")[0])
+    if "labels" in item:
+        known = dict(zip(item["uris"], item["labels"], strict=True))
+        columns["label"] = np.array([known[uri] for uri in columns["uri"].tolist()], dtype=np.int64)
+    number = int(item.get("piece", 0))
+    part = folder.write_part(f"{item['name']}-{number:05d}", columns, embedding)
+    rows = len(columns["uri"])
+    summary = {"shard": item["name"], "piece": number, "part": part, "rows": rows, "read": read, "bad": bad}
+    return {**summary, "pieces": item.get("pieces"), "images": rows}
 
 
 @dataclass(frozen=True)
 class _WriteFingerprints:
-    stage: Stage
+    folder: IndexDir
     prepare: _Prepare
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        columns = self.prepare(item)
-        bad = columns.pop("bad").tolist()
-        if "labels" in item:
-            known = dict(zip(item["uris"], item["labels"], strict=True))
-            columns["label"] = np.array([known[uri] for uri in columns["uri"].tolist()], dtype=np.int64)
-        write_rows(self.stage, item["name"], columns)
-        rows = len(columns["uri"])
-        summary = {"name": item["name"], "rows": rows, "read": rows + len(bad), "bad": bad, "images": rows}
-        return finish_shard(self.stage, item["name"], summary)
+        made = [
+            _write_part(self.folder, {**item, "piece": number}, columns, None)
+            for number, columns in enumerate(self.prepare(item))
+        ]
+        return {"several": [{**summary, "pieces": len(made)} for summary in made]}
 
 
-class Embedder:
-    """The device half: pixels to unit-length fp16 embeddings. Also used for queries and held-out images."""
+class _EmbedGallery:
+    """The device half: pixels to unit-length fp16 embeddings."""
 
-    def __init__(self, stage: Stage, spec: TeacherSpec, batch: int) -> None:
-        self.stage, self.batch = stage, batch
-        self.model = spec.tower()
+    def __init__(self, plan: _MakeEmbedGallery) -> None:
+        self.plan, self.model = plan, plan.spec.tower()
         self.flops = tower_flops(self.model)
 
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        pixels = columns["pixels"]
-        embedding = embed_numpy(self.model, pixels, self.batch)
-        norms = np.linalg.norm(embedding, axis=1, keepdims=True)
-        unit = (embedding / np.maximum(norms, 1e-12)).astype(np.float16)
-        kept = {k: v for k, v in columns.items() if k not in ("pixels", "bad")}
-        write_rows(self.stage, item["name"], {**kept, "embedding": unit})
-        bad = columns["bad"].tolist() if "bad" in columns else []
-        return finish_shard(
-            self.stage,
-            item["name"],
-            {
-                "name": item["name"],
-                "rows": len(unit),
-                "read": len(unit) + len(bad),
-                "bad": bad,
-                "images": len(unit),
-                "flops": self.flops * len(unit),
-            },
-        )
+        embedding = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
+        made = _write_part(self.plan.folder, item, columns, embedding)
+        return {**made, "flops": self.flops * len(embedding)}
 
 
 @dataclass(frozen=True)
-class MakeEmbedder:
-    """Makes the actor's `Embedder` where it runs."""
-
-    stage: Stage
+class _MakeEmbedGallery:
+    folder: IndexDir
     spec: TeacherSpec
     batch: int = 256
 
-    def __call__(self) -> Embedder:
-        return Embedder(self.stage, self.spec, self.batch)
+    def __call__(self) -> _EmbedGallery:
+        return _EmbedGallery(self)
+
+
+def unit_embedding(model: Any, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to (N, D) float16 of unit length."""
+    embedding = embed_numpy(model, pixels, batch)
+    norms = np.linalg.norm(embedding, axis=1, keepdims=True)
+    unit: np.ndarray = (embedding / np.maximum(norms, 1e-12)).astype(np.float16)
+    return unit
 
 
 def run(context: Context, spec: TeacherSpec | None) -> Done:
-    """Shards of ``uri``, ``caption`` (or empty), ``hash``, ``digest`` and, with a teacher, ``embedding`` (fp16, unit
-    length) of the whole gallery."""
-    data = context.recipe.gallery.data
-    shards = list_shards(data if data is not None else [], column=context.recipe.gallery.column)
-    items = [{"shard": i, "name": f"shard-{i:06d}.parquet"} for i in range(len(shards))]
+    """The gallery's shards in the index: ``uri``, ``caption`` (or empty), ``hash``, ``digest`` and, with a teacher,
+    embeddings of the whole gallery."""
+    part = context.recipe.gallery
+    if index_alone(context.recipe):
+        return _index(context, spec, [], None, None, Crops(part.crops, part.crop_count), {})
+    shards = gallery_shards(part.data, part.column, context.recipe.transfer.list)
+    items = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     counts = [s.count for s in shards]
     total = sum(c or 0 for c in counts) if None not in counts else None
-    return _index(context, spec, shards, items, total, [s.fingerprint for s in shards], {})
+    crops = Crops(part.crops, part.crop_count) if spec else Crops()
+    return _index(context, spec, shards, items, total, crops, {})
 
 
 def run_labelled(context: Context, source: LabelledSet) -> Done:
@@ -143,35 +187,121 @@ def run_labelled(context: Context, source: LabelledSet) -> Done:
     items: list[Item] = []
     for i in range(0, len(examples), LABELLED_SHARD):
         part = examples[i : i + LABELLED_SHARD]
-        name = f"shard-{i // LABELLED_SHARD:06d}.parquet"
-        items.append({"name": name, "uris": [e.uri for e in part], "labels": [e.label for e in part]})
-    return _index(context, None, [], items, len(examples), source.fingerprint, {"classes": source.classes})
+        uris, labels = [e.uri for e in part], [e.label for e in part]
+        name = digest("labelled", [source.fingerprint, i, uris, labels])
+        items.append({"name": name, "source": uris[0], "uris": uris, "labels": labels})
+    return _index(context, None, [], items, len(examples), Crops(), {"classes": source.classes})
 
 
 def _index(
     context: Context,
     spec: TeacherSpec | None,
     shards: list[Shard],
-    items: list[Item],
+    items: list[Item] | None,
     total: int | None,
-    fingerprint: Any,
-    facts: dict[str, Any],
+    crops: Crops,
+    more: dict[str, Any],
 ) -> Done:
-    prepare = _Prepare(shards, spec.preprocess if spec else None, context.recipe.data.max_pixels)
+    recipe = context.recipe
+    facts = {
+        "teacher": spec.source.name if spec else None,
+        "encoder": spec.fingerprint if spec else None,
+        "preprocess": spec.preprocess.to_dict() if spec else None,
+        "crops": [crops.kind, crops.count] if crops.kind != "none" else None,
+        "max_pixels": recipe.data.max_pixels,
+    }
+    shared = f"{context.store.uri}/galleries/{digest('gallery', [VERSION, facts])}"
+    folder = IndexDir(recipe.gallery.index if recipe.gallery.index and spec else shared)
+    if items is None:
+        names, items = _held(folder, spec), []
+    else:
+        names = [str(item["name"]) for item in items]
+    prepare = _Prepare(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        finished = finished_shards(stage)
+    def whole(manifest: dict[str, Any]) -> bool:
+        return len(folder.shards(names)[0]) == len(names)
+
+    def work(stage: Any, reporter: Reporter) -> dict[str, Any]:
+        folder.settle(facts)
+        finished, broken = folder.shards(names)
+        sources = {str(item["name"]): item["source"] for item in items}
+        for name, problem in broken.items():
+            context.say(f"index     {problem}: {sources[name]} is indexed again")
+            folder.forget(name)
         reporter.expect(total)
-        before = reporter.shards(resumed(s) for s in finished.values())
+        reporter.shards(resumed(s) for s in finished.values())
+        if finished and len(finished) < len(names):
+            context.say(f"index     {len(finished):,} of {len(names):,} shards are there")
         todo = [item for item in items if item["name"] not in finished]
-        summaries = (
-            map_shards(todo, prepare, MakeEmbedder(stage, spec), context.plan)
+        found = (
+            map_shards(todo, prepare, _MakeEmbedGallery(folder, spec), context.plan)
             if spec
-            else cpu_shards(todo, _WriteFingerprints(stage, prepare), context.plan)
+            else _each(cpu_shards(todo, _WriteFingerprints(folder, prepare), context.plan))
         )
-        made = reporter.shards(summaries)
-        rows = {s["name"]: s["rows"] for s in [*before, *made]}
-        return {"rows": sum(rows.values()), "shards": [[name, rows[name]] for name in sorted(rows)], **facts}
+        for summary in _gathered(found, reporter, sources):
+            folder.finish(summary["shard"], summary)
+            finished[summary["shard"]] = summary
+        folder.copy_summaries()
+        listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
+        if not sum(rows for _, rows in listed):
+            raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
+        return {
+            "rows": sum(rows for _, rows in listed),
+            "folder": folder.uri,
+            "shards": listed,
+            "shard_count": len(names),
+            "images": sum(s["read"] - len(s["bad"]) for s in finished.values()),
+            **more,
+        }
 
-    parts = [VERSION, fingerprint, spec.fingerprint if spec else None, context.recipe.data.max_pixels]
-    return run_stage(context, "index", parts, work)
+    if recipe.gallery.verify and context.planned is None:
+        for summary in folder.shards(names)[0].values():
+            for part in parts(summary):
+                folder.check(part)
+    inputs = [VERSION, names, facts, recipe.gallery.index if spec else None, more]
+    return run_stage(context, "index", inputs, work, whole=whole)
+
+
+def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:
+    """All shards of an index that is the gallery."""
+    if spec is None:
+        raise KtrayError(
+            "gallery.index is set without gallery.data, and this way of pretraining has no teacher to read it with",
+            "Set gallery.data=DIR.",
+        )
+    whole, broken = folder.shards()
+    if broken:
+        name, problem = next(iter(broken.items()))
+        raise KtrayError(
+            f"{len(broken):,} shards of '{folder.uri}' are broken; of {name}: {problem}",
+            "Name the images with gallery.data: what is broken is then embedded again.",
+        )
+    if not whole:
+        raise KtrayError(f"'{folder.uri}' holds no index", "Make one: python jobs/index.py gallery.data=DIR.")
+    return sorted(whole)
+
+
+def _each(several: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for one in several:
+        yield from one["several"]
+
+
+def _gathered(
+    pieces: Iterable[dict[str, Any]], reporter: Reporter, sources: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Summaries of pieces to summaries of shards, each as soon as its last piece is there."""
+    open_: dict[str, dict[int, dict[str, Any]]] = {}
+    for piece in pieces:
+        reporter.shards([piece])
+        mine = open_.setdefault(piece["shard"], {})
+        mine[piece["piece"]] = piece
+        of = next((p["pieces"] for p in mine.values() if p["pieces"]), None)
+        if of == len(mine):
+            ordered = [mine[number] for number in sorted(open_.pop(piece["shard"]))]
+            yield {
+                "shard": piece["shard"],
+                "source": sources[piece["shard"]],
+                "parts": [p["part"] for p in ordered],
+                **{key: sum(p[key] for p in ordered) for key in ("rows", "read")},
+                "bad": [bad for p in ordered for bad in p["bad"]],
+            }

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.decode import decode_rgb
 from ktray.data.labelled import Example
 from ktray.data.masks import check_mask, decode_mask, eval_mask
-from ktray.data.reading import fetch
+from ktray.data.reading import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
 from ktray.stages.base import Context, Done, Reporter, run_stage
@@ -63,9 +62,7 @@ def read_examples(
         _, data, error = next(images)
         _, mask_data, mask_error = next(maps) if maps else (None, None, None)
         try:
-            if data is None:
-                raise BadImage(error or "cannot be read")
-            image = decode_rgb(data, max_pixels=max_pixels)
+            image = decode_image(uri, data, error, max_pixels=max_pixels)
             mask = None
             if masks:
                 if mask_data is None:

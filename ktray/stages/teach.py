@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ktray.data.captions import tokenise
-from ktray.data.decode import decode_rgb
-from ktray.data.reading import fetch
+from ktray.data.reading import decode_image, fetch
 from ktray.data.views import VIEW_LENGTH, View, ViewPolicy, make_view, render
 from ktray.errors import BadImage, KtrayError
 from ktray.models.adapted import AdaptedTeacher
@@ -64,9 +63,7 @@ class _Prepare:
         records, pixels, bad, beside = [], [], [], []
         for number, (uri, data, error) in enumerate(fetch(item["uris"])):
             try:
-                if data is None:
-                    raise BadImage(error or "cannot be read")
-                image = decode_rgb(data, max_pixels=self.max_pixels)
+                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
             except BadImage as reason:
                 bad.append((uri, reason.reason))
                 continue

@@ -1,12 +1,18 @@
-"""The Ray Train shell around the loop: workers, DDP, checkpoints in the store, progress on the board."""
+"""The shells around the loop: workers, DDP, checkpoints in the store, progress on the board.
+
+Ray Train runs what has several workers or a GPU. For each run it starts a controller, workers, and helpers, each of
+which imports for seconds: nothing for an hour of training on a cluster, but on two cores 20 s a stage. There a single
+worker without a GPU is a plain Ray task, whose process Ray keeps for the next one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +22,9 @@ import torch
 from ktray.resources import Plan
 from ktray.store import Stage, storage_error
 from ktray.training.loop import Fit, Hooks, Program, Settings
+
+FOLDER = "train"  # in the stage's directory, for checkpoints
+LAST = "last.json"
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,28 @@ def train(
 
     ``on_weights`` gets the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
     """
-    import ray.train
     from ray import cloudpickle
+
+    # Pickled apart, so that a controller, which only passes it on, need not import what it is made of.
+    config = {
+        "job": cloudpickle.dumps(job),
+        "board": board,
+        "threads": plan.worker_threads,
+        "read_cpus": plan.decode_cpus,
+    }
+    run = _alone if plan.workers == 1 and not plan.worker_gpus else _ray_train
+    try:
+        outcome = run(config, stage, plan, max_failures, on_weights)
+    except OSError as error:
+        raise storage_error(error, stage.uri) from error
+    stage.delete(FOLDER)
+    return outcome
+
+
+def _ray_train(
+    config: dict[str, Any], stage: Stage, plan: Plan, max_failures: int, on_weights: Callable[[Path], None]
+) -> Outcome:
+    import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": plan.worker_cpus}
@@ -61,63 +90,102 @@ def train(
         resources["GPU"] = plan.worker_gpus
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "job": cloudpickle.dumps(job),
-            "board": board,
-            "threads": plan.worker_threads,
-            "read_cpus": plan.decode_cpus,
-        },
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=plan.worker_gpus > 0, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if plan.worker_gpus else "gloo"),
         run_config=ray.train.RunConfig(
-            name="train",
+            name=FOLDER,
             storage_path=stage.uri,
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    try:
-        result = trainer.fit()
-    except OSError as error:
-        raise storage_error(error, stage.uri) from error
+    result = trainer.fit()
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
-        state = json.loads((Path(folder) / "outcome.json").read_text())
-        report = json.loads((Path(folder) / "report.json").read_text())
-        on_weights(Path(folder) / "weights.safetensors")
-    stage.delete("train")
-    return Outcome(state, report)
+        return _outcome(Path(folder), on_weights)
+
+
+def _outcome(folder: Path, on_weights: Callable[[Path], None]) -> Outcome:
+    on_weights(folder / "weights.safetensors")
+    return Outcome(*(json.loads((folder / name).read_text()) for name in ("outcome.json", "report.json")))
 
 
 def _worker(config: dict[str, Any]) -> None:
+    """What each of Ray Train's workers does."""
     import ray.train
     import ray.train.torch
-    from ray import cloudpickle
 
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+
+    def save(folder: Path | None, metrics: dict[str, Any]) -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    checkpoint = ray.train.get_checkpoint()
+    where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
+    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as resume:
+        _fit(config, Env(*where, config["read_cpus"]), save, Path(resume) if resume else None)
+
+
+def _alone(
+    config: dict[str, Any], stage: Stage, plan: Plan, max_failures: int, on_weights: Callable[[Path], None]
+) -> Outcome:
+    import ray
+
+    # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
+    again: dict[str, Any] = {"max_retries": max_failures, "retry_exceptions": [OSError]}
+    remote: Any = ray.remote
+    ray.get(remote(num_cpus=plan.worker_cpus, **again)(_lone_worker).remote(config, stage))
+    with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
+        return _outcome(folder, on_weights)
+
+
+def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
+    def save(folder: Path | None, metrics: dict[str, Any]) -> None:
+        assert folder is not None  # this is rank 0
+        before, name = _last(stage), f"step-{metrics['step']}"
+        if before == name:  # finished right after a checkpoint of the same step
+            name += "-end"
+        stage.put(folder, f"{FOLDER}/{name}")
+        stage.write_json(f"{FOLDER}/{LAST}", {"checkpoint": name})
+        if before:
+            stage.delete(f"{FOLDER}/{before}")
+
+    last = _last(stage)
+    with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
+        _fit(config, Env(torch.device("cpu"), 0, 1, config["read_cpus"]), save, resume)
+
+
+def _last(stage: Stage) -> str | None:
+    """The newest whole checkpoint of a lone worker."""
+    name = f"{FOLDER}/{LAST}"
+    return str(stage.read_json(name)["checkpoint"]) if stage.exists(name) else None
+
+
+def _fit(
+    config: dict[str, Any], env: Env, save: Callable[[Path | None, dict[str, Any]], None], resume: Path | None
+) -> None:
+    from ray import cloudpickle
+
     torch.set_num_threads(config["threads"])
-    device = ray.train.torch.get_device()
-    # Pickled apart, so that the controller, which only passes it on, need not import what it is made of.
     job: Job = cloudpickle.loads(config["job"])
     board = config["board"]
     torch.manual_seed(job.settings.seed)
-    program = job.build(Env(device, rank, world, config["read_cpus"]))
+    program = job.build(env)
     begun = time.perf_counter()
 
     def progress(values: dict[str, float]) -> None:
-        if rank == 0 and board is not None:
+        if env.rank == 0 and board is not None:
             board.post.remote(values)
 
-    def save(folder: Path | None, metrics: dict[str, Any]) -> None:
-        if folder is None:
-            ray.train.report(metrics)
-            return
-        (folder / "report.json").write_text(json.dumps(_report(program, time.perf_counter() - begun)))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+    def keep(folder: Path | None, metrics: dict[str, Any]) -> None:
+        if folder is not None:
+            (folder / "report.json").write_text(json.dumps(_report(program, time.perf_counter() - begun)))
+        save(folder, metrics)
 
     with tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch:
         names = iter(range(1 << 30))
@@ -127,17 +195,7 @@ def _worker(config: dict[str, Any]) -> None:
             path.mkdir()
             return path
 
-        hooks = Hooks(save=save, progress=progress, folder=folder)
-        for resume in _resume(ray.train.get_checkpoint()):
-            Fit(program, job.settings, hooks, resume).run()
-
-
-def _resume(checkpoint: Any) -> Iterator[Path | None]:
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)
+        Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
 
 
 def _report(program: Program, seconds: float) -> dict[str, Any]:

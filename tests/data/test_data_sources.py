@@ -10,7 +10,7 @@ from image_zoo import jpeg, write_zoo
 
 from ktray.data import filesystem
 from ktray.data.reading import fetch, read_shard
-from ktray.data.sources import list_shards
+from ktray.data.sources import list_shards, spans
 from ktray.errors import KtrayError
 
 
@@ -46,7 +46,8 @@ def records(spec, **options):
 
 def test_folder_is_searched_at_any_depth_sorted_and_without_clutter(photos):
     shards = list_shards(str(photos), rows_per_shard=4)
-    assert [s.count for s in shards] == [4, 4, 1]
+    assert sum(s.count for s in shards) == 9
+    assert all(2 <= s.count <= 8 for s in shards[:-1])
     paths = [p for s in shards for p in s.paths]
     assert paths == sorted(paths)
     expected = {str(p) for p in photos.rglob("*") if p.name[0].isdigit()}
@@ -68,11 +69,29 @@ def test_fingerprint_follows_names_sizes_and_times_of_that_shard(photos):
     os.utime(photos / "0.jpeg", ns=(5, 5))
     after = list_shards(str(photos), rows_per_shard=4)
     changed = [a.fingerprint != b.fingerprint for a, b in zip(before, after, strict=True)]
-    assert changed == ["0.jpeg" in "".join(s.paths).split(str(photos) + "/") for s in before]
+    assert changed == [str(photos / "0.jpeg") in s.paths for s in before]
     assert sum(changed) == 1
     (photos / "0.jpeg").rename(photos / "00.jpeg")
     renamed = list_shards(str(photos), rows_per_shard=4)
     assert renamed[0].fingerprint != after[0].fingerprint
+
+
+def test_a_key_that_comes_or_goes_changes_its_own_group_and_perhaps_a_neighbour():
+    keys = [f"/gallery/{i:06d}.jpg" for i in range(20_000)]
+
+    def groups(names):
+        return {tuple(names[first:last]) for first, last in spans(names, 100)}
+
+    before = groups(keys)
+    assert sum(len(group) for group in before) == len(keys)
+    sizes = [len(group) for group in before]
+    assert min(sizes) >= 1
+    assert max(sizes) <= 200
+    assert 80 < len(keys) / len(sizes) < 120
+    for at in (0, 777, 10_000, 19_999):
+        assert len(before - groups([*keys[:at], "/gallery/new.jpg", *keys[at:]])) <= 3
+        assert len(before - groups([*keys[:at], *keys[at + 1 :]])) <= 3
+    assert groups([]) == set()
 
 
 def test_linked_folders_are_reported_and_linked_files_read(photos, tmp_path):

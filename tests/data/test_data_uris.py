@@ -13,6 +13,14 @@ from ktray.data.uris import ImageRef
         ("s3://b/x.parquet#row=12", ImageRef("s3://b/x.parquet", row=12)),
         ("/x.parquet#row=0&column=my%20image", ImageRef("/x.parquet", row=0, column="my image")),
         ("/a/x.tar#member=unfinished", ImageRef("/a/x.tar#member=unfinished")),
+        ("/a/b.jpg#xywh=3,4,50,60", ImageRef("/a/b.jpg", box=(3, 4, 50, 60))),
+        (
+            "/x.tar#member=1.jpg&offset=512&size=7&xywh=0,0,1,1",
+            ImageRef("/x.tar", member="1.jpg", offset=512, size=7, box=(0, 0, 1, 1)),
+        ),
+        ("/x.parquet#row=3&xywh=1,2,3,4", ImageRef("/x.parquet", row=3, box=(1, 2, 3, 4))),
+        ("/a/b&xywh=3,4,50,60", ImageRef("/a/b&xywh=3,4,50,60")),
+        ("/a/b.jpg#xywh=3,4,50", ImageRef("/a/b.jpg#xywh=3,4,50")),
     ],
 )
 def test_parse_and_format_are_inverse(uri, ref):

@@ -52,6 +52,20 @@ def test_the_fastest_wins_when_clearly_faster(monkeypatch: pytest.MonkeyPatch) -
     assert (found.autocast_dtype, found.memory_format) == (None, torch.contiguous_format)
 
 
+def test_a_layout_need_only_be_faster_and_may_win_beside_a_format_that_is_not_clearly_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = timm.create_model(CONV[0])
+    for seconds, expected in (
+        ({(None, True): 0.95}, (None, True)),
+        ({(None, True): 0.99}, (None, False)),
+        ({(None, True): 0.95, ("bf16", True): 0.92}, (None, True)),
+    ):
+        measured(monkeypatch, seconds)
+        found = choose_precision(model, "cpu", 32, 8, train=True)
+        assert (found.autocast, found.channels_last) == expected
+
+
 def test_candidates_are_only_the_safe_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     stem = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.Conv2d(4, 4, 3))
     offered = measured(monkeypatch, {})

@@ -8,12 +8,13 @@ from ktray.errors import KtrayError
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.heads import LinearHead
 from ktray.models.teacher_load import load_teacher
+from ktray.retrieval.index_dir import IndexDir
 from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
+from ktray.stages import gallery as gallery_module
 from ktray.stages.adapt import frozen_predictions, save_candidate
 from ktray.stages.base import Done
-from ktray.stages.gallery import CANDIDATES, Gallery, retrieve
+from ktray.stages.gallery import CANDIDATES, Gallery, exact, retrieve
 from ktray.store import Stage
-from ktray.streaming import write_rows
 
 N, Q, D, SIZE = 90, 4, 16, 12
 NONE = np.zeros(0, np.int64)
@@ -27,26 +28,29 @@ def unit(rng, n):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     rng = np.random.default_rng(0)
-    stage = Stage(str(tmp_path_factory.mktemp("index")))
+    folder = IndexDir(str(tmp_path_factory.mktemp("index")))
     vectors, queries = unit(rng, N), unit(rng, Q).astype(np.float32)
-    shards = []
-    for number, (first, last) in enumerate(((0, 40), (40, 40), (40, 90))):  # one shard is empty
-        name = f"shard-{number:06d}.parquet"
-        columns = {"uri": np.array([f"i{i}" for i in range(first, last)], dtype=str), "embedding": vectors[first:last]}
-        if last > first:
-            write_rows(stage, name, columns)
-        shards.append([name, last - first])
-    return Gallery(Done(stage, {"shards": shards}, True)), vectors.astype(np.float32), queries
+    named = []
+    for number, (first, last) in enumerate(((0, 40), (40, 40), (40, 90))):  # one part is empty
+        columns = {"uri": np.array([f"i{i}" for i in range(first, last)], dtype=str)}
+        folder.write_part(f"part-{number}", columns, vectors[first:last])
+        named.append((f"part-{number}", last - first))
+    return Gallery(folder, named), vectors.astype(np.float32), queries
+
+
+@pytest.fixture(scope="module")
+def plan(cluster):
+    return cluster
+
+
+def hits_of(queries, gallery, plan):
+    return lambda k: exact(queries, gallery, k, plan)
 
 
 def predict(embedding):
     """Three classes from the first values; a stand-in with the shapes of the real one."""
     z = np.exp(4 * embedding[:, :3])
     return z / z.sum(1, keepdims=True)
-
-
-def ignore(flops):
-    assert flops > 0
 
 
 def hits(vectors, queries):
@@ -57,7 +61,7 @@ def hits(vectors, queries):
 
 
 @pytest.mark.parametrize("strategy", ["best_first", "class_balanced", "diverse", "informative"])
-def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, strategy):
+def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, plan, strategy):
     gallery, vectors, queries = world
     similarity, index = hits(vectors, queries)
     probability = predict(vectors)
@@ -68,28 +72,50 @@ def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, strategy):
         "diverse": lambda: diverse(similarity, index, vectors, index, SIZE),
         "informative": lambda: informative(similarity, index, (ordered[:, -1] - ordered[:, -2])[index], SIZE),
     }[strategy]()
-    chosen = retrieve(strategy, queries, gallery, SIZE, NONE, predict, ignore)
+    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE, predict)
     assert chosen.gallery.tolist() == expected.gallery.tolist()
     assert chosen.query.tolist() == expected.query.tolist()
     assert gallery.take("uri", chosen.gallery) == [f"i{i}" for i in expected.gallery]
 
 
 @pytest.mark.parametrize("strategy", ["query_balanced", "best_first", "class_balanced", "diverse", "informative"])
-def test_asked_for_more_than_there_is_it_takes_all_but_the_excluded(world, strategy):
+def test_asked_for_more_than_there_is_it_takes_all_but_the_excluded(world, plan, strategy):
     gallery, _, queries = world
     banned = np.array([3, 50])
-    chosen = retrieve(strategy, queries, gallery, N, banned, predict, ignore)
+    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, N, banned, predict)
     assert sorted(chosen.gallery.tolist()) == [i for i in range(N) if i not in (3, 50)]
     assert chosen.missing == 2
 
 
 @pytest.mark.parametrize("strategy", ["best_first", "class_balanced"])
-def test_it_searches_on_while_images_are_missing(world, strategy):
+def test_it_searches_on_while_images_are_missing(world, plan, strategy):
     gallery, _, queries = world
     same = np.repeat(queries[:1], Q, axis=0)  # all queries find the same images
-    chosen = retrieve(strategy, same, gallery, 80, NONE, predict, ignore)
+    chosen = retrieve(strategy, hits_of(same, gallery, plan), Q, gallery, 80, NONE, predict)
     assert chosen.missing == 0
     assert len(set(chosen.gallery.tolist())) == 80
+
+
+@pytest.mark.parametrize("rows", [30, 45, 1000])
+def test_blocks_in_tasks_find_what_brute_force_finds(world, plan, monkeypatch, rows):
+    gallery, vectors, queries = world
+    monkeypatch.setattr(gallery_module, "BLOCK_ROWS", rows)
+    similarity, index = exact(queries, gallery, 7, plan)
+    brute = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    assert index.tolist() == np.argsort(-brute, axis=1, kind="stable")[:, :7].tolist()
+    assert similarity == pytest.approx(-np.sort(-brute, axis=1)[:, :7], abs=1e-6)
+
+
+def test_what_repeats_gives_its_place_to_another(world, plan):
+    gallery, _, queries = world
+    ask = hits_of(queries, gallery, plan)
+    before = retrieve("query_balanced", ask, Q, gallery, SIZE, NONE).gallery.tolist()
+    banned = set(before[1:3])
+    chosen = retrieve(
+        "query_balanced", ask, Q, gallery, SIZE, NONE, repeats=lambda rows: rows[np.isin(rows, list(banned))]
+    )
+    assert len(chosen) == SIZE
+    assert not banned & set(chosen.gallery.tolist())
 
 
 def test_frozen_predictions_are_the_adapted_teachers(tmp_path):

@@ -1,0 +1,211 @@
+"""The embedded gallery as a folder: what INDEX writes, shard by shard, and CURATE searches.
+
+``index.json``
+    by what the shards were made (encoder, preprocessing, crops). Another encoder's shards never come in.
+``shards/ID-NNNNN.npy``
+    (rows, D) float16 embeddings of unit length, to be mapped into memory.
+``shards/ID-NNNNN.parquet``
+    in the same order ``uri`` (with the crop's box, see `ktray.data.uris`), ``caption``, ``hash``, ``digest``, perhaps
+    ``label``.
+``shards/ID.json``
+    summary of one shard of the source (a tar, some files), which has one or several such parts, with their rows, sizes
+    and checksums. Written last: a shard without it does not exist.
+``shards.parquet``
+    all summaries in one file, so that opening a large index does not read each. A copy: `IndexDir.shards` works
+    without it.
+
+``ID`` is the fingerprint of the shard's source, so that a gallery which grows has its new shards embedded alone, and
+galleries that overlap share theirs. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktray.errors import KtrayError
+from ktray.store import Dir
+from ktray.streaming import Rows, pack_rows, read_rows
+
+FORMAT = 1
+_SHARDS = "shards"
+_HEAD = "index.json"
+_COPY = "shards.parquet"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored piece of a shard: ``name`` without suffix, its rows, and [size in bytes, checksum] of its files."""
+
+    name: str
+    rows: int
+    files: dict[str, tuple[int, str]]
+
+
+class IndexDir(Dir):
+    """The folder. Picklable; parts may be written from any machine, summaries are written by one."""
+
+    def settle(self, facts: dict[str, Any]) -> None:
+        """Declare by what shards are made; the first to do so decides.
+
+        Raises:
+            KtrayError: the folder holds shards that were made otherwise.
+        """
+        head = self.facts()
+        if head is None:
+            self.write_json(_HEAD, {"format": FORMAT, **facts})
+            return
+        facts = json.loads(json.dumps({"format": FORMAT, **facts}))
+        other = [f"{name} {head.get(name)} and not {facts[name]}" for name in facts if head.get(name) != facts[name]]
+        if other:
+            raise KtrayError(
+                f"The index '{self.uri}' was made with {'; '.join(other)}",
+                "Embeddings of two kinds cannot be searched together: go back to those settings, or name another "
+                "folder with gallery.index.",
+            )
+
+    def facts(self) -> dict[str, Any] | None:
+        """By what the shards are made; None in a new folder."""
+        if not self.exists(_HEAD):
+            return None
+        found: dict[str, Any] = self.read_json(_HEAD)
+        return found
+
+    def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
+        """Write a part; returns what its shard's summary says of it."""
+        files = {".parquet": pack_rows(columns)}
+        if embedding is not None:
+            stream = io.BytesIO()
+            np.save(stream, np.ascontiguousarray(embedding, dtype=np.float16))
+            files[".npy"] = stream.getvalue()
+        for suffix, data in files.items():
+            self.write(f"{_SHARDS}/{name}{suffix}", data)
+        rows = len(next(iter(columns.values())))
+        return {"name": name, "rows": rows, "files": {s: [len(d), _checksum(d)] for s, d in files.items()}}
+
+    def finish(self, shard: str, summary: dict[str, Any]) -> None:
+        """Declare a shard whole. ``summary`` holds ``parts`` as `write_part` gave them."""
+        self.write_json(f"{_SHARDS}/{shard}.json", summary)
+
+    def shards(self, wanted: Sequence[str] | None = None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Summaries of the whole shards by id, and of the broken ones what is wrong with them.
+
+        Args:
+            wanted: ids; None for all.
+        """
+        sizes = self.sub(_SHARDS).names()
+        known = self._copied()
+        whole, broken = {}, {}
+        ids = wanted if wanted is not None else [name[:-5] for name in sizes if name.endswith(".json")]
+        for shard in ids:
+            if f"{shard}.json" not in sizes:
+                continue
+            try:
+                summary = known.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json")
+                problem = _problem(summary, sizes)
+            except (ValueError, KeyError, TypeError) as error:
+                problem = f"its summary cannot be read ({error})"
+            if problem:
+                broken[shard] = problem
+            else:
+                whole[shard] = summary
+        return whole, broken
+
+    def forget(self, shard: str) -> None:
+        """Give up a broken shard: without its summary it is made again."""
+        self.delete(f"{_SHARDS}/{shard}.json")
+        self.delete(_COPY)
+
+    def copy_summaries(self) -> None:
+        """Write ``shards.parquet`` anew where shards have come."""
+        known = self._copied()
+        names = [name[:-5] for name in self.sub(_SHARDS).names(".json")]
+        if set(names) <= set(known):
+            return
+        texts = [json.dumps(known.get(n) or self.read_json(f"{_SHARDS}/{n}.json")) for n in names]
+        stream = pa.BufferOutputStream()
+        pq.write_table(pa.table({"shard": names, "summary": texts}), stream, compression="zstd")
+        self.write(_COPY, stream.getvalue().to_pybytes())
+
+    def _copied(self) -> dict[str, dict[str, Any]]:
+        if not self.exists(_COPY):
+            return {}
+        try:
+            table = pq.read_table(pa.BufferReader(self.read(_COPY)))
+        except pa.ArrowException:  # only a copy
+            return {}
+        pairs = zip(table.column("shard").to_pylist(), table.column("summary").to_pylist(), strict=True)
+        return {name: json.loads(text) for name, text in pairs}
+
+    def check(self, part: Part) -> None:
+        """Compare a part's files with their checksums.
+
+        Raises:
+            KtrayError: they differ.
+        """
+        for suffix, (_, checksum) in part.files.items():
+            if _checksum(self.read(f"{_SHARDS}/{part.name}{suffix}")) != checksum:
+                raise KtrayError(
+                    f"'{self.uri}/{_SHARDS}/{part.name}{suffix}' is not what was written (its checksum differs)",
+                    f"Delete '{self.uri}/{_SHARDS}/{part.name.rpartition('-')[0]}.json' and run again: the shard is "
+                    "then embedded anew.",
+                )
+
+    def rows(self, part: Part, columns: Sequence[str]) -> Rows:
+        """Columns of a part."""
+        return read_rows(self, f"{_SHARDS}/{part.name}.parquet", columns)
+
+    def embedding(self, part: Part) -> np.ndarray:
+        """(rows, D) float16; mapped into memory where the folder is local, read otherwise.
+
+        Raises:
+            KtrayError: the file does not hold what the summary says.
+        """
+        name = f"{_SHARDS}/{part.name}.npy"
+        try:
+            found: np.ndarray = (
+                np.load(Path(self.path) / name, mmap_mode="r", allow_pickle=False)
+                if self.is_local
+                else np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+            )
+            if len(found) != part.rows:
+                raise ValueError(f"{len(found)} rows, not {part.rows}")
+        except (OSError, ValueError) as error:
+            raise KtrayError(
+                f"'{self.uri}/{name}' cannot be read as embeddings: {error}",
+                "Run the same command again: a shard that is cut short or missing is embedded anew.",
+            ) from error
+        return found
+
+
+def parts(summary: dict[str, Any]) -> list[Part]:
+    """The parts of a shard's summary."""
+    return [
+        Part(p["name"], p["rows"], {suffix: (size, checksum) for suffix, (size, checksum) in p["files"].items()})
+        for p in summary["parts"]
+    ]
+
+
+def _problem(summary: dict[str, Any], sizes: dict[str, int]) -> str:
+    """What is wrong with a shard's files; empty if nothing is."""
+    for part in parts(summary):
+        for suffix, (size, _) in part.files.items():
+            found = sizes.get(part.name + suffix)
+            if found is None:
+                return f"{part.name}{suffix} is missing"
+            if found != size:
+                return f"{part.name}{suffix} has {found} bytes, not {size}"
+    return ""
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,49 @@
+"""A training job of milliseconds that fails once, for workers to import."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ktray.training.loop import Program, Settings, decay_groups
+
+STEPS, FAILS = 30, 20
+SETTINGS = Settings(
+    steps=STEPS, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, checkpoint_seconds=1e-6
+)
+
+
+class Regression(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, generator):
+        return {"loss": ((self.model(batch["x"]) - batch["y"]) ** 2).mean()}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Fails at step `FAILS` as long as ``marker`` does not exist: by dying, or with the error that is named."""
+
+    marker: Path
+    failure: str
+    settings: Settings = SETTINGS
+
+    def build(self, env):
+        model = nn.Linear(4, 1)
+
+        def batches(start, stop):
+            for step in range(start, stop):
+                if step == FAILS and self.failure and not self.marker.exists():
+                    self.marker.write_text(str(start))
+                    if self.failure == "death":
+                        os._exit(7)
+                    raise {"OSError": OSError, "ValueError": ValueError}[self.failure]("planted")
+                x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+                yield {"x": x, "y": x.sum(1, keepdim=True)}
+
+        groups = decay_groups(model, 0.01)
+        return Program(Regression(model), model, groups, batches, None, 10.0, 16, env.device)

@@ -1,0 +1,222 @@
+"""The gallery's index: grows by its new shards, mends broken ones, refuses another encoder, and jobs/index.py."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from small_task import CLASSES, SMALL, write_gallery, write_task
+
+from ktray import recipe
+from ktray.errors import KtrayError
+from ktray.pipeline import curate_only, index_only
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def world(cluster, tmp_path_factory):
+    root = tmp_path_factory.mktemp("index")
+    write_task(root / "task")
+    write_gallery(root / "gallery", 60)
+    return root
+
+
+def keys(world, *more):
+    data = [f"store={world / 'store'}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}"]
+    return recipe.load(None, [*SMALL, *data, "transfer.size=20", *more])
+
+
+def index(world, *more, lines=None):
+    data = [f"store={world / 'store'}", f"gallery.data={world / 'gallery'}", "teacher.name=miniverse"]
+    return index_only(recipe.load(None, [*data, *more]), (lines if lines is not None else []).append)
+
+
+def images(result):
+    return next(s["images"] for s in result["stages"] if s["name"] == "index")
+
+
+def transfer(world, result, name="transfer.parquet"):
+    return pq.read_table(world / "store" / "runs" / result["run_id"] / name).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def folder(world):
+    """An index of its own with 60 images, and what making it said."""
+    place = world / "index"
+    return place, index(world, f"gallery.index={place}")
+
+
+def test_the_job_says_what_the_index_holds(world, folder):
+    place, result = folder
+    assert result["index"]["rows"] == result["index"]["images"] == ROWS
+    assert result["index"]["folder"] == str(place)
+    assert result["cost"]["flops"]["index"] > 0
+    assert json.loads((place / "index.json").read_text())["teacher"] == "miniverse"
+    vectors = np.concatenate([np.load(file) for file in sorted((place / "shards").glob("*.npy"))])
+    assert vectors.dtype == np.float16
+    assert np.linalg.norm(vectors.astype(np.float32), axis=1) == pytest.approx(np.ones(ROWS), abs=2e-3)
+
+
+def test_only_what_is_new_is_embedded_and_a_run_searches_it(world, folder):
+    place, _ = folder
+    more = world / "more"
+    write_gallery(more, 7)
+    result = index(world, f"gallery.index={place}", f"gallery.data=[{world / 'gallery'}, {more}]")
+    assert result["index"]["rows"] == ROWS + 7
+    # Shards are cut by content: the 60 stay, or their last group takes the new ones in.
+    flops = result["cost"]["flops"]["index"] / folder[1]["cost"]["flops"]["index"]
+    assert flops <= 1.2
+    again = index(world, f"gallery.index={place}", f"gallery.data=[{world / 'gallery'}, {more}]")
+    assert again["cost"]["flops"]["index"] == 0
+    found = curate_only(keys(world, f"gallery.index={place}"), lambda text: None)
+    assert found["transfer_set"]["kept"] == 20
+    assert found["cost"]["flops"]["index"] == 0
+    whole = curate_only(keys(world, f"gallery.index={place}", "gallery.data=null"), lambda text: None)
+    assert whole["transfer_set"]["gallery"] >= ROWS + 7
+
+
+def test_an_index_alone_must_be_one_and_be_whole(world, folder):
+    with pytest.raises(KtrayError, match="holds no index"):
+        curate_only(keys(world, f"gallery.index={world / 'nothing'}", "gallery.data=null"), lambda text: None)
+    with pytest.raises(KtrayError, match="no teacher to read it with"):
+        curate_only(
+            keys(world, f"gallery.index={folder[0]}", "gallery.data=null", "objective.name=dino"), lambda text: None
+        )
+
+
+def test_a_truncated_and_a_missing_file_are_named_and_made_again(world, folder):
+    place, _ = folder
+    index(world, f"gallery.index={place}")
+    before = {file.name: file.read_bytes() for file in (place / "shards").iterdir()}
+    shards = sorted(world.joinpath("store", "stages", "index").glob("*/manifest.json"))
+    assert shards
+    for damage in ("cut", "gone"):
+        file = sorted((place / "shards").glob("*.npy"))[0]
+        if damage == "cut":
+            file.write_bytes(file.read_bytes()[:100])
+        else:
+            file.unlink()
+        lines: list[str] = []
+        index(world, f"gallery.index={place}", lines=lines)
+        mended = [line for line in lines if file.name in line]
+        if mended:  # the damaged shard may be one that only the larger gallery has
+            assert ("has 100 bytes" if damage == "cut" else "is missing") in mended[0]
+            assert "indexed again" in mended[0]
+            assert file.read_bytes() == before[file.name]
+        else:
+            file.write_bytes(before[file.name])
+
+
+def test_changed_bytes_are_found_when_the_index_is_to_be_verified(world):
+    place = world / "changed"
+    index(world, f"gallery.index={place}")
+    file = sorted((place / "shards").glob("*.npy"))[0]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    index(world, f"gallery.index={place}")
+    with pytest.raises(KtrayError, match="checksum differs"):
+        index(world, f"gallery.index={place}", "gallery.verify=true")
+
+
+def test_other_crops_in_the_same_folder_are_refused(world, folder):
+    with pytest.raises(KtrayError, match="was made with crops None and not"):
+        index(world, f"gallery.index={folder[0]}", "gallery.crops=grid")
+
+
+def test_crops_are_candidates_and_their_pixels_are_what_is_taught(world):
+    found = curate_only(keys(world, "gallery.crops=grid", "transfer.repeat_similarity=null"), lambda text: None)
+    assert found["transfer_set"]["gallery"] == 5 * ROWS
+    uris = [row["uri"] for row in transfer(world, found)]
+    cut = [uri for uri in uris if "#xywh=" in uri]
+    assert cut
+    assert all(len(uri.rpartition("=")[2].split(",")) == 4 for uri in cut)
+
+
+def test_a_list_is_a_transfer_set_without_held_out_copies(world):
+    test_image = sorted((world / "task" / "test" / CLASSES[0]).glob("*.png"))[0]
+    gallery = sorted((world / "gallery").glob("*.jpg"))[:9]
+    (world / "mine.txt").write_text("\n".join([*map(str, gallery), str(test_image)]))
+    found = curate_only(
+        keys(world, "transfer.source=list", f"transfer.list={world / 'mine.txt'}", "transfer.size=null"),
+        lambda text: None,
+    )
+    assert [row["uri"] for row in transfer(world, found)] == [str(path) for path in gallery]
+    assert found["transfer_set"]["dropped"]["identical"] == 1
+    (dropped,) = transfer(world, found, "dropped.parquet")
+    assert (dropped["uri"], dropped["copy_of"]) == (str(test_image), str(test_image))
+
+
+def test_list_and_its_file_go_together(world):
+    with pytest.raises(KtrayError, match="go together"):
+        curate_only(keys(world, "transfer.source=list"), lambda text: None)
+    with pytest.raises(KtrayError, match="go together"):
+        curate_only(keys(world, "transfer.list=x.txt"), lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("more", "queries"),
+    [
+        (["transfer.queries=text"], {f"text:{name}" for name in CLASSES}),
+        (["transfer.per=class"], {f"class:{name}" for name in CLASSES}),
+        (["transfer.queries=both", "transfer.per=class"], {f"class:{name}" for name in CLASSES}),
+    ],
+)
+def test_names_and_classes_are_queries(world, more, queries):
+    found = curate_only(keys(world, "transfer.repeat_similarity=null", "transfer.size=21", *more), lambda text: None)
+    assert {row["query"] for row in transfer(world, found)} == queries
+    covered = found["transfer_set"]["coverage"]
+    assert {one["images"] for one in covered["classes"].values()} == {7}
+
+
+def test_crops_of_the_labelled_images_are_queries_beside_them(world):
+    more = ["transfer.query_crops=random", "gallery.crop_count=2", "transfer.repeat_similarity=null"]
+    found = curate_only(keys(world, "transfer.size=45", *more), lambda text: None)
+    rows = transfer(world, found)
+    assert found["transfer_set"]["coverage"]["queries"]["count"] == 45
+    assert any("#xywh=" in row["query"] for row in rows)
+    assert any("#xywh=" not in row["query"] for row in rows)
+
+
+def photo(rng, side=48):
+    """Soft blobs of colour: like a photo, with most of its contrast in low frequencies."""
+    noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return noise.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def test_planted_copies_of_held_out_images_never_come_in(world):
+    """Resized, re-encoded, flipped and slightly cropped copies of test images, each the best hit there could be."""
+    rng = np.random.default_rng(9)
+    task, planted = world / "photos", world / "planted"
+    for split, count in (("train", 3), ("val", 3), ("test", 5)):
+        for name in ("a", "b"):
+            (task / split / name).mkdir(parents=True)
+            for i in range(count):
+                photo(rng).save(task / split / name / f"{i}.png")
+    planted.mkdir()
+    for i in range(30):
+        photo(rng).save(planted / f"other {i}.jpg", quality=92)
+    tests = sorted((task / "test").glob("*/*.png"))
+    for number, path in enumerate(tests):
+        image = Image.open(path).convert("RGB")
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=70)
+        copies = {
+            "same": image,
+            "jpeg": Image.open(encoded),
+            "larger": image.resize((144, 144), Image.Resampling.BICUBIC),
+            "flipped": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            "cropped": image.crop((1, 1, 46, 46)),
+        }
+        for how, copy in copies.items():
+            copy.save(planted / f"planted {number} {how}.png")
+    more = [f"task.data={task}", f"gallery.data={planted}", "transfer.size=25", "transfer.dedup_similarity=0.8"]
+    found = curate_only(keys(world, *more), lambda text: None)
+    rows = transfer(world, found, "dropped.parquet")
+    caught = {row["uri"].rpartition("/")[2]: row["copy_of"] for row in rows if row["reason"] != "repeated"}
+    assert caught == {f"planted {n} {how}.png": str(path) for n, path in enumerate(tests) for how in copies}
+    assert found["transfer_set"]["dropped"]["identical"] == len(tests)
+    assert all("/other " in row["uri"] for row in transfer(world, found))

@@ -1,0 +1,57 @@
+"""A lone worker: goes on from its last checkpoint after its process died, and ends as if nothing had happened."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_job import STEPS, Toy
+
+from ktray.store import Stage
+from ktray.training.shell import FOLDER, train
+
+
+@pytest.fixture
+def run(cluster, tmp_path):
+    plan = replace(cluster, workers=1, worker_gpus=0.0)
+
+    def run(failure, max_failures=1, name="stage"):
+        stage, kept = Stage(str(tmp_path / name)), {}
+        outcome = train(
+            Toy(tmp_path / f"marker-{name}", failure),
+            stage,
+            plan,
+            None,
+            max_failures=max_failures,
+            on_weights=lambda path: kept.update(load_file(str(path))),
+        )
+        assert not stage.exists(FOLDER)
+        return outcome, kept
+
+    return run
+
+
+@pytest.mark.parametrize("failure", ["death", "OSError"])
+def test_after_a_death_or_a_lost_disk_it_goes_on_and_ends_the_same(run, tmp_path, failure):
+    whole, expected = run("", name="whole")
+    outcome, weights = run(failure)
+    assert (tmp_path / "marker-stage").read_text() == "0"
+    assert outcome.state["step"] == whole.state["step"] == STEPS
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert outcome.report["flops_per_step"] == 10
+
+
+def test_other_errors_are_not_tried_again_and_the_checkpoint_stays(run, tmp_path):
+    with pytest.raises(ValueError, match="planted"):
+        run("ValueError", max_failures=3)
+    assert list((tmp_path / "stage" / FOLDER).glob("step-*/state.pt"))
+    outcome, _ = run("ValueError")  # the next attempt, as the same command would be
+    assert outcome.state["step"] == STEPS
+
+
+def test_it_gives_up_when_it_has_died_often_enough(run):
+    import ray
+
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        run("death", max_failures=0)
