@@ -138,7 +138,7 @@ class Transfer(Part):
         "none", description="parts of the labelled images that are queries too, gallery.crop_count an image"
     )
     dedup_similarity: float = Field(
-        0.95, gt=0, le=1, description="cosine to a held-out image from which the pixels are compared too"
+        0.85, gt=0, le=1, description="cosine to a held-out image from which the pixels are compared too"
     )
     repeat_similarity: float | None = Field(
         0.95, gt=0, le=1, description="the same within the transfer set; null keeps images that show the same"

@@ -22,7 +22,10 @@ from ktray.streaming import Item, Rows, cpu_shards, map_shards, read_rows, write
 
 def heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
     """``uri``, ``hash`` (several each), ``digest`` and with a teacher ``embedding`` of validation and test images;
-    nothing else of them is looked at."""
+    nothing else of them is looked at.
+
+    With a teacher each image has two rows, its own and its mirror image's: few encoders take the two for alike.
+    """
     uris = [e.uri for e in [*context.task.val, *context.task.test]]
     prepare = _Heldout(spec.preprocess if spec else None, context.recipe.data.max_pixels)
     return embed_images(context, Stage(stage.file("heldout")), uris, prepare, spec, reporter)
@@ -70,10 +73,13 @@ class _Heldout:
                 continue
         prints = fingerprint_heldout(images)
         found = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
-        if self.preprocess:
-            pixels = [self.preprocess.eval_transform(i) for i in images]
-            found["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
-        return found
+        if not self.preprocess:
+            return found
+        mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+        pixels = [self.preprocess.eval_transform(image) for image in [*images, *mirrored]]
+        twice = {name: np.concatenate([column, column]) for name, column in found.items()}
+        twice["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
+        return twice
 
 
 @dataclass(frozen=True)
