@@ -114,14 +114,16 @@ def explain(error: BaseException) -> str:
         chain.append(one)
         todo += [one.__cause__, getattr(one, "cause", None), one.__context__]
         todo += list(getattr(one, "worker_failures", {}).values())
+    mark = "ktray.errors.KtrayError:"
     for one in chain:
-        if isinstance(one, KtrayError):
+        # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
+        if isinstance(one, KtrayError) and mark not in str(one):
             return str(one)
     for one in chain:
         # Ray re-raises errors of workers as text when they do not pickle.
         text = str(one)
-        if "ktray.errors.KtrayError:" in text:
-            return text.rsplit("ktray.errors.KtrayError:", 1)[1].strip().splitlines()[0]
+        if mark in text:
+            return text.rsplit(mark, 1)[1].strip().splitlines()[0]
     for one in chain:
         if isinstance(one, OSError) and one.errno:
             from ktray.store import storage_error

@@ -13,6 +13,7 @@ from ktray.results import transfer_set, versions
 from ktray.retrieval.browse import Found, Query, choose, page
 from ktray.stages.base import Context, Done
 from ktray.stages.curate import REPEATED, small_images
+from ktray.stages.gallery import Gallery
 from ktray.stages.teachers import TeacherSpec
 from ktray.streaming import read_rows
 
@@ -64,12 +65,13 @@ def write_index(context: Context, index: Done, spec: TeacherSpec, begun: float) 
         "folder": folder.uri,
         "teacher": context.recipe.teacher.name,
         "index": {
-            "folder": facts["folder"],
+            "folder": Gallery.of(index).folder.uri,
             "images": facts["images"],
             "rows": facts["rows"],
             "shards": facts["shard_count"],
             "dimensions": spec.embed_dim,
             "crops": context.recipe.gallery.crops,
+            "search": facts["search"],
         },
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),

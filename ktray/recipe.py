@@ -68,6 +68,14 @@ class Gallery(Part):
         "none", description="parts of an image that are candidates beside the whole"
     )
     crop_count: int = Field(4, ge=1, le=64, description="crops an image; of a grid a square number")
+    search: Literal["auto", "exact", "compressed"] = Field(
+        "auto", description="how the index is searched; auto: exactly up to 100 million rows"
+    )
+    factory: str | None = Field(
+        None, description="FAISS's factory string of the compressed index; null: from its rows and gallery.search_gb"
+    )
+    search_gb: float = Field(8.0, gt=0, description="memory for the codes of the compressed index, GB")
+    recall: float = Field(0.95, gt=0, le=1, description="share of the true nearest that compressed search is to find")
     verify: bool = Field(False, description="compare the index with its checksums before it is used")
 
 

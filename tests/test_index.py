@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -125,6 +126,21 @@ def test_changed_bytes_are_found_when_the_index_is_to_be_verified(world):
 def test_other_crops_in_the_same_folder_are_refused(world, folder):
     with pytest.raises(KtrayError, match="was made with crops None and not"):
         index(world, f"gallery.index={folder[0]}", "gallery.crops=grid")
+
+
+def test_compressed_search_says_its_recall_and_is_what_is_searched(world):
+    more = ["gallery.search=compressed", "gallery.factory=IVF4,PQ16x4", "gallery.recall=0.5"]
+    result = index(world, *more)
+    made = result["index"]["search"]
+    assert made["rows"] == ROWS
+    assert made["recall"]["10"] >= 0.5
+    (saved,) = Path(result["index"]["folder"]).glob("search/*/search.json")
+    assert json.loads(saved.read_text()) == made
+    found = curate_only(keys(world, *more), lambda text: None)
+    assert found["transfer_set"]["kept"] == 20
+    exact = curate_only(keys(world, "gallery.search=exact"), lambda text: None)
+    both = [{row["uri"] for row in transfer(world, one)} for one in (found, exact)]
+    assert len(both[0] & both[1]) >= 8
 
 
 def test_crops_are_candidates_and_their_pixels_are_what_is_taught(world):

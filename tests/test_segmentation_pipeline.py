@@ -97,6 +97,7 @@ def test_two_workers_learn_from_the_same_maps(done, world, tmp_path):
     store, one = done
     for name in ("labels", "adapt", "index", "curate", "teach"):
         shutil.copytree(store / "stages" / name, tmp_path / "stages" / name)
+    shutil.copytree(store / "galleries", tmp_path / "galleries")
     two = distil(world, tmp_path, "train.steps=120", "train.lr=0.01", "cluster.workers=2")
     assert two["cluster"]["workers"] == 2
     assert all(s["cached"] for s in two["stages"] if s["name"] in ("labels", "adapt", "index", "curate", "teach"))

@@ -68,7 +68,7 @@ Hits = tuple[np.ndarray, np.ndarray]
 def merge(found: Hits, more: Hits) -> Hits:
     """The hits of two galleries as those of both: the first k of each row, ordered as `search` orders them."""
     similarity, index = (np.concatenate(pair, axis=1) for pair in zip(found, more, strict=True))
-    return _top(similarity, index, found[0].shape[1])
+    return top(similarity, index, found[0].shape[1])
 
 
 def _check(rows: np.ndarray, name: str, width: int) -> None:
@@ -111,7 +111,7 @@ def _search_block(
     fetch = min(len(block), k + _MARGIN)
     rough, rows = knn(queries, block, fetch)
     exact = _rescore(queries, block, rows)
-    similarity, index = _top(exact, rows, k)
+    similarity, index = top(exact, rows, k)
     if fetch == len(block):
         return similarity, index
     # A query whose last fetched row is still as near as its k-th may have more such rows that FAISS left out.
@@ -119,7 +119,7 @@ def _search_block(
     for q in np.flatnonzero(rough[:, -1] >= rough[:, k - 1] - slack):
         near = np.flatnonzero(block @ queries[q] >= rough[q, k - 1] - slack[q])
         scores = _rescore(queries[q : q + 1], block, near[None])
-        similarity[q : q + 1], index[q : q + 1] = _top(scores, near[None], k)
+        similarity[q : q + 1], index[q : q + 1] = top(scores, near[None], k)
     return similarity, index
 
 
@@ -136,7 +136,7 @@ def _rescore(queries: np.ndarray, block: np.ndarray, rows: np.ndarray) -> np.nda
     return out
 
 
-def _top(similarity: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top(similarity: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The first k by (similarity falling, index rising) in each row; padded where there are fewer columns."""
     order = np.lexsort((index, -similarity), axis=1)[:, :k]
     similarity = np.take_along_axis(similarity, order, axis=1)

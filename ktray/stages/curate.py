@@ -10,6 +10,8 @@ an image and the objective needs (its caption, its generic label) goes along.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ from ktray.objectives import build_objective
 from ktray.retrieval.coverage import coverage, lines
 from ktray.retrieval.dedup import DuplicateTable, Fingerprints
 from ktray.retrieval.distinct import Distinct
+from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.sheet import SheetRow, contact_sheet
 from ktray.stages import adapt as adapt_stage
+from ktray.stages import compress
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, duplicates, exact, retrieve
 from ktray.stages.heldout import heldout
@@ -72,7 +76,11 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
         if part.source == "retrieved" and adapt is not None and spec is not None:
             asked = queries(context, stage, adapt, spec, reporter)
             write_rows(stage, "queries.parquet", {"uri": np.array(asked.uris, dtype=str), "label": asked.labels})
-        chosen = _choose(context, gallery, asked, adapt, exclude, repeats, reporter)
+        if index.manifest.get("search"):
+            nearest = compress.nearest(index.manifest["search"], gallery)
+        else:
+            nearest = partial(exact, gallery=gallery, plan=context.plan)
+        chosen = _choose(context, gallery, asked, nearest, adapt, exclude, repeats, reporter)
         if chosen.missing and part.source != "list":
             context.say(
                 f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
@@ -135,6 +143,7 @@ def _choose(
     context: Context,
     gallery: Gallery,
     asked: Queries,
+    nearest: Callable[..., Hits],
     adapt: Done | None,
     exclude: np.ndarray,
     repeats: Distinct | None,
@@ -155,7 +164,7 @@ def _choose(
 
     def hits(k: int) -> tuple[np.ndarray, np.ndarray]:
         reporter.meter.add(flops=2 * total * asked.embedding.size)
-        return exact(asked.embedding, gallery, k, context.plan)
+        return nearest(asked.embedding, k=k)
 
     predict = adapt_stage.frozen_predictions(adapt) if part.strategy in NEEDS_PREDICTIONS else None
     size = int(part.size or 1)

@@ -38,7 +38,11 @@ class Gallery:
 
     @classmethod
     def of(cls, index: Done) -> Gallery:
-        return cls(IndexDir(index.manifest["folder"]), [(name, rows) for name, rows in index.manifest["shards"]])
+        """The gallery of INDEX's directory; an index in the store is named from the store's root."""
+        folder = str(index.manifest["folder"])
+        if not folder.startswith("/") and "://" not in folder:
+            folder = f"{index.stage.uri.rsplit('/', 3)[0]}/{folder}"
+        return cls(IndexDir(folder), [(name, rows) for name, rows in index.manifest["shards"]])
 
     def columns(self, column: str) -> list[np.ndarray]:
         return [self.folder.rows(part, [column])[column] for part in self.parts]

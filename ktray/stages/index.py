@@ -27,6 +27,8 @@ from ktray.retrieval.crops import Crops
 from ktray.retrieval.dedup import fingerprint
 from ktray.retrieval.index_dir import IndexDir, parts
 from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
+from ktray.stages.compress import compress, wanted
+from ktray.stages.gallery import Gallery
 from ktray.stages.teachers import TeacherSpec, embed_numpy, tower_flops
 from ktray.streaming import Item, Rows, cpu_shards, map_shards
 
@@ -210,8 +212,10 @@ def _index(
         "crops": [crops.kind, crops.count] if crops.kind != "none" else None,
         "max_pixels": recipe.data.max_pixels,
     }
-    shared = f"{context.store.uri}/galleries/{digest('gallery', [VERSION, facts])}"
-    folder = IndexDir(recipe.gallery.index if recipe.gallery.index and spec else shared)
+    # Named from the store's root, so that a store can be moved.
+    shared = f"galleries/{digest('gallery', [VERSION, facts])}"
+    own = recipe.gallery.index if spec else None
+    folder = IndexDir(own or f"{context.store.uri}/{shared}")
     if items is None:
         names, items = _held(folder, spec), []
     else:
@@ -245,9 +249,11 @@ def _index(
         listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
         if not sum(rows for _, rows in listed):
             raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
+        gallery = Gallery(folder, listed)
         return {
-            "rows": sum(rows for _, rows in listed),
-            "folder": folder.uri,
+            "search": compress(context, gallery) if spec and wanted(context, gallery.total) else None,
+            "rows": gallery.total,
+            "folder": folder.uri if own else shared,
             "shards": listed,
             "shard_count": len(names),
             "images": sum(s["read"] - len(s["bad"]) for s in finished.values()),
@@ -258,7 +264,9 @@ def _index(
         for summary in folder.shards(names)[0].values():
             for part in parts(summary):
                 folder.check(part)
-    inputs = [VERSION, names, facts, recipe.gallery.index if spec else None, more]
+    g = recipe.gallery
+    search = None if g.search == "exact" else [g.search, g.factory, g.search_gb, g.recall]
+    inputs = [VERSION, names, facts, own, search if spec else None, more]
     return run_stage(context, "index", inputs, work, whole=whole)
 
 
