@@ -109,28 +109,20 @@ def random_selection(n: int, size: int, seed: int, *, exclude: Collection[int] |
     """
     if size < 0:
         raise ValueError(f"size is {size}, not at least 0")
-    order = np.random.default_rng(seed).permutation(n).astype(np.int64)
-    gallery = order[~np.isin(order, np.fromiter(exclude, dtype=np.int64))][:size]
-    none = np.full(len(gallery), -1, dtype=np.int64)
-    return Selection(
-        gallery,
-        none,
-        none,
-        np.full(len(gallery), np.nan, dtype=np.float32),
-        missing=size - len(gallery),
-        shortfall=0,
-        retry_k=0,
-    )
+    return _unasked(np.random.default_rng(seed).permutation(n).astype(np.int64), size, exclude)
 
 
 def listed_selection(n: int, size: int | None, *, exclude: Collection[int] | np.ndarray = ()) -> Selection:
     """All of ``n`` images that somebody has chosen already, in their order; the first ``size`` where it is given."""
-    order = np.arange(n, dtype=np.int64)
+    return _unasked(np.arange(n, dtype=np.int64), size, exclude)
+
+
+def _unasked(order: np.ndarray, size: int | None, exclude: Collection[int] | np.ndarray) -> Selection:
+    """The first ``size`` of ``order`` that are not excluded; no query brought them."""
     gallery = order[~np.isin(order, np.fromiter(exclude, dtype=np.int64))][:size]
     none = np.full(len(gallery), -1, dtype=np.int64)
     alike = np.full(len(gallery), np.nan, dtype=np.float32)
-    missing = max(0, (size or 0) - len(gallery))
-    return Selection(gallery, none, none, alike, missing=missing, shortfall=0, retry_k=0)
+    return Selection(gallery, none, none, alike, missing=max(0, (size or 0) - len(gallery)), shortfall=0, retry_k=0)
 
 
 def _retry_k(index: np.ndarray, quota: np.ndarray, got: np.ndarray, short: np.ndarray, bound: int) -> int:

@@ -44,6 +44,7 @@ def embed_images(
         {"name": f"images-{i // SHARD:05d}.parquet", "uris": uris[i : i + SHARD]} for i in range(0, len(uris), SHARD)
     ]
     finished = finished_shards(folder)
+    reporter.done = 0  # of these images; there may have been others before
     reporter.expect(len(uris))
     reporter.shards({**resumed(s), "bad": []} for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]

@@ -1,7 +1,7 @@
 """What is looked for in the gallery: the labelled images, parts of them, and the classes' names.
 
-Text and images lie apart in the space of CLIP-like teachers: a name's nearest images have a cosine of some 0.3, a
-picture's of some 0.8. Strategies that give each query its share do not mind; ``best_first`` would take what the images
+Text and images lie apart in the space of CLIP-like teachers: a name's nearest images have a far lower cosine than a
+picture's. Strategies that give each query its share do not mind; ``best_first`` would take what the images
 find and nothing of the texts.
 """
 

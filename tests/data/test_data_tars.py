@@ -23,6 +23,12 @@ def split(path):
     return [r for r in got if r.error is None], [r for r in got if r.error]
 
 
+def test_a_reader_may_stop_early(tmp_path):
+    reading = read_tar(write(tmp_path, tar_bytes(TEN)))
+    assert next(reading).data == TEN[0][1]
+    reading.close()  # raises RuntimeError where the generator goes on yielding
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_offsets_point_at_the_bytes(tmp_path, format):
     names = ["a.jpg", "d/" * 60 + "long.jpg", "ü/spa ce&#.png", "z.jpeg"]
