@@ -145,8 +145,12 @@ class Preprocess:
             x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True, align_corners=False)
             # Bicubic overshoots at edges; PIL clips there too.
             x = x.clamp_(0, 255)
-        scale, bias = _affine(self.mean, self.std, x.device)
-        return torch.addcmul(bias, x, scale)
+        return self.scale(x)
+
+    def scale(self, batch: torch.Tensor) -> torch.Tensor:
+        """As `normalise`, of images that keep their size: (N, 3, H, W) on the scale 0..255 to the same in float32."""
+        scale, bias = _affine(self.mean, self.std, batch.device)
+        return torch.addcmul(bias, batch.float(), scale)
 
 
 @lru_cache(maxsize=64)

@@ -44,7 +44,8 @@ class Pretrain(nn.Module):
         self.preprocess = preprocess
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return self.objective.step(self.student, self.preprocess.normalise, batch, generator)
+        # Views have the size that they shall have; small crops are to stay small.
+        return self.objective.step(self.student, self.preprocess.scale, batch, generator)
 
 
 class Supervise(nn.Module):
