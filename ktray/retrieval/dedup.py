@@ -137,16 +137,20 @@ def perceptual_hash(image: Image.Image) -> int:
     8 x 8 lowest frequencies of the DCT of the 32 x 32 grey image, each compared with their median. The constant
     term is left out (its bit is 0), so brightness does not count.
     """
-    return _hash_grey(image.convert("L"), (0, 0, *image.size))
+    return int(_hashes([_small(image.convert("L"), (0, 0, *image.size))])[0])
 
 
-def _hash_grey(grey: Image.Image, box: tuple[float, float, float, float]) -> int:
-    small = np.asarray(grey.resize((_GRID, _GRID), Image.Resampling.BILINEAR, box=box), dtype=np.float64)
+def _small(grey: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
+    return np.asarray(grey.resize((_GRID, _GRID), Image.Resampling.BILINEAR, box=box))
+
+
+def _hashes(small: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, `_GRID`, `_GRID`) grey pictures to (n,) uint64."""
     # Rounded, so that a frequency that a plain image does not have is 0 and not the noise of the sum.
-    low = np.round(_DCT @ small @ _DCT.T, 6).ravel()
-    bits = low > np.median(low[1:])
-    bits[0] = False
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    low = np.round(_DCT @ np.asarray(small, dtype=np.float64) @ _DCT.T, 6).reshape(len(small), _LOW * _LOW)
+    bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
+    bits[:, 0] = False
+    return np.packbits(bits, axis=1).view(">u8").astype(np.uint64).ravel()
 
 
 def fingerprint(images: Sequence[np.ndarray]) -> Fingerprints:
@@ -161,12 +165,12 @@ def fingerprint_heldout(images: Sequence[np.ndarray]) -> Fingerprints:
     """Fingerprints with several hashes an image (crops, mirrored crops), for what must be found again."""
     hashes = []
     for image in images:
-        row = []
+        small = []
         for picture in (image, image[:, ::-1]):
             grey = Image.fromarray(np.ascontiguousarray(picture)).convert("L")
             w, h = grey.size
-            row += [_hash_grey(grey, (x0 * w, y0 * h, x1 * w, y1 * h)) for x0, y0, x1, y1 in _CROPS]
-        hashes.append(row)
+            small += [_small(grey, (x0 * w, y0 * h, x1 * w, y1 * h)) for x0, y0, x1, y1 in _CROPS]
+        hashes.append(_hashes(small))
     return Fingerprints(
         np.array(hashes, dtype=np.uint64).reshape(-1, 2 * len(_CROPS)),
         np.array([_digest(i) for i in images], dtype=np.uint64),

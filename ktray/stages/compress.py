@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe import digest
+from ktray.resources import Plan
 from ktray.retrieval import compressed
 from ktray.retrieval.search import Hits
 from ktray.stages.base import Context
@@ -26,13 +28,12 @@ def wanted(context: Context, rows: int) -> bool:
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 
-def compress(context: Context, gallery: Gallery) -> dict[str, Any]:
+def compress(part: recipes.Gallery, gallery: Gallery, plan: Plan, say: compressed.Say) -> dict[str, Any]:
     """Build what is missing; returns the manifest's entry (`ktray.retrieval.compressed.Compressed`).
 
     Raises:
         KtrayError: the index does not lie in a folder that can be mapped into memory.
     """
-    part = context.recipe.gallery
     if not gallery.folder.is_local:
         raise KtrayError(
             f"gallery.search=compressed maps its index into memory, and '{gallery.folder.uri}' is not a local folder",
@@ -54,16 +55,14 @@ def compress(context: Context, gallery: Gallery) -> dict[str, Any]:
         count = min(compressed.sample_size(count, dimensions), gallery.total)
         return read(np.sort(rng.choice(gallery.total, count, replace=False)))
 
-    index, trained_on = compressed.build(
-        home, blocks, lambda number: pieces[number].embedding(), sample, factory, context.say
-    )
+    index, trained_on = compressed.build(home, blocks, lambda number: pieces[number].embedding(), sample, factory, say)
     queries = sample(compressed.SAMPLE)
-    truth: Callable[[int], Hits] = lambda k: exact(queries, gallery, k, context.plan)  # noqa: E731
+    truth: Callable[[int], Hits] = lambda k: exact(queries, gallery, k, plan)  # noqa: E731
     probes, recall = compressed.measured(index, queries, truth, read, part.recall)
     made = compressed.Compressed(factory, gallery.total, trained_on, probes, recall, key)
     compressed.save(home, made)
     found = ", ".join(f"{share:.1%} at {k}" for k, share in recall.items())
-    context.say(f"search    {factory}, {probes} cells a query: recall {found}")
+    say(f"search    {factory}, {probes} cells a query: recall {found}")
     return asdict(made)
 
 

@@ -39,7 +39,7 @@ PIECE_BYTES = 128_000_000
 
 
 @dataclass(frozen=True)
-class _Prepare:
+class Prepare:
     """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
 
     shards: list[Shard]
@@ -128,7 +128,7 @@ def _write_part(folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarr
 @dataclass(frozen=True)
 class _WriteFingerprints:
     folder: IndexDir
-    prepare: _Prepare
+    prepare: Prepare
 
     def __call__(self, item: Item) -> dict[str, Any]:
         made = [
@@ -141,7 +141,7 @@ class _WriteFingerprints:
 class _EmbedGallery:
     """The device half: pixels to unit-length fp16 embeddings."""
 
-    def __init__(self, plan: _MakeEmbedGallery) -> None:
+    def __init__(self, plan: MakeEmbedGallery) -> None:
         self.plan, self.model = plan, plan.spec.tower()
         self.flops = tower_flops(self.model)
 
@@ -152,7 +152,9 @@ class _EmbedGallery:
 
 
 @dataclass(frozen=True)
-class _MakeEmbedGallery:
+class MakeEmbedGallery:
+    """Makes the device half of INDEX where it runs: embeddings and fingerprints into the folder."""
+
     folder: IndexDir
     spec: TeacherSpec
     batch: int = 256
@@ -220,7 +222,7 @@ def _index(
         names, items = _held(folder, spec), []
     else:
         names = [str(item["name"]) for item in items]
-    prepare = _Prepare(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
+    prepare = Prepare(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
 
     def whole(manifest: dict[str, Any]) -> bool:
         return len(folder.shards(names)[0]) == len(names)
@@ -238,7 +240,7 @@ def _index(
             context.say(f"index     {len(finished):,} of {len(names):,} shards are there")
         todo = [item for item in items if item["name"] not in finished]
         found = (
-            map_shards(todo, prepare, _MakeEmbedGallery(folder, spec), context.plan)
+            map_shards(todo, prepare, MakeEmbedGallery(folder, spec), context.plan)
             if spec
             else _each(cpu_shards(todo, _WriteFingerprints(folder, prepare), context.plan))
         )
@@ -250,8 +252,9 @@ def _index(
         if not sum(rows for _, rows in listed):
             raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
         gallery = Gallery(folder, listed)
+        shrunk = bool(spec) and wanted(context, gallery.total)
         return {
-            "search": compress(context, gallery) if spec and wanted(context, gallery.total) else None,
+            "search": compress(recipe.gallery, gallery, context.plan, context.say) if shrunk else None,
             "rows": gallery.total,
             "folder": folder.uri if own else shared,
             "shards": listed,
