@@ -277,6 +277,19 @@ class Compare(Part):
     )
 
 
+class Bench(Part):
+    only: list[Literal["read", "embed", "search"]] = Field(
+        ["read", "embed", "search"], min_length=1, description="what jobs/bench.py measures"
+    )
+    repeats: int = Field(3, ge=1, description="turns of each comparison; the median counts")
+    images: int = Field(4000, ge=1, description="photo-like JPEGs of 500 x 375 to read and embed")
+    encoders: list[str] = Field(
+        ["open_clip:ViT-B-32", "miniverse"],
+        description="architectures to embed with, with random weights: open_clip:<model>, timm:<model>, miniverse",
+    )
+    vectors: int = Field(1_000_000, ge=1000, description="rows of the synthetic gallery to search in")
+
+
 class Recipe(Part):
     store: str = Field("./ktray-store", description="folder or s3://bucket/prefix for stages and runs")
     seed: int = Field(0, description="seed of training: initial weights, order, mixup")
@@ -296,6 +309,7 @@ class Recipe(Part):
     cluster: Cluster = Cluster()
     mlflow: MLflow = MLflow()
     compare: Compare = Compare()
+    bench: Bench = Bench()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )

@@ -7,6 +7,7 @@ shares that were checked to fit beforehand, and one that cannot fit ends with th
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +36,28 @@ class Plan:
     def line(self) -> str:
         """One line for the terminal."""
         device = "GPU" if self.worker_gpus else "CPU"
+        teachers = f"{self.actors} teacher {'actors' if self.actor_gpus else 'tasks'} of {self.actor_cpus:g} CPU"
         return (
             f"cluster   {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: "
             f"{self.workers} training worker(s) on {device} "
-            f"with {self.worker_cpus:g} CPUs each, {self.actors} teacher actor(s), "
+            f"with {self.worker_cpus:g} CPUs each, {teachers}, "
             f"decode tasks of {self.decode_cpus:g} CPU"
         )
 
 
-def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str) -> Plan:
+# For each copy of a teacher on a CPU: torch, the model (a ViT-L takes 1.2 GB) and the pixels it is given.
+BYTES_A_TEACHER = 4e9
+
+
+def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str, memory: float = math.inf) -> Plan:
     """Divide a cluster. Training workers leave CPUs for reading; a decode task always has room.
+
+    Teachers on GPUs are actors, which hold a CPU share while they live. On CPUs they are tasks, as many as there are
+    CPUs and memory for: they hold nothing between shards, so that decoding has all CPUs while no pixels are there, and
+    one thread each wastes none of them on waiting for the others.
+
+    Args:
+        memory: of the cluster, in bytes.
 
     Raises:
         KtrayError: it cannot fit; with the arithmetic.
@@ -65,9 +78,13 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
             "0.02 is the least",
             f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",
         )
-    actors = max(1, int(gpus)) if on_gpu else max(1, int(cpus) // 4)
-    actor_cpus = min(1.0, cpus / 2 / actors)
-    decode_cpus = min(1.0, cpus - actors * actor_cpus)
+    if on_gpu:
+        actors = max(1, int(gpus))
+        actor_cpus = min(1.0, cpus / 2 / actors)
+        decode_cpus = min(1.0, cpus - actors * actor_cpus)
+    else:
+        actors = max(1, int(min(cpus, memory // BYTES_A_TEACHER)))
+        actor_cpus = decode_cpus = min(1.0, cpus / 2)
     cores_a_node = max(1, int(cpus / max(1, nodes)))
     return Plan(
         total_cpus=cpus,
@@ -157,4 +174,5 @@ def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:
     import ray
 
     total = ray.cluster_resources()
-    return plan(total.get("CPU", 0.0), total.get("GPU", 0.0), max(1, len(ray.nodes())), workers, use_gpu)
+    cpus, gpus, memory = (float(total.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
+    return plan(cpus, gpus, max(1, len(ray.nodes())), workers, use_gpu, memory)

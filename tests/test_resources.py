@@ -9,7 +9,7 @@ from ktray.resources import plan
 def test_workers_and_a_decode_task_always_fit_together(cpus, workers):
     p = plan(cpus, 0, 1, workers, "auto")
     assert p.workers * p.worker_cpus + min(p.decode_cpus, cpus / 2) <= cpus + 1e-9
-    assert p.actors * p.actor_cpus + p.decode_cpus <= cpus + 1e-9
+    assert p.actor_cpus + p.decode_cpus <= cpus + 1e-9  # both are tasks: neither holds anything for long
     assert p.decode_cpus > 0
     assert p.worker_threads >= 1
 
@@ -18,6 +18,19 @@ def test_gpus_are_used_where_there_are_any():
     p = plan(16, 2, 1, 2, "auto")
     assert (p.worker_gpus, p.actor_gpus, p.actors) == (1.0, 1.0, 2)
     assert plan(16, 2, 1, 2, False).worker_gpus == 0
+
+
+def test_actors_on_gpus_leave_room_for_a_decode_task():
+    p = plan(4, 8, 1, 8, "auto")
+    assert p.actors * p.actor_cpus + p.decode_cpus <= 4 + 1e-9
+    assert p.decode_cpus > 0
+
+
+def test_on_cpus_there_is_a_teacher_for_each_with_memory_and_all_threads_are_used():
+    few, many = plan(16, 0, 1, 1, "auto", 16e9), plan(16, 0, 1, 1, "auto", 1e12)
+    assert (few.actors, few.actor_threads) == (4, 4)
+    assert (many.actors, many.actor_threads) == (16, 1)
+    assert plan(2, 0, 1, 1, "auto", 1e9).actors == 1
 
 
 def test_what_cannot_fit_ends_with_the_arithmetic():

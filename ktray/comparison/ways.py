@@ -78,10 +78,11 @@ def default_ways(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, s
     gallery = built_in or recipe.gallery.data is not None
     sources = ["retrieved", "generic", "target"] if gallery else ["target"]
     best = sources[0]
+    # Features of a handful of images are the weakest of all; without a gallery there is nothing else to match on.
     wanted = [
         *(("oriented", source) for source in sources),
         ("dual", best),
-        *(("agnostic", source) for source in sources),
+        *(("agnostic", source) for source in sources[:2]),
     ]
     found = {f"{objective} {source}": _keys(objective, source) for objective, source in wanted}
     found["agnostic_then_oriented"] = _keys("agnostic_then_oriented", best)

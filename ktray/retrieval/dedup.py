@@ -147,18 +147,30 @@ def _small(grey: Image.Image, box: tuple[float, float, float, float]) -> np.ndar
 def _hashes(small: Sequence[np.ndarray]) -> np.ndarray:
     """(n, `_GRID`, `_GRID`) grey pictures to (n,) uint64."""
     # Rounded, so that a frequency that a plain image does not have is 0 and not the noise of the sum.
-    low = np.round(_DCT @ np.asarray(small, dtype=np.float64) @ _DCT.T, 6).reshape(len(small), _LOW * _LOW)
+    grids = np.asarray(small, dtype=np.float64).reshape(-1, _GRID, _GRID)
+    low = np.round(_DCT @ grids @ _DCT.T, 6).reshape(len(small), _LOW * _LOW)
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     bits[:, 0] = False
     return np.packbits(bits, axis=1).view(">u8").astype(np.uint64).ravel()
 
 
-def fingerprint(images: Sequence[np.ndarray]) -> Fingerprints:
+def fingerprint(images: Iterable[np.ndarray]) -> Fingerprints:
     """Fingerprints with one hash an image, for the gallery. ``images``: uint8 (H, W, 3) each, any sizes."""
-    return Fingerprints(
-        np.array([perceptual_hash(Image.fromarray(i)) for i in images], dtype=np.uint64),
-        np.array([_digest(i) for i in images], dtype=np.uint64),
-    )
+    return fingerprint_small([shrink(image) for image in images])
+
+
+Small = tuple[np.ndarray, int]
+
+
+def shrink(image: np.ndarray) -> Small:
+    """All that `fingerprint_small` needs of an image, in a kilobyte: for those who cannot keep many images."""
+    grey = Image.fromarray(image).convert("L")
+    return _small(grey, (0, 0, *grey.size)), _digest(image)
+
+
+def fingerprint_small(small: Sequence[Small]) -> Fingerprints:
+    """`fingerprint` of what `shrink` gave."""
+    return Fingerprints(_hashes([s[0] for s in small]), np.array([s[1] for s in small], dtype=np.uint64))
 
 
 def fingerprint_heldout(images: Sequence[np.ndarray]) -> Fingerprints:

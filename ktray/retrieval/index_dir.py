@@ -10,6 +10,9 @@
 ``shards/ID.json``
     summary of one shard of the source (a tar, some files), which has one or several such parts, with their rows, sizes
     and checksums. Written last: a shard without it does not exist.
+``unfinished/KEY.json``
+    of a job that adds shards, from its start to its end, with how many there shall be: while one stands there, the
+    folder does not count as a whole gallery.
 ``shards.parquet``
     all summaries in one file, so that opening a large index does not read each. A copy: `IndexDir.shards` works
     without it.
@@ -40,6 +43,7 @@ FORMAT = 1
 _SHARDS = "shards"
 _HEAD = "index.json"
 _COPY = "shards.parquet"
+_UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,19 @@ class IndexDir(Dir):
             return None
         found: dict[str, Any] = self.read_json(_HEAD)
         return found
+
+    def begin(self, key: str, shards: int) -> None:
+        """Say that a job, named by ``key``, adds shards until there are so many of its own."""
+        self.write_json(f"{_UNFINISHED}/{key}.json", {"shards": shards})
+
+    def end(self, key: str) -> None:
+        """The job's shards are all there."""
+        self.delete(f"{_UNFINISHED}/{key}.json")
+
+    def unfinished(self) -> list[int]:
+        """Shards that each job which has not ended (it may still work) is to have."""
+        folder = self.sub(_UNFINISHED)
+        return [int(folder.read_json(name)["shards"]) for name in folder.names(".json")]
 
     def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
         """Write a part; returns what its shard's summary says of it."""

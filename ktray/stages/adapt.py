@@ -73,9 +73,9 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
         names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
         given = (stage, decoded.stage, spec, context.task.classes)
         fit: Callable[[], dict[str, Any]] = (
-            partial(fit_heads, *given, part.levels, plan.actor_threads)
+            partial(fit_heads, *given, part.levels, plan.worker_threads)
             if dense
-            else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.actor_threads)
+            else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
         )
         remote: Any = ray.remote(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)(_call)
         found: dict[str, Any] = ray.get(remote.remote(fit))

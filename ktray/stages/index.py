@@ -24,7 +24,7 @@ from ktray.models.preprocess import Preprocess
 from ktray.recipe import digest
 from ktray.resolve import index_alone
 from ktray.retrieval.crops import Crops
-from ktray.retrieval.dedup import fingerprint
+from ktray.retrieval.dedup import Small, fingerprint_small, shrink
 from ktray.retrieval.index_dir import IndexDir, parts
 from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
 from ktray.stages.compress import compress, wanted
@@ -82,8 +82,7 @@ class _Piece:
     preprocess: Preprocess | None
     uris: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
-    hashes: list[np.ndarray] = field(default_factory=list)
-    digests: list[np.ndarray] = field(default_factory=list)
+    small: list[Small] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -91,18 +90,17 @@ class _Piece:
     def add(self, uri: str, caption: str | None, image: np.ndarray) -> None:
         self.uris.append(uri)
         self.captions.append(caption or "")
-        prints = fingerprint([image])
-        self.hashes.append(prints.hash)
-        self.digests.append(prints.digest)
+        self.small.append(shrink(image))
         if self.preprocess:
             self.pixels.append(self.preprocess.eval_transform(image))
 
     def columns(self) -> Rows:
+        prints = fingerprint_small(self.small)
         found = {
             "uri": np.array(self.uris, dtype=str),
             "caption": np.array(self.captions, dtype=str),
-            "hash": np.concatenate([np.zeros(0, np.uint64), *self.hashes]),
-            "digest": np.concatenate([np.zeros(0, np.uint64), *self.digests]),
+            "hash": prints.hash,
+            "digest": prints.digest,
             "bad": np.array(self.bad, dtype=str).reshape(-1, 2),
             "read": np.array([self.read]),
         }
@@ -234,6 +232,8 @@ def _index(
         for name, problem in broken.items():
             context.say(f"index     {problem}: {sources[name]} is indexed again")
             folder.forget(name)
+        if items:
+            folder.begin(digest(names), len(names))
         reporter.expect(total)
         reporter.shards(resumed(s) for s in finished.values())
         if finished and len(finished) < len(names):
@@ -248,6 +248,7 @@ def _index(
             folder.finish(summary["shard"], summary)
             finished[summary["shard"]] = summary
         folder.copy_summaries()
+        folder.end(digest(names))
         listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
         if not sum(rows for _, rows in listed):
             raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
@@ -286,6 +287,13 @@ def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:
         raise KtrayError(
             f"{len(broken):,} shards of '{folder.uri}' are broken; of {name}: {problem}",
             "Name the images with gallery.data: what is broken is then embedded again.",
+        )
+    if unfinished := folder.unfinished():
+        raise KtrayError(
+            f"'{folder.uri}' is not whole: a job that adds shards to it works or was interrupted ({len(whole):,} are "
+            f"there, and it alone has {max(unfinished):,})",
+            "Run that job to its end (jobs/index.py with the same gallery.data goes on where it was), or name the "
+            "images with gallery.data.",
         )
     if not whole:
         raise KtrayError(f"'{folder.uri}' holds no index", "Make one: python jobs/index.py gallery.data=DIR.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.dense_teacher import DenseTeacher, load_adapted
@@ -44,7 +45,7 @@ class TeacherSpec:
     def load(self) -> Teacher:
         """With its text tower."""
         s = self.source
-        return load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size)
+        return laid_out(load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size))
 
     def tower(self) -> Teacher:
         """Without its text tower."""
@@ -60,7 +61,18 @@ class AdaptedSpec:
 
     def load(self) -> AdaptedTeacher | DenseTeacher:
         with self.directory.local() as folder:
-            return load_adapted(folder, device())
+            return laid_out(load_adapted(folder, device()))
+
+
+Model = TypeVar("Model", Teacher, AdaptedTeacher, AdaptedTeacher | DenseTeacher)
+
+
+def laid_out(model: Model) -> Model:
+    """The model with a convolutional tower's weights channels-last: a third less time a forward pass on CPUs, and what
+    tensor cores ask for on GPUs. One convolution alone is the patch embedding of a transformer."""
+    if sum(isinstance(m, nn.Conv2d) for m in model.image_tower.modules()) > 1:
+        model.image_tower.to(memory_format=torch.channels_last)
+    return model
 
 
 def tower_flops(model: Teacher | AdaptedTeacher | DenseTeacher) -> float:

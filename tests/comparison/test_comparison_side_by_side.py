@@ -57,7 +57,7 @@ def test_auto_gives_each_worker_a_core_and_memory_and_says_so():
 )
 def test_shares_leave_room_for_a_reader(cpus, gpus, workers, count):
     one = share(plan(cpus, gpus, 1, workers, "auto"), count)
-    held = count * max(one.workers * one.worker_cpus, one.actors * one.actor_cpus)
+    held = count * max(one.workers * one.worker_cpus, one.actors * one.actor_cpus if one.actor_gpus else 0)
     assert held <= cpus / 2 + 1e-9
     assert one.decode_cpus <= cpus - held
     assert count * max(one.workers * one.worker_gpus, one.actors * one.actor_gpus) <= gpus

@@ -1,0 +1,75 @@
+"""What else ran, and how much memory was taken: without these a measurement cannot be judged."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def busy_cores(seconds: float = 2.0, stat: Path = Path("/proc/stat")) -> float | None:
+    """Cores that were busy over some seconds in which this process only waits; None where Linux's /proc is not."""
+    if not stat.exists():
+        return None
+    before, began = _used(stat), time.monotonic()
+    time.sleep(seconds)
+    return (_used(stat) - before) / _TICKS / (time.monotonic() - began)
+
+
+def _used(stat: Path) -> int:
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    return user + nice + system + irq + softirq + steal
+
+
+class Peak:
+    """``bytes``: the most memory that this process and all its descendants held together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+@contextmanager
+def peak_memory(every: float = 0.5) -> Iterator[Peak]:
+    """Watch the memory of this process and its descendants (Ray's are among them where it started Ray).
+
+    Shared pages, such as Ray's object store, are counted once: it is the sum of proportional set sizes.
+    """
+    peak, stop = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(every):
+            peak.bytes = max(peak.bytes, held(os.getpid()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def held(root: int) -> int:
+    """Bytes that a process and its descendants hold now; 0 where Linux's /proc is not."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # it has ended
+            continue
+        children.setdefault(parent, []).append(int(entry.name))
+    total, todo = 0, [root]
+    while todo:
+        pid = todo.pop()
+        todo += children.get(pid, [])
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total

@@ -1,0 +1,115 @@
+"""The benchmarks of a recipe in one run, their table, and what one has to know of the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ktray.bench.embedding import embedding, encoder
+from ktray.bench.machine import busy_cores, peak_memory
+from ktray.bench.pictures import ensure_tars
+from ktray.bench.reading import reading
+from ktray.bench.rows import Row, markdown
+from ktray.bench.searching import searching
+from ktray.data.sources import list_shards
+from ktray.device import describe_device, usable_cpus
+from ktray.errors import KtrayError
+from ktray.recipe import Recipe, dump
+from ktray.resources import Plan, cluster_plan, connect
+from ktray.results import versions
+from ktray.store import Store
+
+# Cores that others keep busy above which the table says so.
+_CALM = 0.2
+
+
+def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """Run ``bench.only`` on this machine; returns the content of ``result.json``.
+
+    Raises:
+        KtrayError: the store is not a local folder.
+    """
+    store = Store(recipe.store)
+    if not store.is_local:
+        raise KtrayError(f"jobs/bench.py measures this machine, and '{recipe.store}' is not on it", "Set store=DIR.")
+    store.check_writable()
+    busy = busy_cores()
+    if busy is not None and busy > _CALM:
+        say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
+    connect(debug)
+    plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    say(plan.line)
+    began = time.time()
+    rows: list[Row] = []
+    with peak_memory() as peak:
+        for name in recipe.bench.only:
+            say(f"bench     {name}")
+            for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan, say):
+                rows.append(row)
+                say(markdown([row]).splitlines()[-1])
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-bench-{uuid.uuid4().hex[:4]}"
+    folder = store.run(run_id)
+    result = {
+        "schema": 1,
+        "run_id": run_id,
+        "rows": [row.to_dict() for row in rows],
+        "peak_memory_bytes": peak.bytes,
+        "busy_cores_before": busy,
+        "commit": _commit(),
+        "versions": versions(),
+        "device": describe_device(),
+        "wall_seconds": round(time.time() - began, 1),
+    }
+    folder.write("recipe.yaml", dump(recipe).encode())
+    folder.write("bench.md", _page(result, rows).encode())
+    folder.write_json("result.json", result)
+    return {**result, "folder": folder.uri}
+
+
+def _read(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images))
+    return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
+
+
+def _embed(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+    # Small shards: an encoder takes seconds for what a decoder reads at once, and should not wait for much of it.
+    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar=50))
+    return [
+        embedding(shards, recipe.bench.images, encoder(name, folder), plan, usable_cpus(), recipe.bench.repeats, folder)
+        for name in recipe.bench.encoders
+    ]
+
+
+def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+    return searching(folder, recipe.bench.vectors, plan, usable_cpus(), recipe.bench.repeats, say)
+
+
+_BENCHES = {"read": _read, "embed": _embed, "search": _search}
+
+
+def _page(result: dict[str, Any], rows: list[Row]) -> str:
+    device = result["device"]
+    gpus = ", ".join(gpu["name"] for gpu in device["gpus"]) or "no GPU"
+    facts = [f"- {row.name}: {', '.join(f'{k} {_value(v)}' for k, v in row.facts.items())}" for row in rows]
+    about = (
+        f"{device['cpu']}, {device['cores']} cores, {gpus}; commit {result['commit']}; {time.strftime('%Y-%m-%d')}; "
+        f"torch {result['versions'].get('torch')}, ray {result['versions'].get('ray')}; other work before the start: "
+        f"{'not known' if result['busy_cores_before'] is None else format(result['busy_cores_before'], '.2f')} cores; "
+        f"at most {result['peak_memory_bytes'] / 2**30:.1f} GiB of memory in all processes"
+    )
+    return "\n".join([markdown(rows), about, "", *facts, ""])
+
+
+def _value(value: float | int | str) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def _commit() -> str | None:
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None

@@ -1,0 +1,123 @@
+"""What transfer sets hold, and what they are worth: a picture from a comparison on the miniverse.
+
+    python -m ktray.miniverse.study STORE/runs/COMPARISON PICTURE.png
+
+The miniverse knows what each gallery image shows, since captions always name it. So the share of a set that is on task
+(shows something of the task's kind) can be counted, beside the accuracy of the students that the sets made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+from ktray.data.reading import read_shard
+from ktray.data.sources import list_shards
+from ktray.data.uris import ImageRef
+from ktray.miniverse.tasks import TASKS
+from ktray.miniverse.vocabulary import SUBJECTS
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00", "#56b4e9", "#4a5560")
+MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way of a comparison: how its set was chosen, and what came of it (fractions)."""
+
+    group: str
+    images: int
+    on_task: float
+    accuracy: float
+    spread: float
+
+
+def on_task(uris: Sequence[str], captions: Mapping[str, str], names: Sequence[str]) -> float:
+    """Share of the images whose caption names one of the task's subjects.
+
+    Args:
+        captions: by uri of the whole image.
+        names: noun phrases, such as "capital letter K".
+    """
+    # The phrase is followed by " in COLOUR", " on a ..." or nothing: "capital letter I" must not match "... In".
+    known = {f"the {name}" for name in names}
+    told = (captions[str(ImageRef.parse(uri).whole)].partition(" in ")[0].partition(" on a ")[0] for uri in uris)
+    return sum(caption in known for caption in told) / max(1, len(uris))
+
+
+def read_captions(gallery: str | list[str]) -> dict[str, str]:
+    """Captions of a gallery by uri."""
+    return {r.uri: r.caption or "" for shard in list_shards(gallery) for r in read_shard(shard)}
+
+
+def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> list[Point]:
+    """A point for each way of a comparison's ``result.json``; ways that differ in size alone share a group."""
+    task = TASKS[str(found["task"])]
+    names = [subject.name for kind in task.kinds for subject in SUBJECTS[kind]]
+    out = []
+    for way in found["ways"]:
+        keys = {key: value for key, value in way["keys"].items() if key != "transfer.size"}
+        drawn = keys.get("transfer.source") == "generic"
+        group = "random" if drawn else str(keys.get("transfer.strategy", "query_balanced"))
+        uris = pq.read_table(store / "runs" / way["runs"][0] / "transfer.parquet", columns=["uri"])["uri"].to_pylist()
+        share = on_task(uris, captions, names)
+        out.append(Point(group, len(uris), share, way["accuracy"], way["spread"] or 0.0))
+    return out
+
+
+def draw(found: Sequence[Point], title: str) -> Figure:
+    """Share on task and accuracy against the size of the set, a line for each strategy."""
+    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    groups = list(dict.fromkeys(p.group for p in found))
+    for group, colour, marker in zip(groups, COLOURS, MARKERS, strict=False):
+        line = sorted((p for p in found if p.group == group), key=lambda p: p.images)
+        sizes = [p.images for p in line]
+        look = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.6}
+        left.plot(sizes, [p.on_task for p in line], label=group, **look)
+        right.errorbar(sizes, [p.accuracy for p in line], [p.spread for p in line], capsize=3, **look)
+    left.set_title("share of the set that is on task", fontsize=11, loc="left")
+    right.set_title("student's test accuracy (mean and s.d.)", fontsize=11, loc="left")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        ticks = sorted({2 ** round(math.log2(p.images / 250)) * 250 for p in found})
+        axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("images in the transfer set (logarithmic)")
+        axes.grid(color="#e3e6ea", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=12)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read a comparison's folder, write the picture, print the table."""
+    folder, picture = Path(arguments[0]), Path(arguments[1])
+    found = json.loads((folder / "result.json").read_text())
+    store = folder.parents[1]
+    gallery = next(store.glob("**/miniverse-*-gallery-*"))
+    made = points(found, store, read_captions(str(gallery)))
+    seeds = len(found["seeds"])
+    figure = draw(made, f"Transfer sets for {found['task']}, {found['student']}, {seeds} seeds, equal steps")
+    FigureCanvasAgg(figure).print_png(str(picture))
+    print("| strategy | images | on task | test accuracy |\n|---|---|---|---|")
+    for p in made:
+        print(f"| {p.group} | {p.images:,} | {p.on_task:.1%} | {p.accuracy:.1%} ± {100 * p.spread:.1f} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
