@@ -15,7 +15,7 @@ from functools import lru_cache
 from torch import nn
 
 from ktray.data.captions import first_captions, tokenise
-from ktray.data.lists import gallery_shards
+from ktray.data.lists import embedded_only, gallery_shards
 from ktray.data.records import is_image
 from ktray.device import describe_device
 from ktray.errors import KtrayError
@@ -139,7 +139,7 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
         looked = recipe.transfer.source != "generic"
         crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most if looked else 1
         gallery *= crops
-        embedded = tower * gallery if looked else 0.0
+        embedded = tower * (gallery - _given(recipe)) if looked else 0.0
         found_by = tower * held + 2.0 * gallery * width * (held + len(task.train)) if looked else 0.0
         yield Line(
             "index",
@@ -186,12 +186,19 @@ def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | 
     )
 
 
+def _given(recipe: Recipe) -> int:
+    """Gallery images whose embeddings others have made."""
+    g = recipe.gallery
+    shards = embedded_only(g.data, g.images) if g.data is not None and recipe.transfer.list is None else []
+    return sum(s.count or 0 for s in shards)
+
+
 def _gallery_images(found: Resolved) -> tuple[int, str]:
     """How many, and how sure that is. Tars do not tell: local ones are judged by the first one's images a byte."""
     if found.gallery_images is not None:
         return found.gallery_images, f"{found.gallery_images:,}"
-    recipe = found.recipe
-    shards = gallery_shards(recipe.gallery.data, recipe.gallery.column, recipe.transfer.list)
+    recipe, g = found.recipe, found.recipe.gallery
+    shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
     tars = [s.paths[0] for s in shards if s.count is None]
     if not all(os.path.isfile(p) for p in tars):
         return 0, "an unknown number of"
@@ -249,7 +256,7 @@ def show_index(recipe: Recipe, say: Callable[[str], None]) -> None:
     rows = images * crops
     say(HEAD)
     what = f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else "")
-    say(_row("index", "", teacher.tower * rows, rate, price, rows * (teacher.width * 2 + 100), what))
+    say(_row("index", "", teacher.tower * (rows - _given(recipe)), rate, price, rows * (teacher.width * 2 + 100), what))
     say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding comes on top")
     say("shards that the index holds already cost nothing")
 

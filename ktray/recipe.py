@@ -59,6 +59,11 @@ class Gallery(Part):
         description="unlabelled images: folder, tar shards, Parquet or CSV; local or s3://; one or a list",
     )
     column: str = Field("auto", description="column of a Parquet gallery with image bytes or paths")
+    images: list[str] | str | None = Field(
+        None,
+        description="for a folder of clip-retrieval's embeddings in gallery.data: where its images lie, the folder "
+        "that relative paths start at or the tar shards that hold its keys",
+    )
     index: str | None = Field(
         None,
         description="folder of the embedded gallery, kept and extended there, local or s3://; without gallery.data all "

@@ -289,7 +289,8 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
 def _gallery(recipe: Recipe) -> list[Shard]:
     if recipe.transfer.source not in ("auto", "generic", "retrieved", "list"):
         return []
-    return gallery_shards(recipe.gallery.data, recipe.gallery.column, recipe.transfer.list)
+    g = recipe.gallery
+    return gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
 
 
 def _short_sides(task: LabelledSet) -> list[int]:

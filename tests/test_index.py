@@ -2,11 +2,14 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
@@ -230,3 +233,85 @@ def test_planted_copies_of_held_out_images_never_come_in(world):
     assert caught == {f"planted {n} {how}.png": str(path) for n, path in enumerate(tests) for how in copies}
     assert found["transfer_set"]["dropped"]["identical"] == len(tests)
     assert all("/other " in row["uri"] for row in transfer(world, found))
+
+
+@pytest.fixture(scope="module")
+def embedded(world):
+    """The gallery as clip-retrieval leaves it: the miniverse teacher's embeddings in half precision, and names."""
+    from ktray.models.teacher_load import load_teacher
+
+    files = sorted((world / "gallery").glob("*.jpg"))
+    teacher = load_teacher("miniverse")
+    pixels = np.stack([teacher.preprocess.eval_transform(Image.open(file)) for file in files])
+    with torch.inference_mode():
+        vectors = torch.nn.functional.normalize(teacher.embed(torch.from_numpy(pixels)), dim=1).numpy()
+    place = world / "clip-retrieval"
+    for part in ("img_emb", "metadata"):
+        (place / part).mkdir(parents=True)
+    for number, rows in enumerate((slice(0, 40), slice(40, None))):
+        np.save(place / "img_emb" / f"img_emb_{number}.npy", vectors[rows].astype(np.float16))
+        names = pa.table({"image_path": [file.name for file in files[rows]]})
+        pq.write_table(names, place / "metadata" / f"metadata_{number}.parquet")
+    return place
+
+
+def test_embeddings_of_others_are_an_index_without_the_teachers_work(world, folder, embedded):
+    place = world / "given"
+    keys_ = [f"gallery.data={embedded}", f"gallery.images={world / 'gallery'}"]
+    result = index(world, f"gallery.index={place}", *keys_)
+    assert result["index"]["rows"] == ROWS
+    # A few images of each partition are embedded to see that it is the same encoder.
+    assert 0 < result["cost"]["flops"]["index"] < 0.3 * folder[1]["cost"]["flops"]["index"]
+
+    def table(where):
+        found = {}
+        for name in sorted((where / "shards").glob("*.parquet")):
+            uris = pq.read_table(name).column("uri").to_pylist()
+            found.update(zip(uris, np.load(name.with_suffix(".npy")).astype(np.float32), strict=True))
+        return found
+
+    own, given = table(folder[0]), table(place)
+    assert own.keys() == given.keys()
+    assert all(np.allclose(own[uri], given[uri], atol=2e-3) for uri in own)
+    sets = [
+        {row["uri"] for row in transfer(world, curate_only(keys(world, f"gallery.index={where}", *more), print))}
+        for where, more in ((place, keys_), (world / "index-again", []))
+    ]
+    assert len(sets[0] & sets[1]) >= 19  # of 20: rounding may swap neighbours
+
+
+def test_embeddings_of_another_encoder_are_refused(world, embedded):
+    vectors = embedded / "img_emb" / "img_emb_0.npy"
+    before = vectors.read_bytes()
+    try:
+        np.save(vectors, np.random.default_rng(0).normal(size=np.load(vectors).shape).astype(np.float16))
+        with pytest.raises(Exception, match="embeddings of another encoder than miniverse"):
+            index(
+                world,
+                f"gallery.index={world / 'wrong'}",
+                f"gallery.data={embedded}",
+                f"gallery.images={world / 'gallery'}",
+            )
+    finally:
+        vectors.write_bytes(before)
+    with pytest.raises(KtrayError, match="embeddings of whole images"):
+        index(world, f"gallery.data={embedded}", "gallery.crops=grid")
+
+
+def test_a_corrupt_tar_is_named_and_the_rest_is_indexed(world):
+    place = world / "tars"
+    place.mkdir()
+    files = sorted((world / "gallery").glob("*.jpg"))
+    for number in range(3):
+        with tarfile.open(place / f"{number}.tar", "w") as tar:
+            for file in files[20 * number : 20 * number + 20]:
+                tar.add(file, file.name)
+    whole = (place / "1.tar").read_bytes()
+    (place / "1.tar").write_bytes(whole[: len(whole) // 2])
+    result = index_only(
+        recipe.load(None, [f"store={world / 'store'}", f"gallery.data={place}", "teacher.name=miniverse"]), print
+    )
+    assert 40 < result["index"]["images"] < 60
+    (bad,) = pq.read_table(result["data"]["quarantine_list"]).to_pylist()
+    assert bad["uri"].startswith(str(place / "1.tar"))
+    assert "broken or truncated" in bad["reason"] or "truncated" in bad["reason"]

@@ -20,7 +20,8 @@ from ktray.models.teacher import TeacherSource
 from ktray.resources import Plan
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
-from ktray.stages.index import MakeEmbedGallery, Prepare
+from ktray.stages.index import MakeEmbedGallery
+from ktray.stages.pieces import Prepare
 from ktray.stages.teachers import TeacherSpec, device, tower_flops
 from ktray.streaming import Item, map_shards
 

@@ -16,7 +16,7 @@ from ktray.models.preprocess import Preprocess
 from ktray.resources import Plan
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.dedup import fingerprint
-from ktray.stages.index import Prepare
+from ktray.stages.pieces import Prepare
 from ktray.streaming import Item, Rows, map_shards
 
 MAX_PIXELS = 178_956_970

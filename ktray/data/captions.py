@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 
+from ktray.data.lists import gallery_shards
 from ktray.data.reading import read_shard
-from ktray.data.sources import list_shards
 
 LIMIT = 77
 LOOKED_AT = 256
@@ -16,7 +16,7 @@ LOOKED_AT = 256
 
 def first_captions(gallery: Sequence[str] | str, column: str = "auto") -> list[str]:
     """The captions of a gallery's first `LOOKED_AT` images: enough to know whether there are any, and how long."""
-    shards = list_shards(gallery, column=column)
+    shards = gallery_shards(gallery, column, None)
     records = islice(read_shard(shards[0]), LOOKED_AT) if shards else []
     return [record.caption for record in records if record.caption]
 

@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Sequence
 
 from ktray.data import filesystem
+from ktray.data.embedded import embedded_shards, is_embedded
 from ktray.data.records import is_csv, is_parquet
 from ktray.data.sources import Shard, list_shards, path_shards, resolve
 from ktray.errors import KtrayError
@@ -18,11 +19,28 @@ from ktray.errors import KtrayError
 _SHOWN = 3
 
 
-def gallery_shards(data: str | Sequence[str] | None, column: str, listed: str | None) -> list[Shard]:
-    """Where a transfer set may come from: ``gallery.data``, or the images of ``transfer.list``; none without either."""
+def gallery_shards(
+    data: str | Sequence[str] | None, column: str, listed: str | None, images: str | Sequence[str] | None = None
+) -> list[Shard]:
+    """Where a transfer set may come from: ``gallery.data``, or the images of ``transfer.list``; none without either.
+
+    Args:
+        images: ``gallery.images``, where the images of embedded folders lie.
+    """
     if listed is not None:
         return listed_shards(listed, data, column)
-    return list_shards(data, column=column) if data is not None else []
+    if data is None:
+        return []
+    entries = [data] if isinstance(data, str) else list(data)
+    others = [entry for entry in entries if not is_embedded(entry)]
+    embedded = embedded_only(data, images)
+    return [*(list_shards(others, column=column) if others or not embedded else []), *embedded]
+
+
+def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None) -> list[Shard]:
+    """Of ``gallery_shards`` those of folders with embeddings."""
+    entries = [data] if isinstance(data, str) else data
+    return [shard for entry in entries if is_embedded(entry) for shard in embedded_shards(entry, images)]
 
 
 def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:

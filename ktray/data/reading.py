@@ -12,6 +12,7 @@ import numpy as np
 
 from ktray.data import filesystem
 from ktray.data.decode import decode_rgb
+from ktray.data.embedded import read_records
 from ktray.data.filesystem import MAX_FILE_BYTES, why
 from ktray.data.parquets import image_column, iter_rows, read_footer
 from ktray.data.records import Record
@@ -33,6 +34,8 @@ def read_shard(shard: Shard) -> Iterator[Record]:
             yield Record(path, data, caption, error)
     elif shard.kind == "tar":
         yield from read_tar(shard.paths[0])
+    elif shard.kind == "embedded":
+        yield from (record for _, record in read_records(shard))
     else:
         yield from _read_parquet(shard)
 

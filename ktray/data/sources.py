@@ -34,18 +34,19 @@ class Shard:
     """Some images that are read together. Picklable.
 
     Attributes:
-        kind: ``files`` (``paths`` are images), ``tar`` or ``parquet`` (``paths[0]`` is the file).
+        kind: ``files`` (``paths`` are images), ``tar`` or ``parquet`` (``paths[0]`` is the file), or ``embedded``
+            (see `ktray.data.embedded`).
         fingerprint: hash of paths, sizes and modification times (not of contents). For images from a CSV list
             it covers the list's rows, not the images.
         count: images in it; None where only reading tells (tars, a Parquet file whose footer is broken).
-        start: first row of a Parquet file.
+        start: first row of a Parquet file or of embeddings.
         column: the Parquet file's image column.
         named: the user named the column, so that uris must carry it.
         caption: the Parquet file's caption column.
         captions: one for each of ``paths`` (CSV lists), or empty.
     """
 
-    kind: Literal["files", "tar", "parquet"]
+    kind: Literal["files", "tar", "parquet", "embedded"]
     paths: tuple[str, ...]
     fingerprint: str
     count: int | None

@@ -90,9 +90,9 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
                 archive.members = []  # type: ignore[attr-defined]  # a stream keeps every header otherwise
                 if member.isdir() or _skipped(member.name):
                     continue
-                if _key(member.name) != key:
+                if sample_key(member.name) != key:
                     yield from (_with(record, caption) for record in images)
-                    key, images, caption = _key(member.name), [], None
+                    key, images, caption = sample_key(member.name), [], None
                 if is_image(member.name):
                     images.append(_image(path, archive, member))
                 elif member.name.lower().endswith(".txt") and member.isreg() and member.size <= MAX_CAPTION_BYTES:
@@ -134,9 +134,10 @@ def _check_end(archive: tarfile.TarFile) -> None:
             raise EOFError("data after the end-of-archive mark (a zeroed part, or several archives in one file)")
 
 
-def _key(name: str) -> str:
+def sample_key(name: str) -> str:
+    """The sample that a member belongs to: its name up to the first dot, as in WebDataset."""
     folder, base = posixpath.split(name)
-    return f"{folder}/{base.partition('.')[0]}"
+    return posixpath.join(folder, base.partition(".")[0])
 
 
 def _skipped(name: str) -> bool:

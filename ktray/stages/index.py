@@ -9,105 +9,31 @@ the labelled generic set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ktray.data.labelled import LabelledSet
 from ktray.data.lists import gallery_shards
-from ktray.data.reading import decode_image, fetch, read_shard
 from ktray.data.sources import Shard
-from ktray.data.uris import ImageRef
-from ktray.errors import BadImage, KtrayError
-from ktray.models.preprocess import Preprocess
+from ktray.errors import KtrayError
 from ktray.recipe import digest
 from ktray.resolve import index_alone
 from ktray.retrieval.crops import Crops
-from ktray.retrieval.dedup import Small, fingerprint_small, shrink
 from ktray.retrieval.index_dir import IndexDir, parts
 from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
 from ktray.stages.compress import compress, wanted
 from ktray.stages.gallery import Gallery
+from ktray.stages.pieces import Prepare
 from ktray.stages.teachers import TeacherSpec, embed_numpy, tower_flops
 from ktray.streaming import Item, Rows, cpu_shards, map_shards
 
 VERSION = 3  # 2: captions; 3: shards shared among galleries, crops
 LABELLED_SHARD = 512
-# Pixels that go to the device at once, in bytes. Ray Data's own blocks are of this size; some copies of it are alive.
-PIECE_BYTES = 128_000_000
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
-
-    shards: list[Shard]
-    preprocess: Preprocess | None
-    crops: Crops
-    max_pixels: int
-
-    def __call__(self, item: Item) -> Iterator[Rows]:
-        records = (
-            ((r.uri, r.data, r.error, r.caption) for r in read_shard(self.shards[item["shard"]]))
-            if "shard" in item
-            else ((*found, None) for found in fetch(item["uris"]))
-        )
-        # Without an encoder only fingerprints are kept, and pixels no longer than until they are made.
-        image_bytes = 3 * int(np.prod(self.preprocess.size)) if self.preprocess else 3 * 256**2
-        most = max(1, PIECE_BYTES // image_bytes)
-        piece = _Piece(self.preprocess)
-        for uri, data, error, caption in records:
-            try:
-                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
-            except BadImage as reason:
-                piece.read += 1
-                piece.bad.append((uri, reason.reason))
-                continue
-            boxes = self.crops.boxes(uri, *image.shape[:2])
-            if piece.uris and len(piece.uris) + 1 + len(boxes) > most:
-                yield piece.columns()
-                piece = _Piece(self.preprocess)
-            piece.read += 1
-            piece.add(uri, caption, image)
-            for box in boxes:
-                left, top, width, height = box
-                cut = np.ascontiguousarray(image[top : top + height, left : left + width])
-                piece.add(str(ImageRef.parse(uri).crop(box)), caption, cut)
-        yield piece.columns()
-
-
-@dataclass
-class _Piece:
-    preprocess: Preprocess | None
-    uris: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    small: list[Small] = field(default_factory=list)
-    pixels: list[np.ndarray] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    read: int = 0
-
-    def add(self, uri: str, caption: str | None, image: np.ndarray) -> None:
-        self.uris.append(uri)
-        self.captions.append(caption or "")
-        self.small.append(shrink(image))
-        if self.preprocess:
-            self.pixels.append(self.preprocess.eval_transform(image))
-
-    def columns(self) -> Rows:
-        prints = fingerprint_small(self.small)
-        found = {
-            "uri": np.array(self.uris, dtype=str),
-            "caption": np.array(self.captions, dtype=str),
-            "hash": prints.hash,
-            "digest": prints.digest,
-            "bad": np.array(self.bad, dtype=str).reshape(-1, 2),
-            "read": np.array([self.read]),
-        }
-        if self.preprocess:
-            empty = np.zeros((0, 3, *self.preprocess.size), np.uint8)
-            found["pixels"] = np.stack(self.pixels) if self.pixels else empty
-        return found
+# The least cosine of embeddings that others have made with the teacher's own: half precision and another JPEG decoder
+# cost some thousandths, another encoder has nothing in common.
+SAME = 0.95
 
 
 def _write_part(folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
@@ -144,9 +70,12 @@ class _EmbedGallery:
         self.flops = tower_flops(self.model)
 
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        embedding = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
-        made = _write_part(self.plan.folder, item, columns, embedding)
-        return {**made, "flops": self.flops * len(embedding)}
+        embedding = made = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
+        if "given" in columns:
+            embedding = _unit(columns.pop("given").astype(np.float32))
+            _check_given(embedding[: len(made)], made, item["source"], self.plan.spec)
+        written = _write_part(self.plan.folder, item, columns, embedding)
+        return {**written, "flops": self.flops * len(made)}
 
 
 @dataclass(frozen=True)
@@ -163,10 +92,25 @@ class MakeEmbedGallery:
 
 def unit_embedding(model: Any, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to (N, D) float16 of unit length."""
-    embedding = embed_numpy(model, pixels, batch)
+    return _unit(embed_numpy(model, pixels, batch))
+
+
+def _unit(embedding: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(embedding, axis=1, keepdims=True)
     unit: np.ndarray = (embedding / np.maximum(norms, 1e-12)).astype(np.float16)
     return unit
+
+
+def _check_given(given: np.ndarray, made: np.ndarray, source: str, spec: TeacherSpec) -> None:
+    """Raises `KtrayError` unless the teacher finds the embeddings that others have made of the same images."""
+    widths = given.shape[1], made.shape[1]
+    cosine = float(np.median((given.astype(np.float32) * made).sum(1))) if widths[0] == widths[1] else 0.0
+    if cosine < SAME:
+        raise KtrayError(
+            f"'{source}' holds embeddings of another encoder than {spec.source.name}: width {widths[0]} against "
+            f"{widths[1]}, median cosine {cosine:.2f} on {len(made)} of its images",
+            "Name the teacher that made them (teacher.name, teacher.checkpoint), or index the images themselves.",
+        )
 
 
 def run(context: Context, spec: TeacherSpec | None) -> Done:
@@ -175,11 +119,16 @@ def run(context: Context, spec: TeacherSpec | None) -> Done:
     part = context.recipe.gallery
     if index_alone(context.recipe):
         return _index(context, spec, [], None, None, Crops(part.crops, part.crop_count), {})
-    shards = gallery_shards(part.data, part.column, context.recipe.transfer.list)
+    shards = gallery_shards(part.data, part.column, context.recipe.transfer.list, part.images)
     items = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     counts = [s.count for s in shards]
     total = sum(c or 0 for c in counts) if None not in counts else None
     crops = Crops(part.crops, part.crop_count) if spec else Crops()
+    if crops.kind != "none" and any(s.kind == "embedded" for s in shards):
+        raise KtrayError(
+            f"gallery.crops={crops.kind} needs crops embedded, and gallery.data has embeddings of whole images",
+            "Set gallery.crops=none, or name the images themselves.",
+        )
     return _index(context, spec, shards, items, total, crops, {})
 
 
