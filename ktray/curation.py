@@ -113,7 +113,8 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _page(context: Context, curated: Done) -> str:
-    rows = read_rows(curated.stage, "transfer.parquet", ["uri", "query", "similarity"])
+    rows = read_rows(curated.stage, "transfer.parquet", ["uri", "query", "similarity", "strategies"])
+    taken = [tuple(name for name in str(names).split(",") if name) for names in rows["strategies"]]
     uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
     labels: dict[str, int] = {}
     if any(brought_by) and context.recipe.task.kind != "segmentation":
@@ -135,7 +136,7 @@ def _page(context: Context, curated: Done) -> str:
         context.task.classes,
         [Query(uri, labels.get(uri), images.get(uri)) for uri in order],
         [
-            Found(uris[i], int(query[i]), float(rows["similarity"][i]), images[uris[i]])
+            Found(uris[i], int(query[i]), float(rows["similarity"][i]), images[uris[i]], taken[i])
             for i in shown.tolist()
             if uris[i] in images
         ],

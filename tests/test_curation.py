@@ -76,6 +76,11 @@ def test_other_strategies_choose_other_images_with_the_same_index(world, balance
     chosen, before = ({row["uri"] for row in listed(world, one)} for one in (result, balanced[0]))
     assert len(chosen) == 60
     assert chosen != before
+    taken = [row["strategies"].split(",") for row in listed(world, result)]
+    assert all(strategy in names for names in taken)
+    assert not all("query_balanced" in names for names in taken)
+    shown = data_of((world / "store" / "runs" / result["run_id"] / "transfer.html").read_text())
+    assert {tuple(image["strategies"]) for image in shown["images"]} == {tuple(names) for names in taken}
 
 
 def test_a_run_reuses_it(world, balanced):

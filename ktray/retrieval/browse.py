@@ -35,13 +35,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """An image of the transfer set: ``image`` uint8 (H, W, 3), ``query`` its position in the list of queries, and
-    ``similarity`` its cosine, NaN without a query."""
+    """An image of the transfer set: ``image`` uint8 (H, W, 3), ``query`` its position in the list of queries,
+    ``similarity`` its cosine, NaN without a query, and the ``strategies`` that take it."""
 
     uri: str
     query: int
     similarity: float
     image: np.ndarray
+    strategies: tuple[str, ...] = ()
 
 
 def choose(query: np.ndarray, most: int = MOST) -> np.ndarray:
@@ -60,7 +61,7 @@ def choose(query: np.ndarray, most: int = MOST) -> np.ndarray:
 
 
 def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Query], images: Sequence[Found]) -> str:
-    """The page as HTML: images by query, filtered by class, query and similarity."""
+    """The page as HTML: images by query, filtered by class, query, similarity, and which strategies take them."""
     data = {
         "classes": list(classes),
         "queries": [
@@ -71,6 +72,7 @@ def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Qu
                 "uri": i.uri,
                 "query": i.query,
                 "similarity": float(i.similarity) if math.isfinite(i.similarity) else None,
+                "strategies": i.strategies,
                 "thumb": _thumbnail(i.image),
             }
             for i in images

@@ -28,23 +28,23 @@ from ktray.retrieval.sheet import SheetRow, contact_sheet
 from ktray.stages import adapt as adapt_stage
 from ktray.stages import compress
 from ktray.stages.base import Context, Done, Reporter, run_stage
-from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, duplicates, exact, retrieve
+from ktray.stages.gallery import NEEDS_PREDICTIONS, Gallery, agreement, duplicates, exact, retrieve
 from ktray.stages.heldout import heldout
 from ktray.stages.queries import Queries, queries
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Stage
 from ktray.streaming import Rows, write_rows
 
-VERSION = (
-    4  # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same
-)
+# 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same;
+# 5: which other strategies take an image too
+VERSION = 5
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
 REPEATED = "repeated"
 
 
 def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: Done | None) -> Done:
-    """``transfer.parquet`` (uri, query, rank, similarity, perhaps caption or label), ``queries.parquet``,
+    """``transfer.parquet`` (uri, query, rank, similarity, strategies, perhaps caption or label), ``queries.parquet``,
     ``dropped.parquet``, ``contact_sheet.png``.
 
     Args:
@@ -80,13 +80,13 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
             nearest = compress.nearest(index.manifest["search"], gallery)
         else:
             nearest = partial(exact, gallery=gallery, plan=context.plan)
-        chosen = _choose(context, gallery, asked, nearest, adapt, exclude, repeats, reporter)
+        chosen, agreed = _choose(context, gallery, asked, nearest, adapt, exclude, repeats, reporter)
         if chosen.missing and part.source != "list":
             context.say(
                 f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
             )
         found = repeats.repeats if repeats else {}
-        uris = _write(stage, gallery, chosen, asked, beside, copies, kept_out, found)
+        uris = _write(stage, gallery, chosen, asked, beside, agreed, copies, kept_out, found)
         dropped = {**copies.counts(), REPEATED: len(found)}
         covered = None
         if len(asked) and len(chosen):
@@ -101,6 +101,7 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
             "gallery": gallery.total,
             "similar_kept": copies.similar,
             "coverage": covered,
+            "agreement": {name: float(also.mean()) for name, also in agreed.items()} if len(chosen) else {},
         }
 
     parts = [
@@ -148,7 +149,8 @@ def _choose(
     exclude: np.ndarray,
     repeats: Distinct | None,
     reporter: Reporter,
-) -> Selection:
+) -> tuple[Selection, dict[str, np.ndarray]]:
+    """The set, and which of it each strategy takes too (`ktray.stages.gallery.agreement`)."""
     part, total = context.recipe.transfer, gallery.total
     if part.source != "retrieved" or adapt is None:
         while True:
@@ -159,16 +161,22 @@ def _choose(
             )
             again = repeats(chosen.gallery) if repeats else exclude[:0]
             if not len(again):
-                return chosen
+                return chosen, {}
             exclude = np.union1d(exclude, again)
 
-    def hits(k: int) -> tuple[np.ndarray, np.ndarray]:
-        reporter.meter.add(flops=2 * total * asked.embedding.size)
-        return nearest(asked.embedding, k=k)
+    last: Hits = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
 
-    predict = adapt_stage.frozen_predictions(adapt) if part.strategy in NEEDS_PREDICTIONS else None
-    size = int(part.size or 1)
-    return retrieve(part.strategy, hits, len(asked), gallery, size, exclude, predict, repeats)
+    def hits(k: int) -> Hits:
+        nonlocal last
+        reporter.meter.add(flops=2 * total * asked.embedding.size)
+        last = nearest(asked.embedding, k=k)
+        return last
+
+    able = part.strategy in NEEDS_PREDICTIONS or context.recipe.task.kind == "classification"
+    predict = adapt_stage.frozen_predictions(adapt) if able else None
+    chosen = retrieve(part.strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
+    repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
+    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict)
 
 
 def _write(
@@ -177,6 +185,7 @@ def _write(
     chosen: Selection,
     asked: Queries,
     beside: list[str],
+    agreed: dict[str, np.ndarray],
     copies: DuplicateTable,
     kept_out: Rows,
     repeated: dict[int, int],
@@ -192,6 +201,9 @@ def _write(
             "query": np.array(origin, dtype=str),
             "rank": chosen.rank,
             "similarity": chosen.similarity,
+            "strategies": np.array(
+                [",".join(name for name, also in agreed.items() if also[i]) for i in range(len(uris))], dtype=str
+            ),
             **{name: np.array(gallery.take(name, chosen.gallery)) for name in beside},
         },
     )
@@ -225,6 +237,7 @@ def _target(context: Context, stage: Stage) -> dict[str, Any]:
             "query": np.array([""] * n, dtype=str),
             "rank": np.full(n, -1, dtype=np.int64),
             "similarity": np.full(n, np.nan, dtype=np.float32),
+            "strategies": np.array([""] * n, dtype=str),
         },
     )
     return {"kept": n, "dropped": {}, "gallery": n, "similar_kept": 0}

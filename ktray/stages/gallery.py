@@ -24,6 +24,9 @@ CANDIDATES = 4
 BLOCK_ROWS = 100_000
 NO_ROWS = np.zeros(0, np.int64)
 NEEDS_PREDICTIONS = ("class_balanced", "informative")
+STRATEGIES = ("query_balanced", "class_balanced", "best_first", "diverse", "informative")
+# Candidates (hits of all queries) up to which a set is held against the other strategies' choices: some seconds.
+COMPARED = 200_000
 
 
 class Gallery:
@@ -167,6 +170,29 @@ def retrieve(
         else:
             k = min(total, chosen.retry_k)
             similarity, found = hits(k)
+
+
+def agreement(
+    chosen: Selection,
+    found: Hits,
+    gallery: Gallery,
+    exclude: np.ndarray,
+    predict: Callable[[np.ndarray], np.ndarray] | None,
+) -> dict[str, np.ndarray]:
+    """By strategy, (n,) whether it takes each chosen image too, of the same candidates and as many in all.
+
+    Args:
+        found: the candidates.
+        exclude, predict: as for `retrieve`; without ``predict`` the strategies that need it are left out.
+
+    Returns:
+        Nothing where there are more than `COMPARED` candidates.
+    """
+    if found[1].size > COMPARED:
+        return {}
+    able = [name for name in STRATEGIES if predict is not None or name not in NEEDS_PREDICTIONS]
+    others = {name: _choose(name, *found, gallery, len(chosen), exclude, predict).gallery for name in able}
+    return {name: np.isin(chosen.gallery, taken) for name, taken in others.items()}
 
 
 def _choose(

@@ -35,6 +35,12 @@ def test_it_holds_queries_and_images():
     assert "http" not in html
 
 
+def test_it_says_which_strategies_take_an_image():
+    images = [Found("1.jpg", 0, 0.5, image(1), ("diverse", "best_first")), Found("2.jpg", 0, 0.4, image(1))]
+    found = data_of(page("letters", "two", ["x"], [Query("q.png", 0, None)], images))
+    assert [i["strategies"] for i in found["images"]] == [["diverse", "best_first"], []]
+
+
 def test_names_cannot_break_out():
     wicked = "</script><script>alert(1)</script>"
     html = page(wicked, wicked, [wicked], [Query(wicked, 0, None)], [Found(wicked, 0, 0.5, image(1))])

@@ -13,7 +13,7 @@ from ktray.retrieval.strategies import best_first, class_balanced, diverse, info
 from ktray.stages import gallery as gallery_module
 from ktray.stages.adapt import frozen_predictions, save_candidate
 from ktray.stages.base import Done
-from ktray.stages.gallery import CANDIDATES, Gallery, exact, retrieve
+from ktray.stages.gallery import CANDIDATES, STRATEGIES, Gallery, agreement, exact, retrieve
 from ktray.store import Stage
 
 N, Q, D, SIZE = 90, 4, 16, 12
@@ -116,6 +116,28 @@ def test_what_repeats_gives_its_place_to_another(world, plan):
     )
     assert len(chosen) == SIZE
     assert not banned & set(chosen.gallery.tolist())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_agreement_says_what_each_strategy_would_take(world, plan, strategy):
+    gallery, vectors, queries = world
+    banned = np.array([int(np.argmax(vectors @ queries[0]))])
+    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, SIZE, banned, predict)
+    found = hits(vectors, queries)
+    agreed = agreement(chosen, found, gallery, banned, predict)
+    assert list(agreed) == list(STRATEGIES)
+    assert agreed[strategy].all()
+    for other, also in agreed.items():
+        theirs = retrieve(other, lambda k: found, Q, gallery, SIZE, banned, predict).gallery.tolist()
+        assert also.tolist() == [image in theirs for image in chosen.gallery.tolist()]
+    assert list(agreement(chosen, found, gallery, banned, None)) == ["query_balanced", "best_first", "diverse"]
+
+
+def test_agreement_is_not_asked_of_very_many_candidates(world, plan, monkeypatch):
+    gallery, vectors, queries = world
+    monkeypatch.setattr(gallery_module, "COMPARED", 10)
+    chosen = retrieve("best_first", hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE)
+    assert agreement(chosen, hits(vectors, queries), gallery, NONE, predict) == {}
 
 
 def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
