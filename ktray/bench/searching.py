@@ -39,7 +39,14 @@ def searching(folder: Path, rows: int, plan: Plan, cores: int, repeats: int, say
     limit, reached = in_turns(
         lambda: _product(queries, gallery, cores), lambda: _timed(lambda: exact(queries, gallery, K, plan)), repeats
     )
-    facts: dict[str, float | int | str] = {"rows": rows, "dimensions": DIMENSIONS, "queries": QUERIES, "k": K}
+    tables = sum(file.stat().st_size for file in Path(gallery.folder.path).glob("shards/*.parquet"))
+    facts: dict[str, float | int | str] = {
+        "rows": rows,
+        "dimensions": DIMENSIONS,
+        "queries": QUERIES,
+        "k": K,
+        "table_bytes_per_row": tables / rows,
+    }
     found = [Row("exact search", "queries/s", "bare matrix product of the same", limit, reached, facts)]
     part = recipes.Gallery(search="compressed")
     began = time.perf_counter()
@@ -88,8 +95,9 @@ class _Synthesise:
         vectors = rng.standard_normal((item["rows"], DIMENSIONS), dtype=np.float32)
         vectors = _unit(centres[near] + _SPREAD * vectors)
         uris = np.array([f"synthetic://{item['name']}/{i}" for i in range(item["rows"])])
-        zeros = np.zeros(item["rows"], np.uint64)
-        columns = {"uri": uris, "caption": np.full(item["rows"], ""), "hash": zeros, "digest": zeros}
+        # Of real images neither compresses.
+        prints = rng.integers(0, 2**64, (2, item["rows"]), dtype=np.uint64)
+        columns = {"uri": uris, "caption": np.full(item["rows"], ""), "hash": prints[0], "digest": prints[1]}
         part = self.index.write_part(f"{item['name']}-00000", columns, vectors)
         return {"shard": item["name"], "rows": item["rows"], "read": item["rows"], "bad": [], "parts": [part]}
 
