@@ -142,8 +142,8 @@ def _hours(seconds: float, price: float, unit: str) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Print the table of a bench's run folder."""
     result = json.loads((Path(arguments[0]) / "result.json").read_text())
-    given = [float(text) for text in arguments[1:]]
-    images, flops, dimensions = (*given, *(IMAGES, FLOPS, DIMENSIONS)[len(given) :])
+    given: list[float] = [float(text) for text in arguments[1:]]
+    images, flops, dimensions = [*given, *[IMAGES, FLOPS, float(DIMENSIONS)][len(given) :]]
     print(table(steps(result["rows"], int(result["device"]["cores"]), images, flops, int(dimensions)), images))
 
 

@@ -67,7 +67,9 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
             recipe, way.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
         )
         for seed in seeds  # outside: a comparison that is stopped early has all ways with fewer seeds
-        for name, way in ways.items()
+        # Later seeds the other way round, as all stages that ways share are there: so the slowest ways (no teacher, and
+        # many steps for their share) do not come last of all, where other workers have nothing left to do.
+        for name, way in (ways.items() if seed == seeds[0] else reversed(ways.items()))
     }
     done = runner.run([(name, one) for (name, _), one in recipes.items()])
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}

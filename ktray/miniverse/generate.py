@@ -10,10 +10,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import multiprocessing
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from ktray.device import usable_cpus
 from ktray.errors import KtrayError
 from ktray.miniverse.tasks import IMAGE_SIZE, TASKS, Task
 from ktray.miniverse.vocabulary import WORLD_VERSION
@@ -47,14 +51,26 @@ def ensure_gallery(root: Path, *, images: int = GALLERY_IMAGES) -> Path:
     """
 
     def write(folder: Path) -> None:
-        for shard, start in enumerate(range(0, images, SHARD_IMAGES)):
-            with tarfile.open(folder / f"gallery-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-                for index in range(start, min(start + SHARD_IMAGES, images)):
-                    drawn = sample("gallery", index, size=IMAGE_SIZE)
-                    _add(tar, f"{index:06d}.jpg", _jpeg(drawn.image))
-                    _add(tar, f"{index:06d}.txt", drawn.caption.encode())
+        firsts = range(0, images, SHARD_IMAGES)
+        spans = [(number, first, min(first + SHARD_IMAGES, images)) for number, first in enumerate(firsts)]
+        cores = min(usable_cpus(), len(spans))
+        if cores < 2:
+            for span in spans:
+                _write_shard(folder, span)
+            return
+        with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as workers:
+            list(workers.map(partial(_write_shard, folder), spans))
 
     return _ensure(Path(root), f"miniverse-v{WORLD_VERSION}-gallery-{images}", write)
+
+
+def _write_shard(folder: Path, span: tuple[int, int, int]) -> None:
+    number, first, last = span
+    with tarfile.open(folder / f"gallery-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in range(first, last):
+            drawn = sample("gallery", index, size=IMAGE_SIZE)
+            _add(tar, f"{index:06d}.jpg", _jpeg(drawn.image))
+            _add(tar, f"{index:06d}.txt", drawn.caption.encode())
 
 
 def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LABELLED_IMAGES) -> Path:
