@@ -76,7 +76,8 @@ def synthetic(folder: Path, rows: int, plan: Plan) -> Gallery:
         for first in range(0, rows, PART_ROWS)
     ]
     whole, _ = index.shards([item["name"] for item in items])
-    for made in cpu_shards([i for i in items if i["name"] not in whole], _Synthesise(index, rows), plan):
+    todo = [item for item in items if item["name"] not in whole]
+    for made in cpu_shards(todo, _Synthesise(index, rows, DIMENSIONS), plan):
         index.finish(made["shard"], made)
     return Gallery(index, [(f"{item['name']}-00000", item["rows"]) for item in items])
 
@@ -85,14 +86,15 @@ def synthetic(folder: Path, rows: int, plan: Plan) -> Gallery:
 class _Synthesise:
     index: IndexDir
     total: int
+    dimensions: int
 
     def __call__(self, item: Item) -> dict[str, object]:
         centres = np.random.default_rng(0).standard_normal(
-            (max(1, self.total // _A_CENTRE), DIMENSIONS), dtype=np.float32
+            (max(1, self.total // _A_CENTRE), self.dimensions), dtype=np.float32
         )
         rng = np.random.default_rng([2, int(item["name"])])
         near = rng.integers(0, len(centres), item["rows"])
-        vectors = rng.standard_normal((item["rows"], DIMENSIONS), dtype=np.float32)
+        vectors = rng.standard_normal((item["rows"], self.dimensions), dtype=np.float32)
         vectors = _unit(centres[near] + _SPREAD * vectors)
         uris = np.array([f"synthetic://{item['name']}/{i}" for i in range(item["rows"])])
         # Of real images neither compresses.

@@ -76,6 +76,7 @@ def test_embedding_writes_every_image_and_leaves_nothing(photos, cluster, tmp_pa
 
 def test_searching_finds_what_brute_force_finds(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "PART_ROWS", 1000)
+    monkeypatch.setattr(searching, "DIMENSIONS", 64)
     monkeypatch.setattr(searching, "QUERIES", 20)
     monkeypatch.setattr(searching, "K", 10)
     gallery = searching.synthetic(tmp_path, 3500, cluster)
