@@ -206,6 +206,10 @@ def _train(factory: str, sample: Callable[[int], np.ndarray]) -> tuple[Any, int]
     cells = int("".join(c for c in factory.split("IVF")[1].split(",")[0].split("_")[0] if c.isdigit()))
     vectors = _float32(sample(max(TRAIN_A_CELL * cells, 10_000)))
     index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    cells_of = faiss.downcast_index(faiss.extract_index_ivf(index))
+    if hasattr(cells_of, "do_polysemous_training"):
+        # It renumbers codes so that their Hamming distance means something, in minutes; nothing here asks for that.
+        cells_of.do_polysemous_training = False
     if faiss.get_num_gpus() > 0:  # k-means is nearly all of the training
         flat = faiss.IndexFlatIP(faiss.extract_index_ivf(index).d)
         faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_all_gpus(flat)

@@ -16,6 +16,7 @@ from ktray.data.reading import read_shard
 from ktray.data.sources import list_shards
 from ktray.errors import KtrayError
 from ktray.models.preprocess import Preprocess
+from ktray.retrieval import compressed as codes
 
 HALF = Preprocess(size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -77,6 +78,7 @@ def test_embedding_writes_every_image_and_leaves_nothing(photos, cluster, tmp_pa
 def test_searching_finds_what_brute_force_finds(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "PART_ROWS", 1000)
     monkeypatch.setattr(searching, "DIMENSIONS", 64)
+    monkeypatch.setattr(codes, "CODES", (8,))  # an OPQ rotation for 64 takes a minute
     monkeypatch.setattr(searching, "QUERIES", 20)
     monkeypatch.setattr(searching, "K", 10)
     gallery = searching.synthetic(tmp_path, 3500, cluster)
