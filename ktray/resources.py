@@ -96,8 +96,9 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
         actor_cpus=actor_cpus,
         actor_gpus=1.0 if on_gpu else 0.0,
         decode_cpus=decode_cpus,
-        worker_threads=max(1, cores_a_node * nodes // workers),
-        actor_threads=max(1, cores_a_node * nodes // actors),
+        # Nobody has more cores than a node.
+        worker_threads=max(1, min(cores_a_node, cores_a_node * nodes // workers)),
+        actor_threads=max(1, min(cores_a_node, cores_a_node * nodes // actors)),
     )
 
 

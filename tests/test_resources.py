@@ -31,6 +31,8 @@ def test_on_cpus_there_is_a_teacher_for_each_with_memory_and_all_threads_are_use
     assert (few.actors, few.actor_threads) == (4, 4)
     assert (many.actors, many.actor_threads) == (16, 1)
     assert plan(2, 0, 1, 1, "auto", 1e9).actors == 1
+    spread = plan(64, 0, 4, 1, "auto", 1e9)  # four nodes of 16: one process has the cores of one
+    assert (spread.actor_threads, spread.worker_threads) == (16, 16)
 
 
 def test_what_cannot_fit_ends_with_the_arithmetic():
