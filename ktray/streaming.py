@@ -1,15 +1,16 @@
 """Ray Data shells: shards through a CPU decode pool into one pool of device workers, and shards back out.
 
-One shard is one unit: it is prepared by a CPU task, finished by a device worker that writes its result, and is
-done once that file stands in the store. A killed stage therefore goes on with the shards that are missing.
+One shard is one unit: it is prepared on a CPU, finished by a device worker that writes its result, and is done once
+that file stands in the store. A killed stage therefore goes on with the shards that are missing.
 
-A device worker on a GPU is an actor. Without GPUs it is a task whose process keeps the model between tasks: Ray hands
-the same processes to the next stage too, which spares it some seconds of imports for each actor.
+A device worker on a GPU is an actor, fed by tasks that decode. Without GPUs one task does both, since pixels that are
+handed to another process cost copies, and two kinds of tasks that share few CPUs leave some of them idle. Its process
+keeps the model between tasks: Ray hands the same processes to the next stage too, which spares it some seconds of
+imports.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -59,26 +60,24 @@ def map_shards(
     if not items:
         return
     rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Prepare(prepare), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=plan.decode_cpus
-    )
+    dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
+    # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
+    dataset.context.target_max_block_size = 1
     workers, gpus = min(plan.actors, len(rows)), plan.actor_gpus if device_stage else 0.0
-    how: dict[str, Any]
+    how: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     if gpus:
-        how = {
-            "fn": _Actor,
-            "fn_constructor_args": (finish, plan.actor_threads),
-            "compute": ActorPoolStrategy(size=workers),
-            "num_gpus": gpus,
-        }
+        dataset = dataset.map_batches(_Prepare(prepare), num_cpus=plan.decode_cpus, **how).map_batches(
+            _Actor,
+            fn_constructor_args=(finish, plan.actor_threads),
+            compute=ActorPoolStrategy(size=workers),
+            num_gpus=gpus,
+            num_cpus=plan.actor_cpus,
+            **how,
+        )
     else:
-        how = {
-            "fn": _Resident(cloudpickle.dumps(finish), plan.actor_threads),
-            "compute": TaskPoolStrategy(size=workers),
-        }
-    dataset = dataset.map_batches(
-        batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=plan.actor_cpus, **how
-    )
+        both = _Both(prepare, cloudpickle.dumps(finish), plan.actor_threads)
+        # No more tasks than models that the memory bears.
+        dataset = dataset.map_batches(both, compute=TaskPoolStrategy(size=workers), num_cpus=plan.actor_cpus, **how)
     yield from _summaries(dataset)
 
 
@@ -115,7 +114,7 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) 
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for i in range(batch.num_rows):
-            yield batch.column("number")[i].as_py(), _unpack(batch.column("columns")[i].as_buffer())
+            yield batch.column("number")[i].as_py(), _unpack(batch.column("columns"), i)
 
 
 class _Numbered:
@@ -125,7 +124,7 @@ class _Numbered:
     def __call__(self, batch: pa.Table) -> pa.Table:
         number = batch.column("number")[0].as_py()
         columns = self.work(self.items[number])
-        return pa.table({"number": [number], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
+        return pa.table({"number": [number], "columns": _pack(columns)})
 
 
 def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -143,25 +142,26 @@ class _Work:
         return pa.table({"summary": [json.dumps(self.work(item), default=float) for item in items]})
 
 
+def _pieces(item: Item, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> Iterator[tuple[Item, Rows]]:
+    """What ``prepare`` gives, with its number among the pieces where they are several."""
+    found = prepare(item)
+    if isinstance(found, dict):
+        yield item, found
+        return
+    number, held = 0, next(found)  # one piece is held back, to know which is the last
+    for columns in found:
+        yield {**item, "piece": number}, held
+        number, held = number + 1, columns
+    yield {**item, "piece": number, "pieces": number + 1}, held
+
+
 class _Prepare:
     def __init__(self, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> None:
         self.prepare = prepare
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        item = json.loads(batch.column("item")[0].as_py())
-        found = self.prepare(item)
-        if isinstance(found, dict):
-            yield _pack_item(item, found)
-            return
-        number, held = 0, next(found)  # one piece is held back, to know which is the last
-        for columns in found:
-            yield _pack_item({**item, "piece": number}, held)
-            number, held = number + 1, columns
-        yield _pack_item({**item, "piece": number, "pieces": number + 1}, held)
-
-
-def _pack_item(item: Item, columns: Rows) -> pa.Table:
-    return pa.table({"item": [json.dumps(item)], "columns": pa.array([_pack(columns)], type=pa.large_binary())})
+        for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
+            yield pa.table({"item": [json.dumps(item)], "columns": _pack(columns)})
 
 
 class _Actor:
@@ -172,39 +172,58 @@ class _Actor:
         self.finish = finish()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        item = json.loads(batch.column("item")[0].as_py())
-        columns = _unpack(batch.column("columns")[0].as_buffer())
+        return self.finished(json.loads(batch.column("item")[0].as_py()), _unpack(batch.column("columns")))
+
+    def finished(self, item: Item, columns: Rows) -> pa.Table:
         return pa.table({"summary": [json.dumps(self.finish(item, columns), default=float)]})
 
 
-class _Resident:
-    """`_Actor` in a task: the process keeps the last one that was made, for the tasks that follow."""
+class _Both:
+    """`_Prepare` and `_Actor` in a task: the process keeps the last actor that was made, for the tasks that follow."""
 
     kept: tuple[bytes, _Actor] | None = None
 
-    def __init__(self, finish: bytes, threads: int) -> None:
-        self.finish, self.threads = finish, threads
+    def __init__(self, prepare: Callable[[Item], Rows | Iterator[Rows]], finish: bytes, threads: int) -> None:
+        self.prepare, self.finish, self.threads = prepare, finish, threads
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         from ray import cloudpickle
 
-        kept = _Resident.kept
+        kept = _Both.kept
         if kept is None or kept[0] != self.finish:
-            _Resident.kept = None  # before the next model is loaded
-            kept = _Resident.kept = self.finish, _Actor(cloudpickle.loads(self.finish), self.threads)
-        return kept[1](batch)
+            _Both.kept = None  # before the next model is loaded
+            kept = _Both.kept = self.finish, _Actor(cloudpickle.loads(self.finish), self.threads)
+        for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
+            yield kept[1].finished(item, columns)
 
 
-def _pack(columns: Rows) -> bytes:
-    # One buffer a shard: Ray Data may cut or merge blocks of rows, and a shard must stay whole.
-    stream = io.BytesIO()
-    np.savez(stream, **columns)  # type: ignore[arg-type]
-    return stream.getvalue()
+# Columns travel as one list of buffers a shard: Ray Data may cut or merge blocks of rows, and a shard must stay whole.
+_PACKED = pa.list_(pa.large_binary())
 
 
-def _unpack(buffer: pa.Buffer) -> Rows:
-    with np.load(pa.BufferReader(buffer), allow_pickle=False) as loaded:
-        return {name: loaded[name] for name in loaded.files}
+def _pack(columns: Rows) -> pa.Array:
+    """An array of one row: names, dtypes and shapes as JSON, and then each column's bytes, copied once."""
+    flat = [np.ascontiguousarray(value) for value in columns.values()]
+    head = json.dumps([[name, v.dtype.str, v.shape] for name, v in zip(columns, flat, strict=True)]).encode()
+    sizes = np.cumsum([0, len(head), *(v.nbytes for v in flat)], dtype=np.int64)
+    content = np.empty(sizes[-1], dtype=np.uint8)
+    content[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+    for value, at in zip(flat, sizes[1:], strict=False):
+        if value.size:
+            content[at : at + value.nbytes] = value.reshape(-1).view(np.uint8)
+    buffers = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(flat) + 1, [None, pa.py_buffer(sizes), pa.py_buffer(content)]
+    )
+    return pa.ListArray.from_arrays(pa.array([0, len(buffers)], pa.int32()), buffers)
+
+
+def _unpack(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
+    """Inverse of `_pack`; the arrays are the caller's own."""
+    head, *content = packed[row].values
+    out: Rows = {}
+    for (name, dtype, shape), value in zip(json.loads(head.as_py()), content, strict=True):
+        out[name] = np.frombuffer(value.as_buffer(), dtype=dtype).reshape(shape).copy()
+    return out
 
 
 def pack_rows(columns: Rows) -> bytes:
@@ -295,7 +314,7 @@ def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Calla
         parts: list[Rows] = []
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             for i in range(batch.num_rows):
-                parts.append(_unpack(batch.column("columns")[i].as_buffer()))
+                parts.append(_unpack(batch.column("columns"), i))
                 if batch.column("last")[i].as_py():
                     yield _concat(parts)
                     parts = []
@@ -310,7 +329,7 @@ class _ReadSlice:
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, start, step, last = json.loads(batch.column("item")[0].as_py())
         rows = _slice(read_rows(self.directory, shard, self.columns), start, step)
-        return pa.table({"columns": pa.array([_pack(rows)], type=pa.large_binary()), "last": [last]})
+        return pa.table({"columns": _pack(rows), "last": [last]})
 
 
 def _slice(rows: Rows, start: int, step: int) -> Rows:

@@ -1,8 +1,13 @@
+import json
 import os
+import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
+from ktray import streaming
 from ktray.errors import KtrayError
 from ktray.store import Dir
 from ktray.streaming import cpu_shards, map_shards, read_rows, read_windows, stream_windows, write_rows
@@ -104,6 +109,65 @@ def test_a_process_makes_its_device_half_once_and_a_new_one_for_another_stage(cl
     for found in (first, second):
         made = {(s["process"], s["made"]) for s in found}
         assert len(made) == len({process for process, _ in made}), "made again for a shard of the same stage"
+
+
+class Patient:
+    """Three pieces, of which the last is read once the first has been seen by the driver."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, item):
+        yield {"x": np.arange(3)}
+        yield {"x": np.arange(4)}
+        for _ in range(600):
+            if self.seen.exists():
+                yield {"x": np.arange(5)}
+                return
+            time.sleep(0.1)
+        raise KtrayError("The first piece did not come", "")
+
+
+def make_told():
+    return lambda item, rows: {"piece": item["piece"], "of": item.get("pieces"), "n": len(rows["x"])}
+
+
+def test_a_piece_is_told_while_later_ones_are_read(cluster, tmp_path):
+    seen = tmp_path / "seen"
+    told = map_shards([{"name": "s"}], Patient(seen), make_told, cluster)
+    assert next(told) == {"piece": 0, "of": None, "n": 3}
+    seen.touch()
+    assert list(told) == [{"piece": 1, "of": None, "n": 4}, {"piece": 2, "of": 3, "n": 5}]
+
+
+def both_halves(item, rows):
+    """Pieces as they go from a decode task to a device actor, cut out of a larger block on the way."""
+    tables = list(streaming._Prepare(lambda _: iter(rows))(pa.table({"item": [json.dumps(item)]})))
+    block = pa.concat_tables(tables)
+    return [block.slice(i, 1) for i in range(block.num_rows)]
+
+
+def test_an_actor_gets_what_a_decode_task_gave():
+    rows = [
+        {**columns(n), "pair": np.array([], dtype=str).reshape(0, 2), "f": np.ones((2, 6), np.float32)[:, ::2]}
+        for n in (2, 0, 5)
+    ]
+    got = []
+
+    def keep():
+        return lambda item, columns: got.append((item, columns)) or {"n": len(columns["id"])}
+
+    actor = streaming._Actor(keep, torch.get_num_threads())
+    told = [json.loads(actor(table)["summary"][0].as_py()) for table in both_halves({"name": "s"}, rows)]
+    assert told == [{"n": 2}, {"n": 0}, {"n": 5}]
+    assert [item.get("piece") for item, _ in got] == [0, 1, 2]
+    assert [item.get("pieces") for item, _ in got] == [None, None, 3]
+    for (_, back), sent in zip(got, rows, strict=True):
+        assert back.keys() == sent.keys()
+        for name, value in sent.items():
+            assert back[name].dtype == value.dtype
+            assert back[name].flags.writeable
+            np.testing.assert_array_equal(back[name], value)
 
 
 def square(item):

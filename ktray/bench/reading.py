@@ -24,8 +24,8 @@ SIDE = 224
 
 
 def reading(shards: list[Shard], plan: Plan, cores: int, repeats: int) -> Row:
-    """INDEX's own way of reading (file to pixels of 224 px and fingerprints, handed to another process) against the
-    same functions on bytes in memory, a process for each core and nothing between them."""
+    """INDEX's own way of reading (file to pixels of 224 px and fingerprints, handed to what would embed them) against
+    the same functions on bytes in memory, a process for each core and nothing between them."""
     preprocess = Preprocess(size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3)
     limit, reached = in_turns(
         lambda: bare(shards, preprocess, cores), lambda: through_ray(shards, preprocess, plan), repeats
