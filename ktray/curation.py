@@ -11,11 +11,11 @@ import numpy as np
 
 from ktray.results import transfer_set, versions
 from ktray.retrieval.browse import Found, Query, choose, page
+from ktray.rows import read_rows
 from ktray.stages.base import Context, Done
 from ktray.stages.curate import REPEATED, small_images
 from ktray.stages.gallery import Gallery
 from ktray.stages.teachers import TeacherSpec
-from ktray.streaming import read_rows
 
 SCHEMA = 1
 LISTED = ("transfer.parquet", "dropped.parquet", "contact_sheet.png")

@@ -42,7 +42,7 @@ class Made:
     adapt: Done | None = None
     index: Done | None = None
     curate: Done | None = None
-    teach: Done | None = None
+    teach: teach.Lesson | None = None
     transfer: Done | None = None
     floor: Done | None = None
 
@@ -270,7 +270,7 @@ class Pretrained:
     spec: AdaptedSpec | None
     index: Done | None
     curate: Done
-    teach: Done
+    teach: teach.Lesson
     transfer: Done
 
 

@@ -82,6 +82,8 @@ def lines(found: Resolved) -> list[Line]:
         last = phases(recipe)[-1][1]
         replay = f.replay if build_objective(last.objective).reads == "logits" else 0.0
         tuned = cost.train(size) * f.steps * f.batch_size * (1 + replay)
+        if teacher and last.teach.mode != "cached" and taught(last):
+            tuned += teacher.tower * f.steps * f.batch_size * replay
         out["finetune"] = Line(
             "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
         )
@@ -153,10 +155,13 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
     if "patch_embedding" in needs and teacher:
         halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
     what = f"{recipe.teach.views} views of {images:,} images" if objective.views == "fixed" else f"{images:,} images"
-    yield Line("teach", tower * views if taught(recipe) else 0.0, views * (3 * size**2 + 2 * halves), what)
+    stored, asked = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
+    if not stored:
+        what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher works while the student trains)"
+    yield Line("teach", asked * views if stored else 0.0, views * (3 * size**2 + 2 * halves) if stored else 0, what)
     steps, batch = int(recipe.train.steps or 1), int(recipe.train.batch_size or 1)
     objective.setup(_sizes(found, recipe, cost, teacher))
-    per_step = objective.flops(cost.train, cost.forward, size) * batch
+    per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else asked)) * batch
     beside = ""
     if objective.labelled:
         per_step += cost.train(size) * recipe.finetune.batch_size

@@ -169,7 +169,11 @@ class Supervised(Part):
 
 
 class Teach(Part):
-    mode: Literal["cached"] = Field("cached", description="the teacher's outputs are computed once and stored")
+    mode: Literal["auto", "cached", "streamed", "live"] = Field(
+        "auto",
+        description="cached: the teacher's outputs are computed once and stored; streamed: teachers beside the "
+        "training compute them each time; live: the training worker does; auto: by what each costs",
+    )
     views: int = Field(4, ge=1, description="augmented views per image")
     crop_min: float = Field(0.5, gt=0, le=1, description="smallest crop, share of the image's area")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")

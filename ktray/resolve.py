@@ -21,6 +21,7 @@ from ktray.models.heads import DEFAULT_TEMPLATES
 from ktray.objectives import build_objective
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
+from ktray.targets.mode import choose_mode, free_bytes
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
@@ -174,6 +175,18 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
+    if recipe.teach.mode == "auto":
+        rows = images * (recipe.teach.views if objective.views == "fixed" else 1)
+        drawn = int(recipe.train.steps or 1) * batch
+        row_bytes = 3 * size**2 + 2 * len(task.classes)
+        beside = plan.streaming if on_gpu else 0  # on CPUs a teacher beside the training takes its cores
+        choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), beside))
+    if recipe.teach.mode == "streamed" and not plan.streaming:
+        raise KtrayError(
+            f"teach.mode=streamed needs a GPU for each worker's teacher beside its own, and {plan.workers} workers "
+            f"have {plan.total_gpus:g} GPUs in all",
+            "Set cluster.workers to at most half of the GPUs, or teach.mode=cached.",
+        )
     canvas = 1.0 if median <= size else 8 / 7
     fingerprint = digest(task.fingerprint, canvas)
     known = names or task.names or task.classes

@@ -18,7 +18,11 @@ from ktray.errors import KtrayError
 
 @dataclass(frozen=True)
 class Plan:
-    """Shares of the cluster. CPU figures are Ray's logical CPUs."""
+    """Shares of the cluster. CPU figures are Ray's logical CPUs.
+
+    Attributes:
+        streaming: teachers that may work beside each training worker; 0 where its GPUs are all in training.
+    """
 
     total_cpus: float
     total_gpus: float
@@ -31,6 +35,7 @@ class Plan:
     decode_cpus: float
     worker_threads: int
     actor_threads: int
+    streaming: int
 
     @property
     def line(self) -> str:
@@ -85,6 +90,9 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
     else:
         actors = max(1, int(min(cpus, memory // BYTES_A_TEACHER)))
         actor_cpus = decode_cpus = min(1.0, cpus / 2)
+    left = cpus - workers * worker_cpus
+    # A teacher beside the training has a GPU of its own; on CPUs it shares what training leaves with the reading.
+    streaming = int((gpus - workers) // workers) if on_gpu else max(1, min(actors, int(left / decode_cpus / workers)))
     cores_a_node = max(1, int(cpus / max(1, nodes)))
     return Plan(
         total_cpus=cpus,
@@ -99,6 +107,7 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
         # Nobody has more cores than a node.
         worker_threads=max(1, min(cores_a_node, cores_a_node * nodes // workers)),
         actor_threads=max(1, min(cores_a_node, cores_a_node * nodes // actors)),
+        streaming=streaming,
     )
 
 

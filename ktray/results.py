@@ -21,11 +21,11 @@ from ktray.models.dense_student import DenseStudent
 from ktray.models.student_io import save_student
 from ktray.recipe import Recipe
 from ktray.report import WorstError, write_report
+from ktray.rows import Rows
 from ktray.stages import evaluate, evaluate_dense
 from ktray.stages.base import Context
 from ktray.stages.transfer import student_spec
 from ktray.store import Dir
-from ktray.streaming import Rows
 from ktray.tasks.classification import confusion_matrix, softmax
 from ktray.tracking import stable_metrics
 from ktray.training.shell import Env

@@ -13,31 +13,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ktray.resources import Plan
-from ktray.store import Dir
-from ktray.training.feed import Rows, Window
+from ktray.rows import Rows
 
 Item = dict[str, Any]
-
-
-class Finish(Protocol):
-    """The device half of a stage; made once per process, then called for every shard.
-
-    Takes the item and its prepared columns, writes what the stage stores, and returns a summary (JSON-able).
-    """
-
-    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]: ...
+Prepare = Callable[[Item], Rows | Iterator[Rows]]
+# What a device worker found for an item, as a table of one row.
+Give = Callable[[Item, Any], pa.Table]
+# The device half of a stage, made once per process and then called for every shard: takes the item and its prepared
+# columns, writes what the stage stores, and returns a summary (JSON-able).
+Finish = Callable[[Item, Rows], dict[str, Any]]
 
 
 def map_shards(
     items: Sequence[Item],
-    prepare: Callable[[Item], Rows | Iterator[Rows]],
+    prepare: Prepare,
     finish: Callable[[], Finish],
     plan: Plan,
     *,
@@ -54,8 +50,6 @@ def map_shards(
         device_stage: whether workers hold a GPU where the plan gives them one.
     """
     import ray
-    from ray import cloudpickle
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     if not items:
         return
@@ -63,22 +57,41 @@ def map_shards(
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
     dataset.context.target_max_block_size = 1
-    workers, gpus = min(plan.actors, len(rows)), plan.actor_gpus if device_stage else 0.0
+    gpus = plan.actor_gpus if device_stage else 0.0
+    crew = Crew(min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, gpus, plan.actor_threads)
+    yield from _summaries(through(dataset, prepare, finish, crew, _tell))
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who finishes: ``size`` device workers of ``cpus``, ``gpus`` and ``threads`` each; on GPUs fed by decode tasks of
+    ``decode_cpus``."""
+
+    size: int
+    decode_cpus: float
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def through(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: Crew, give: Give) -> Any:
+    """The dataset's items through both halves."""
+    from ray import cloudpickle
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
     how: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    if gpus:
-        dataset = dataset.map_batches(_Prepare(prepare), num_cpus=plan.decode_cpus, **how).map_batches(
+    if crew.gpus:
+        return dataset.map_batches(_Prepare(prepare), num_cpus=crew.decode_cpus, **how).map_batches(
             _Actor,
-            fn_constructor_args=(finish, plan.actor_threads),
-            compute=ActorPoolStrategy(size=workers),
-            num_gpus=gpus,
-            num_cpus=plan.actor_cpus,
+            fn_constructor_args=(finish, crew.threads, give),
+            compute=ActorPoolStrategy(size=crew.size),
+            num_gpus=crew.gpus,
+            num_cpus=crew.cpus,
             **how,
         )
-    else:
-        both = _Both(prepare, cloudpickle.dumps(finish), plan.actor_threads)
-        # No more tasks than models that the memory bears.
-        dataset = dataset.map_batches(both, compute=TaskPoolStrategy(size=workers), num_cpus=plan.actor_cpus, **how)
-    yield from _summaries(dataset)
+    both = _Both(prepare, cloudpickle.dumps(finish), crew.threads, give)
+    # No more tasks than models that the memory bears.
+    return dataset.map_batches(both, compute=TaskPoolStrategy(size=crew.size), num_cpus=crew.cpus, **how)
 
 
 def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], plan: Plan) -> Iterator[dict[str, Any]]:
@@ -114,7 +127,7 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) 
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for i in range(batch.num_rows):
-            yield batch.column("number")[i].as_py(), _unpack(batch.column("columns"), i)
+            yield batch.column("number")[i].as_py(), unpack(batch.column("columns"), i)
 
 
 class _Numbered:
@@ -124,7 +137,7 @@ class _Numbered:
     def __call__(self, batch: pa.Table) -> pa.Table:
         number = batch.column("number")[0].as_py()
         columns = self.work(self.items[number])
-        return pa.table({"number": [number], "columns": _pack(columns)})
+        return pa.table({"number": [number], "columns": pack(columns)})
 
 
 def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -142,7 +155,7 @@ class _Work:
         return pa.table({"summary": [json.dumps(self.work(item), default=float) for item in items]})
 
 
-def _pieces(item: Item, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> Iterator[tuple[Item, Rows]]:
+def _pieces(item: Item, prepare: Prepare) -> Iterator[tuple[Item, Rows]]:
     """What ``prepare`` gives, with its number among the pieces where they are several."""
     found = prepare(item)
     if isinstance(found, dict):
@@ -155,27 +168,31 @@ def _pieces(item: Item, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> Ite
     yield {**item, "piece": number, "pieces": number + 1}, held
 
 
+def _tell(item: Item, summary: dict[str, Any]) -> pa.Table:
+    return pa.table({"summary": [json.dumps(summary, default=float)]})
+
+
 class _Prepare:
-    def __init__(self, prepare: Callable[[Item], Rows | Iterator[Rows]]) -> None:
+    def __init__(self, prepare: Prepare) -> None:
         self.prepare = prepare
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
-            yield pa.table({"item": [json.dumps(item)], "columns": _pack(columns)})
+            yield pa.table({"item": [json.dumps(item)], "columns": pack(columns)})
 
 
 class _Actor:
-    def __init__(self, finish: Callable[[], Finish], threads: int) -> None:
+    def __init__(self, finish: Callable[[], Any], threads: int, give: Give) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.finish = finish()
+        self.finish, self.give = finish(), give
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.finished(json.loads(batch.column("item")[0].as_py()), _unpack(batch.column("columns")))
+        return self.finished(json.loads(batch.column("item")[0].as_py()), unpack(batch.column("columns")))
 
     def finished(self, item: Item, columns: Rows) -> pa.Table:
-        return pa.table({"summary": [json.dumps(self.finish(item, columns), default=float)]})
+        return self.give(item, self.finish(item, columns))
 
 
 class _Both:
@@ -183,8 +200,8 @@ class _Both:
 
     kept: tuple[bytes, _Actor] | None = None
 
-    def __init__(self, prepare: Callable[[Item], Rows | Iterator[Rows]], finish: bytes, threads: int) -> None:
-        self.prepare, self.finish, self.threads = prepare, finish, threads
+    def __init__(self, prepare: Prepare, finish: bytes, threads: int, give: Give) -> None:
+        self.prepare, self.finish, self.threads, self.give = prepare, finish, threads, give
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         from ray import cloudpickle
@@ -192,7 +209,7 @@ class _Both:
         kept = _Both.kept
         if kept is None or kept[0] != self.finish:
             _Both.kept = None  # before the next model is loaded
-            kept = _Both.kept = self.finish, _Actor(cloudpickle.loads(self.finish), self.threads)
+            kept = _Both.kept = self.finish, _Actor(cloudpickle.loads(self.finish), self.threads, self.give)
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
             yield kept[1].finished(item, columns)
 
@@ -201,7 +218,7 @@ class _Both:
 _PACKED = pa.list_(pa.large_binary())
 
 
-def _pack(columns: Rows) -> pa.Array:
+def pack(columns: Rows) -> pa.Array:
     """An array of one row: names, dtypes and shapes as JSON, and then each column's bytes, copied once."""
     flat = [np.ascontiguousarray(value) for value in columns.values()]
     head = json.dumps([[name, v.dtype.str, v.shape] for name, v in zip(columns, flat, strict=True)]).encode()
@@ -217,126 +234,10 @@ def _pack(columns: Rows) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array([0, len(buffers)], pa.int32()), buffers)
 
 
-def _unpack(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
-    """Inverse of `_pack`; the arrays are the caller's own."""
+def unpack(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
+    """Inverse of `pack`; the arrays are the caller's own."""
     head, *content = packed[row].values
     out: Rows = {}
     for (name, dtype, shape), value in zip(json.loads(head.as_py()), content, strict=True):
         out[name] = np.frombuffer(value.as_buffer(), dtype=dtype).reshape(shape).copy()
     return out
-
-
-def pack_rows(columns: Rows) -> bytes:
-    """Columns of equal length as Parquet; arrays of more axes become fixed-size binary.
-
-    Shapes and dtypes travel in the schema's metadata.
-    """
-    arrays, metadata = {}, {}
-    for key, value in columns.items():
-        if value.ndim == 1 and value.dtype != np.float16:
-            arrays[key] = pa.array(value.tolist() if value.dtype.kind in "UO" else value)
-            continue
-        width = int(np.prod(value.shape[1:])) * value.dtype.itemsize
-        flat = np.ascontiguousarray(value)
-        arrays[key] = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(width), len(value), [None, pa.py_buffer(flat.tobytes())]
-        )
-        metadata[key] = json.dumps([flat.dtype.str, list(value.shape[1:])])
-    table = pa.table(arrays).replace_schema_metadata(metadata)
-    stream = pa.BufferOutputStream()
-    # Pixels are noise to a dictionary and to most codecs; zstd level 1 costs little and helps flat pictures.
-    pq.write_table(table, stream, compression="zstd", compression_level=1, use_dictionary=False)
-    packed: bytes = stream.getvalue().to_pybytes()
-    return packed
-
-
-def write_rows(directory: Dir, name: str, columns: Rows) -> int:
-    """Write columns as one Parquet shard (`pack_rows`); returns the bytes written."""
-    data = pack_rows(columns)
-    directory.write(name, data)
-    return len(data)
-
-
-def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:
-    """Read a shard of `write_rows`."""
-    table = pq.read_table(
-        pa.BufferReader(directory.read(name)), columns=list(columns) if columns else None, use_threads=False
-    )
-    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    out: Rows = {}
-    for key in table.column_names:
-        column = table.column(key).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-        if key in metadata:
-            dtype, shape = json.loads(metadata[key])
-            width = column.type.byte_width
-            buffer = column.buffers()[1]
-            flat = np.frombuffer(
-                buffer,
-                dtype=np.dtype(dtype),
-                count=len(column) * width // np.dtype(dtype).itemsize,
-                offset=column.offset * width,
-            )
-            out[key] = flat.reshape(len(column), *shape)
-        else:
-            out[key] = column.to_numpy(zero_copy_only=False)
-    return out
-
-
-def read_windows(directory: Dir, columns: Sequence[str]) -> Callable[[Sequence[Window]], Iterator[Rows]]:
-    """A reader for `ktray.training.feed.Feed` that reads in this process; for sets that stay in memory."""
-
-    def read(windows: Sequence[Window]) -> Iterator[Rows]:
-        for window in windows:
-            yield _concat([_slice(read_rows(directory, s.shard, columns), s.start, s.step) for s in window])
-
-    return read
-
-
-def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Callable[[Sequence[Window]], Iterator[Rows]]:
-    """A reader for `Feed` through Ray Data: tasks read ahead while the step runs, in the feed's order."""
-
-    def read(windows: Sequence[Window]) -> Iterator[Rows]:
-        import ray
-
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        rows = [
-            {"item": json.dumps([s.shard, s.start, s.step, i == len(window) - 1])}
-            for window in windows
-            for i, s in enumerate(window)
-        ]
-        dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _ReadSlice(directory, columns), batch_size=1, batch_format="pyarrow", num_cpus=cpus
-        )
-        parts: list[Rows] = []
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            for i in range(batch.num_rows):
-                parts.append(_unpack(batch.column("columns"), i))
-                if batch.column("last")[i].as_py():
-                    yield _concat(parts)
-                    parts = []
-
-    return read
-
-
-class _ReadSlice:
-    def __init__(self, directory: Dir, columns: Sequence[str]) -> None:
-        self.directory, self.columns = directory, columns
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        shard, start, step, last = json.loads(batch.column("item")[0].as_py())
-        rows = _slice(read_rows(self.directory, shard, self.columns), start, step)
-        return pa.table({"columns": _pack(rows), "last": [last]})
-
-
-def _slice(rows: Rows, start: int, step: int) -> Rows:
-    return rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()}
-
-
-def _concat(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}

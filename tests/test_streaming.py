@@ -9,9 +9,11 @@ import torch
 
 from ktray import streaming
 from ktray.errors import KtrayError
+from ktray.rows import read_rows, write_rows
 from ktray.store import Dir
-from ktray.streaming import cpu_shards, map_shards, read_rows, read_windows, stream_windows, write_rows
+from ktray.streaming import cpu_shards, map_shards
 from ktray.training.feed import Feed
+from ktray.windows import read_windows, stream_windows
 
 
 def columns(n, offset=0):
@@ -157,7 +159,7 @@ def test_an_actor_gets_what_a_decode_task_gave():
     def keep():
         return lambda item, columns: got.append((item, columns)) or {"n": len(columns["id"])}
 
-    actor = streaming._Actor(keep, torch.get_num_threads())
+    actor = streaming._Actor(keep, torch.get_num_threads(), streaming._tell)
     told = [json.loads(actor(table)["summary"][0].as_py()) for table in both_halves({"name": "s"}, rows)]
     assert told == [{"n": 2}, {"n": 0}, {"n": 5}]
     assert [item.get("piece") for item, _ in got] == [0, 1, 2]

@@ -15,8 +15,8 @@ from ktray.errors import KtrayError
 from ktray.pipeline import run
 from ktray.plan import lines, this_machine
 from ktray.resolve import resolve
+from ktray.rows import read_rows
 from ktray.store import Stage, Store
-from ktray.streaming import read_rows
 
 
 @pytest.fixture(scope="module")

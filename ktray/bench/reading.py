@@ -16,8 +16,9 @@ from ktray.models.preprocess import Preprocess
 from ktray.resources import Plan
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.dedup import fingerprint
+from ktray.rows import Rows
 from ktray.stages.pieces import Prepare
-from ktray.streaming import Item, Rows, map_shards
+from ktray.streaming import Item, map_shards
 
 MAX_PIXELS = 178_956_970
 SIDE = 224

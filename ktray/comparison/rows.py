@@ -10,9 +10,9 @@ import numpy as np
 from ktray.comparison import costs
 from ktray.comparison.statistics import Accuracy, MeanClassAccuracy, MeanIoU, Scores, interval, pareto, reach, resample
 from ktray.comparison.ways import Ways
+from ktray.rows import Rows
 from ktray.stages import evaluate
 from ktray.store import Stage, Store
-from ktray.streaming import Rows
 
 
 def scores(metric: str, seeds: Sequence[Rows]) -> Scores:

@@ -119,7 +119,10 @@ def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
     if any(name.split(".")[0] == "compare" for name in wanted):
         raise KtrayError("A way cannot set keys of compare", "Remove it from compare.ways.")
     plain = base.model_copy(update={"compare": recipes.Compare()})
-    return recipes.override(plain, {**wanted, "baselines.scratch": False, "baselines.scratch_steps": None})
+    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
+    if base.teach.mode == "auto" and "teach.mode" not in wanted:
+        fixed["teach.mode"] = "cached"  # seeds and ways share what is stored
+    return recipes.override(plain, {**wanted, **fixed})
 
 
 def _keys(objective: str, source: str) -> dict[str, Any]:

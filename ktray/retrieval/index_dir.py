@@ -36,8 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.errors import KtrayError
+from ktray.rows import Rows, pack_rows, read_rows
 from ktray.store import Dir
-from ktray.streaming import Rows, pack_rows, read_rows
 
 FORMAT = 1
 _SHARDS = "shards"

@@ -27,13 +27,13 @@ from ktray.models.flops import count_flops
 from ktray.models.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.preprocess import Preprocess
 from ktray.objectives import build_objective
+from ktray.rows import read_rows, write_rows
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt_dense import fit_heads, score_maps
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.teach import view_policy
 from ktray.stages.teachers import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
 from ktray.store import Stage
-from ktray.streaming import read_rows, write_rows
 from ktray.training.evaluation import class_scores
 from ktray.training.jobs import AdaptJob
 from ktray.training.loop import Settings

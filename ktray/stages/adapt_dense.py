@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from ktray.models.dense_head import fit_dense_probe, fit_map_temperature
 from ktray.models.dense_teacher import DenseTeacher
 from ktray.models.flops import count_flops
+from ktray.rows import read_rows, write_rows
 from ktray.stages.teachers import TeacherSpec, device, embed_numpy, tower_flops
 from ktray.store import Stage
-from ktray.streaming import read_rows, write_rows
 from ktray.tasks.segmentation import IGNORE, resize_map
 from ktray.training.evaluation import pixel_scores
 

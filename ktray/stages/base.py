@@ -101,6 +101,13 @@ class Reporter:
     def post(self, value: dict[str, Any]) -> None:
         """A post of a training worker (see `ktray.training.loop`)."""
         with self._lock:
+            if "bad" in value:
+                for uri, reason in value["bad"]:
+                    self.quarantine.add(uri, reason, self.name)
+                return
+            if "teacher_flops" in value:
+                self.meter.add(flops=value["teacher_flops"])
+                return
             if "curve" in value:
                 step = int(value["step"])
                 self.run.metrics(step, {k: v for k, v in value.items() if k not in ("curve", "step")})

@@ -25,6 +25,7 @@ from ktray.retrieval.distinct import Distinct
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.sheet import SheetRow, contact_sheet
+from ktray.rows import Rows, write_rows
 from ktray.stages import adapt as adapt_stage
 from ktray.stages import compress
 from ktray.stages.base import Context, Done, Reporter, run_stage
@@ -33,7 +34,6 @@ from ktray.stages.heldout import heldout
 from ktray.stages.queries import Queries, queries
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Stage
-from ktray.streaming import Rows, write_rows
 
 # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same;
 # 5: which other strategies take an image too

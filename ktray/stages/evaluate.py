@@ -15,12 +15,13 @@ import torch
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
+from ktray.rows import Rows, read_rows, write_rows
 from ktray.stages import evaluate_dense
 from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
 from ktray.stages.labels import Masks, decode_examples, shard_items
 from ktray.stages.teachers import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.store import Stage
-from ktray.streaming import Item, Rows, map_shards, read_rows, write_rows
+from ktray.streaming import Item, map_shards
 from ktray.tasks import classification, segmentation
 from ktray.training.inputs import StudentSpec
 

@@ -14,11 +14,12 @@ import torch
 
 from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
+from ktray.rows import Rows, write_rows
 from ktray.stages.base import finish_shard
 from ktray.stages.labels import Masks, read_examples
 from ktray.stages.teachers import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.store import Stage
-from ktray.streaming import Item, Rows, write_rows
+from ktray.streaming import Item
 from ktray.tasks.segmentation import IGNORE, pixel_counts, resize_map
 from ktray.training.inputs import StudentSpec
 

@@ -20,7 +20,7 @@ from ktray.training.loop import Settings
 VERSION = 2  # 2: views keyed by image
 
 
-def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
+def run(context: Context, transfer: Done, teach: teach_stage.Lesson, labels: Done) -> Done:
     """``weights.safetensors`` of the finetuned student."""
     recipe = context.recipe
     part = recipe.finetune
@@ -48,7 +48,7 @@ def run(context: Context, transfer: Done, teach: Done, labels: Done) -> Done:
             recipe.train,
             context.metric,
             context.store.sub("precision"),
-            teach_stage.cache(teach),
+            teach.taught(),
             part.replay,
         )
         return fit(context, stage, reporter, job, part.steps)

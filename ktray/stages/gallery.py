@@ -15,8 +15,9 @@ from ktray.retrieval.index_dir import IndexDir, Part
 from ktray.retrieval.search import Hits, merge, search
 from ktray.retrieval.select import Selection, query_balanced
 from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
+from ktray.rows import Rows
 from ktray.stages.base import Done
-from ktray.streaming import Rows, map_numbered
+from ktray.streaming import map_numbered
 
 # Hits a query, for each image of its share: those that others have taken first, and what a strategy may choose among.
 CANDIDATES = 4

@@ -12,12 +12,13 @@ from ktray.data.reading import decode_image, fetch
 from ktray.errors import BadImage
 from ktray.models.preprocess import Preprocess
 from ktray.retrieval.dedup import fingerprint_heldout
+from ktray.rows import Rows, read_rows, write_rows
 from ktray.stages.base import Context, Reporter, finish_shard, finished_shards, resumed
 from ktray.stages.index import unit_embedding
 from ktray.stages.labels import SHARD
 from ktray.stages.teachers import TeacherSpec, tower_flops
 from ktray.store import Stage
-from ktray.streaming import Item, Rows, cpu_shards, map_shards, read_rows, write_rows
+from ktray.streaming import Item, cpu_shards, map_shards
 
 
 def heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:

@@ -22,12 +22,13 @@ from ktray.recipe import digest
 from ktray.resolve import index_alone
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir, parts
+from ktray.rows import Rows
 from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
 from ktray.stages.compress import compress, wanted
 from ktray.stages.gallery import Gallery
 from ktray.stages.pieces import Prepare
 from ktray.stages.teachers import TeacherSpec, embed_numpy, tower_flops
-from ktray.streaming import Item, Rows, cpu_shards, map_shards
+from ktray.streaming import Item, cpu_shards, map_shards
 
 VERSION = 3  # 2: captions; 3: shards shared among galleries, crops
 LABELLED_SHARD = 512

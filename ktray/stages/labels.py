@@ -17,9 +17,10 @@ from ktray.data.masks import check_mask, decode_mask, eval_mask
 from ktray.data.reading import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.preprocess import Preprocess
+from ktray.rows import write_rows
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.store import Stage
-from ktray.streaming import Item, cpu_shards, write_rows
+from ktray.streaming import Item, cpu_shards
 from ktray.training.inputs import Labels
 
 VERSION = 1

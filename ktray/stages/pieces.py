@@ -16,7 +16,8 @@ from ktray.errors import BadImage
 from ktray.models.preprocess import Preprocess
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.dedup import Small, fingerprint_small, shrink
-from ktray.streaming import Item, Rows
+from ktray.rows import Rows
+from ktray.streaming import Item
 
 # Pixels that go to the device at once, in bytes. Ray Data's own blocks are of this size; some copies of it are alive.
 PIECE_BYTES = 128_000_000

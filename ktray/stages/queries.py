@@ -17,12 +17,13 @@ from ktray.errors import BadImage, KtrayError
 from ktray.models.heads import text_head
 from ktray.models.preprocess import Preprocess
 from ktray.retrieval.crops import Crops
+from ktray.rows import Rows
 from ktray.stages import adapt as adapt_stage
 from ktray.stages.base import Context, Done, Reporter
 from ktray.stages.heldout import embed_images
 from ktray.stages.teachers import TeacherSpec
 from ktray.store import Stage
-from ktray.streaming import Item, Rows
+from ktray.streaming import Item
 
 TEXT = "text:"
 MEAN = "class:"

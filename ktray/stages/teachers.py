@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ktray.models.adapted import AdaptedTeacher
@@ -87,31 +86,9 @@ def embed_numpy(model: Teacher | AdaptedTeacher | DenseTeacher, pixels: np.ndarr
 
 
 @torch.inference_mode()
-def logits_numpy(model: AdaptedTeacher, embedding: np.ndarray) -> np.ndarray:
-    """Embeddings (N, D) float32 to calibrated logits (N, C) float32."""
-    if not len(embedding):
-        return np.zeros((0, len(model.classes)), np.float32)
-    found: np.ndarray = model.logits_of(torch.from_numpy(embedding).to(model.head.weight.device)).cpu().numpy()
-    return found
-
-
-@torch.inference_mode()
 def predict_numpy(model: AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of them (N, C, h, w)."""
     return _batched(model.logits, pixels, batch, len(model.classes))
-
-
-@torch.inference_mode()
-def resize_numpy(pixels: np.ndarray, size: int, batch: int) -> np.ndarray:
-    """(N, 3, H, W) uint8 to (N, 3, size, size) uint8, antialiased."""
-    if pixels.shape[-1] == size and pixels.shape[-2] == size:
-        return pixels
-    parts = []
-    for at in range(0, len(pixels), batch):
-        x = torch.from_numpy(pixels[at : at + batch]).to(device()).float()
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        parts.append(x.round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
-    return np.concatenate(parts) if parts else np.zeros((0, 3, size, size), np.uint8)
 
 
 def _batched(function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:

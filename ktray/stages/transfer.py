@@ -21,7 +21,7 @@ VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"
 
 
-def run(context: Context, teach: Done, labels: Done, start: Done | None = None) -> Done:
+def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done | None = None) -> Done:
     """``weights.safetensors`` of the pretrained student; the curve is in the manifest.
 
     Args:
@@ -44,10 +44,11 @@ def run(context: Context, teach: Done, labels: Done, start: Done | None = None) 
             evals=5,
             checkpoint_seconds=part.checkpoint_seconds,
         )
+        reporter.read = teach.images
         job = TransferJob(
             settings,
             student_spec(context, start.stage if start else None),
-            teach_stage.cache(teach),
+            teach.taught(),
             labels_of(context, labels),
             policy,
             recipe.finetune.batch_size,

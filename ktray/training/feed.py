@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Rows = dict[str, np.ndarray]
+from ktray.rows import Rows
 
 
 @dataclass(frozen=True)

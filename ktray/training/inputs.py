@@ -16,11 +16,16 @@ from ktray.data.views import ViewPolicy
 from ktray.models.dense_student import DenseStudent, Head, build_dense_student
 from ktray.models.preprocess import Preprocess
 from ktray.models.student import Student, build_student
+from ktray.objectives.base import TEACHERS
+from ktray.rows import read_rows
 from ktray.store import Dir
-from ktray.streaming import read_rows, read_windows, stream_windows
-from ktray.training.feed import Feed
+from ktray.streaming import Crew
+from ktray.targets.cut import Cut
+from ktray.targets.predict import Loaded, Predict
+from ktray.training.feed import Feed, Reader
 from ktray.training.loop import Batch
 from ktray.training.shell import Env
+from ktray.windows import made_windows, read_windows, stream_windows
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,16 @@ def _numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """A folder of TEACH: shards of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each.
+class Taught:
+    """What TEACH has left: rows of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each, stored
+    (``cached``) or to be made from its lists of images.
 
     Attributes:
-        embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not stored.
+        row_bytes: of a row as it is read.
+        mode: ``cached``: rows are read as they are. ``streamed``: teachers beside the training make them. ``live``:
+            rows come without the teacher's targets, which the trainer adds (`teacher`).
+        cut, predict: how rows are made, where they are not stored.
+        embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not needed.
         vocabulary, text_length: of the captions' tokens, 0 where they are not stored.
         source_classes: of the labelled generic set, 0 where there is none.
     """
@@ -92,6 +102,9 @@ class Cache:
     shards: tuple[tuple[str, int], ...]
     row_bytes: int
     targets: tuple[str, ...]
+    mode: str = "cached"
+    cut: Cut | None = None
+    predict: Predict | None = None
     embed_dim: int = 0
     patch_dim: int = 0
     vocabulary: int = 0
@@ -100,13 +113,29 @@ class Cache:
 
     def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
         rows = sum(n for _, n in self.shards)
-        columns = ["pixels", "view_id", *self.targets]
-        if rows * self.row_bytes <= part.resident_bytes:
-            window, read = 1 << 62, read_windows(self.directory, columns)
-        else:
-            window = max(batch, part.window_bytes // self.row_bytes)
-            read = stream_windows(self.directory, columns, env.read_cpus)
-        return Feed(self.shards, read, batch=batch, rank=env.rank, world=env.world, seed=seed, window_rows=window)
+        resident = rows * self.row_bytes <= part.resident_bytes
+        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes)
+        return Feed(
+            self.shards, self._reader(env, resident), batch=batch, rank=env.rank, world=env.world, seed=seed,
+            window_rows=window,
+        )  # fmt: skip
+
+    def _reader(self, env: Env, resident: bool) -> Reader:
+        live = self.mode == "live"
+        columns = ["pixels", "view_id", *(t for t in self.targets if not (live and t in TEACHERS))]
+        if self.cut is None:
+            return (
+                read_windows(self.directory, columns)
+                if resident
+                else stream_windows(self.directory, columns, env.read_cpus)
+            )
+        crew = Crew(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
+        beside = None if live else self.predict
+        return made_windows(self.directory, self.cut, beside, columns, crew, env.report)
+
+    def teacher(self) -> Loaded | None:
+        """The teacher that the trainer asks at each step, in this process; None where rows bring their targets."""
+        return self.predict.load() if self.mode == "live" and self.predict else None
 
     def batches(self, part: recipes.Train, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
         """Batches on the device, as `ktray.objectives.base.Objective.step` takes them."""

@@ -26,7 +26,7 @@ from ktray.recipe import digest
 from ktray.store import Dir
 from ktray.tasks.segmentation import label_loss
 from ktray.training.evaluation import evaluator
-from ktray.training.inputs import Cache, Labels, StudentSpec
+from ktray.training.inputs import Labels, StudentSpec, Taught
 from ktray.training.loop import Batch, Program, Settings, decay_groups
 from ktray.training.shell import Env
 
@@ -124,16 +124,17 @@ def _settle_precision(
 
 @dataclass(frozen=True)
 class TransferJob:
-    """Pretraining on the target cache.
+    """Pretraining on the transfer set.
 
     Attributes:
+        taught: its views with the teacher's targets.
         labels: the task's labelled images: validation, and, where the objective takes them, ``label_batch`` a step.
         policy: their views.
     """
 
     settings: Settings
     student: StudentSpec
-    cache: Cache
+    taught: Taught
     labels: Labels
     policy: ViewPolicy
     label_batch: int
@@ -143,7 +144,7 @@ class TransferJob:
     directory: Dir
 
     def build(self, env: Env) -> Program:
-        s, cache = self.settings, self.cache
+        s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
         batch = max(1, -(-int(self.part.batch_size or 1) // env.world))
         precision = _settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
@@ -157,14 +158,14 @@ class TransferJob:
                 num_classes=self.student.num_classes,
                 student_dim=feature_dim(trunk(model)),
                 student_map_dim=map_shape(model, size)[0] if objective.reads == "map" else 0,
-                teacher_dim=cache.embed_dim or None,
-                teacher_patch_dim=cache.patch_dim or None,
+                teacher_dim=taught.embed_dim or None,
+                teacher_patch_dim=taught.patch_dim or None,
                 seed=s.seed,
                 student=student,
                 image_size=size,
-                vocabulary=cache.vocabulary,
-                text_length=cache.text_length,
-                source_classes=cache.source_classes,
+                vocabulary=taught.vocabulary,
+                text_length=taught.text_length,
+                source_classes=taught.source_classes,
             )
         )
         module = Pretrain(student, preprocess, objective).to(env.device)
@@ -173,7 +174,7 @@ class TransferJob:
         label_batch = max(1, -(-self.label_batch // env.world)) if objective.labelled else 0
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
-            stream = cache.batches(self.part, env, batch, s.seed, start, stop)
+            stream = taught.batches(self.part, env, batch, s.seed, start, stop)
             if not label_batch:
                 yield from stream
                 return
@@ -187,6 +188,8 @@ class TransferJob:
             classes = self.student.num_classes
             evaluate = evaluator(pixels, labels, _predict(preprocess), env, classes, self.metric)
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
+        teacher = taught.teacher()
+        live = teacher.flops if teacher else 0.0
         per_image = objective.flops(
             lambda side: train_flops(model, (3, side, side)), lambda side: forward_flops(model, (3, side, side)), size
         )
@@ -196,7 +199,7 @@ class TransferJob:
             groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
             batches=batches,
             evaluate=evaluate,
-            flops_per_step=(per_image * batch + labelled_cost) * env.world,
+            flops_per_step=((per_image + live) * batch + labelled_cost) * env.world,
             images_per_step=(batch + label_batch) * env.world,
             device=env.device,
             autocast=precision.autocast_dtype,
@@ -204,6 +207,7 @@ class TransferJob:
             averaged=module if objective.labelled else None,
             after_step=lambda progress: objective.after_step(student, progress),
             finish=objective.finish,
+            teach=(lambda views: {**views, **teacher(views["pixels"])}) if teacher else None,
         )
 
 
@@ -220,7 +224,7 @@ class FinetuneJob:
     part: recipes.Train
     metric: str
     directory: Dir
-    cache: Cache | None = None
+    taught: Taught | None = None
     replay: float = 0.0
 
     def build(self, env: Env) -> Program:
@@ -232,7 +236,7 @@ class FinetuneJob:
             _fit_classifier(model, preprocess, self.labels, env)
         # The distillation term reads predictions; after other pretraining there is none to keep.
         keeps = "logits" in objective.targets_needed and objective.reads == "logits"
-        extra = round(batch * self.replay) if self.cache and keeps else 0
+        extra = round(batch * self.replay) if self.taught and keeps else 0
         precision = _settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         freeze_idle(model, model, preprocess.size[0])
         module = Supervise(model, preprocess, objective).to(env.device)
@@ -241,13 +245,21 @@ class FinetuneJob:
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
             labelled = self.labels.batches(env, batch, self.policy, size, s.seed, start, stop)
-            if not (self.cache and extra):
+            if not (self.taught and extra):
                 yield from labelled
                 return
-            replayed = self.cache.batches(self.part, env, extra, s.seed + 1, start, stop)
+            replayed = self.taught.batches(self.part, env, extra, s.seed + 1, start, stop)
             for images, more in zip(labelled, replayed, strict=True):
-                yield {**images, "replay_pixels": more["pixels"], "replay_logits": more["logits"]}
+                yield {**images, **{f"replay_{name}": value for name, value in more.items()}}
 
+        teacher = self.taught.teacher() if self.taught and extra else None
+
+        def teach(views: Batch) -> Batch:
+            assert teacher is not None
+            more = teacher(views["replay_pixels"])
+            return {**views, **{f"replay_{name}": value for name, value in more.items()}}
+
+        live = teacher.flops * extra * env.world if teacher else 0.0
         images = (batch + extra) * env.world
         return Program(
             module=module,
@@ -255,10 +267,11 @@ class FinetuneJob:
             groups=decay_groups(model, s.weight_decay),
             batches=batches,
             evaluate=evaluator(pixels, val_labels, _predict(preprocess), env, self.student.num_classes, self.metric),
-            flops_per_step=train_flops(model, (3, size, size)) * images,
+            flops_per_step=train_flops(model, (3, size, size)) * images + live,
             images_per_step=images,
             device=env.device,
             autocast=precision.autocast_dtype,
+            teach=teach if teacher else None,
         )
 
 

@@ -52,6 +52,7 @@ class Program:
         flops_per_step, images_per_step: over all ranks.
         averaged: what is averaged; None: the model. Otherwise a module that holds it.
         after_step: called after each optimizer step with the share of the steps that are done.
+        teach: adds to a batch what a teacher in this process says of it; part of the step, not of the waiting for data.
         finish: puts into the model what other modules have learnt for it; called before it is evaluated or handed on.
     """
 
@@ -67,6 +68,7 @@ class Program:
     averaged: nn.Module | None = None
     after_step: Callable[[float], None] | None = None
     finish: Callable[[nn.Module], None] | None = None
+    teach: Callable[[Batch], Batch] | None = None
 
 
 @dataclass
@@ -233,6 +235,8 @@ class Fit:
         generator = torch.Generator(device=self.p.device).manual_seed(
             (self.s.seed * 1_000_003 + step) * 4099 + self.rank
         )
+        if self.p.teach:
+            batch = self.p.teach(batch)
         self.module.train()
         with torch.autocast(self.p.device.type, dtype=self.p.autocast, enabled=self.p.autocast is not None):
             out: dict[str, torch.Tensor] = self.module(batch, generator)

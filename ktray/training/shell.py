@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,12 +29,22 @@ LAST = "last.json"
 
 @dataclass(frozen=True)
 class Env:
-    """Where a worker stands."""
+    """Where a worker stands.
+
+    Attributes:
+        read_cpus: of a task that reads for it.
+        teachers, teacher_gpus, teacher_threads: the teachers that may run beside it, and what each has.
+        report: posts what a reader has to say to those who watch.
+    """
 
     device: torch.device
     rank: int
     world: int
     read_cpus: float
+    teachers: int = 1
+    teacher_gpus: float = 0.0
+    teacher_threads: int = 1
+    report: Callable[[dict[str, Any]], None] = lambda values: None
 
 
 class Job(Protocol):
@@ -68,7 +78,12 @@ def train(
         "job": cloudpickle.dumps(job),
         "board": board,
         "threads": plan.worker_threads,
-        "read_cpus": plan.decode_cpus,
+        "beside": {
+            "read_cpus": plan.decode_cpus,
+            "teachers": plan.streaming,
+            "teacher_gpus": plan.actor_gpus,
+            "teacher_threads": plan.actor_threads,
+        },
     }
     run = _alone if plan.workers == 1 and not plan.worker_gpus else _ray_train
     try:
@@ -128,7 +143,7 @@ def _worker(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as resume:
-        _fit(config, Env(*where, config["read_cpus"]), save, Path(resume) if resume else None)
+        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None)
 
 
 def _alone(
@@ -157,7 +172,7 @@ def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
 
     last = _last(stage)
     with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
-        _fit(config, Env(torch.device("cpu"), 0, 1, config["read_cpus"]), save, resume)
+        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume)
 
 
 def _last(stage: Stage) -> str | None:
@@ -175,12 +190,17 @@ def _fit(
     job: Job = cloudpickle.loads(config["job"])
     board = config["board"]
     torch.manual_seed(job.settings.seed)
-    program = job.build(env)
+
+    def report(values: dict[str, Any]) -> None:
+        if board is not None:
+            board.post.remote(values)
+
+    program = job.build(replace(env, report=report))
     begun = time.perf_counter()
 
     def progress(values: dict[str, float]) -> None:
-        if env.rank == 0 and board is not None:
-            board.post.remote(values)
+        if env.rank == 0:
+            report(values)
 
     def keep(folder: Path | None, metrics: dict[str, Any]) -> None:
         if folder is not None:

@@ -14,8 +14,8 @@ from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe
 from ktray.pipeline import run
+from ktray.rows import read_rows
 from ktray.store import Stage
-from ktray.streaming import read_rows
 
 pytestmark = pytest.mark.slow
 

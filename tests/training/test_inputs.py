@@ -9,9 +9,9 @@ import torch
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
 from ktray.recipe import Train
+from ktray.rows import write_rows
 from ktray.store import Dir
-from ktray.streaming import write_rows
-from ktray.training.inputs import Cache, Labels
+from ktray.training.inputs import Labels, Taught
 from ktray.training.shell import Env
 
 ROWS, SIDE, SEED = 30, 16, 5
@@ -35,7 +35,7 @@ def cache(folder, cuts, order):
         name = f"{number:05d}.parquet"
         write_rows(directory, name, {"pixels": pixels[first:last], "view_id": ids[first:last]})
         shards.append((name, last - first))
-    return Cache(directory, tuple(shards), 3 * SIDE**2, ())
+    return Taught(directory, tuple(shards), 3 * SIDE**2, ())
 
 
 def crops(cache, world, starts, window_bytes=1 << 30):

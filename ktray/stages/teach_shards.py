@@ -1,0 +1,131 @@
+"""What TEACH does with a shard of the transfer set: store its views with their targets, list its images, or compare
+what is stored with what the teacher says now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktray.errors import KtrayError
+from ktray.rows import Rows, read_rows, write_rows
+from ktray.stages.base import finish_shard
+from ktray.store import Stage
+from ktray.streaming import Item
+from ktray.targets.cut import Cut
+from ktray.targets.predict import Predict
+from ktray.windows import listed
+
+# The least cosine of a stored target with the live teacher's. Half precision and another batch cost some millionths; a
+# target of another view of the same image has about 0.9.
+SAME = 0.999
+CHECKED_SHARDS, CHECKED_IMAGES = 8, 4
+
+
+def _write(stage: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
+    bad = columns.pop("bad").tolist()
+    write_rows(stage, item["name"], columns)
+    rows = len(columns["pixels"])
+    summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "bad": bad, "images": rows}
+    return finish_shard(stage, item["name"], {**summary, "flops": flops * rows})
+
+
+@dataclass(frozen=True)
+class WithoutTeacher:
+    """Stores views alone."""
+
+    stage: Stage
+    cut: Cut
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        return _write(self.stage, item, self.cut(item), 0.0)
+
+
+@dataclass(frozen=True)
+class WithTeacher:
+    """Makes, where it runs, the device half that stores views with the teacher's outputs."""
+
+    stage: Stage
+    predict: Predict
+
+    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
+        loaded = self.predict.load()
+
+        def finish(item: Item, columns: Rows) -> dict[str, Any]:
+            return _write(self.stage, item, {**columns, **loaded.rows(columns["pixels"])}, loaded.flops)
+
+        return finish
+
+
+@dataclass(frozen=True)
+class ListImages:
+    """Stores the list of the images alone, for rows that are made while training asks for them."""
+
+    stage: Stage
+    per_image: int
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        name, uris = item["name"], item["uris"]
+        self.stage.write_json(listed(name), {"uris": uris, "beside": item["beside"]})
+        return {"name": name, "rows": len(uris) * self.per_image}
+
+
+def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
+    """Some images of some shards, spread evenly over those that have rows."""
+    full = [item for item in items if rows[item["name"]]]
+    some = [full[i] for i in np.linspace(0, len(full) - 1, min(CHECKED_SHARDS, len(full))).astype(int)]
+    return [
+        {"name": item["name"], "uris": [item["uris"][i] for i in _spread(len(item["uris"]))], "beside": {}}
+        for item in some
+    ]
+
+
+def _spread(count: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(CHECKED_IMAGES, count))})
+
+
+@dataclass(frozen=True)
+class Check:
+    """Makes, where it runs, the comparison of stored targets with the live teacher's on views that are cut again."""
+
+    stage: Stage
+    predict: Predict
+
+    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
+        loaded = self.predict.load()
+
+        def finish(item: Item, columns: Rows) -> dict[str, Any]:
+            fresh = {**columns, **loaded.rows(columns["pixels"])}
+            stored = read_rows(self.stage, item["name"], ["view_id", "pixels", *self.predict.targets])
+            row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
+            worst = 1.0
+            for here, view in enumerate(columns["view_id"].tolist()):
+                where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
+                if view not in row_of:
+                    raise KtrayError(f"The target cache lacks {where}", f"Delete {self.stage.uri} and run again.")
+                for name in self.predict.targets:
+                    cosine = _cosine(stored[name][row_of[view]], fresh[name][here])
+                    worst = min(worst, cosine)
+                    if not cosine >= SAME:
+                        raise KtrayError(
+                            f"The target cache is wrong: the stored {name} of {where} has a cosine of {cosine:.4f} "
+                            f"with what the teacher says now, {SAME} is the least",
+                            f"Delete {self.stage.uri} and run again. If it comes again, the teacher's outputs differ "
+                            "between machines or batches (does it run in another precision on some of them?).",
+                        )
+            return {
+                "checked": len(columns["view_id"]),
+                "cosine": worst,
+                "flops": loaded.flops * len(columns["view_id"]),
+            }
+
+        return finish
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    left, right = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    size = float(np.linalg.norm(left) * np.linalg.norm(right))
+    # Two zeros are alike; a NaN is like nothing.
+    return float(left @ right) / size if size else float(np.array_equal(left, right))

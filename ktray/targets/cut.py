@@ -1,0 +1,108 @@
+"""Images to the pixels of their views, with what goes along with each: the reading half of TEACH."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktray.data.reading import decode_image, fetch
+from ktray.data.views import VIEW_LENGTH, View, ViewPolicy, make_view, render
+from ktray.errors import BadImage, KtrayError
+from ktray.models.preprocess import Preprocess
+from ktray.rows import Rows
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Decode images and cut ``views`` views of ``size`` pixels of each; with ``canvas`` one whole image in its
+    geometry."""
+
+    policy: ViewPolicy
+    views: int
+    seed: int
+    size: int
+    max_pixels: int
+    canvas: Preprocess | None
+
+    @property
+    def per_image(self) -> int:
+        """Rows that an image has."""
+        return 1 if self.canvas else self.views
+
+    def __call__(self, item: dict[str, Any]) -> Rows:
+        """Views of all usable images of an item, the views of an image one after the other.
+
+        Args:
+            item: ``uris``, and ``beside``: name -> a value for each of them, such as ``text`` or ``label``.
+
+        Returns:
+            ``uri``, ``view_index`` (n,) int32, ``view_id`` (n,) int64, ``view`` (n, `VIEW_LENGTH`) int32, ``pixels``
+            (n, 3, H, W) uint8, the columns of ``beside``, and ``bad``: (uri, reason) of what cannot be used.
+        """
+        return self._cut(item, [(number, range(self.per_image)) for number in range(len(item["uris"]))])
+
+    def some(self, item: dict[str, Any], start: int, step: int) -> Rows:
+        """Rows ``start::step`` of what an item of whole images gives, and only these are cut. A row of an image that
+        cannot be used holds another row's content, so that there are as many as were asked for.
+
+        Raises:
+            KtrayError: none of the images can be used.
+        """
+        wanted = range(start, len(item["uris"]) * self.per_image, step)
+        by_image: dict[int, list[int]] = {}
+        for row in wanted:
+            by_image.setdefault(row // self.per_image, []).append(row % self.per_image)
+        found = self._cut(item, list(by_image.items()))
+        got, bad = len(found["pixels"]), found.pop("bad")
+        if got == len(wanted):
+            return {**found, "bad": bad}
+        if not got:
+            raise KtrayError(
+                f"None of {len(by_image)} images can be used; '{bad[0][0]}': {bad[0][1]}",
+                "They could when they were chosen: check whether they have moved.",
+            )
+        return {**{name: np.resize(v, (len(wanted), *v.shape[1:])) for name, v in found.items()}, "bad": bad}
+
+    def _cut(self, item: dict[str, Any], wanted: list[tuple[int, Any]]) -> Rows:
+        uris: list[str] = []
+        indices: list[int] = []
+        records, pixels, bad, beside = [], [], [], []
+        images = fetch([item["uris"][number] for number, _ in wanted])
+        for (number, views), (uri, data, error) in zip(wanted, images, strict=True):
+            try:
+                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
+            except BadImage as reason:
+                bad.append((uri, reason.reason))
+                continue
+            for index in views:
+                if self.canvas:
+                    view = View(0, 0, image.shape[1], image.shape[0])
+                    pixels.append(self.canvas.eval_transform(image))
+                else:
+                    view = make_view(self.policy, uri, index, self.seed, *image.shape[:2])
+                    pixels.append(render(image, view, self.size).transpose(2, 0, 1))
+                uris.append(uri)
+                indices.append(index)
+                beside.append(number)
+                records.append(np.array(view, dtype=np.int32))
+        height, width = self.canvas.size if self.canvas else (self.size, self.size)
+        found = {
+            "uri": np.array(uris, dtype=str),
+            "view_index": np.array(indices, dtype=np.int32),
+            "view_id": np.array([_view_id(*pair) for pair in zip(uris, indices, strict=True)], dtype=np.int64),
+            "view": np.stack(records) if records else np.zeros((0, VIEW_LENGTH), np.int32),
+            "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, height, width), np.uint8),
+            "bad": np.array(bad, dtype=str).reshape(-1, 2),
+        }
+        for name, values in item["beside"].items():
+            column = np.array(values, dtype=np.int64).reshape(len(values), -1)[np.array(beside, dtype=np.int64)]
+            found[name] = column.astype(np.int32) if name == "text" else column[:, 0]
+        return found
+
+
+def _view_id(uri: str, index: int) -> int:
+    digest = hashlib.blake2b(f"{index}\0{uri}".encode("utf-8", "surrogatepass"), digest_size=8, person=b"ktray.id")
+    return int.from_bytes(digest.digest(), "little", signed=True)

@@ -1,0 +1,171 @@
+"""The three ways to the same rows: stored, made by teachers beside the training, or by a teacher in it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ktray.data.views import ViewPolicy
+from ktray.errors import KtrayError
+from ktray.models.adapted import AdaptedTeacher
+from ktray.models.heads import LinearHead
+from ktray.models.student import build_student
+from ktray.models.teacher_load import load_teacher
+from ktray.objectives.oriented import Oriented
+from ktray.recipe import Train
+from ktray.rows import read_rows, write_rows
+from ktray.stages.teach_shards import Check, ListImages, WithTeacher, sample
+from ktray.stages.teachers import AdaptedSpec
+from ktray.store import Dir, Store
+from ktray.targets.cut import Cut
+from ktray.targets.predict import Predict
+from ktray.training.inputs import Taught
+from ktray.training.shell import Env
+
+CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
+TARGETS = ("embedding", "logits")
+MODES = ("cached", "streamed", "live")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Images, an adapted teacher, and a directory of TEACH with both stored rows and lists."""
+    root = tmp_path_factory.mktemp("taught")
+    uris = []
+    for i in range(10):
+        y, x = np.mgrid[:40, :48]
+        rng = np.random.default_rng(i)
+        pixels = 128 + 90 * np.sin(x[..., None] / rng.uniform(2, 9, 3) + y[..., None] / rng.uniform(2, 9, 3))
+        path = root / f"{i}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        uris.append(str(path))
+    teacher = load_teacher("miniverse")
+    torch.manual_seed(0)
+    head = LinearHead(torch.randn(len(CLASSES), teacher.embed_dim), torch.zeros(len(CLASSES)))
+    AdaptedTeacher(teacher, head, CLASSES, temperature=0.1).save(root / "adapted")
+    stage = Store(str(root / "store")).stage("teach", "0123456789abcdef")
+    spec = AdaptedSpec(Dir(str(root / "adapted")), teacher.preprocess)
+    cut = Cut(ViewPolicy(), VIEWS, 0, 32, 10**6, None)
+    predict = Predict(spec, TARGETS, SIDE, 0, batch=4)
+    items = [
+        {"name": f"shard-{i}.parquet", "uris": uris[a:b], "beside": {}}
+        for i, (a, b) in enumerate([(0, 4), (4, 5), (5, 10)])
+    ]
+    finish = WithTeacher(stage, predict)()
+    rows = {}
+    for item in items:
+        rows[item["name"]] = finish(item, cut(item))["rows"]
+        assert ListImages(stage, VIEWS)(item)["rows"] == rows[item["name"]]
+    return stage, items, rows, cut, predict
+
+
+def taught(world, mode, stage=None):
+    made, _, rows, cut, predict = world
+    known = {} if mode == "cached" else {"cut": cut, "predict": predict}
+    size = 3 * SIDE**2
+    return Taught(stage or made, tuple(rows.items()), size, TARGETS, mode, **known)
+
+
+def batches(source, part, rank=0, of=1, start=0, stop=9, report=lambda values: None):
+    env = Env(torch.device("cpu"), rank, of, 0.5, report=report)
+    teacher = source.teacher()
+    for batch in source.batches(part, env, BATCH, 7, start, stop):
+        yield {**batch, **teacher(batch["pixels"])} if teacher else batch
+
+
+RESIDENT = Train(resident_bytes=1 << 30)
+STREAMING = Train(resident_bytes=0, window_bytes=8 * 3 * SIDE**2)
+
+
+@pytest.mark.parametrize("mode", ["streamed", "live"])
+@pytest.mark.parametrize(("part", "of"), [(RESIDENT, 1), (STREAMING, 1), (STREAMING, 2)])
+def test_all_modes_give_the_same_loss_on_the_same_views(cluster, world, mode, part, of):
+    student = build_student("test_resnet", {}, len(CLASSES), SIDE)
+    student.model.eval()
+    objective, generator = Oriented(), torch.Generator().manual_seed(0)
+    for rank in range(of):
+        stored = list(batches(taught(world, "cached"), part, rank, of))
+        made = list(batches(taught(world, mode), part, rank, of))
+        assert len(stored) == len(made) == 9
+        for a, b in zip(stored, made, strict=True):
+            assert a.keys() == b.keys()
+            assert torch.equal(a["pixels"], b["pixels"])
+            assert torch.equal(a["view_key"], b["view_key"])
+            for name in TARGETS:
+                assert a[name].dtype == torch.float16
+                torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=2e-3)
+            with torch.no_grad():
+                losses = [objective.step(student.model, student.preprocess.scale, x, generator)["loss"] for x in (a, b)]
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restart_goes_on_with_the_batches_that_were_next(cluster, world, mode):
+    whole = list(batches(taught(world, mode), STREAMING))
+    later = list(batches(taught(world, mode), STREAMING, start=5))
+    for a, b in zip(whole[5:], later, strict=True):
+        assert torch.equal(a["view_key"], b["view_key"])
+        assert torch.equal(a["pixels"], b["pixels"])
+
+
+@pytest.mark.parametrize("mode", ["streamed", "live"])
+def test_an_image_that_is_gone_is_told_once_and_others_stand_in(cluster, world, tmp_path, mode):
+    _, items, _, _, predict = world
+    gone = str(tmp_path / "gone.png")
+    other = Store(str(tmp_path)).stage("teach", "fedcba9876543210")
+    for number, item in enumerate(items):
+        uris = [*item["uris"][:-1], gone] if number == 2 else item["uris"]
+        ListImages(other, VIEWS)({**item, "uris": uris})
+    told = []
+    found = list(batches(taught(world, mode, other), STREAMING, report=told.append))
+    assert len(found) == 9
+    bad = [pair for values in told for pair in values.get("bad", [])]
+    assert [uri for uri, _ in bad] == [gone]
+    asked = sum(values.get("teacher_flops", 0) for values in told)
+    if mode == "streamed":  # two passes of 20 views and a part of the third are ahead of 54 that were used
+        one = predict.load().flops
+        assert 54 * one <= asked <= 80 * one
+    else:
+        assert asked == 0
+
+
+def test_what_is_stored_is_compared_with_the_live_teacher(world, tmp_path):
+    stage, items, rows, cut, predict = world
+    finish = Check(stage, predict)()
+    found = [finish(item, cut(item)) for item in sample(items, rows)]
+    assert sum(f["checked"] for f in found) == VIEWS * (4 + 1 + 4)
+    assert min(f["cosine"] for f in found) > 0.99999
+
+
+@pytest.mark.parametrize("what", ["another view", "nan", "lost"])
+def test_a_wrong_cache_is_named(world, tmp_path, what):
+    stage, items, _, cut, predict = world
+    hurt = Store(str(tmp_path)).stage("teach", "00000000000000ff")
+    name = items[0]["name"]
+    columns = dict(read_rows(stage, name))
+    if what == "another view":  # the outputs of an image's first view for its second
+        columns["embedding"] = columns["embedding"][np.arange(len(columns["embedding"])) // VIEWS * VIEWS]
+    elif what == "nan":
+        columns["logits"] = np.full_like(columns["logits"], np.nan)
+    else:
+        columns = {k: v[VIEWS:] for k, v in columns.items()}
+    write_rows(hurt, name, columns)
+    expected = {
+        "another view": "stored embedding of view 1 of",
+        "nan": "stored logits of view 0",
+        "lost": "lacks view 0",
+    }
+    with pytest.raises(KtrayError, match=expected[what]) as told:
+        Check(hurt, predict)()(items[0], cut(items[0]))
+    assert name in str(told.value)
+    assert hurt.uri in str(told.value)
+
+
+def test_lists_hold_what_goes_along(world, tmp_path):
+    stage = Store(str(tmp_path)).stage("teach", "00000000000000aa")
+    item = {"name": "s.parquet", "uris": ["a", "b"], "beside": {"label": [3, 4]}}
+    ListImages(stage, 3)(item)
+    (path,) = tmp_path.rglob("*.images")
+    assert json.loads(path.read_text()) == {"uris": ["a", "b"], "beside": {"label": [3, 4]}}
