@@ -287,8 +287,8 @@ class Compare(Part):
 
 
 class Bench(Part):
-    only: list[Literal["read", "embed", "search"]] = Field(
-        ["read", "embed", "search"], min_length=1, description="what jobs/bench.py measures"
+    only: list[Literal["read", "embed", "search", "ingest", "train"]] = Field(
+        ["read", "embed", "search", "ingest", "train"], min_length=1, description="what jobs/bench.py measures"
     )
     repeats: int = Field(3, ge=1, description="turns of each comparison; the median counts")
     images: int = Field(4000, ge=1, description="photo-like JPEGs of 500 x 375 to read and embed")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ktray.bench.embedding import embedding, encoder
+from ktray.bench.ingest import ingest
 from ktray.bench.machine import busy_cores, peak_memory
 from ktray.bench.pictures import ensure_tars
 from ktray.bench.reading import reading
 from ktray.bench.rows import Row, markdown
 from ktray.bench.searching import searching
+from ktray.bench.training import training
 from ktray.data.sources import list_shards
 from ktray.device import describe_device, usable_cpus
 from ktray.errors import KtrayError
@@ -88,7 +90,21 @@ def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]
     return searching(folder, recipe.bench.vectors, plan, usable_cpus(), recipe.bench.repeats, say)
 
 
-_BENCHES = {"read": _read, "embed": _embed, "search": _search}
+def _ingest(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return ingest(folder, plan, usable_cpus(), recipe.bench.repeats)
+
+
+def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return training(folder, plan, recipe.bench.repeats)
+
+
+_BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterable[Row]]] = {
+    "read": _read,
+    "embed": _embed,
+    "search": _search,
+    "ingest": _ingest,
+    "train": _train,
+}
 
 
 def _page(result: dict[str, Any], rows: list[Row]) -> str:

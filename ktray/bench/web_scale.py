@@ -1,8 +1,9 @@
 """What a gallery of any size takes, worked out from what `jobs/bench.py` measured on one machine.
 
-    python -m ktray.bench.web_scale STORE/runs/BENCH [IMAGES [FLOPS_PER_IMAGE [DIMENSIONS]]]
+    python -m ktray.bench.web_scale STORE/runs/BENCH [STORE/runs/MORE ...] [IMAGES [FLOPS_PER_IMAGE [DIMENSIONS]]]
 
-prints a table in Markdown: each step, the constant, whether it was measured or assumed, and the result.
+prints a table in Markdown: each step, the constant, whether it was measured or assumed, and the result. Runs of single
+benches count together; they must be of the same machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
 from ktray.plan import RATES
 from ktray.retrieval.compressed import CODES, ID_BYTES
@@ -50,12 +52,12 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
         dimensions: of its embeddings.
 
     Raises:
-        StopIteration: a bench is missing.
+        KtrayError: a bench is missing.
     """
-    read = next(r for r in rows if r["name"].startswith("decode"))
-    embed = max((r for r in rows if r["name"].startswith("embed")), key=lambda r: float(r["facts"]["flops_per_image"]))
-    exact = next(r for r in rows if r["name"] == "exact search")
-    short = next(r for r in rows if r["name"] == "compressed search")
+    read, *_ = _named(rows, "decode", "read")
+    embed = max(_named(rows, "embed", "embed"), key=lambda r: float(r["facts"]["flops_per_image"]))
+    exact, *_ = _named(rows, "exact search", "search")
+    short, *_ = _named(rows, "compressed search", "search")
     core_hour = hourly_price({"cores": 1, "gpus": []}, {}) or 0.0
     decode = median(read["reached"]) / cores
     out = [
@@ -127,6 +129,15 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
     return out
 
 
+def _named(rows: Sequence[dict[str, Any]], start: str, bench: str) -> list[dict[str, Any]]:
+    found = [row for row in rows if row["name"].startswith(start)]
+    if not found:
+        raise KtrayError(
+            f"The runs have no figure for '{start}'", f"Run jobs/bench.py bench.only=[{bench}] and add it."
+        )
+    return found
+
+
 def table(found: Sequence[Step], images: float) -> str:
     """Markdown."""
     lines = [f"| for {images:,.0f} images | constant | | takes |", "|---|---|---|---|"]
@@ -140,11 +151,29 @@ def _hours(seconds: float, price: float, unit: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table of a bench's run folder."""
-    result = json.loads((Path(arguments[0]) / "result.json").read_text())
-    given: list[float] = [float(text) for text in arguments[1:]]
+    """Print the table of benches' run folders.
+
+    Raises:
+        KtrayError: the runs are of different machines, or a bench is missing.
+    """
+    folders = [text for text in arguments if not _number(text)]
+    results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
+    machines = {(r["device"]["cpu"], r["device"]["cores"]) for r in results}
+    if len(machines) != 1:
+        raise KtrayError(f"The runs are of {len(machines)} machines: {sorted(machines)}", "Name runs of one machine.")
+    rows = [row for result in results for row in result["rows"]]
+    given: list[float] = [float(text) for text in arguments if _number(text)]
     images, flops, dimensions = [*given, *[IMAGES, FLOPS, float(DIMENSIONS)][len(given) :]]
-    print(table(steps(result["rows"], int(result["device"]["cores"]), images, flops, int(dimensions)), images))
+    ((_, cores),) = machines
+    print(table(steps(rows, int(cores), images, flops, int(dimensions)), images))
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
         classifier.bias.copy_(head.bias)
 
 
-def _settle_precision(
-    directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, batch: int, wish: Any
-) -> Precision:
+def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, batch: int, wish: Any) -> Precision:
     size = spec.image_size
     # A measurement may end differently next time. The first decision of a store holds for every rank, restart
     # and seed, so that runs differ by what the recipe says alone.
@@ -147,7 +145,7 @@ class TransferJob:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
         batch = max(1, -(-int(self.part.batch_size or 1) // env.world))
-        precision = _settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
+        precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective = build_objective(self.objective, hflip=self.policy.hflip)
         forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
         student = forms[objective.reads](model) if objective.reads in forms else model
@@ -237,7 +235,7 @@ class FinetuneJob:
         # The distillation term reads predictions; after other pretraining there is none to keep.
         keeps = "logits" in objective.targets_needed and objective.reads == "logits"
         extra = round(batch * self.replay) if self.taught and keeps else 0
-        precision = _settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
+        precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         freeze_idle(model, model, preprocess.size[0])
         module = Supervise(model, preprocess, objective).to(env.device)
         pixels, val_labels = self.labels.load("val", "pixels")

@@ -1,6 +1,11 @@
 """The page's arithmetic, by hand."""
 
-from ktray.bench.web_scale import steps, table
+import json
+
+import pytest
+
+from ktray.bench.web_scale import main, steps, table
+from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
 
 ROWS = [
@@ -43,3 +48,19 @@ def test_each_line_is_its_constant_times_the_images():
     assert found["build it (train, fill, merge, measure)"].result.startswith("2 machine-hours")
     assert found["compressed search, a query"].constant.startswith("10.0 ms")
     assert table(list(found.values()), 3.6e6).splitlines()[0] == "| for 3,600,000 images | constant | | takes |"
+
+
+def run_folder(root, rows, cpu="some", cores=2):
+    root.mkdir()
+    (root / "result.json").write_text(json.dumps({"rows": rows, "device": {"cpu": cpu, "cores": cores}}))
+    return str(root)
+
+
+def test_runs_of_single_benches_count_together(tmp_path, capsys):
+    parts = [run_folder(tmp_path / str(i), part) for i, part in enumerate((ROWS[:1], ROWS[1:3], ROWS[3:]))]
+    main([*parts, "3.6e6", "1e9", "100"])
+    assert capsys.readouterr().out == table(steps(ROWS, 2, 3.6e6, 1e9, 100), 3.6e6) + "\n"
+    with pytest.raises(KtrayError, match="no figure for 'exact search'"):
+        main(parts[:2])
+    with pytest.raises(KtrayError, match="2 machines"):
+        main([*parts, run_folder(tmp_path / "other", ROWS, "another")])

@@ -1,0 +1,103 @@
+"""Training rows from JPEGs without the training: Ray Data against a torch DataLoader with the same decoder on the same
+cores, and against what a student takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ktray import recipe as recipes
+from ktray.bench.lesson import CASES, Lesson, ensure_lesson
+from ktray.bench.rows import Row, in_turns
+from ktray.bench.training import bare
+from ktray.data.decode import decode_rgb
+from ktray.data.reading import read_shard
+from ktray.data.sources import list_shards
+from ktray.data.views import make_view, render
+from ktray.resources import Plan
+from ktray.targets.cut import Cut
+from ktray.training.shell import Env
+
+STUDENT = "mobilenetv3_small_050"
+PASSES = 2  # of which the second counts: processes have started by then
+
+
+def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
+    """Images a second from JPEGs in tars to batches of views, no one consuming them."""
+    lesson = ensure_lesson(CASES[STUDENT], folder, plan)
+    data = encoded(lesson)
+    what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
+    rates = in_turns(lambda: by_loader(lesson, data, cores), lambda: by_ray(lesson, plan), repeats)
+    yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
+    rates = in_turns(lambda: bare(lesson, 48, plan), lambda: by_ray(lesson, plan), repeats)
+    yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
+    rates = in_turns(lambda: decoded(data), lambda: cut(lesson, data), repeats)
+    yield Row(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
+
+
+def encoded(lesson: Lesson) -> list[tuple[str, bytes]]:
+    """Uris and bytes of the case's images, in memory."""
+    folder = Path(lesson.home.path).parent / "photos"
+    shards = list_shards(sorted(str(path) for path in folder.glob("*-250.tar")))
+    found = [(r.uri, r.data) for shard in shards[: -(-lesson.case.images // 250)] for r in read_shard(shard)]
+    return [(uri, data) for uri, data in found if data is not None][: lesson.case.images]
+
+
+def by_ray(lesson: Lesson, plan: Plan) -> float:
+    """Of TRANSFER's own reading of originals, with all CPUs for its decoders."""
+    env = Env(torch.device("cpu"), 0, 1, plan.decode_cpus)
+    part = recipes.Train(resident_bytes=0)
+    batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
+    half, began = steps // 2, 0.0
+    for number, _ in enumerate(lesson.taught("live").batches(part, env, batch, 0, 0, steps)):
+        if number == half - 1:
+            began = time.perf_counter()
+    return (steps - half) * batch / (time.perf_counter() - began)
+
+
+class _Views(Dataset[np.ndarray]):
+    def __init__(self, data: list[tuple[str, bytes]], cut: Cut) -> None:
+        self.data, self.cut = data, cut
+
+    def __len__(self) -> int:
+        return PASSES * len(self.data)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return _view(self.cut, *self.data[row % len(self.data)])
+
+
+def _view(cut: Cut, uri: str, data: bytes) -> np.ndarray:
+    image = decode_rgb(data)
+    return render(image, make_view(cut.policy, uri, 0, cut.seed, *image.shape[:2]), cut.size).transpose(2, 0, 1)
+
+
+def by_loader(lesson: Lesson, data: list[tuple[str, bytes]], cores: int) -> float:
+    """Of a DataLoader over the same bytes in memory, with a worker for each core."""
+    batch = lesson.case.batch
+    loader = DataLoader(_Views(data, lesson.cut), batch_size=batch, num_workers=cores, multiprocessing_context="fork")
+    half, began = len(loader) // 2, 0.0
+    for number, _ in enumerate(loader):
+        if number == half - 1:
+            began = time.perf_counter()
+    return (len(loader) - half) * batch / (time.perf_counter() - began)
+
+
+def decoded(data: list[tuple[str, bytes]]) -> float:
+    """Of the decoder alone, in this process."""
+    began = time.perf_counter()
+    for _, content in data:
+        decode_rgb(content)
+    return len(data) / (time.perf_counter() - began)
+
+
+def cut(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
+    """Of decoder and views, in this process."""
+    began = time.perf_counter()
+    for uri, content in data:
+        _view(lesson.cut, uri, content)
+    return len(data) / (time.perf_counter() - began)

@@ -1,0 +1,188 @@
+"""Training from the target cache, from streaming teachers and with a live one, against the bare student's step; and
+timm's own distillation beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktray import recipe as recipes
+from ktray.bench.lesson import CASES, CLASSES, Case, Lesson, ensure_lesson
+from ktray.bench.rows import Row, in_turns
+from ktray.board import watch
+from ktray.resources import Plan
+from ktray.store import Store
+from ktray.training.jobs import settle_precision
+from ktray.training.shell import Env, train
+
+PART = recipes.Train()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows come: ``teach.mode``, and whether they stay in memory after the first pass."""
+
+    name: str
+    mode: str
+    resident: bool
+    taught: bool
+
+
+WAYS = (
+    Way("cached", "cached", True, False),
+    Way("cached, read from disk", "cached", False, False),
+    Way("streamed", "streamed", False, True),
+    Way("live", "live", True, True),
+)
+# Steps of a turn, of which the second half counts: some seconds. A teacher in the step makes it several times dearer.
+STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (240, 120)}
+
+
+def training(folder: Path, plan: Plan, repeats: int) -> Iterator[Row]:
+    """Images a second of the steps; start-up, evaluation and checkpoints are not among them."""
+    for name, case in CASES.items():
+        lesson = ensure_lesson(case, folder, plan)
+        plain, dear = STEPS[name]
+        limit_name = "bare step, tensors in memory"
+
+        def limit(lesson: Lesson = lesson, steps: int = plain) -> float:
+            return bare(lesson, steps, plan)
+
+        for way in WAYS:
+            waits: list[float] = []
+            ours = partial(through_ktray, lesson, way, dear if way.taught else plain, plan, folder, waits)
+            facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
+            rates = in_turns(limit, ours, repeats)
+            facts["data_wait"] = max(waits)
+            yield Row(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
+        if case.teacher.startswith("timm:"):
+            rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
+            yield Row(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
+
+
+def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path, waits: list[float]) -> float:
+    """Images a second of the second half of TRANSFER's steps, in a worker as a run has it. ``waits`` gets the share of
+    the time that it waited for data, as the progress line tells it."""
+    stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
+    stage.delete()
+    part = PART.model_copy(update={"batch_size": lesson.case.batch})
+    if not way.resident:
+        part = part.model_copy(update={"resident_bytes": 0})
+    posts: list[dict[str, Any]] = []
+    with watch(posts.append) as board:
+        outcome = train(
+            lesson.job(way.mode, steps, part), stage, plan, board, max_failures=0, on_weights=lambda path: None
+        )
+    waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
+    return _second_half(outcome.state["curve"], lesson.case.batch)
+
+
+def _second_half(curve: list[dict[str, float]], batch: int) -> float:
+    (first, middle), (last, end) = ((row["step"], row["seconds"]) for row in curve[-2:])
+    return (last - first) * batch / (end - middle)
+
+
+def bare(lesson: Lesson, steps: int, plan: Plan) -> float:
+    """Images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory, in a
+    worker like TRANSFER's."""
+    return float(_in_worker(_bare_step, lesson, steps, plan))
+
+
+def _in_worker(work: Any, lesson: Lesson, steps: int, plan: Plan) -> float:
+    import ray
+
+    how: dict[str, Any] = {"num_cpus": plan.worker_cpus, "num_gpus": plan.worker_gpus}
+    task: Any = ray.remote(**how)(work)
+    found: float = ray.get(task.remote(lesson, steps, plan.worker_threads))
+    return found
+
+
+def _bare_step(lesson: Lesson, steps: int, threads: int) -> float:
+    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    batches = _tensors(case, device)
+
+    def step(number: int) -> None:
+        pixels, labels = batches[number % len(batches)]
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            loss = nn.functional.cross_entropy(model(preprocess.scale(pixels)).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _rate(step, steps, case.batch, device)
+
+
+def _timm_step(lesson: Lesson, steps: int, threads: int) -> float:
+    """timm's LogitDistillationTask with the teacher's tower as it is, and the same student and optimizer."""
+    from timm.task import LogitDistillationTask
+
+    from ktray.bench.embedding import encoder
+
+    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
+    teacher = encoder(case.teacher, Path(lesson.home.path).parent).tower()
+    tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(device).eval()
+    task = LogitDistillationTask(
+        model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=device, verbose=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    batches = _tensors(case, device)
+
+    def step(number: int) -> None:
+        pixels, labels = batches[number % len(batches)]
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            loss = task(preprocess.scale(pixels), labels)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _rate(step, steps, case.batch, device)
+
+
+def _student(lesson: Lesson, threads: int) -> Any:
+    """The student in the number format and layout that TRANSFER has settled on."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    env = Env(device, 0, 1, 1.0)
+    model, preprocess = lesson.student.build(env, 0)
+    precision = settle_precision(
+        lesson.home.sub("precision"), lesson.student, model, env, lesson.case.batch, PART.precision
+    )
+    return model.train(), preprocess, precision.autocast_dtype, device
+
+
+def _tensors(case: Case, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, 3, case.size, case.size)
+    return [
+        (
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device),
+            torch.randint(0, CLASSES, (case.batch,), generator=generator).to(device),
+        )
+        for _ in range(4)
+    ]
+
+
+def _rate(step: Any, steps: int, batch: int, device: torch.device) -> float:
+    """Images a second of the second half."""
+    half = steps // 2
+    for number in range(half):
+        step(number)
+    _settled(device)
+    began = time.perf_counter()
+    for number in range(half, steps):
+        step(number)
+    _settled(device)
+    return (steps - half) * batch / (time.perf_counter() - began)
+
+
+def _settled(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
