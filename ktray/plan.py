@@ -30,6 +30,7 @@ from ktray.recipe import Recipe
 from ktray.resolve import Resolved, resolve, resolve_gallery, transfer_images
 from ktray.resources import Plan, plan
 from ktray.retrieval.crops import Crops
+from ktray.stages.teach_shards import checked_images
 from ktray.store import Store
 from ktray.training.inputs import StudentSpec
 
@@ -158,7 +159,10 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
     stored, asked = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
     if not stored:
         what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher works while the student trains)"
-    yield Line("teach", asked * views if stored else 0.0, views * (3 * size**2 + 2 * halves) if stored else 0, what)
+    checked = checked_images(images) * (views // max(1, images))
+    yield Line(
+        "teach", asked * (views + checked) if stored else 0.0, views * (3 * size**2 + 2 * halves) if stored else 0, what
+    )
     steps, batch = int(recipe.train.steps or 1), int(recipe.train.batch_size or 1)
     objective.setup(_sizes(found, recipe, cost, teacher))
     per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else asked)) * batch

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ktray.errors import KtrayError
 from ktray.store import Dir
 
 Rows = dict[str, np.ndarray]
@@ -33,7 +34,9 @@ def pack_rows(columns: Rows) -> bytes:
     table = pa.table(arrays).replace_schema_metadata(metadata)
     stream = pa.BufferOutputStream()
     # Pixels are noise to a dictionary and to most codecs; zstd level 1 costs little and helps flat pictures.
-    pq.write_table(table, stream, compression="zstd", compression_level=1, use_dictionary=False)
+    pq.write_table(
+        table, stream, compression="zstd", compression_level=1, use_dictionary=False, write_page_checksum=True
+    )
     packed: bytes = stream.getvalue().to_pybytes()
     return packed
 
@@ -46,10 +49,20 @@ def write_rows(directory: Dir, name: str, columns: Rows) -> int:
 
 
 def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:
-    """Read a shard of `write_rows`."""
-    table = pq.read_table(
-        pa.BufferReader(directory.read(name)), columns=list(columns) if columns else None, use_threads=False
-    )
+    """Read a shard of `write_rows`, each page compared with its checksum.
+
+    Raises:
+        KtrayError: the file is not what was written.
+    """
+    data = pa.BufferReader(directory.read(name))
+    wanted = list(columns) if columns else None
+    try:
+        table = pq.read_table(data, columns=wanted, use_threads=False, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise KtrayError(
+            f"'{directory.uri}/{name}' is broken: {' '.join(str(error).split())}",
+            f"Delete {directory.uri} and run again; what it held is made anew.",
+        ) from None
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     out: Rows = {}
     for key in table.column_names:

@@ -43,6 +43,20 @@ def test_rows_come_back_as_they_were(tmp_path, n):
     assert list(read_rows(directory, "s.parquet", ["logits"])) == ["logits"]
 
 
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("hurt", [lambda d: flipped(d, len(d) // 3), lambda d: d[:-9], lambda d: b""])
+def test_a_shard_that_is_not_what_was_written_is_named(tmp_path, hurt):
+    directory = Dir(str(tmp_path))
+    write_rows(directory, "s.parquet", columns(500))
+    path = tmp_path / "s.parquet"
+    path.write_bytes(hurt(path.read_bytes()))
+    with pytest.raises(KtrayError, match=r"s\.parquet' is broken: .*Delete .* and run again"):
+        read_rows(directory, "s.parquet")
+
+
 class Double:
     """Device half for the test: writes the shard and sums it."""
 

@@ -21,7 +21,7 @@ from ktray.windows import listed
 # The least cosine of a stored target with the live teacher's. Half precision and another batch cost some millionths; a
 # target of another view of the same image has about 0.9.
 SAME = 0.999
-CHECKED_SHARDS, CHECKED_IMAGES = 8, 4
+CHECKED_IMAGES = 4, 32
 
 
 def _write(stage: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
@@ -72,18 +72,19 @@ class ListImages:
         return {"name": name, "rows": len(uris) * self.per_image}
 
 
+def checked_images(images: int) -> int:
+    """How many images of a transfer set are compared with the live teacher: one in twenty, from 4 to 32."""
+    return min(images, CHECKED_IMAGES[1], max(CHECKED_IMAGES[0], images // 20))
+
+
 def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
-    """Some images of some shards, spread evenly over those that have rows."""
-    full = [item for item in items if rows[item["name"]]]
-    some = [full[i] for i in np.linspace(0, len(full) - 1, min(CHECKED_SHARDS, len(full))).astype(int)]
-    return [
-        {"name": item["name"], "uris": [item["uris"][i] for i in _spread(len(item["uris"]))], "beside": {}}
-        for item in some
-    ]
-
-
-def _spread(count: int) -> list[int]:
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(CHECKED_IMAGES, count))})
+    """`checked_images` of the images, spread evenly over the shards that have rows."""
+    places = [(number, i) for number, item in enumerate(items) if rows[item["name"]] for i in range(len(item["uris"]))]
+    chosen: dict[int, list[str]] = {}
+    for at in np.linspace(0, len(places) - 1, checked_images(len(places))).astype(int):
+        number, i = places[at]
+        chosen.setdefault(number, []).append(items[number]["uris"][i])
+    return [{"name": items[number]["name"], "uris": uris, "beside": {}} for number, uris in chosen.items()]
 
 
 @dataclass(frozen=True)
