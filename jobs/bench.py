@@ -20,4 +20,5 @@ def plan(recipe, say):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("bench", __doc__, run, plan))
+    short = {"--only": "bench.only=[{}]", "--quick": "bench.quick=true", "--json": "bench.json_file={}"}
+    sys.exit(cli.main("bench", __doc__, run, plan, options=short))

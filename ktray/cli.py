@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ktray import recipe as recipes
@@ -26,9 +26,13 @@ class Arguments:
     help: bool = False
 
 
-def parse(argv: list[str]) -> Arguments:
-    """Raises `KtrayError` for an unknown option."""
-    found = Arguments()
+def parse(argv: list[str], options: Mapping[str, str] | None = None) -> Arguments:
+    """Raises `KtrayError` for an unknown option.
+
+    Args:
+        options: a job's own: each stands for an override, in which ``{}`` is the word that follows the option.
+    """
+    found, own = Arguments(), options or {}
     rest = iter(argv)
     for word in rest:
         if word in ("--help", "-h"):
@@ -42,6 +46,12 @@ def parse(argv: list[str]) -> Arguments:
             if not value:
                 raise KtrayError("--recipe needs a name or a file", f"Usage: {USAGE}")
             found.recipes.append(value)
+        elif word.partition("=")[0] in own:
+            name, _, value = word.partition("=")
+            value = value or (next(rest, "") if "{}" in own[name] else "")
+            if "{}" in own[name] and not value:
+                raise KtrayError(f"{name} needs a value", f"It stands for {own[name].format('VALUE')}.")
+            found.overrides.append(own[name].format(value))
         elif word.startswith("-"):
             raise KtrayError(f"Unknown option '{word}'", f"Usage: {USAGE}; keys are given as key.path=value.")
         else:
@@ -49,9 +59,10 @@ def parse(argv: list[str]) -> Arguments:
     return found
 
 
-def help_text(program: str, purpose: str) -> str:
+def help_text(program: str, purpose: str, options: Mapping[str, str] | None = None) -> str:
     """Usage and every key of the recipe with type, default and meaning."""
     lines = [f"python jobs/{program}.py {USAGE}", "", purpose, ""]
+    lines += [f"  {name}  stands for  {key.format('VALUE')}" for name, key in (options or {}).items()]
     lines += [f"Recipes: {', '.join(sorted(p.stem for p in recipes.RECIPES.glob('*.yaml'))) or 'none'}", "", "Keys:"]
     for key, default, kind, text in recipes.schema():
         shown = "null" if default is None else default
@@ -65,13 +76,14 @@ def main(
     run: Callable[[Recipe, Callable[[str], None], bool], None],
     plan: Callable[[Recipe, Callable[[str], None]], None],
     argv: list[str] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> int:
     """Parse, build the recipe, run or plan. Returns the exit code: 0 only if the result was written."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        arguments = parse(sys.argv[1:] if argv is None else argv, options)
         if arguments.help:
-            say(help_text(program, purpose))
+            say(help_text(program, purpose, options))
             return 0
         recipe = recipes.load(arguments.recipes, arguments.overrides)
         from ktray.bootstrap import check_torchvision

@@ -290,6 +290,8 @@ class Bench(Part):
     only: list[Literal["read", "embed", "search", "ingest", "train"]] = Field(
         ["read", "embed", "search", "ingest", "train"], min_length=1, description="what jobs/bench.py measures"
     )
+    quick: bool = Field(False, description="one turn of each on few images and vectors: rough, in a few minutes")
+    json_file: str | None = Field(None, description="file that gets a copy of the result")
     repeats: int = Field(3, ge=1, description="turns of each comparison; the median counts")
     images: int = Field(4000, ge=1, description="photo-like JPEGs of 500 x 375 to read and embed")
     encoders: list[str] = Field(

@@ -59,3 +59,24 @@ def test_explain_digs_it_out_of_ray(cluster):
     with pytest.raises(KtrayError) as caught:
         ray.get(fail.remote())
     assert cli.explain(caught.value).endswith("Bad. Mend.")
+
+
+SHORT = {"--only": "bench.only=[{}]", "--quick": "bench.quick=true"}
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["--only", "read,embed"], ["bench.only=[read,embed]"]),
+        (["--only=read", "--quick", "store=x"], ["bench.only=[read]", "bench.quick=true", "store=x"]),
+    ],
+)
+def test_a_jobs_own_options_stand_for_overrides(words, overrides):
+    assert cli.parse(words, SHORT).overrides == overrides
+
+
+def test_an_option_without_its_value_or_of_another_job_is_refused():
+    with pytest.raises(KtrayError, match=r"--only needs a value.*bench\.only=\[VALUE\]"):
+        cli.parse(["--quick", "--only"], SHORT)
+    with pytest.raises(KtrayError, match="Unknown option '--quick'"):
+        cli.parse(["--quick"])

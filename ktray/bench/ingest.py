@@ -16,12 +16,12 @@ from ktray.bench.lesson import CASES, Lesson, ensure_lesson
 from ktray.bench.rows import Row, in_turns
 from ktray.bench.training import bare
 from ktray.data.decode import decode_rgb
-from ktray.data.reading import read_shard
-from ktray.data.sources import list_shards
+from ktray.data.reading import fetch
 from ktray.data.views import make_view, render
 from ktray.resources import Plan
 from ktray.targets.cut import Cut
 from ktray.training.shell import Env
+from ktray.windows import listed
 
 STUDENT = "mobilenetv3_small_050"
 PASSES = 2  # of which the second counts: processes have started by then
@@ -42,10 +42,8 @@ def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
 
 def encoded(lesson: Lesson) -> list[tuple[str, bytes]]:
     """Uris and bytes of the case's images, in memory."""
-    folder = Path(lesson.home.path).parent / "photos"
-    shards = list_shards(sorted(str(path) for path in folder.glob("*-250.tar")))
-    found = [(r.uri, r.data) for shard in shards[: -(-lesson.case.images // 250)] for r in read_shard(shard)]
-    return [(uri, data) for uri, data in found if data is not None][: lesson.case.images]
+    uris = [uri for name, _ in lesson.shards for uri in lesson.stage.read_json(listed(name))["uris"]]
+    return [(uri, data) for uri, data, _ in fetch(uris) if data is not None]
 
 
 def by_ray(lesson: Lesson, plan: Plan) -> float:

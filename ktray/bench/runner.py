@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 
 from ktray.bench.embedding import embedding, encoder
 from ktray.bench.ingest import ingest
+from ktray.bench.log import log
 from ktray.bench.machine import busy_cores, peak_memory
 from ktray.bench.pictures import ensure_tars
 from ktray.bench.reading import reading
@@ -39,6 +41,7 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     if not store.is_local:
         raise KtrayError(f"jobs/bench.py measures this machine, and '{recipe.store}' is not on it", "Set store=DIR.")
     store.check_writable()
+    recipe = quick(recipe) if recipe.bench.quick else recipe
     busy = busy_cores()
     if busy is not None and busy > _CALM:
         say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
@@ -68,8 +71,19 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     }
     folder.write("recipe.yaml", dump(recipe).encode())
     folder.write("bench.md", _page(result, rows).encode())
+    result["mlflow"] = log(recipe, Path(store.path), result, rows)
     folder.write_json("result.json", result)
+    if recipe.bench.json_file:
+        target = Path(recipe.bench.json_file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1))
     return {**result, "folder": folder.uri}
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The same benches on so little that they take a few minutes; their figures are rough."""
+    few = {"repeats": 1, "images": 400, "encoders": recipe.bench.encoders[:1], "vectors": 20_000}
+    return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
 
 
 def _read(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
@@ -95,7 +109,7 @@ def _ingest(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]
 
 
 def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
-    return training(folder, plan, recipe.bench.repeats)
+    return training(folder, plan, recipe.bench.repeats, 4 if recipe.bench.quick else 1)
 
 
 _BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterable[Row]]] = {

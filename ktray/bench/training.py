@@ -45,11 +45,15 @@ WAYS = (
 STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (240, 120)}
 
 
-def training(folder: Path, plan: Plan, repeats: int) -> Iterator[Row]:
-    """Images a second of the steps; start-up, evaluation and checkpoints are not among them."""
+def training(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator[Row]:
+    """Images a second of the steps; start-up, evaluation and checkpoints are not among them.
+
+    Args:
+        fewer: by how much to cut the steps of a turn.
+    """
     for name, case in CASES.items():
         lesson = ensure_lesson(case, folder, plan)
-        plain, dear = STEPS[name]
+        plain, dear = (max(4, steps // fewer) for steps in STEPS[name])
         limit_name = "bare step, tensors in memory"
 
         def limit(lesson: Lesson = lesson, steps: int = plain) -> float:
