@@ -34,7 +34,7 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(every: float = 0.5) -> Iterator[Peak]:
+def peak_memory(every: float = 2.0) -> Iterator[Peak]:
     """Watch the memory of this process and its descendants (Ray's are among them where it started Ray).
 
     Shared pages, such as Ray's object store, are counted once: it is the sum of proportional set sizes.
