@@ -32,7 +32,8 @@ def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
     write_gallery(tmp_path / "gallery")
     disk = tmp_path / "disk"
     disk.mkdir()
-    keys = [*SMALL, f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", "teach.views=8"]
+    data = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}"]
+    keys = [*SMALL, *data, "teach.views=8", "teach.mode=cached"]
     job = [sys.executable, str(ROOT / "jobs/distill.py"), f"store={disk}", *keys, "train.steps=5"]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} none "{disk}" && exec "$@"', "sh", *job],
