@@ -28,7 +28,7 @@ def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[Row])
         },
         tags={"job": "bench", "commit": str(result["commit"])},
     )
-    values = {}
+    values: dict[str, float] = {}
     for row in rows:
         name = metric_name(row.name)
         values |= {f"{name}/ratio": row.ratio, f"{name}/reached": median(row.reached)}
