@@ -36,8 +36,6 @@ def map_shards(
     prepare: Prepare,
     finish: Callable[[], Finish],
     plan: Plan,
-    *,
-    device_stage: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Run every item through ``prepare`` (CPU task) and ``finish`` (device worker); yields summaries as they come.
 
@@ -47,7 +45,6 @@ def map_shards(
             gives an iterator of pieces: each is finished by itself, its item then has its number as ``piece``, and
             ``pieces``, how many there are, in the last.
         finish: makes the worker's callable; runs once per process.
-        device_stage: whether workers hold a GPU where the plan gives them one.
     """
     import ray
 
@@ -57,8 +54,7 @@ def map_shards(
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
     dataset.context.target_max_block_size = 1
-    gpus = plan.actor_gpus if device_stage else 0.0
-    crew = Crew(min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, gpus, plan.actor_threads)
+    crew = Crew(min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads)
     yield from _summaries(through(dataset, prepare, finish, crew, _tell))
 
 
@@ -214,12 +210,11 @@ class _Both:
             yield kept[1].finished(item, columns)
 
 
-# Columns travel as one list of buffers a shard: Ray Data may cut or merge blocks of rows, and a shard must stay whole.
-_PACKED = pa.list_(pa.large_binary())
-
-
 def pack(columns: Rows) -> pa.Array:
-    """An array of one row: names, dtypes and shapes as JSON, and then each column's bytes, copied once."""
+    """An array of one row: names, dtypes and shapes as JSON, and then each column's bytes, copied once.
+
+    One row a shard, since Ray Data may cut or merge blocks of rows and a shard must stay whole.
+    """
     flat = [np.ascontiguousarray(value) for value in columns.values()]
     head = json.dumps([[name, v.dtype.str, v.shape] for name, v in zip(columns, flat, strict=True)]).encode()
     sizes = np.cumsum([0, len(head), *(v.nbytes for v in flat)], dtype=np.int64)

@@ -12,8 +12,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ktray.bench.reading import MAX_PIXELS
 from ktray.bench.rows import Row, in_turns
+from ktray.data.decode import MAX_PIXELS
 from ktray.data.sources import Shard
 from ktray.errors import KtrayError
 from ktray.models.teacher import TeacherSource

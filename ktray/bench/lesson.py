@@ -12,6 +12,7 @@ import torch
 from ktray import recipe as recipes
 from ktray.bench.embedding import encoder
 from ktray.bench.pictures import ensure_tars
+from ktray.data.decode import MAX_PIXELS
 from ktray.data.reading import read_shard
 from ktray.data.sources import list_shards
 from ktray.data.views import ViewPolicy
@@ -30,7 +31,6 @@ from ktray.training.jobs import TransferJob
 from ktray.training.loop import Settings
 
 CLASSES = 20
-MAX_PIXELS = 178_956_970
 SHARD = 128
 
 

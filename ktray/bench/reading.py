@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ktray.bench.rows import Row, in_turns
+from ktray.data.decode import MAX_PIXELS
 from ktray.data.reading import decode_image, read_shard
 from ktray.data.sources import Shard
 from ktray.models.preprocess import Preprocess
@@ -20,7 +21,6 @@ from ktray.rows import Rows
 from ktray.stages.pieces import Prepare
 from ktray.streaming import Item, map_shards
 
-MAX_PIXELS = 178_956_970
 SIDE = 224
 
 

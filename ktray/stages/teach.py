@@ -30,7 +30,7 @@ from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
 from ktray.training.inputs import Taught
 
-VERSION = 2  # 2: view ids, captions, labels, patch embeddings, whole images
+VERSION = 3  # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums
 SHARD_BYTES = 64_000_000
 Targets = tuple[str, ...]
 

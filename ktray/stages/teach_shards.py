@@ -18,8 +18,7 @@ from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
 from ktray.windows import listed
 
-# The least cosine of a stored target with the live teacher's. Half precision and another batch cost some millionths; a
-# target of another view of the same image has about 0.9.
+# The least cosine of a stored target with the live teacher's: half precision and another batch change far less.
 SAME = 0.999
 CHECKED_IMAGES = 4, 32
 

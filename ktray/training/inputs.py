@@ -116,9 +116,14 @@ class Taught:
         resident = rows * self.row_bytes <= part.resident_bytes
         window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes)
         return Feed(
-            self.shards, self._reader(env, resident), batch=batch, rank=env.rank, world=env.world, seed=seed,
+            self.shards,
+            self._reader(env, resident),
+            batch=batch,
+            rank=env.rank,
+            world=env.world,
+            seed=seed,
             window_rows=window,
-        )  # fmt: skip
+        )
 
     def _reader(self, env: Env, resident: bool) -> Reader:
         live = self.mode == "live"
