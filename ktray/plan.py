@@ -32,6 +32,8 @@ from ktray.resources import Plan, plan
 from ktray.retrieval.crops import Crops
 from ktray.stages.teach_shards import checked_images
 from ktray.store import Store
+from ktray.targets.sparse import per_prediction
+from ktray.targets.squeezed import view_bytes
 from ktray.training.inputs import StudentSpec
 
 # Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
@@ -152,7 +154,8 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
         )
         yield Line("curate", found_by, images * 100, f"{recipe.transfer.source}, {images:,} images")
     views = images * (1 if objective.views == "canvas" else recipe.teach.views)
-    halves = (classes if predicts else 0) + (width if "embedding" in needs else 0)
+    halves = per_prediction(classes, int(recipe.teach.top_k)) if predicts else 0
+    halves += width if "embedding" in needs else 0
     if "patch_embedding" in needs and teacher:
         halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
     what = f"{recipe.teach.views} views of {images:,} images" if objective.views == "fixed" else f"{images:,} images"
@@ -160,9 +163,8 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
     if not stored:
         what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher works while the student trains)"
     checked = checked_images(images) * (views // max(1, images))
-    yield Line(
-        "teach", asked * (views + checked) if stored else 0.0, views * (3 * size**2 + 2 * halves) if stored else 0, what
-    )
+    size_on_disk = views * (view_bytes(size, recipe.teach.jpeg) + 2 * halves)
+    yield Line("teach", asked * (views + checked) if stored else 0.0, size_on_disk if stored else 0, what)
     steps, batch = int(recipe.train.steps or 1), int(recipe.train.batch_size or 1)
     objective.setup(_sizes(found, recipe, cost, teacher))
     per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else asked)) * batch

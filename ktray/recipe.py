@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ktray.errors import KtrayError
 
@@ -175,6 +175,17 @@ class Teach(Part):
         "training compute them each time; live: the training worker does; auto: by what each costs",
     )
     views: int = Field(4, ge=1, description="augmented views per image")
+    top_k: NonNegativeInt | Literal["auto"] = Field(
+        "auto",
+        description="largest logits that are kept of each view, beside the mass of the rest; 0: all of them; auto: all "
+        "of up to 2000 classes, else 200",
+    )
+    jpeg: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="quality at which views are stored as JPEG, for a fraction of the space; null: stored as they are",
+    )
     crop_min: float = Field(0.5, gt=0, le=1, description="smallest crop, share of the image's area")
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     jitter: float = Field(0.2, ge=0, lt=1, description="strength of brightness, contrast and saturation changes")
@@ -214,6 +225,12 @@ class Train(Part):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: by a short measurement")
     compile: bool = Field(False, description="torch.compile the student")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts that a worker's batch is cut into, one after the other, for less memory; batch statistics "
+        "and contrasts are those of a part",
+    )
     checkpoint_seconds: float = Field(15.0, gt=0, description="seconds between checkpoints")
     resident_bytes: int = Field(
         2_000_000_000,
@@ -287,8 +304,10 @@ class Compare(Part):
 
 
 class Bench(Part):
-    only: list[Literal["read", "embed", "search", "ingest", "train"]] = Field(
-        ["read", "embed", "search", "ingest", "train"], min_length=1, description="what jobs/bench.py measures"
+    only: list[Literal["read", "embed", "search", "ingest", "train", "workers", "startup", "reuse", "memory"]] = Field(
+        ["read", "embed", "search", "ingest", "train", "workers", "startup"],
+        min_length=1,
+        description="what jobs/bench.py measures; reuse and memory, which take long, where they are named",
     )
     quick: bool = Field(False, description="one turn of each on few images and vectors: rough, in a few minutes")
     json_file: str | None = Field(None, description="file that gets a copy of the result")
@@ -342,22 +361,25 @@ def schema(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any,
 def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
     """The recipe named ``recipes`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
 
-    Of several, the keys of later ones win. Without a name it is the built-in task's own recipe (``letters`` unless
-    ``task.name`` says otherwise), and the schema's defaults for own data (``task.data``). Values are read as YAML, so
-    ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and ``gallery.data=[a,b]`` have their types.
+    Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
+    recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
+    (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
+    ``gallery.data=[a,b]`` have their types.
 
     Raises:
         KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
     """
     wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
-    own = any(text.startswith("task.data=") for text in overrides)
-    if not wanted and not own:
-        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
-        name = named[-1] if named else DEFAULT
-        wanted = [name] if (RECIPES / f"{name}.yaml").exists() else []
     raw: dict[str, Any] = {}
     for name in wanted:
         _merge(raw, _read_yaml(name))
+    own = any(text.startswith("task.data=") for text in overrides)
+    if "task" not in raw and not own:
+        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
+        name = named[-1] if named else DEFAULT
+        if (RECIPES / f"{name}.yaml").exists():
+            raw, over = _read_yaml(name), raw
+            _merge(raw, over)
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:

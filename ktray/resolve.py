@@ -22,6 +22,8 @@ from ktray.objectives import build_objective
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 from ktray.targets.mode import choose_mode, free_bytes
+from ktray.targets.sparse import per_prediction
+from ktray.targets.squeezed import view_bytes
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
@@ -164,6 +166,13 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     if recipe.train.batch_size is None:
         choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
+    each = -(-batch // plan.workers)
+    if each % recipe.train.accumulate or (objective.labelled and recipe.finetune.batch_size % recipe.train.accumulate):
+        raise KtrayError(
+            f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a worker into equal parts"
+            + (f" (and {recipe.finetune.batch_size} labelled ones)" if objective.labelled else ""),
+            "Choose one that divides them, or another train.batch_size.",
+        )
     if recipe.train.steps is None:
         epochs = recipe.train.epochs
         if epochs is None:
@@ -175,10 +184,18 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
+    classes = len(task.classes)
+    if recipe.teach.top_k == "auto":
+        if classes > 2000:
+            choose("teach.top_k", 200, f"{classes:,} classes")
+        else:
+            recipe.teach.top_k = 0
+    elif recipe.teach.top_k >= classes:
+        choose("teach.top_k", 0, f"there are {classes:,} classes")
     if recipe.teach.mode == "auto":
         rows = images * (recipe.teach.views if objective.views == "fixed" else 1)
         drawn = int(recipe.train.steps or 1) * batch
-        row_bytes = 3 * size**2 + 2 * len(task.classes)
+        row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
         beside = plan.streaming if on_gpu else 0  # on CPUs a teacher beside the training takes its cores
         choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), beside))
     if recipe.teach.mode == "streamed" and not plan.streaming:

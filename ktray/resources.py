@@ -120,8 +120,12 @@ MALLOC = {
 }
 
 
-def connect(debug: bool = False) -> None:
-    """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine."""
+def connect(debug: bool = False, object_store: int | None = None) -> None:
+    """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine.
+
+    Args:
+        object_store: bytes for the objects of a Ray that is started here; None: from the memory.
+    """
     for name, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -157,7 +161,7 @@ def connect(debug: bool = False) -> None:
             address="local",
             include_dashboard=False,  # a tenth of one of two cores; `ray start --head` has one
             num_cpus=cores,
-            object_store_memory=int(min(2_000_000_000, memory_bytes() * 0.15)),
+            object_store_memory=object_store or int(min(2_000_000_000, memory_bytes() * 0.15)),
             **common,
         )
     # Ray Data logs an error with its traceback and raises it too; the command line tells it in one line.

@@ -80,7 +80,8 @@ def through(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: Cre
         return dataset.map_batches(_Prepare(prepare), num_cpus=crew.decode_cpus, **how).map_batches(
             _Actor,
             fn_constructor_args=(finish, crew.threads, give),
-            compute=ActorPoolStrategy(size=crew.size),
+            # Fewer will do while the decoders are behind, or while a machine of the cluster is gone.
+            compute=ActorPoolStrategy(min_size=1, max_size=crew.size),
             num_gpus=crew.gpus,
             num_cpus=crew.cpus,
             **how,

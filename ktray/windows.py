@@ -15,6 +15,7 @@ from ktray.store import Dir
 from ktray.streaming import Crew, Item, pack, through, unpack
 from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
+from ktray.targets.squeezed import unsqueeze
 from ktray.training.feed import Reader, Window
 
 Report = Callable[[dict[str, Any]], None]
@@ -25,7 +26,7 @@ def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
 
     def read(windows: Sequence[Window]) -> Iterator[Rows]:
         for window in windows:
-            yield _concat([_slice(read_rows(directory, s.shard, columns), s.start, s.step) for s in window])
+            yield _concat([_read(directory, columns, s.shard, s.start, s.step) for s in window])
 
     return read
 
@@ -115,7 +116,7 @@ class _ReadSlice:
     columns: Sequence[str]
 
     def __call__(self, item: Item) -> Rows:
-        return _slice(read_rows(self.directory, item["shard"], self.columns), item["start"], item["step"])
+        return _read(self.directory, self.columns, item["shard"], item["start"], item["step"])
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ def listed(shard: str) -> str:
     return f"{shard}.images"
 
 
-def _slice(rows: Rows, start: int, step: int) -> Rows:
-    return rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()}
+def _read(directory: Dir, columns: Sequence[str], shard: str, start: int, step: int) -> Rows:
+    rows = read_rows(directory, shard, columns)
+    return unsqueeze(rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()})
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:

@@ -119,3 +119,18 @@ def test_of_several_recipes_the_later_keys_win(tmp_path):
     # Arguments belong to the student that they were written for.
     assert (found.student.name, found.student.kwargs) == ("resnet18", {})
     assert recipes.load([str(more), "digits"], []).student.kwargs == {"output_stride": 8}
+
+
+def test_recipes_without_a_task_stand_over_the_built_in_ones(tmp_path):
+    part = tmp_path / "part.yaml"
+    part.write_text("train: {steps: 7}\nfinetune: {steps: 9}\n")
+    letters, digits = recipes.load("letters", []), recipes.load("digits", [])
+    assert recipes.load(str(part), []) == recipes.override(letters, {"train.steps": 7, "finetune.steps": 9})
+    assert recipes.load(str(part), ["task.name=digits"]) == recipes.override(
+        digits, {"train.steps": 7, "finetune.steps": 9}
+    )
+    assert recipes.load(str(part), ["task.data=mine"]) == recipes.override(
+        recipes.Recipe(), {"task.data": "mine", "train.steps": 7, "finetune.steps": 9}
+    )
+    part.write_text("task: {data: mine}\n")
+    assert recipes.load(str(part), []) == recipes.override(recipes.Recipe(), {"task.data": "mine"})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,9 +16,7 @@ from ktray import recipe as recipes
 from ktray.bench.lesson import CASES, Lesson, ensure_lesson
 from ktray.bench.rows import Row, in_turns
 from ktray.bench.training import bare
-from ktray.data.decode import decode_rgb
 from ktray.data.reading import fetch
-from ktray.data.views import make_view, render
 from ktray.resources import Plan
 from ktray.targets.cut import Cut
 from ktray.training.shell import Env
@@ -70,8 +69,8 @@ class _Views(Dataset[np.ndarray]):
 
 
 def _view(cut: Cut, uri: str, data: bytes) -> np.ndarray:
-    image = decode_rgb(data)
-    return render(image, make_view(cut.policy, uri, 0, cut.seed, *image.shape[:2]), cut.size).transpose(2, 0, 1)
+    _, pixels = cut.views_of(uri, data, None, [0])
+    return pixels[0]
 
 
 def by_loader(lesson: Lesson, data: list[tuple[str, bytes]], cores: int) -> float:
@@ -89,7 +88,7 @@ def decoded(data: list[tuple[str, bytes]]) -> float:
     """Of the decoder alone, in this process."""
     began = time.perf_counter()
     for _, content in data:
-        decode_rgb(content)
+        simplejpeg.decode_jpeg(content, "RGB")
     return len(data) / (time.perf_counter() - began)
 
 

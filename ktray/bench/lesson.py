@@ -52,7 +52,7 @@ class Case:
 
 CASES = {
     "mobilenetv3_small_050": Case("mobilenetv3_small_050", 224, "timm:vit_small_patch16_224", 32, 768),
-    "miniverse": Case("test_resnet", 32, "miniverse", 128, 3072, {"output_stride": 8}),
+    "miniverse": Case("mobilenetv3_small_050", 32, "miniverse", 128, 3072),
 }
 
 

@@ -56,6 +56,11 @@ def peak_memory(every: float = 2.0) -> Iterator[Peak]:
 
 def held(root: int) -> int:
     """Bytes that a process and its descendants hold now; 0 where Linux's /proc is not."""
+    return sum(held_by_process(root).values())
+
+
+def held_by_process(root: int) -> dict[int, int]:
+    """By process, bytes that it and its descendants hold now; empty where Linux's /proc is not."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -63,7 +68,7 @@ def held(root: int) -> int:
         except (OSError, ValueError, IndexError):  # it has ended
             continue
         children.setdefault(parent, []).append(int(entry.name))
-    total, todo = 0, [root]
+    found, todo = {}, [root]
     while todo:
         pid = todo.pop()
         todo += children.get(pid, [])
@@ -71,5 +76,5 @@ def held(root: int) -> int:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
             continue
-        total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return total
+        found[pid] = 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return found

@@ -14,11 +14,15 @@ from ktray.bench.embedding import embedding, encoder
 from ktray.bench.ingest import ingest
 from ktray.bench.log import log
 from ktray.bench.machine import busy_cores, peak_memory
+from ktray.bench.memory import memory
 from ktray.bench.pictures import ensure_tars
 from ktray.bench.reading import reading
+from ktray.bench.reuse import reuse
 from ktray.bench.rows import Row, markdown
 from ktray.bench.searching import searching
+from ktray.bench.startup import startup
 from ktray.bench.training import training
+from ktray.bench.workers import workers
 from ktray.data.sources import list_shards
 from ktray.device import describe_device, usable_cpus
 from ktray.errors import KtrayError
@@ -112,12 +116,32 @@ def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None])
     return training(folder, plan, recipe.bench.repeats, 4 if recipe.bench.quick else 1)
 
 
+def _workers(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return workers(folder, plan, recipe.bench.repeats, 4 if recipe.bench.quick else 1)
+
+
+def _startup(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return startup(folder, recipe.bench.repeats)
+
+
+def _reuse(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return reuse(folder, plan, say, *((2, 256) if recipe.bench.quick else ()))
+
+
+def _memory(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
+
+
 _BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterable[Row]]] = {
     "read": _read,
     "embed": _embed,
     "search": _search,
     "ingest": _ingest,
     "train": _train,
+    "workers": _workers,
+    "startup": _startup,
+    "reuse": _reuse,
+    "memory": _memory,
 }
 
 

@@ -20,7 +20,7 @@ from ktray.board import watch
 from ktray.resources import Plan
 from ktray.store import Store
 from ktray.training.jobs import settle_precision
-from ktray.training.shell import Env, train
+from ktray.training.shell import Env, Job, Outcome, train
 
 PART = recipes.Train()
 
@@ -34,6 +34,11 @@ class Way:
     resident: bool
     taught: bool
 
+    def part(self, batch: int) -> recipes.Train:
+        """The recipe's part, for a batch over all workers."""
+        keys = {"batch_size": batch, **({} if self.resident else {"resident_bytes": 0})}
+        return PART.model_copy(update=keys)
+
 
 WAYS = (
     Way("cached", "cached", True, False),
@@ -42,7 +47,7 @@ WAYS = (
     Way("live", "live", True, True),
 )
 # Steps of a turn, of which the second half counts: some seconds. A teacher in the step makes it several times dearer.
-STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (240, 120)}
+STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (120, 40)}
 
 
 def training(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator[Row]:
@@ -72,20 +77,22 @@ def training(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator
 
 
 def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path, waits: list[float]) -> float:
-    """Images a second of the second half of TRANSFER's steps, in a worker as a run has it. ``waits`` gets the share of
-    the time that it waited for data, as the progress line tells it."""
+    """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch.
+    ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
+    batch = lesson.case.batch * plan.workers
+    outcome, posts = run_job(lesson.job(way.mode, steps, way.part(batch)), plan, folder)
+    waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
+    return _second_half(outcome.state["curve"], batch)
+
+
+def run_job(job: Job, plan: Plan, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[dict[str, Any]]]:
+    """A job of TRANSFER from its start to its end, and what its workers posted."""
     stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
     stage.delete()
-    part = PART.model_copy(update={"batch_size": lesson.case.batch})
-    if not way.resident:
-        part = part.model_copy(update={"resident_bytes": 0})
     posts: list[dict[str, Any]] = []
     with watch(posts.append) as board:
-        outcome = train(
-            lesson.job(way.mode, steps, part), stage, plan, board, max_failures=0, on_weights=lambda path: None
-        )
-    waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
-    return _second_half(outcome.state["curve"], lesson.case.batch)
+        outcome = train(job, stage, plan, board, max_failures=max_failures, on_weights=lambda path: None)
+    return outcome, posts
 
 
 def _second_half(curve: list[dict[str, float]], batch: int) -> float:

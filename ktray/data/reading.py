@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktray.data import filesystem
-from ktray.data.decode import decode_rgb
+from ktray.data.decode import Enough, decode_rgb
 from ktray.data.embedded import read_records
 from ktray.data.filesystem import MAX_FILE_BYTES, why
 from ktray.data.parquets import image_column, iter_rows, read_footer
@@ -63,12 +63,12 @@ def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]
 
 
 def decode_image(
-    uri: str, data: bytes | None, error: str | None = None, *, max_pixels: int, hint_size: int | None = None
+    uri: str, data: bytes | None, error: str | None = None, *, max_pixels: int, enough: Enough | None = None
 ) -> np.ndarray:
     """Pixels of what `fetch` or `read_shard` gave for a uri: uint8 (H, W, 3), cut where the uri names a crop.
 
     Args:
-        hint_size: as for `decode_rgb`; of no effect on a crop, whose box is in pixels of the full image.
+        enough: as for `decode_rgb`; a crop, whose box is in pixels of the full image, keeps its size.
 
     Raises:
         BadImage: there is no data, it cannot be decoded, or the crop lies outside.
@@ -76,12 +76,14 @@ def decode_image(
     if data is None:
         raise BadImage(error or "cannot be read")
     box = ImageRef.parse(uri).box
-    image = decode_rgb(data, max_pixels=max_pixels, hint_size=None if box else hint_size)
+    image = decode_rgb(data, max_pixels=max_pixels, enough=None if box else enough)
     if not box:
         return image
     left, top, width, height = box
     if not width or not height or left + width > image.shape[1] or top + height > image.shape[0]:
         raise BadImage(f"the crop {box} does not lie within its {image.shape[1]} x {image.shape[0]} pixels")
+    if enough:
+        enough(height, width)
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 

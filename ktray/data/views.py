@@ -1,20 +1,23 @@
 """Views: augmentation as a small integer record from which the exact pixels can be made again.
 
 A record is drawn from the image's key, the view's number and a seed alone, so any machine draws the same one
-in any order; all that follows (crop, resize, flip, colour) is integer arithmetic on it. A teacher's cached
-output belongs to one record and one image.
+in any order; crop, resize, flip and colour follow from it. A teacher's cached output belongs to one record and
+one image.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
 
 # Colour factors are stored in 1/1024: fine enough to be invisible, coarse enough to be exact.
 UNIT = 1024
@@ -81,38 +84,57 @@ def make_view(policy: ViewPolicy, key: str, index: int, seed: int, height: int, 
         side = max(1, round(min(height, width) * policy.crop_pct))
         return View((width - side) // 2, (height - side) // 2, side, side)
     draws = _uniforms(key, index, seed)
-    flip, *factors = (draws[i] for i in range(4))
-    colours = (_factor(u, x) for u, x in zip(factors, _jitters(policy), strict=True))
-    box = _random_box(policy, draws[4:], height, width)
-    return View(*box, int(flip < policy.hflip), *colours)
+    flip = next(draws)
+    jitters = (policy.brightness, policy.contrast, policy.saturation)
+    colours = [_factor(next(draws), strength) for strength in jitters]
+    return View(*_random_box(policy, draws, height, width), int(flip < policy.hflip), *colours)
 
 
-def render(image: np.ndarray, view: View, size: int | tuple[int, int]) -> np.ndarray:
+def render(
+    image: np.ndarray, view: View, size: int | tuple[int, int], whole: tuple[int, int] | None = None
+) -> np.ndarray:
     """The pixels of a view: crop, antialiased bilinear resize, flip, colour.
 
     Args:
-        image: (H, W, 3) uint8 RGB, the size that the view was made for.
+        image: (H, W, 3) uint8 RGB.
         size: height and width of the result, or one number for both.
+        whole: height and width of the image that the view was made for, where ``image`` is that one decoded smaller.
 
     Returns:
-        (height, width, 3) uint8, contiguous. The same bits for the same input wherever Pillow's resize is
-        (its 8-bit resampling is fixed-point).
+        (3, height, width) uint8, contiguous. The same bits for the same input on processors with the same vector
+        instructions; on others a value may differ by one, as torch rounds differently there.
 
     Raises:
         ValueError: the crop does not lie in the image.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    if view.x < 0 or view.y < 0 or view.y + view.height > image.shape[0] or view.x + view.width > image.shape[1]:
-        raise ValueError(f"{view} does not lie in an image of shape {image.shape}: was it decoded at another size?")
-    pixels = image[view.y : view.y + view.height, view.x : view.x + view.width]
-    if (height, width) != pixels.shape[:2]:
-        crop = Image.fromarray(np.ascontiguousarray(pixels))
-        pixels = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))
+    full_height, full_width = whole or image.shape[:2]
+    if view.x < 0 or view.y < 0 or view.y + view.height > full_height or view.x + view.width > full_width:
+        raise ValueError(f"{view} does not lie in {full_height} x {full_width} pixels: was it made for another size?")
+    top, bottom = _scaled(view.y, view.height, image.shape[0], full_height)
+    left, right = _scaled(view.x, view.width, image.shape[1], full_width)
+    crop = torch.from_numpy(np.array(image[top:bottom, left:right], order="C")).permute(2, 0, 1)
+    if (height, width) != crop.shape[1:]:
+        # Of interleaved bytes, for which torch has a vectorised kernel: three times as fast as Pillow's.
+        crop = F.interpolate(crop[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
     if view.flip:
-        pixels = pixels[:, ::-1]
+        crop = crop.flip(2)
+    pixels = crop.contiguous().numpy()
     if (view.brightness, view.contrast, view.saturation) != (UNIT, UNIT, UNIT):
         return _recolour(pixels, view)
-    return np.array(pixels, order="C")
+    return pixels.copy() if np.shares_memory(pixels, image) else pixels
+
+
+def _scaled(start: int, length: int, pixels: int, whole: int) -> tuple[int, int]:
+    """A span of ``whole`` pixels on an axis of fewer: first and one past the last."""
+    if pixels == whole:
+        return start, start + length
+    first = start * pixels // whole
+    return first, max(first + 1, -(-(start + length) * pixels // whole))
+
+
+# Rec. 601.
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def _recolour(pixels: np.ndarray, view: View) -> np.ndarray:
@@ -121,32 +143,23 @@ def _recolour(pixels: np.ndarray, view: View) -> np.ndarray:
     For a pixel p with luma Y(p), after brightness bp, saturation s bp + (1 - s) b Y(p), contrast c (...) +
     (1 - c) b mean(Y): together b c s p + b c (1 - s) Y(p) + b (1 - c) mean(Y).
     """
-    b, c, s = view.brightness, view.contrast, view.saturation
-    wide = pixels.astype(np.int32)
-    # Rec. 601 luma in 1/256.
-    luma = (77 * wide[..., 0] + 150 * wide[..., 1] + 29 * wide[..., 2] + 128) >> 8
-    mean = int(luma.sum(dtype=np.int64)) // luma.size
-    own = b * c * s // UNIT**2
-    grey = b * c * (UNIT - s) // UNIT**2
-    shift = b * (UNIT - c) * mean // UNIT
-    wide *= own
-    wide += (grey * luma + (shift + UNIT // 2))[..., None]
-    wide >>= 10
-    return np.clip(wide, 0, 255).astype(np.uint8)
-
-
-def _jitters(policy: ViewPolicy) -> tuple[float, float, float]:
-    return policy.brightness, policy.contrast, policy.saturation
+    b, c, s = (factor / UNIT for factor in (view.brightness, view.contrast, view.saturation))
+    planes = pixels.reshape(3, -1).astype(np.float32)
+    mix = np.float32(b * c * s) * np.eye(3, dtype=np.float32) + np.float32(b * c * (1 - s)) * _LUMA
+    mean = float(_LUMA @ planes.mean(axis=1, dtype=np.float64))
+    planes = mix @ planes
+    planes += np.float32(b * (1 - c) * mean + 0.5)
+    return planes.clip(0, 255, out=planes).astype(np.uint8).reshape(pixels.shape)
 
 
 def _factor(uniform: float, strength: float) -> int:
     return UNIT + math.floor((2 * uniform - 1) * strength * UNIT + 0.5)
 
 
-def _random_box(policy: ViewPolicy, draws: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+def _random_box(policy: ViewPolicy, draws: Iterator[float], height: int, width: int) -> tuple[int, int, int, int]:
     low, high = policy.ratio
-    for attempt in range(_TRIES):
-        u, v, across, down = draws[4 * attempt : 4 * attempt + 4]
+    for _ in range(_TRIES):
+        u, v, across, down = itertools.islice(draws, 4)
         area = height * width * (policy.scale[0] + u * (policy.scale[1] - policy.scale[0]))
         # exp and log differ in the last bit between C libraries; to nine digits they do not.
         ratio = round(math.exp(math.log(low) + v * (math.log(high) - math.log(low))), 9)
@@ -158,10 +171,10 @@ def _random_box(policy: ViewPolicy, draws: Sequence[float], height: int, width: 
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _uniforms(key: str, index: int, seed: int) -> list[float]:
-    """Numbers in [0, 1) from Philox4x64, a counter-based generator (Salmon et al., SC 2011)."""
+def _uniforms(key: str, index: int, seed: int) -> Iterator[float]:
+    """Numbers in [0, 1): 53 bits each of BLAKE2b over the name and a counter, as many as are asked for."""
     name = f"{seed}\0{index}\0{key}".encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(name, digest_size=16, person=b"ktray.view").digest()
-    # The raw stream is fixed by Philox itself; Generator's methods may change between numpy versions.
-    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(4 + 4 * _TRIES)
-    return [int(value >> np.uint64(11)) * 2.0**-53 for value in raw]
+    for block in itertools.count():
+        digest = hashlib.blake2b(name, salt=block.to_bytes(16, "little"), person=b"ktray.view").digest()
+        for value in struct.unpack("<8Q", digest):
+            yield (value >> 11) * 2.0**-53

@@ -69,7 +69,8 @@ def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> l
         keys = {key: value for key, value in way["keys"].items() if key != "transfer.size"}
         drawn = keys.get("transfer.source") == "generic"
         group = "random" if drawn else str(keys.get("transfer.strategy", "query_balanced"))
-        uris = pq.read_table(store / "runs" / way["runs"][0] / "transfer.parquet", columns=["uri"])["uri"].to_pylist()
+        run = json.loads((store / "runs" / way["runs"][0] / "result.json").read_text())
+        uris = pq.read_table(run["transfer_set"]["path"], columns=["uri"])["uri"].to_pylist()
         share = on_task(uris, captions, names)
         out.append(Point(group, len(uris), share, way["accuracy"], way["spread"] or 0.0))
     return out

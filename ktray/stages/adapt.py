@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             "frozen": None if dense else f"candidate-{found['start']}",
         }
 
-    finetuning = [part.finetune.model_dump(), context.recipe.seed, context.recipe.teach.model_dump()]
+    finetuning = [part.finetune.model_dump(), context.recipe.seed, asdict(view_policy(context))]
     parts = [
         VERSION,
         decoded.key,

@@ -292,7 +292,7 @@ def small_images(context: Context, uris: list[str]) -> dict[str, np.ndarray]:
     found, limit = {}, context.recipe.data.max_pixels
     for uri, data, error in fetch(list(dict.fromkeys(uris))):
         try:
-            found[uri] = decode_image(uri, data, error, max_pixels=limit, hint_size=128)
+            found[uri] = decode_image(uri, data, error, max_pixels=limit, enough=lambda *sides: min(sides) / 128)
         except BadImage:
             continue
     return found

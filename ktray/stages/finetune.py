@@ -6,6 +6,7 @@ finetuning can destroy what was transferred, and then it is skipped.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ktray.recipe import Objective
@@ -77,6 +78,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
             clip=part.clip,
             seed=recipe.seed,
             evals=15,
+            accumulate=part.accumulate,
             patience=5,
             checkpoint_seconds=part.checkpoint_seconds,
             keep="best",
@@ -95,7 +97,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
         return fit(context, stage, reporter, job, steps)
 
     optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
-    views = recipe.teach.model_dump(exclude={"views", "mode", "seed"})
+    views = asdict(teach_stage.view_policy(context))
     parts = [VERSION, "scratch", labels.key, optimising, steps, recipe.student.model_dump(), views, recipe.seed]
     parts.append(context.metric)
     return run_stage(context, "scratch", parts, work, ledger_name=booked)

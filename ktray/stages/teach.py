@@ -28,10 +28,14 @@ from ktray.store import Stage
 from ktray.streaming import Item, cpu_shards, map_shards
 from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
+from ktray.targets.sparse import columns, per_prediction
 from ktray.training.inputs import Taught
 
-VERSION = 3  # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums
+# 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize
+VERSION = 4
 SHARD_BYTES = 64_000_000
+# What the manifest says of the targets' sizes, as `Taught` has it.
+SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
 Targets = tuple[str, ...]
 
 
@@ -64,7 +68,8 @@ class Lesson:
             mode,
             self.cut if mode != "cached" else None,
             self.predict if mode != "cached" else None,
-            **{k: int(m[k]) for k in ("embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes")},
+            jpeg=mode == "cached" and m["jpeg"] is not None,
+            **{name: int(m[name]) for name in SIZES},
         )
 
 
@@ -88,7 +93,7 @@ def run(
     canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
     cut = Cut(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
     asked = tuple(t for t in targets if t in TEACHERS)
-    predict = Predict(spec, asked, student_size, map_side) if spec else None
+    predict = Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None
     patches, cached = "patch_embedding" in targets, part.mode == "cached"
     facts = adapt.manifest if adapt else {}
 
@@ -111,6 +116,7 @@ def run(
         if not sum(rows.values()):
             raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
         known = {
+            "classes": len(context.task.classes) if part.top_k and "logits" in targets else 0,
             "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
             "patch_dim": int(facts.get("patch_dim") or 0) if patches else 0,
             "vocabulary": vocabulary,
@@ -119,10 +125,12 @@ def run(
         }
         logits = 0
         if "logits" in targets and cached:
-            first = read_rows(stage, next(name for name in rows if rows[name]), ["logits"])["logits"]
-            logits = math.prod(first.shape[1:])
+            stored = columns(("logits",), int(part.top_k))
+            first = read_rows(stage, next(name for name in rows if rows[name]), stored)
+            logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
         elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
-            logits = len(context.task.classes) * ((view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1)
+            positions = (view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1
+            logits = per_prediction(len(context.task.classes), int(part.top_k)) * positions
         halves = logits + known["embed_dim"] + known["patch_dim"] * map_side**2
         side = canvas.size[0] if canvas else student_size
         if part.mode == "live":
@@ -130,6 +138,7 @@ def run(
         halves += 2 * known["text_length"]
         return {
             "mode": part.mode,
+            "jpeg": part.jpeg,
             "images": len(uris),
             "rows": sum(rows.values()),
             "row_bytes": 3 * side**2 + 2 * halves + 16,
@@ -157,14 +166,15 @@ def _store(
     context: Context, stage: Stage, reporter: Reporter, items: list[Item], cut: Cut, predict: Predict | None
 ) -> dict[str, int]:
     """Rows of every shard, all of them stored."""
+    jpeg = context.recipe.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
     before = reporter.shards(resumed(s) for s in finished.values())
     todo = [item for item in items if item["name"] not in finished]
     summaries = (
-        map_shards(todo, cut, WithTeacher(stage, predict), context.plan)
+        map_shards(todo, cut, WithTeacher(stage, predict, jpeg), context.plan)
         if predict
-        else cpu_shards(todo, WithoutTeacher(stage, cut), context.plan)
+        else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), context.plan)
     )
     rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
     if predict and any(rows.values()):

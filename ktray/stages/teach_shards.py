@@ -16,6 +16,8 @@ from ktray.store import Stage
 from ktray.streaming import Item
 from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
+from ktray.targets.sparse import dense_rows
+from ktray.targets.squeezed import squeeze
 from ktray.windows import listed
 
 # The least cosine of a stored target with the live teacher's: half precision and another batch change far less.
@@ -23,37 +25,38 @@ SAME = 0.999
 CHECKED_IMAGES = 4, 32
 
 
-def _write(stage: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
-    bad = columns.pop("bad").tolist()
-    write_rows(stage, item["name"], columns)
-    rows = len(columns["pixels"])
+def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | None) -> dict[str, Any]:
+    bad, rows = columns.pop("bad").tolist(), len(columns["pixels"])
+    write_rows(stage, item["name"], squeeze(columns, jpeg))
     summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "bad": bad, "images": rows}
     return finish_shard(stage, item["name"], {**summary, "flops": flops * rows})
 
 
 @dataclass(frozen=True)
 class WithoutTeacher:
-    """Stores views alone."""
+    """Stores views alone; ``jpeg`` as for `squeeze`."""
 
     stage: Stage
     cut: Cut
+    jpeg: int | None = None
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        return _write(self.stage, item, self.cut(item), 0.0)
+        return _write(self.stage, item, self.cut(item), 0.0, self.jpeg)
 
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """Makes, where it runs, the device half that stores views with the teacher's outputs."""
+    """Makes, where it runs, the device half that stores views with the teacher's outputs; ``jpeg`` as for `squeeze`."""
 
     stage: Stage
     predict: Predict
+    jpeg: int | None = None
 
     def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
         loaded = self.predict.load()
 
         def finish(item: Item, columns: Rows) -> dict[str, Any]:
-            return _write(self.stage, item, {**columns, **loaded.rows(columns["pixels"])}, loaded.flops)
+            return _write(self.stage, item, {**columns, **loaded.rows(columns["pixels"])}, loaded.flops, self.jpeg)
 
         return finish
 
@@ -95,10 +98,12 @@ class Check:
 
     def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
         loaded = self.predict.load()
+        classes = len(loaded.teacher.classes)
 
         def finish(item: Item, columns: Rows) -> dict[str, Any]:
-            fresh = {**columns, **loaded.rows(columns["pixels"])}
-            stored = read_rows(self.stage, item["name"], ["view_id", "pixels", *self.predict.targets])
+            fresh = loaded.rows(columns["pixels"])
+            stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
+            there, now = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
             row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
             worst = 1.0
             for here, view in enumerate(columns["view_id"].tolist()):
@@ -106,7 +111,7 @@ class Check:
                 if view not in row_of:
                     raise KtrayError(f"The target cache lacks {where}", f"Delete {self.stage.uri} and run again.")
                 for name in self.predict.targets:
-                    cosine = _cosine(stored[name][row_of[view]], fresh[name][here])
+                    cosine = _cosine(there[name][row_of[view]], now[name][here])
                     worst = min(worst, cosine)
                     if not cosine >= SAME:
                         raise KtrayError(

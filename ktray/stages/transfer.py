@@ -43,6 +43,7 @@ def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done |
             seed=recipe.seed,
             evals=5,
             checkpoint_seconds=part.checkpoint_seconds,
+            accumulate=part.accumulate,
         )
         reporter.read = teach.images
         job = TransferJob(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,31 +70,28 @@ class Cut:
     def _cut(self, item: dict[str, Any], wanted: list[tuple[int, Any]]) -> Rows:
         uris: list[str] = []
         indices: list[int] = []
-        records, pixels, bad, beside = [], [], [], []
+        records: list[View] = []
+        pixels: list[np.ndarray] = []
+        bad: list[tuple[str, str]] = []
+        beside: list[int] = []
         images = fetch([item["uris"][number] for number, _ in wanted])
         for (number, views), (uri, data, error) in zip(wanted, images, strict=True):
             try:
-                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
+                made, planes = self.views_of(uri, data, error, views)
             except BadImage as reason:
                 bad.append((uri, reason.reason))
                 continue
-            for index in views:
-                if self.canvas:
-                    view = View(0, 0, image.shape[1], image.shape[0])
-                    pixels.append(self.canvas.eval_transform(image))
-                else:
-                    view = make_view(self.policy, uri, index, self.seed, *image.shape[:2])
-                    pixels.append(render(image, view, self.size).transpose(2, 0, 1))
-                uris.append(uri)
-                indices.append(index)
-                beside.append(number)
-                records.append(np.array(view, dtype=np.int32))
+            records += made
+            pixels += planes
+            uris += [uri] * len(made)
+            indices += views
+            beside += [number] * len(made)
         height, width = self.canvas.size if self.canvas else (self.size, self.size)
         found = {
             "uri": np.array(uris, dtype=str),
             "view_index": np.array(indices, dtype=np.int32),
             "view_id": np.array([_view_id(*pair) for pair in zip(uris, indices, strict=True)], dtype=np.int64),
-            "view": np.stack(records) if records else np.zeros((0, VIEW_LENGTH), np.int32),
+            "view": np.array(records, dtype=np.int32) if records else np.zeros((0, VIEW_LENGTH), np.int32),
             "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, height, width), np.uint8),
             "bad": np.array(bad, dtype=str).reshape(-1, 2),
         }
@@ -101,6 +99,28 @@ class Cut:
             column = np.array(values, dtype=np.int64).reshape(len(values), -1)[np.array(beside, dtype=np.int64)]
             found[name] = column.astype(np.int32) if name == "text" else column[:, 0]
         return found
+
+    def views_of(
+        self, uri: str, data: bytes | None, error: str | None, wanted: Sequence[int]
+    ) -> tuple[list[View], list[np.ndarray]]:
+        """The wanted views of one image and their pixels (3, H, W), from an image decoded no larger than they need."""
+        if self.canvas:
+            image = decode_image(uri, data, error, max_pixels=self.max_pixels)
+            return [View(0, 0, image.shape[1], image.shape[0])], [self.canvas.eval_transform(image)]
+        whole: tuple[int, int] = (0, 0)
+        # All views of an image, not the wanted ones alone, decide how small it is decoded: so each has the same
+        # pixels whichever others are asked for.
+        views: list[View] = []
+
+        def enough(height: int, width: int) -> float:
+            nonlocal whole
+            whole = height, width
+            views[:] = [make_view(self.policy, uri, i, self.seed, height, width) for i in range(self.views)]
+            return min(min(view.width, view.height) for view in views) / self.size
+
+        image = decode_image(uri, data, error, max_pixels=self.max_pixels, enough=enough)
+        chosen = [views[i] for i in wanted]
+        return chosen, [render(image, view, self.size, whole) for view in chosen]
 
 
 def _view_id(uri: str, index: int) -> int:

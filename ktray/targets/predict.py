@@ -14,6 +14,7 @@ from ktray.models.dense_teacher import DenseTeacher
 from ktray.models.flops import forward_flops
 from ktray.models.teacher import patch_embeddings
 from ktray.rows import Rows
+from ktray.targets.sparse import columns, sparsify
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,6 +34,7 @@ class Predict:
         student_size: side of the pixels that go to the student.
         patch_side: side of the student's last map, to which patch embeddings are fitted.
         batch: images at once.
+        top_k: classes whose logits are kept one by one (`ktray.targets.sparse`); 0: all.
     """
 
     source: Loads
@@ -40,6 +42,12 @@ class Predict:
     student_size: int
     patch_side: int
     batch: int = 256
+    top_k: int = 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the targets are called where they are stored."""
+        return columns(self.targets, self.top_k)
 
     def load(self) -> Loaded:
         """With the teacher, on this process's device."""
@@ -57,8 +65,8 @@ class Loaded:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Batch:
         """Views (N, 3, H, W) uint8 on any device to ``pixels`` of the student's size (uint8), calibrated ``logits``
-        (N, C) or maps of them (N, C, h, w), ``embedding`` (N, D), ``patch_embedding`` (N, D, side, side), not
-        normalised; all float16, on the teacher's device."""
+        (N, C) or maps of them (N, C, h, w), or what `sparsify` makes of either, ``embedding`` (N, D),
+        ``patch_embedding`` (N, D, side, side), not normalised; all float16, on the teacher's device."""
         parts = [self._batch(pixels[at : at + self.plan.batch]) for at in range(0, len(pixels), self.plan.batch)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -82,9 +90,10 @@ class Loaded:
             found["embedding"] = embedding.half()
         if "logits" in plan.targets:
             if isinstance(teacher, AdaptedTeacher) and embedding is not None:
-                found["logits"] = teacher.logits_of(embedding).half()
+                logits = teacher.logits_of(embedding)
             else:
-                found["logits"] = teacher.logits(views).half()
+                logits = teacher.logits(views)
+            found |= sparsify(logits, plan.top_k) if plan.top_k else {"logits": logits.half()}
         return found
 
 

@@ -22,6 +22,9 @@ from ktray.store import Dir
 from ktray.streaming import Crew
 from ktray.targets.cut import Cut
 from ktray.targets.predict import Loaded, Predict
+from ktray.targets.sparse import columns as stored_columns
+from ktray.targets.sparse import densify
+from ktray.targets.squeezed import JPEG, PIXELS
 from ktray.training.feed import Feed, Reader
 from ktray.training.loop import Batch
 from ktray.training.shell import Env
@@ -84,6 +87,22 @@ def _numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 @dataclass(frozen=True)
+class Live:
+    """A teacher in the trainer's process: (N, 3, H, W) uint8 views to what rows would bring."""
+
+    loaded: Loaded
+    classes: int
+
+    @property
+    def flops(self) -> float:
+        """Of a view."""
+        return self.loaded.flops
+
+    def __call__(self, pixels: torch.Tensor) -> Batch:
+        return densify(self.loaded(pixels), self.classes)
+
+
+@dataclass(frozen=True)
 class Taught:
     """What TEACH has left: rows of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each, stored
     (``cached``) or to be made from its lists of images.
@@ -96,6 +115,8 @@ class Taught:
         embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not needed.
         vocabulary, text_length: of the captions' tokens, 0 where they are not stored.
         source_classes: of the labelled generic set, 0 where there is none.
+        jpeg: views are stored as JPEG (`ktray.targets.squeezed`).
+        classes: of the task, where the largest logits alone are stored (`ktray.targets.sparse`); 0: all are.
     """
 
     directory: Dir
@@ -110,6 +131,8 @@ class Taught:
     vocabulary: int = 0
     text_length: int = 0
     source_classes: int = 0
+    classes: int = 0
+    jpeg: bool = False
 
     def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
         rows = sum(n for _, n in self.shards)
@@ -127,7 +150,8 @@ class Taught:
 
     def _reader(self, env: Env, resident: bool) -> Reader:
         live = self.mode == "live"
-        columns = ["pixels", "view_id", *(t for t in self.targets if not (live and t in TEACHERS))]
+        wanted = tuple(t for t in self.targets if not (live and t in TEACHERS))
+        columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(wanted, self.classes)]
         if self.cut is None:
             return (
                 read_windows(self.directory, columns)
@@ -138,9 +162,9 @@ class Taught:
         beside = None if live else self.predict
         return made_windows(self.directory, self.cut, beside, columns, crew, env.report)
 
-    def teacher(self) -> Loaded | None:
+    def teacher(self) -> Live | None:
         """The teacher that the trainer asks at each step, in this process; None where rows bring their targets."""
-        return self.predict.load() if self.mode == "live" and self.predict else None
+        return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
 
     def batches(self, part: recipes.Train, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
         """Batches on the device, as `ktray.objectives.base.Objective.step` takes them."""
@@ -149,7 +173,7 @@ class Taught:
             found = {
                 k: torch.from_numpy(np.ascontiguousarray(v)).to(env.device, non_blocking=True) for k, v in rows.items()
             }
-            yield {**found, "view_key": keys}
+            yield {**densify(found, self.classes), "view_key": keys}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Settings:
     evals: int = 5
     checkpoint_seconds: float = 15.0
     keep: str = "last"  # or "best": the weights with the best validation score, the starting ones included
+    accumulate: int = 1  # parts of a step's batch, one after the other
     patience: int = 0  # evaluations without a better score after which training stops; 0: never
 
 
@@ -88,10 +89,11 @@ class State:
 class Hooks:
     """How the loop talks to whatever runs it.
 
-    ``save(directory)`` is called on every rank with a folder of files on rank 0 (None elsewhere).
+    ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank 0 (None elsewhere). It may
+    go on with it behind the training, which does not touch the folder again, but for the last one.
     """
 
-    save: Callable[[Path | None, dict[str, Any]], None]
+    save: Callable[[Path | None, dict[str, Any], bool], None]
     progress: Callable[[dict[str, float]], None]
     folder: Callable[[], Path]
 
@@ -113,6 +115,21 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scale: float = 1.0) -
         {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [g for g in groups if g["params"]]
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """The batch in ``count`` equal parts.
+
+    Raises:
+        ValueError: its rows cannot be divided so.
+    """
+    if count == 1:
+        return [batch]
+    if any(len(value) % count for value in batch.values()):
+        sizes = {name: len(value) for name, value in batch.items()}
+        raise ValueError(f"batches of {sizes} rows cannot be cut into {count} equal parts: see train.accumulate")
+    cut = {name: value.tensor_split(count) for name, value in batch.items()}
+    return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
 
 
 class Average:
@@ -181,8 +198,7 @@ class Fit:
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
-            out = self._step(batch, state.step)
-            losses.append(out["loss"].detach())
+            losses.append(self._step(batch, state.step))
             state.step += 1
             state.seconds = before + time.perf_counter() - begun
             now = time.perf_counter()
@@ -228,19 +244,25 @@ class Fit:
         dist.broadcast(shared, 0)
         return int(shared)
 
-    def _step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+    def _step(self, batch: Batch, step: int) -> torch.Tensor:
+        """One optimizer step; the mean loss, on the device."""
         factor = learning_rate(step, self.s)
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0)
         generator = torch.Generator(device=self.p.device).manual_seed(
             (self.s.seed * 1_000_003 + step) * 4099 + self.rank
         )
-        if self.p.teach:
-            batch = self.p.teach(batch)
         self.module.train()
-        with torch.autocast(self.p.device.type, dtype=self.p.autocast, enabled=self.p.autocast is not None):
-            out: dict[str, torch.Tensor] = self.module(batch, generator)
-        out["loss"].backward()
+        total = torch.zeros((), device=self.p.device)
+        parts = _parts(batch, self.s.accumulate)
+        for number, part in enumerate(parts):
+            if self.p.teach:
+                part = self.p.teach(part)
+            with self._gradients(number == len(parts) - 1):
+                with torch.autocast(self.p.device.type, dtype=self.p.autocast, enabled=self.p.autocast is not None):
+                    loss = self.module(part, generator)["loss"] / len(parts)
+                loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(
             [p for group in self.optimizer.param_groups for p in group["params"]], self.s.clip, foreach=True
         )
@@ -250,7 +272,14 @@ class Fit:
             self.p.after_step((step + 1) / self.s.steps)
         if self.average:
             self.average.update(self.averaged, step)
-        return out
+        return total
+
+    def _gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients of a part of the batch; ranks exchange those of the whole."""
+        if last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        unsynced: contextlib.AbstractContextManager[None] = self.module.no_sync()
+        return unsynced
 
     def _evaluate(self, loss: float | None = None) -> None:
         state = self.state
@@ -273,7 +302,7 @@ class Fit:
 
     def _save(self) -> None:
         if self.rank:
-            self.hooks.save(None, {})
+            self.hooks.save(None, {}, self.state.finished)
             return
         folder = self.hooks.folder()
         if self.state.finished:
@@ -293,7 +322,7 @@ class Fit:
                 folder / "state.pt",
             )
         (folder / "outcome.json").write_text(json.dumps(asdict(self.state)))
-        self.hooks.save(folder, {"step": self.state.step})
+        self.hooks.save(folder, {"step": self.state.step}, self.state.finished)
 
     def _restore(self, folder: Path) -> None:
         self.state = State(**json.loads((folder / "outcome.json").read_text()))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,9 +138,13 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
 
-    def save(folder: Path | None, metrics: dict[str, Any]) -> None:
+    def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report(metrics, checkpoint=checkpoint)
+        # Reports keep their order: the last one, which is waited for, has all others behind it.
+        mode = ray.train.CheckpointUploadMode.SYNC if last else ray.train.CheckpointUploadMode.ASYNC
+        ray.train.report(
+            metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True
+        )
 
     checkpoint = ray.train.get_checkpoint()
     where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
@@ -160,18 +166,31 @@ def _alone(
 
 
 def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
-    def save(folder: Path | None, metrics: dict[str, Any]) -> None:
-        assert folder is not None  # this is rank 0
-        before, name = _last(stage), f"step-{metrics['step']}"
+    def upload(folder: Path, step: int) -> None:
+        before, name = _last(stage), f"step-{step}"
         if before == name:  # finished right after a checkpoint of the same step
             name += "-end"
         stage.put(folder, f"{FOLDER}/{name}")
         stage.write_json(f"{FOLDER}/{LAST}", {"checkpoint": name})
         if before:
             stage.delete(f"{FOLDER}/{before}")
+        shutil.rmtree(folder)
+
+    under_way: list[Future[None]] = []
+
+    def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
+        assert folder is not None  # this is rank 0
+        while under_way:  # one at a time, and what went wrong with it ends the attempt
+            under_way.pop().result()
+        under_way.append(behind.submit(upload, folder, metrics["step"]))
+        if last:
+            under_way.pop().result()
 
     last = _last(stage)
-    with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
+    with (
+        ThreadPoolExecutor(1) as behind,
+        stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
+    ):
         _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume)
 
 
@@ -182,7 +201,7 @@ def _last(stage: Stage) -> str | None:
 
 
 def _fit(
-    config: dict[str, Any], env: Env, save: Callable[[Path | None, dict[str, Any]], None], resume: Path | None
+    config: dict[str, Any], env: Env, save: Callable[[Path | None, dict[str, Any], bool], None], resume: Path | None
 ) -> None:
     from ray import cloudpickle
 
@@ -202,10 +221,10 @@ def _fit(
         if env.rank == 0:
             report(values)
 
-    def keep(folder: Path | None, metrics: dict[str, Any]) -> None:
+    def keep(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         if folder is not None:
             (folder / "report.json").write_text(json.dumps(_report(program, time.perf_counter() - begun)))
-        save(folder, metrics)
+        save(folder, metrics, last)
 
     with tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch:
         names = iter(range(1 << 30))

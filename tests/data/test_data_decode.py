@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from image_zoo import HEIGHT, WIDTH, encode, jpeg, photo, png_header_bomb, zoo
 from PIL import Image, ImageOps
 
@@ -108,7 +109,7 @@ def test_limit_counts_pixels_from_the_header():
 )
 def test_hint_reduces_but_stays_above(hint, shape):
     data = jpeg(1, 500, 375)
-    pixels = decode_rgb(data, hint_size=hint)
+    pixels = decode_rgb(data, enough=(lambda *sides: min(sides) / hint) if hint else None)
     assert pixels.shape[:2] == shape
     small = np.asarray(Image.fromarray(photo(1, 500, 375)).resize(shape[::-1], Image.Resampling.BOX))
     assert np.abs(pixels.astype(int) - small.astype(int)).mean() < 3
@@ -118,7 +119,28 @@ def test_hint_keeps_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(photo(1, 400, 300), "JPEG", exif=exif)
-    assert decode_rgb(data, hint_size=100).shape == (200, 150, 3)
+    sides = []
+    pixels = decode_rgb(data, enough=lambda *whole: sides.append(whole) or 3)
+    assert pixels.shape == (200, 150, 3)
+    assert sides == [(400, 300)]  # as it stands, not as it is stored
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft(None, (200, 150))
+        np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "cmyk.jpg"])
+def test_what_cannot_be_decoded_smaller_keeps_its_size(name):
+    sides = []
+    assert decode_rgb(ZOO[name][1], enough=lambda *whole: sides.append(whole) or 8).shape == (HEIGHT, WIDTH, 3)
+    assert sides == [(HEIGHT, WIDTH)]
+
+
+def test_a_jpeg_with_faults_that_pillow_bears_is_read():
+    data = encode(photo(3, 64, 48), "JPEG", quality=80)
+    hurt = data[:-2] + b"\x55" * 100 + data[-2:]  # rubbish before the end marker: a warning of libjpeg
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(hurt, "RGB")
+    np.testing.assert_array_equal(decode_rgb(hurt), np.asarray(Image.open(io.BytesIO(data))))
 
 
 def test_random_bytes_raise_nothing_but_bad_image():

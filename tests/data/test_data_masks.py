@@ -53,7 +53,7 @@ def agree(image: np.ndarray, mask: np.ndarray) -> None:
 def test_image_and_mask_share_views(scene, index):
     image, mask = scene
     view = make_view(ViewPolicy(scale=(0.3, 1.0)), "key", index, 0, *mask.shape)
-    agree(render(image, view, (40, 48)), render_mask(mask, view, (40, 48)))
+    agree(render(image, view, (40, 48)).transpose(1, 2, 0), render_mask(mask, view, (40, 48)))
 
 
 def test_a_view_of_the_same_size_is_the_crop_itself(scene):

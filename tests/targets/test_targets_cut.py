@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from image_zoo import encode, photo
 from PIL import Image
 
 from ktray.data.views import ViewPolicy, render, view_from_ints
@@ -43,7 +44,24 @@ def test_pixels_are_those_of_the_records(item):
     for row in range(15):
         image = np.asarray(Image.open(rows["uri"][row]))
         again = render(image, view_from_ints(rows["view"][row]), 24)
-        np.testing.assert_array_equal(rows["pixels"][row], again.transpose(2, 0, 1))
+        np.testing.assert_array_equal(rows["pixels"][row], again)
+
+
+def test_large_jpegs_are_decoded_as_small_as_all_their_views_bear(item, tmp_path):
+    size, large = 24, photo(3, 640, 480)
+    path = tmp_path / "large.jpg"
+    path.write_bytes(encode(large, "JPEG", quality=95))
+    item = {"uris": [str(path)], "beside": {}}
+    rows = CUT(item)
+    shortest = rows["view"][:, 2:4].min()
+    assert shortest >= 4 * size
+    exact = np.stack([render(large, view_from_ints(v), size) for v in rows["view"]])
+    assert np.abs(rows["pixels"].astype(int) - exact.astype(int)).mean() < 4
+    full = np.asarray(Image.open(path))
+    fully = np.stack([render(full, view_from_ints(v), size) for v in rows["view"]])
+    assert not np.array_equal(rows["pixels"], fully)  # it was decoded smaller indeed
+    # And alike, whichever of its views are asked for.
+    np.testing.assert_array_equal(CUT.some(item, 1, 3)["pixels"], rows["pixels"][1::3])
 
 
 @pytest.mark.parametrize(("start", "step"), [(0, 1), (0, 2), (1, 2), (2, 4), (7, 8), (14, 15)])

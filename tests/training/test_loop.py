@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -56,7 +57,8 @@ class Recorder:
         path.mkdir(parents=True)
         return path
 
-    def save(self, folder, metrics):
+    def save(self, folder, metrics, last):
+        assert last == (folder / "weights.safetensors").exists()
         kept = self.root / f"kept-{len(self.saved)}"
         shutil.copytree(folder, kept)
         self.saved.append(kept)
@@ -86,6 +88,42 @@ def test_average_equals_a_plain_loop():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(average.state["weight"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Fitting(nn.Module):
+    """Rows do not see each other, so that the parts of a batch are worth as much as the whole."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.rows = []
+
+    def forward(self, batch, generator):
+        self.rows.append(len(batch["x"]))
+        return {"loss": ((self.model(batch["x"]) - batch["taught"]) ** 2).mean()}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_trains_as_the_whole(tmp_path, parts):
+    found = []
+    for count in (1, parts):
+        module, settings = Fitting(), Settings(**{**SETTINGS.__dict__, "accumulate": count})
+        p = dataclasses.replace(program(), module=module, model=module.model, groups=decay_groups(module.model, 0.01))
+        p.teach = lambda batch: {**batch, "taught": 2 * batch["x"].sum(1, keepdim=True)}
+        recorder = Recorder(tmp_path / str(count))
+        state = Fit(p, settings, recorder.hooks).run()
+        assert module.rows == [16 // count] * (count * settings.steps)
+        found.append((load_file(recorder.saved[-1] / "weights.safetensors"), [row["loss"] for row in state.curve]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert found[0][1][-1] < found[0][1][0] / 2
+
+
+def test_a_batch_that_cannot_be_cut_into_equal_parts_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"'x': 16.* 3 equal parts: see train.accumulate"):
+        Fit(program(), Settings(**{**SETTINGS.__dict__, "accumulate": 3}), Recorder(tmp_path).hooks).run()
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):

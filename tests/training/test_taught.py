@@ -1,6 +1,7 @@
 """The three ways to the same rows: stored, made by teachers beside the training, or by a teacher in it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,47 @@ def test_all_modes_give_the_same_loss_on_the_same_views(cluster, world, mode, pa
             with torch.no_grad():
                 losses = [objective.step(student.model, student.preprocess.scale, x, generator)["loss"] for x in (a, b)]
             torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+def test_all_modes_give_the_same_predictions_where_few_are_kept(cluster, world, tmp_path):
+    """The largest of three logits, and one value for the other two."""
+    _, items, rows, cut, dense = world
+    few = replace(dense, targets=("logits",), top_k=1)
+    made = Store(str(tmp_path)).stage("teach", "00000000000000aa")
+    for item in items:
+        WithTeacher(made, few)()(item, cut(item))
+        ListImages(made, VIEWS)(item)
+        assert min(f["cosine"] for f in [Check(made, few)()(item, cut(item))]) > 0.99999
+        assert "logits" not in read_rows(made, item["name"])
+
+    def source(mode):
+        how = (None, None) if mode == "cached" else (cut, few)
+        return Taught(made, tuple(rows.items()), 3 * SIDE**2, ("logits",), mode, *how, classes=len(CLASSES))
+
+    full = list(batches(taught(world, "cached"), RESIDENT))
+    for mode in MODES:
+        for batch, whole in zip(batches(source(mode), RESIDENT), full, strict=True):
+            assert torch.equal(batch["pixels"], whole["pixels"])
+            assert batch["logits"].shape == whole["logits"].shape
+            probabilities, expected = (x["logits"].float().softmax(1) for x in (batch, whole))
+            torch.testing.assert_close(probabilities.amax(1), expected.amax(1), rtol=4e-3, atol=4e-3)
+            others = probabilities.sort(1).values[:, :2]
+            torch.testing.assert_close(others[:, 0], others[:, 1])
+
+
+@pytest.mark.parametrize("part", [RESIDENT, STREAMING])
+def test_views_that_are_stored_as_jpeg_have_the_same_targets(cluster, world, tmp_path, part):
+    _, items, rows, cut, predict = world
+    made = Store(str(tmp_path)).stage("teach", "00000000000000bb")
+    for item in items:
+        WithTeacher(made, predict, 95)()(item, cut(item))
+        assert Check(made, predict)()(item, cut(item))["cosine"] > 0.99999
+    source = Taught(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True)
+    for a, b in zip(batches(source, part), batches(taught(world, "cached"), part), strict=True):
+        assert torch.equal(a["view_key"], b["view_key"])
+        assert torch.equal(a["logits"], b["logits"])
+        assert a["pixels"].shape == b["pixels"].shape
+        assert 0 < (a["pixels"].float() - b["pixels"].float()).abs().mean() < 4
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,91 @@
+"""How long a job takes from the shell to its first batch, by part. As a program it is such a job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ktray.bench.lesson import CASES, ensure_lesson
+from ktray.bench.rows import Row
+from ktray.bench.training import WAYS, run_job
+from ktray.resources import cluster_plan, connect
+from ktray.training.loop import Batch, Program, Settings
+from ktray.training.shell import Env, Job
+
+AIM = 10.0  # seconds from the start of TRANSFER to its first batch
+CASE = "mobilenetv3_small_050"
+
+
+def startup(folder: Path, repeats: int) -> Iterator[Row]:
+    """Seconds of fresh processes, with a Ray of their own; the transfer set is there.
+
+    Raises:
+        subprocess.CalledProcessError: one of them failed; its own message is on the terminal.
+    """
+    turns = []
+    for _ in range(repeats):
+        began = time.time()
+        command = [sys.executable, "-m", "ktray.bench.startup", str(folder), repr(began)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        turns.append(json.loads(done.stdout.splitlines()[-1]))
+    middle = sorted(turns, key=lambda turn: turn["first batch"])[len(turns) // 2]
+    facts: dict[str, float | int | str] = {f"{part} (s)": seconds for part, seconds in middle.items()}
+    reached = [turn["first batch"] for turn in turns]
+    yield Row("first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts)
+
+
+@dataclass(frozen=True)
+class Noting:
+    """A job that writes down when its first batch is there."""
+
+    job: Job
+    path: Path
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    def build(self, env: Env) -> Program:
+        program = self.job.build(env)
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            for step, batch in enumerate(program.batches(start, stop)):
+                if step == 0:
+                    self.path.write_text(repr(time.time()))
+                yield batch
+
+        return replace(program, batches=batches)
+
+
+def main(arguments: list[str]) -> None:
+    """A job as jobs/distill.py is one, down to the first batch; prints seconds by part."""
+    folder, began = Path(arguments[0]), float(arguments[1])
+    imported = time.time()
+    connect()
+    plan = cluster_plan(1, "auto")
+    connected = time.time()
+    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    way, path = WAYS[0], folder / "first-batch"
+    path.unlink(missing_ok=True)
+    started = time.time()
+    run_job(Noting(lesson.job(way.mode, 4, way.part(lesson.case.batch)), path), plan, folder)
+    ended, first = time.time(), float(path.read_text())
+    parts = {
+        "imports": imported - began,
+        "Ray": connected - imported,
+        "first batch": first - started,
+        "4 steps, evaluation and checkpoint": ended - first,
+    }
+    print(json.dumps(parts))
+
+
+if __name__ == "__main__":
+    # Workers import the job's class by its module's name, which is not that of the program.
+    from ktray.bench.startup import main as job
+
+    job(sys.argv[1:])

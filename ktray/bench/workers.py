@@ -1,0 +1,91 @@
+"""What more workers give, and what losing one costs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ktray.bench.lesson import CASES, Lesson, ensure_lesson
+from ktray.bench.rows import Row, in_turns
+from ktray.bench.training import STEPS, WAYS, run_job, through_ktray
+from ktray.resources import Plan, cluster_plan
+from ktray.training.loop import Batch, Program, Settings
+from ktray.training.shell import Env, Job
+
+CASE = "mobilenetv3_small_050"
+CACHED = WAYS[0]
+
+
+def workers(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator[Row]:
+    """Two workers of a thread each against one of a thread; a run whose worker is killed half-way against another.
+
+    Args:
+        fewer: by how much to cut the steps of a turn.
+    """
+    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    steps = max(4, STEPS[CASE][0] // fewer)
+    one, two = (replace(cluster_plan(count, False), worker_threads=1) for count in (1, 2))
+    rates = in_turns(
+        lambda: 2 * through_ktray(lesson, CACHED, steps, one, folder, []),
+        lambda: through_ktray(lesson, CACHED, steps, two, folder, []),
+        repeats,
+    )
+    yield Row(f"train cached, 2 workers of a thread, {lesson.case.name}", "images/s", "twice one of a thread", *rates)
+    whole, broken = in_turns(
+        lambda: undisturbed(lesson, steps, plan, folder), lambda: killed(lesson, steps, plan, folder), repeats
+    )
+    lost = [steps * lesson.case.batch * (1 / b - 1 / a) for a, b in zip(whole, broken, strict=True)]
+    facts: dict[str, float | int | str] = {"seconds lost": sorted(lost)[len(lost) // 2], "steps": steps}
+    name = f"transfer from start to end, its worker killed half-way, {lesson.case.name}"
+    yield Row(name, "images/s", "undisturbed", whole, broken, facts)
+
+
+def undisturbed(lesson: Lesson, steps: int, plan: Plan, folder: Path) -> float:
+    """Images a second from the call to the last checkpoint, a checkpoint each second."""
+    return _rate(_often(lesson, steps), lesson, plan, folder)
+
+
+def killed(lesson: Lesson, steps: int, plan: Plan, folder: Path) -> float:
+    """The same where the worker dies half-way and another goes on from its checkpoint."""
+    marker = folder / "killed"
+    marker.unlink(missing_ok=True)
+    return _rate(Dying(_often(lesson, steps), marker, steps // 2), lesson, plan, folder)
+
+
+def _often(lesson: Lesson, steps: int) -> Job:
+    job = lesson.job(CACHED.mode, steps, CACHED.part(lesson.case.batch))
+    return replace(job, settings=replace(job.settings, checkpoint_seconds=1.0))
+
+
+def _rate(job: Job, lesson: Lesson, plan: Plan, folder: Path) -> float:
+    began = time.perf_counter()
+    run_job(job, plan, folder, max_failures=1)
+    return job.settings.steps * lesson.case.batch / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Dying:
+    """A job whose worker ends at a step as if it were killed, unless ``marker`` is there."""
+
+    job: Job
+    marker: Path
+    at: int
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    def build(self, env: Env) -> Program:
+        program = self.job.build(env)
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            for step, batch in enumerate(program.batches(start, stop), start):
+                if step == self.at and not self.marker.exists():
+                    self.marker.touch()
+                    os._exit(9)
+                yield batch
+
+        return replace(program, batches=batches)
