@@ -81,9 +81,10 @@ def draw(found: Sequence[Point], title: str) -> Figure:
     figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     groups = list(dict.fromkeys(p.group for p in found))
-    for group, colour, marker in zip(groups, COLOURS, MARKERS, strict=False):
+    for place, (group, colour, marker) in enumerate(zip(groups, COLOURS, MARKERS, strict=False)):
         line = sorted((p for p in found if p.group == group), key=lambda p: p.images)
-        sizes = [p.images for p in line]
+        # Beside each other, so that the bars of strategies of one size can be told apart.
+        sizes = [p.images * 2 ** (0.09 * (place - (len(groups) - 1) / 2)) for p in line]
         look = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.6}
         left.plot(sizes, [p.on_task for p in line], label=group, **look)
         right.errorbar(sizes, [p.accuracy for p in line], [p.spread for p in line], capsize=3, **look)
