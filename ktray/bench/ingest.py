@@ -4,8 +4,10 @@ cores, and against what a student takes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -13,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ktray import recipe as recipes
-from ktray.bench.lesson import CASES, Lesson, ensure_lesson
+from ktray.bench.lesson import CASES, SHARD, Lesson, ensure_lesson
 from ktray.bench.rows import Row, in_turns
 from ktray.bench.training import bare
 from ktray.data.reading import fetch
@@ -23,7 +25,7 @@ from ktray.training.shell import Env
 from ktray.windows import listed
 
 STUDENT = "mobilenetv3_small_050"
-PASSES = 2  # of which the second counts: processes have started by then
+PASSES = 4  # of which the second half counts: processes have started by then
 
 
 def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
@@ -35,7 +37,9 @@ def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
     yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
     rates = in_turns(lambda: bare(lesson, 48, plan), lambda: by_ray(lesson, plan), repeats)
     yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
-    rates = in_turns(lambda: decoded(data), lambda: cut(lesson, data), repeats)
+    # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
+    in_worker = partial(_in_worker, lesson=lesson, data=data)
+    rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
     yield Row(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 
@@ -48,7 +52,8 @@ def encoded(lesson: Lesson) -> list[tuple[str, bytes]]:
 def by_ray(lesson: Lesson, plan: Plan) -> float:
     """Of TRANSFER's own reading of originals, with all CPUs for its decoders."""
     env = Env(torch.device("cpu"), 0, 1, plan.decode_cpus)
-    part = recipes.Train(resident_bytes=0)
+    # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
+    part = recipes.Train(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
     batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
     half, began = steps // 2, 0.0
     for number, _ in enumerate(lesson.taught("live").batches(part, env, batch, 0, 0, steps)):
@@ -84,8 +89,16 @@ def by_loader(lesson: Lesson, data: list[tuple[str, bytes]], cores: int) -> floa
     return (len(loader) - half) * batch / (time.perf_counter() - began)
 
 
-def decoded(data: list[tuple[str, bytes]]) -> float:
-    """Of the decoder alone, in this process."""
+def _in_worker(work: Callable[[Lesson, list[tuple[str, bytes]]], float], lesson: Lesson, data: Any) -> float:
+    import ray
+
+    remote: Any = ray.remote(num_cpus=1)(work)
+    found: float = ray.get(remote.remote(lesson, data))
+    return found
+
+
+def decoded(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
+    """Of the decoder alone, on one core."""
     began = time.perf_counter()
     for _, content in data:
         simplejpeg.decode_jpeg(content, "RGB")
@@ -93,7 +106,8 @@ def decoded(data: list[tuple[str, bytes]]) -> float:
 
 
 def cut(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
-    """Of decoder and views, in this process."""
+    """Of decoder and views, on one core."""
+    torch.set_num_threads(1)
     began = time.perf_counter()
     for uri, content in data:
         _view(lesson.cut, uri, content)

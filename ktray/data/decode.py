@@ -29,8 +29,6 @@ MAX_PIXELS = 178_956_970
 
 # Formats that hold photos and whose decoders run in this process: EPS would start Ghostscript, for example.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "PPM")
-# EXIF is to be the first segment, and a segment has at most 64 KiB; others are sometimes before it.
-_EXIF_WITHIN = 1 << 18
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -128,8 +126,7 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 def _orientation(data: bytes) -> int:
     """By a JPEG's EXIF; 1 where it says nothing of use."""
-    # Most files have none, and Pillow takes a thirtieth of the decoder's time to say so.
-    if b"Exif\0" not in data[:_EXIF_WITHIN]:
+    if not _has_exif(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -137,6 +134,18 @@ def _orientation(data: bytes) -> int:
         return turn if 1 <= turn <= 8 else 1
     except Exception:  # broken metadata beside good pixels
         return 1
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether one of a JPEG's segments before its pixels holds EXIF; Pillow takes a thirtieth of the decoder's time to
+    say so, and most have none."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 9] == b"Exif\0":
+            return True
+        padding = data[at + 1] == 0xFF
+        at += 1 if padding else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

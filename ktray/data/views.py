@@ -113,12 +113,14 @@ def render(
         raise ValueError(f"{view} does not lie in {full_height} x {full_width} pixels: was it made for another size?")
     top, bottom = _scaled(view.y, view.height, image.shape[0], full_height)
     left, right = _scaled(view.x, view.width, image.shape[1], full_width)
-    crop = torch.from_numpy(np.array(image[top:bottom, left:right], order="C")).permute(2, 0, 1)
-    if (height, width) != crop.shape[1:]:
-        # Of interleaved bytes, for which torch has a vectorised kernel: three times as fast as Pillow's.
-        crop = F.interpolate(crop[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
-    if view.flip:
-        crop = crop.flip(2)
+    part = image[top:bottom, left:right]
+    crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
+    if (height, width) != crop.shape[2:]:
+        # Interleaved, in and out: for such bytes torch has a vectorised kernel, three times as fast as Pillow's. Of
+        # others it makes planes itself, and slowly.
+        crop = crop.contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    crop = crop[0].flip(2) if view.flip else crop[0]
     pixels = crop.contiguous().numpy()
     if (view.brightness, view.contrast, view.saturation) != (UNIT, UNIT, UNIT):
         return _recolour(pixels, view)

@@ -54,7 +54,7 @@ def test_ingest_reads_every_image(made, cluster):
     assert ingest.by_ray(one, cluster) > 0
     assert ingest.by_loader(one, data, 1) > 0
     assert ingest.cut(one, data) > 0
-    assert ingest.decoded(data) > 0
+    assert ingest.decoded(one, data) > 0
 
 
 def test_a_killed_worker_is_followed_by_another(made, cluster):

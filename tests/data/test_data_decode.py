@@ -128,6 +128,21 @@ def test_hint_keeps_orientation():
         np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(image)))
 
 
+def test_orientation_is_found_behind_other_segments_and_padding():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(1, 40, 30), "JPEG", exif=exif, comment=b"Exif\0 in a comment")
+    at = data.index(b"\xff\xe1")
+    note = b"\xff\xfe" + (2 + 5).to_bytes(2, "big") + b"a not"
+    behind = data[:at] + note + b"\xff\xff" + data[at:]
+    assert decode_rgb(behind).shape == decode_rgb(data).shape == (40, 30, 3)
+    plain = encode(photo(1, 40, 30), "JPEG", comment=b"Exif\0 in a comment")
+    assert decode_rgb(plain).shape == (30, 40, 3)
+    for cut in range(2, at + 12):  # whatever is left of it, it ends
+        with pytest.raises(BadImage):
+            decode_rgb(data[:cut])
+
+
 @pytest.mark.parametrize("name", ["rgb.png", "cmyk.jpg"])
 def test_what_cannot_be_decoded_smaller_keeps_its_size(name):
     sides = []
