@@ -189,4 +189,6 @@ def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:
 
     total = ray.cluster_resources()
     cpus, gpus, memory = (float(total.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
-    return plan(cpus, gpus, max(1, len(ray.nodes())), workers, use_gpu, memory)
+    # A head that is kept free of work, and nodes that have left, have no cores for anyone.
+    working = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    return plan(cpus, gpus, max(1, working), workers, use_gpu, memory)
