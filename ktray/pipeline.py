@@ -13,6 +13,7 @@ from typing import Any, cast
 import ktray
 from ktray import results
 from ktray.device import describe_device
+from ktray.doctor.run import require
 from ktray.errors import KtrayError
 from ktray.ledger import Ledger, gpu_joules
 from ktray.models.preprocess import Preprocess
@@ -23,6 +24,7 @@ from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
 from ktray.resources import Plan, cluster_plan, connect
+from ktray.scaling import gather
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import AdaptedSpec, TeacherSpec
@@ -124,7 +126,10 @@ def _logged(
     store = Store(recipe.store)
     store.check_writable()
     connect(debug)
-    plan = plan or cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    if plan is None:
+        gather(recipe.cluster, say)
+        require(recipe, say)
+        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
     say(plan.line)
     found = settle(recipe, plan, say)
     for reason in found.reasons:

@@ -74,7 +74,11 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
             f"Set cluster.workers={int(gpus)}, or cluster.use_gpu=false.",
         )
     if cpus <= 0:
-        raise KtrayError("The cluster offers no CPU", "Start a node with CPUs (ray start --num-cpus=N).")
+        raise KtrayError(
+            "The cluster offers no CPU",
+            "Start a node with CPUs (ray start --num-cpus=N), or ask an autoscaling cluster for some "
+            "(cluster.cpus=16 cluster.gpus=1).",
+        )
     # At least half of the CPUs, and never less than one where there are two, stay for reading.
     worker_cpus = min(1.0, int(50 * cpus / workers) / 100)
     if worker_cpus < 0.02:

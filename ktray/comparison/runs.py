@@ -21,9 +21,11 @@ from ktray.comparison.runner import RUNNING, Runner, open_folder
 from ktray.comparison.search import search
 from ktray.comparison.side_by_side import how_many, share
 from ktray.comparison.ways import list_ways, recipe_of, with_steps
+from ktray.doctor.run import require
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe, dump
 from ktray.resources import cluster_plan, connect
+from ktray.scaling import gather
 from ktray.store import Store
 
 SCHEMA = 1
@@ -43,6 +45,8 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     store = Store(recipe.store)
     store.check_writable()
     connect(debug)
+    gather(recipe.cluster, say)
+    require(recipe, say)
     whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds
