@@ -1,5 +1,5 @@
-"""A ktray job on a cluster that is empty when it starts: 0 to N nodes for it and back to 0, with Ray's autoscaler v2 and
-its fake provider (nodes are processes of this machine). Some minutes; run it by itself:
+"""A ktray job on a cluster that is empty when it starts: 0 to N nodes for it and back to 0, with Ray's autoscaler v2
+and its fake provider (nodes are processes of this machine). Some minutes; run it by itself:
 
     python tests/cluster/autoscale.py
 """
