@@ -14,7 +14,7 @@ import pytest
 from small_task import SMALL, write_gallery, write_task
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 400
+STEPS = 160
 
 
 def command(root, store):
