@@ -63,7 +63,7 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     workers = [node for node in probes if nodes[node]["Resources"].get("CPU")]
     gpus = bool(workers) and all(nodes[node]["Resources"].get("GPU") for node in workers)
     tried = pairs(workers, every=len(workers) <= 8) or [(node, node) for node in workers[:1] if not gpus]
-    apart = [(hosts[a], hosts[b], why) for a, b in tried if (why := meet(a, b, _on, gpus))]
+    apart = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
     yield checks.network(apart, len(tried))
     yield checks.guarded(_dashboard())
     yield _mlflow(recipe)

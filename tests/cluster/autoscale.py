@@ -22,7 +22,7 @@ HEAD = "f" * 51 + "00000"  # by which the provider knows the head
 CPUS = 4
 JOB = [
     f"cluster.cpus={CPUS}",
-    "cluster.wait_seconds=180",
+    "cluster.wait_seconds=90",
     "transfer.size=200",
     "train.steps=20",
     "finetune.steps=10",
@@ -57,10 +57,10 @@ def config() -> dict:
             "head_node_id": HEAD,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "docker": {},
         "auth": {},
         "file_mounts": {},
