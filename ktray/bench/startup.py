@@ -7,15 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ktray.bench.lesson import CASES, ensure_lesson
 from ktray.bench.rows import Row
-from ktray.bench.training import WAYS, run_job
+from ktray.bench.training import WAYS, Watched, run_job
 from ktray.resources import cluster_plan, connect
-from ktray.training.loop import Batch, Program, Settings
-from ktray.training.shell import Env, Job
 
 AIM = 10.0  # seconds from the start of TRANSFER to its first batch
 CASE = "mobilenetv3_small_050"
@@ -39,27 +37,10 @@ def startup(folder: Path, repeats: int) -> Iterator[Row]:
     yield Row("first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts)
 
 
-@dataclass(frozen=True)
-class Noting:
-    """A job that writes down when its first batch is there."""
-
-    job: Job
-    path: Path
-
-    @property
-    def settings(self) -> Settings:
-        return self.job.settings
-
-    def build(self, env: Env) -> Program:
-        program = self.job.build(env)
-
-        def batches(start: int, stop: int) -> Iterator[Batch]:
-            for step, batch in enumerate(program.batches(start, stop)):
-                if step == 0:
-                    self.path.write_text(repr(time.time()))
-                yield batch
-
-        return replace(program, batches=batches)
+def note(path: Path, step: int) -> None:
+    """Write down when the first batch is there."""
+    if step == 0:
+        path.write_text(repr(time.time()))
 
 
 def main(arguments: list[str]) -> None:
@@ -73,7 +54,7 @@ def main(arguments: list[str]) -> None:
     way, path = WAYS[0], folder / "first-batch"
     path.unlink(missing_ok=True)
     started = time.time()
-    run_job(Noting(lesson.job(way.mode, 4, way.part(lesson.case.batch)), path), plan, folder)
+    run_job(Watched(lesson.job(way.mode, 4, way.part(lesson.case.batch)), partial(note, path)), plan, folder)
     ended, first = time.time(), float(path.read_text())
     parts = {
         "imports": imported - began,
@@ -85,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Workers import the job's class by its module's name, which is not that of the program.
+    # Workers import `note` by its module's name, which is not that of the program.
     from ktray.bench.startup import main as job
 
     job(sys.argv[1:])

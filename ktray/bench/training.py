@@ -4,8 +4,8 @@ timm's own distillation beside them."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ktray.board import watch
 from ktray.resources import Plan
 from ktray.store import Store
 from ktray.training.jobs import settle_precision
+from ktray.training.loop import Batch, Program, Settings
 from ktray.training.shell import Env, Job, Outcome, train
 
 PART = recipes.Train()
@@ -101,6 +102,28 @@ def run_job(job: Job, plan: Plan, folder: Path, max_failures: int = 0) -> tuple[
 def _second_half(curve: list[dict[str, float]], batch: int) -> float:
     (first, middle), (last, end) = ((row["step"], row["seconds"]) for row in curve[-2:])
     return (last - first) * batch / (end - middle)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A job with a function (picklable) that is called with the number of each step whose batch is there."""
+
+    job: Job
+    see: Callable[[int], None]
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    def build(self, env: Env) -> Program:
+        program = self.job.build(env)
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            for step, batch in enumerate(program.batches(start, stop), start):
+                self.see(step)
+                yield batch
+
+        return replace(program, batches=batches)
 
 
 def bare(lesson: Lesson, steps: int, plan: Plan) -> float:

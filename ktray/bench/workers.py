@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ktray.bench.lesson import CASES, Lesson, ensure_lesson
 from ktray.bench.rows import Row, in_turns
-from ktray.bench.training import STEPS, WAYS, run_job, through_ktray
+from ktray.bench.training import STEPS, WAYS, Watched, run_job, through_ktray
 from ktray.resources import Plan, cluster_plan
-from ktray.training.loop import Batch, Program, Settings
-from ktray.training.shell import Env, Job
+from ktray.training.shell import Job
 
 CASE = "mobilenetv3_small_050"
 CACHED = WAYS[0]
@@ -52,7 +52,7 @@ def killed(lesson: Lesson, steps: int, plan: Plan, folder: Path) -> float:
     """The same where the worker dies half-way and another goes on from its checkpoint."""
     marker = folder / "killed"
     marker.unlink(missing_ok=True)
-    return _rate(Dying(_often(lesson, steps), marker, steps // 2), lesson, plan, folder)
+    return _rate(Watched(_often(lesson, steps), partial(_die, marker, steps // 2)), lesson, plan, folder)
 
 
 def _often(lesson: Lesson, steps: int) -> Job:
@@ -66,26 +66,8 @@ def _rate(job: Job, lesson: Lesson, plan: Plan, folder: Path) -> float:
     return job.settings.steps * lesson.case.batch / (time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
-class Dying:
-    """A job whose worker ends at a step as if it were killed, unless ``marker`` is there."""
-
-    job: Job
-    marker: Path
-    at: int
-
-    @property
-    def settings(self) -> Settings:
-        return self.job.settings
-
-    def build(self, env: Env) -> Program:
-        program = self.job.build(env)
-
-        def batches(start: int, stop: int) -> Iterator[Batch]:
-            for step, batch in enumerate(program.batches(start, stop), start):
-                if step == self.at and not self.marker.exists():
-                    self.marker.touch()
-                    os._exit(9)
-                yield batch
-
-        return replace(program, batches=batches)
+def _die(marker: Path, at: int, step: int) -> None:
+    """End the worker at a step as if it were killed, unless ``marker`` is there."""
+    if step == at and not marker.exists():
+        marker.touch()
+        os._exit(9)

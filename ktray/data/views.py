@@ -116,7 +116,7 @@ def render(
     part = image[top:bottom, left:right]
     crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
     if (height, width) != crop.shape[2:]:
-        # Interleaved, in and out: for such bytes torch has a vectorised kernel, three times as fast as Pillow's. Of
+        # Interleaved, in and out: for such bytes torch has a vectorised kernel, faster than Pillow's. Of
         # others it makes planes itself, and slowly.
         crop = crop.contiguous(memory_format=torch.channels_last)
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)

@@ -123,6 +123,7 @@ def test_a_dashboard_without_a_token_is_told(code, state):
         server.shutdown()
     assert found.state == state
     assert checks.guarded(None).state == "ok"
+    assert "not reached" in checks.guarded(f"http://127.0.0.1:{server.server_port}").found  # it is closed by now
 
 
 def test_an_mlflow_server_that_is_away_is_told(monkeypatch):
