@@ -232,8 +232,13 @@ def pack(columns: Rows) -> pa.Array:
 
 def unpack(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
     """Inverse of `pack`; the arrays are the caller's own."""
+    return {name: value.copy() for name, value in views(packed, row).items()}
+
+
+def views(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
+    """`unpack` without the copy: arrays that cannot be written to, and that hold the block they lie in."""
     head, *content = packed[row].values
-    out: Rows = {}
-    for (name, dtype, shape), value in zip(json.loads(head.as_py()), content, strict=True):
-        out[name] = np.frombuffer(value.as_buffer(), dtype=dtype).reshape(shape).copy()
-    return out
+    return {
+        name: np.frombuffer(value.as_buffer(), dtype=dtype).reshape(shape)
+        for (name, dtype, shape), value in zip(json.loads(head.as_py()), content, strict=True)
+    }

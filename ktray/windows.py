@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ktray.rows import Rows, read_rows
 from ktray.store import Dir
-from ktray.streaming import Crew, Item, pack, through, unpack
+from ktray.streaming import Crew, Item, pack, through, views
 from ktray.targets.cut import Cut
 from ktray.targets.predict import Predict
 from ktray.targets.squeezed import unsqueeze
@@ -76,7 +76,7 @@ class _Streamed:
         parts: list[Rows] = []
         for batch in self.made(dataset).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             for i in range(batch.num_rows):
-                parts.append(self._told(unpack(batch.column("columns"), i)))
+                parts.append(self._told(views(batch.column("columns"), i)))
                 if batch.column("last")[i].as_py():
                     yield _concat(parts)
                     parts = []
@@ -157,6 +157,5 @@ def _read(directory: Dir, columns: Sequence[str], shard: str, start: int, step: 
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
+    """Arrays of their own, a single part's too: it may lie in Ray's store, which is not to hold a whole window."""
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}

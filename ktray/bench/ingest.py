@@ -32,8 +32,9 @@ def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
     """Images a second from JPEGs in tars to batches of views, no one consuming them."""
     lesson = ensure_lesson(CASES[STUDENT], folder, plan)
     data = encoded(lesson)
+    paths = loose(data, folder / "photos" / "loose")
     what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
-    rates = in_turns(lambda: by_loader(lesson, data, cores), lambda: by_ray(lesson, plan), repeats)
+    rates = in_turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan), repeats)
     yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
     rates = in_turns(lambda: bare(lesson, 48, plan), lambda: by_ray(lesson, plan), repeats)
     yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
@@ -49,9 +50,26 @@ def encoded(lesson: Lesson) -> list[tuple[str, bytes]]:
     return [(uri, data) for uri, data, _ in fetch(uris) if data is not None]
 
 
+def loose(data: list[tuple[str, bytes]], folder: Path) -> list[str]:
+    """The same images as files of their own, as a DataLoader's users have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:06d}.jpg" for number in range(len(data))]
+    for path, (_, content) in zip(paths, data, strict=True):
+        path.write_bytes(content)
+    return [str(path) for path in paths]
+
+
 def by_ray(lesson: Lesson, plan: Plan) -> float:
-    """Of TRANSFER's own reading of originals, with all CPUs for its decoders."""
-    env = Env(torch.device("cpu"), 0, 1, plan.decode_cpus)
+    """Of TRANSFER's own reading of originals in tars, in a worker like TRANSFER's, with all CPUs for its decoders."""
+    import ray
+
+    remote: Any = ray.remote(num_cpus=plan.worker_cpus)(_read)
+    found: float = ray.get(remote.remote(lesson, plan.decode_cpus))
+    return found
+
+
+def _read(lesson: Lesson, decode_cpus: float) -> float:
+    env = Env(torch.device("cpu"), 0, 1, decode_cpus)
     # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
     part = recipes.Train(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
     batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
@@ -63,25 +81,28 @@ def by_ray(lesson: Lesson, plan: Plan) -> float:
 
 
 class _Views(Dataset[np.ndarray]):
-    def __init__(self, data: list[tuple[str, bytes]], cut: Cut) -> None:
-        self.data, self.cut = data, cut
+    def __init__(self, paths: list[str], cut: Cut) -> None:
+        self.paths, self.cut = paths, cut
 
     def __len__(self) -> int:
-        return PASSES * len(self.data)
+        return PASSES * len(self.paths)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return _view(self.cut, *self.data[row % len(self.data)])
+        path = self.paths[row % len(self.paths)]
+        return _view(self.cut, path, Path(path).read_bytes())
 
 
 def _view(cut: Cut, uri: str, data: bytes) -> np.ndarray:
-    _, pixels = cut.views_of(uri, data, None, [0])
+    pixels = np.empty((1, 3, cut.size, cut.size), np.uint8)
+    cut.views_of(uri, data, None, [0], pixels)
     return pixels[0]
 
 
-def by_loader(lesson: Lesson, data: list[tuple[str, bytes]], cores: int) -> float:
-    """Of a DataLoader over the same bytes in memory, with a worker for each core."""
+def by_loader(lesson: Lesson, paths: list[str], cores: int) -> float:
+    """Of a DataLoader over the images as files, in random order, with a worker for each core."""
     batch = lesson.case.batch
-    loader = DataLoader(_Views(data, lesson.cut), batch_size=batch, num_workers=cores, multiprocessing_context="fork")
+    how: dict[str, Any] = {"shuffle": True, "num_workers": cores, "multiprocessing_context": "fork"}
+    loader = DataLoader(_Views(paths, lesson.cut), batch_size=batch, **how)
     half, began = len(loader) // 2, 0.0
     for number, _ in enumerate(loader):
         if number == half - 1:

@@ -91,7 +91,11 @@ def make_view(policy: ViewPolicy, key: str, index: int, seed: int, height: int, 
 
 
 def render(
-    image: np.ndarray, view: View, size: int | tuple[int, int], whole: tuple[int, int] | None = None
+    image: np.ndarray,
+    view: View,
+    size: int | tuple[int, int],
+    whole: tuple[int, int] | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """The pixels of a view: crop, antialiased bilinear resize, flip, colour.
 
@@ -99,10 +103,12 @@ def render(
         image: (H, W, 3) uint8 RGB.
         size: height and width of the result, or one number for both.
         whole: height and width of the image that the view was made for, where ``image`` is that one decoded smaller.
+        out: (3, height, width) uint8 that the pixels are written to, such as a place in a batch.
 
     Returns:
-        (3, height, width) uint8, contiguous. The same bits for the same input on processors with the same vector
-        instructions; on others a value may differ by one, as torch rounds differently there.
+        (3, height, width) uint8, contiguous: ``out``, or an array of its own. The same bits for the same input on
+        processors with the same vector instructions; on others a value may differ by one, as torch rounds
+        differently there.
 
     Raises:
         ValueError: the crop does not lie in the image.
@@ -114,17 +120,21 @@ def render(
     top, bottom = _scaled(view.y, view.height, image.shape[0], full_height)
     left, right = _scaled(view.x, view.width, image.shape[1], full_width)
     part = image[top:bottom, left:right]
-    crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
-    if (height, width) != crop.shape[2:]:
+    if (height, width) != part.shape[:2]:
         # Interleaved, in and out: for such bytes torch has a vectorised kernel, faster than Pillow's. Of
         # others it makes planes itself, and slowly.
-        crop = crop.contiguous(memory_format=torch.channels_last)
+        part = np.ascontiguousarray(part) if part.flags.writeable else part.copy()
+        crop = torch.from_numpy(part).permute(2, 0, 1)[None]
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    crop = crop[0].flip(2) if view.flip else crop[0]
-    pixels = crop.contiguous().numpy()
+        part = crop[0].permute(1, 2, 0).numpy()
+    # To planes by NumPy, whose copy takes the flip along and is faster than torch's.
+    planes = (part[:, ::-1] if view.flip else part).transpose(2, 0, 1)
+    if out is None:
+        out = np.empty((3, height, width), np.uint8)
+    np.copyto(out, planes)
     if (view.brightness, view.contrast, view.saturation) != (UNIT, UNIT, UNIT):
-        return _recolour(pixels, view)
-    return pixels.copy() if np.shares_memory(pixels, image) else pixels
+        _recolour(out, view)
+    return out
 
 
 def _scaled(start: int, length: int, pixels: int, whole: int) -> tuple[int, int]:
@@ -139,8 +149,8 @@ def _scaled(start: int, length: int, pixels: int, whole: int) -> tuple[int, int]
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def _recolour(pixels: np.ndarray, view: View) -> np.ndarray:
-    """Brightness b, saturation s and contrast c as one linear map, rounded and clipped once.
+def _recolour(pixels: np.ndarray, view: View) -> None:
+    """Brightness b, saturation s and contrast c as one linear map in place, rounded and clipped once.
 
     For a pixel p with luma Y(p), after brightness bp, saturation s bp + (1 - s) b Y(p), contrast c (...) +
     (1 - c) b mean(Y): together b c s p + b c (1 - s) Y(p) + b (1 - c) mean(Y).
@@ -151,7 +161,7 @@ def _recolour(pixels: np.ndarray, view: View) -> np.ndarray:
     mean = float(_LUMA @ planes.mean(axis=1, dtype=np.float64))
     planes = mix @ planes
     planes += np.float32(b * (1 - c) * mean + 0.5)
-    return planes.clip(0, 255, out=planes).astype(np.uint8).reshape(pixels.shape)
+    pixels[:] = planes.clip(0, 255, out=planes).reshape(pixels.shape)
 
 
 def _factor(uniform: float, strength: float) -> int:

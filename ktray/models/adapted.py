@@ -16,7 +16,6 @@ from ktray.models.heads import LinearHead
 from ktray.models.layers import layer_decay_groups
 from ktray.models.preprocess import Preprocess
 from ktray.models.teacher import Teacher, TeacherSource, embed
-from ktray.models.teacher_load import build_teacher, load_teacher
 from ktray.models.weights import mismatch, weight_errors, wrong_keys
 
 _FORMAT = 1
@@ -133,25 +132,38 @@ class AdaptedTeacher(nn.Module):
                 f"'{folder}' holds no adapted teacher: {error}", "Give the folder that the adapt stage wrote."
             ) from error
         where = TeacherSource(source.name, checkpoint or source.checkpoint, config or source.config, source.image_size)
-        if facts["finetuned"]:
-            teacher = build_teacher(where)
-            _fill(teacher.image_tower, folder / "tower.safetensors")
-            teacher.fingerprint = fingerprint
-        else:
-            teacher = load_teacher(where.name, where.checkpoint, where.config, image_size=where.image_size)
-            if teacher.fingerprint != fingerprint:
-                raise KtrayError(
-                    f"The base teacher '{source.name}' is not the one that was adapted in '{folder}' "
-                    "(its weights or config have changed)",
-                    "Restore its checkpoint, or run the adapt stage again.",
-                )
-        teacher.drop_text()
-        teacher.preprocess = Preprocess.from_dict(facts["preprocess"])
+        teacher = _base(folder, facts, where, fingerprint)
         head = LinearHead(torch.zeros(len(facts["classes"]), teacher.embed_dim))
         _fill(head, folder / "head.safetensors")
         head.l2 = facts["head"]["l2"]
         adapted = cls(teacher, head, facts["classes"], facts["temperature"], facts["finetuned"])
         return adapted.eval().to(device)
+
+
+def _base(folder: Path, facts: dict[str, Any], where: TeacherSource, fingerprint: str) -> Teacher:
+    """The image tower and preprocessing of an adapted teacher: its own weights if it was finetuned, else the base's.
+
+    Raises:
+        KtrayError: the base teacher is not the one that was adapted.
+    """
+    # Slow to import, and workers that read stored targets load no teacher.
+    from ktray.models.teacher_load import build_teacher, load_teacher
+
+    if facts["finetuned"]:
+        teacher = build_teacher(where)
+        _fill(teacher.image_tower, folder / "tower.safetensors")
+        teacher.fingerprint = fingerprint
+    else:
+        teacher = load_teacher(where.name, where.checkpoint, where.config, image_size=where.image_size)
+        if teacher.fingerprint != fingerprint:
+            raise KtrayError(
+                f"The base teacher '{where.name}' is not the one that was adapted in '{folder}' "
+                "(its weights or config have changed)",
+                "Restore its checkpoint, or run the adapt stage again.",
+            )
+    teacher.drop_text()
+    teacher.preprocess = Preprocess.from_dict(facts["preprocess"])
+    return teacher
 
 
 def _plain(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,13 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ktray.errors import KtrayError
-from ktray.models.adapted import AdaptedTeacher, _fill, _plain
+from ktray.models.adapted import AdaptedTeacher, _base, _fill, _plain
 from ktray.models.dense_head import DenseHead
 from ktray.models.layers import layer_decay_groups
 from ktray.models.preprocess import Preprocess
 from ktray.models.reading import freeze_idle
 from ktray.models.teacher import Teacher, TeacherSource, embed, patch_embeddings
-from ktray.models.teacher_load import build_teacher, load_teacher
 
 _FILE, _FORMAT = "dense_teacher.json", 1
 
@@ -151,20 +150,7 @@ class DenseTeacher(nn.Module):
                 f"'{folder}' holds no segmentation teacher: {error}", "Give the folder that the adapt stage wrote."
             ) from error
         where = TeacherSource(source.name, checkpoint or source.checkpoint, config or source.config, source.image_size)
-        if facts["finetuned"]:
-            teacher = build_teacher(where)
-            _fill(teacher.image_tower, folder / "tower.safetensors")
-            teacher.fingerprint = fingerprint
-        else:
-            teacher = load_teacher(where.name, where.checkpoint, where.config, image_size=where.image_size)
-            if teacher.fingerprint != fingerprint:
-                raise KtrayError(
-                    f"The base teacher '{source.name}' is not the one that was adapted in '{folder}' "
-                    "(its weights or config have changed)",
-                    "Restore its checkpoint, or run the adapt stage again.",
-                )
-        teacher.drop_text()
-        teacher.preprocess = Preprocess.from_dict(facts["preprocess"])
+        teacher = _base(folder, facts, where, fingerprint)
         dims = facts["head"]["dims"]
         head = DenseHead(torch.zeros(len(facts["classes"]), sum(dims)), dims)
         _fill(head, folder / "head.safetensors")

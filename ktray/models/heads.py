@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
 
@@ -147,6 +146,8 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return float(F.cross_entropy(z / math.exp(log_t), y, label_smoothing=min(smoothing, 1.0)))
 
     low, high = (math.log(t) for t in _TEMPERATURES)
+    from scipy.optimize import minimize_scalar  # slow to import, and workers fit no temperature
+
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
     return math.exp(float(found.x))
 

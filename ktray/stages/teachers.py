@@ -14,7 +14,6 @@ from ktray.models.dense_teacher import DenseTeacher, load_adapted
 from ktray.models.flops import forward_flops
 from ktray.models.preprocess import Preprocess
 from ktray.models.teacher import Teacher, TeacherSource
-from ktray.models.teacher_load import load_teacher, teacher_fingerprint
 from ktray.store import Dir
 
 
@@ -37,12 +36,16 @@ class TeacherSpec:
     @classmethod
     def of(cls, source: TeacherSource) -> TeacherSpec:
         """Load the teacher once to learn its facts."""
+        from ktray.models.teacher_load import load_teacher, teacher_fingerprint  # slow to import
+
         teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
         fingerprint = teacher_fingerprint(source.name, source.checkpoint, source.config, source.image_size)
         return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text, teacher.patch_dim)
 
     def load(self) -> Teacher:
         """With its text tower."""
+        from ktray.models.teacher_load import load_teacher  # slow to import
+
         s = self.source
         return laid_out(load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size))
 

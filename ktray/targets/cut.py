@@ -71,28 +71,27 @@ class Cut:
         uris: list[str] = []
         indices: list[int] = []
         records: list[View] = []
-        pixels: list[np.ndarray] = []
+        height, width = self.canvas.size if self.canvas else (self.size, self.size)
+        pixels = np.empty((sum(len(views) for _, views in wanted), 3, height, width), np.uint8)
         bad: list[tuple[str, str]] = []
         beside: list[int] = []
         images = fetch([item["uris"][number] for number, _ in wanted])
         for (number, views), (uri, data, error) in zip(wanted, images, strict=True):
             try:
-                made, planes = self.views_of(uri, data, error, views)
+                made = self.views_of(uri, data, error, views, pixels[len(uris) :])
             except BadImage as reason:
                 bad.append((uri, reason.reason))
                 continue
             records += made
-            pixels += planes
             uris += [uri] * len(made)
             indices += views
             beside += [number] * len(made)
-        height, width = self.canvas.size if self.canvas else (self.size, self.size)
         found = {
             "uri": np.array(uris, dtype=str),
             "view_index": np.array(indices, dtype=np.int32),
             "view_id": np.array([_view_id(*pair) for pair in zip(uris, indices, strict=True)], dtype=np.int64),
             "view": np.array(records, dtype=np.int32) if records else np.zeros((0, VIEW_LENGTH), np.int32),
-            "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, height, width), np.uint8),
+            "pixels": pixels[: len(uris)],
             "bad": np.array(bad, dtype=str).reshape(-1, 2),
         }
         for name, values in item["beside"].items():
@@ -101,12 +100,18 @@ class Cut:
         return found
 
     def views_of(
-        self, uri: str, data: bytes | None, error: str | None, wanted: Sequence[int]
-    ) -> tuple[list[View], list[np.ndarray]]:
-        """The wanted views of one image and their pixels (3, H, W), from an image decoded no larger than they need."""
+        self, uri: str, data: bytes | None, error: str | None, wanted: Sequence[int], out: np.ndarray
+    ) -> list[View]:
+        """The wanted views of one image, from an image decoded no larger than they need.
+
+        Args:
+            out: (at least as many as wanted, 3, H, W) uint8: their pixels are written to its first rows. What an image
+                that cannot be used leaves there is of no meaning.
+        """
         if self.canvas:
             image = decode_image(uri, data, error, max_pixels=self.max_pixels)
-            return [View(0, 0, image.shape[1], image.shape[0])], [self.canvas.eval_transform(image)]
+            out[0] = self.canvas.eval_transform(image)
+            return [View(0, 0, image.shape[1], image.shape[0])]
         whole: tuple[int, int] = (0, 0)
         # All views of an image, not the wanted ones alone, decide how small it is decoded: so each has the same
         # pixels whichever others are asked for.
@@ -120,7 +125,9 @@ class Cut:
 
         image = decode_image(uri, data, error, max_pixels=self.max_pixels, enough=enough)
         chosen = [views[i] for i in wanted]
-        return chosen, [render(image, view, self.size, whole) for view in chosen]
+        for view, place in zip(chosen, out, strict=False):
+            render(image, view, self.size, whole, place)
+        return chosen
 
 
 def _view_id(uri: str, index: int) -> int:
