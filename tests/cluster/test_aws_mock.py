@@ -1,4 +1,4 @@
-"""`ray up`, workers and `ray down` of cluster/aws.yaml on a mock of EC2 that holds the roles of cluster/aws-access.yaml.
+"""`ray up`, workers and `ray down` of cluster/aws.yaml on a mock of EC2, with the roles of cluster/aws-access.yaml.
 Machines are entries of the mock: what Ray runs on them by SSH is written down, answered as Docker would, and not run.
 """
 
