@@ -176,7 +176,8 @@ def watch(port: int, dashboard: int, home: Path) -> None:
     print(api.get_job_logs(job))
     print(f"{ended - nodes.began:5.0f} s  the job {api.get_job_status(job)}", flush=True)
     assert api.get_job_status(job) == "SUCCEEDED"
-    assert max(nodes.seen) == CPUS // 2
+    assert nodes.seen[-1] == max(nodes.seen) == CPUS // 2
+    assert nodes.seen == sorted(nodes.seen), "a machine went while the job ran"
     while nodes.look() and time.monotonic() - ended < 120:
         time.sleep(1)
     assert nodes.seen[-1] == 0, "nodes stay"
