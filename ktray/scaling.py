@@ -44,9 +44,7 @@ def gathered(part: Cluster, say: Callable[[str], None]) -> Iterator[None]:
 def _wait(part: Cluster, say: Callable[[str], None]) -> None:
     from ray.util import placement_group, remove_placement_group
 
-    # Single CPUs and GPUs, so that machines of any size will do.
-    bundles: list[dict[str, float]] = [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
-    group: Any = placement_group(bundles, strategy="PACK")
+    group: Any = placement_group(bundles(part), strategy="PACK")
     began = told = time.monotonic()
     try:
         # By what the cluster has, not by whether the group is placed: others may use some of it.
@@ -65,6 +63,11 @@ def _wait(part: Cluster, say: Callable[[str], None]) -> None:
             time.sleep(min(1.0, part.wait_seconds))
     finally:
         remove_placement_group(group)
+
+
+def bundles(part: Cluster) -> list[dict[str, float]]:
+    """What is asked for: single CPUs and GPUs, so that machines of any size will do."""
+    return [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
 
 
 def wanted(part: Cluster, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
