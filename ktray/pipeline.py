@@ -24,7 +24,7 @@ from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
 from ktray.resources import Plan, cluster_plan, connect
-from ktray.scaling import gather
+from ktray.scaling import gathered
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import AdaptedSpec, TeacherSpec
@@ -123,13 +123,25 @@ def _logged(
     settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Work in a run's folder, logged to MLflow whatever comes of it."""
-    store = Store(recipe.store)
-    store.check_writable()
+    Store(recipe.store).check_writable()
     connect(debug)
-    if plan is None:
-        gather(recipe.cluster, say)
+    if plan is not None:
+        return _planned(recipe, say, plan, tags, work, settle)
+    with gathered(recipe.cluster, say):
         require(recipe, say)
         plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+        return _planned(recipe, say, plan, tags, work, settle)
+
+
+def _planned(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    plan: Plan,
+    tags: Mapping[str, str],
+    work: Callable[[Context], dict[str, Any]],
+    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved],
+) -> dict[str, Any]:
+    store = Store(recipe.store)
     say(plan.line)
     found = settle(recipe, plan, say)
     for reason in found.reasons:

@@ -4,12 +4,16 @@ A cluster that grows on demand may be empty when a job starts, and ktray divides
 much it wants holds a placement group of that size until the machines are up, lets go of it, and plans. It is not
 ``request_resources``: that is one request for the whole cluster, which a second job would overwrite and which outlives
 a job that dies; a placement group is its job's own.
+
+The machines would be given back again while the driver works alone for longer than their idle timeout. An actor on each
+of them, which holds nothing and does nothing, keeps them while the job lasts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ktray.errors import KtrayError
@@ -18,19 +22,29 @@ from ktray.recipe import Cluster
 _TELL = 30.0  # seconds between lines while it waits
 
 
-def gather(part: Cluster, say: Callable[[str], None]) -> None:
-    """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``; returns at once where they are there.
+@contextmanager
+def gathered(part: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep as many while the block runs.
 
     Raises:
         KtrayError: it has not after ``cluster.wait_seconds``; with what there is.
     """
+    import ray
+
+    if not _enough(part):
+        _wait(part, say)
+    kept = [_stay(node) for node in wanted(part, ray.nodes())]
+    try:
+        yield
+    finally:
+        for one in kept:
+            ray.kill(one)
+
+
+def _wait(part: Cluster, say: Callable[[str], None]) -> None:
     from ray.util import placement_group, remove_placement_group
 
-    if _enough(part):
-        return
-    # Single CPUs and GPUs, so that machines of any size will do.
-    bundles: list[dict[str, float]] = [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
-    group: Any = placement_group(bundles, strategy="PACK")
+    group: Any = placement_group(bundles(part), strategy="PACK")
     began = told = time.monotonic()
     try:
         # By what the cluster has, not by whether the group is placed: others may use some of it.
@@ -49,6 +63,35 @@ def gather(part: Cluster, say: Callable[[str], None]) -> None:
             time.sleep(min(1.0, part.wait_seconds))
     finally:
         remove_placement_group(group)
+
+
+def bundles(part: Cluster) -> list[dict[str, float]]:
+    """What is asked for: single CPUs and GPUs, so that machines of any size will do."""
+    return [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
+
+
+def wanted(part: Cluster, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of Ray's nodes, by name, as many as hold ``part.gpus`` and ``part.cpus``; what has GPUs first."""
+    cpus, gpus, found = float(part.cpus), float(part.gpus), []
+    for node in sorted((n for n in nodes if n["Alive"]), key=lambda n: -n["Resources"].get("GPU", 0.0)):
+        has = node["Resources"]
+        if (gpus > 0 and has.get("GPU")) or (cpus > 0 and has.get("CPU")):
+            found.append(node["NodeID"])
+            cpus, gpus = cpus - has.get("CPU", 0.0), gpus - has.get("GPU", 0.0)
+    return found
+
+
+class _Stay:
+    """A machine on which an actor lives is not idle."""
+
+
+def _stay(node: str) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Of no CPU, so that the stages have all of them; not started again elsewhere when its machine is gone.
+    remote: Any = ray.remote(num_cpus=0, max_restarts=0)(_Stay)
+    return remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
 
 
 def _enough(part: Cluster) -> bool:

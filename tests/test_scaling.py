@@ -1,9 +1,10 @@
-"""Asking for machines: at once where they are there, told while waiting, let go of in the end."""
+"""Asking for machines: at once where they are there, told while waiting, kept while the job lasts."""
 
 import time
 
 import pytest
 import ray
+from ray._private.state import actors
 from ray.util import placement_group_table
 
 from ktray import scaling
@@ -15,18 +16,47 @@ def held():
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-def test_what_is_there_is_not_waited_for(cluster):
+def staying():
+    return [one for one in actors().values() if one["ActorClassName"] == "_Stay" and one["State"] != "DEAD"]
+
+
+def node(name, alive=True, **resources):
+    return {"NodeID": name, "Alive": alive, "Resources": resources}
+
+
+def test_what_is_there_is_not_waited_for_and_is_kept(cluster):
     told = []
-    scaling.gather(Cluster(), told.append)
-    scaling.gather(Cluster(cpus=int(cluster.total_cpus)), told.append)
+    with scaling.gathered(Cluster(), told.append):
+        assert staying() == []
+    free = ray.available_resources()["CPU"]
+    with scaling.gathered(Cluster(cpus=int(cluster.total_cpus)), told.append):
+        assert len(staying()) == 1
+        assert held() == []
+        assert ray.available_resources()["CPU"] == free
+    until = time.monotonic() + 30
+    while staying() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert staying() == []
     assert told == []
-    assert held() == []
+
+
+def test_as_many_machines_are_kept_as_the_job_asks_for():
+    nodes = [node("head"), node("a", CPU=16.0), node("gone", alive=False, CPU=16.0, GPU=8.0), node("b", CPU=16.0)]
+    nodes += [node("c", CPU=16.0, GPU=1.0), node("d", CPU=16.0, GPU=1.0)]
+    assert scaling.wanted(Cluster(), nodes) == []
+    assert scaling.wanted(Cluster(gpus=1), nodes) == ["c"]
+    assert scaling.wanted(Cluster(gpus=2, cpus=48), nodes) == ["c", "d", "a"]
+    assert scaling.wanted(Cluster(cpus=16), nodes[:4]) == ["a"]
+    assert scaling.wanted(Cluster(cpus=640), nodes) == ["c", "d", "a", "b"]  # what there is
 
 
 def test_what_does_not_come_is_told_and_let_go_of(cluster):
     told = []
-    with pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* asks for 64 CPUs and 1 GPUs"):
-        scaling.gather(Cluster(cpus=64, gpus=1, wait_seconds=0.5), told.append)
+    with (
+        pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* asks for 64 CPUs and 1 GPUs"),
+        scaling.gathered(Cluster(cpus=64, gpus=1, wait_seconds=0.5), told.append),
+    ):
+        raise AssertionError("it was not there")
     assert told == ["cluster   waiting for 64 CPUs and 1 GPUs; there are 2 CPUs and 0 GPUs"]
     assert held() == []
 
@@ -40,8 +70,8 @@ def test_the_autoscaler_sees_the_demand_and_the_job_goes_on_when_it_is_met(clust
 
     monkeypatch.setattr(ray, "cluster_resources", grown)
     began = time.monotonic()
-    scaling.gather(Cluster(gpus=2, wait_seconds=60), print)
-    assert time.monotonic() - began < 30
+    with scaling.gathered(Cluster(gpus=2, wait_seconds=60), print):
+        assert time.monotonic() - began < 30
     bundles = [group["bundles"] for groups in seen for group in groups]
     assert bundles
     assert sum(bundle.get("GPU", 0) for bundle in bundles[-1].values()) == 2

@@ -25,7 +25,7 @@ from ktray.doctor.run import require
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe, dump
 from ktray.resources import cluster_plan, connect
-from ktray.scaling import gather
+from ktray.scaling import gathered
 from ktray.store import Store
 
 SCHEMA = 1
@@ -38,15 +38,19 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     Raises:
         KtrayError: a way that the recipe does not allow, or whatever a run raises.
     """
-    import ray
-
     begun = time.time()
     recipe = with_steps(recipe)
-    store = Store(recipe.store)
-    store.check_writable()
+    Store(recipe.store).check_writable()
     connect(debug)
-    gather(recipe.cluster, say)
-    require(recipe, say)
+    with gathered(recipe.cluster, say):
+        require(recipe, say)
+        return _compare(recipe, say, debug, begun)
+
+
+def _compare(recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float) -> dict[str, Any]:
+    import ray
+
+    store = Store(recipe.store)
     whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds

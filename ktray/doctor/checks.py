@@ -109,7 +109,7 @@ def network(apart: list[tuple[str, str, str]], tried: int) -> Check:
         more = f" (and {len(apart) - 1} more of {tried} pairs)" if len(apart) > 1 else ""
         remedy = "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the nodes' network, and open it between them."
         return Check("network", "FAIL", f"{left} and {right} cannot all-reduce{more}: {why}", remedy)
-    return Check("network", "ok", f"all-reduce between {tried} pair(s)")
+    return Check("network", "ok", f"all-reduce between {tried} pair(s)" if tried else "a single node trains")
 
 
 def guarded(url: str | None) -> Check:

@@ -60,5 +60,7 @@ def meet(left: str, right: str, on: Any, gpus: bool) -> str | None:
     except Exception as error:  # whatever NCCL, gloo or Ray say
         for ref in refs:
             ray.cancel(ref, force=True)
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            return "no answer in time" + (" (has each a free GPU?)" if gpus else "")
         return " ".join(str(error).split())[-300:] or type(error).__name__
     return None if found == [1.5, 1.5] else f"the sum came out as {found}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ktray.doctor import checks
@@ -60,13 +60,22 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     if quick:
         return
     yield checks.decodes_fast(probes)
-    workers = [node for node in probes if nodes[node]["Resources"].get("CPU")]
-    gpus = bool(workers) and all(nodes[node]["Resources"].get("GPU") for node in workers)
+    workers, gpus = trainers(nodes, probes, recipe.cluster.use_gpu)
     tried = pairs(workers, every=len(workers) <= 8) or [(node, node) for node in workers[:1] if not gpus]
     apart = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
     yield checks.network(apart, len(tried))
     yield checks.guarded(_dashboard())
     yield _mlflow(recipe)
+
+
+def trainers(
+    nodes: Mapping[str, Mapping[str, Any]], probes: checks.Probes, use_gpu: bool | str
+) -> tuple[list[str], bool]:
+    """The nodes that would train together, and whether on GPUs: those with GPUs that torch sees, or all with CPUs."""
+    found = [node for node in probes if nodes[node]["Resources"].get("GPU") and probes[node]["gpus"]]
+    if found and use_gpu:
+        return found, True
+    return [node for node in probes if nodes[node]["Resources"].get("CPU")], False
 
 
 def require(recipe: Recipe, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "f" * 51 + "00000"  # by which the provider knows the head
@@ -32,7 +34,7 @@ JOB = [
 ]
 
 
-def config() -> dict:
+def config(gcs: str) -> dict:
     nothing = [
         "initialization_commands",
         "setup_commands",
@@ -57,6 +59,7 @@ def config() -> dict:
             "launch_multiple": True,
             "use_node_id_as_ip": True,
             "head_node_id": HEAD,
+            "gcs_address": gcs,  # else its nodes look for port 6379
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -77,66 +80,108 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def workers(address: str) -> int:
+def workers() -> int:
     """Nodes that are up and have CPUs."""
-    ask = f"import ray; ray.init(address={address!r}, logging_level='ERROR'); "
-    ask += "print(sum(1 for n in ray.nodes() if n['Alive'] and n['Resources'].get('CPU')))"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[-1])
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+
+
+class Watch:
+    """How many workers there are, told as it changes."""
+
+    def __init__(self) -> None:
+        self.began, self.seen = time.monotonic(), [0]
+        print("    0 s  0 nodes, and a job", flush=True)
+
+    def look(self) -> int:
+        now = workers()
+        if now != self.seen[-1]:
+            self.seen.append(now)
+            print(f"{time.monotonic() - self.began:5.0f} s  {now} nodes", flush=True)
+        return now
 
 
 def main() -> None:
-    ray = str(Path(sys.executable).with_name("ray"))
+    program = str(Path(sys.executable).with_name("ray"))
     with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
         home = Path(scratch)
-        (home / "fake.json").write_text(json.dumps(config()))
-        (home / "token").write_text(secrets.token_hex(32))
         port, dashboard = free_port(), free_port()
+        (home / "token").write_text(secrets.token_hex(32))
         os.environ |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        import ray  # it looks for the token when it is imported
+
+        (home / "fake.json").write_text(json.dumps(config(f"{ray.util.get_node_ip_address()}:{port}")))
+        head_alone = os.environ | {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
-            "RAY_USAGE_STATS_ENABLED": "0",
         }
-        start = [ray, "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--dashboard-port={dashboard}"]
-        start += [f"--autoscaling-config={home / 'fake.json'}", f"--temp-dir={home / 'ray'}"]
-        start += ["--object-store-memory=500000000"]
+        start = [program, "start", "--head", "--block", "--num-cpus=0", f"--port={port}"]
+        start += [f"--dashboard-port={dashboard}", f"--autoscaling-config={home / 'fake.json'}"]
+        start += [f"--temp-dir={home / 'ray'}", "--object-store-memory=500000000"]
         with open(home / "head.log", "w") as log:
-            head = subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True)
-        # They say who the head is, and nobody else.
-        for name in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):
-            del os.environ[name]
+            head = subprocess.Popen(
+                start, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **head_alone}
+            )
         try:
-            address = f"127.0.0.1:{port}"
-            time.sleep(20)
-            assert workers(address) == 0, "the cluster is not empty at the start"
-            print("0 nodes before the job", flush=True)
-            command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT)]
-            command += ["--", sys.executable, "jobs/distill.py", *JOB, f"store={home / 'store'}"]
-            began = time.time()
-            job = subprocess.Popen(command, cwd=ROOT)
-            most = 0
-            while job.poll() is None:
-                most = max(most, workers(address))
-                time.sleep(3)
-            assert job.returncode == 0, f"the job ended with {job.returncode}"
-            print(f"{most} nodes at most; the job took {time.time() - began:.0f} s", flush=True)
-            assert most == CPUS // 2
-            ended = time.time()
-            while (left := workers(address)) and time.time() - ended < 120:
-                time.sleep(3)
-            assert left == 0, f"{left} nodes stay"
-            print(f"0 nodes {time.time() - ended:.0f} s after it", flush=True)
+            watch(port, dashboard, home)
+        except BaseException:
+            for name in ("head.log", "ray/session_latest/logs/monitor.log"):
+                if (home / name).exists():
+                    lines = [one for one in (home / name).read_text().splitlines() if "legacy field" not in one]
+                    print(f"--- {name}", *lines[-40:], sep="\n", flush=True)
+            raise
         finally:
             os.killpg(head.pid, signal.SIGTERM)
             try:
                 head.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(head.pid, signal.SIGKILL)
+
+
+def submit(address: str, command: str) -> tuple[Any, str]:
+    """The jobs' API and the job's name, once the head takes jobs."""
+    from ray.job_submission import JobSubmissionClient
+
+    until = time.monotonic() + 120
+    while True:
+        try:
+            api = JobSubmissionClient(address)
+            return api, api.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT)})
+        except (ConnectionError, RuntimeError):  # no dashboard yet, or no agent of it
+            if time.monotonic() > until:
+                raise
+            time.sleep(2)
+
+
+def watch(port: int, dashboard: int, home: Path) -> None:
+    """The job, from an empty cluster to an empty cluster."""
+    import ray
+
+    command = [sys.executable, "jobs/distill.py", *JOB, f"store={home / 'store'}"]
+    api, job = submit(f"http://127.0.0.1:{dashboard}", shlex.join(command))
+    nodes = Watch()
+    ray.init(address=f"127.0.0.1:{port}", logging_level="ERROR", log_to_driver=False)
+    while not api.get_job_status(job).is_terminal():
+        nodes.look()
+        time.sleep(1)
+    ended = time.monotonic()
+    print(api.get_job_logs(job))
+    print(f"{ended - nodes.began:5.0f} s  the job {api.get_job_status(job)}", flush=True)
+    assert api.get_job_status(job) == "SUCCEEDED"
+    assert nodes.seen[-1] == max(nodes.seen) == CPUS // 2
+    assert nodes.seen == sorted(nodes.seen), "a machine went while the job ran"
+    while nodes.look() and time.monotonic() - ended < 120:
+        time.sleep(1)
+    assert nodes.seen[-1] == 0, "nodes stay"
+    ray.shutdown()
 
 
 if __name__ == "__main__":

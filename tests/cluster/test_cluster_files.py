@@ -9,6 +9,13 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+
+from ktray.recipe import Cluster
+from ktray.scaling import bundles
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp")
@@ -99,6 +106,29 @@ def test_groups(cloud):
     assert "spot" in str(spot["node_config"][market]).lower()
     on_demand = [group for name, group in groups.items() if name != "gpu_spot"]
     assert not any("spot" in str(group["node_config"].get(market, "")).lower() for group in on_demand)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "cpus", "gpus", "started"),
+    [
+        ("aws", 48, 2, {"gpu_spot": 2, "cpu": 1}),  # as in the README
+        ("gcp", 32, 2, {"gpu_spot": 2, "cpu": 1}),
+        ("aws", 16, 0, {"cpu": 1}),
+        ("aws", 0, 9, {"gpu_spot": 8, "gpu_on_demand": 1}),
+        ("aws", 1000, 0, {}),  # more than max_workers: none, and the job says so after its time
+    ],
+)
+def test_which_machines_the_autoscaler_starts_for_what_a_job_asks(cloud, cpus, gpus, started):
+    settings = AutoscalingConfig(valid(config(cloud)), skip_content_hash=True)
+    asked = [ResourceRequestUtil.make(one) for one in bundles(Cluster(cpus=cpus, gpus=gpus))]
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=settings.get_node_type_configs(),
+        max_num_nodes=settings.get_max_num_nodes(),
+        gang_resource_requests=[GangResourceRequest(requests=asked)],
+    )
+    found = ResourceDemandScheduler(None).schedule(request)
+    assert {one.instance_type: one.count for one in found.to_launch} == started
 
 
 def test_roles_instead_of_keys():

@@ -107,6 +107,20 @@ def test_nodes_that_cannot_meet_are_told(cluster, monkeypatch):
     assert pairs.pairs(["a", "b", "c"], every=False) == [("a", "b"), ("b", "c")]
 
 
+def test_those_meet_who_would_train_together():
+    nodes = {
+        "head": {"Resources": {}},
+        "a": {"Resources": {"CPU": 16.0}},
+        "b": {"Resources": {"CPU": 16.0, "GPU": 1.0}},
+        "c": {"Resources": {"CPU": 16.0, "GPU": 1.0}},
+    }
+    seen = {name: a_probe(gpus=1 if name in "bc" else 0) for name in nodes}
+    assert run.trainers(nodes, seen, "auto") == (["b", "c"], True)
+    assert run.trainers(nodes, seen, False) == (["a", "b", "c"], False)
+    blind = {**seen, "b": a_probe(gpus=0), "c": a_probe(gpus=0)}
+    assert run.trainers(nodes, blind, "auto") == (["a", "b", "c"], False)
+
+
 @pytest.mark.parametrize(("code", "state"), [(200, "warn"), (401, "ok"), (500, "warn")])
 def test_a_dashboard_without_a_token_is_told(code, state):
     class Answer(http.server.BaseHTTPRequestHandler):
