@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,13 +142,14 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         "RAY_BACKEND_LOG_LEVEL": "info" if debug else "fatal",
     }.items():
         os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    set_authentication(address)
     import ray.data  # before the levels below: importing it sets them
 
     if ray.is_initialized():
         return
     level = logging.INFO if debug else logging.ERROR
     common: dict[str, Any] = {"log_to_driver": debug, "logging_level": level, "ignore_reinit_error": True}
-    address = os.environ.get("RAY_ADDRESS")
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
         in_job = inside_job()
@@ -174,6 +177,30 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False
+
+
+def set_authentication(address: str | None) -> None:
+    """Say in ``RAY_AUTH_MODE`` what Ray would guess otherwise; what it says already stays.
+
+    A Ray that is started here asks for a token, since its ports are open to every user of the machine. Without one at
+    hand it gets one that lives as long as this process: Ray itself would write one to ``~/.ray/auth_token``, readable
+    by all, and from then on that file would decide how other clusters start. A cluster that is joined has been started
+    by somebody else: as Ray does, a token that is at hand is sent to one found on this machine (``auto``), and to an
+    address only where ``RAY_AUTH_MODE=token`` says so.
+    """
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    at_hand = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
+    joined = "token" if address == "auto" and at_hand else "disabled"
+    mode = os.environ.setdefault("RAY_AUTH_MODE", joined if address else "token")
+    if mode.lower() != "token":
+        return
+    if not address and not at_hand:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "ray" in sys.modules:  # it read the environment when it was imported
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def inside_job() -> bool:
