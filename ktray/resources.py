@@ -197,10 +197,9 @@ def set_authentication(address: str | None) -> None:
     if not address and not at_hand:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     if "ray" in sys.modules:  # it read the environment when it was imported
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        raylet: Any = sys.modules["ray._raylet"]
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def inside_job() -> bool:

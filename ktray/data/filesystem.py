@@ -83,7 +83,8 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
     # pyarrow would read credentials and another endpoint here, to which requests with our own credentials would go.
     if not _BUCKET.fullmatch(bucket):
         raise KtrayError(
-            f"'{scheme}://{scrub(bucket)}' is not a bucket's name", "Server and credentials come from the environment."
+            f"'{scrub(f'{scheme}://{bucket}')}' is not a bucket's name",
+            "Server and credentials come from the environment.",
         )
     return bucket_filesystem(f"{scheme}://{bucket}"), rest.rstrip("/")
 
