@@ -143,7 +143,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     }.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    set_authentication(address)
+    _authenticate(address)
     import ray.data  # before the levels below: importing it sets them
 
     if ray.is_initialized():
@@ -179,24 +179,31 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context.execution_options.verbose_progress = False
 
 
-def set_authentication(address: str | None) -> None:
-    """Say in ``RAY_AUTH_MODE`` what Ray would guess otherwise; what it says already stays.
+def authentication(address: str | None) -> dict[str, str]:
+    """Variables that say what Ray would guess otherwise; none where ``RAY_AUTH_MODE`` and a token are given.
 
-    A Ray that is started here asks for a token, since its ports are open to every user of the machine. Without one at
-    hand it gets one that lives as long as this process: Ray itself would write one to ``~/.ray/auth_token``, readable
-    by all, and from then on that file would decide how other clusters start. A cluster that is joined has been started
-    by somebody else: as Ray does, a token that is at hand is sent to one found on this machine (``auto``), and to an
-    address only where ``RAY_AUTH_MODE=token`` says so.
+    A Ray that is started here asks for a token, since its ports are open to the network and to every user of the
+    machine. Without one at hand it gets one that lives as long as this process: Ray itself would write one to
+    ``~/.ray/auth_token``, readable by all, and from then on that file would decide how other clusters start. A cluster
+    that is joined has been started by somebody else: as Ray does, a token that is at hand is sent to one that Ray finds
+    on this machine (``auto``), and to an address only where ``RAY_AUTH_MODE=token`` says so.
     """
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     at_hand = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
-    joined = "token" if address == "auto" and at_hand else "disabled"
-    mode = os.environ.setdefault("RAY_AUTH_MODE", joined if address else "token")
-    if mode.lower() != "token":
-        return
-    if not address and not at_hand:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    if "ray" in sys.modules:  # it read the environment when it was imported
+    found = {}
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None:
+        joined = "token" if address == "auto" and at_hand else "disabled"
+        mode = found["RAY_AUTH_MODE"] = joined if address else "token"
+    if mode.lower() == "token" and not address and not at_hand:
+        found["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return found
+
+
+def _authenticate(address: str | None) -> None:
+    found = authentication(address)
+    os.environ |= found
+    if found and "ray" in sys.modules:  # it read the environment when it was imported
         raylet: Any = sys.modules["ray._raylet"]
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
