@@ -270,7 +270,10 @@ class Cluster(Part):
 
 
 class MLflow(Part):
-    uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, else sqlite in the store")
+    uri: str | None = Field(
+        None,
+        description="tracking server, without credentials; null: MLFLOW_TRACKING_URI, else sqlite in the store",
+    )
     experiment: str = Field("ktray", description="experiment that the run is logged under")
 
 
@@ -449,7 +452,7 @@ def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
             _check_secrets(value, f"{prefix}{name}.")
         elif found := credential_in(value):
             raise KtrayError(
-                f"Recipe key '{prefix}{name}' holds {found}, and a recipe is saved and logged with its run",
+                f"Recipe key '{prefix}{name}' holds a secret ({found}), and a recipe is saved and logged with its run",
                 "Give it by the environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and so on for S3.",
             )

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -10,6 +11,7 @@ import pytest
 from archives import tar_bytes, write_parquet
 from image_zoo import jpeg, png_header_bomb
 
+from ktray import recipe as recipes
 from ktray.data import filesystem, parquets, tars
 from ktray.data.embedded import _placed
 from ktray.data.reading import decode_image, fetch, read_shard
@@ -17,6 +19,7 @@ from ktray.data.sources import list_shards, resolve
 from ktray.data.tars import read_tar
 from ktray.data.uris import ImageRef
 from ktray.errors import BadImage, KtrayError
+from ktray.plan import _gallery_images
 
 
 def errors(spec):
@@ -128,6 +131,15 @@ def test_a_member_beyond_what_an_archive_may_unpack_to_is_not_looked_for(tmp_pat
     assert data == jpeg()
     assert none is None
     assert "bomb" in error
+
+
+def test_a_plan_unpacks_no_bomb_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_UNPACKED_FLOOR", 1 << 16)
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(tar_bytes([("1.jpg", jpeg()), ("2.jpg", bytes(4 << 20)), ("3.jpg", jpeg())], "w:gz"))
+    recipe = recipes.load(None, ["task.data=photos", f"gallery.data={path}"])
+    images, _ = _gallery_images(SimpleNamespace(gallery_images=None, recipe=recipe))
+    assert images == 1
 
 
 def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path, monkeypatch):
