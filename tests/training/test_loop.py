@@ -184,11 +184,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
 
 
 def test_a_resumed_checkpoint_runs_no_code(tmp_path):
-    recorder = Recorder(tmp_path, stop_after=1)
+    settings = Settings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
+    recorder = Recorder(tmp_path / "one", stop_after=1)
     with pytest.raises(InterruptedError):
-        Fit(program(), SETTINGS, recorder.hooks).run()
+        Fit(program(), settings, recorder.hooks).run()
     mark, saved = tmp_path / "mark", recorder.saved[0]
     write_torch(saved / "state.pt", mark)
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        Fit(program(), SETTINGS, Recorder(tmp_path / "again").hooks, saved).run()
+        Fit(program(), settings, Recorder(tmp_path / "two").hooks, resume=saved).run()
     assert not mark.exists()
