@@ -142,14 +142,14 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         "RAY_BACKEND_LOG_LEVEL": "info" if debug else "fatal",
     }.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
-    _authenticate(address)
+    _authenticate(os.environ.get("RAY_ADDRESS"))
     import ray.data  # before the levels below: importing it sets them
 
     if ray.is_initialized():
         return
     level = logging.INFO if debug else logging.ERROR
     common: dict[str, Any] = {"log_to_driver": debug, "logging_level": level, "ignore_reinit_error": True}
+    address = os.environ.get("RAY_ADDRESS")
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
         in_job = inside_job()
@@ -188,22 +188,26 @@ def authentication(address: str | None) -> dict[str, str]:
     that is joined has been started by somebody else: as Ray does, a token that is at hand is sent to one that Ray finds
     on this machine (``auto``), and to an address only where ``RAY_AUTH_MODE=token`` says so.
     """
+    joins = bool(address) and address != "local"
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     at_hand = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
     found = {}
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
         joined = "token" if address == "auto" and at_hand else "disabled"
-        mode = found["RAY_AUTH_MODE"] = joined if address else "token"
-    if mode.lower() == "token" and not address and not at_hand:
+        mode = found["RAY_AUTH_MODE"] = joined if joins else "token"
+    if mode.lower() == "token" and not joins and not at_hand:
         found["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return found
 
 
 def _authenticate(address: str | None) -> None:
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized():  # by somebody else, and as it is it works
+        return
     found = authentication(address)
     os.environ |= found
-    if found and "ray" in sys.modules:  # it read the environment when it was imported
+    if found and ray:  # it read the environment when it was imported
         raylet: Any = sys.modules["ray._raylet"]
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()

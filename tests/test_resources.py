@@ -70,6 +70,7 @@ def no_token(monkeypatch, tmp_path):
 def test_a_ray_that_is_started_here_asks_for_a_token_of_its_own(no_token):
     one, two = authentication(None), authentication(None)
     assert one["RAY_AUTH_MODE"] == "token"
+    assert set(authentication("local")) == set(one)
     assert len(one["RAY_AUTH_TOKEN"]) == 64
     assert one["RAY_AUTH_TOKEN"] != two["RAY_AUTH_TOKEN"]
     assert not list(no_token.iterdir())  # Ray would write ~/.ray/auth_token
