@@ -21,6 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,8 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def ask(url: str, method: str, token: str | None, body: bytes | None = None) -> int:
-    """The answer's status; -1 where nobody answers."""
+def ask(url: str, method: str, token: str | None, body: bytes | None = None, told: list[bytes] | None = None) -> int:
+    """The answer's status; -1 where nobody answers. An error's text goes into ``told``."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, data=body, method=method, headers=headers)
@@ -55,15 +56,17 @@ def ask(url: str, method: str, token: str | None, body: bytes | None = None) -> 
             answer.read()
             return answer.status
     except urllib.error.HTTPError as error:
+        if told is not None:
+            told[:] = [error.read()]
         return error.code
     except OSError:
         return -1
 
 
-def wait(what: str, holds, seconds: float = 60) -> None:
-    end = time.time() + seconds
+def wait(what: str, holds: Callable[[], bool], told: list[bytes] | None = None) -> None:
+    end = time.time() + 120
     while not holds():
-        assert time.time() < end, f"not within {seconds:g} s: {what}"
+        assert time.time() < end, f"not within 120 s: {what}; {told}"
         time.sleep(0.5)
 
 
@@ -85,20 +88,23 @@ def head(home: Path) -> None:
     environment = without_ray(dict(os.environ)) | {"RAY_USAGE_STATS_ENABLED": "0", "HOME": str(home)}
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    # Of their own, so that another Ray of this machine is in nobody's way.
+    for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
+        command.append(f"--{name}={free_port()}")
     command += [f"--temp-dir={home / 'ray'}", "--object-store-memory=200000000"]
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token")}
     with open(home / "head.log", "w") as log:
         ray = subprocess.Popen(command, env=environment | mode, stdout=log, stderr=log, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        wait("the dashboard answers", lambda: ask(f"{url}/api/version", "GET", right) == 200, 120)
+        wait("the dashboard answers", lambda: ask(f"{url}/api/version", "GET", right) == 200)
         body = {
             who: json.dumps({"entrypoint": f"touch {home}/ran-{who}", "submission_id": who}).encode()
             for who in ("none", "wrong", "right")
         }
         # Its agent, which runs jobs, comes up after it.
-        submit = json.dumps({"entrypoint": "true"}).encode()
-        wait("the job API answers", lambda: ask(f"{url}/api/jobs/", "POST", right, submit) == 200, 120)
+        submit, told = json.dumps({"entrypoint": "true"}).encode(), list[bytes]()
+        wait("the job API answers", lambda: ask(f"{url}/api/jobs/", "POST", right, submit, told) == 200, told)
         print(f"{'':44}{'no token':>10}{'wrong':>10}{'right':>10}")
         for method, path in ASKED:
             runs = (method, path) == ("POST", "/api/jobs/")
