@@ -11,6 +11,7 @@ from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe import Recipe
 from ktray.resources import lasting_store
+from ktray.scrub import scrub
 
 USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--debug] [--help]"
 
@@ -105,7 +106,7 @@ def main(
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {scrub(explain(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -7,7 +7,6 @@ Time and money divide them by a stated rate, so they are no better than that rat
 from __future__ import annotations
 
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from torch import nn
 
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.lists import embedded_only, gallery_shards
-from ktray.data.records import is_image
+from ktray.data.tars import read_tar
 from ktray.device import describe_device
 from ktray.errors import KtrayError
 from ktray.ledger import hourly_price
@@ -213,8 +212,7 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
     tars = [s.paths[0] for s in shards if s.count is None]
     if not all(os.path.isfile(p) for p in tars):
         return 0, "an unknown number of"
-    with tarfile.open(tars[0]) as first:
-        images = sum(is_image(name) for name in first.getnames())
+    images = sum(record.error is None for record in read_tar(tars[0]))
     guess = images * sum(os.path.getsize(p) for p in tars) / max(1, os.path.getsize(tars[0]))
     total = round(guess) + sum(s.count or 0 for s in shards)
     return total, f"about {total:,}"

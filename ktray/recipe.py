@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from ktray.errors import KtrayError
 from ktray.recipe_jobs import Bench, Compare, Part
+from ktray.scrub import credential_in
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT = "letters"
@@ -269,7 +270,10 @@ class Cluster(Part):
 
 
 class MLflow(Part):
-    uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, else sqlite in the store")
+    uri: str | None = Field(
+        None,
+        description="tracking server, without credentials; null: MLFLOW_TRACKING_URI, else sqlite in the store",
+    )
     experiment: str = Field("ktray", description="experiment that the run is logged under")
 
 
@@ -362,6 +366,7 @@ def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
 
 def _validate(raw: dict[str, Any]) -> Recipe:
     _check_keys(raw)
+    _check_secrets(raw)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -438,6 +443,19 @@ def _check_keys(raw: dict[str, Any], model: type[Part] = Recipe, prefix: str = "
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Part) and isinstance(value, dict):
             _check_keys(value, kind, f"{prefix}{name}.")
+
+
+def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
+    """A recipe is saved with its run, and a command line is shown to whoever lists processes."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_secrets(value, f"{prefix}{name}.")
+        elif found := credential_in(value):
+            raise KtrayError(
+                f"Recipe key '{prefix}{name}' holds a secret ({found}), and a recipe is saved and logged with its run",
+                "Give it by the environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and so on for S3.",
+            )
 
 
 def _unknown(key: str) -> KtrayError:

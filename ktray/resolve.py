@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ktray.data.decode import formats
 from ktray.data.labelled import LabelledSet, read_labelled
 from ktray.data.lists import gallery_shards
 from ktray.data.reading import fetch
@@ -328,7 +329,7 @@ def _short_sides(task: LabelledSet) -> list[int]:
     sides = []
     for _, data, _ in fetch([e.uri for e in task.train[::step][:SAMPLE]]):
         try:
-            with Image.open(io.BytesIO(data or b"")) as image:
+            with Image.open(io.BytesIO(data or b""), formats=formats()) as image:
                 sides.append(min(image.size))
         except Exception:  # any of Pillow's errors; the stage that decodes the image tells and counts it
             continue

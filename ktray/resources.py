@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         "RAY_BACKEND_LOG_LEVEL": "info" if debug else "fatal",
     }.items():
         os.environ.setdefault(name, value)
+    _authenticate(os.environ.get("RAY_ADDRESS"))
     import ray.data  # before the levels below: importing it sets them
 
     if ray.is_initialized():
@@ -174,6 +177,40 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False
+
+
+def authentication(address: str | None) -> dict[str, str]:
+    """Variables that say what Ray would guess otherwise; none where ``RAY_AUTH_MODE`` and a token are given.
+
+    A Ray that is started here asks for a token, since its ports are open to the network and to every user of the
+    machine. Without one at hand it gets one that lives as long as this process: Ray itself would write one to
+    ``~/.ray/auth_token``, readable by all, and from then on that file would decide how other clusters start. A cluster
+    that is joined has been started by somebody else: as Ray does, a token that is at hand is sent to one that Ray finds
+    on this machine (``auto``), and to an address only where ``RAY_AUTH_MODE=token`` says so.
+    """
+    joins = bool(address) and address != "local"
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    at_hand = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
+    found = {}
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None:
+        joined = "token" if address == "auto" and at_hand else "disabled"
+        mode = found["RAY_AUTH_MODE"] = joined if joins else "token"
+    if mode.lower() == "token" and not joins and not at_hand:
+        found["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return found
+
+
+def _authenticate(address: str | None) -> None:
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized():  # by somebody else, and as it is it works
+        return
+    found = authentication(address)
+    os.environ |= found
+    if found and ray:  # it read the environment when it was imported
+        raylet: Any = sys.modules["ray._raylet"]
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def inside_job() -> bool:

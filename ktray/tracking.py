@@ -13,7 +13,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -23,39 +22,12 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ktray.errors import KtrayError
+from ktray.scrub import HIDDEN as HIDDEN
+from ktray.scrub import scrub
 from ktray.tracking_server import Server, is_transient
 
-HIDDEN = "[hidden]"
-_SECRET_WORDS = r"secret|passw(or)?d|credential|authorization|(api|access|private)_?key|(^|[._-])token$|_token$"
-_SECRET_KEY = re.compile(rf"(^|[._-])aws_|{_SECRET_WORDS}", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(_SECRET_WORDS, re.IGNORECASE)
-_SECRET_TEXT = (
-    (re.compile(r"(?<=://)[^/\s@]+@"), f"{HIDDEN}@"),  # user:password@ in a URL
-    (re.compile(r"(?i)([?&][\w-]*(?:signature|token|credential|sig|password|key)=)[^&\s]+"), rf"\1{HIDDEN}"),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:ghp|gho|hf|glpat|sk)[_-][A-Za-z0-9_-]{16,}\b"), HIDDEN),
-    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-)
 _BATCH = 500
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
-
-
-def scrub(value: Any, key: str = "") -> Any:
-    """``value`` without secrets: under telling keys, in URLs, known token forms, values of secret variables."""
-    if isinstance(value, Mapping):
-        return {str(k): scrub(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [scrub(v, key) for v in value]
-    # A switch or a number under such a name ("class_token: true") is no secret; a number as password is.
-    if value is not None and _SECRET_KEY.search(key) and (isinstance(value, str) or "passw" in key.lower()):
-        return HIDDEN
-    if not isinstance(value, str):
-        return value
-    for name, secret in os.environ.items():
-        if len(secret) >= 8 and _SECRET_VARIABLE.search(name) and not name.upper().endswith(("_FILE", "_PATH")):
-            value = value.replace(secret, HIDDEN)
-    for pattern, instead in _SECRET_TEXT:
-        value = pattern.sub(instead, value)
-    return value
 
 
 def tracking_uri(uri: str | None, home: Path) -> str:

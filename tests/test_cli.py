@@ -80,3 +80,15 @@ def test_an_option_without_its_value_or_of_another_job_is_refused():
         cli.parse(["--quick", "--only"], SHORT)
     with pytest.raises(KtrayError, match="Unknown option '--quick'"):
         cli.parse(["--quick"])
+
+
+def test_an_error_shows_no_credentials(capsys, monkeypatch):
+    monkeypatch.setenv("SOME_PASSWORD", "hunter22hunter")
+
+    def fail(recipe, say, debug):
+        raise OSError("no answer from http://user:hunter22@host, hunter22hunter was refused")
+
+    assert command([], fail) == 1
+    err = capsys.readouterr().err
+    assert "no answer from http://" in err
+    assert "hunter22" not in err

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
@@ -134,3 +135,39 @@ def test_recipes_without_a_task_stand_over_the_built_in_ones(tmp_path):
     )
     part.write_text("task: {data: mine}\n")
     assert recipes.load(str(part), []) == recipes.override(recipes.Recipe(), {"task.data": "mine"})
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "mlflow.uri=http://user:hunter22@host:5000",
+        "store=s3://key:hunter22@bucket/x",
+        "gallery.data=[a,s3://key:hunter22@bucket/x]",
+    ],
+)
+def test_a_recipe_holds_no_credentials(override, tmp_path):
+    """It is saved, logged and shown with its run, and a command line by ``ps``."""
+    with pytest.raises(KtrayError, match="is saved and logged with its run") as refused:
+        recipes.load(None, [override])
+    assert "hunter22" not in str(refused.value)
+    key, _, value = override.partition("=")
+    part, _, name = key.partition(".")
+    (tmp_path / "r.yaml").write_text(f"{part}:\n  {name}: {value}\n" if name else f"{part}: {value}\n")
+    with pytest.raises(KtrayError, match="is saved and logged with its run"):
+        recipes.load(str(tmp_path / "r.yaml"), [])
+    with pytest.raises(KtrayError, match="is saved and logged with its run"):
+        recipes.override(recipes.Recipe(), {key: value})
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    mark = tmp_path / "mark"
+    text = f"!!python/object/apply:os.mkdir ['{mark}']"
+    yaml.unsafe_load(f"seed: {text}")
+    assert mark.exists()  # the payload is a real one
+    mark.rmdir()
+    (tmp_path / "r.yaml").write_text(f"seed: {text}\n")
+    with pytest.raises(KtrayError, match="is not YAML"):
+        recipes.load(str(tmp_path / "r.yaml"), [])
+    with pytest.raises(KtrayError, match="does not accept"):
+        recipes.load(None, [f"seed={text}"])
+    assert not mark.exists()

@@ -1,7 +1,7 @@
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.resources import plan
+from ktray.resources import authentication, plan
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
@@ -57,3 +57,42 @@ def test_a_jobs_relative_store_outlives_the_job(monkeypatch, tmp_path):
     assert lasting_store("s3://bucket/x") == "s3://bucket/x"
     assert lasting_store("/shared/x") == "/shared/x"
     assert lasting_store("~/x") == "~/x"
+
+
+@pytest.fixture
+def no_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_ray_that_is_started_here_asks_for_a_token_of_its_own(no_token):
+    one, two = authentication(None), authentication(None)
+    assert one["RAY_AUTH_MODE"] == "token"
+    assert set(authentication("local")) == set(one)
+    assert len(one["RAY_AUTH_TOKEN"]) == 64
+    assert one["RAY_AUTH_TOKEN"] != two["RAY_AUTH_TOKEN"]
+    assert not list(no_token.iterdir())  # Ray would write ~/.ray/auth_token
+
+
+def test_what_is_said_of_authentication_stays(no_token, monkeypatch):
+    (no_token / ".ray").mkdir()
+    (no_token / ".ray" / "auth_token").write_text("x" * 32)
+    assert authentication(None) == {"RAY_AUTH_MODE": "token"}
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert authentication(None) == authentication("10.0.0.1:6379") == {}
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert authentication("10.0.0.1:6379") == {}
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(no_token / "none"))
+    assert set(authentication(None)) == {"RAY_AUTH_TOKEN"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "y" * 32)
+    assert authentication(None) == {}
+
+
+def test_a_token_goes_to_no_address_that_was_not_meant(no_token):
+    assert authentication("auto") == {"RAY_AUTH_MODE": "disabled"}
+    (no_token / ".ray").mkdir()
+    (no_token / ".ray" / "auth_token").write_text("x" * 32)
+    assert authentication("auto") == {"RAY_AUTH_MODE": "token"}
+    assert authentication("10.0.0.1:6379") == {"RAY_AUTH_MODE": "disabled"}

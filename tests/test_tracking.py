@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ktray.errors import KtrayError
-from ktray.tracking import HIDDEN, Tracker, catch_up, scrub, stable_metrics, tracking_uri
+from ktray.scrub import HIDDEN, scrub
+from ktray.tracking import Tracker, catch_up, stable_metrics, tracking_uri
 from ktray.tracking_server import is_transient
 
 DEAD = "http://127.0.0.1:9"

@@ -72,7 +72,7 @@ def _decode(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndarray:
     found = _decode_jpeg(data, max_pixels, enough)
     if found is not None:
         return found
-    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         width, height = image.size
         if width < 1 or height < 1:
             raise BadImage(f"no pixels ({width} x {height})")
@@ -129,7 +129,7 @@ def _orientation(data: bytes) -> int:
     if not _has_exif(data):
         return 1
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
         return turn if 1 <= turn <= 8 else 1
     except Exception:  # broken metadata beside good pixels
@@ -174,6 +174,7 @@ def _reason(error: Exception) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _formats() -> list[str]:
+def formats() -> list[str]:
+    """Pillow's formats that are read: what decodes them runs in this process, and no other program."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]

@@ -132,7 +132,7 @@ def _file(path: str, caption: str | None) -> Record:
 
 
 def _placed(name: str, metadata: str, places: Sequence[str]) -> str:
-    if name.startswith("/") or filesystem.is_remote(name):
+    if filesystem.is_remote(name) or (name.startswith("/") and not filesystem.is_remote(metadata)):
         return name
     folders = [place for place in places if not is_tar(place)]
     # Without gallery.images a relative path starts beside img_emb/ and metadata/.

@@ -2,6 +2,10 @@
 
 A path is a local path or ``s3://bucket/key``. Keys are taken as they are, spaces and non-ASCII included. An
 S3-compatible server is named by ``AWS_ENDPOINT_URL``, credentials and region come from the environment.
+
+Paths come from lists that others have written. What is opened is a regular file or an object of a plainly named
+bucket, and, where ``KTRAY_DATA_ROOTS`` names folders and buckets (``/data,s3://bucket/prefix``), lies in one of them,
+whatever links and ``..`` lead to.
 """
 
 from __future__ import annotations
@@ -14,21 +18,29 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ktray.errors import KtrayError
+from ktray.scrub import scrub
 
 # One encoded image is held in memory as a whole; nothing that is a photo comes near this.
 MAX_FILE_BYTES = 1 << 28
 
+ROOTS = "KTRAY_DATA_ROOTS"
 _JUNK = ("__MACOSX",)
+_BUCKET = re.compile(r"[\w.-]+", re.ASCII)
 
 
 class FileTooLarge(OSError):
     """A file or member above `MAX_FILE_BYTES`."""
+
+
+class OutsideRoots(OSError):
+    """A path that ``KTRAY_DATA_ROOTS`` does not allow."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,37 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
     if not is_remote(path):
         return pafs.LocalFileSystem(), normalise(path)
     scheme, _, rest = path.partition("://")
-    return bucket_filesystem(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
+    bucket = rest.partition("/")[0]
+    # pyarrow would read credentials and another endpoint here, to which requests with our own credentials would go.
+    if not _BUCKET.fullmatch(bucket):
+        raise KtrayError(
+            f"'{scrub(f'{scheme}://{bucket}')}' is not a bucket's name",
+            "Server and credentials come from the environment.",
+        )
+    return bucket_filesystem(f"{scheme}://{bucket}"), rest.rstrip("/")
+
+
+def _check_root(path: str) -> None:
+    """Raises `OutsideRoots` for a path outside of ``KTRAY_DATA_ROOTS``."""
+    roots = [root for root in os.environ.get(ROOTS, "").split(",") if root]
+    real = path if is_remote(path) else os.path.realpath(normalise(path))
+    for root in roots:
+        home = (root if is_remote(root) else os.path.realpath(normalise(root))).rstrip("/")
+        # Keys of buckets have no "..", it is a name like others.
+        if real == home or real.startswith(f"{home}/"):
+            return
+    if roots:
+        raise OutsideRoots(f"outside of {ROOTS}")
+
+
+def _regular(path: str, flags: int) -> int:
+    """Opens for `open`. A pipe would be waited for without end, and a device has none."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if not S_ISREG(mode) and not S_ISDIR(mode):  # `open` refuses folders
+        os.close(handle)
+        raise OSError("not a regular file (a pipe, socket or device)")
+    return handle
 
 
 def stat(path: str) -> FileStat | None:
@@ -188,16 +230,18 @@ def _match(path: list[str], pattern: list[str]) -> bool:
 
 def open_stream(path: str) -> Any:
     """A file for reading from start to end (``with`` closes it)."""
+    _check_root(path)
     if not is_remote(path):
-        return open(path, "rb")
+        return open(path, "rb", opener=_regular)
     fs, inside = locate(path)
     return fs.open_input_stream(inside, compression=None)  # it would unpack .gz by itself
 
 
 def open_random(path: str) -> Any:
     """A file for reading anywhere (``with`` closes it)."""
+    _check_root(path)
     if not is_remote(path):
-        return open(path, "rb")
+        return open(path, "rb", opener=_regular)
     fs, inside = locate(path)
     return fs.open_input_file(inside)
 

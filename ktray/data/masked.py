@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ktray.data import filesystem
+from ktray.data.decode import formats
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled_sources import SPLITS, Row, count, nfc, place, three
 from ktray.data.layouts import distinct
@@ -261,7 +262,7 @@ def _check_some(found: Masked) -> None:
 def _image_size(uri: str) -> Sequence[int] | None:
     """Width and height as they are shown, or None where it cannot be read (the stage that decodes it tells)."""
     try:
-        with Image.open(io.BytesIO(filesystem.read_bytes(uri))) as image:
+        with Image.open(io.BytesIO(filesystem.read_bytes(uri)), formats=formats()) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except Exception:  # any of Pillow's errors

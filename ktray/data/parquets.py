@@ -16,8 +16,12 @@ from ktray.errors import KtrayError
 BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
 CAPTION_NAMES = ("caption", "text", "txt")
-# A batch of encoded images in memory, not a whole row group.
+# A batch of encoded images in memory, not a whole row group: so many rows, and fewer where they may be large.
 _BATCH_ROWS = 64
+_BATCH_BYTES = 1 << 32
+# As for tar shards: images hardly compress.
+MAX_UNPACKED_RATIO = 100
+MAX_UNPACKED_FLOOR = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def _group_rows(
     file: pq.ParquetFile, group: int, columns: Sequence[str], rows: Sequence[int], first: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     at = 0
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+    size = _batch_rows(file, group, columns)
+    for batch in file.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False):
         while at < len(rows) and rows[at] < first + batch.num_rows:
             row = batch.slice(rows[at] - first, 1)
             yield rows[at], {name: row.column(name)[0].as_py() for name in columns}
@@ -127,3 +132,20 @@ def _group_rows(
         first += batch.num_rows
         if at == len(rows):
             return
+
+
+def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Rows that may be in memory together, by what the footer says.
+
+    Raises:
+        OSError: a column unpacks to far more than images do.
+    """
+    chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
+    read = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    for chunk in read:
+        unpacked = chunk.total_uncompressed_size
+        if unpacked > max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * chunk.total_compressed_size):
+            raise OSError(f"unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
+    # A dictionary holds a value once that any number of rows may repeat.
+    largest = sum(chunk.total_uncompressed_size for chunk in read)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))

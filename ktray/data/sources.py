@@ -322,9 +322,9 @@ def resolve(path: str, listed_in: str) -> str:
     """A path from a list: absolute, a uri, or relative to the list's folder."""
     if not path:
         return path
-    if filesystem.is_remote(path) or path.startswith("file://"):
+    if filesystem.is_remote(path):
         return filesystem.normalise(path)
     folder = listed_in.rpartition("/")[0]
-    if filesystem.is_remote(listed_in):
+    if filesystem.is_remote(listed_in):  # a list from elsewhere names no files of this machine, file:// or not
         return f"{folder}/{path}"
-    return filesystem.normalise(path if path.startswith(("/", "~")) else f"{folder}/{path}")
+    return filesystem.normalise(path if path.startswith(("/", "~", "file://")) else f"{folder}/{path}")

@@ -21,6 +21,7 @@ MAX_CAPTION_BYTES = 1 << 16
 # Photos hardly compress: an archive that unpacks to more than this is made to hurt.
 MAX_UNPACKED_RATIO = 100
 MAX_UNPACKED_FLOOR = 1 << 30
+_BOMB = f"unpacks to more than {MAX_UNPACKED_RATIO} times its size"
 _BLOCK = 512
 
 
@@ -42,9 +43,10 @@ def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[b
     wanted = sorted(set(refs), key=lambda ref: ref.offset)
     out: dict[ImageRef, tuple[bytes | None, str | None]] = {}
     try:
+        limit = _limit(path)
         with _seekable(path) as stream:
             for ref in wanted:
-                out[ref] = _member(stream, ref)
+                out[ref] = _member(stream, ref) if ref.offset <= limit else (None, f"{_BOMB}: refused as a bomb")
     except Exception as error:
         for ref in wanted:
             out.setdefault(ref, (None, f"tar shard cannot be read: {why(error)}"))
@@ -158,16 +160,20 @@ class _Limited:
         data = self.stream.read(size)
         self.left -= len(data)
         if self.left < 0:
-            raise OSError(f"unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
+            raise OSError(f"{_BOMB}: refused as a bomb")
         return data
 
 
 def _unpacked(path: str, raw: Any) -> Any:
     if path.lower().endswith(".tar"):
         return raw
+    return _Limited(gzip.GzipFile(fileobj=raw), _limit(path))  # type: ignore[arg-type]
+
+
+def _limit(path: str) -> int:
+    """Bytes that an archive may unpack to."""
     found = filesystem.stat(path)
-    limit = max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * (found.size if found else 0))
-    return _Limited(gzip.GzipFile(fileobj=raw), limit)  # type: ignore[arg-type]
+    return max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * (found.size if found else 0))
 
 
 def _seekable(path: str) -> Any:

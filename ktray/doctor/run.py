@@ -15,6 +15,7 @@ from ktray.errors import KtrayError
 from ktray.recipe import Recipe
 from ktray.resources import cluster_plan, connect
 from ktray.results import versions
+from ktray.scrub import scrub
 from ktray.store import Store
 
 _SECONDS = 180.0  # for a node to start a process and import torch
@@ -161,8 +162,6 @@ def _dashboard() -> str | None:
 
 def _mlflow(recipe: Recipe) -> Check:
     import mlflow
-
-    from ktray.tracking import scrub
 
     uri = str(recipe.mlflow.uri or mlflow.get_tracking_uri())
     shown = str(scrub(uri))

@@ -146,11 +146,30 @@ def _read_config(uri: str) -> dict[str, Any]:
         towers = parsed.get("model_cfg", parsed)
         if not all(key in towers for key in ("embed_dim", "vision_cfg", "text_cfg")):
             raise ValueError("it lacks embed_dim, vision_cfg or text_cfg")
+        _check_config(parsed)
     except (ValueError, AttributeError) as error:
         raise KtrayError(
             f"'{uri}' is not an open_clip model config: {error}", "Set teacher.config= to such a JSON file."
         ) from error
     return dict(parsed)
+
+
+def _check_config(config: Any) -> None:
+    """Raises ValueError where a config names code to run, or a place to load a model from.
+
+    open_clip hands ``tokenizer_kwargs`` to transformers, which runs a repository's own code with
+    ``trust_remote_code``, and ``timm_model_name`` to timm, which takes ``hf-hub:`` and ``local-dir:`` too.
+    """
+    if isinstance(config, list):
+        for part in config:
+            _check_config(part)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key == "trust_remote_code":
+                raise ValueError("it asks to run code of others (trust_remote_code)")
+            if key == "timm_model_name" and ":" in str(value):
+                raise ValueError(f"timm_model_name '{value}' is a place and not a model of timm")
+            _check_config(value)
 
 
 def _fingerprint(spec: _Spec) -> str:

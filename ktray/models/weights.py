@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import pyarrow.fs as pafs
 import torch
@@ -23,6 +24,8 @@ from ktray.errors import KtrayError
 from ktray.models.messages import cause
 
 Tensors = dict[str, torch.Tensor]
+# ValueError is numpy's for pickled objects in .npy and .npz, which open_clip reads too.
+_WRONG_CONTENT = (AttributeError, TypeError, KeyError, ValueError, StopIteration)
 
 
 def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
@@ -103,7 +106,7 @@ def weight_errors(path: Path, key: str = "teacher.checkpoint") -> Iterator[None]
                 f"Check that {key}= belongs to this model (name, config, image size).",
             ) from error
         raise _unreadable(path, error, key) from error
-    except (SafetensorError, OSError, EOFError, AttributeError, TypeError, KeyError, StopIteration) as error:
+    except (SafetensorError, OSError, EOFError, BadZipFile, *_WRONG_CONTENT) as error:
         raise _unreadable(path, error, key) from error
 
 

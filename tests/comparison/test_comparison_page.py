@@ -157,3 +157,17 @@ def test_ways_look_different(found):
     colour, marker, filled = picture.styles(ways)["oriented retrieved"]
     assert picture.styles(ways)["oriented retrieved, 1/4 steps"] == (colour, marker, False)
     assert filled
+
+
+def test_names_cannot_break_out(tmp_path):
+    """Ways, tasks and runs have the names that users and class folders give them."""
+    wicked = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>'
+    rows = [row(wicked, "oriented", 0.9, 1e12), row("plain", "scratch", 0.8, 2e12, runs=[wicked])]
+    found = content(rows, [wicked, "plain"])
+    found |= {"task": wicked, "student": wicked}
+    found["ways"][0]["keys"] = {wicked: wicked}
+    page.write(tmp_path, found)
+    html = (tmp_path / "compare.html").read_text()
+    assert html.count("alert(1)") >= 10
+    assert "<script" not in html
+    assert "<img src=x" not in html

@@ -142,7 +142,7 @@ def test_a_dashboard_without_a_token_is_told(code, state):
 
 def test_an_mlflow_server_that_is_away_is_told(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    recipe = recipes.load(None, ["mlflow.uri=http://user:hunter22@127.0.0.1:9"])
-    found = run._mlflow(recipe)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter22@127.0.0.1:9")
+    found = run._mlflow(recipes.load(None, []))
     assert found.state == "FAIL"
     assert "hunter22" not in found.line

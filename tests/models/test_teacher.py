@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,30 +242,6 @@ def test_timm_weights_that_do_not_fit(tiny_vit: SimpleNamespace, tmp_path: Path)
     torch.save([1, 2], path)
     with pytest.raises(KtrayError, match="no state dict"):
         load_teacher("timm:test_vit", str(path))
-
-
-class _Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return (Path.write_text, (self.marker, "executed"))
-
-
-@pytest.mark.parametrize("library", ["timm", "open_clip"])
-def test_a_pickle_payload_is_refused_and_not_run(library: str, tiny_clip: SimpleNamespace, tmp_path: Path) -> None:
-    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
-    torch.save({"state_dict": _Payload(marker)}, path)
-    torch.load(path, weights_only=False)
-    assert marker.read_text() == "executed"  # the payload is a real one
-    marker.unlink()
-    name, config = ("timm:test_vit", None) if library == "timm" else ("open_clip:mine", tiny_clip.config)
-    with pytest.raises(KtrayError, match="can run code"):
-        load_teacher(name, str(path), config)
-    (tmp_path / "raw.bin").write_bytes(pickle.dumps(_Payload(marker)))
-    with pytest.raises(KtrayError):
-        load_teacher("timm:test_vit", str(tmp_path / "raw.bin"))
-    assert not marker.exists()
 
 
 def test_checkpoints_of_training_scripts_are_unwrapped(tiny_vit: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 import math
+import pickle
 import shutil
 
 import pytest
 import torch
+from payloads import write_torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -179,3 +181,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     p.batches = lambda start, stop: iter([{"x": torch.full((4, 4), torch.nan), "y": torch.zeros(4, 1)}] * 40)
     with pytest.raises(FloatingPointError, match="step"):
         Fit(p, SETTINGS, Recorder(tmp_path).hooks).run()
+
+
+def test_a_resumed_checkpoint_runs_no_code(tmp_path):
+    settings = Settings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
+    recorder = Recorder(tmp_path / "one", stop_after=1)
+    with pytest.raises(InterruptedError):
+        Fit(program(), settings, recorder.hooks).run()
+    mark, saved = tmp_path / "mark", recorder.saved[0]
+    write_torch(saved / "state.pt", mark)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+        Fit(program(), settings, Recorder(tmp_path / "two").hooks, resume=saved).run()
+    assert not mark.exists()

@@ -1,0 +1,56 @@
+"""Secrets, taken out of what is logged, printed and saved."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "[hidden]"
+_SECRET_WORDS = r"secret|passw(or)?d|credential|authorization|(api|access|private)_?key|(^|[._-])token$|_token$"
+_SECRET_KEY = re.compile(rf"(^|[._-])aws_|{_SECRET_WORDS}", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(_SECRET_WORDS, re.IGNORECASE)
+_SECRET_TEXT = (
+    (re.compile(r"(?<=://)[^/\s]+@"), f"{HIDDEN}@"),  # user:password@ in a URL
+    (re.compile(r"(?i)([?&][\w-]*(?:signature|token|credential|sig|password|key)=)[^&\s]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:ghp|gho|hf|glpat|sk)[_-][A-Za-z0-9_-]{16,}\b"), HIDDEN),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
+)
+# Forms that are nothing else, so that a recipe which holds one can be refused. A user's name alone
+# (postgresql://ktray@host/runs) is no secret.
+_CERTAIN = {
+    "a password": re.compile(r"://[^/\s@:]*:[^/\s]+@"),
+    "a signed address": _SECRET_TEXT[1][0],
+    "a key or token": re.compile(
+        r"\b((AKIA|ASIA)[0-9A-Z]{16}|gh[opsur]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|glpat-[\w-]{20,})\b"
+    ),
+}
+
+
+def scrub(value: Any, key: str = "") -> Any:
+    """``value`` without secrets: under telling keys, in URLs, known token forms, values of secret variables."""
+    if isinstance(value, Mapping):
+        return {str(k): scrub(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(v, key) for v in value]
+    # A switch or a number under such a name ("class_token: true") is no secret; a number as password is.
+    if value is not None and _SECRET_KEY.search(key) and (isinstance(value, str) or "passw" in key.lower()):
+        return HIDDEN
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if len(secret) >= 8 and _SECRET_VARIABLE.search(name) and not name.upper().endswith(("_FILE", "_PATH")):
+            value = value.replace(secret, HIDDEN)
+    for pattern, instead in _SECRET_TEXT:
+        value = pattern.sub(instead, value)
+    return value
+
+
+def credential_in(value: Any) -> str:
+    """What secret a text, or one in a list or mapping, holds by its form alone; empty if none."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next((found for one in value if (found := credential_in(one))), "")
+    return next((what for what, form in _CERTAIN.items() if isinstance(value, str) and form.search(value)), "")
