@@ -61,8 +61,8 @@ def main() -> None:
     # By the environment, so that no password stands in the list of processes.
     os.environ["MLFLOW_BACKEND_STORE_URI"] = database
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # evaluation jobs of its UI; 230 MB and seven processes
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "0.0.0.0"]
-    command += ["--port", "5000", "--workers", "1", "--serve-artifacts", "--artifacts-destination", f"s3://{bucket}/mlflow"]
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
+    command += ["--host", "0.0.0.0", "--port", "5000", "--artifacts-destination", f"s3://{bucket}/mlflow"]
     os.execv(command[0], command)
 
 
