@@ -65,7 +65,12 @@ class Cluster:
             aws_secret_access_key=self.secrets["S3_SECRET"],
             region_name="us-east-1",
         )
-        os.environ |= {"MLFLOW_TRACKING_USERNAME": "ktray", "MLFLOW_TRACKING_PASSWORD": self.secrets["MLFLOW_PASSWORD"]}
+        os.environ |= {
+            "MLFLOW_TRACKING_USERNAME": "ktray",
+            "MLFLOW_TRACKING_PASSWORD": self.secrets["MLFLOW_PASSWORD"],
+            # Else the server names an address in the bucket, which this machine cannot resolve.
+            "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        }
         self.runs = mlflow.MlflowClient(f"http://127.0.0.1:{PORTS['MLFLOW_PORT']}")
 
     def call(self, *command: str) -> str:
