@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Start the cluster of this folder: cluster/local/up.sh
+# Start the cluster of this folder: cluster/local/up.sh [--build]
 #
 # The first call makes the secrets (.env, readable by you alone) and builds the images that are missing (the largest
-# holds CUDA's libraries: some GB and minutes). With docker compose, or podman and podman-compose. Settings, as
+# holds CUDA's libraries: some GB and minutes); --build builds all of them anew, from what changed on. With docker compose, or podman and podman-compose. Settings, as
 # environment variables: WORKERS (2), WORKER_CPUS (of each, 2), DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of the
 # images built here), and the images themselves: KTRAY_IMAGE, MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
 set -euo pipefail
@@ -19,9 +19,10 @@ if [[ ! -e $here/.env ]]; then
   )
 fi
 
+build=${1:-}
 base=${BASE_IMAGE:-debian:bookworm-slim}
 make_image() { # NAME FOLDER [ARGUMENTS]
-  $tool image inspect "$1" >/dev/null 2>&1 && return
+  if [[ $build != --build ]] && $tool image inspect "$1" >/dev/null 2>&1; then return; fi
   echo "building $1"
   BUILDAH_FORMAT=docker DOCKER_BUILDKIT=1 $tool build --tag "$1" "${@:3}" "$2"
 }

@@ -6,10 +6,13 @@ set -euo pipefail
 cd /data
 conf=/data/ceph.conf
 
+# A first start that was cut short is begun anew.
 if [[ ! -e whole ]]; then
   rm -rf mon osd keyring monmap && mkdir mon osd
-  fsid=$(</proc/sys/kernel/random/uuid)
-  cat >$conf <<C
+  cat /proc/sys/kernel/random/uuid >fsid
+fi
+fsid=$(<fsid)
+cat >$conf <<C
 [global]
 fsid = $fsid
 mon_host = [v2:127.0.0.1:3300,v1:127.0.0.1:6789]
@@ -41,6 +44,8 @@ bluestore_block_size = ${S3_BYTES:-107374182400}
 rgw_frontends = beast port=9000
 rgw_data = /tmp
 C
+
+if [[ ! -e whole ]]; then
   make_key() { ceph-authtool keyring --gen-key -n "$@" >/dev/null; }
   touch keyring && chmod 600 keyring
   make_key mon. --cap mon 'allow *'
