@@ -2,9 +2,10 @@
 # Start the cluster of this folder: cluster/local/up.sh [--build]
 #
 # The first call makes the secrets (.env, readable by you alone) and builds the images that are missing (the largest
-# holds CUDA's libraries: some GB and minutes); --build builds all of them anew, from what changed on. With docker compose, or podman and podman-compose. Settings, as
-# environment variables: WORKERS (2), WORKER_CPUS (of each, 2), DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of the
-# images built here), and the images themselves: KTRAY_IMAGE, MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
+# holds CUDA's libraries: some GB and minutes); --build builds all anew, from what has changed on. It takes docker
+# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each, 2),
+# DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
+# MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/tool.sh"
