@@ -109,7 +109,11 @@ def _ray_train(
         _worker,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.workers, use_gpu=plan.worker_gpus > 0, resources_per_worker=resources
+            num_workers=plan.workers,
+            use_gpu=plan.worker_gpus > 0,
+            resources_per_worker=resources,
+            # Each has the threads of a whole machine (see `resources.plan`); GPUs are better off close together.
+            placement_strategy="PACK" if plan.worker_gpus else "SPREAD",
         ),
         torch_config=TorchConfig(backend="nccl" if plan.worker_gpus else "gloo"),
         run_config=ray.train.RunConfig(
