@@ -67,7 +67,7 @@ def entries(fs: pafs.FileSystem, path: str, recursive: bool = False) -> Iterable
     return found
 
 
-class S3(pafs.FileSystemHandler):  # type: ignore[misc]
+class S3(pafs.FileSystemHandler):
     """pyarrow's file system with `Patience`, and what pyarrow lacks: pages of listings, conditional writes."""
 
     def __init__(self, bucket: str) -> None:

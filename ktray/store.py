@@ -17,6 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -199,11 +200,19 @@ class Dir:
         with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
             source = f"{self.path}/{name}".rstrip("/")
             target = Path(folder) / (Path(name).name or "dir")
-            here = pafs.LocalFileSystem()
-            pafs.copy_files(
-                source, str(target), source_filesystem=self.fs, destination_filesystem=here, chunk_size=_BLOCK
-            )
+            if self.fs.get_file_info(source).type == pafs.FileType.File:
+                self._fetch(source, target)
+            else:
+                found = s3.entries(self.fs, source, recursive=True)
+                files = [i.path for i in found if i.type == pafs.FileType.File]
+                with ThreadPoolExecutor(8) as pool:
+                    list(pool.map(lambda path: self._fetch(path, target / path[len(source) + 1 :]), files))
             yield target
+
+    def _fetch(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.fs.open_input_stream(path, compression=None) as source, open(target, "wb") as sink:
+            shutil.copyfileobj(source, sink, _BLOCK)
 
     def delete(self, name: str = "") -> None:
         """Delete a file or folder if it is there."""
