@@ -41,6 +41,8 @@ _POLL_S = 1.0
 # A job that stopped between its look at the records and its own must not find its number free again.
 _KEPT = 8
 
+_warned: list[str] = []  # once a process
+
 State = tuple[int, dict[str, Any]]
 
 
@@ -64,19 +66,19 @@ def _machine() -> tuple[str, str]:
         return f"{socket.gethostname()}/{uuid.getnode():x}", ""
 
 
-def gone(record: dict[str, Any]) -> bool:
-    """Whether the process of a record is known to have ended. False where that cannot be known from here."""
+def lives(record: dict[str, Any]) -> bool | None:
+    """Whether the process of a record runs; None where that cannot be known from here."""
     me = process()
     if os.name != "posix" or any(record.get(name) != me[name] for name in ("boot", "space")):
-        return False
-    pid = int(record.get("pid", 0))
+        return None
+    pid = int(record["pid"])
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
         pass
-    return _born(pid) != record.get("born")
+    return _born(pid) == record.get("born")
 
 
 def _born(pid: int) -> str:
@@ -107,26 +109,24 @@ class Lease:
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lease. Waits while another live job has it; not ``wait``: False as soon as it is seen to live."""
-        if not self.folder.exclusive:
-            self.say(
-                f"lease     {self.home.uri}: this store has no conditional writes; two jobs that start within a "
-                "second may both do a stage"
-            )
+        self._warn()
         watch = _Watch()
         told = False
         while True:
             number, record = self._state()
-            if not record or "free" in record or gone(record) or watch.dead(number, self._beat(record)):
+            known = lives(record) if record.get("owner") else None
+            if not record or "free" in record or known is False or watch.dead(number, self._beat(record)):
                 if "file" in record:
                     self._complete(record)
                 if self._append(number + 1, {"owner": self.owner, **process()}):
                     break
                 continue
-            if not wait and watch.lives:
+            if not wait and (known or watch.lives):
                 return False
             if not told:
                 holder = f"host {record.get('host')}, pid {record.get('pid')}"
-                self.say(f"another job works on {self.home.uri} ({holder}); waiting")
+                what = "waiting" if wait else f"looking for up to {STALE_S:.0f} s whether it still does"
+                self.say(f"another job works on {self.home.uri} ({holder}); {what}")
                 told = True
             time.sleep(_POLL_S)
         for name in self.folder.names():
@@ -135,6 +135,14 @@ class Lease:
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
         return True
+
+    def _warn(self) -> None:
+        if not self.folder.exclusive and not _warned:
+            _warned.append(self.home.uri)
+            self.say(
+                f"lease     {self.home.uri} is on a store without conditional writes: two jobs that start within a "
+                "second may both do a stage"
+            )
 
     def check(self) -> None:
         """Raises `LeaseLost` if another job has taken over, as far as is known."""

@@ -39,7 +39,9 @@ def storage_error(error: OSError, where: str) -> KtrayError:
         return KtrayError(f"No space is left on the disk of '{where}'", "Free space or set store= to another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return KtrayError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
-    return KtrayError(f"'{where}' cannot be written: {error}".replace("\n", " "), "Check store= and its disk.")
+    what = f"'{where}' cannot be written: {error}".replace("\n", " ")
+    remedy = "AWS_ENDPOINT_URL and the credentials" if "://" in where else "its disk"
+    return KtrayError(what, f"Check store= and {remedy}.")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
     python tests/cluster/s3_faults.py [FOLDER]
 
-1. A run without faults. 2. The same on an empty store, with ten seconds each of 500, 503 and late answers once its first
-stage is whole: it has to end by itself with the same result. 3. Two jobs of that recipe, started together on an empty
-store: each stage is made once, both end with that result too. 4. The same, but the job that makes the targets is killed
-over it: the other goes on.
+1. A run without faults. 2. The same on an empty store, with ten seconds each of 500, 503 and late answers once its
+first stage is whole: it has to end by itself with the same result. 3. Two jobs of that recipe, started together on an
+empty store: each stage is made once, both end with that result too. 4. The same, but the job that makes the targets is
+killed over it: the other goes on.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import socket
 import struct
 import threading
@@ -27,6 +28,7 @@ def moto() -> Iterator[str]:
     """The address of a server."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -98,8 +100,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         proxy = self.server
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            pass  # http.server has answered it
         body = self._body()
         fault = proxy.fault if isinstance(proxy.fault, str) else proxy.fault(self.command, self.path)
         proxy.seen[self.command, fault] += 1
