@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import socket
@@ -10,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEYS = {
@@ -19,11 +19,12 @@ KEYS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-FAULTS = ("500", "503", "slow", "reset")
-_ERRORS = {"500": "InternalError", "503": "SlowDown"}
+# ``lost``: the request is obeyed, and its answer is a 500.
+FAULTS = ("500", "503", "501", "slow", "reset", "lost")
+_ERRORS = {"500": "InternalError", "503": "SlowDown", "501": "NotImplemented"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def moto() -> Iterator[str]:
     """The address of a server."""
     from moto.server import ThreadedMotoServer
@@ -58,10 +59,25 @@ class Proxy(ThreadingHTTPServer):
         self.slow_s = 8.0
         self.seen: Counter[tuple[str, str]] = Counter()
         self.hide: set[str] = set()
+        self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def first(self, count: int, fault: str, method: str = "", part: str = "") -> None:
+        """The fault for the first requests of a method (all if empty) whose path contains a part."""
+        left = [count]
+        lock = threading.Lock()
+
+        def chosen(asked: str, path: str) -> str:
+            with lock:
+                if left[0] and method in ("", asked) and part in path:
+                    left[0] -= 1
+                    return fault
+            return ""
+
+        self.fault = chosen
 
     def during(self, seconds: float, *faults: str) -> threading.Thread:
         """The faults one after the other, in so many seconds all together; returns the thread that does it."""
@@ -111,24 +127,20 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(proxy.slow_s)
         if fault in _ERRORS:
-            code = _ERRORS[fault]
-            text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>planted</Message></Error>'.encode()
-            self.send_response(int(fault))
-            self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(text)
+            self._refuse(fault)
             return
         drop = {"transfer-encoding", "content-length", "connection", "expect"} | proxy.hide
         headers = {name: value for name, value in self.headers.items() if name.lower() not in drop}
         upstream = http.client.HTTPConnection(proxy.target, timeout=60)
-        try:
+        # moto looks, then writes: of two conditional writes at once both may succeed there.
+        alone = proxy.lock if "if-none-match" in (name.lower() for name in headers) else contextlib.nullcontext()
+        with alone, contextlib.closing(upstream):
             upstream.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
             answer = upstream.getresponse()
             data = answer.read()
-        finally:
-            upstream.close()
+        if fault == "lost":
+            self._refuse("500")
+            return
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
@@ -138,10 +150,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def _refuse(self, fault: str) -> None:
+        text = f'<?xml version="1.0"?><Error><Code>{_ERRORS[fault]}</Code><Message>planted</Message></Error>'.encode()
+        self.send_response(int(fault))
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer
 
 
-@contextmanager
+@contextlib.contextmanager
 def proxy(target: str) -> Iterator[Proxy]:
     server = Proxy(target)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
