@@ -41,6 +41,8 @@ def storage_error(error: OSError, where: str) -> KtrayError:
         return KtrayError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
     what = f"'{where}' cannot be written: {error}".replace("\n", " ")
     remedy = "AWS_ENDPOINT_URL and the credentials" if "://" in where else "its disk"
+    if "HTTP status 411" in what:  # the checksum behind the data, of which older stores know nothing
+        return KtrayError(what, "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for a store that is older than it.")
     return KtrayError(what, f"Check store= and {remedy}.")
 
 
@@ -220,10 +222,11 @@ class Dir:
         """Delete a file or folder if it is there."""
         target = f"{self.path}/{name}".rstrip("/")
         kind = self.fs.get_file_info(target).type
-        if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(target)
-        elif kind == pafs.FileType.File:
-            self.fs.delete_file(target)
+        with contextlib.suppress(FileNotFoundError):  # another job was first
+            if kind == pafs.FileType.Directory:
+                self.fs.delete_dir(target)
+            elif kind == pafs.FileType.File:
+                self.fs.delete_file(target)
 
     # One writer at a time holds the stage's lease, so read-modify-write is safe on S3 too.
     def append_line(self, name: str, line: str) -> None:

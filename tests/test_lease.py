@@ -43,7 +43,7 @@ def at_once(*calls):
     barrier, out = threading.Barrier(len(calls)), [None] * len(calls)
 
     def work(i):
-        barrier.wait()
+        barrier.wait(60)
         try:
             out[i] = calls[i]()
         except Exception as error:

@@ -22,9 +22,9 @@ def test_runs_of_one_recipe_at_once_have_a_folder_each(store):
 
     def work():
         with contextlib.ExitStack() as until:
-            barrier.wait()
+            barrier.wait(60)
             ids.append(open_run(store, "same", "letters", silent, until)[0])
-            barrier.wait()
+            barrier.wait(60)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

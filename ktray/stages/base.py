@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ktray.data.labelled import LabelledSet
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.lease import Lease, LeaseLost
 from ktray.ledger import DirLog, Ledger, Meter
@@ -16,6 +15,9 @@ from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 from ktray.store import Stage, Store
 from ktray.tracking import Tracker
+
+if TYPE_CHECKING:
+    from ktray.data.labelled import LabelledSet
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Whole runs on S3 (moto, in memory) while it fails, and while two jobs make the same stages. Some minutes:
+"""Whole runs on S3 (moto, in memory) while it fails, and while two jobs make the same stages, on one Ray cluster whose
+nodes know the keys and not the address of the store. Some minutes:
 
-    python tests/cluster/s3_faults.py [FOLDER]
+    python tests/cluster/s3_faults.py [FOLDER [faults] [together] [killed]]
 
 1. A run without faults. 2. The same on an empty store, with ten seconds each of 500, 503 and late answers once its
 first stage is whole: it has to end by itself with the same result. 3. Two jobs of that recipe, started together on an
@@ -10,13 +11,16 @@ killed over it: the other goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,14 +36,12 @@ FAULTS_S = 30.0
 class Job:
     """A distillation in a process of its own."""
 
-    def __init__(self, home: Path, name: str, store: str, server: str) -> None:
+    def __init__(self, home: Path, name: str, store: str, server: str, address: str) -> None:
         self.name, self.log = name, home / f"{name}.log"
         self.home = home / name
         self.home.mkdir()
         words = [f"store=s3://{BUCKET}/{store}", f"task.data={home / 'task'}", f"gallery.data=s3://{BUCKET}/gallery"]
-        environment = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": server, "RAY_AUTH_MODE": "disabled"}
-        environment.pop("RAY_ADDRESS", None)
-        environment["PYTHONPATH"] = str(ROOT)
+        environment = {**os.environ, "AWS_ENDPOINT_URL": server, "RAY_ADDRESS": address}
         command = [sys.executable, str(ROOT / "jobs/distill.py"), *words, *SMALL, "train.steps=40"]
         self.began = time.monotonic()
         with open(self.log, "w") as log:
@@ -65,9 +67,10 @@ def read(client, key: str) -> str:
     return client.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode()
 
 
-def wait_for(client, prefix: str, part: str, job: Job) -> None:
+def wait_for(client, prefix: str, part: str, *jobs: Job) -> None:
     while not any(part in key for key in keys(client, prefix)):
-        assert job.process.poll() is None, f"{job.name} ended before '{part}' was there:\n{job.text[-3000:]}"
+        for job in jobs:
+            assert job.process.poll() is None, f"{job.name} ended before '{part}' was there:\n{job.text[-3000:]}"
         time.sleep(0.3)
 
 
@@ -85,8 +88,8 @@ def attempts(client, store: str) -> dict[str, int]:
     return found
 
 
-def faults(client, server: Proxy, home: Path, wanted: float) -> None:
-    job = Job(home, "faults", "faults", server.url)
+def faults(client, server: Proxy, home: Path, address: str, wanted: float) -> None:
+    job = Job(home, "faults", "faults", server.url, address)
     wait_for(client, "faults/stages/", "manifest.json", job)
     server.seen.clear()
     server.during(FAULTS_S, "500", "503", "slow").join()
@@ -101,11 +104,11 @@ def faults(client, server: Proxy, home: Path, wanted: float) -> None:
     print("\n".join(f"    {line[:160]}" for line in told), flush=True)
 
 
-def together(client, server: Proxy, home: Path, wanted: float, kill: bool) -> None:
+def together(client, server: Proxy, home: Path, address: str, wanted: float, kill: bool) -> None:
     store = "killed" if kill else "together"
-    jobs = [Job(home, f"{store}-{i}", store, server.url) for i in range(2)]
+    jobs = [Job(home, f"{store}-{i}", store, server.url, address) for i in range(2)]
     if kill:
-        wait_for(client, f"{store}/stages/teach/", "lease/00000001.json", jobs[0])
+        wait_for(client, f"{store}/stages/teach/", "lease/00000001.json", *jobs)
         (key,) = [k for k in keys(client, f"{store}/stages/teach/") if k.endswith("lease/00000001.json")]
         holder = json.loads(read(client, key))["pid"]
         (dead,) = [job for job in jobs if job.process.pid == holder]
@@ -123,26 +126,51 @@ def together(client, server: Proxy, home: Path, wanted: float, kill: bool) -> No
     print(f"{4 if kill else 3} two jobs: {what}; {waited} waited; {[round(t) for t in took]} s", flush=True)
 
 
+@contextlib.contextmanager
+def cluster(home: Path) -> Iterator[str]:
+    """The address of a Ray cluster of one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
+    start += ["--include-dashboard=false", "--object-store-memory=500000000"]
+    with open(home / "ray.log", "w") as log:
+        head = subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True)
+    try:
+        time.sleep(30)
+        assert head.poll() is None, (home / "ray.log").read_text()[-2000:]
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(30)
+
+
 def main() -> None:
     import boto3
 
-    with tempfile.TemporaryDirectory(prefix="kt-s3-") as scratch, moto() as address, proxy(address) as server:
+    parts = sys.argv[2:] or ["faults", "together", "killed"]
+    os.environ |= {**KEYS, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.pop("RAY_ADDRESS", None)
+    with tempfile.TemporaryDirectory(prefix="kt-s3-") as scratch, contextlib.ExitStack() as until:
         home = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch)
         home.mkdir(parents=True, exist_ok=True)
-        os.environ |= KEYS
-        client = boto3.client("s3", endpoint_url=address)
+        target = until.enter_context(moto())
+        server, address = until.enter_context(proxy(target)), until.enter_context(cluster(home))
+        client = boto3.client("s3", endpoint_url=target)
         client.create_bucket(Bucket=BUCKET)
         write_task(home / "task")
         for path in write_gallery(home / "gallery").iterdir():
             client.upload_file(str(path), BUCKET, f"gallery/{path.name}")
-        plain = Job(home, "plain", "plain", server.url)
+        plain = Job(home, "plain", "plain", server.url, address)
         took = plain.end()
         (result,) = results(client, "plain")
         wanted = result["metric"]["test"]
         print(f"1 without faults: {wanted:.3f} on test, {took:.0f} s", flush=True)
-        faults(client, server, home, wanted)
-        together(client, server, home, wanted, kill=False)
-        together(client, server, home, wanted, kill=True)
+        if "faults" in parts:
+            faults(client, server, home, address, wanted)
+        for name in ("together", "killed"):
+            if name in parts:
+                together(client, server, home, address, wanted, kill=name == "killed")
 
 
 if __name__ == "__main__":

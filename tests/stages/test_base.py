@@ -5,8 +5,6 @@ import multiprocessing
 import time
 from types import SimpleNamespace
 
-import pytest
-
 from ktray import lease
 from ktray.device import describe_device
 from ktray.ledger import DirLog, Ledger, attempts
@@ -25,40 +23,41 @@ def context(store, run, say=lambda text: None):
     )  # fmt: skip
 
 
-def _job(uri, run, ready, out):
+def _job(uris, run, ready, out):
     lease._POLL_S = 0.05
-    store = Store(uri)
+    for uri in uris:
+        store = Store(uri)
 
-    def work(stage, reporter):
-        stage.write("made", run.encode())
-        time.sleep(1.0)
-        return {"by": run}
+        def work(stage, reporter):
+            stage.write("made", run.encode())
+            time.sleep(1.0)
+            return {"by": run}
 
-    ready.wait()
-    done = run_stage(context(store, run), "tiny", [1], work)
-    out.put((run, done.cached, done.manifest["by"]))
+        ready.wait(120)
+        done = run_stage(context(store, run), "tiny", [1], work)
+        out.put((uri, run, done.cached, done.manifest["by"]))
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_of_two_jobs_at_once_one_makes_the_stage_and_both_have_it(request, tmp_path, where):
-    uri = request.getfixturevalue("s3").home if where == "s3" else str(tmp_path)
+def test_of_two_jobs_at_once_one_makes_the_stage_and_both_have_it(tmp_path, s3):
+    places = [str(tmp_path), s3.home]
     spawn = multiprocessing.get_context("spawn")
     ready, out = spawn.Barrier(2), spawn.Queue()
-    jobs = [spawn.Process(target=_job, args=(uri, run, ready, out)) for run in ("a", "b")]
+    jobs = [spawn.Process(target=_job, args=(places, run, ready, out)) for run in ("a", "b")]
     for job in jobs:
         job.start()
-    found = sorted(out.get(timeout=120) for _ in jobs)
+    found = [out.get(timeout=120) for _ in range(4)]
     for job in jobs:
         job.join()
-    assert [run for run, _, _ in found] == ["a", "b"]
-    assert sorted(cached for _, cached, _ in found) == [False, True]
-    (maker,) = [run for run, cached, _ in found if not cached]
-    assert {by for _, _, by in found} == {maker}
-    store = Store(uri)
-    (key,) = store.sub("stages/tiny").children()
-    stage = store.stage("tiny", key)
-    assert stage.read("made").decode() == maker
-    assert [entry.run for entry in attempts(DirLog(stage).read())] == [maker]
+    for place in places:
+        ended = sorted(rest for uri, *rest in found if uri == place)
+        assert [run for run, _, _ in ended] == ["a", "b"]
+        assert sorted(cached for _, cached, _ in ended) == [False, True]
+        (maker,) = [run for run, cached, _ in ended if not cached]
+        assert {by for _, _, by in ended} == {maker}
+        (key,) = Store(place).sub("stages/tiny").children()
+        stage = Store(place).stage("tiny", key)
+        assert stage.read("made").decode() == maker
+        assert [entry.run for entry in attempts(DirLog(stage).read())] == [maker]
 
 
 def test_a_job_that_lost_its_stage_goes_on_with_what_the_other_made(tmp_path, monkeypatch):
