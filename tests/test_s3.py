@@ -94,6 +94,12 @@ def test_what_is_wrong_for_good_is_not_asked_again(s3):
         Dir("s3:///x")
 
 
+def test_the_remedy_for_a_store_without_the_newer_checksums_is_told(s3):
+    s3.fault = lambda method, path: "411" if method == "PUT" else ""
+    with pytest.raises(KtrayError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+        Store(s3.home).check_writable()
+
+
 def test_listings_come_in_pages(s3, monkeypatch):
     monkeypatch.setattr(module, "_PAGE", 7)
     folder = Dir(f"{s3.home}/g")

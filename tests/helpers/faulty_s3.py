@@ -20,8 +20,8 @@ KEYS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 # ``lost``: the request is obeyed, and its answer is a 500.
-FAULTS = ("500", "503", "501", "slow", "reset", "lost")
-_ERRORS = {"500": "InternalError", "503": "SlowDown", "501": "NotImplemented"}
+FAULTS = ("500", "503", "501", "411", "slow", "reset", "lost")
+_ERRORS = {"500": "InternalError", "503": "SlowDown", "501": "NotImplemented", "411": "MissingContentLength"}
 
 
 @contextlib.contextmanager
