@@ -244,7 +244,7 @@ class Lease:
             with contextlib.suppress(OSError, KtrayError):
                 self._write_beat(count)
                 number, record = self._state()
-                if number > self._number and record.get("owner") != self.owner and record.get("by") != self.owner:
+                if number >= self._number and self.owner not in (record.get("owner"), record.get("by")):
                     self.lost.set()
                     return
 

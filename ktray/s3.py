@@ -26,6 +26,7 @@ from ktray.s3_files import Reader, Writer
 CONNECT_S, ANSWER_S = 5.0, 30.0
 _SDK_ATTEMPTS = 3
 _PAGE = 1000
+_OPTION = re.compile(r"\?(endpoint_override|region|scheme|allow_\w+)=")
 
 
 def endpoint() -> str | None:
@@ -44,6 +45,8 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         fs, path = pafs.FileSystem.from_uri(uri)
         return fs, path
     bucket = path.partition("/")[0]
+    if "@" in bucket or _OPTION.search(path):
+        raise ValueError("its address holds credentials or options, which are read from AWS_* in the environment alone")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise ValueError(f"'{bucket}' is no name of a bucket")
     return _open(bucket, endpoint()), path.rstrip("/")

@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -95,8 +96,9 @@ class Dir:
             try:
                 self.fs, self.path = s3.open_uri(self.uri)
             except (OSError, ValueError) as error:
+                shown = re.sub(r"//[^/]*@", "//", self.uri)
                 raise KtrayError(
-                    f"Store '{self.uri}' cannot be opened: {error}", "Check store= and credentials."
+                    f"Store '{shown}' cannot be opened: {error}", "Check store= and credentials."
                 ) from error
         else:
             self.fs, self.path = pafs.LocalFileSystem(), str(Path(self.uri).absolute())
@@ -284,7 +286,8 @@ class Store(Dir):
     """Root of a store: ``stages/`` and ``runs/``."""
 
     def __init__(self, root: str) -> None:
-        super().__init__(root if "://" in root else str(Path(root).expanduser()))
+        with patience(_PROBE_S):
+            super().__init__(root if "://" in root else str(Path(root).expanduser()))
 
     def stage(self, name: str, key: str) -> Stage:
         return Stage(f"{self.uri}/stages/{name}/{key}")

@@ -92,6 +92,10 @@ def test_what_is_wrong_for_good_is_not_asked_again(s3):
         Store("s3://ktray-none/x").check_writable()
     with pytest.raises(KtrayError, match="no name of a bucket"):
         Dir("s3:///x")
+    for address in ("s3://user:secret@ktray-test/x", "s3://ktray-test/x?endpoint_override=http://127.0.0.1:9"):
+        with pytest.raises(KtrayError, match="from AWS_") as raised:
+            Store(address)
+        assert "secret" not in str(raised.value)
 
 
 def test_the_remedy_for_a_store_without_the_newer_checksums_is_told(s3):
