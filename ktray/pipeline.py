@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import ktray
 from ktray import results
 from ktray.device import describe_device
 from ktray.doctor.run import require
@@ -24,11 +23,12 @@ from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
 from ktray.resources import Plan, cluster_plan, connect
+from ktray.run_folder import open_run
 from ktray.scaling import gathered
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
 from ktray.stages.teachers import AdaptedSpec, TeacherSpec
-from ktray.store import Dir, Store
+from ktray.store import Store
 from ktray.tracking import Tracker, catch_up
 
 FLOOR = "scratch"
@@ -146,20 +146,21 @@ def _planned(
     found = settle(recipe, plan, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
-    context = _open(store, found, plan, say, tags)
-    status = "FAILED"
-    try:
-        result = work(context)
-        status = "FINISHED"
-        return result
-    finally:
-        context.tracker.finish(status)
-        pending = context.tracker.close(timeout=60)
-        if pending:
-            say(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
-        else:
-            home = local_home(store)
-            catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
+    with contextlib.ExitStack() as until:
+        context = _open(store, found, plan, say, tags, until)
+        status = "FAILED"
+        try:
+            result = work(context)
+            status = "FINISHED"
+            return result
+        finally:
+            context.tracker.finish(status)
+            pending = context.tracker.close(timeout=60)
+            if pending:
+                say(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
+            else:
+                home = local_home(store)
+                catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
 def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
@@ -172,11 +173,18 @@ def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
     return context.planned
 
 
-def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None], tags: Mapping[str, str]) -> Context:
+def _open(
+    store: Store,
+    found: Resolved,
+    plan: Plan,
+    say: Callable[[str], None],
+    tags: Mapping[str, str],
+    until: contextlib.ExitStack,
+) -> Context:
     recipe = found.recipe
     text = dump(recipe)
     same = digest(text, found.fingerprint, tags.get("job"))
-    run_id, folder = _run_folder(store, _title(recipe, tags), same)
+    run_id, folder = open_run(store, same, _title(recipe, tags), say, until)
     folder.write("recipe.yaml", text.encode())
     local = local_home(store)
     tracker = Tracker(
@@ -234,18 +242,6 @@ def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
         return "index"
     task = recipe.task.name or Path(str(recipe.task.data)).stem
     return f"{''.join(c if c.isalnum() else '-' for c in task)[:24]}-{recipe.objective.name}"
-
-
-def _run_folder(store: Store, title: str, same: str) -> tuple[str, Dir]:
-    runs = store.sub("runs")
-    for name in reversed(runs.children()):
-        folder = store.run(name)
-        if folder.exists("running.json") and folder.read_json("running.json").get("recipe") == same:
-            return name, folder
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
-    folder = store.run(run_id)
-    folder.write_json("running.json", {"recipe": same, "ktray": ktray.__version__})
-    return run_id, folder
 
 
 def stages(context: Context, trial: bool = False) -> Made:

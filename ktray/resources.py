@@ -6,6 +6,7 @@ shares that were checked to fit beforehand, and one that cannot fit ends with th
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -126,6 +127,16 @@ MALLOC = {
 }
 
 
+S3_SETTINGS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+)
+
+
 def connect(debug: bool = False, object_store: int | None = None) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine.
 
@@ -152,10 +163,10 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
-        in_job = inside_job()
-        package = str(Path(__file__).parent)
-        env = None if in_job else {"py_modules": [package]}
-        ray.init(address=address, runtime_env=env, **common)
+        env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(__file__).parent)]}
+        if passed := s3_settings():
+            env["env_vars"] = passed
+        ray.init(address=address, runtime_env=env or None, **common)
     else:
         from ktray.device import memory_bytes, usable_cpus
 
@@ -211,6 +222,14 @@ def _authenticate(address: str | None) -> None:
         raylet: Any = sys.modules["ray._raylet"]
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def s3_settings() -> dict[str, str]:
+    """How this process reaches S3, for workers on other nodes; without the credentials, which all could read there."""
+    # What the job was submitted with reaches the workers by itself, and Ray takes no name twice.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    known = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    return {name: os.environ[name] for name in S3_SETTINGS if os.environ.get(name) and name not in known}
 
 
 def inside_job() -> bool:

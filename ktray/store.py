@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
-import socket
+import re
+import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.fs as pafs
 
+from ktray import s3
 from ktray.errors import KtrayError
+from ktray.lease import FOLDER as LEASE
+from ktray.lease import Lease
+from ktray.patience import patience
 
-LEASE_REFRESH_S = 5.0
-LEASE_STALE_S = 60.0
+_BLOCK = 1 << 23
+_PROBE_S = 15.0  # a store that does not answer at the start is more likely misnamed than busy
 
 
 def storage_error(error: OSError, where: str) -> KtrayError:
@@ -34,7 +40,48 @@ def storage_error(error: OSError, where: str) -> KtrayError:
         return KtrayError(f"No space is left on the disk of '{where}'", "Free space or set store= to another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return KtrayError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
-    return KtrayError(f"'{where}' cannot be written: {error}".replace("\n", " "), "Check store= and its disk.")
+    what = f"'{where}' cannot be written: {error}".replace("\n", " ")
+    remedy = "AWS_ENDPOINT_URL and the credentials" if "://" in where else "its disk"
+    if "HTTP status 411" in what:  # the checksum behind the data, of which older stores know nothing
+        return KtrayError(what, "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for a store that is older than it.")
+    return KtrayError(what, f"Check store= and {remedy}.")
+
+
+@contextlib.contextmanager
+def _aside(target: str, source: IO[bytes]) -> Iterator[str]:
+    """A local file with the whole content, on the disk, beside the place where it shall stand."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            shutil.copyfileobj(source, stream, _BLOCK)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _link(temporary: str, target: str, data: bytes) -> bool:
+    """Give a whole file a name that nobody has; one of several succeeds, on NFS too."""
+    try:
+        os.link(temporary, target)
+        return True
+    except FileExistsError:
+        return os.stat(temporary).st_nlink > 1  # NFS may ask twice and tell the second answer
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    try:  # no hard links there: a reader may see half of the file
+        handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    with open(handle, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return True
 
 
 class Dir:
@@ -47,10 +94,11 @@ class Dir:
     def _connect(self) -> None:
         if "://" in self.uri:
             try:
-                self.fs, self.path = pafs.FileSystem.from_uri(self.uri)
+                self.fs, self.path = s3.open_uri(self.uri)
             except (OSError, ValueError) as error:
+                shown = re.sub(r"//[^/]*@", "//", self.uri)
                 raise KtrayError(
-                    f"Store '{self.uri}' cannot be opened: {error}", "Check store= and credentials."
+                    f"Store '{shown}' cannot be opened: {error}", "Check store= and credentials."
                 ) from error
         else:
             self.fs, self.path = pafs.LocalFileSystem(), str(Path(self.uri).absolute())
@@ -80,14 +128,12 @@ class Dir:
 
     def names(self, suffix: str = "") -> dict[str, int]:
         """Files directly in this directory, name to size in bytes, sorted by name."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        found = {i.base_name: i.size for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.File}
+        found = {i.base_name: i.size for i in s3.entries(self.fs, self.path) if i.type == pafs.FileType.File}
         return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
 
     def children(self) -> list[str]:
         """Names of the directories directly in this one, sorted."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
+        return sorted(i.base_name for i in s3.entries(self.fs, self.path) if i.type == pafs.FileType.Directory)
 
     def read(self, name: str) -> bytes:
         with self.fs.open_input_stream(f"{self.path}/{name}") as stream:
@@ -98,23 +144,46 @@ class Dir:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file or nothing (a reader never sees half of it)."""
+        self._write(name, io.BytesIO(data))
+
+    def _write(self, name: str, source: IO[bytes]) -> None:
         target = f"{self.path}/{name}"
         try:
             if self.is_local:
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-                temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-                try:
-                    with open(temporary, "wb") as stream:
-                        stream.write(data)
-                        stream.flush()
-                        os.fsync(stream.fileno())
+                with _aside(target, source) as temporary:
                     os.replace(temporary, target)
-                finally:
-                    with contextlib.suppress(OSError):
-                        os.unlink(temporary)
             else:
                 with self.fs.open_output_stream(target) as stream:
-                    stream.write(data)
+                    shutil.copyfileobj(source, stream, _BLOCK)
+        except OSError as error:
+            raise storage_error(error, f"{self.uri}/{name}") from error
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether `create` lets one of several through in any case."""
+        remote = s3.handler(self.fs)
+        return self.is_local or (remote is not None and remote.conditional(self.path))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a whole file unless there is one; False if there is. Of several that try at once, one succeeds; on
+        stores that are not `exclusive` several do that are less than a second apart, in rare cases.
+
+        Args:
+            data: unlike what others write there.
+        """
+        target = f"{self.path}/{name}"
+        try:
+            if self.is_local:
+                with _aside(target, io.BytesIO(data)) as temporary:
+                    return _link(temporary, target, data)
+            remote = s3.handler(self.fs)
+            if remote is not None and self.exclusive:
+                return remote.create(target, data)
+            if self.exists(name):
+                return False
+            self.write(name, data)
+            time.sleep(1.0)  # of two that wrote at once, the last one stays
+            return self.read(name) == data
         except OSError as error:
             raise storage_error(error, f"{self.uri}/{name}") from error
 
@@ -125,7 +194,8 @@ class Dir:
         """Copy a local file or folder into this directory."""
         for path in sorted(p for p in [local, *local.rglob("*")] if p.is_file()):
             inside = path.name if path == local else path.relative_to(local).as_posix()
-            self.write(f"{name}/{inside}".strip("/"), path.read_bytes())
+            with open(path, "rb") as stream:
+                self._write(f"{name}/{inside}".strip("/"), stream)
 
     @contextlib.contextmanager
     def local(self, name: str = "") -> Iterator[Path]:
@@ -136,19 +206,29 @@ class Dir:
         with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
             source = f"{self.path}/{name}".rstrip("/")
             target = Path(folder) / (Path(name).name or "dir")
-            pafs.copy_files(
-                source, str(target), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem()
-            )
+            if self.fs.get_file_info(source).type == pafs.FileType.File:
+                self._fetch(source, target)
+            else:
+                found = s3.entries(self.fs, source, recursive=True)
+                files = [i.path for i in found if i.type == pafs.FileType.File]
+                with ThreadPoolExecutor(8) as pool:
+                    list(pool.map(lambda path: self._fetch(path, target / path[len(source) + 1 :]), files))
             yield target
+
+    def _fetch(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.fs.open_input_stream(path, compression=None) as source, open(target, "wb") as sink:
+            shutil.copyfileobj(source, sink, _BLOCK)
 
     def delete(self, name: str = "") -> None:
         """Delete a file or folder if it is there."""
         target = f"{self.path}/{name}".rstrip("/")
         kind = self.fs.get_file_info(target).type
-        if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(target)
-        elif kind == pafs.FileType.File:
-            self.fs.delete_file(target)
+        with contextlib.suppress(FileNotFoundError):  # another job was first
+            if kind == pafs.FileType.Directory:
+                self.fs.delete_dir(target)
+            elif kind == pafs.FileType.File:
+                self.fs.delete_file(target)
 
     # One writer at a time holds the stage's lease, so read-modify-write is safe on S3 too.
     def append_line(self, name: str, line: str) -> None:
@@ -176,89 +256,38 @@ class Stage(Dir):
                 )
         return manifest
 
-    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Declare the stage whole. Lists every file with its size, so that loss is noticed later."""
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+    def commit(self, manifest: dict[str, Any], lease: Lease | None = None) -> dict[str, Any]:
+        """Declare the stage whole. Lists every file with its size, so that loss is noticed later.
+
+        Args:
+            lease: under which the stage was made; `LeaseLost` if another job has it by now.
+        """
         prefix = len(self.path) + 1
-        skip = ("lease.json", "manifest.json", "ledger.jsonl")
+        skip = ("manifest.json", "ledger.jsonl")
         manifest["files"] = {
             i.path[prefix:]: i.size
-            for i in sorted(self.fs.get_file_info(selector), key=lambda i: i.path)
-            if i.type == pafs.FileType.File and i.path[prefix:] not in skip
+            for i in sorted(s3.entries(self.fs, self.path, recursive=True), key=lambda i: i.path)
+            if i.type == pafs.FileType.File
+            and i.path[prefix:] not in skip
+            and not i.path[prefix:].startswith(f"{LEASE}/")
         }
-        self.write_json("manifest.json", manifest)
+        if lease:
+            lease.publish("manifest.json", manifest)
+        else:
+            self.write_json("manifest.json", manifest)
         return manifest
 
-    @contextlib.contextmanager
-    def lease(self, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Be the only one who works on this stage; waits while another live job does.
-
-        A lease is refreshed every few seconds; one that was not for a minute, or whose process on this
-        machine is gone, is taken over: that is how a killed job's stage is resumed.
-        """
-        me = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-        told = False
-        while True:
-            holder = self._lease()
-            if holder is None or _is_stale(holder):
-                self._write_lease(me)
-                time.sleep(0.05 if self.is_local else 1.0)  # two that took over at once: the last writer stays
-                now = self._lease()
-                if now and now.get("owner") == me["owner"]:
-                    break
-            elif not told:
-                waiting(
-                    f"another job works on {self.uri} (host {holder.get('host')}, pid {holder.get('pid')}); waiting"
-                )
-                told = True
-            time.sleep(1.0)
-        stop = threading.Event()
-        keeper = threading.Thread(target=self._keep, args=(me, stop), daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            keeper.join(timeout=LEASE_REFRESH_S)
-            with contextlib.suppress(OSError):
-                self.delete("lease.json")
-
-    def _lease(self) -> dict[str, Any] | None:
-        try:
-            holder: dict[str, Any] = self.read_json("lease.json")
-            return holder
-        except (OSError, ValueError):
-            return None
-
-    def _write_lease(self, me: dict[str, Any]) -> None:
-        self.write_json("lease.json", {**me, "time": time.time()})
-
-    def _keep(self, me: dict[str, Any], stop: threading.Event) -> None:
-        while not stop.wait(LEASE_REFRESH_S):
-            # A full disk shows up in the stage itself, with its cause; here it must not end the thread.
-            with contextlib.suppress(OSError, KtrayError):
-                self._write_lease(me)
-
-
-def _is_stale(holder: dict[str, Any]) -> bool:
-    if time.time() - float(holder.get("time", 0)) > LEASE_STALE_S:
-        return True
-    if holder.get("host") != socket.gethostname() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(holder.get("pid", 0)), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    def lease(self, say: Callable[[str], None]) -> Lease:
+        """The right to be the only one who works on this stage (``with``); waits while another live job does."""
+        return Lease(self, say)
 
 
 class Store(Dir):
     """Root of a store: ``stages/`` and ``runs/``."""
 
     def __init__(self, root: str) -> None:
-        super().__init__(root if "://" in root else str(Path(root).expanduser()))
+        with patience(_PROBE_S):
+            super().__init__(root if "://" in root else str(Path(root).expanduser()))
 
     def stage(self, name: str, key: str) -> Stage:
         return Stage(f"{self.uri}/stages/{name}/{key}")
@@ -269,5 +298,6 @@ class Store(Dir):
     def check_writable(self) -> None:
         """Fail early, with the remedy, when nothing can be written."""
         name = f".probe-{uuid.uuid4().hex[:8]}"
-        self.write(name, b"x" * 4096)
-        self.delete(name)
+        with patience(_PROBE_S):
+            self.write(name, b"x" * 4096)
+            self.delete(name)

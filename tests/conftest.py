@@ -1,6 +1,7 @@
 """One local Ray cluster for the whole test session: its start-up is what makes suites slow."""
 
 import os
+import uuid
 from pathlib import Path
 
 # Ray's workers import the tests' own callables.
@@ -24,3 +25,35 @@ def cluster():
 
     yield cluster_plan(1, False)
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy():
+    """One S3 server in memory for all tests that need one, behind a proxy that can fail."""
+    import boto3
+    from faulty_s3 import KEYS, moto, proxy
+
+    with moto() as address, proxy(address) as server:
+        keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
+        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket="ktray-test")
+        yield server
+
+
+@pytest.fixture
+def s3(s3_proxy, monkeypatch):
+    """The proxy, with an empty place of the test's own at ``s3.home``."""
+    from faulty_s3 import KEYS
+
+    from ktray import patience
+    from ktray import s3 as module
+
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(patience, "_PAUSES_S", (0.02, 0.2))
+    monkeypatch.setattr(module, "_SDK_ATTEMPTS", 1)  # its pauses are of seconds
+    module._open.cache_clear()
+    s3_proxy.fault, s3_proxy.home = "", f"s3://ktray-test/{uuid.uuid4().hex}"
+    s3_proxy.seen.clear()
+    yield s3_proxy
+    s3_proxy.fault = ""
+    s3_proxy.hide.clear()

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.resources import authentication, plan
+from ktray.resources import S3_SETTINGS, authentication, plan, s3_settings
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
@@ -96,3 +98,18 @@ def test_a_token_goes_to_no_address_that_was_not_meant(no_token):
     (no_token / ".ray" / "auth_token").write_text("x" * 32)
     assert authentication("auto") == {"RAY_AUTH_MODE": "token"}
     assert authentication("10.0.0.1:6379") == {"RAY_AUTH_MODE": "disabled"}
+
+
+def test_workers_get_the_address_of_s3_and_no_credentials(monkeypatch):
+    for name in (*S3_SETTINGS, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    assert s3_settings() == {}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    wanted = {"AWS_ENDPOINT_URL": "http://store:9000", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+    assert s3_settings() == wanted
+    # Ray refuses a name that the job was submitted with.
+    job = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": "http://store:9000"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert s3_settings() == {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}

@@ -1,8 +1,4 @@
-import multiprocessing
-import os
 import pickle
-import threading
-import time
 
 import pytest
 
@@ -48,37 +44,6 @@ def test_store_in_the_place_of_a_file_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(KtrayError, match=r"store="):
         Store(str(tmp_path / "file")).check_writable()
-
-
-def _hold(uri: str, ready, seconds: float) -> None:
-    with Stage(uri).lease(lambda text: None):
-        ready.set()
-        time.sleep(seconds)
-
-
-def test_lease_waits_for_a_live_holder_and_takes_over_a_dead_one(tmp_path):
-    stage = Store(str(tmp_path)).stage("teach", "k")
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    holder = context.Process(target=_hold, args=(stage.uri, ready, 60))
-    holder.start()
-    assert ready.wait(60)
-    told: list[str] = []
-    got = threading.Event()
-
-    def take() -> None:
-        with stage.lease(told.append):
-            got.set()
-
-    waiter = threading.Thread(target=take)
-    waiter.start()
-    assert not got.wait(2.5)
-    assert "another job" in told[0]
-    os.kill(holder.pid, 9)
-    holder.join()
-    assert got.wait(10)
-    waiter.join()
-    assert not stage.exists("lease.json")
 
 
 def test_dir_local_yields_the_path_itself(tmp_path):

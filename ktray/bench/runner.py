@@ -41,9 +41,9 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     Raises:
         KtrayError: the store is not a local folder.
     """
-    store = Store(recipe.store)
-    if not store.is_local:
+    if "://" in recipe.store:
         raise KtrayError(f"jobs/bench.py measures this machine, and '{recipe.store}' is not on it", "Set store=DIR.")
+    store = Store(recipe.store)
     store.check_writable()
     recipe = quick(recipe) if recipe.bench.quick else recipe
     busy = busy_cores()

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ktray
 from ktray.comparison.side_by_side import run_all
 from ktray.pipeline import run as pipeline
 from ktray.recipe import Recipe, digest, dump
 from ktray.resources import Plan
+from ktray.run_folder import open_run
 from ktray.store import Dir, Store
 
-RUNNING = "running.json"
 
-
-def open_folder(store: Store, recipe: Recipe) -> tuple[str, Dir]:
+def open_folder(
+    store: Store, recipe: Recipe, say: Callable[[str], None], until: contextlib.ExitStack
+) -> tuple[str, Dir]:
     """The folder of this comparison: that of an unfinished one of the same recipe, else a new one."""
     same = digest("compare", dump(recipe))
-    for name in reversed(store.sub("runs").children()):
-        folder = store.run(name)
-        if folder.exists(RUNNING) and folder.read_json(RUNNING).get("recipe") == same:
-            return name, folder
     task = recipe.task.name or Path(str(recipe.task.data or "letters")).stem
     safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-compare-{safe}-{same[:4]}"
-    folder = store.run(run_id)
-    folder.write_json(RUNNING, {"recipe": same, "ktray": ktray.__version__})
-    return run_id, folder
+    return open_run(store, same, f"compare-{safe}", say, until)
 
 
 @dataclass

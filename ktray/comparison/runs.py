@@ -6,6 +6,7 @@ in the store.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import ktray
 from ktray.comparison import calibration, costs, page, rows
 from ktray.comparison.budget import budgets
 from ktray.comparison.log import log
-from ktray.comparison.runner import RUNNING, Runner, open_folder
+from ktray.comparison.runner import Runner, open_folder
 from ktray.comparison.search import search
 from ktray.comparison.side_by_side import how_many, share
 from ktray.comparison.ways import list_ways, recipe_of, with_steps
@@ -25,6 +26,7 @@ from ktray.doctor.run import require
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe, dump
 from ktray.resources import cluster_plan, connect
+from ktray.run_folder import RUNNING
 from ktray.scaling import gathered
 from ktray.store import Store
 
@@ -42,12 +44,14 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     recipe = with_steps(recipe)
     Store(recipe.store).check_writable()
     connect(debug)
-    with gathered(recipe.cluster, say):
+    with gathered(recipe.cluster, say), contextlib.ExitStack() as until:
         require(recipe, say)
-        return _compare(recipe, say, debug, begun)
+        return _compare(recipe, say, debug, begun, until)
 
 
-def _compare(recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float) -> dict[str, Any]:
+def _compare(
+    recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float, until: contextlib.ExitStack
+) -> dict[str, Any]:
     import ray
 
     store = Store(recipe.store)
@@ -57,7 +61,7 @@ def _compare(recipe: Recipe, say: Callable[[str], None], debug: bool, begun: flo
     memory = float(ray.cluster_resources().get("memory", 0.0))
     at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
     say(f"cluster   {at_once} at once ({why})")
-    run_id, folder = open_folder(store, recipe)
+    run_id, folder = open_folder(store, recipe, say, until)
     say(f"compare   {folder.uri}")
     folder.write("recipe.yaml", dump(recipe).encode())
     runner = Runner(store, folder, whole, share(whole, at_once), at_once, say, debug)

@@ -11,7 +11,6 @@ whatever links and ``..`` lead to.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import glob
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ktray import s3
 from ktray.errors import KtrayError
 from ktray.scrub import scrub
 
@@ -31,6 +31,8 @@ from ktray.scrub import scrub
 MAX_FILE_BYTES = 1 << 28
 
 ROOTS = "KTRAY_DATA_ROOTS"
+_STREAM_BLOCK = 1 << 23
+
 _JUNK = ("__MACOSX",)
 _BUCKET = re.compile(r"[\w.-]+", re.ASCII)
 
@@ -63,11 +65,10 @@ def normalise(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
 
 
-@functools.lru_cache(maxsize=64)
 def bucket_filesystem(root: str) -> pafs.FileSystem:
     """The file system of ``s3://bucket``. Bucket names need no encoding, so keys never go through a parser."""
     try:
-        return pafs.FileSystem.from_uri(root)[0]
+        return s3.open_uri(root)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise KtrayError(
             f"'{root}' cannot be opened: {_line(error)}", "Check its name, the credentials and AWS_ENDPOINT_URL."
@@ -149,8 +150,7 @@ def children(path: str) -> tuple[list[str], list[str]]:
             found = [(e.name, e.is_dir()) for e in entries]
     else:
         fs, inside = locate(path)
-        infos = fs.get_file_info(pafs.FileSelector(inside))
-        found = [(i.base_name, i.type == pafs.FileType.Directory) for i in infos]
+        found = [(i.base_name, i.type == pafs.FileType.Directory) for i in s3.entries(fs, inside)]
     found = sorted((name, is_dir) for name, is_dir in found if not hidden(name))
     return [name for name, is_dir in found if is_dir], [name for name, is_dir in found if not is_dir]
 
@@ -199,7 +199,7 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
 def _walk_remote(path: str) -> Iterator[FileStat]:
     fs, inside = locate(path)
     scheme = path.partition("://")[0]
-    for info in fs.get_file_info(pafs.FileSelector(inside, recursive=True)):
+    for info in s3.entries(fs, inside, recursive=True):
         below = info.path[len(inside) :].strip("/").split("/")
         if info.type == pafs.FileType.File and not any(hidden(part) for part in below):
             yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
@@ -234,7 +234,8 @@ def open_stream(path: str) -> Any:
     if not is_remote(path):
         return open(path, "rb", opener=_regular)
     fs, inside = locate(path)
-    return fs.open_input_stream(inside, compression=None)  # it would unpack .gz by itself
+    # It would unpack .gz by itself; each read that is not buffered is a request.
+    return fs.open_input_stream(inside, compression=None, buffer_size=_STREAM_BLOCK)
 
 
 def open_random(path: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Leases and the order of attempts compare clocks of machines; S3 refuses requests 15 minutes off.
+# The order of attempts compares clocks of machines; S3 refuses requests 15 minutes off.
 SKEW_WARNS, SKEW_FAILS = 5.0, 60.0
 SLOW_DECODE = 150.0  # images a second and core, a sixth of what a current core does
 

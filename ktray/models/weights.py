@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ktray import s3
 from ktray.errors import KtrayError
 from ktray.models.messages import cause
 
@@ -44,7 +45,7 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
             raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing file.")
         return path
     try:
-        fs, inside = pafs.FileSystem.from_uri(uri)
+        fs, inside = s3.open_uri(uri)
         info = fs.get_file_info(inside)
         if info.type != pafs.FileType.File:
             raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing object.")
@@ -56,7 +57,10 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
             handle, temporary = tempfile.mkstemp(dir=target.parent)
             os.close(handle)
             try:
-                pafs.copy_files(inside, temporary, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+                here = pafs.LocalFileSystem()
+                pafs.copy_files(
+                    inside, temporary, source_filesystem=fs, destination_filesystem=here, chunk_size=1 << 23
+                )
                 os.replace(temporary, target)
             finally:
                 with contextlib.suppress(OSError):

@@ -66,8 +66,9 @@ class IndexDir(Dir):
         """
         head = self.facts()
         if head is None:
-            self.write_json(_HEAD, {"format": FORMAT, **facts})
-            return
+            if self.create(_HEAD, json.dumps({"format": FORMAT, **facts}, indent=1).encode()):
+                return
+            head = self.facts() or {}
         facts = json.loads(json.dumps({"format": FORMAT, **facts}))
         other = [f"{name} {head.get(name)} and not {facts[name]}" for name in facts if head.get(name) != facts[name]]
         if other:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ktray.data.labelled import LabelledSet
 from ktray.data.quarantine import Bad, Quarantine
+from ktray.lease import Lease, LeaseLost
 from ktray.ledger import DirLog, Ledger, Meter
 from ktray.progress import Progress
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 from ktray.store import Stage, Store
 from ktray.tracking import Tracker
+
+if TYPE_CHECKING:
+    from ktray.data.labelled import LabelledSet
 
 
 @dataclass
@@ -69,8 +72,8 @@ class Done:
 class Reporter:
     """Progress, cost and MLflow steps of one attempt; fed by shard summaries or by the board."""
 
-    def __init__(self, context: Context, name: str, meter: Meter) -> None:
-        self.context, self.name, self.meter = context, name, meter
+    def __init__(self, context: Context, name: str, meter: Meter, check: Callable[[], None] = lambda: None) -> None:
+        self.context, self.name, self.meter, self.check = context, name, meter, check
         self.run = context.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
@@ -86,6 +89,7 @@ class Reporter:
         """Consume shard summaries: ``read``, ``bad`` [(uri, reason)], ``images``, ``flops``, ``peak``."""
         kept = []
         for s in summaries:
+            self.check()
             self.done += int(s.get("read", 0))
             self.read += int(s.get("read", 0))
             for uri, reason in s.get("bad", []):
@@ -160,11 +164,14 @@ def run_stage(
     if context.planned is not None:
         context.planned[booked] = manifest is not None and context.planned.get(booked, True)
         return Done(stage, manifest or {"key": key}, cached=manifest is not None)
-    if manifest is None:
-        with stage.lease(context.say):
-            manifest = made()  # another job may have finished it while this one waited
-            if manifest is None:
-                return _attempt(context, stage, (name, shown, booked), key, key_parts, work)
+    while manifest is None:
+        try:
+            with stage.lease(context.say) as lease:
+                manifest = made()  # another job may have finished it while this one waited
+                if manifest is None:
+                    return _attempt(context, stage, lease, (name, shown, booked), key, key_parts, work)
+        except LeaseLost as lost:
+            context.say(f"{shown:<9} {lost.what}; going on with what it makes")
     context.ledger.reuse(DirLog(stage), booked, key)
     _count(context, manifest)
     again = " (made earlier in this run)" if manifest.get("run") == context.run_id else ""
@@ -172,11 +179,13 @@ def run_stage(
     return Done(stage, manifest, cached=True)
 
 
-def _attempt(context: Context, stage: Stage, names: tuple[str, str, str], key: str, key_parts: Any, work: Work) -> Done:
+def _attempt(
+    context: Context, stage: Stage, lease: Lease, names: tuple[str, str, str], key: str, key_parts: Any, work: Work
+) -> Done:
     name, shown, booked = names
     devices = context.plan.workers if context.plan.worker_gpus else 1
     with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
-        reporter = Reporter(context, shown, meter)
+        reporter = Reporter(context, shown, meter, lease.check)
         status = "FAILED"
         try:
             found = work(stage, reporter)
@@ -191,7 +200,7 @@ def _attempt(context: Context, stage: Stage, names: tuple[str, str, str], key: s
             )
     found.update(key=key, stage=name, inputs=key_parts, run=context.run_id, read=reporter.read)
     found["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
-    manifest = stage.commit(found)
+    manifest = stage.commit(found, lease)
     _count(context, manifest)
     return Done(stage, manifest, cached=False)
 

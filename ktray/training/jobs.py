@@ -5,6 +5,7 @@ A job is plain data (paths in the store, numbers); a worker builds the models an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,14 +105,10 @@ def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: E
     name = f"{digest([spec.name, spec.kwargs, size, batch, env.world, str(env.device.type), cpu_model(), wish])}.json"
     found: list[Any] = [None]
     if env.rank == 0:
-        if directory.exists(name):
-            found = [Precision.from_dict(directory.read_json(name))]
-        else:
-            found = [choose_precision(model, env.device, size, batch, train=True, precision=wish)]
-            if directory.exists(name):  # a way that runs beside this one was first
-                found = [Precision.from_dict(directory.read_json(name))]
-            else:
-                directory.write_json(name, found[0].to_dict())
+        if not directory.exists(name):
+            measured = choose_precision(model, env.device, size, batch, train=True, precision=wish)
+            directory.create(name, json.dumps(measured.to_dict()).encode())  # unless one that runs beside was first
+        found = [Precision.from_dict(directory.read_json(name))]
     if env.world > 1:
         dist.broadcast_object_list(found, 0)
     chosen: Precision = found[0]
