@@ -15,6 +15,7 @@ from ktray import results
 from ktray.device import describe_device
 from ktray.doctor.run import require
 from ktray.errors import KtrayError
+from ktray.identity import run_tags
 from ktray.ledger import Ledger, gpu_joules
 from ktray.models.preprocess import Preprocess
 from ktray.models.reading import map_shape
@@ -178,7 +179,10 @@ def _open(store: Store, found: Resolved, plan: Plan, say: Callable[[str], None],
     tracker.start(
         run_id,
         params=flat,
-        tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
+        tags=run_tags(
+            recipe.mlflow,
+            {"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
+        ),
     )
     say(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())

@@ -271,6 +271,10 @@ class Cluster(Part):
 class MLflow(Part):
     uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, else sqlite in the store")
     experiment: str = Field("ktray", description="experiment that the run is logged under")
+    run_name: str | None = Field(None, description="the run's name there; null: that of its folder")
+    tags: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="tags of the run there, such as mlflow.tags={team: vision}"
+    )
 
 
 class Recipe(Part):
@@ -420,7 +424,7 @@ def _parse_value(text: str) -> Any:
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     known = {row[0] for row in schema()}
-    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices")):
+    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
     node = raw
     for part in parts[:-1]:

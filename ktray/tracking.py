@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from ktray.errors import KtrayError
 from ktray.tracking_server import Server, is_transient
 
+WAY = "way"  # tag of the runs of a comparison
 HIDDEN = "[hidden]"
 _SECRET_WORDS = r"secret|passw(or)?d|credential|authorization|(api|access|private)_?key|(^|[._-])token$|_token$"
 _SECRET_KEY = re.compile(rf"(^|[._-])aws_|{_SECRET_WORDS}", re.IGNORECASE)

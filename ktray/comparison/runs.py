@@ -16,7 +16,7 @@ from typing import Any
 import ktray
 from ktray.comparison import calibration, costs, page, rows
 from ktray.comparison.budget import budgets
-from ktray.comparison.log import log
+from ktray.comparison.log import chart, log
 from ktray.comparison.runner import RUNNING, Runner, open_folder
 from ktray.comparison.search import search
 from ktray.comparison.side_by_side import how_many, share
@@ -128,4 +128,5 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     say(page.table(content))
     say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
     say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+    say(f"chart     {chart(recipe, store, content)}")
     return content
