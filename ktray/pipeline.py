@@ -24,7 +24,7 @@ from ktray.objectives import build_objective
 from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
-from ktray.resources import Plan, cluster_plan, connect
+from ktray.resources import Plan, cluster_plan, connect, others
 from ktray.scaling import gather
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
 from ktray.stages.base import Context, Done
@@ -130,7 +130,9 @@ def _logged(
     if plan is None:
         gather(recipe.cluster, say)
         require(recipe, say)
-        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
+        if hint := others(recipe.cluster.jobs):
+            say(f"cluster   {hint}")
     say(plan.line)
     found = settle(recipe, plan, say)
     for reason in found.reasons:

@@ -264,6 +264,7 @@ class Cluster(Part):
         0, ge=0, description="CPUs that an autoscaling cluster is asked for before the job plans; 0: what is there"
     )
     gpus: int = Field(0, ge=0, description="GPUs likewise")
+    jobs: int = Field(1, ge=1, description="jobs that share the cluster at once: each plans with its part")
     wait_seconds: float = Field(1200.0, gt=0, description="how long to wait for them")
     max_failures: int = Field(3, ge=-1, description="worker failures survived per stage; -1: any number")
 

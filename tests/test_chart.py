@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -55,10 +56,10 @@ def test_the_address_has_no_password(uri, server):
     assert found == f"{server}experiments/7/runs?compareRunsMode=CHART&viewStateShareKey=ktray-a%20b"
 
 
-def test_a_view_is_put_on_an_experiment(tmp_path, capsys):
+def test_a_view_is_put_on_an_experiment(database, tmp_path, capsys):
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(database, tmp_path)}"
     client = MlflowClient(tracking_uri=uri)
     number = client.create_experiment("letters")
     command = ["letters", "--uri", uri]

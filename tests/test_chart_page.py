@@ -23,10 +23,10 @@ SEEDS = 2
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(database, tmp_path_factory):
     """A server with runs of a comparison and one other, all with a stage, logged as jobs log them."""
     home = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{home}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(database, home)}"
     runs = [(way, seed, {"compare": "c1", "way": way}) for way in WAYS for seed in range(SEEDS)]
     for way, seed, tags in [*runs, ("scratch", 9, {})]:
         name = f"{way}, seed {seed}"

@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import os
 import shlex
 
 import pytest
@@ -96,7 +95,7 @@ def test_paths_hold_in_the_folder_that_is_sent(tmp_path):
 
 
 def test_every_job_has_it_and_does_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "http://head:8265"})
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
 
     def never(*_):
         raise AssertionError("it ran")

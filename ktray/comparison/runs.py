@@ -47,10 +47,10 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     connect(debug)
     gather(recipe.cluster, say)
     require(recipe, say)
-    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds
-    memory = float(ray.cluster_resources().get("memory", 0.0))
+    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
     at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
     say(f"cluster   {at_once} at once ({why})")
     run_id, folder = open_folder(store, recipe)
