@@ -210,6 +210,6 @@ def others(jobs: int) -> str | None:
     if jobs > 1 or total - free < 0.01:
         return None
     return (
-        f"other jobs hold {total - free:g} of {total:g} CPUs; jobs at once can end up waiting for each other unless all "
-        "are started with cluster.jobs=N, for N of them"
+        f"other jobs hold {total - free:g} of {total:g} CPUs; jobs at once can end up waiting for each other unless "
+        "each is started with cluster.jobs=N, for N of them"
     )
