@@ -24,11 +24,7 @@ from ktray.tracking import WAY, scrub, tracking_uri
 from ktray.tracking_server import prepare
 
 # Shared stages count in every run that needs them: else the first run of a sweep pays for all.
-COSTS = {
-    "cost.without_cache_flops": "compute, FLOPs",
-    "cost.without_cache_usd": "money, USD",
-    "cost.without_cache_device_seconds": "device time, seconds",
-}
+COSTS = ("cost.without_cache_flops", "cost.without_cache_usd", "cost.without_cache_device_seconds")
 SPLITS = ("test.", "val.")
 PORT = 5000  # what `mlflow ui` takes where nothing is said
 
@@ -61,14 +57,21 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
     Args:
         compare: id of a comparison, whose runs alone are shown, as the mean of each way; None: all runs.
     """
-    section = "ktray"
     best = accuracies[0]
+    section = {
+        "uuid": "ktray",
+        "name": "Cost against accuracy",
+        "columns": len(costs),
+        "cardHeight": 480,
+        "display": True,
+        "isReordered": False,
+        "deleted": False,
+    }
     charts = [
         {
-            "uuid": f"{section}-{cost}-{accuracy}",
+            "uuid": f"ktray-{cost}-{accuracy}",
             "type": "SCATTER",
-            "metricSectionId": section,
-            "displayName": f"{accuracy} against {COSTS[cost]}",
+            "metricSectionId": section["uuid"],
             "xaxis": {"key": cost, "type": "METRIC"},
             "yaxis": {"key": accuracy, "type": "METRIC"},
             "runsCountToCompare": 100,
@@ -91,9 +94,7 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
         "selectedColumns": [f"metrics.`{name}`" for name in (*accuracies, *costs)],
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
-        "compareRunSections": [
-            {"uuid": section, "name": "Cost against accuracy", "display": True, "isReordered": False, "deleted": False}
-        ],
+        "compareRunSections": [section],
         "isAccordionReordered": True,  # else MLflow sorts the sections by name
         "hideEmptyCharts": True,
         "groupBy": grouped if compare else None,

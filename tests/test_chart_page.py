@@ -10,6 +10,7 @@ import time
 import urllib.request
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,8 +19,16 @@ from ktray.tracking import Tracker
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-WAYS = {"oriented": (0.8, 9e12), "agnostic": (0.55, 5e12), "scratch": (0.25, 1e12)}
-SEEDS = 2
+# Way, seed, its comparison, and what the charts show: accuracy, FLOPs, device-seconds.
+RUNS = [
+    ("oriented", 0, "c1", 0.80, 9.0e12, 95.0),
+    ("oriented", 1, "c1", 0.84, 9.4e12, 93.0),
+    ("agnostic", 0, "c1", 0.55, 5.0e12, 40.0),
+    ("agnostic", 1, "c1", 0.51, 5.2e12, 44.0),
+    ("scratch", 0, "c1", 0.25, 1.0e12, 12.0),
+    ("scratch", 1, "c1", 0.23, 1.1e12, 10.0),
+    ("scratch", 9, "c0", 0.30, 2.0e12, 20.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +36,14 @@ def server(database, tmp_path_factory):
     """A server with runs of a comparison and one other, all with a stage, logged as jobs log them."""
     home = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{shutil.copy(database, home)}"
-    runs = [(way, seed, {"compare": "c1", "way": way}) for way in WAYS for seed in range(SEEDS)]
-    for way, seed, tags in [*runs, ("scratch", 9, {})]:
+    for way, seed, comparison, accuracy, flops, seconds in RUNS:
         name = f"{way}, seed {seed}"
         files = home / name
         tracker = Tracker(uri, "ktray", files / "log.jsonl", files / "mlflow.json", home)
-        tracker.start(name, tags=tags)
+        tracker.start(name, tags={"compare": comparison, "way": way, "mlflow.runName": name})
         tracker.stage("transfer").finish({"flops": 1.0})
-        accuracy, flops = WAYS[way]
-        tracker.final(
-            {
-                "test.top1": accuracy + 0.02 * seed,
-                "cost.without_cache_flops": flops * (1 + 0.05 * seed),
-                "cost.without_cache_device_seconds": 10.0 + flops / 1e11,
-            }
-        )
+        cost = {"cost.without_cache_flops": flops, "cost.without_cache_device_seconds": seconds}
+        tracker.final({"test.top1": accuracy, **cost})
         tracker.finish()
         assert tracker.close(60) == 0
     with socket.socket() as free:
@@ -85,19 +87,39 @@ def page(url, folder):
     return found.stdout, Image.open(picture)
 
 
-@pytest.mark.parametrize(("comparison", "points"), [(None, len(WAYS) * SEEDS + 1), ("c1", len(WAYS))])
-def test_the_page_draws_each_run_or_way_at_its_cost_and_accuracy(server, tmp_path, comparison, points):
+def points(dom):
+    """(n, 2) pixels of each scatter chart's points."""
+    charts = [part.split("</svg>")[0] for part in dom.split('class="scatterlayer')[1:]]
+    pattern = r'<path class="point[^"]*" transform="translate\(([\d.]+),([\d.]+)\)"'
+    return [np.array(re.findall(pattern, chart), float) for chart in charts]
+
+
+@pytest.mark.parametrize("comparison", [None, "c1"])
+def test_the_page_draws_runs_or_the_means_of_ways_at_cost_and_accuracy(server, tmp_path, comparison):
     dom, picture = page(chart.preset(server, "ktray", comparison), tmp_path)
     assert "Cost against accuracy" in dom
-    titles = re.findall(r'<text class="([xy])title"[^>]*>([^<]*)<', dom)
-    assert titles == [
+    assert 'aria-label="Sort: test.top1"' in dom
+    assert re.findall(r'<text class="([xy])title"[^>]*>([^<]*)<', dom) == [
         ("x", "cost.without_cache_flops"),
         ("y", "test.top1"),
         ("x", "cost.without_cache_device_seconds"),
         ("y", "test.top1"),
     ]
-    assert len(re.findall(r'<path class="point"', dom)) == 2 * points
-    # The table beside the charts, best first; a way's runs stand under its name.
-    names = ["oriented", "agnostic", "scratch"]
-    assert [dom.index(name) for name in names] == sorted(dom.index(name) for name in names)
+    shown = [np.array(run[3:]) for run in RUNS]
+    if comparison:
+        ways = ["oriented", "agnostic", "scratch"]
+        shown = [np.mean([run[3:] for run in RUNS if run[0] == way and run[2] == comparison], 0) for way in ways]
+        # The list of runs beside the charts, under the names of the ways, best first.
+        rows = re.findall(r'row-index="(\d+)" row-id="tag\.way\.([^"]+)"', dom)
+        assert [way for _, way in sorted(set(rows), key=lambda row: int(row[0]))] == ways
+    accuracy, *costs = np.array(shown).T
+    drawn = points(dom)
+    assert [len(chart) for chart in drawn] == [len(shown)] * 2
+    for pixels, cost in zip(drawn, costs, strict=True):
+        pixels = pixels[pixels[:, 0].argsort()]
+        order = cost.argsort()
+        for at, value, direction in ((pixels[:, 0], cost[order], 1), (pixels[:, 1], accuracy[order], -1)):
+            slope, start = np.polyfit(value, at, 1)
+            assert np.sign(slope) == direction
+            assert np.allclose(start + slope * value, at, atol=1.0)  # pixels
     assert len(set(picture.convert("RGB").resize((190, 100)).getdata())) > 50  # not blank
