@@ -63,7 +63,8 @@ def lines(
     here = here or Path.cwd()
     for word in argv:
         key, _, value = word.partition("=")
-        if HIDDEN in str(scrub(word)) or HIDDEN in str(scrub(value, key)):
+        switch = value.lower() in ("true", "false", "null")  # class_token=true is no secret
+        if HIDDEN in str(scrub(word)) or (HIDDEN in str(scrub(value, key)) and not switch):
             raise KtrayError(
                 f"'{key}' holds a secret, and a job's command is shown to all who see the cluster's list of jobs",
                 f"Leave it out and set it on the nodes ({', '.join(SECRET)}).",

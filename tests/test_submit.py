@@ -81,6 +81,7 @@ def test_no_secret_is_printed():
     with pytest.raises(KtrayError, match=r"mlflow\.uri.*holds a secret") as caught:
         printed(["mlflow.uri=https://me:pass-word@mlflow.example.com"], {})
     assert "pass-word" not in str(caught.value)
+    printed(["student.kwargs.class_token=true"], {})
 
 
 def test_paths_hold_in_the_folder_that_is_sent(tmp_path):
