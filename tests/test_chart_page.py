@@ -110,7 +110,7 @@ def test_the_page_draws_runs_or_the_means_of_ways_at_cost_and_accuracy(server, t
         ways = ["oriented", "agnostic", "scratch"]
         shown = [np.mean([run[3:] for run in RUNS if run[0] == way and run[2] == comparison], 0) for way in ways]
         # The list of runs beside the charts, under the names of the ways, best first.
-        rows = re.findall(r'row-index="(\d+)" row-id="tag\.way\.([^"]+)"', dom)
+        rows = re.findall(r'row-index="(\d+)" row-id="tag\.way\.([^".]+)"', dom)
         assert [way for _, way in sorted(set(rows), key=lambda row: int(row[0]))] == ways
     accuracy, *costs = np.array(shown).T
     drawn = points(dom)
