@@ -59,6 +59,7 @@ class Server:
         self._logged: dict[tuple[str, str], set[int]] = {}
         self._new_runs: set[str] = set()
         self._checked: set[str] = set()
+        self._owner: dict[str, str] = {}  # for the stages' runs too
 
     def deliver(self, records: list[dict[str, Any]]) -> None:
         """Send one event, or several of ``metrics`` that belong to one run."""
@@ -71,6 +72,7 @@ class Server:
         if record.get("run_id"):
             self.state["run_id"] = record["run_id"]
         tags = {**record["tags"], _TAG_RUN: record["name"], "mlflow.source.name": "ktray"}
+        self._owner = {k: str(v) for k, v in tags.items() if k == "mlflow.user"}
         run_id = self._parent(record["name"], tags, record["time"])
         self.client.update_run(run_id, status="RUNNING")
         present = self.client.get_run(run_id).data
@@ -198,7 +200,7 @@ class Server:
             f"tags.`{_TAG_PARENT}` = '{parent}' and tags.`{_TAG_STAGE}` = '{_quoted(stage)}'"
         )
         if known is None or not self._alive(known):
-            known = self._create(stage, {_TAG_PARENT: parent, _TAG_STAGE: stage}, began)
+            known = self._create(stage, {**self._owner, _TAG_PARENT: parent, _TAG_STAGE: stage}, began)
         self.state["stages"][stage] = known
         return str(known)
 
