@@ -79,3 +79,14 @@ def test_a_view_is_put_on_an_experiment(database, tmp_path, capsys):
     assert tags["mlflow.experimentKind"] == "custom_model_development"
     assert chart.main(["numbers", "--uri", uri]) == 1
     assert "letters" in capsys.readouterr().err
+
+
+def test_no_comparison_is_lost_over_a_server_that_is_away(tmp_path):
+    from ktray import recipe
+    from ktray.comparison import log
+    from ktray.store import Store
+
+    asked = recipe.load(None, ["mlflow.uri=http://127.0.0.1:9", "mlflow.experiment=letters"])
+    told = log.chart(asked, Store(str(tmp_path)), {"run_id": "c1"})
+    assert told.endswith("later: python -m ktray.chart letters")
+    assert "\n" not in told
