@@ -106,9 +106,20 @@ def preset(uri: str, experiment: str, compare: str | None = None) -> str:
     """Put the view on an experiment; says where it is to be seen: an address, or a command that serves it and one.
 
     Raises:
-        KtrayError: there is no such experiment, or no run to draw.
-        mlflow.exceptions.MlflowException: the server is away, or refuses.
+        KtrayError: there is no such experiment, or no run to draw; or the server is away, or refuses.
     """
+    try:
+        return _preset(uri, experiment, compare)
+    except KtrayError:
+        raise
+    except Exception as error:
+        reason = str(scrub(" ".join(str(error).split())))[:300]
+        raise KtrayError(
+            f"MLflow at {scrub(uri)} does not do it: {reason}", "See that the server is up and lets you write."
+        ) from error
+
+
+def _preset(uri: str, experiment: str, compare: str | None) -> str:
     prepare(10.0)
     from mlflow import MlflowClient
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ktray.cli import explain
+from ktray.errors import KtrayError
 from ktray.identity import run_tags
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe
@@ -55,5 +55,5 @@ def chart(recipe: Recipe, store: Store, found: dict[str, Any]) -> str:
 
     try:
         return preset(tracking_uri(recipe.mlflow.uri, local_home(store)), recipe.mlflow.experiment, found["run_id"])
-    except Exception as error:  # no comparison is lost over a picture
-        return f"MLflow has none ({explain(error)}); later: python -m ktray.chart {recipe.mlflow.experiment}"
+    except KtrayError as error:  # no comparison is lost over a picture
+        return f"MLflow has none ({error}); later: python -m ktray.chart {recipe.mlflow.experiment}"
