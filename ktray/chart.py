@@ -91,7 +91,7 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
-        "selectedColumns": [f"metrics.`{name}`" for name in (*accuracies, *costs)],
+        "selectedColumns": ["attributes.`User`", *(f"metrics.`{name}`" for name in (*accuracies, *costs))],
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
         "compareRunSections": [section],
