@@ -133,7 +133,7 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
     assert {(r.info.run_name, r.data.tags["way"]) for r in drawn} == {
         (f"{way}, seed {seed}", way) for way in ("mse", "scratch") for seed in (0, 1)
     }
-    assert {"mlflow.user", "ray.job_id", "ktray.command"} <= set(run.data.tags)
+    assert {"mlflow.user", "ray.job_id"} <= set(run.data.tags)
 
 
 def test_again_it_reuses_all_and_agrees(done):
