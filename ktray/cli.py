@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,7 +15,8 @@ from ktray.recipe import Recipe
 from ktray.resources import lasting_store
 from ktray.scrub import scrub
 
-USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--debug] [--help]"
+DRY_SUBMIT = "prints the `ray job submit` that does this on a cluster, and does nothing"
+USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--dry-submit] [--debug] [--help]"
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Arguments:
     recipes: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     plan: bool = False
+    dry_submit: bool = False
     debug: bool = False
     help: bool = False
 
@@ -40,6 +44,8 @@ def parse(argv: list[str], options: Mapping[str, str] | None = None) -> Argument
             found.help = True
         elif word == "--plan":
             found.plan = True
+        elif word == "--dry-submit":
+            found.dry_submit = True
         elif word == "--debug":
             found.debug = True
         elif word == "--recipe" or word.startswith("--recipe="):
@@ -63,6 +69,7 @@ def parse(argv: list[str], options: Mapping[str, str] | None = None) -> Argument
 def help_text(program: str, purpose: str, options: Mapping[str, str] | None = None) -> str:
     """Usage and every key of the recipe with type, default and meaning."""
     lines = [f"python jobs/{program}.py {USAGE}", "", purpose, ""]
+    lines += ["  --plan  says what would be done and what it costs", f"  --dry-submit  {DRY_SUBMIT}"]
     lines += [f"  {name}  stands for  {key.format('VALUE')}" for name, key in (options or {}).items()]
     lines += [f"Recipes: {', '.join(sorted(p.stem for p in recipes.RECIPES.glob('*.yaml'))) or 'none'}", "", "Keys:"]
     for key, default, kind, text in recipes.schema():
@@ -80,13 +87,20 @@ def main(
     options: Mapping[str, str] | None = None,
 ) -> int:
     """Parse, build the recipe, run or plan. Returns the exit code: 0 only if the result was written."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, options)
+        arguments = parse(words, options)
         if arguments.help:
             say(help_text(program, purpose, options))
             return 0
         recipe = recipes.load(arguments.recipes, arguments.overrides)
+        if arguments.dry_submit:
+            from ktray import submit
+
+            for line in submit.lines(program, [w for w in words if w != "--dry-submit"], recipe, os.environ):
+                say(line)
+            return 0
         from ktray.bootstrap import check_torchvision
 
         problem = check_torchvision()
@@ -117,7 +131,10 @@ def say(text: str) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause."""
+    """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause.
+
+    Of several training workers that failed, the one that the others failed by (see `culprit`).
+    """
     chain: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -125,13 +142,17 @@ def explain(error: BaseException) -> str:
         if one is None or one in chain:
             continue
         chain.append(one)
-        todo += [one.__cause__, getattr(one, "cause", None), one.__context__]
-        todo += list(getattr(one, "worker_failures", {}).values())
+        todo += [one.__cause__, *(getattr(one, name, None) for name in _INNER), one.__context__]
     mark = "ktray.errors.KtrayError:"
     for one in chain:
         # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
         if isinstance(one, KtrayError) and mark not in str(one):
             return str(one)
+    for one in chain:
+        failures = getattr(one, "worker_failures", None)
+        if failures:
+            rank, failure = culprit(failures)
+            return f"rank {rank} of the training workers: {explain(failure)}"
     for one in chain:
         # Ray re-raises errors of workers as text when they do not pickle.
         text = str(one)
@@ -144,4 +165,35 @@ def explain(error: BaseException) -> str:
             return str(storage_error(one, str(one.filename or "store")))
     last = chain[-1]
     text = " ".join(str(last).split()) or type(last).__name__
-    return f"{type(last).__name__}: {text[-400:]} (--debug shows where)"
+    where = next(
+        (f"on {one.ip}, process {one.pid}; " for one in chain if hasattr(one, "ip") and hasattr(one, "pid")), ""
+    )
+    return f"{type(last).__name__}: {text[-400:]} ({where}--debug shows where)"
+
+
+_INNER = ("cause", "controller_failure", "health_check_failure")  # where Ray's errors keep what they wrap
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|process ?group|collective|all_?(reduce|gather)|broadcast|barrier|rendezvous|tcpstore|"
+    r"connection (reset|closed|refused)|broken pipe|socket|timed out",
+    re.IGNORECASE,
+)
+
+
+def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """The failure that comes first in the order of causes, and its rank; Ray does not tell when each was.
+
+    A worker's own error stands before the death of a process, and both before what others then see: their collective
+    operation breaks off. Among equals it is the lowest rank.
+    """
+
+    def order(item: tuple[int, BaseException]) -> tuple[int, int]:
+        rank, failure = item
+        if isinstance(failure, KtrayError):
+            return 0, rank
+        if "HealthCheck" in type(failure).__name__ or "Actor" in type(failure).__name__:
+            return 1, rank
+        text = f"{type(failure).__name__} {failure}"
+        broken = isinstance(failure, ConnectionError | TimeoutError) or _COLLECTIVE.search(text)
+        return 2 if broken else 0, rank
+
+    return min(failures.items(), key=order)

@@ -14,6 +14,7 @@ from ktray import results
 from ktray.device import describe_device
 from ktray.doctor.run import require
 from ktray.errors import KtrayError
+from ktray.identity import run_tags
 from ktray.ledger import Ledger, gpu_joules
 from ktray.models.preprocess import Preprocess
 from ktray.models.reading import map_shape
@@ -22,7 +23,7 @@ from ktray.objectives import build_objective
 from ktray.phases import needs_teacher, phases, taught
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
-from ktray.resources import Plan, cluster_plan, connect
+from ktray.resources import Plan, cluster_plan, connect, others
 from ktray.run_folder import open_run
 from ktray.scaling import gathered
 from ktray.stages import adapt, curate, evaluate, finetune, index, labels, teach, transfer
@@ -129,7 +130,9 @@ def _logged(
         return _planned(recipe, say, plan, tags, work, settle)
     with gathered(recipe.cluster, say):
         require(recipe, say)
-        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
+        if hint := others(recipe.cluster.jobs):
+            say(f"cluster   {hint}")
         return _planned(recipe, say, plan, tags, work, settle)
 
 
@@ -198,7 +201,10 @@ def _open(
     tracker.start(
         run_id,
         params=flat,
-        tags={"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
+        tags=run_tags(
+            recipe.mlflow,
+            {"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
+        ),
     )
     say(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())

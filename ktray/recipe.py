@@ -265,6 +265,7 @@ class Cluster(Part):
         0, ge=0, description="CPUs that an autoscaling cluster is asked for before the job plans; 0: what is there"
     )
     gpus: int = Field(0, ge=0, description="GPUs likewise")
+    jobs: int = Field(1, ge=1, description="jobs that share the cluster at once: each plans with its part")
     wait_seconds: float = Field(1200.0, gt=0, description="how long to wait for them")
     max_failures: int = Field(3, ge=-1, description="worker failures survived per stage; -1: any number")
 
@@ -275,6 +276,10 @@ class MLflow(Part):
         description="tracking server, without credentials; null: MLFLOW_TRACKING_URI, else sqlite in the store",
     )
     experiment: str = Field("ktray", description="experiment that the run is logged under")
+    run_name: str | None = Field(None, description="the run's name there; null: that of its folder")
+    tags: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="tags of the run there, such as mlflow.tags={team: vision}"
+    )
 
 
 class Recipe(Part):
@@ -425,7 +430,7 @@ def _parse_value(text: str) -> Any:
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     known = {row[0] for row in schema()}
-    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices")):
+    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
     node = raw
     for part in parts[:-1]:

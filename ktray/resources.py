@@ -243,12 +243,29 @@ def lasting_store(store: str) -> str:
     return str(Path.home() / store) if relative and inside_job() else store
 
 
-def cluster_plan(workers: int, use_gpu: bool | str) -> Plan:
-    """`plan` for the cluster that Ray is connected to."""
+def cluster_plan(workers: int, use_gpu: bool | str, jobs: int = 1) -> Plan:
+    """`plan` for the cluster that Ray is connected to, or for the part of it that each of ``jobs`` has.
+
+    What a job holds while it reads is at most half of its part's CPUs and no GPU of another's. Two that both plan with
+    the whole can between them hold all there is, and then both wait for a reading task, or a teacher's GPU, for ever.
+    """
     import ray
 
     total = ray.cluster_resources()
     cpus, gpus, memory = (float(total.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
     # A head that is kept free of work, and nodes that have left, have no cores for anyone.
     working = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    return plan(cpus, gpus, max(1, working), workers, use_gpu, memory)
+    return plan(cpus / jobs, gpus // jobs, max(1, working // jobs), workers, use_gpu, memory / jobs)
+
+
+def others(jobs: int) -> str | None:
+    """A hint where other jobs hold a part of the cluster and this one plans with all of it."""
+    import ray
+
+    total, free = (found.get("CPU", 0.0) for found in (ray.cluster_resources(), ray.available_resources()))
+    if jobs > 1 or total - free < 0.01:
+        return None
+    return (
+        f"other jobs hold {total - free:g} of {total:g} CPUs; jobs at once can end up waiting for each other unless "
+        "each is started with cluster.jobs=N, for N of them"
+    )

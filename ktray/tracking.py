@@ -26,6 +26,7 @@ from ktray.scrub import HIDDEN as HIDDEN
 from ktray.scrub import scrub
 from ktray.tracking_server import Server, is_transient
 
+WAY = "way"  # tag of the runs of a comparison
 _BATCH = 500
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 

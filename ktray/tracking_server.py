@@ -49,7 +49,7 @@ class Server:
     """
 
     def __init__(self, uri: str, experiment: str, state: dict[str, Any], timeout: float) -> None:
-        _prepare(timeout)
+        prepare(timeout)
         from mlflow import MlflowClient
 
         self.uri, self.state = uri, state
@@ -59,6 +59,7 @@ class Server:
         self._logged: dict[tuple[str, str], set[int]] = {}
         self._new_runs: set[str] = set()
         self._checked: set[str] = set()
+        self._owner: dict[str, str] = {}  # for the stages' runs too
 
     def deliver(self, records: list[dict[str, Any]]) -> None:
         """Send one event, or several of ``metrics`` that belong to one run."""
@@ -71,7 +72,8 @@ class Server:
         if record.get("run_id"):
             self.state["run_id"] = record["run_id"]
         tags = {**record["tags"], _TAG_RUN: record["name"], "mlflow.source.name": "ktray"}
-        run_id = self._parent(record["name"], tags)
+        self._owner = {k: str(v) for k, v in tags.items() if k == "mlflow.user"}
+        run_id = self._parent(record["name"], tags, record["time"])
         self.client.update_run(run_id, status="RUNNING")
         present = self.client.get_run(run_id).data
         from mlflow.entities import Param, RunTag
@@ -88,7 +90,7 @@ class Server:
             self.client.log_batch(run_id, tags=changed)
 
     def _on_stage(self, record: Mapping[str, Any]) -> None:
-        self.client.update_run(self._run_of(record["stage"]), status="RUNNING")
+        self.client.update_run(self._run_of(record["stage"], record["time"]), status="RUNNING")
 
     def _on_metrics(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -182,15 +184,15 @@ class Server:
         place = None if database is None else (database.parent / "mlflow-artifacts").as_uri()
         return str(self.client.create_experiment(name, artifact_location=place))
 
-    def _parent(self, name: str, tags: Mapping[str, str]) -> str:
+    def _parent(self, name: str, tags: Mapping[str, str], began: float) -> str:
         known = self.state.get("run_id") or self._search(f"tags.`{_TAG_RUN}` = '{_quoted(name)}'")
         if known is None or not self._alive(known):
-            known = self._create(name, tags)
+            known = self._create(tags.get("mlflow.runName", name), tags, began)
             self.state["stages"] = {}
         self.state["run_id"] = known
         return str(known)
 
-    def _run_of(self, stage: str | None) -> str:
+    def _run_of(self, stage: str | None, began: float | None = None) -> str:
         parent = self.state["run_id"]
         if stage is None:
             return str(parent)
@@ -198,12 +200,15 @@ class Server:
             f"tags.`{_TAG_PARENT}` = '{parent}' and tags.`{_TAG_STAGE}` = '{_quoted(stage)}'"
         )
         if known is None or not self._alive(known):
-            known = self._create(stage, {_TAG_PARENT: parent, _TAG_STAGE: stage})
+            known = self._create(stage, {**self._owner, _TAG_PARENT: parent, _TAG_STAGE: stage}, began)
         self.state["stages"][stage] = known
         return str(known)
 
-    def _create(self, name: str, tags: Mapping[str, str]) -> str:
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={k: str(v) for k, v in tags.items()})
+    def _create(self, name: str, tags: Mapping[str, str], began: float | None) -> str:
+        # When the event was, not when it is sent: the server may have been away for hours.
+        start = None if began is None else int(began * 1000)
+        text = {k: str(v) for k, v in tags.items()}
+        run = self.client.create_run(self.experiment_id, start_time=start, run_name=name, tags=text)
         run_id = str(run.info.run_id)
         self._new_runs.add(run_id)
         self._checked.add(run_id)
@@ -248,7 +253,7 @@ class Server:
             self.client.log_batch(run_id, metrics=metrics)
 
 
-def _prepare(timeout: float) -> None:
+def prepare(timeout: float) -> None:
     """Settings that MLflow reads when it is imported or used; the user's own win."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout))),
@@ -256,6 +261,7 @@ def _prepare(timeout: float) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each stage of each run
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)

@@ -57,3 +57,13 @@ def s3(s3_proxy, monkeypatch):
     yield s3_proxy
     s3_proxy.fault = ""
     s3_proxy.hide.clear()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """An empty MLflow database, to be copied; making its tables takes MLflow seconds."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("empty")
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"

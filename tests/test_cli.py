@@ -61,6 +61,42 @@ def test_explain_digs_it_out_of_ray(cluster):
     assert cli.explain(caught.value).endswith("Bad. Mend.")
 
 
+class Died(Exception):
+    pass
+
+
+Died.__name__ = "WorkerHealthCheckFailedError"
+GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")
+NCCL = RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error")
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank", "text"),
+    [
+        ({0: GLOO, 1: KtrayError("Bad image", "Mend it.")}, 1, "Bad image. Mend it."),
+        ({0: NCCL, 1: ZeroDivisionError("division by zero"), 2: NCCL}, 1, "ZeroDivisionError: division by zero"),
+        ({0: GLOO, 1: GLOO, 2: Died("a worker died")}, 2, "a worker died"),
+        ({0: Died("a worker died"), 1: IndexError("row 7")}, 1, "IndexError: row 7"),
+        ({0: ConnectionResetError("peer"), 1: ValueError("one"), 2: ValueError("two")}, 1, "ValueError: one"),
+        ({0: GLOO, 1: GLOO}, 0, "Connection closed by peer"),
+    ],
+)
+def test_of_several_workers_the_one_is_told_that_the_others_failed_by(failures, rank, text):
+    from ray.train import WorkerGroupError
+
+    error = RuntimeError("stage failed")
+    error.__cause__ = WorkerGroupError("many lines", failures)
+    told = cli.explain(error)
+    assert told.startswith(f"rank {rank} of the training workers: ")
+    assert text in told
+
+
+def test_what_a_controller_or_a_health_check_wraps_is_told():
+    from ray.train import ControllerError
+
+    assert "no such file: x" in cli.explain(ControllerError(ValueError("no such file: x")))
+
+
 SHORT = {"--only": "bench.only=[{}]", "--quick": "bench.quick=true"}
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.resources import S3_SETTINGS, authentication, plan, s3_settings
+from ktray.resources import S3_SETTINGS, authentication, cluster_plan, others, plan, s3_settings
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
@@ -14,6 +14,35 @@ def test_workers_and_a_decode_task_always_fit_together(cpus, workers):
     assert p.actor_cpus + p.decode_cpus <= cpus + 1e-9  # both are tasks: neither holds anything for long
     assert p.decode_cpus > 0
     assert p.worker_threads >= 1
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 16, 64])
+@pytest.mark.parametrize("jobs", [2, 3, 5])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_jobs_that_share_a_cluster_never_hold_it_all(monkeypatch, cpus, jobs, workers):
+    import ray
+
+    if cpus / jobs / 2 / workers < 0.02:
+        pytest.skip("too many workers for the part")
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus), "GPU": 0.0, "memory": 1e12})
+    one = cluster_plan(workers, "auto", jobs)
+    assert jobs * one.workers * one.worker_cpus + one.decode_cpus <= cpus + 1e-9
+    gpus = 8 * workers
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus), "memory": 1e12})
+    one = cluster_plan(workers, "auto", jobs)
+    assert jobs * one.workers * (1 + one.streaming) <= gpus  # each worker's and its teachers'
+
+
+def test_who_plans_with_all_of_a_cluster_that_others_use_is_told(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4.0})
+    assert others(1) is None
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.5})
+    assert "hold 1.5 of 4 CPUs" in others(1)
+    assert others(2) is None
 
 
 def test_gpus_are_used_where_there_are_any():

@@ -19,16 +19,6 @@ from ktray.tracking_server import is_transient
 DEAD = "http://127.0.0.1:9"
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; making its tables takes MLflow seconds."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path_factory.mktemp("empty")
-    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
 def nobodys_server_and_folder(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(database, tmp_path / "mlflow.db")
@@ -70,6 +60,19 @@ class Net(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.conv(x).mean((2, 3)))
+
+
+def test_a_run_has_the_name_and_user_it_is_given_and_begins_when_it_began(tmp_path: Path) -> None:
+    t = tracker(tmp_path)
+    t.start("r1", tags={"mlflow.runName": "monday", "mlflow.user": "ada"})
+    t.stage("adapt").finish()
+    assert t.close() == 0
+    found = runs(tmp_path)
+    assert found["monday"].data.tags["ktray.run"] == "r1"
+    assert {run.info.user_id for run in found.values()} == {"ada"}
+    began, _, ended = (int(event["time"] * 1000) for event in events(tmp_path)[:3])
+    assert found["monday"].info.start_time == began
+    assert began <= found["adapt"].info.start_time <= found["adapt"].info.end_time == ended
 
 
 def test_a_run_with_stages_results_artifacts_and_a_student(tmp_path: Path) -> None:

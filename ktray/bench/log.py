@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from ktray.bench.rows import Row
+from ktray.identity import run_tags
 from ktray.recipe import Recipe
 from ktray.tracking import Tracker
 
@@ -26,7 +27,7 @@ def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[Row])
             "cores": device["cores"],
             "gpus": ", ".join(gpu["name"] for gpu in device["gpus"]) or "none",
         },
-        tags={"job": "bench", "commit": str(result["commit"])},
+        tags=run_tags(recipe.mlflow, {"job": "bench"}),
     )
     values: dict[str, float] = {}
     for row in rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from ktray.bench.workers import workers
 from ktray.data.sources import list_shards
 from ktray.device import describe_device, usable_cpus
 from ktray.errors import KtrayError
+from ktray.identity import commit
 from ktray.recipe import Recipe, dump
 from ktray.resources import Plan, cluster_plan, connect
 from ktray.results import versions
@@ -68,7 +68,7 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
         "rows": [row.to_dict() for row in rows],
         "peak_memory_bytes": peak.bytes,
         "busy_cores_before": busy,
-        "commit": _commit(),
+        "commit": (commit() or "")[:7] or None,
         "versions": versions(),
         "device": describe_device(),
         "wall_seconds": round(time.time() - began, 1),
@@ -160,10 +160,3 @@ def _page(result: dict[str, Any], rows: list[Row]) -> str:
 
 def _value(value: float | int | str) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-
-
-def _commit() -> str | None:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or None

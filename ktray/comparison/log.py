@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ktray.errors import KtrayError
+from ktray.identity import run_tags
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe
 from ktray.store import Store
-from ktray.tracking import Tracker
+from ktray.tracking import Tracker, tracking_uri
 
 PER_WAY = ("accuracy", "spread", "low", "high", "validation", "flops", "device_seconds", "usd", "teacher_share")
 
@@ -33,7 +35,10 @@ def log(recipe: Recipe, store: Store, found: dict[str, Any], files: Sequence[Pat
             **{f"runs.{way['name']}": ", ".join(way["runs"]) for way in found["ways"]},
             **{f"train.lr.{way['name']}": way["lr"] for way in found["ways"]},
         },
-        tags={"compare": found["run_id"], "task": str(found["task"]), "chosen": found["chosen_on_validation"]},
+        tags=run_tags(
+            recipe.mlflow,
+            {"compare": found["run_id"], "task": str(found["task"]), "chosen": found["chosen_on_validation"]},
+        ),
     )
     values = {f"{way['name']}.{key}": way[key] for way in found["ways"] for key in PER_WAY if way[key] is not None}
     tracker.final({**values, "cost.total_flops": found["spent"]["flops"]})
@@ -42,3 +47,13 @@ def log(recipe: Recipe, store: Store, found: dict[str, Any], files: Sequence[Pat
     tracker.finish()
     tracker.close(60)
     return tracker.info()
+
+
+def chart(recipe: Recipe, store: Store, found: dict[str, Any]) -> str:
+    """Have MLflow draw the ways' cost against their accuracy; says where, or what to do where the server is away."""
+    from ktray.chart import preset
+
+    try:
+        return preset(tracking_uri(recipe.mlflow.uri, local_home(store)), recipe.mlflow.experiment, found["run_id"])
+    except KtrayError as error:  # no comparison is lost over a picture
+        return f"MLflow has none ({error}); later: python -m ktray.chart {recipe.mlflow.experiment}"

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ktray.comparison.side_by_side import run_all
+from ktray.identity import RUN_NAME
 from ktray.pipeline import run as pipeline
 from ktray.recipe import Recipe, digest, dump
 from ktray.resources import Plan
 from ktray.run_folder import open_run
 from ktray.store import Dir, Store
+from ktray.tracking import WAY
 
 
 def open_folder(
@@ -69,9 +71,11 @@ class Runner:
         return [self.results[key] for key in keys]
 
     def _one(self, key: str, title: str, recipe: Recipe, width: int, trial: bool) -> None:
-        say = self.say if width <= 1 else partial(_prefixed, self.say, title.partition(": ")[2])
+        name = title.partition(": ")[2]
+        say = self.say if width <= 1 else partial(_prefixed, self.say, name)
         self.say(f"\ncompare   {title}, seed {recipe.seed}")
-        tags = {"compare": self.folder.uri.rstrip("/").rpartition("/")[2]}
+        comparison = self.folder.uri.rstrip("/").rpartition("/")[2]
+        tags = {"compare": comparison, WAY: name, RUN_NAME: f"{name}, seed {recipe.seed}"}
         plan = None if self.share is self.whole else self.share
         self.results[key] = pipeline(recipe, say, self.debug, plan=plan, tags=tags, trial=trial)
         self.folder.write_json(f"done/{key}.json", {"run": self.results[key]["run_id"]})

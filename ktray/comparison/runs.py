@@ -17,7 +17,7 @@ from typing import Any
 import ktray
 from ktray.comparison import calibration, costs, page, rows
 from ktray.comparison.budget import budgets
-from ktray.comparison.log import log
+from ktray.comparison.log import chart, log
 from ktray.comparison.runner import Runner, open_folder
 from ktray.comparison.search import search
 from ktray.comparison.side_by_side import how_many, share
@@ -55,10 +55,10 @@ def _compare(
     import ray
 
     store = Store(recipe.store)
-    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds
-    memory = float(ray.cluster_resources().get("memory", 0.0))
+    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
     at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
     say(f"cluster   {at_once} at once ({why})")
     run_id, folder = open_folder(store, recipe, say, until)
@@ -136,4 +136,5 @@ def _compare(
     say(page.table(content))
     say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
     say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+    say(f"chart     {chart(recipe, store, content)}")
     return content

@@ -115,7 +115,7 @@ def test_files_hold_the_same_numbers(done):
 def test_mlflow_has_the_comparison_beside_its_runs(done):
     from mlflow import MlflowClient
 
-    _, _, found, _, _ = done
+    _, _, found, lines, _ = done
     client = MlflowClient(tracking_uri=found["mlflow"]["tracking_uri"])
     run = client.get_run(found["mlflow"]["run_id"])
     assert run.data.tags["compare"] == found["run_id"]
@@ -126,6 +126,14 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"compare.html", "compare.png", "compare.csv"} <= kept
     assert len(client.search_runs([run.info.experiment_id], "tags.`ktray.run` != ''")) == 5
+    view = f"ktray-{found['run_id']}"
+    assert f"mlflow.sharedViewState.{view}" in client.get_experiment(run.info.experiment_id).tags
+    assert any(line.startswith("chart     mlflow ui ") and line.endswith(f"viewStateShareKey={view}") for line in lines)
+    drawn = client.search_runs([run.info.experiment_id], f"tags.compare = '{found['run_id']}' and tags.way != ''")
+    assert {(r.info.run_name, r.data.tags["way"]) for r in drawn} == {
+        (f"{way}, seed {seed}", way) for way in ("mse", "scratch") for seed in (0, 1)
+    }
+    assert {"mlflow.user", "ray.job_id"} <= set(run.data.tags)
 
 
 def test_again_it_reuses_all_and_agrees(done):
