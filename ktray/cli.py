@@ -115,6 +115,20 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+# What workers say of the death of another.
+_ECHOES = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "ProcessGroup", "DistBackendError")
+
+
+def _first_failures(failures: Mapping[int, BaseException]) -> list[BaseException | None]:
+    """Of the lowest rank that does not just echo another's failure."""
+
+    def echo(one: BaseException) -> bool:
+        return any(mark in f"{type(one).__name__}: {one}" for mark in _ECHOES)
+
+    by_rank = [failures[rank] for rank in sorted(failures)]
+    return [*([one for one in by_rank if not echo(one)] or by_rank)[:1]]
+
+
 def explain(error: BaseException) -> str:
     """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause."""
     chain: list[BaseException] = []
@@ -124,8 +138,8 @@ def explain(error: BaseException) -> str:
         if one is None or one in chain:
             continue
         chain.append(one)
-        todo += [one.__cause__, getattr(one, "cause", None), one.__context__]
-        todo += list(getattr(one, "worker_failures", {}).values())
+        todo += [one.__cause__, getattr(one, "cause", None), one.__context__, getattr(one, "controller_failure", None)]
+        todo += _first_failures(getattr(one, "worker_failures", {}))
     mark = "ktray.errors.KtrayError:"
     for one in chain:
         # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.

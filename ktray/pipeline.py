@@ -129,7 +129,7 @@ def _logged(
     if plan is None:
         gather(recipe.cluster, say)
         require(recipe, say)
-        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+        plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu)
     say(plan.line)
     found = settle(recipe, plan, say)
     for reason in found.reasons:

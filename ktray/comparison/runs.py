@@ -47,7 +47,7 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     connect(debug)
     gather(recipe.cluster, say)
     require(recipe, say)
-    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds
     memory = float(ray.cluster_resources().get("memory", 0.0))

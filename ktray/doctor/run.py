@@ -54,7 +54,7 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     yield checks.gpus_seen(probes, {node: nodes[node]["Resources"].get("GPU", 0.0) for node in probes})
     yield checks.clocks_agree(_skews(list(probes)), hosts)
     try:
-        yield Check("plan", "ok", cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu).line.split(None, 1)[1])
+        yield Check("plan", "ok", cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu).line.split(None, 1)[1])
     except KtrayError as error:
         yield Check("plan", "FAIL", error.what, error.remedy)
     if quick:
