@@ -115,18 +115,24 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+_MARK = "ktray.errors.KtrayError:"
 # What workers say of the death of another.
 _ECHOES = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "ProcessGroup", "DistBackendError")
 
 
-def _first_failures(failures: Mapping[int, BaseException]) -> list[BaseException | None]:
-    """Of the lowest rank that does not just echo another's failure."""
+def _first_failure(failures: Mapping[int, BaseException]) -> list[BaseException | None]:
+    """The failure of a worker that says most: a user's error, else that of the lowest rank that does not just echo
+    another's."""
 
     def echo(one: BaseException) -> bool:
         return any(mark in f"{type(one).__name__}: {one}" for mark in _ECHOES)
 
-    by_rank = [failures[rank] for rank in sorted(failures)]
-    return [*([one for one in by_rank if not echo(one)] or by_rank)[:1]]
+    ranks = sorted(failures, key=lambda r: (_MARK not in _named(failures[r]), echo(failures[r]), r))
+    return [failures[rank] for rank in ranks[:1]]
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__name__}: {error}"
 
 
 def explain(error: BaseException) -> str:
@@ -139,17 +145,16 @@ def explain(error: BaseException) -> str:
             continue
         chain.append(one)
         todo += [one.__cause__, getattr(one, "cause", None), one.__context__, getattr(one, "controller_failure", None)]
-        todo += _first_failures(getattr(one, "worker_failures", {}))
-    mark = "ktray.errors.KtrayError:"
+        todo += _first_failure(getattr(one, "worker_failures", {}))
     for one in chain:
         # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
-        if isinstance(one, KtrayError) and mark not in str(one):
+        if isinstance(one, KtrayError) and _MARK not in str(one):
             return str(one)
     for one in chain:
         # Ray re-raises errors of workers as text when they do not pickle.
         text = str(one)
-        if mark in text:
-            return text.rsplit(mark, 1)[1].strip().splitlines()[0]
+        if _MARK in text:
+            return text.rsplit(_MARK, 1)[1].strip().splitlines()[0]
     for one in chain:
         if isinstance(one, OSError) and one.errno:
             from ktray.store import storage_error

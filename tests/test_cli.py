@@ -61,6 +61,22 @@ def test_explain_digs_it_out_of_ray(cluster):
     assert cli.explain(caught.value).endswith("Bad. Mend.")
 
 
+def test_explain_names_the_worker_that_failed_and_not_those_that_lost_it():
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
+
+    class Failed(Exception):
+        def __init__(self, failures):
+            super().__init__("Training failed due to worker errors")
+            self.worker_failures = failures
+
+    assert cli.explain(Failed({0: lost, 1: ValueError("bad rows"), 2: lost})).startswith("ValueError: bad rows")
+    assert cli.explain(Failed({0: ValueError("odd"), 1: KtrayError("Bad", "Mend.")})) == "Bad. Mend."
+    assert "Connection closed" in cli.explain(Failed({0: lost, 1: lost}))
+    setup = RuntimeError("Training failed due to controller error")
+    setup.controller_failure = ValueError("no route to rank 1")
+    assert cli.explain(setup).startswith("ValueError: no route to rank 1")
+
+
 SHORT = {"--only": "bench.only=[{}]", "--quick": "bench.quick=true"}
 
 

@@ -30,9 +30,7 @@ def test_every_row_once_per_epoch_and_full_batches(window_rows, lane, of):
     assert {len(b["id"]) for b in batches} == {4}
     stream = np.concatenate([b["id"] for b in batches])
     mine = np.sort(
-        np.concatenate(
-            [START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in lane_slices(SHARDS, lane, of)]
-        )
+        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in lane_slices(SHARDS, lane, of)])
     )
     for epoch in range(len(stream) // len(mine)):
         part = stream[epoch * len(mine) : (epoch + 1) * len(mine)]

@@ -1,0 +1,163 @@
+"""A ktray job on workers that come and go: it starts on the head alone, a second node joins and is used, dies without
+notice, and the run goes on alone to its end. Some minutes, two cores; run it by itself:
+
+    python tests/cluster/elastic.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 1500
+JOB = [
+    "cluster.workers=1..2",
+    "cluster.resize_seconds=3",
+    "cluster.stall_minutes=5",
+    "transfer.size=400",
+    f"train.steps={STEPS}",
+    "train.checkpoint_seconds=3",
+    "train.precision=fp32",
+    "finetune.steps=20",
+    "baselines.scratch=false",
+    "teach.mode=cached",
+]
+LIMIT = 900.0
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start_node(*arguments: str, log: Path) -> subprocess.Popen:
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--block", "--num-cpus=2", "--object-store-memory=300000000", *arguments]
+    with open(log, "w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+
+def end(node: subprocess.Popen, how: signal.Signals) -> None:
+    """The node's processes, all of which are in one group."""
+    os.killpg(node.pid, how)
+    try:
+        node.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(node.pid, signal.SIGKILL)
+
+
+class Job:
+    """The driver, and what it has said."""
+
+    def __init__(self, address: str, store: Path, log: Path) -> None:
+        environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={store}"]
+        self.log, self.began = log, time.monotonic()
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def until(self, pattern: str, limit: float = LIMIT) -> re.Match[str]:
+        stop = time.monotonic() + limit
+        while (found := re.search(pattern, self.said)) is None:
+            assert self.process.poll() is None, f"the job ended:\n{self.said[-3000:]}"
+            assert time.monotonic() < stop, f"not within {limit:g} s: {pattern}\n{self.said[-3000:]}"
+            time.sleep(0.2)
+        return found
+
+    def tell(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
+
+
+def steps_of_transfer(store: Path) -> Counter:
+    """How often MLflow has the validation of each step of TRANSFER."""
+    with sqlite3.connect(store / "mlflow.db") as database:
+        rows = database.execute(
+            "SELECT m.step FROM metrics m JOIN runs r ON m.run_uuid = r.run_uuid "
+            "WHERE m.key = 'val_top1' AND r.name LIKE '%transfer%'"
+        ).fetchall()
+    return Counter(step for (step,) in rows)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
+        home = Path(scratch)
+        (home / "token").write_text(secrets.token_hex(32))
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "PYTHONPATH": str(ROOT),
+            # The head must notice within seconds that a node has died without a word.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "5",
+        }
+        port, dashboard = free_port(), free_port()
+        address, nodes = f"127.0.0.1:{port}", []
+        try:
+            head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={home / 'ray'}"]
+            nodes.append(start_node(*head, log=home / "head.log"))
+            time.sleep(20)
+            store = home / "store"
+            job = Job(address, store, home / "job.log")
+            job.until(r"transfer: [1-9][\d,]*/")
+            job.tell("the first steps, by one worker")
+            nodes.append(start_node(f"--address={address}", log=home / "node.log"))
+            job.tell("a second node starts")
+            grown = job.until(r"transfer\s+goes on from step (\d+) with 2 worker")
+            job.tell(f"two workers from step {grown[1]}")
+            before = job.said.count("transfer: ")
+            job.until(rf"(?s)(?:transfer: .*?){{{before + 3}}}")  # 10 s of steps by both
+            end(nodes.pop(), signal.SIGKILL)
+            job.tell("SIGKILL of the second node")
+            left = job.until(r"transfer\s+goes on from step (\d+) with 1 worker")
+            job.tell(f"one worker from step {left[1]}")
+            assert job.process.wait(LIMIT) == 0, job.said[-3000:]
+            job.tell("the job is done")
+            (file,) = store.glob("runs/*/result.json")
+            (manifest,) = store.glob("stages/transfer/*/manifest.json")
+            check(json.loads(file.read_text()), json.loads(manifest.read_text()), store)
+        finally:
+            for node in reversed(nodes):
+                end(node, signal.SIGTERM)
+
+
+def check(result: dict, manifest: dict, store: Path) -> None:
+    print("starts", manifest["starts"])
+    assert [s["workers"] for s in manifest["starts"]] == [1, 2, 1]
+    assert manifest["steps"] == STEPS
+    (row,) = (s for s in result["stages"] if s["name"] == "transfer")
+    print(
+        {name: row[name] for name in ("attempts", "restarts", "lost_flops", "flops", "device_seconds", "wall_seconds")}
+    )
+    assert row["restarts"] == 2
+    # Each step once, and again those between a checkpoint and its loss.
+    assert row["flops"] - row["lost_flops"] == STEPS * manifest["flops_per_step"]
+    lost = row["lost_flops"] / manifest["flops_per_step"]
+    assert row["wall_seconds"] < row["device_seconds"] < 2 * row["wall_seconds"]
+    logged = steps_of_transfer(store)
+    print(f"{lost:.0f} of {STEPS} steps were lost; MLflow has validation at {sorted(logged)}")
+    assert set(logged.values()) == {1}
+    print("test", result["metric"]["test"], "teacher", result["teacher_metric"]["test"])
+    assert result["metric"]["test"] > 0.5
+
+
+if __name__ == "__main__":
+    main()
