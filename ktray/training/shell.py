@@ -254,7 +254,10 @@ def _worker(config: dict[str, Any]) -> None:
         if last
         else contextlib.nullcontext() as resume
     ):
-        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None)
+        # Left where it is when the training fails: what is being uploaded must stay whole.
+        scratch = Path(tempfile.mkdtemp(prefix="ktray-train-"))
+        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _alone(
@@ -295,10 +298,11 @@ def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
 
     last = _last(stage)
     with (
+        tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch,  # outlives what is being uploaded from it
         ThreadPoolExecutor(1) as behind,
         stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
     ):
-        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume)
+        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume, Path(scratch))
 
 
 def _last(stage: Stage) -> str | None:
@@ -308,7 +312,11 @@ def _last(stage: Stage) -> str | None:
 
 
 def _fit(
-    config: dict[str, Any], env: Env, save: Callable[[Path | None, dict[str, Any], bool], None], resume: Path | None
+    config: dict[str, Any],
+    env: Env,
+    save: Callable[[Path | None, dict[str, Any], bool], None],
+    resume: Path | None,
+    scratch: Path,
 ) -> None:
     from ray import cloudpickle
 
@@ -336,15 +344,14 @@ def _fit(
             (folder / "report.json").write_text(json.dumps(told))
         save(folder, metrics, last)
 
-    with tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch:
-        names = iter(range(1 << 30))
+    names = iter(range(1 << 30))
 
-        def folder() -> Path:
-            path = Path(scratch) / str(next(names))
-            path.mkdir()
-            return path
+    def folder() -> Path:
+        path = scratch / str(next(names))
+        path.mkdir()
+        return path
 
-        Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
+    Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
 
 
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:

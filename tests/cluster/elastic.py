@@ -21,16 +21,17 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 1500
+sys.path.insert(0, str(ROOT / "tests/helpers"))
+from small_task import SMALL, write_gallery, write_task  # noqa: E402
+
+STEPS = 12_000
 JOB = [
+    *SMALL,
     "cluster.workers=1..2",
     "cluster.resize_seconds=3",
     "cluster.stall_minutes=5",
-    "transfer.size=400",
     f"train.steps={STEPS}",
     "train.checkpoint_seconds=3",
-    "train.precision=fp32",
-    "finetune.steps=20",
     "baselines.scratch=false",
     "teach.mode=cached",
 ]
@@ -65,6 +66,7 @@ class Job:
     def __init__(self, address: str, store: Path, log: Path) -> None:
         environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={store}"]
+        command += [f"task.data={log.parent / 'task'}", f"gallery.data={log.parent / 'gallery'}"]
         self.log, self.began = log, time.monotonic()
         with open(log, "w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
@@ -98,6 +100,8 @@ def steps_of_transfer(store: Path) -> Counter:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
         home = Path(scratch)
+        write_task(home / "task")
+        write_gallery(home / "gallery")
         (home / "token").write_text(secrets.token_hex(32))
         os.environ |= {
             "RAY_AUTH_MODE": "token",
