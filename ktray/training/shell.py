@@ -220,7 +220,7 @@ def _end(board: Any) -> None:
         return
     for controller in ray.get(board.holds.remote(), timeout=10):
         with contextlib.suppress(ray.exceptions.RayError):  # it ends by dying
-            ray.get(controller.abort.remote(), timeout=10)
+            ray.get(controller.abort.remote(), timeout=5)
         ray.kill(controller)
 
 

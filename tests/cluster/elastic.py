@@ -1,5 +1,6 @@
-"""A ktray job on workers that come and go: it starts on the head alone, a second node joins and is used, dies without
-notice, and the run goes on alone to its end. Some minutes, two cores; run it by itself:
+"""A ktray job on workers that come and go: it starts on the head alone; a second node joins and is used, and dies without
+notice; the head dies with the driver; the same command on a new head ends the run. Some minutes on two cores; run it by
+itself:
 
     python tests/cluster/elastic.py
 """
@@ -83,6 +84,11 @@ class Job:
             time.sleep(0.2)
         return found
 
+    def work(self) -> None:
+        """Wait for some lines of progress, one each five seconds."""
+        seen = self.said.count("transfer: ")
+        self.until(rf"(?s)(?:transfer: .*?){{{seen + 3}}}")
+
     def tell(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
 
@@ -97,6 +103,15 @@ def steps_of_transfer(store: Path) -> Counter:
     return Counter(step for (step,) in rows)
 
 
+def start_head(home: Path, nodes: list[subprocess.Popen]) -> str:
+    """The address of a new cluster of one node."""
+    port = free_port()
+    head = ["--head", f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={home / f'ray{port}'}"]
+    nodes.append(start_node(*head, log=home / f"head{port}.log"))
+    time.sleep(20)
+    return f"127.0.0.1:{port}"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
         home = Path(scratch)
@@ -107,19 +122,14 @@ def main() -> None:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "PYTHONPATH": str(ROOT),
-            # The head must notice within seconds that a node has died without a word.
+            # The head is to notice within seconds that a node has died without a word.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "5",
         }
-        port, dashboard = free_port(), free_port()
-        address, nodes = f"127.0.0.1:{port}", []
+        nodes: list[subprocess.Popen] = []
         try:
-            head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={home / 'ray'}"]
-            nodes.append(start_node(*head, log=home / "head.log"))
-            time.sleep(20)
-            store = home / "store"
+            address, store = start_head(home, nodes), home / "store"
             job = Job(address, store, home / "job.log")
             job.until(r"transfer: [1-9][\d,]*/")
             job.tell("the first steps, by one worker")
@@ -127,40 +137,48 @@ def main() -> None:
             job.tell("a second node starts")
             grown = job.until(r"transfer\s+goes on from step (\d+) with 2 worker")
             job.tell(f"two workers from step {grown[1]}")
-            before = job.said.count("transfer: ")
-            job.until(rf"(?s)(?:transfer: .*?){{{before + 3}}}")  # 10 s of steps by both
+            job.work()
             end(nodes.pop(), signal.SIGKILL)
             job.tell("SIGKILL of the second node")
             left = job.until(r"transfer\s+goes on from step (\d+) with 1 worker")
             job.tell(f"one worker from step {left[1]}")
+            job.work()
+            end(nodes.pop(), signal.SIGKILL)
+            job.process.kill()
+            job.tell("SIGKILL of the head and the driver")
+            job.process.wait()
+            address = start_head(home, nodes)
+            job = Job(address, store, home / "again.log")
             assert job.process.wait(LIMIT) == 0, job.said[-3000:]
-            job.tell("the job is done")
-            (file,) = store.glob("runs/*/result.json")
-            (manifest,) = store.glob("stages/transfer/*/manifest.json")
-            check(json.loads(file.read_text()), json.loads(manifest.read_text()), store)
+            job.tell("the same command on a new head is done")
+            check(store)
         finally:
             for node in reversed(nodes):
                 end(node, signal.SIGTERM)
 
 
-def check(result: dict, manifest: dict, store: Path) -> None:
-    print("starts", manifest["starts"])
-    assert [s["workers"] for s in manifest["starts"]] == [1, 2, 1]
-    assert manifest["steps"] == STEPS
+def check(store: Path) -> None:
+    """Nothing was lost but what lay between a checkpoint and a death, and all of it is on the bill."""
+    (file,) = store.glob("runs/*/result.json")
+    (kept,) = store.glob("stages/transfer/*/manifest.json")
+    result, manifest = json.loads(file.read_text()), json.loads(kept.read_text())
+    (start,) = manifest["starts"]
     (row,) = (s for s in result["stages"] if s["name"] == "transfer")
-    print(
-        {name: row[name] for name in ("attempts", "restarts", "lost_flops", "flops", "device_seconds", "wall_seconds")}
-    )
-    assert row["restarts"] == 2
-    # Each step once, and again those between a checkpoint and its loss.
-    assert row["flops"] - row["lost_flops"] == STEPS * manifest["flops_per_step"]
-    lost = row["lost_flops"] / manifest["flops_per_step"]
+    names = ("attempts", "restarts", "lost_flops", "flops", "device_seconds", "wall_seconds")
+    print(f"the last attempt began at step {start['step']}", {name: row[name] for name in names})
+    assert start["step"] > 0
+    assert (row["attempts"], row["restarts"]) == (2, 2)
+    assert manifest["steps"] == STEPS
+    done = row["flops"] / manifest["flops_per_step"]
+    again = row["lost_flops"] / manifest["flops_per_step"]
+    print(f"{done:.0f} steps were done for {STEPS}; {again:.0f} again while the job lived")
+    assert done >= STEPS
     assert row["wall_seconds"] < row["device_seconds"] < 2 * row["wall_seconds"]
     logged = steps_of_transfer(store)
-    print(f"{lost:.0f} of {STEPS} steps were lost; MLflow has validation at {sorted(logged)}")
+    print(f"MLflow has validation at {sorted(logged)}")
     assert set(logged.values()) == {1}
-    print("test", result["metric"]["test"], "teacher", result["teacher_metric"]["test"])
-    assert result["metric"]["test"] > 0.5
+    print("accuracy on test: student", result["metric"]["test"], "teacher", result["teacher_metric"]["test"])
+    assert result["metric"]["test"] > 0.6  # chance is a third
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A lone worker: goes on from its last checkpoint after its process died, and ends as if nothing had happened."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 from toy_job import FAILS, STEPS, Shared, Toy
 
 from ktray.board import watch
+from ktray.errors import KtrayError
+from ktray.pulse import Pulse, watched
 from ktray.store import Stage
 from ktray.training.shell import FOLDER, train
 
@@ -88,3 +91,21 @@ def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(clu
     states = [post["state"] for post in posts if "state" in post]
     assert states.count("restarting") == 1
     assert states[-1] == "finished"
+
+
+def test_workers_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster, tmp_path):
+    from ray._private.state import actors
+
+    def controllers():
+        return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
+
+    plan = replace(cluster, least=2, workers=2, worker_cpus=50.0, worker_gpus=0.0)
+    with watch(lambda post: None) as board, watched(Pulse("transfer", 6 / 60)), pytest.raises(KtrayError) as caught:
+        train(Toy(tmp_path / "m", ""), Stage(str(tmp_path / "s")), plan, board, max_failures=1, on_weights=print)
+    assert "waiting for its training workers" in caught.value.what
+    assert "asks for 2 times 50 CPUs" in caught.value.what
+    assert f"of {cluster.total_cpus:g} CPUs" in caught.value.remedy
+    limit = time.monotonic() + 20
+    while controllers() and time.monotonic() < limit:
+        time.sleep(0.2)
+    assert not controllers(), "it goes on trying"
