@@ -1,6 +1,6 @@
-"""A ktray job on workers that come and go: it starts on the head alone; a second node joins and is used, and dies without
-notice; the head dies with the driver; the same command on a new head ends the run. Some minutes on two cores; run it by
-itself:
+"""A ktray job on workers that come and go: it starts on the head alone; a second node joins, is used, and dies without
+notice; then the head dies with the driver, and the same command on a new head ends the run. Some minutes on two cores;
+run it by itself:
 
     python tests/cluster/elastic.py
 """
