@@ -156,6 +156,8 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     for name, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # Between two looks at how many workers there is room for, after one that found less than it had thought.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

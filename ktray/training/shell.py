@@ -187,10 +187,9 @@ def _ray_train(
             run_config=api.RunConfig(
                 name=FOLDER,
                 storage_path=stage.uri,
-                # A failed set-up comes here: Ray Train would try some kinds for ever, and others never again.
-                failure_config=api.FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+                failure_config=api.FailureConfig(max_failures=max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=1),
-                callbacks=[Told(board)] if board is not None else [],
+                callbacks=[Told(board, max_failures)],
             ),
         )
         return trainer.fit()
@@ -201,10 +200,9 @@ def _ray_train(
             result = pulse.patiently(fit, lambda: _end(board))
             break
         except api.ControllerError as error:
-            more = again(error.controller_failure, failures, max_failures)
-            if more is False:
+            if not again(error.controller_failure, failures, max_failures):
                 raise
-            failures += more is not None
+            failures += 1
             time.sleep(min(30, 2**failures))
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")

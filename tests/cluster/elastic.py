@@ -2,7 +2,9 @@
 notice; then the head dies with the driver, and the same command on a new head ends the run. Some minutes on two cores;
 run it by itself:
 
-    python tests/cluster/elastic.py
+    python tests/cluster/elastic.py [STEPS]
+
+STEPS are to last for some minutes on one core (3,000 by default), so that everything happens before they are over.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/helpers"))
 from small_task import SMALL, write_gallery, write_task  # noqa: E402
 
-STEPS = 12_000
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
 JOB = [
     *SMALL,
     "cluster.workers=1..2",
