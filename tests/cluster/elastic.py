@@ -2,9 +2,11 @@
 notice; then the head dies with the driver, and the same command on a new head ends the run. Some minutes on two cores;
 run it by itself:
 
-    python tests/cluster/elastic.py [STEPS]
+    python tests/cluster/elastic.py [--notice] [STEPS]
 
-STEPS are to last for some minutes on one core (3,000 by default), so that everything happens before they are over.
+STEPS are to last for some minutes on one core (3,000 by default), so that everything happens before they are over. With
+``--notice`` the second node is drained first, as a spot machine is, which is no failure (none is allowed), and the head
+lives.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/helpers"))
 from small_task import SMALL, write_gallery, write_task  # noqa: E402
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
+NOTICE = "--notice" in sys.argv
+STEPS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 3000)
 JOB = [
     *SMALL,
     "cluster.workers=1..2",
@@ -37,6 +40,7 @@ JOB = [
     "train.checkpoint_seconds=3",
     "baselines.scratch=false",
     "teach.mode=cached",
+    f"cluster.max_failures={0 if NOTICE else 3}",
 ]
 LIMIT = 900.0
 
@@ -61,6 +65,18 @@ def end(node: subprocess.Popen, how: signal.Signals) -> None:
         node.wait(30)
     except subprocess.TimeoutExpired:
         os.killpg(node.pid, signal.SIGKILL)
+
+
+def drain(address: str, seconds: int) -> None:
+    """Tell the cluster, as a cloud's agent does, that the node which is not the head will be taken away."""
+    ask = f"import ray; ray.init(address={address!r}, logging_level='ERROR'); "
+    ask += (
+        "print([n['NodeID'] for n in ray.nodes() if n['Alive'] and 'node:__internal_head__' not in n['Resources']][0])"
+    )
+    node = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split()[-1]
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={address}", f"--node-id={node}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+    subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=True)
 
 
 class Job:
@@ -140,19 +156,23 @@ def main() -> None:
             grown = job.until(r"transfer\s+goes on from step (\d+) with 2 worker")
             job.tell(f"two workers from step {grown[1]}")
             job.work()
+            if NOTICE:
+                drain(address, seconds=10)
+                job.tell("notice that the second node will be gone in 10 s")
+                time.sleep(10)
             end(nodes.pop(), signal.SIGKILL)
             job.tell("SIGKILL of the second node")
             left = job.until(r"transfer\s+goes on from step (\d+) with 1 worker")
             job.tell(f"one worker from step {left[1]}")
-            job.work()
-            end(nodes.pop(), signal.SIGKILL)
-            job.process.kill()
-            job.tell("SIGKILL of the head and the driver")
-            job.process.wait()
-            address = start_head(home, nodes)
-            job = Job(address, store, home / "again.log")
+            if not NOTICE:
+                job.work()
+                end(nodes.pop(), signal.SIGKILL)
+                job.process.kill()
+                job.tell("SIGKILL of the head and the driver")
+                job.process.wait()
+                job = Job(start_head(home, nodes), store, home / "again.log")
             assert job.process.wait(LIMIT) == 0, job.said[-3000:]
-            job.tell("the same command on a new head is done")
+            job.tell("done" if NOTICE else "the same command on a new head is done")
             check(store)
         finally:
             for node in reversed(nodes):
@@ -164,12 +184,13 @@ def check(store: Path) -> None:
     (file,) = store.glob("runs/*/result.json")
     (kept,) = store.glob("stages/transfer/*/manifest.json")
     result, manifest = json.loads(file.read_text()), json.loads(kept.read_text())
-    (start,) = manifest["starts"]
+    starts = manifest["starts"]
     (row,) = (s for s in result["stages"] if s["name"] == "transfer")
     names = ("attempts", "restarts", "lost_flops", "flops", "device_seconds", "wall_seconds")
-    print(f"the last attempt began at step {start['step']}", {name: row[name] for name in names})
-    assert start["step"] > 0
-    assert (row["attempts"], row["restarts"]) == (2, 2)
+    print("starts of the last attempt", starts, {name: row[name] for name in names})
+    assert [start["workers"] for start in starts] == ([1, 2, 1] if NOTICE else [1])
+    assert starts[-1]["step"] > 0
+    assert (row["attempts"], row["restarts"]) == (1 if NOTICE else 2, 2)
     assert manifest["steps"] == STEPS
     done = row["flops"] / manifest["flops_per_step"]
     again = row["lost_flops"] / manifest["flops_per_step"]
