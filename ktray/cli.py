@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ktray import recipe as recipes
-from ktray.errors import KtrayError
+from ktray.errors import MARK, KtrayError, first_failed
 from ktray.recipe import Recipe
 from ktray.resources import lasting_store
 
@@ -115,26 +115,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-_MARK = "ktray.errors.KtrayError:"
-# What workers say of the death of another.
-_ECHOES = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "ProcessGroup", "DistBackendError")
-
-
-def _first_failure(failures: Mapping[int, BaseException]) -> list[BaseException | None]:
-    """The failure of a worker that says most: a user's error, else that of the lowest rank that does not just echo
-    another's."""
-
-    def echo(one: BaseException) -> bool:
-        return any(mark in f"{type(one).__name__}: {one}" for mark in _ECHOES)
-
-    ranks = sorted(failures, key=lambda r: (_MARK not in _named(failures[r]), echo(failures[r]), r))
-    return [failures[rank] for rank in ranks[:1]]
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__module__}.{type(error).__name__}: {error}"
-
-
 def explain(error: BaseException) -> str:
     """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause."""
     chain: list[BaseException] = []
@@ -145,16 +125,17 @@ def explain(error: BaseException) -> str:
             continue
         chain.append(one)
         todo += [one.__cause__, getattr(one, "cause", None), one.__context__, getattr(one, "controller_failure", None)]
-        todo += _first_failure(getattr(one, "worker_failures", {}))
+        failures: Mapping[int, BaseException] = getattr(one, "worker_failures", {})
+        todo += [failures[first_failed(failures)]] if failures else []
     for one in chain:
         # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
-        if isinstance(one, KtrayError) and _MARK not in str(one):
+        if isinstance(one, KtrayError) and MARK not in str(one):
             return str(one)
     for one in chain:
         # Ray re-raises errors of workers as text when they do not pickle.
         text = str(one)
-        if _MARK in text:
-            return text.rsplit(_MARK, 1)[1].strip().splitlines()[0]
+        if MARK in text:
+            return text.rsplit(MARK, 1)[1].strip().splitlines()[0]
     for one in chain:
         if isinstance(one, OSError) and one.errno:
             from ktray.store import storage_error

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+MARK = "ktray.errors.KtrayError:"  # before its text, where an error comes as text
+# What workers say of the death of another.
+_ECHOES = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "ProcessGroup", "DistBackendError")
+
 
 class KtrayError(Exception):
     """Something that the user can mend: what is wrong, and what to change.
@@ -33,3 +39,15 @@ class BadImage(Exception):
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[str]]:
         return (type(self), (self.reason,))
+
+
+def first_failed(failures: Mapping[int, BaseException]) -> int:
+    """Of workers that failed, by rank, the one whose failure says most: a user's error, else that of the lowest rank
+    that does not just echo another's."""
+
+    def worth(rank: int) -> tuple[bool, bool, int]:
+        kind = type(failures[rank])
+        text = f"{kind.__module__}.{kind.__name__}: {failures[rank]}"
+        return MARK not in text, any(mark in text for mark in _ECHOES), rank
+
+    return min(failures, key=worth)

@@ -78,6 +78,7 @@ class Reporter:
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
+        self._refused = ""
         self._lock = threading.Lock()
         self._counted = {"images": 0.0, "flops": 0.0}
 
@@ -154,8 +155,11 @@ class Reporter:
             self.pulse.waits(f"its training workers (Ray Train is {state})")
         else:
             self.pulse.waits("the steps of its training workers")
-        if why and state in ("restarting", "rescheduling"):
-            self.context.say(f"{self.name:<9} lost its workers: {why[:200]}")
+        if why and state == "restarting":
+            self.context.say(f"{self.name:<9} lost its workers: {why}")
+        elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
+            self.context.say(f"{self.name:<9} could not start its workers: {why}")
+            self._refused = why
 
 
 Work = Callable[[Stage, Reporter], dict[str, Any]]

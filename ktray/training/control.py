@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from ktray.errors import KtrayError
+from ktray.errors import KtrayError, first_failed
 
 
 class Told(ControllerCallback):
@@ -56,10 +56,11 @@ class Told(ControllerCallback):
 
 
 def reason(error: BaseException | None) -> str:
-    """A failure in one short line: the lowest rank's, or the controller's."""
+    """A failure in one short line: of a worker, or the controller's."""
     failures = getattr(error, "worker_failures", None) or {}
-    who = f"worker {min(failures)}: " if failures else ""
-    inner: Any = failures[min(failures)] if failures else error
+    rank = first_failed(failures) if failures else 0
+    who = f"worker {rank}: " if failures else ""
+    inner: Any = failures[rank] if failures else error
     for name in ("controller_failure", "health_check_failure", "__cause__"):
         inner = getattr(inner, name, None) or inner
     return f"{who}{type(inner).__name__}: {' '.join(str(inner).split())[:160]}"

@@ -87,9 +87,10 @@ def test_device_time_is_that_of_as_many_as_there_were(made):
 def test_states_of_the_controller_are_no_sign_of_life(made):
     reporter, clock, said = made()
     reporter.post(step(31))
-    for state in ("restarting", "scheduling") * 3:
+    reporter.post({"state": "restarting", "why": "worker 1: died"})
+    for state in ("scheduling", "rescheduling") * 3:
         clock.now += 30
-        reporter.post({"state": state, "why": "Rank 1 died" if state == "restarting" else ""})
-    with pytest.raises(Exception, match=r"last: step 31\).*Ray Train is scheduling"):
+        reporter.post({"state": state, "why": "timed out" if state == "rescheduling" else ""})
+    with pytest.raises(Exception, match=r"last: step 31\).*Ray Train is rescheduling"):
         reporter.pulse.check()
-    assert said == ["transfer  lost its workers: Rank 1 died"] * 3
+    assert said == ["transfer  lost its workers: worker 1: died", "transfer  could not start its workers: timed out"]
