@@ -22,6 +22,14 @@ class Board:
 
     def __init__(self) -> None:
         self.posts: list[dict[str, Any]] = []
+        self.held: list[Any] = []
+
+    def hold(self, handle: Any) -> None:
+        """Keep who runs the training, for those who may have to end it; the last one counts."""
+        self.held = [handle]
+
+    def holds(self) -> list[Any]:
+        return self.held
 
     def post(self, value: dict[str, Any]) -> None:
         self.posts.append(value)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ktray import recipe as recipes
-from ktray.errors import KtrayError
+from ktray.errors import MARK, KtrayError, first_failed
 from ktray.recipe import Recipe
 from ktray.resources import lasting_store
 from ktray.scrub import scrub
@@ -133,7 +132,7 @@ def say(text: str) -> None:
 def explain(error: BaseException) -> str:
     """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause.
 
-    Of several training workers that failed, the one that the others failed by (see `culprit`).
+    Of several training workers that failed, the one that the others failed by (see `first_failed`).
     """
     chain: list[BaseException] = []
     todo: list[BaseException | None] = [error]
@@ -143,21 +142,20 @@ def explain(error: BaseException) -> str:
             continue
         chain.append(one)
         todo += [one.__cause__, *(getattr(one, name, None) for name in _INNER), one.__context__]
-    mark = "ktray.errors.KtrayError:"
     for one in chain:
         # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
-        if isinstance(one, KtrayError) and mark not in str(one):
+        if isinstance(one, KtrayError) and MARK not in str(one):
             return str(one)
     for one in chain:
         failures = getattr(one, "worker_failures", None)
         if failures:
-            rank, failure = culprit(failures)
-            return f"rank {rank} of the training workers: {explain(failure)}"
+            rank = first_failed(failures)
+            return f"rank {rank} of the training workers: {explain(failures[rank])}"
     for one in chain:
         # Ray re-raises errors of workers as text when they do not pickle.
         text = str(one)
-        if mark in text:
-            return text.rsplit(mark, 1)[1].strip().splitlines()[0]
+        if MARK in text:
+            return text.rsplit(MARK, 1)[1].strip().splitlines()[0]
     for one in chain:
         if isinstance(one, OSError) and one.errno:
             from ktray.store import storage_error
@@ -172,28 +170,3 @@ def explain(error: BaseException) -> str:
 
 
 _INNER = ("cause", "controller_failure", "health_check_failure")  # where Ray's errors keep what they wrap
-_COLLECTIVE = re.compile(
-    r"gloo|nccl|process ?group|collective|all_?(reduce|gather)|broadcast|barrier|rendezvous|tcpstore|"
-    r"connection (reset|closed|refused)|broken pipe|socket|timed out",
-    re.IGNORECASE,
-)
-
-
-def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """The failure that comes first in the order of causes, and its rank; Ray does not tell when each was.
-
-    A worker's own error stands before the death of a process, and both before what others then see: their collective
-    operation breaks off. Among equals it is the lowest rank.
-    """
-
-    def order(item: tuple[int, BaseException]) -> tuple[int, int]:
-        rank, failure = item
-        if isinstance(failure, KtrayError):
-            return 0, rank
-        if "HealthCheck" in type(failure).__name__ or "Actor" in type(failure).__name__:
-            return 1, rank
-        text = f"{type(failure).__name__} {failure}"
-        broken = isinstance(failure, ConnectionError | TimeoutError) or _COLLECTIVE.search(text)
-        return 2 if broken else 0, rank
-
-    return min(failures.items(), key=order)

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
+MARK = "ktray.errors.KtrayError:"  # before its text, where an error comes as text
+# What workers see when another has died.
+_ECHO = re.compile(
+    r"gloo|nccl|process ?group|collective|all_?(reduce|gather)|broadcast|barrier|rendezvous|tcpstore|"
+    r"connection (reset|closed|refused)|broken pipe|socket|timed out",
+    re.IGNORECASE,
+)
+
 
 class KtrayError(Exception):
     """Something that the user can mend: what is wrong, and what to change.
@@ -33,3 +44,23 @@ class BadImage(Exception):
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[str]]:
         return (type(self), (self.reason,))
+
+
+def first_failed(failures: Mapping[int, BaseException]) -> int:
+    """Of workers that failed, by rank, the one that comes first in the order of causes; Ray tells no times.
+
+    A user's error stands before any other of a worker's own, both before the death of a process, and all of them before
+    what others then see: their collective operation breaks off. Among equals it is the lowest rank.
+    """
+
+    def order(rank: int) -> tuple[int, int]:
+        failure = failures[rank]
+        name = type(failure).__name__
+        text = f"{name} {failure}"
+        if isinstance(failure, KtrayError) or MARK in str(failure):
+            return 0, rank
+        if "HealthCheck" in name or "Actor" in name:
+            return 2, rank
+        return 3 if isinstance(failure, ConnectionError | TimeoutError) or _ECHO.search(text) else 1, rank
+
+    return min(failures, key=order)

@@ -73,6 +73,8 @@ class Entry:
         kwh: measured energy, None where it was not measured.
         usd: None where the device has no known price.
         cached: reused by this run, not spent in it.
+        restarts: of its workers, from a checkpoint or with more or fewer of them.
+        lost_flops: those among ``flops`` that were done again after a restart.
         state: ``running`` (then it was killed, or still goes on), ``done`` or ``failed``.
     """
 
@@ -88,6 +90,8 @@ class Entry:
     kwh: float | None = None
     usd: float | None = 0.0
     cached: bool = False
+    restarts: int = 0
+    lost_flops: int = 0
     state: str = "done"
 
 
@@ -213,7 +217,9 @@ class Meter:
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._log, self._device, self._devices, self._prices = log, device, devices, dict(prices or {})
+        self._log, self._device, self._prices = log, device, dict(prices or {})
+        self._devices, self._held, self._since = devices, 0.0, 0.0  # now; device-seconds of those before, until when
+        self._restarts = self._lost = 0
         self._joules, self._interval, self._clock = joules, interval, clock
         self._lock = threading.Lock()
         self._flops = self._images = self._peak = 0
@@ -247,11 +253,27 @@ class Meter:
             if joules is not None:
                 self._handed_joules = (self._handed_joules or 0.0) + joules
 
+    def restart(self, lost_flops: float) -> None:
+        """Workers began anew, and do again what took ``lost_flops``."""
+        with self._lock:
+            self._restarts += 1
+            self._lost += round(lost_flops)
+
+    def hold(self, devices: int) -> None:
+        """From now on the attempt holds so many devices."""
+        with self._lock:
+            now = self._clock()
+            self._held += (now - self._since) * self._devices
+            self._devices, self._since = devices, now
+
     def now(self, state: str = "running") -> Entry:
         """The attempt's cost up to this moment."""
         with self._lock:
-            wall = self._clock() - self._began
-            device_seconds = wall * self._devices if self._device_seconds is None else self._device_seconds
+            now = self._clock()
+            wall = now - self._began
+            device_seconds = self._device_seconds
+            if device_seconds is None:
+                device_seconds = self._held + (now - self._since) * self._devices
             energy = self._handed_joules
             if self._joules is not None:
                 energy = (energy or 0.0) + self._joules() - self._joules_began
@@ -264,6 +286,8 @@ class Meter:
                 peak_memory_bytes=max(self._peak, peak_rss()),
                 kwh=None if energy is None else energy / JOULES_PER_KWH,
                 usd=price_of(self._device, device_seconds, 1, self._prices),
+                restarts=self._restarts,
+                lost_flops=self._lost,
                 state=state,
             )
 
@@ -272,7 +296,7 @@ class Meter:
         self._log.append(json.dumps(asdict(self.now())))
 
     def __enter__(self) -> Meter:
-        self._began = self._clock()
+        self._began = self._since = self._clock()
         self._joules_began = self._joules() if self._joules is not None else 0.0
         self.beat()
         self._thread = threading.Thread(target=self._beats, name="ktray-meter", daemon=True)
@@ -394,8 +418,10 @@ def stage_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
                 "key": key,
                 "cached": not spent,
                 "attempts": max(e.attempt for e in made),
+                "restarts": sum(e.restarts for e in made),
                 "wall_seconds": sum(e.wall_seconds for e in spent),
                 "flops": sum(e.flops for e in spent),
+                "lost_flops": sum(e.lost_flops for e in spent),
                 "device_seconds": sum(e.device_seconds for e in spent),
                 "images": sum(e.images for e in spent),
                 "usd": _money(spent),

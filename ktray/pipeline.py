@@ -130,7 +130,7 @@ def _logged(
         return _planned(recipe, say, plan, tags, work, settle)
     with gathered(recipe.cluster, say):
         require(recipe, say)
-        plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
+        plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
         if hint := others(recipe.cluster.jobs):
             say(f"cluster   {hint}")
         return _planned(recipe, say, plan, tags, work, settle)

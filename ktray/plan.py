@@ -223,13 +223,16 @@ def this_machine(recipe: Recipe) -> Plan:
     device = describe_device()
     gpus = device.get("gpus") or []
     cores = max(2.0, float(device["cores"]))
-    return plan(cores, float(len(gpus)), 1, recipe.cluster.workers, recipe.cluster.use_gpu)
+    low, high = recipe.cluster.span
+    nodes = low if low < high else 1  # on CPUs such workers have a node each; as many like this one
+    return plan(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
 
 
 def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -> None:
     """Print the plan of this machine, to the end or ``until`` a stage; with ``RAY_ADDRESS`` set it is still this
     machine that is described."""
     local = this_machine(recipe)
+    say(local.line)
     found = resolve(recipe, local, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")

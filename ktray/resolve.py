@@ -25,6 +25,7 @@ from ktray.resources import Plan
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.sparse import per_prediction
 from ktray.targets.squeezed import view_bytes
+from ktray.training.lanes import lanes
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
@@ -165,13 +166,16 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose("transfer.size", gallery_images, "all of the list")
     images = transfer_images(recipe, task)
     if recipe.train.batch_size is None:
-        choose("train.batch_size", 512 * plan.workers if on_gpu else 128, "GPU" if on_gpu else "CPU")
+        choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
-    each = -(-batch // plan.workers)
-    if each % recipe.train.accumulate or (objective.labelled and recipe.finetune.batch_size % recipe.train.accumulate):
+    labelled = [recipe.finetune.batch_size] if objective.labelled else []
+    of = lanes(plan.least, plan.workers, batch, *labelled)
+    each = -(-batch // of)
+    if each % recipe.train.accumulate or any(rows % recipe.train.accumulate for rows in labelled):
         raise KtrayError(
-            f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a worker into equal parts"
-            + (f" (and {recipe.finetune.batch_size} labelled ones)" if objective.labelled else ""),
+            f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a "
+            f"{'worker' if of == plan.workers else f'share (of {of}, for {plan.least} to {plan.workers} workers)'} "
+            "into equal parts" + (f" (and {recipe.finetune.batch_size} labelled ones)" if objective.labelled else ""),
             "Choose one that divides them, or another train.batch_size.",
         )
     if recipe.train.steps is None:

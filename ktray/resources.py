@@ -24,11 +24,13 @@ class Plan:
     """Shares of the cluster. CPU figures are Ray's logical CPUs.
 
     Attributes:
+        least, workers: the fewest and the most training workers.
         streaming: teachers that may work beside each training worker; 0 where its GPUs are all in training.
     """
 
     total_cpus: float
     total_gpus: float
+    least: int
     workers: int
     worker_cpus: float
     worker_gpus: float
@@ -47,7 +49,8 @@ class Plan:
         teachers = f"{self.actors} teacher {'actors' if self.actor_gpus else 'tasks'} of {self.actor_cpus:g} CPU"
         return (
             f"cluster   {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: "
-            f"{self.workers} training worker(s) on {device} "
+            f"{self.workers if self.least == self.workers else f'{self.least}..{self.workers}'} training worker(s) "
+            f"on {device} "
             f"with {self.worker_cpus:g} CPUs each, {teachers}, "
             f"decode tasks of {self.decode_cpus:g} CPU"
         )
@@ -57,7 +60,9 @@ class Plan:
 BYTES_A_TEACHER = 4e9
 
 
-def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str, memory: float = math.inf) -> Plan:
+def plan(
+    cpus: float, gpus: float, nodes: int, workers: int | tuple[int, int], use_gpu: bool | str, memory: float = math.inf
+) -> Plan:
     """Divide a cluster. Training workers leave CPUs for reading; a decode task always has room.
 
     Teachers on GPUs are actors, which hold a CPU share while they live. On CPUs they are tasks, as many as there are
@@ -65,15 +70,19 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
     one thread each wastes none of them on waiting for the others.
 
     Args:
+        workers: how many, or the fewest and the most. Of a range each has a GPU or, on CPUs, most of a node, so that as
+            many fit as there are such.
         memory: of the cluster, in bytes.
 
     Raises:
         KtrayError: it cannot fit; with the arithmetic.
     """
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    elastic = least < most
     on_gpu = gpus > 0 if use_gpu == "auto" else bool(use_gpu)
-    if on_gpu and gpus < workers:
+    if on_gpu and gpus < least:
         raise KtrayError(
-            f"{workers} training workers need {workers} GPUs and the cluster has {gpus:g}",
+            f"{least} training workers need {least} GPUs and the cluster has {gpus:g}",
             f"Set cluster.workers={int(gpus)}, or cluster.use_gpu=false.",
         )
     if cpus <= 0:
@@ -82,11 +91,24 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
             "Start a node with CPUs (ray start --num-cpus=N), or ask an autoscaling cluster for some "
             "(cluster.cpus=16 cluster.gpus=1).",
         )
+    if elastic and not on_gpu and nodes < least:
+        raise KtrayError(
+            f"cluster.workers={least}..{most} on CPUs is one worker a node, and the cluster has {nodes} of at least "
+            f"{least}",
+            f"Set cluster.workers={nodes}..{most}, or a fixed number of workers, which may share a node.",
+        )
+    now = min(most, max(least, int(gpus) if on_gpu else nodes)) if elastic else most
+    beside = cpus / 2  # what the largest reading task may have
     # At least half of the CPUs, and never less than one where there are two, stay for reading.
-    worker_cpus = min(1.0, int(50 * cpus / workers) / 100)
+    worker_cpus = min(1.0, int(50 * cpus / now) / 100)
+    if elastic and on_gpu:
+        worker_cpus = 2.0 ** min(0, math.floor(math.log2(cpus / 2 / now)))  # so that Ray Train's sums are exact
+    elif elastic:
+        worker_cpus = int(60 * cpus / nodes) / 100  # two would not fit on a node
+        beside = min(beside, cpus / nodes - worker_cpus)
     if worker_cpus < 0.02:
         raise KtrayError(
-            f"{workers} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / workers:.3f}, "
+            f"{now} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / now:.3f}, "
             "0.02 is the least",
             f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",
         )
@@ -96,15 +118,16 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
         decode_cpus = min(1.0, cpus - actors * actor_cpus)
     else:
         actors = max(1, int(min(cpus, memory // BYTES_A_TEACHER)))
-        actor_cpus = decode_cpus = min(1.0, cpus / 2)
-    left = cpus - workers * worker_cpus
+        actor_cpus = decode_cpus = min(1.0, beside)
+    left = cpus - now * worker_cpus
     # A teacher beside the training has a GPU of its own; on CPUs it shares what training leaves with the reading.
-    streaming = int((gpus - workers) // workers) if on_gpu else max(1, min(actors, int(left / decode_cpus / workers)))
+    streaming = int((gpus - most) // most) if on_gpu else max(1, min(actors, int(left / decode_cpus / now)))
     cores_a_node = max(1, int(cpus / max(1, nodes)))
     return Plan(
         total_cpus=cpus,
         total_gpus=gpus,
-        workers=workers,
+        least=least,
+        workers=most,
         worker_cpus=worker_cpus,
         worker_gpus=1.0 if on_gpu else 0.0,
         actors=actors,
@@ -112,9 +135,9 @@ def plan(cpus: float, gpus: float, nodes: int, workers: int, use_gpu: bool | str
         actor_gpus=1.0 if on_gpu else 0.0,
         decode_cpus=decode_cpus,
         # Nobody has more cores than a node.
-        worker_threads=max(1, min(cores_a_node, cores_a_node * nodes // workers)),
+        worker_threads=max(1, min(cores_a_node, cores_a_node * nodes // now)),
         actor_threads=max(1, min(cores_a_node, cores_a_node * nodes // actors)),
-        streaming=streaming,
+        streaming=max(0, streaming),
     )
 
 
@@ -146,6 +169,8 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     for name, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # Between two looks at how many workers there is room for, after one that found less than it had thought.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -243,7 +268,7 @@ def lasting_store(store: str) -> str:
     return str(Path.home() / store) if relative and inside_job() else store
 
 
-def cluster_plan(workers: int, use_gpu: bool | str, jobs: int = 1) -> Plan:
+def cluster_plan(workers: int | tuple[int, int], use_gpu: bool | str, jobs: int = 1) -> Plan:
     """`plan` for the cluster that Ray is connected to, or for the part of it that each of ``jobs`` has.
 
     What a job holds while it reads is at most half of its part's CPUs and no GPU of another's. Two that both plan with

@@ -93,7 +93,11 @@ def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
         "mlflow": context.tracker.info(),
         "versions": versions(),
         "device": dict(context.ledger.device),
-        "cluster": {"workers": context.plan.workers, "cpus": context.plan.total_cpus, "gpus": context.plan.total_gpus},
+        "cluster": {
+            "workers": recipe.cluster.workers,
+            "cpus": context.plan.total_cpus,
+            "gpus": context.plan.total_gpus,
+        },
     }
     if metrics:
         student = metrics["student"]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ktray.pulse import steadily, waits
 from ktray.resources import Plan
 from ktray.rows import Rows
 
@@ -55,6 +56,11 @@ def map_shards(
     # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
     dataset.context.target_max_block_size = 1
     crew = Crew(min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads)
+    waits(
+        "its tasks",
+        f"{crew.gpus:g} GPUs and {crew.cpus:g} CPUs each"
+        + (f", {crew.decode_cpus:g} CPUs to decode" if crew.gpus else ""),
+    )
     yield from _summaries(through(dataset, prepare, finish, crew, _tell))
 
 
@@ -101,6 +107,7 @@ def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], pl
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Work(work), batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
     )
+    waits("its tasks", f"{plan.decode_cpus:g} CPUs each")
     yield from _summaries(dataset)
 
 
@@ -122,7 +129,11 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) 
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Numbered(list(items), work), batch_size=1, batch_format="pyarrow", **how
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    waits(
+        "its tasks",
+        f"{plan.actor_gpus:g} GPUs and {plan.actor_cpus if plan.actor_gpus else plan.decode_cpus:g} CPUs each",
+    )
+    for batch in _batches(dataset):
         for i in range(batch.num_rows):
             yield batch.column("number")[i].as_py(), unpack(batch.column("columns"), i)
 
@@ -137,8 +148,19 @@ class _Numbered:
         return pa.table({"number": [number], "columns": pack(columns)})
 
 
+def _batches(dataset: Any) -> Iterator[pa.Table]:
+    """What the dataset gives, under the eyes of the watchdog."""
+
+    def end() -> None:
+        if dataset._current_executor:  # none before the first block: the driver's end then ends it
+            dataset._current_executor.shutdown(force=True)
+
+    how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
+    return steadily(lambda: dataset.iter_batches(**how), end)
+
+
 def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for batch in _batches(dataset):
         for text in batch.column("summary").to_pylist():
             yield json.loads(text)
 

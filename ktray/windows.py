@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,11 @@ def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
     """A reader that reads stored shards in this process; for sets that stay in memory."""
 
     def read(windows: Sequence[Window]) -> Iterator[Rows]:
+        # Lanes that share a shard each take some of its rows; it is read once.
+        shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
+        whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
         for window in windows:
-            yield _concat([_read(directory, columns, s.shard, s.start, s.step) for s in window])
+            yield _concat([unsqueeze(_every(whole(s.shard), s.start, s.step)) for s in window])
 
     return read
 
@@ -152,8 +156,11 @@ def listed(shard: str) -> str:
 
 
 def _read(directory: Dir, columns: Sequence[str], shard: str, start: int, step: int) -> Rows:
-    rows = read_rows(directory, shard, columns)
-    return unsqueeze(rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()})
+    return unsqueeze(_every(read_rows(directory, shard, columns), start, step))
+
+
+def _every(rows: Rows, start: int, step: int) -> Rows:
+    return rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()}
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:

@@ -78,6 +78,7 @@ NCCL = RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system 
         ({0: GLOO, 1: GLOO, 2: Died("a worker died")}, 2, "a worker died"),
         ({0: Died("a worker died"), 1: IndexError("row 7")}, 1, "IndexError: row 7"),
         ({0: ConnectionResetError("peer"), 1: ValueError("one"), 2: ValueError("two")}, 1, "ValueError: one"),
+        ({0: ValueError("odd"), 1: KtrayError("Bad", "Mend.")}, 1, "Bad. Mend."),
         ({0: GLOO, 1: GLOO}, 0, "Connection closed by peer"),
     ],
 )

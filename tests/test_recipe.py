@@ -107,6 +107,25 @@ def test_every_key_is_documented():
     assert contract <= {key for key, _, _, _ in rows}
 
 
+@pytest.mark.parametrize(
+    ("text", "workers", "span"),
+    [("2", 2, (2, 2)), ("1..4", "1..4", (1, 4)), ("3..3", 3, (3, 3)), ("1..12", "1..12", (1, 12))],
+)
+def test_workers_are_a_number_or_a_range(tmp_path, text, workers, span):
+    found = recipes.load(None, [f"cluster.workers={text}"])
+    assert (found.cluster.workers, found.cluster.span) == (workers, span)
+    (tmp_path / "again.yaml").write_text(recipes.dump(found))
+    assert recipes.load(str(tmp_path / "again.yaml"), []) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "2..1", "0..2", "1..", "..4", "1.5", "two", "true", "1..2..3", "null", "[1,2]"]
+)
+def test_other_numbers_of_workers_are_refused(text):
+    with pytest.raises(KtrayError, match=r"'cluster.workers' does not accept .*(min\.\.max|at least one worker)"):
+        recipes.load(None, [f"cluster.workers={text}"])
+
+
 def test_digest_is_stable_and_tells_values_apart():
     assert recipes.digest({"a": 1, "b": [2]}) == recipes.digest({"b": [2], "a": 1})
     assert recipes.digest("a") != recipes.digest("b")

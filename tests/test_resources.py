@@ -77,6 +77,33 @@ def test_what_cannot_fit_ends_with_the_arithmetic():
         plan(0, 0, 1, 1, "auto")
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8])
+@pytest.mark.parametrize("cores", [1, 2, 3, 16])
+@pytest.mark.parametrize("workers", [(1, 2), (1, 4), (1, 3)])
+def test_workers_that_come_and_go_have_a_node_each_on_cpus(nodes, cores, workers):
+    p = plan(nodes * cores, 0, nodes, workers, "auto")
+    assert (p.least, p.workers) == workers
+    assert 2 * p.worker_cpus > cores, "a second one would fit on a node"
+    assert p.worker_cpus + p.decode_cpus <= cores + 1e-9, "nothing can be read on a node with a worker"
+    assert p.worker_threads == cores
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(4, 2), (6, 4), (64, 8), (3, 4)])
+def test_workers_that_come_and_go_have_a_gpu_each(cpus, gpus):
+    p = plan(cpus, gpus, 1, (1, 16), "auto")
+    assert p.worker_gpus == 1
+    assert p.worker_cpus * gpus <= cpus / 2
+    # Ray Train counts workers by dividing what is reserved for several of them.
+    assert sum([p.worker_cpus] * gpus) // p.worker_cpus == gpus
+
+
+def test_a_range_that_nothing_can_start_ends_with_the_arithmetic():
+    with pytest.raises(KtrayError, match=r"one worker a node, and the cluster has 1 of at least 2.*workers=1\.\.4"):
+        plan(8, 0, 1, (2, 4), "auto")
+    with pytest.raises(KtrayError, match="2 training workers need 2 GPUs and the cluster has 1"):
+        plan(8, 1, 1, (2, 4), "auto")
+
+
 def test_a_jobs_relative_store_outlives_the_job(monkeypatch, tmp_path):
     from ktray.resources import lasting_store
 

@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 
 from ktray import streaming
 from ktray.errors import KtrayError
+from ktray.pulse import Pulse, watched
 from ktray.rows import read_rows, write_rows
 from ktray.store import Dir
 from ktray.streaming import cpu_shards, map_shards
@@ -215,3 +217,12 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
         np.testing.assert_array_equal(a["pixels"], b["pixels"])
     for a, b in zip(here[9:], later, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"])
+
+
+def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster):
+    plan = replace(cluster, decode_cpus=50.0)
+    with watched(Pulse("index", 4 / 60)), pytest.raises(KtrayError) as caught:
+        list(cpu_shards([{"name": "a"}], lambda item: {}, plan))
+    assert caught.value.what.startswith("index: no progress for")
+    assert caught.value.what.endswith("while waiting for its tasks, which asks for 50 CPUs each")
+    assert f"of {cluster.total_cpus:g} CPUs" in caught.value.remedy

@@ -50,7 +50,7 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     if busy is not None and busy > _CALM:
         say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
     connect(debug)
-    plan = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu)
+    plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu)
     say(plan.line)
     began = time.time()
     rows: list[Row] = []

@@ -55,7 +55,7 @@ def _compare(
     import ray
 
     store = Store(recipe.store)
-    whole = cluster_plan(recipe.cluster.workers, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
     ways = list_ways(recipe, say)
     seeds = recipe.compare.seeds
     memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs

@@ -33,23 +33,24 @@ def how_many(wish: int | Literal["auto"], whole: Plan, jobs: int, memory: float)
     """
     on_gpu = whole.worker_gpus > 0
     if on_gpu:
-        room = max(1, int(whole.total_gpus // whole.workers))
-        why = f"{whole.total_gpus:g} GPUs, {whole.workers} for each"
+        room = max(1, int(whole.total_gpus // whole.least))
+        why = f"{whole.total_gpus:g} GPUs, {whole.least} for each"
     else:
-        room = max(1, min(int(whole.total_cpus // whole.workers), int(memory // (BYTES_A_PIPELINE * whole.workers))))
+        room = max(1, min(int(whole.total_cpus // whole.least), int(memory // (BYTES_A_PIPELINE * whole.least))))
         why = f"{whole.total_cpus:g} CPUs and {memory / 1e9:.0f} GB: a core and {BYTES_A_PIPELINE / 1e9:g} GB a worker"
     if wish == "auto":
         return min(room, jobs), why
     if on_gpu and wish > room:
         raise KtrayError(
-            f"compare.parallel={wish} pipelines of {whole.workers} GPUs do not fit on {whole.total_gpus:g}",
+            f"compare.parallel={wish} pipelines of {whole.least} GPUs do not fit on {whole.total_gpus:g}",
             f"Set compare.parallel to at most {room}.",
         )
     return min(wish, jobs), "compare.parallel"
 
 
 def share(whole: Plan, count: int) -> Plan:
-    """The plan of one of ``count`` pipelines that run at once.
+    """The plan of one of ``count`` pipelines that run at once. Side by side they have no room to grow: each has its
+    fewest workers.
 
     What all of them hold together (training workers, teacher actors) is at most half of the CPUs, so that a reading
     task always finds room and none waits for another for ever.
@@ -60,7 +61,7 @@ def share(whole: Plan, count: int) -> Plan:
     if count == 1:
         return whole
     gpus = float(whole.total_gpus // count)
-    return plan(whole.total_cpus / count, gpus, 1, whole.workers, whole.worker_gpus > 0)
+    return plan(whole.total_cpus / count, gpus, 1, whole.least, whole.worker_gpus > 0)
 
 
 def run_all(jobs: Sequence[Callable[[], T]], at_once: int) -> list[T]:

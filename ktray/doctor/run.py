@@ -56,7 +56,7 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     yield checks.clocks_agree(_skews(list(probes)), hosts)
     try:
         part = recipe.cluster
-        yield Check("plan", "ok", cluster_plan(part.workers, part.use_gpu, part.jobs).line.split(None, 1)[1])
+        yield Check("plan", "ok", cluster_plan(part.span, part.use_gpu, part.jobs).line.split(None, 1)[1])
     except KtrayError as error:
         yield Check("plan", "FAIL", error.what, error.remedy)
     if quick:

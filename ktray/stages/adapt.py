@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ktray import pulse
 from ktray.errors import KtrayError
 from ktray.models.adapted import AdaptedTeacher
 from ktray.models.dense_head import fit_map_temperature
@@ -78,7 +79,9 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
         )
         remote: Any = ray.remote(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)(_call)
-        found: dict[str, Any] = ray.get(remote.remote(fit))
+        pulse.waits("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
+        task = remote.remote(fit)
+        found: dict[str, Any] = pulse.patiently(lambda: ray.get(task), lambda: ray.cancel(task, force=True))
         reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
         if reporter.progress:
             reporter.progress.update(found["images"])
@@ -263,7 +266,15 @@ def _finetune(
         save_candidate(stage, "finetune", teacher)
 
     with watch(reporter.post) as board:
-        train(job, stage, context.plan, board, max_failures=max_failures, on_weights=finish)
+        train(
+            job,
+            stage,
+            context.plan,
+            board,
+            max_failures=max_failures,
+            on_weights=finish,
+            resize_seconds=context.recipe.cluster.resize_seconds,
+        )
     return result
 
 

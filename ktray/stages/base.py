@@ -11,6 +11,7 @@ from ktray.data.quarantine import Bad, Quarantine
 from ktray.lease import Lease, LeaseLost
 from ktray.ledger import DirLog, Ledger, Meter
 from ktray.progress import Progress
+from ktray.pulse import Pulse, watched
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 from ktray.store import Stage, Store
@@ -72,12 +73,22 @@ class Done:
 class Reporter:
     """Progress, cost and MLflow steps of one attempt; fed by shard summaries or by the board."""
 
-    def __init__(self, context: Context, name: str, meter: Meter, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        meter: Meter,
+        pulse: Pulse | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.context, self.name, self.meter, self.check = context, name, meter, check
+        self.pulse = pulse or Pulse(name, context.recipe.cluster.stall_minutes)
+        self.starts: list[dict[str, int]] = []  # of the training workers: at which step, how many
         self.run = context.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
+        self._refused = ""
         self._lock = threading.Lock()
         self._counted = {"images": 0.0, "flops": 0.0}
 
@@ -92,6 +103,7 @@ class Reporter:
             self.check()
             self.done += int(s.get("read", 0))
             self.read += int(s.get("read", 0))
+            self.pulse.beat(f"{self.done:,} images")
             for uri, reason in s.get("bad", []):
                 self.quarantine.add(uri, reason, self.name)
             self.meter.add(
@@ -112,6 +124,13 @@ class Reporter:
             if "teacher_flops" in value:
                 self.meter.add(flops=value["teacher_flops"])
                 return
+            if "state" in value:
+                self._state(str(value["state"]), str(value["why"]))
+                return
+            self.pulse.beat(f"step {int(value[n])}" if (n := "done" if "done" in value else "start") in value else "")
+            if "start" in value:
+                self._start(value)
+                return
             if "curve" in value:
                 step = int(value["step"])
                 self.run.metrics(step, {k: v for k, v in value.items() if k not in ("curve", "step")})
@@ -119,15 +138,39 @@ class Reporter:
             if self.progress:
                 self.progress.update(int(value["done"]), value.get("data_wait"))
             for name in ("images", "flops"):
-                # A worker that came back from a checkpoint counts its steps again: they were run again.
                 more = value[name] - self._counted[name]
                 if more > 0:
                     self.meter.add(**{name: int(more)})
                 self._counted[name] = value[name]
 
-    def start_at(self, images: float, flops: float) -> None:
-        """What an earlier attempt has already counted, when training goes on from its checkpoint."""
-        self._counted = {"images": images, "flops": flops}
+    def _start(self, value: dict[str, Any]) -> None:
+        """Workers begin at a step: what they do again after a checkpoint counts again."""
+        workers = int(value["workers"])
+        if not self.starts:
+            # The checkpoint of a killed attempt proves steps that its last heartbeat knew nothing of.
+            mine = (self.meter.entry.stage, self.meter.entry.key)
+            earlier = [e for e in self.context.ledger.entries if (e.stage, e.key) == mine]
+            for name in ("images", "flops"):
+                untold = value[name] - sum(getattr(e, name) for e in earlier)
+                self.meter.add(**{name: max(0, int(untold))})
+        else:
+            self.meter.restart(max(0.0, self._counted["flops"] - value["flops"]))
+            self.context.say(f"{self.name:<9} goes on from step {int(value['start'])} with {workers} worker(s)")
+        self.starts.append({"step": int(value["start"]), "workers": workers})
+        self._counted = {name: value[name] for name in ("images", "flops")}
+        self.meter.hold(workers if self.context.plan.worker_gpus else int(value["machines"]))
+
+    def _state(self, state: str, why: str) -> None:
+        """What Ray Train's controller does; no sign of life, since it may do so for ever."""
+        if state != "running":
+            self.pulse.waits(f"its training workers (Ray Train is {state})")
+        else:
+            self.pulse.waits("the steps of its training workers")
+        if why and state == "restarting":
+            self.context.say(f"{self.name:<9} lost its workers: {why}")
+        elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
+            self.context.say(f"{self.name:<9} could not start its workers: {why}")
+            self._refused = why
 
 
 Work = Callable[[Stage, Reporter], dict[str, Any]]
@@ -183,12 +226,14 @@ def _attempt(
     context: Context, stage: Stage, lease: Lease, names: tuple[str, str, str], key: str, key_parts: Any, work: Work
 ) -> Done:
     name, shown, booked = names
-    devices = context.plan.workers if context.plan.worker_gpus else 1
+    devices = context.plan.least if context.plan.worker_gpus else 1
+    pulse = Pulse(shown, context.recipe.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
     with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
-        reporter = Reporter(context, shown, meter, lease.check)
+        reporter = Reporter(context, shown, meter, pulse, lease.check)
         status = "FAILED"
         try:
-            found = work(stage, reporter)
+            with watched(pulse):
+                found = work(stage, reporter)
             reporter.quarantine.check(reporter.read, context.recipe.data.max_bad_fraction)
             status = "FINISHED"
         finally:

@@ -92,9 +92,16 @@ def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int
     def keep(weights: Path) -> None:
         stage.write(WEIGHTS, weights.read_bytes())
 
+    cluster = context.recipe.cluster
     with watch(reporter.post) as board:
         outcome = train(
-            job, stage, context.plan, board, max_failures=context.recipe.cluster.max_failures, on_weights=keep
+            job,
+            stage,
+            context.plan,
+            board,
+            max_failures=cluster.max_failures,
+            on_weights=keep,
+            resize_seconds=cluster.resize_seconds,
         )
     reporter.meter.add(peak_memory_bytes=int(outcome.report["peak_memory_bytes"]))
     state = outcome.state
@@ -106,4 +113,5 @@ def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int
         "images_per_second": state["step"] * outcome.report["images_per_step"] / max(1e-9, state["seconds"]),
         "flops_per_step": outcome.report["flops_per_step"],
         "precision": outcome.report["autocast"],
+        "starts": reporter.starts,
     }

@@ -17,7 +17,7 @@ from ktray.models.dense_student import DenseStudent, Head, build_dense_student
 from ktray.models.preprocess import Preprocess
 from ktray.models.student import Student, build_student
 from ktray.objectives.base import TEACHERS
-from ktray.rows import read_rows
+from ktray.rows import Rows, read_rows
 from ktray.store import Dir
 from ktray.streaming import Crew
 from ktray.targets.cut import Cut
@@ -55,30 +55,31 @@ class Labels:
     def batches(
         self, env: Env, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
-        """Batches ``start``..``stop - 1`` of random views: ``images`` (N, 3, size, size) uint8 and ``label``: (N,)
-        classes, or (N, size, size) label maps of the same views."""
+        """Batches ``start``..``stop - 1`` of random views, ``batch`` of each of the worker's lanes: ``images``
+        (N, 3, size, size) uint8 and ``label``: (N,) classes, or (N, size, size) label maps of the same views."""
         canvases, labels = self.load("train", "canvas")
-        # With fewer images than ranks every rank sees all, in an order and in views of its own.
-        shared = len(labels) >= env.world
-        world, apart = (env.world, 0) if shared else (1, env.rank)
-        feed = Feed(
-            [("labels", len(labels))],
-            _numbers,
-            batch=batch,
-            rank=env.rank % world,
-            world=world,
-            seed=seed + apart,
-        )
-        for rows in feed.batches(start, stop):
-            visits = rows["visit"] * (1 if shared else env.world) + apart
+        for rows in _order(len(labels), env, batch, seed, start, stop):
             take = torch.from_numpy(rows["row"])
-            keys = view_keys(seed, rows["row"], visits)
+            keys = view_keys(seed, rows["row"], rows["visit"])
             images, target = canvases[take].to(env.device), labels[take].to(env.device)
             if self.masks:
                 views, target = random_views(images, policy, keys, size=size, masks=target)
             else:
                 views = random_views(images, policy, keys, size=size)
             yield {"images": views, "label": target}
+
+
+def _order(count: int, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Rows]:
+    """``row`` and ``visit`` of each batch of the worker's lanes."""
+    shards = [("labels", count)]
+    if count >= env.of:
+        yield from Feed(shards, _numbers, batch=batch, lanes=env.mine, of=env.of, seed=seed).batches(start, stop)
+        return
+    # With fewer images than lanes each lane sees all, in an order and in views of its own.
+    feeds = [Feed(shards, _numbers, batch=batch, seed=seed + lane).batches(start, stop) for lane in env.mine]
+    for found in zip(*feeds, strict=True):
+        visits = [rows["visit"] * env.of + lane for rows, lane in zip(found, env.mine, strict=True)]
+        yield {"row": np.concatenate([rows["row"] for rows in found]), "visit": np.concatenate(visits)}
 
 
 def _numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
@@ -137,13 +138,14 @@ class Taught:
     def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
         rows = sum(n for _, n in self.shards)
         resident = rows * self.row_bytes <= part.resident_bytes
-        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes)
+        # A lane's windows are the same with any number of workers, so they have the size that the fewest can hold.
+        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes // env.most)
         return Feed(
             self.shards,
             self._reader(env, resident),
             batch=batch,
-            rank=env.rank,
-            world=env.world,
+            lanes=env.mine,
+            of=env.of,
             seed=seed,
             window_rows=window,
         )
@@ -167,7 +169,8 @@ class Taught:
         return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
 
     def batches(self, part: recipes.Train, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
-        """Batches on the device, as `ktray.objectives.base.Objective.step` takes them."""
+        """Batches on the device, ``batch`` rows of each of the worker's lanes, as
+        `ktray.objectives.base.Objective.step` takes them."""
         for rows in self.feed(part, env, batch, seed).batches(start, stop):
             keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
             found = {

@@ -98,11 +98,15 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
         classifier.bias.copy_(head.bias)
 
 
-def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, batch: int, wish: Any) -> Precision:
+def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, rows: int, wish: Any) -> Precision:
+    """The number format and layout of the student, put into effect; ``rows`` are those of a lane."""
     size = spec.image_size
+    # What a worker has when there are the most: it stays as it is when some come or go.
+    world = env.span[1] if env.span else env.world
+    batch = rows * -(-env.of // world)
     # A measurement may end differently next time. The first decision of a store holds for every rank, restart
     # and seed, so that runs differ by what the recipe says alone.
-    name = f"{digest([spec.name, spec.kwargs, size, batch, env.world, str(env.device.type), cpu_model(), wish])}.json"
+    name = f"{digest([spec.name, spec.kwargs, size, batch, world, str(env.device.type), cpu_model(), wish])}.json"
     found: list[Any] = [None]
     if env.rank == 0:
         if not directory.exists(name):
@@ -141,7 +145,9 @@ class TransferJob:
     def build(self, env: Env) -> Program:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
-        batch = max(1, -(-int(self.part.batch_size or 1) // env.world))
+        labelled = build_objective(self.objective).labelled
+        env = env.divide(int(self.part.batch_size or 1), *([self.label_batch] if labelled else []))
+        batch = env.rows(int(self.part.batch_size or 1))
         precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective = build_objective(self.objective, hflip=self.policy.hflip)
         forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
@@ -166,19 +172,19 @@ class TransferJob:
         module = Pretrain(student, preprocess, objective).to(env.device)
         if self.part.compile:
             module.student = torch.compile(module.student)  # type: ignore[assignment]
-        label_batch = max(1, -(-self.label_batch // env.world)) if objective.labelled else 0
+        label_batch = env.rows(self.label_batch) if labelled else 0
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
             stream = taught.batches(self.part, env, batch, s.seed, start, stop)
             if not label_batch:
                 yield from stream
                 return
-            labelled = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
-            for views, more in zip(stream, labelled, strict=True):
+            more_of = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
+            for views, more in zip(stream, more_of, strict=True):
                 yield {**views, "label_images": more["images"], "label_of": more["label"]}
 
         evaluate = None
-        if objective.reads == "logits" or objective.labelled:
+        if objective.reads == "logits" or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             classes = self.student.num_classes
             evaluate = evaluator(pixels, labels, _predict(preprocess), env, classes, self.metric)
@@ -194,12 +200,13 @@ class TransferJob:
             groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
             batches=batches,
             evaluate=evaluate,
-            flops_per_step=((per_image + live) * batch + labelled_cost) * env.world,
-            images_per_step=(batch + label_batch) * env.world,
+            flops_per_step=((per_image + live) * batch + labelled_cost) * env.of,
+            images_per_step=(batch + label_batch) * env.of,
             device=env.device,
+            weight=env.weight,
             autocast=precision.autocast_dtype,
             # Heads that end up in the student are averaged with it.
-            averaged=module if objective.labelled else None,
+            averaged=module if labelled else None,
             after_step=lambda progress: objective.after_step(student, progress),
             finish=objective.finish,
             teach=(lambda views: {**views, **teacher(views["pixels"])}) if teacher else None,
@@ -225,7 +232,8 @@ class FinetuneJob:
     def build(self, env: Env) -> Program:
         s = self.settings
         model, preprocess = self.student.build(env, s.seed)
-        batch = max(1, -(-self.batch // env.world))
+        env = env.divide(self.batch)
+        batch = env.rows(self.batch)
         objective = build_objective(self.objective)
         if self.student.start is not None and objective.reads != "logits" and not self.student.head:
             _fit_classifier(model, preprocess, self.labels, env)
@@ -254,8 +262,8 @@ class FinetuneJob:
             more = teacher(views["replay_pixels"])
             return {**views, **{f"replay_{name}": value for name, value in more.items()}}
 
-        live = teacher.flops * extra * env.world if teacher else 0.0
-        images = (batch + extra) * env.world
+        live = teacher.flops * extra * env.of if teacher else 0.0
+        images = (batch + extra) * env.of
         return Program(
             module=module,
             model=model,
@@ -266,6 +274,7 @@ class FinetuneJob:
             images_per_step=images,
             device=env.device,
             autocast=precision.autocast_dtype,
+            weight=env.weight,
             teach=teach if teacher else None,
         )
 
@@ -290,7 +299,8 @@ class AdaptJob:
 
         with self.start.local() as folder:
             teacher = load_adapted(folder, env.device)
-        batch = max(1, -(-self.part.batch_size // env.world))
+        env = env.divide(self.part.batch_size)
+        batch = env.rows(self.part.batch_size)
         pixels, val_labels = self.labels.load("val", "pixels")
         size = teacher.preprocess.size
         groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
@@ -301,9 +311,10 @@ class AdaptJob:
             groups=groups,
             batches=lambda start, stop: self.labels.batches(env, batch, self.policy, size[0], seed, start, stop),
             evaluate=evaluator(pixels, val_labels, lambda m, x: m.logits(x), env, classes, self.metric),
-            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.world,
-            images_per_step=batch * env.world,
+            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.of,
+            images_per_step=batch * env.of,
             device=env.device,
+            weight=env.weight,
             autocast=torch.bfloat16 if env.device.type == "cuda" else None,
         )
 

@@ -51,6 +51,7 @@ class Program:
         batches: (start, stop) -> this rank's batches, on the device.
         evaluate: model -> (score, metrics) on validation, the same on every rank; higher score is better.
         flops_per_step, images_per_step: over all ranks.
+        weight: of this rank's loss in the mean over ranks: more than 1 where it has more rows than others.
         averaged: what is averaged; None: the model. Otherwise a module that holds it.
         after_step: called after each optimizer step with the share of the steps that are done.
         teach: adds to a batch what a teacher in this process says of it; part of the step, not of the waiting for data.
@@ -66,6 +67,7 @@ class Program:
     images_per_step: int
     device: torch.device
     autocast: torch.dtype | None = None
+    weight: float = 1.0
     averaged: nn.Module | None = None
     after_step: Callable[[float], None] | None = None
     finish: Callable[[nn.Module], None] | None = None
@@ -89,8 +91,10 @@ class State:
 class Hooks:
     """How the loop talks to whatever runs it.
 
-    ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank 0 (None elsewhere). It may
-    go on with it behind the training, which does not touch the folder again, but for the last one.
+    ``progress`` gets where the loop stands: at its start ``start`` with what was counted up to there, then ``done``,
+    and rows of the ``curve``. ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank
+    0 (None elsewhere). It may go on with it behind the training, which does not touch the folder again, but for the
+    last one.
     """
 
     save: Callable[[Path | None, dict[str, Any], bool], None]
@@ -186,6 +190,8 @@ class Fit:
         s, state = self.s, self.state
         if state.finished:
             return state
+        images, flops = state.step * self.p.images_per_step, state.step * self.p.flops_per_step
+        self.hooks.progress({"start": state.step, "images": images, "flops": flops})
         eval_every = max(1, s.steps // s.evals)
         save_every: int | None = None
         losses: list[torch.Tensor] = []
@@ -261,7 +267,7 @@ class Fit:
             with self._gradients(number == len(parts) - 1):
                 with torch.autocast(self.p.device.type, dtype=self.p.autocast, enabled=self.p.autocast is not None):
                     loss = self.module(part, generator)["loss"] / len(parts)
-                loss.backward()
+                (loss * self.p.weight).backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(
             [p for group in self.optimizer.param_groups for p in group["params"]], self.s.clip, foreach=True

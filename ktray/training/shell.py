@@ -21,12 +21,15 @@ from typing import Any, Protocol
 
 import torch
 
+from ktray import pulse
 from ktray.resources import Plan
 from ktray.store import Stage, storage_error
+from ktray.training.lanes import lanes, share
 from ktray.training.loop import Fit, Hooks, Program, Settings
 
 FOLDER = "train"  # in the stage's directory, for checkpoints
-LAST = "last.json"
+LAST = "last.json"  # names a lone worker's
+MANAGED = "checkpoint_manager_snapshot.json"  # names those of Ray Train's workers; the file is its own
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Env:
         read_cpus: of a task that reads for it.
         teachers, teacher_gpus, teacher_threads: the teachers that may run beside it, and what each has.
         report: posts what a reader has to say to those who watch.
+        span: the fewest and the most workers that the run may have; None: as many as there are.
+        lanes: that the training rows come in (`divide`); 0: one for each worker.
     """
 
     device: torch.device
@@ -47,6 +52,36 @@ class Env:
     teacher_gpus: float = 0.0
     teacher_threads: int = 1
     report: Callable[[dict[str, Any]], None] = lambda values: None
+    span: tuple[int, int] | None = None
+    lanes: int = 0
+
+    def divide(self, *batches: int) -> Env:
+        """The same with lanes that fit the batches, rows of a step over all workers."""
+        return replace(self, lanes=lanes(*(self.span or (self.world, self.world)), *batches))
+
+    @property
+    def of(self) -> int:
+        """How many lanes there are."""
+        return self.lanes or self.world
+
+    @property
+    def mine(self) -> range:
+        """The lanes that this worker feeds."""
+        return share(self.rank, self.world, self.of)
+
+    @property
+    def most(self) -> int:
+        """The most lanes that a worker feeds, when there are the fewest workers."""
+        return -(-self.of // (self.span[0] if self.span else self.world))
+
+    def rows(self, batch: int) -> int:
+        """Of each lane, for a batch over all workers."""
+        return max(1, -(-batch // self.of))
+
+    @property
+    def weight(self) -> float:
+        """Of this worker's mean loss in the mean over workers, so that each row of the whole batch counts alike."""
+        return len(self.mine) * self.world / self.of
 
 
 class Job(Protocol):
@@ -67,11 +102,25 @@ class Outcome:
 
 
 def train(
-    job: Job, stage: Stage, plan: Plan, board: Any, *, max_failures: int, on_weights: Callable[[Path], None]
+    job: Job,
+    stage: Stage,
+    plan: Plan,
+    board: Any,
+    *,
+    max_failures: int,
+    on_weights: Callable[[Path], None],
+    resize_seconds: float = 60.0,
 ) -> Outcome:
-    """Run a job on ``plan.workers`` workers to its end; goes on from the stage's last checkpoint if there is one.
+    """Run a job on ``plan.least`` to ``plan.workers`` workers to its end; goes on from the stage's last checkpoint if
+    there is one, however many workers wrote it.
 
-    ``on_weights`` gets the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
+    Args:
+        max_failures: of workers that die or fail, and as many of their set-up; -1: any number.
+        on_weights: gets the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
+        resize_seconds: between looks for room for more workers.
+
+    Raises:
+        KtrayError: the stage's pulse has stopped (`ktray.pulse`).
     """
     from ray import cloudpickle
 
@@ -80,6 +129,7 @@ def train(
         "job": cloudpickle.dumps(job),
         "board": board,
         "threads": plan.worker_threads,
+        "span": (plan.least, plan.workers),
         "beside": {
             "read_cpus": plan.decode_cpus,
             "teachers": plan.streaming,
@@ -87,9 +137,12 @@ def train(
             "teacher_threads": plan.actor_threads,
         },
     }
-    run = _alone if plan.workers == 1 and not plan.worker_gpus else _ray_train
+    alone = plan.workers == 1 and not plan.worker_gpus and not stage.exists(f"{FOLDER}/{MANAGED}")
     try:
-        outcome = run(config, stage, plan, max_failures, on_weights)
+        if alone:
+            outcome = _alone(config, stage, plan, max_failures, on_weights)
+        else:
+            outcome = _ray_train(config, stage, plan, max_failures, on_weights, resize_seconds)
     except OSError as error:
         raise storage_error(error, stage.uri) from error
     stage.delete(FOLDER)
@@ -97,37 +150,78 @@ def train(
 
 
 def _ray_train(
-    config: dict[str, Any], stage: Stage, plan: Plan, max_failures: int, on_weights: Callable[[Path], None]
+    config: dict[str, Any],
+    stage: Stage,
+    plan: Plan,
+    max_failures: int,
+    on_weights: Callable[[Path], None],
+    resize_seconds: float,
 ) -> Outcome:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ktray.training.control import Told, again
+
+    board = config["board"]
     resources = {"CPU": plan.worker_cpus}
     if plan.worker_gpus:
         resources["GPU"] = plan.worker_gpus
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.workers,
-            use_gpu=plan.worker_gpus > 0,
-            resources_per_worker=resources,
-            # Each has the threads of a whole machine (see `resources.plan`); GPUs are better off close together.
-            placement_strategy="PACK" if plan.worker_gpus else "SPREAD",
-        ),
-        torch_config=TorchConfig(backend="nccl" if plan.worker_gpus else "gloo"),
-        run_config=ray.train.RunConfig(
-            name=FOLDER,
-            storage_path=stage.uri,
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    result = trainer.fit()
+    least, most = plan.least, plan.workers
+    count = str(most) if least == most else f"{least} to {most}"
+    asks = " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
+    pulse.waits("its training workers", f"{count} times {asks} (on one node each time)")
+
+    api: Any = ray.train  # its types are those of the older Train
+
+    def fit() -> Any:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={**config, "stage": stage},
+            scaling_config=api.ScalingConfig(
+                num_workers=most if least == most else (least, most),
+                use_gpu=plan.worker_gpus > 0,
+                resources_per_worker=resources,
+                # Each has the threads of a whole machine (see `resources.plan`); GPUs are better off close together.
+                placement_strategy="PACK" if plan.worker_gpus else "SPREAD",
+                elastic_resize_monitor_interval_s=resize_seconds,
+            ),
+            torch_config=TorchConfig(backend="nccl" if plan.worker_gpus else "gloo"),
+            run_config=api.RunConfig(
+                name=FOLDER,
+                storage_path=stage.uri,
+                failure_config=api.FailureConfig(max_failures=max_failures),
+                checkpoint_config=api.CheckpointConfig(num_to_keep=1),
+                callbacks=[Told(board, max_failures)],
+            ),
+        )
+        return trainer.fit()
+
+    failures = 0
+    while True:
+        try:
+            result = pulse.patiently(fit, lambda: _end(board))
+            break
+        except api.ControllerError as error:
+            if not again(error.controller_failure, failures, max_failures):
+                raise
+            failures += 1
+            time.sleep(min(30, 2**failures))
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return _outcome(Path(folder), on_weights)
+
+
+def _end(board: Any) -> None:
+    """End the training whose controller the board holds."""
+    import ray
+
+    if board is None:
+        return
+    for controller in ray.get(board.holds.remote(), timeout=10):
+        with contextlib.suppress(ray.exceptions.RayError):  # it ends by dying
+            ray.get(controller.abort.remote(), timeout=5)
+        ray.kill(controller)
 
 
 def _outcome(folder: Path, on_weights: Callable[[Path], None]) -> Outcome:
@@ -150,10 +244,20 @@ def _worker(config: dict[str, Any]) -> None:
             metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True
         )
 
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint, stage = ray.train.get_checkpoint(), config["stage"]
+    last = None if checkpoint else _last(stage)  # a lone worker began it
     where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as resume:
-        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None)
+    with (
+        checkpoint.as_directory()
+        if checkpoint
+        else stage.local(f"{FOLDER}/{last}")
+        if last
+        else contextlib.nullcontext() as resume
+    ):
+        # Left where it is when the training fails: what is being uploaded must stay whole.
+        scratch = Path(tempfile.mkdtemp(prefix="ktray-train-"))
+        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _alone(
@@ -164,7 +268,9 @@ def _alone(
     # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
     again: dict[str, Any] = {"max_retries": max_failures, "retry_exceptions": [OSError]}
     remote: Any = ray.remote
-    ray.get(remote(num_cpus=plan.worker_cpus, **again)(_lone_worker).remote(config, stage))
+    pulse.waits("its training worker", f"{plan.worker_cpus:g} CPUs")
+    task = remote(num_cpus=plan.worker_cpus, **again)(_lone_worker).remote(config, stage)
+    pulse.patiently(lambda: ray.get(task), lambda: ray.cancel(task, force=True))
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 
@@ -192,10 +298,11 @@ def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
 
     last = _last(stage)
     with (
+        tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch,  # outlives what is being uploaded from it
         ThreadPoolExecutor(1) as behind,
         stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
     ):
-        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume)
+        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume, Path(scratch))
 
 
 def _last(stage: Stage) -> str | None:
@@ -205,7 +312,11 @@ def _last(stage: Stage) -> str | None:
 
 
 def _fit(
-    config: dict[str, Any], env: Env, save: Callable[[Path | None, dict[str, Any], bool], None], resume: Path | None
+    config: dict[str, Any],
+    env: Env,
+    save: Callable[[Path | None, dict[str, Any], bool], None],
+    resume: Path | None,
+    scratch: Path,
 ) -> None:
     from ray import cloudpickle
 
@@ -218,27 +329,50 @@ def _fit(
         if board is not None:
             board.post.remote(values)
 
-    program = job.build(replace(env, report=report))
+    span = _span(config["span"], env.world, resume)
+    program = job.build(replace(env, report=report, span=span))
     begun = time.perf_counter()
+    machines = _machines(env.world)
 
     def progress(values: dict[str, float]) -> None:
         if env.rank == 0:
-            report(values)
+            report({**values, "workers": env.world, "machines": machines} if "start" in values else values)
 
     def keep(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         if folder is not None:
-            (folder / "report.json").write_text(json.dumps(_report(program, time.perf_counter() - begun)))
+            told = {**_report(program, time.perf_counter() - begun), "span": span}
+            (folder / "report.json").write_text(json.dumps(told))
         save(folder, metrics, last)
 
-    with tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch:
-        names = iter(range(1 << 30))
+    names = iter(range(1 << 30))
 
-        def folder() -> Path:
-            path = Path(scratch) / str(next(names))
-            path.mkdir()
-            return path
+    def folder() -> Path:
+        path = scratch / str(next(names))
+        path.mkdir()
+        return path
 
-        Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
+    Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
+
+
+def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:
+    """The run's fewest and most workers, by which its rows are ordered: those that it began with, as long as they
+    allow for the workers that there are now (the same command may have been given again with another number)."""
+    report = json.loads((resume / "report.json").read_text()) if resume else {}
+    low, high = report.get("span", span)
+    return (low, high) if world <= high else span
+
+
+def _machines(world: int) -> int:
+    """On how many the workers are."""
+    import ray
+    import torch.distributed as dist
+
+    here: list[Any] = [ray.get_runtime_context().get_node_id()]
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, here[0])
+        here = gathered
+    return len(set(here))
 
 
 def _report(program: Program, seconds: float) -> dict[str, Any]:

@@ -47,3 +47,31 @@ class Toy:
 
         groups = decay_groups(model, 0.01)
         return Program(Regression(model), model, groups, batches, None, 10.0, 16, env.device)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The same for any number of workers: each feeds its lanes' part of the batch. At step `FAILS` the last worker
+    dies, as long as ``marker`` does not exist."""
+
+    marker: Path
+    rows: int = 16
+    settings: Settings = SETTINGS
+
+    def build(self, env):
+        env = env.divide(self.rows)
+        model = nn.Linear(4, 1)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        mine = slice(env.mine.start * env.rows(self.rows), env.mine.stop * env.rows(self.rows))
+
+        def batches(start, stop):
+            for step in range(start, stop):
+                if step == FAILS and env.world > 1 and env.rank == env.world - 1 and not self.marker.exists():
+                    self.marker.write_text(str(env.world))
+                    os._exit(7)
+                x = torch.randn(self.rows, 4, generator=torch.Generator().manual_seed(step))
+                yield {"x": x[mine], "y": x[mine].sum(1, keepdim=True)}
+
+        groups = decay_groups(model, 0.01)
+        return Program(Regression(model), model, groups, batches, None, 10.0, self.rows, env.device, weight=env.weight)

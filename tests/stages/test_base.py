@@ -16,7 +16,7 @@ from ktray.store import Store
 def context(store, run, say=lambda text: None):
     """As little of a run as a stage needs."""
     tracker = SimpleNamespace(stage=lambda name: SimpleNamespace(finish=lambda values, status: None))
-    plan = SimpleNamespace(workers=1, worker_gpus=0.0)
+    plan = SimpleNamespace(least=1, workers=1, worker_gpus=0.0)
     return Context(
         recipe=Recipe(), store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, task=None,
         class_names=[], prompts=[], fingerprint="", canvas=1.0, run_id=run, say=say,

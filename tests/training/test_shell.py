@@ -1,12 +1,16 @@
 """A lone worker: goes on from its last checkpoint after its process died, and ends as if nothing had happened."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_job import STEPS, Toy
+from toy_job import FAILS, STEPS, Shared, Toy
 
+from ktray.board import watch
+from ktray.errors import KtrayError
+from ktray.pulse import Pulse, watched
 from ktray.store import Stage
 from ktray.training.shell import FOLDER, train
 
@@ -55,3 +59,53 @@ def test_it_gives_up_when_it_has_died_often_enough(run):
 
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         run("death", max_failures=0)
+
+
+def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(cluster, tmp_path):
+    """Three workers have three, three and two of eight lanes; the last dies once."""
+
+    def run(name, plan):
+        kept, posts = {}, []
+        with watch(posts.append) as board:
+            outcome = train(
+                Shared(tmp_path / "marker"),
+                Stage(str(tmp_path / name)),
+                plan,
+                board,
+                max_failures=1,
+                on_weights=lambda path: kept.update(load_file(str(path))),
+            )
+        return outcome, kept, posts
+
+    one, expected, _ = run("one", replace(cluster, least=1, workers=1, worker_gpus=0.0))
+    assert not (tmp_path / "marker").exists()
+    # On this one node three fit.
+    outcome, weights, posts = run("three", replace(cluster, least=1, workers=3, worker_cpus=0.25, worker_gpus=0.0))
+    assert (tmp_path / "marker").read_text() == "3"
+    assert outcome.state["step"] == one.state["step"] == STEPS
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+    starts = [post for post in posts if "start" in post]
+    assert [post["workers"] for post in starts] == [3, 3]
+    assert 0 < starts[1]["start"] <= FAILS, "it did not go on from a checkpoint"
+    states = [post["state"] for post in posts if "state" in post]
+    assert states.count("restarting") == 1
+    assert states[-1] == "finished"
+
+
+def test_workers_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster, tmp_path):
+    from ray._private.state import actors
+
+    def controllers():
+        return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
+
+    plan = replace(cluster, least=2, workers=2, worker_cpus=50.0, worker_gpus=0.0)
+    with watch(lambda post: None) as board, watched(Pulse("transfer", 6 / 60)), pytest.raises(KtrayError) as caught:
+        train(Toy(tmp_path / "m", ""), Stage(str(tmp_path / "s")), plan, board, max_failures=1, on_weights=print)
+    assert "waiting for its training workers" in caught.value.what
+    assert "asks for 2 times 50 CPUs" in caught.value.what
+    assert f"of {cluster.total_cpus:g} CPUs" in caught.value.remedy
+    limit = time.monotonic() + 20
+    while controllers() and time.monotonic() < limit:
+        time.sleep(0.2)
+    assert not controllers(), "it goes on trying"

@@ -1,0 +1,96 @@
+"""What an attempt at a stage makes of its workers' posts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ktray.ledger import Entry, Meter
+from ktray.pulse import Pulse
+from ktray.stages.base import Reporter
+
+FLOPS, IMAGES = 100, 8
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def made():
+    """(reporter, clock, what was said) of an attempt on GPUs; an earlier one was killed after 30 steps were counted."""
+
+    def make(earlier=30):
+        said, clock = [], Clock()
+        context = SimpleNamespace(
+            tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda step, values: None)),
+            ledger=SimpleNamespace(
+                entries=[
+                    Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
+                    Entry("transfer", "another", 1, flops=10**9, images=10**9),
+                ]
+            ),
+            plan=SimpleNamespace(worker_gpus=1.0),
+            say=said.append,
+        )
+        log = SimpleNamespace(append=lambda line: None)
+        meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
+        return Reporter(context, "transfer", meter, Pulse("transfer", 1, clock=clock)), clock, said
+
+    return make
+
+
+def start(step, workers):
+    values = {"start": step, "images": step * IMAGES, "flops": step * FLOPS}
+    return {**values, "workers": workers, "machines": workers}
+
+
+def step(number):
+    return {"done": number, "images": number * IMAGES, "flops": number * FLOPS}
+
+
+def test_steps_done_again_count_again_and_are_told_apart(made):
+    reporter, _, said = made()
+    for post in (start(30, 1), step(45), start(40, 2), step(60), start(50, 1), step(70)):
+        reporter.post(post)
+    entry = reporter.meter.now()
+    assert entry.flops == (15 + 20 + 20) * FLOPS
+    assert entry.images == (15 + 20 + 20) * IMAGES
+    assert (entry.restarts, entry.lost_flops) == (2, (5 + 10) * FLOPS)
+    assert [line.split("goes on ")[1] for line in said] == [
+        "from step 40 with 2 worker(s)",
+        "from step 50 with 1 worker(s)",
+    ]
+
+
+@pytest.mark.parametrize(("earlier", "untold"), [(30, 0), (22, 8), (35, 0)])
+def test_steps_that_a_killed_attempt_did_not_get_to_tell_are_counted_by_the_next(made, earlier, untold):
+    reporter, _, _ = made(earlier)
+    reporter.post(start(30, 1))
+    reporter.post(step(31))
+    assert reporter.meter.now().flops == (1 + untold) * FLOPS
+
+
+def test_device_time_is_that_of_as_many_as_there_were(made):
+    reporter, clock, _ = made()
+    with reporter.meter:
+        for at, workers in ((5, 1), (15, 3), (25, 2)):
+            clock.now = at
+            reporter.post(start(30, workers))
+        clock.now = 45
+        assert reporter.meter.now().device_seconds == 15 * 1 + 10 * 3 + 20 * 2
+
+
+def test_states_of_the_controller_are_no_sign_of_life(made):
+    reporter, clock, said = made()
+    reporter.post(step(31))
+    reporter.post({"state": "restarting", "why": "worker 1: died"})
+    for state in ("scheduling", "rescheduling") * 3:
+        clock.now += 30
+        reporter.post({"state": state, "why": "timed out" if state == "rescheduling" else ""})
+    with pytest.raises(Exception, match=r"last: step 31\).*Ray Train is rescheduling"):
+        reporter.pulse.check()
+    assert said == ["transfer  lost its workers: worker 1: died", "transfer  could not start its workers: timed out"]
