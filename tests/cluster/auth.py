@@ -105,18 +105,18 @@ def head(home: Path) -> None:
         # Its agent, which runs jobs, comes up after it.
         submit, told = json.dumps({"entrypoint": "true"}).encode(), list[bytes]()
         wait("the job API answers", lambda: ask(f"{url}/api/jobs/", "POST", right, submit, told) == 200, told)
-        print(f"{'':44}{'no token':>10}{'wrong':>10}{'right':>10}")
+        print(f"{'':62}{'no token':>10}{'wrong':>10}{'right':>10}")
         for method, path in ASKED:
             runs = (method, path) == ("POST", "/api/jobs/")
             answers = [
                 ask(url + path, method, token, body[who] if runs else b"{}" if method in ("POST", "PUT") else None)
                 for who, token in (("none", None), ("wrong", wrong), ("right", right))
             ]
-            print(f"{method:<7}{path:<37}" + "".join(f"{code:>10}" for code in answers), flush=True)
+            print(f"{method:<7}{path:<55}" + "".join(f"{code:>10}" for code in answers), flush=True)
             assert set(answers[:2]) <= {401, 403}, f"{method} {path} is not refused"
             assert answers[2] not in (401, 403, -1), f"{method} {path} is refused with the right token"
         for path in OPEN:
-            print(f"GET    {path:<37}{ask(url + path, 'GET', None):>10}    (whether it lives)", flush=True)
+            print(f"GET    {path:<55}{ask(url + path, 'GET', None):>10}    (whether it lives)", flush=True)
         wait("the job of the right token has run", lambda: (home / "ran-right").exists())
         assert sorted(p.name for p in home.glob("ran-*")) == ["ran-right"]
         address = f"127.0.0.1:{port}"
