@@ -1,7 +1,7 @@
 """Start the MLflow server of this image once its database and its bucket are there.
 
-Settings, all from the environment: ``DATABASE_URI`` (``postgresql+psycopg2://user:password@host/name``), ``BUCKET`` (made if it
-is not there; artifacts go under ``mlflow/`` in it), and what MLflow and boto3 read themselves:
+Settings, all from the environment: ``DATABASE_URI`` (``postgresql+psycopg2://user:password@host/name``), ``BUCKET``
+(made if it is not there; artifacts go under ``mlflow/`` in it), and what MLflow and boto3 read themselves:
 ``MLFLOW_AUTH_ADMIN_USERNAME``, ``MLFLOW_AUTH_ADMIN_PASSWORD``, ``MLFLOW_FLASK_SERVER_SECRET_KEY``,
 ``MLFLOW_SERVER_ALLOWED_HOSTS`` (names by which clients may call it, with ports), ``AWS_*``.
 """
