@@ -39,6 +39,7 @@ JOB = [
     f"train.steps={STEPS}",
     "train.checkpoint_seconds=3",
     "baselines.scratch=false",
+    "finetune.steps=0",
     "teach.mode=cached",
     f"cluster.max_failures={0 if NOTICE else 3}",
 ]
@@ -124,7 +125,7 @@ def steps_of_transfer(store: Path) -> Counter:
 def start_head(home: Path, nodes: list[subprocess.Popen]) -> str:
     """The address of a new cluster of one node."""
     port = free_port()
-    head = ["--head", f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={home / f'ray{port}'}"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={home / f'ray{port}'}"]
     nodes.append(start_node(*head, log=home / f"head{port}.log"))
     time.sleep(20)
     return f"127.0.0.1:{port}"
