@@ -269,6 +269,7 @@ class Stage(Dir):
             for i in sorted(s3.entries(self.fs, self.path, recursive=True), key=lambda i: i.path)
             if i.type == pafs.FileType.File
             and i.path[prefix:] not in skip
+            and not i.path.endswith(".tmp")  # the ledger's next line, on its way
             and not i.path[prefix:].startswith(f"{LEASE}/")
         }
         if lease:

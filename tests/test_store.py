@@ -40,6 +40,17 @@ def test_stage_is_whole_only_with_manifest_and_all_bytes(tmp_path):
         stage.manifest()
 
 
+def test_a_file_that_is_just_being_written_is_none_of_the_stages(tmp_path):
+    stage = Store(str(tmp_path)).stage("teach", "k")
+    stage.write("a.bin", b"12345")
+    # The ledger's thread writes beside the stage's work: to another name first, which is gone a moment later.
+    passing = tmp_path / "stages/teach/k/ledger.jsonl.0123abcd.tmp"
+    passing.write_bytes(b"half")
+    stage.commit({})
+    passing.unlink()
+    assert stage.manifest()["files"] == {"a.bin": 5}
+
+
 def test_store_in_the_place_of_a_file_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(KtrayError, match=r"store="):
