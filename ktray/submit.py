@@ -12,16 +12,12 @@ from urllib.parse import urlsplit
 from ktray.errors import KtrayError
 from ktray.identity import ROOT, commit, user
 from ktray.recipe import Recipe
+from ktray.resources import S3_SETTINGS
 from ktray.tracking import HIDDEN, scrub
 
 # What decides on the cluster where a job reads and logs; handed over where it is set here.
 HANDED = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    *S3_SETTINGS,
     "MLFLOW_TRACKING_URI",
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
