@@ -37,7 +37,7 @@ def test_what_is_there_is_not_waited_for_and_is_kept(cluster):
     with scaling.gathered(Cluster(), told.append):
         assert staying() == []
     with scaling.gathered(Cluster(cpus=int(cluster.total_cpus)), told.append):
-        assert len(staying()) == 1
+        assert soon(lambda: len(staying()) == 1)
         assert held() == []
         assert soon(lambda: ray.available_resources()["CPU"] == cluster.total_cpus)  # it takes none
     assert soon(lambda: not staying())
