@@ -1,8 +1,10 @@
 from itertools import pairwise
 
 import pytest
+import torch
 
 from ktray.training.lanes import MOST, lanes, share
+from ktray.training.shell import Env
 
 
 @pytest.mark.parametrize("of", [1, 2, 5, 8, 12])
@@ -43,3 +45,18 @@ def test_every_worker_has_a_lane_and_none_much_more_than_its_share(low, high, ba
         assert min(counts) >= 1
         assert max(counts) * world / of < 2
     assert all(a <= b for a, b in pairwise([share(0, w, of).stop for w in range(high, low - 1, -1)]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_mean_over_workers_of_weighted_losses_is_the_mean_over_the_whole_batch(world):
+    batch = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    losses = []
+    rows = 0
+    for rank in range(world):
+        env = Env(torch.device("cpu"), rank, world, 1.0, span=(1, 4)).divide(64)
+        mine = batch[env.mine.start * env.rows(64) : env.mine.stop * env.rows(64)]
+        losses.append(env.weight * (mine**2).mean())
+        rows += len(mine)
+        assert env.most == env.of == 8, "one worker alone feeds all lanes"
+    assert rows == len(batch)
+    torch.testing.assert_close(torch.stack(losses).mean(), (batch**2).mean())
