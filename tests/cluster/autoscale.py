@@ -27,7 +27,7 @@ HEAD = "f" * 51 + "00000"  # by which the provider knows the head
 CPUS = 4
 JOB = [
     f"cluster.cpus={CPUS}",
-    "cluster.wait_seconds=90",
+    "cluster.wait_seconds=300",
     "transfer.size=200",
     "train.steps=20",
     "finetune.steps=10",
@@ -127,6 +127,8 @@ def main() -> None:
         start = [program, "start", "--head", "--num-cpus=0", f"--port={port}"]
         start += [f"--dashboard-port={dashboard}", f"--autoscaling-config={home / 'fake.json'}"]
         start += [f"--temp-dir={home / 'ray'}", "--object-store-memory=500000000"]
+        # Fixed by default, so that a second Ray on the machine would take no jobs.
+        start += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
         with open(home / "head.log", "w") as log:
             subprocess.run(start, stdout=log, stderr=log, check=True, env=head_alone)
         try:
