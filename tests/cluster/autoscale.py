@@ -8,6 +8,7 @@ It does not pass yet: no node is started for the job's placement group.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -26,7 +27,7 @@ HEAD = "f" * 51 + "00000"  # by which the provider knows the head
 CPUS = 4
 JOB = [
     f"cluster.cpus={CPUS}",
-    "cluster.wait_seconds=90",
+    "cluster.wait_seconds=300",
     "transfer.size=200",
     "train.steps=20",
     "finetune.steps=10",
@@ -104,7 +105,7 @@ class Watch:
 
 def main() -> None:
     program = str(Path(sys.executable).with_name("ray"))
-    with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="kt-", ignore_cleanup_errors=True) as scratch:
         home = Path(scratch)
         port, dashboard = free_port(), free_port()
         (home / "token").write_text(secrets.token_hex(32))
@@ -123,13 +124,13 @@ def main() -> None:
             "RAY_CLOUD_INSTANCE_ID": HEAD,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         }
-        start = [program, "start", "--head", "--block", "--num-cpus=0", f"--port={port}"]
+        start = [program, "start", "--head", "--num-cpus=0", f"--port={port}"]
         start += [f"--dashboard-port={dashboard}", f"--autoscaling-config={home / 'fake.json'}"]
         start += [f"--temp-dir={home / 'ray'}", "--object-store-memory=500000000"]
+        # Fixed by default, so that a second Ray on the machine would take no jobs.
+        start += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
         with open(home / "head.log", "w") as log:
-            head = subprocess.Popen(
-                start, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **head_alone}
-            )
+            subprocess.run(start, stdout=log, stderr=log, check=True, env=head_alone)
         try:
             watch(port, dashboard, home)
         except BaseException:
@@ -139,11 +140,16 @@ def main() -> None:
                     print(f"--- {name}", *lines[-40:], sep="\n", flush=True)
             raise
         finally:
-            os.killpg(head.pid, signal.SIGTERM)
-            try:
-                head.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(head.pid, signal.SIGKILL)
+            stop(str(home))
+
+
+def stop(home: str) -> None:
+    """End the processes that have this folder on their command line or in their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            about = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            if home.encode() in about and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def submit(address: str, command: str) -> tuple[Any, str]:
