@@ -150,7 +150,9 @@ MALLOC = {
 }
 
 
-S3_SETTINGS = (
+# How data is reached, and where it may be read from (`ktray.data.filesystem.ROOTS`).
+DATA_SETTINGS = (
+    "KTRAY_DATA_ROOTS",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
@@ -189,7 +191,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(__file__).parent)]}
-        if passed := s3_settings():
+        if passed := data_settings():
             env["env_vars"] = passed
         ray.init(address=address, runtime_env=env or None, **common)
     else:
@@ -249,12 +251,12 @@ def _authenticate(address: str | None) -> None:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def s3_settings() -> dict[str, str]:
-    """How this process reaches S3, for workers on other nodes; without the credentials, which all could read there."""
+def data_settings() -> dict[str, str]:
+    """How this process reaches data, for workers on other nodes; without credentials, which all could read there."""
     # What the job was submitted with reaches the workers by itself, and Ray takes no name twice.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     known = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
-    return {name: os.environ[name] for name in S3_SETTINGS if os.environ.get(name) and name not in known}
+    return {name: os.environ[name] for name in DATA_SETTINGS if os.environ.get(name) and name not in known}
 
 
 def inside_job() -> bool:

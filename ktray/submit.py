@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 from ktray.errors import KtrayError
 from ktray.identity import ROOT, commit, user
 from ktray.recipe import Recipe
-from ktray.resources import S3_SETTINGS
-from ktray.tracking import HIDDEN, scrub
+from ktray.resources import DATA_SETTINGS
+from ktray.scrub import HIDDEN, scrub
 
 # What decides on the cluster where a job reads and logs; handed over where it is set here.
 HANDED = (
-    *S3_SETTINGS,
+    *DATA_SETTINGS,
     "MLFLOW_TRACKING_URI",
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",

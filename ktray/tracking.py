@@ -22,7 +22,6 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ktray.errors import KtrayError
-from ktray.scrub import HIDDEN as HIDDEN
 from ktray.scrub import scrub
 from ktray.tracking_server import Server, is_transient
 

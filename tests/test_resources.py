@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.resources import S3_SETTINGS, authentication, cluster_plan, others, plan, s3_settings
+from ktray.resources import DATA_SETTINGS, authentication, cluster_plan, data_settings, others, plan
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
@@ -157,15 +157,16 @@ def test_a_token_goes_to_no_address_that_was_not_meant(no_token):
 
 
 def test_workers_get_the_address_of_s3_and_no_credentials(monkeypatch):
-    for name in (*S3_SETTINGS, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    for name in (*DATA_SETTINGS, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    assert s3_settings() == {}
+    assert data_settings() == {}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    wanted = {"AWS_ENDPOINT_URL": "http://store:9000", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
-    assert s3_settings() == wanted
+    monkeypatch.setenv("KTRAY_DATA_ROOTS", "s3://photos")
+    kept = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "KTRAY_DATA_ROOTS": "s3://photos"}
+    assert data_settings() == {"AWS_ENDPOINT_URL": "http://store:9000", **kept}
     # Ray refuses a name that the job was submitted with.
     job = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": "http://store:9000"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    assert s3_settings() == {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+    assert data_settings() == kept
