@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from PIL import Image
 
 from ktray.data.decode import formats
@@ -22,6 +23,7 @@ from ktray.models.heads import DEFAULT_TEMPLATES
 from ktray.objectives import build_objective
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
+from ktray.store import Dir
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.sparse import per_prediction
 from ktray.targets.squeezed import view_bytes
@@ -236,7 +238,7 @@ def resolve_gallery(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> R
 
     recipe.transfer.source, recipe.transfer.list = "retrieved", None
     if recipe.gallery.data is None:
-        recipe.gallery.data = str(_own_gallery(recipe, say))
+        recipe.gallery.data = _own_gallery(recipe, say)
         reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
         if recipe.teacher.name is None:
             choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
@@ -266,10 +268,22 @@ def _home(recipe: Recipe, say: Callable[[str], None]) -> Path:
     return home
 
 
-def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> Path:
+def _shared(recipe: Recipe, folder: Path) -> str:
+    """Where all nodes find a drawn folder: itself in a local store, else a copy in the store."""
+    if "://" not in recipe.store:
+        return str(folder)
+    home = Dir(recipe.store).sub("miniverse")
+    copy, whole = home.sub(folder.name), f"{folder.name}.whole"
+    if not home.exists(whole):
+        pafs.copy_files(str(folder), copy.path, destination_filesystem=copy.fs)
+        home.write(whole, b"all copied\n")
+    return copy.uri
+
+
+def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> str:
     from ktray.miniverse import ensure_gallery
 
-    return ensure_gallery(_home(recipe, say))
+    return _shared(recipe, ensure_gallery(_home(recipe, say)))
 
 
 def _source(recipe: Recipe) -> LabelledSet:
@@ -312,13 +326,13 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
     if recipe.task.metric == "auto" and metric != "top1":
         choose("task.metric", metric, "the built-in task's")
     if recipe.objective.name == "supervised" and recipe.supervised.data is None:
-        recipe.supervised.data = str(ensure_generic_labels(home, name))
+        recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))
     wanted = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
     if recipe.gallery.data is None and wanted:
-        recipe.gallery.data = str(ensure_gallery(home))
+        recipe.gallery.data = _shared(recipe, ensure_gallery(home))
     if recipe.teacher.name is None:
         choose("teacher.name", "miniverse", "the small model that ships, for a built-in task")
-    return str(folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
+    return _shared(recipe, folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
 
 
 def _gallery(recipe: Recipe) -> list[Shard]:

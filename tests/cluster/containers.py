@@ -3,8 +3,8 @@
     python tests/cluster/containers.py [--only NAME ...] [--keep]
 
 It starts that cluster (images and settings as cluster/local/up.sh takes them from the environment), runs the default
-recipe, shortened, undisturbed, and then each case of `CASES` in a store of its own that begins with the stages which
-the case does not touch. Each has to end with a finished run that says the same as the undisturbed one, with all
+recipe, shortened, undisturbed, and then each case of `CASES` on the same store without the stages that it disturbs
+and those after them. Each has to end with a finished run that says the same as the undisturbed one, with all
 attempts on the bill and one MLflow run whose curves have every step once. It prints a line for each and takes the
 cluster down. Not for a machine on which cluster/local/ is in use: it is refused where its secrets are there.
 """
@@ -104,9 +104,9 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def submit(self, store: str, name: str) -> None:
+    def submit(self, name: str) -> None:
         job = ["ray", "job", "submit", "--no-wait", "--submission-id", name, "--", "python", "jobs/distill.py"]
-        self.call("exec", self.head(), *job, *RECIPE, f"store=s3://{BUCKET}/{store}")
+        self.call("exec", self.head(), *job, *RECIPE, f"store=s3://{BUCKET}/store")
 
     def status(self, name: str) -> str:
         return str(self.ask(f"/api/jobs/{name}")["status"])
@@ -140,15 +140,14 @@ class Cluster:
     def read(self, key: str) -> Any:
         return json.loads(self.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
 
-    def seed(self, store: str, stages: list[str]) -> None:
-        """Give a new store what the undisturbed run made, up to a stage."""
-        for part in ["precision", *(f"stages/{stage}" for stage in stages)]:
-            for key in self.keys(f"undisturbed/{part}/"):
-                new = store + key.removeprefix("undisturbed")
-                self.s3.copy_object(Bucket=BUCKET, Key=new, CopySource={"Bucket": BUCKET, "Key": key})
+    def forget(self, *stages: str) -> None:
+        """Delete stages, and the runs, so that the next job makes them again."""
+        for part in ("runs", *(f"stages/{stage}" for stage in stages)):
+            for key in self.keys(f"store/{part}/"):
+                self.s3.delete_object(Bucket=BUCKET, Key=key)
 
-    def results(self, store: str) -> list[dict[str, Any]]:
-        return [self.read(key) for key in self.keys(f"{store}/runs/") if key.endswith("/result.json")]
+    def results(self) -> list[dict[str, Any]]:
+        return [self.read(key) for key in self.keys("store/runs/") if key.endswith("/result.json")]
 
 
 def _works(*command: str) -> bool:
@@ -158,10 +157,10 @@ def _works(*command: str) -> bool:
         return False
 
 
-def checked(cluster: Cluster, store: str) -> dict[str, Any]:
-    """The one result of a store, after a look at MLflow: one finished run with a run for each stage, all artifacts, and
+def checked(cluster: Cluster) -> dict[str, Any]:
+    """The one result in the store, after a look at MLflow: one finished run with a run for each stage, its report, and
     curves in which each step stands once."""
-    (result,) = cluster.results(store)
+    (result,) = cluster.results()
     logged = cluster.runs.get_run(result["mlflow"]["run_id"])
     experiment = logged.info.experiment_id
     same = cluster.runs.search_runs(experiment, f"attributes.run_name = '{result['run_id']}'")
@@ -188,53 +187,53 @@ def attempts(result: dict[str, Any]) -> dict[str, int]:
 
 
 def undisturbed(cluster: Cluster) -> dict[str, Any]:
-    cluster.submit("undisturbed", "undisturbed")
+    cluster.submit("undisturbed")
     assert cluster.finish("undisturbed") == "SUCCEEDED", cluster.log("undisturbed")[-3000:]
-    result = checked(cluster, "undisturbed")
+    result = checked(cluster)
     assert set(attempts(result).values()) == {1}
     return result
 
 
 def worker_in_transfer(cluster: Cluster) -> dict[str, Any]:
     """The container of a training worker dies after a checkpoint and comes back; Ray Train goes on inside the job."""
-    name = store = "worker-in-transfer"
-    cluster.seed(store, ["labels", "adapt", "index", "curate", "teach"])
-    cluster.submit(store, name)
-    saved = lambda: [k for k in cluster.keys(f"{store}/stages/transfer/") if "/train/" in k and k.endswith("state.pt")]  # noqa: E731
+    name = "worker-in-transfer"
+    cluster.forget("transfer", "finetune", "evaluate")
+    cluster.submit(name)
+    saved = lambda: [k for k in cluster.keys("store/stages/transfer/") if "/train/" in k and k.endswith("state.pt")]  # noqa: E731
     cluster.wait(name, saved, "checkpoint of TRANSFER")
     both = cluster.running("RayTrainWorker")
     say(f"training workers in {both}")
     assert len(both) == 2, "the training workers share a machine"
     killed(cluster, both[-1])
     assert cluster.finish(name) == "SUCCEEDED", cluster.log(name)[-3000:]
-    return checked(cluster, store)
+    return checked(cluster)
 
 
 def worker_in_teach(cluster: Cluster) -> dict[str, Any]:
     """A container dies in which the teacher's outputs are made; Ray Data makes the lost ones again."""
-    name = store = "worker-in-teach"
-    cluster.seed(store, ["labels", "adapt", "index", "curate"])
-    cluster.submit(store, name)
+    name = "worker-in-teach"
+    cluster.forget("teach", "transfer", "finetune", "evaluate")
+    cluster.submit(name)
     cluster.wait(name, lambda: re.search(r"^teach: ", cluster.log(name), re.M), "start of TEACH")
     busy = cluster.wait(name, lambda: cluster.running("ray::"), "tasks of TEACH")
     killed(cluster, busy[0])
     log = cluster.log(name)
     assert "transfer: " not in log, "TEACH was over before the kill"
     assert cluster.finish(name) == "SUCCEEDED", cluster.log(name)[-3000:]
-    return checked(cluster, store)
+    return checked(cluster)
 
 
 def driver_in_finetune(cluster: Cluster) -> dict[str, Any]:
     """The driver dies; the same command, submitted again, goes on."""
-    name = store = "driver-in-finetune"
-    cluster.seed(store, ["labels", "adapt", "index", "curate", "teach", "transfer"])
-    cluster.submit(store, name)
+    name = "driver-in-finetune"
+    cluster.forget("finetune", "evaluate")
+    cluster.submit(name)
     cluster.wait(name, lambda: re.search(r"^finetune: [1-9]", cluster.log(name), re.M), "step of FINETUNE")
     cluster.call("exec", cluster.head(), "python", "-c", DRIVER)
     assert cluster.finish(name) == "FAILED"
-    cluster.submit(store, f"{name}-again")
+    cluster.submit(f"{name}-again")
     assert cluster.finish(f"{name}-again") == "SUCCEEDED", cluster.log(f"{name}-again")[-3000:]
-    result = checked(cluster, store)
+    result = checked(cluster)
     assert attempts(result)["finetune"] == 2
     return result
 
@@ -249,14 +248,13 @@ def killed(cluster: Cluster, container: str, back_after: float = 5.0) -> None:
 
 def two_at_once(cluster: Cluster) -> dict[str, Any]:
     """The same command twice at the same time: one makes a stage, the other waits for it and reuses it."""
-    store = "two-at-once"
-    cluster.seed(store, ["labels", "adapt", "index"])
+    cluster.forget("curate", "teach", "transfer", "finetune", "evaluate")
     for name in ("first", "second"):
-        cluster.submit(store, name)
+        cluster.submit(name)
     for name in ("first", "second"):
         assert cluster.finish(name) == "SUCCEEDED", cluster.log(name)[-3000:]
-    found = cluster.results(store)
-    for key in cluster.keys(f"{store}/stages/"):
+    found = cluster.results()
+    for key in cluster.keys("store/stages/"):
         if key.endswith("/ledger.jsonl"):
             lines = cluster.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode().splitlines()
             assert len({json.loads(line)["attempt"] for line in lines}) == 1, f"{key}: made twice"
