@@ -48,7 +48,7 @@ def _wait(part: Cluster, say: Callable[[str], None], kept: dict[str, Any]) -> No
     try:
         # By what the cluster has, not by whether the group is placed: others may use some of it. The group goes last:
         # a machine has been idle since it came up, and would be taken away with what it was started for.
-        while not (_keep(part, kept) and _enough(part)):
+        while not (_enough(part) and _keep(part, kept)):
             now = time.monotonic()
             if now - began > part.wait_seconds:
                 raise KtrayError(
