@@ -31,24 +31,24 @@ def gathered(part: Cluster, say: Callable[[str], None]) -> Iterator[None]:
     """
     import ray
 
-    if not _enough(part):
-        _wait(part, say)
-    kept = [_stay(node) for node in wanted(part, ray.nodes())]
+    kept: dict[str, Any] = {}
     try:
+        _wait(part, say, kept)
         yield
     finally:
-        for one in kept:
+        for one in kept.values():
             ray.kill(one)
 
 
-def _wait(part: Cluster, say: Callable[[str], None]) -> None:
+def _wait(part: Cluster, say: Callable[[str], None], kept: dict[str, Any]) -> None:
     from ray.util import placement_group, remove_placement_group
 
-    group: Any = placement_group(bundles(part), strategy="PACK")
+    group: Any = None if _enough(part) else placement_group(bundles(part), strategy="PACK")
     began = told = time.monotonic()
     try:
-        # By what the cluster has, not by whether the group is placed: others may use some of it.
-        while not _enough(part):
+        # By what the cluster has, not by whether the group is placed: others may use some of it. The group goes last:
+        # a machine has been idle since it came up, and would be taken away with what it was started for.
+        while not (_enough(part) and _keep(part, kept)):
             now = time.monotonic()
             if now - began > part.wait_seconds:
                 raise KtrayError(
@@ -57,12 +57,23 @@ def _wait(part: Cluster, say: Callable[[str], None]) -> None:
                     "See `ray status` for what the autoscaler says (max_workers, quota, no spot machine to be had?), "
                     "or set cluster.cpus and cluster.gpus to what there is.",
                 )
-            if now - told >= _TELL or told == began:
+            if (now - told >= _TELL or told == began) and not _enough(part):
                 say(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; there are {_there()}")
                 told = now
             time.sleep(min(1.0, part.wait_seconds))
     finally:
-        remove_placement_group(group)
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _keep(part: Cluster, kept: dict[str, Any]) -> bool:
+    """Put an actor on each machine that the job needs and that has none; whether all of them run."""
+    import ray
+
+    needed = wanted(part, ray.nodes())
+    kept.update({node: _stay(node) for node in needed if node not in kept})
+    asked = [kept[node].here.remote() for node in needed]
+    return not asked or len(ray.wait(asked, num_returns=len(asked), timeout=5.0)[0]) == len(asked)
 
 
 def bundles(part: Cluster) -> list[dict[str, float]]:
@@ -83,6 +94,9 @@ def wanted(part: Cluster, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 class _Stay:
     """A machine on which an actor lives is not idle."""
+
+    def here(self) -> None:
+        """Returns once it lives."""
 
 
 def _stay(node: str) -> Any:

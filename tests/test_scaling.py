@@ -72,11 +72,19 @@ def test_the_autoscaler_sees_the_demand_and_the_job_goes_on_when_it_is_met(clust
         seen.append(held())
         return {**real(), "GPU": 2.0} if len(seen) > 6 else real()
 
+    at_the_end = []
+
+    def remove(group, real=ray.util.remove_placement_group):
+        at_the_end.append([one["State"] for one in staying()])
+        real(group)
+
     monkeypatch.setattr(ray, "cluster_resources", grown)
+    monkeypatch.setattr(ray.util, "remove_placement_group", remove)
     began = time.monotonic()
-    with scaling.gathered(Cluster(gpus=2, wait_seconds=60), print):
+    with scaling.gathered(Cluster(cpus=1, gpus=2, wait_seconds=60), print):
         assert time.monotonic() - began < 30
     bundles = [group["bundles"] for groups in seen for group in groups]
     assert bundles
     assert sum(bundle.get("GPU", 0) for bundle in bundles[-1].values()) == 2
     assert held() == []
+    assert at_the_end == [["ALIVE"]]  # else the machine, idle since it came up, might go with the group
