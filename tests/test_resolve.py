@@ -76,3 +76,20 @@ def test_checkpoint_without_its_architecture(photos):
 def test_unknown_built_in_task_names_its_nearest(tmp_path):
     with pytest.raises(KtrayError, match="letters"):
         resolve(recipe.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU, print)
+
+
+def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_path):
+    from ktray.resolve import _shared
+
+    drawn = tmp_path / "home" / "world"
+    (drawn / "a").mkdir(parents=True)
+    (drawn / "a" / "1.png").write_bytes(b"one")
+    given = recipe.load(None, [f"store={tmp_path / 'local'}"])
+    assert _shared(given, drawn) == str(drawn)
+    given = recipe.load(None, [f"store=file://{tmp_path / 'far'}"])
+    copy = tmp_path / "far" / "miniverse" / "world"
+    assert _shared(given, drawn).endswith(str(copy))
+    assert (copy / "a" / "1.png").read_bytes() == b"one"
+    (drawn / "a" / "1.png").write_bytes(b"two")
+    _shared(given, drawn)
+    assert (copy / "a" / "1.png").read_bytes() == b"one"
