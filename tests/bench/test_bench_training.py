@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,12 +48,14 @@ def test_the_limit_and_the_peer_train_the_same_student(made, cluster):
     assert training._in_worker(training._timm_step, one, 4, cluster) > 0
 
 
-def test_ingest_reads_every_image(made, cluster):
+def test_ingest_reads_every_image(made, cluster, tmp_path):
     _, one = made
     data = ingest.encoded(one)
     assert len(data) == len({uri for uri, _ in data}) == 24
+    paths = ingest.loose(data, tmp_path)
+    assert [Path(path).read_bytes() for path in paths] == [content for _, content in data]
     assert ingest.by_ray(one, cluster) > 0
-    assert ingest.by_loader(one, data, 1) > 0
+    assert ingest.by_loader(one, paths, 1) > 0
     assert ingest.cut(one, data) > 0
     assert ingest.decoded(one, data) > 0
 
