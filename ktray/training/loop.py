@@ -194,10 +194,14 @@ class Fit:
         self.hooks.progress({"start": state.step, "images": images, "flops": flops})
         eval_every = max(1, s.steps // s.evals)
         save_every: int | None = None
+        # The first step, which allocates and compiles, tells nothing. The second look is the better one, but where
+        # steps are slow much would be lost until then.
+        looks = {2, max(2, min(20, s.steps // 20))}
         losses: list[torch.Tensor] = []
         if state.step == 0:
             self._evaluate()
-        begun, waited, since, first = time.perf_counter(), 0.0, time.perf_counter(), state.step
+        begun = since = warm = time.perf_counter()
+        waited, first = 0.0, state.step
         before, told = state.seconds, state.step
         stream = self.p.batches(state.step, s.steps)
         while state.step < s.steps and not (s.patience and state.stale >= s.patience):
@@ -217,9 +221,11 @@ class Fit:
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {state.step}; lower the learning rate")
                 self._evaluate(loss)
-            if save_every is None and state.step - first >= min(20, max(1, s.steps // 20)):
-                speed = (time.perf_counter() - begun) / (state.step - first)
-                save_every = self._agree(max(1, round(s.checkpoint_seconds / speed)))
+            done = state.step - first
+            if done == 1:
+                warm = now
+            elif done in looks:
+                save_every = self._agree(max(1, round(s.checkpoint_seconds * (done - 1) / (now - warm))))
             if save_every and state.step % save_every == 0 and state.step < s.steps:
                 self._save()
         if told < state.step:  # also of a run that stops early, so that all of its steps are counted

@@ -3,6 +3,7 @@ import json
 import math
 import pickle
 import shutil
+import time
 
 import pytest
 import torch
@@ -181,6 +182,29 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     p.batches = lambda start, stop: iter([{"x": torch.full((4, 4), torch.nan), "y": torch.zeros(4, 1)}] * 40)
     with pytest.raises(FloatingPointError, match="step"):
         Fit(p, SETTINGS, Recorder(tmp_path).hooks).run()
+
+
+def test_slow_steps_are_saved_from_the_start(tmp_path):
+    settings = Settings(**{**SETTINGS.__dict__, "steps": 400, "checkpoint_seconds": 0.1})
+    recorder = Recorder(tmp_path)
+    p = program()
+    stream = p.batches
+
+    def slowly(start, stop):
+        for step, batch in enumerate(stream(start, stop), start):
+            if step >= 10:  # it was killed there
+                raise InterruptedError
+            time.sleep(0.05)
+            yield batch
+
+    p.batches = slowly
+    with pytest.raises(InterruptedError):
+        Fit(p, settings, recorder.hooks).run()
+    # A checkpoint each two steps of 0.05 s, or each step where the machine is slow.
+    steps = [json.loads((folder / "outcome.json").read_text())["step"] for folder in recorder.saved]
+    assert steps
+    assert steps[0] <= 4
+    assert steps[-1] >= 8
 
 
 def test_a_resumed_checkpoint_runs_no_code(tmp_path):
