@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 from PIL import Image
 
 from ktray.data.decode import formats
@@ -275,7 +274,7 @@ def _shared(recipe: Recipe, folder: Path) -> str:
     home = Dir(recipe.store).sub("miniverse")
     copy, whole = home.sub(folder.name), f"{folder.name}.whole"
     if not home.exists(whole):
-        pafs.copy_files(str(folder), copy.path, destination_filesystem=copy.fs)
+        copy.put(folder)
         home.write(whole, b"all copied\n")
     return copy.uri
 

@@ -192,10 +192,16 @@ class Dir:
 
     def put(self, local: Path, name: str = "") -> None:
         """Copy a local file or folder into this directory."""
-        for path in sorted(p for p in [local, *local.rglob("*")] if p.is_file()):
+
+        def copy(path: Path) -> None:
             inside = path.name if path == local else path.relative_to(local).as_posix()
             with open(path, "rb") as stream:
                 self._write(f"{name}/{inside}".strip("/"), stream)
+
+        # In threads of its own, and not by pyarrow's `copy_files`: it would call this file system from the threads that
+        # this file system's own requests need.
+        with ThreadPoolExecutor(1 if self.is_local else 8) as pool:
+            list(pool.map(copy, sorted(p for p in [local, *local.rglob("*")] if p.is_file())))
 
     @contextlib.contextmanager
     def local(self, name: str = "") -> Iterator[Path]:

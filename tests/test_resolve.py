@@ -93,3 +93,17 @@ def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_
     (drawn / "a" / "1.png").write_bytes(b"two")
     _shared(given, drawn)
     assert (copy / "a" / "1.png").read_bytes() == b"one"
+
+
+def test_a_drawn_folder_of_large_files_reaches_s3(tmp_path, s3):
+    from ktray.resolve import _shared
+    from ktray.store import Dir
+
+    drawn = tmp_path / "world"
+    drawn.mkdir()
+    content = {f"{number:02d}.tar": bytes([number]) * 5_500_000 for number in range(10)}  # more than one part each
+    for name, data in content.items():
+        (drawn / name).write_bytes(data)
+    copy = Dir(_shared(recipe.load(None, [f"store={s3.home}"]), drawn))
+    assert copy.names() == {name: len(data) for name, data in content.items()}
+    assert copy.read("09.tar") == content["09.tar"]
