@@ -11,10 +11,12 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -70,6 +72,12 @@ def entries(fs: pafs.FileSystem, path: str, recursive: bool = False) -> Iterable
         return s3.walk(path, recursive)
     found: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
     return found
+
+
+def download(fs: pafs.FileSystem, path: str, target: Path) -> None:
+    """One file's content into a local file; not by pyarrow's `copy_files`, see `store.Dir.put`."""
+    with fs.open_input_stream(path, compression=None) as source, open(target, "wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 23)
 
 
 def _time(text: str) -> datetime:

@@ -223,8 +223,7 @@ class Dir:
 
     def _fetch(self, path: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self.fs.open_input_stream(path, compression=None) as source, open(target, "wb") as sink:
-            shutil.copyfileobj(source, sink, _BLOCK)
+        s3.download(self.fs, path, target)
 
     def delete(self, name: str = "") -> None:
         """Delete a file or folder if it is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +92,9 @@ def quick(recipe: Recipe) -> Recipe:
 
 
 def _read(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
-    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images))
+    # As large as a shard that ktray makes of loose files, and at least two for each core.
+    a_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
+    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar))
     return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
 
 

@@ -57,10 +57,7 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
             handle, temporary = tempfile.mkstemp(dir=target.parent)
             os.close(handle)
             try:
-                here = pafs.LocalFileSystem()
-                pafs.copy_files(
-                    inside, temporary, source_filesystem=fs, destination_filesystem=here, chunk_size=1 << 23
-                )
+                s3.download(fs, inside, Path(temporary))
                 os.replace(temporary, target)
             finally:
                 with contextlib.suppress(OSError):

@@ -16,6 +16,8 @@ from ktray.errors import KtrayError
 from ktray.models import teacher_load
 from ktray.models.teacher import TeacherSource
 from ktray.models.teacher_load import build_teacher, load_teacher, teacher_fingerprint
+from ktray.models.weights import fetch
+from ktray.store import Dir
 
 
 def clip_teacher(tiny: SimpleNamespace, **kwargs):
@@ -250,6 +252,16 @@ def test_checkpoints_of_training_scripts_are_unwrapped(tiny_vit: SimpleNamespace
     torch.save({"epoch": 3, "model": wrapped}, path)
     teacher = load_teacher("timm:test_vit", str(path))
     assert torch.equal(teacher.image_tower.cls_token, tiny_vit.model.cls_token)
+
+
+def test_a_checkpoint_on_s3_is_fetched_through_a_store_that_is_busy(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = bytes(range(256)) * 100_000
+    Dir(s3.home).write("weights.pt", data)
+    s3.first(3, "503", "GET")
+    got = fetch(f"{s3.home}/weights.pt")
+    assert got.read_bytes() == data
+    assert [p for p in got.parent.iterdir()] == [got], "it left something half"
 
 
 def test_uris_are_fetched_once(tiny_vit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
