@@ -188,7 +188,8 @@ def _ray_train(
             torch_config=TorchConfig(backend="nccl" if plan.worker_gpus else "gloo"),
             run_config=api.RunConfig(
                 name=FOLDER,
-                storage_path=stage.uri,
+                storage_path=stage.path,
+                storage_filesystem=stage.fs,
                 failure_config=api.FailureConfig(max_failures=max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=1),
                 callbacks=[Told(board, max_failures)],
@@ -208,8 +209,13 @@ def _ray_train(
             time.sleep(min(30, 2**failures))
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
-    with result.checkpoint.as_directory() as folder:
-        return _outcome(Path(folder), on_weights)
+    with stage.local(_managed(result.checkpoint)) as folder:
+        return _outcome(folder, on_weights)
+
+
+def _managed(checkpoint: Any) -> str:
+    """Name in the stage of a checkpoint of Ray Train's."""
+    return f"{FOLDER}/{Path(checkpoint.path).name}"
 
 
 def _end(board: Any) -> None:
@@ -234,29 +240,32 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
+    context, stage = ray.train.get_context(), config["stage"]
+
+    def upload(local: Any, name: str) -> Any:
+        # By the store and not by Ray, which gives up on a busy one after seconds.
+        stage.put(Path(local.path), f"{FOLDER}/{name}")
+        return ray.train.Checkpoint(f"{context.get_storage().experiment_fs_path}/{name}", stage.fs)
 
     def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
         # Reports keep their order: the last one, which is waited for, has all others behind it.
         mode = ray.train.CheckpointUploadMode.SYNC if last else ray.train.CheckpointUploadMode.ASYNC
         ray.train.report(
-            metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=True,
         )
 
-    checkpoint, stage = ray.train.get_checkpoint(), config["stage"]
-    last = None if checkpoint else _last(stage)  # a lone worker began it
+    checkpoint = ray.train.get_checkpoint()
+    last = _last(stage) if checkpoint is None else Path(checkpoint.path).name  # a lone worker may have begun it
     where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
-    with (
-        checkpoint.as_directory()
-        if checkpoint
-        else stage.local(f"{FOLDER}/{last}")
-        if last
-        else contextlib.nullcontext() as resume
-    ):
+    with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
         # Left where it is when the training fails: what is being uploaded must stay whole.
         scratch = Path(tempfile.mkdtemp(prefix="ktray-train-"))
-        _fit(config, Env(*where, **config["beside"]), save, Path(resume) if resume else None, scratch)
+        _fit(config, Env(*where, **config["beside"]), save, resume, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

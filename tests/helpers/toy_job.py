@@ -1,6 +1,7 @@
 """A training job of milliseconds that fails once, for workers to import."""
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,10 @@ class Toy:
 @dataclass(frozen=True)
 class Shared:
     """The same for any number of workers: each feeds its lanes' part of the batch. At step `FAILS` the last worker
-    dies, as long as ``marker`` does not exist."""
+    dies, as long as ``marker`` does not exist, once Ray Train has a checkpoint in ``stage``."""
 
     marker: Path
+    stage: Path
     rows: int = 16
     settings: Settings = SETTINGS
 
@@ -68,6 +70,9 @@ class Shared:
         def batches(start, stop):
             for step in range(start, stop):
                 if step == FAILS and env.world > 1 and env.rank == env.world - 1 and not self.marker.exists():
+                    limit = time.monotonic() + 60
+                    while not list(self.stage.rglob("checkpoint_manager_snapshot.json")) and time.monotonic() < limit:
+                        time.sleep(0.1)
                     self.marker.write_text(str(env.world))
                     os._exit(7)
                 x = torch.randn(self.rows, 4, generator=torch.Generator().manual_seed(step))

@@ -68,7 +68,7 @@ def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(clu
         kept, posts = {}, []
         with watch(posts.append) as board:
             outcome = train(
-                Shared(tmp_path / "marker"),
+                Shared(tmp_path / "marker", tmp_path / name),
                 Stage(str(tmp_path / name)),
                 plan,
                 board,
