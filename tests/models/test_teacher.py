@@ -261,7 +261,7 @@ def test_a_checkpoint_on_s3_is_fetched_through_a_store_that_is_busy(s3, tmp_path
     s3.first(3, "503", "GET")
     got = fetch(f"{s3.home}/weights.pt")
     assert got.read_bytes() == data
-    assert [p for p in got.parent.iterdir()] == [got], "it left something half"
+    assert list(got.parent.iterdir()) == [got], "it left something half"
 
 
 def test_uris_are_fetched_once(tiny_vit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
