@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 _SECONDS = 30
+_PARTNER = 5.0  # seconds that one of two has left to end when the other failed
 _NUMBERS = 1 << 20  # 4 MB
 
 
@@ -58,7 +59,8 @@ def meet(left: str, right: str, on: Any, gpus: bool) -> str | None:
         refs = [on(all_reduce, n, float(gpus)).remote(r, place, backend) for r, n in enumerate((left, right))]
         found = ray.get(refs, timeout=3 * _SECONDS)
     except Exception as error:  # whatever NCCL, gloo or Ray say
-        for ref in refs:
+        # When one fails the other ends soon after, and Ray's driver dies of a task that ends while it is cancelled.
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=_PARTNER)[1] if refs else ():
             ray.cancel(ref, force=True)
         if isinstance(error, ray.exceptions.GetTimeoutError):
             return "no answer in time" + (" (has each a free GPU?)" if gpus else "")
