@@ -114,7 +114,7 @@ class Cluster:
     def log(self, name: str) -> str:
         return str(self.ask(f"/api/jobs/{name}/logs")["logs"])
 
-    def finish(self, name: str, limit: float = 900) -> str:
+    def finish(self, name: str, limit: float = 1800) -> str:
         """Wait for the job's end; returns its last status."""
         deadline = time.monotonic() + limit
         while (now := self.status(name)) in ("PENDING", "RUNNING"):
