@@ -4,7 +4,6 @@ jobs/index.py leaves: what the index holds."""
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,10 +46,9 @@ def write(context: Context, curated: Done, begun: float) -> dict[str, Any]:
     }
     folder.write_json("result.json", result)
     context.tracker.final(metrics(result))
-    if folder.is_local:
-        for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
-            if folder.exists(name):
-                context.tracker.artifact(Path(folder.path) / name)
+    for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
+        if folder.exists(name):
+            context.tracker.stored(folder, name)
     folder.delete("running.json")
     return result
 

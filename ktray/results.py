@@ -220,13 +220,11 @@ def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstE
 def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:
     tracker = context.tracker
     tracker.final(stable_metrics(result))
-    if folder.is_local:
-        home = Path(folder.path)
-        for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):
-            tracker.artifact(home / name)
-        tracker.artifact(home / "student", "student_files")
-    if made.curate and made.curate.stage.is_local:
+    for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):
+        tracker.stored(folder, name)
+    tracker.stored(folder, "student", "student_files")
+    if made.curate:
         for name in ("contact_sheet.png", "transfer.parquet"):
             if made.curate.stage.exists(name):
-                tracker.artifact(Path(made.curate.stage.path) / name)
+                tracker.stored(made.curate.stage, name)
     tracker.log_student(student, example)

@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 from ktray.errors import KtrayError
 from ktray.scrub import scrub
+from ktray.store import Dir
 from ktray.tracking_server import Server, is_transient
 
 WAY = "way"  # tag of the runs of a comparison
@@ -106,7 +108,7 @@ class Tracker:
         self, uri: str | None, experiment: str, buffer: Path, state: Path, home: Path, timeout: float = 10.0
     ) -> None:
         self.uri, self.experiment, self.timeout = tracking_uri(uri, home), experiment, timeout
-        self._log, self._state_file = buffer, state
+        self._log, self._state_file, self._copies = buffer, state, buffer.parent / "artifacts"
         self._state = self._read_state()
         self._lock, self._wake = threading.Lock(), threading.Condition()
         self._closing = threading.Event()
@@ -153,6 +155,21 @@ class Tracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or folder to keep with the run. It must stay in place until it is sent."""
         self._put("artifact", path=str(Path(path).absolute()), folder=folder)
+
+    def stored(self, directory: Dir, name: str, folder: str = "") -> None:
+        """`artifact` for a file or folder of the store. What is not on this machine is copied to the log, until it is
+        sent."""
+        if directory.is_local:
+            self.artifact(Path(directory.path) / name, folder)
+            return
+        copied = self._copies / folder / name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with directory.local(name) as found:
+            if found.is_dir():
+                shutil.copytree(found, copied, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(found, copied)
+        self.artifact(copied, folder)
 
     def log_student(self, model: Any, example: Any) -> None:
         """Log a student as an MLflow pytorch model named ``student``, once per run.
@@ -214,6 +231,8 @@ class Tracker:
         if self._hold is not None and not self._thread.is_alive():
             self._hold.close()
         with self._wake:
+            if not self._queue:
+                shutil.rmtree(self._copies, ignore_errors=True)
             return len(self._queue)
 
     # ---------------------------------------------------------------------------------------- machinery

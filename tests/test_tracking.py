@@ -13,6 +13,7 @@ import torch
 
 from ktray.errors import KtrayError
 from ktray.scrub import HIDDEN, scrub
+from ktray.store import Dir
 from ktray.tracking import Tracker, catch_up, stable_metrics, tracking_uri
 from ktray.tracking_server import is_transient
 
@@ -126,6 +127,24 @@ def test_a_run_with_stages_results_artifacts_and_a_student(tmp_path: Path) -> No
     signature = mlflow.models.Model.load(str(folder)).signature
     assert signature.inputs.inputs[0].shape == (-1, 3, 8, 8)
     assert signature.outputs.inputs[0].shape == (-1, 5)
+
+
+def test_what_lies_in_a_store_elsewhere_is_copied_until_it_is_sent(tmp_path: Path, s3: Any) -> None:
+    far = Dir(f"{s3.home}/run")
+    far.write("report.html", b"<html>")
+    far.write("student/weights", b"12")
+    t = tracker(tmp_path)
+    t.start("r1")
+    t.stored(far, "report.html")
+    t.stored(far, "student", "files")
+    t.stored(Dir(str(tmp_path)), "near.txt")  # gone, which is told as of any other artifact
+    t.finish()
+    assert t.close(60) == 0, t.problem
+    place = tmp_path / "mlflow-artifacts" / runs(tmp_path)["r1"].info.run_id / "artifacts"
+    assert (place / "report.html").read_bytes() == b"<html>"
+    assert (place / "files" / "student" / "weights").read_bytes() == b"12"
+    assert not (tmp_path / "run" / "artifacts").exists()
+    assert "near.txt is gone" in next(e["text"] for e in events(tmp_path) if e["event"] == "note")
 
 
 def test_a_restart_goes_on_with_the_same_runs_and_repeats_no_step(tmp_path: Path) -> None:

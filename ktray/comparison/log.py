@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.identity import run_tags
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe
-from ktray.store import Store
+from ktray.store import Dir, Store
 from ktray.tracking import Tracker, tracking_uri
 
 PER_WAY = ("accuracy", "spread", "low", "high", "validation", "flops", "device_seconds", "usd", "teacher_share")
 
 
-def log(recipe: Recipe, store: Store, found: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+def log(recipe: Recipe, store: Store, found: dict[str, Any], kept: Dir, files: Sequence[str]) -> dict[str, Any]:
     """Log the comparison; returns the ``mlflow`` object of its ``result.json``. A server that is away stops nothing.
 
     Metrics are ``<way>.<number>``, the tag ``compare`` is the comparison's id, and the parameter ``runs.<way>`` names
     the runs of a way.
+
+    Args:
+        kept, files: the comparison's folder, and names in it to keep with the run.
     """
     home = local_home(store)
     folder = home / "runs" / found["run_id"]
@@ -42,8 +44,8 @@ def log(recipe: Recipe, store: Store, found: dict[str, Any], files: Sequence[Pat
     )
     values = {f"{way['name']}.{key}": way[key] for way in found["ways"] for key in PER_WAY if way[key] is not None}
     tracker.final({**values, "cost.total_flops": found["spent"]["flops"]})
-    for file in files:
-        tracker.artifact(file)
+    for name in files:
+        tracker.stored(kept, name)
     tracker.finish()
     tracker.close(60)
     return tracker.info()

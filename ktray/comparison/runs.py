@@ -127,9 +127,7 @@ def _compare(
         files = page.write(Path(scratch), content)
         for file in files:
             folder.put(file)
-        # MLflow may take them later, so they must stay where a local store has them.
-        kept = [Path(folder.path) / file.name for file in files] if folder.is_local else files
-        content["mlflow"] = log(recipe, store, content, kept)
+        content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
     folder.write_json("result.json", content)
     folder.delete(RUNNING)
     say("")
