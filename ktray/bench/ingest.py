@@ -25,7 +25,8 @@ from ktray.training.shell import Env
 from ktray.windows import listed
 
 STUDENT = "mobilenetv3_small_050"
-PASSES = 4  # of which the second half counts: processes have started by then
+# Of which the second half counts: processes have started by then, and what is ready ahead is little beside it.
+PASSES = 16
 
 
 def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:

@@ -121,10 +121,8 @@ def render(
     left, right = _scaled(view.x, view.width, image.shape[1], full_width)
     part = image[top:bottom, left:right]
     if (height, width) != part.shape[:2]:
-        # Interleaved, in and out: for such bytes torch has a vectorised kernel, faster than Pillow's. Of
-        # others it makes planes itself, and slowly.
-        part = np.ascontiguousarray(part) if part.flags.writeable else part.copy()
-        crop = torch.from_numpy(part).permute(2, 0, 1)[None]
+        # Interleaved, and in its place in the image: for such bytes torch has a vectorised kernel, faster than Pillow's.
+        crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)
         part = crop[0].permute(1, 2, 0).numpy()
     # To planes by NumPy, whose copy takes the flip along and is faster than torch's.
