@@ -81,11 +81,14 @@ def training(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator
 
 
 def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path, waits: list[float]) -> float:
-    """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch.
+    """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch;
+    of streamed ones of all steps and the wait for the first, since rows that were made ahead cost as much as others.
     ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
     batch = lesson.case.batch * plan.workers
     outcome, posts = run_job(lesson.job(way.mode, steps, way.part(batch)), plan, folder)
     waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
+    if way.mode == "streamed":
+        return float(steps * batch / outcome.state["seconds"])
     return _second_half(outcome.state["curve"], batch)
 
 
