@@ -19,7 +19,7 @@ from ktray.miniverse import ensure_gallery
 from ktray.recipe import Recipe
 from ktray.resources import Plan
 
-EPOCHS, IMAGES, BATCH = 20, 1000, 128
+EPOCHS, IMAGES, BATCH = 20, 500, 128
 # Eight trials, as a search over the loss and the learning rate has them.
 TRIALS: tuple[dict[str, Any], ...] = tuple(
     {"train.lr": lr, "objective.temperature": temperature, "objective.mixup": mixup}
