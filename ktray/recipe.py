@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from ktray.errors import KtrayError
 from ktray.recipe_cluster import Cluster, MLflow
+from ktray.recipe_export import Export
 from ktray.recipe_jobs import Bench, Compare, Part
 from ktray.scrub import credential_in
 
@@ -279,6 +280,7 @@ class Recipe(Part):
     mlflow: MLflow = MLflow()
     compare: Compare = Compare()
     bench: Bench = Bench()
+    export: Export = Export()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )

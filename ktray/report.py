@@ -133,12 +133,12 @@ def closing_table(result: dict[str, Any]) -> str:
         )
     total = _total(result)
     rows.append(["total", "", seconds(total["wall_seconds"]), flops(total["flops"]), usd(total["usd"])])
-    text = _aligned(rows, words=2, rules=(1, len(rows) - 1))
+    text = aligned(rows, words=2, rules=(1, len(rows) - 1))
     accuracy = accuracy_rows(result)
     if accuracy:
         table = [[metric_label(result), "validation", "test"]]
         table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
-        text += "\n\n" + _aligned(table, words=1, rules=(1,))
+        text += "\n\n" + aligned(table, words=1, rules=(1,))
     for line in advice(result):
         text += f"\n\n{line}"
     return text
@@ -239,7 +239,7 @@ def _scaled(value: float, base: int, prefixes: Sequence[str], unit: str) -> str:
     return f"{value:.3g} {prefixes[step]}{unit}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
+def aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
     """Columns as wide as their widest cell, the first ``words`` flush left, the others right; rules above rows."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

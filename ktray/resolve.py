@@ -68,28 +68,7 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         shown = f"{value:g}" if isinstance(value, float) else value
         reasons.append(f"{key}={shown} ({why})")
 
-    names: list[str] | None = None
-    prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
-    root = recipe.task.data
-    if root is None:
-        root, names, own_prompts = _builtin(recipe, choose, say)
-        prompts = list(recipe.task.prompts or own_prompts)
-    part = recipe.task
-    if part.metric == "auto":
-        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
-        choose("task.metric", metric, why)
-    task = read_labelled(
-        root,
-        kind=part.kind,
-        layout=part.layout,
-        train_list=part.train_list,
-        labels=part.labels,
-        splits=part.splits,
-        seed=part.split_seed,
-        val_fraction=part.val_fraction,
-        test_fraction=part.test_fraction,
-        labels_per_class=part.labels_per_class,
-    )
+    task, names, prompts = labelled_task(recipe, choose, say)
     reasons += list(task.notes)
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
         raise KtrayError(
@@ -214,6 +193,39 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
     fingerprint = digest(task.fingerprint, canvas)
     known = names or task.names or task.classes
     return Resolved(recipe, task, known, prompts, fingerprint, canvas, gallery_images, source, reasons)
+
+
+def labelled_task(
+    recipe: Recipe, choose: Callable[[str, Any, str], None], say: Callable[[str], None]
+) -> tuple[LabelledSet, list[str] | None, list[str]]:
+    """The task's labelled images, a built-in task's names of the classes, and the prompts.
+
+    Args:
+        choose: sets a key of the recipe that was left open: key, value, reason.
+    """
+    names: list[str] | None = None
+    prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
+    root = recipe.task.data
+    if root is None:
+        root, names, own_prompts = _builtin(recipe, choose, say)
+        prompts = list(recipe.task.prompts or own_prompts)
+    part = recipe.task
+    if part.metric == "auto":
+        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
+        choose("task.metric", metric, why)
+    task = read_labelled(
+        root,
+        kind=part.kind,
+        layout=part.layout,
+        train_list=part.train_list,
+        labels=part.labels,
+        splits=part.splits,
+        seed=part.split_seed,
+        val_fraction=part.val_fraction,
+        test_fraction=part.test_fraction,
+        labels_per_class=part.labels_per_class,
+    )
+    return task, names, prompts
 
 
 def index_alone(recipe: Recipe) -> bool:

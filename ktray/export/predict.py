@@ -1,0 +1,190 @@
+"""Classify images with a student that ktray exported; needs numpy, Pillow and onnxruntime, and nothing of ktray.
+
+    python predict.py IMAGE ... [--model student.int8.onnx]
+
+prints a line of JSON for each image. In a program:
+
+    from predict import Classifier
+    Classifier().predict([open("photo.jpg", "rb").read()])
+
+Class names and preprocessing stand in the ONNX file itself, so a model file and this one are all that is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+# Formats that hold photos and whose decoders run in this process: EPS would start Ghostscript, for example.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "PPM")
+METADATA = "ktray"  # the key under which the ONNX file holds class names and preprocessing
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image as upright RGB; transparency is laid on white, 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: it is no image, or broken.
+    """
+    try:
+        Image.init()
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            image.load()
+            return _rgb(image)
+    except Exception as error:  # decoders raise what they like on broken input
+        raise ValueError(f"not a usable image: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # broken metadata beside good pixels
+        image = image.copy()
+    if image.mode in _SIXTEEN_BIT:
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def geometry(image: Image.Image, p: dict[str, Any]) -> np.ndarray:
+    """Resize and crop as the student was trained to see: RGB image to (3, height, width) uint8.
+
+    Args:
+        p: preprocessing: ``size`` [height, width], ``crop_pct``, ``resize_mode``, ``interpolation``, ``fill``.
+    """
+    height, width = p["size"]
+    tall, wide = int(height / p["crop_pct"]), int(width / p["crop_pct"])
+    w, h = image.size
+    if p["resize_mode"] == "squash":
+        target = (wide, tall)
+    elif p["resize_mode"] == "longest" or tall != wide:
+        ratios = (h / tall, w / wide)
+        ratio = max(ratios) if p["resize_mode"] == "longest" else min(ratios)
+        target = (round(w / ratio), round(h / ratio))
+    else:  # torchvision's rounding: the shorter edge is exact, the longer one is cut
+        target = (tall, int(tall * h / w)) if w <= h else (int(tall * w / h), tall)
+    resized = image.resize(target, _FILTERS[p["interpolation"]])
+    fill = tuple(p["fill"]) if p["resize_mode"] == "longest" else (0, 0, 0)
+    return np.ascontiguousarray(_centre(np.asarray(resized), height, width, fill).transpose(2, 0, 1))
+
+
+def _centre(pixels: np.ndarray, height: int, width: int, fill: tuple[int, ...]) -> np.ndarray:
+    h, w = pixels.shape[:2]
+    if h < height or w < width:
+        larger = np.empty((max(h, height), max(w, width), 3), np.uint8)
+        larger[:] = np.array(fill, np.uint8)
+        top, left = max(0, height - h) // 2, max(0, width - w) // 2
+        larger[top : top + h, left : left + w] = pixels
+        pixels = larger
+        h, w = pixels.shape[:2]
+    top, left = round((h - height) / 2), round((w - width) / 2)
+    return pixels[top : top + height, left : left + width]
+
+
+def normalise(pixels: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    """(N, 3, H, W) uint8 to the model's input, float32 of the same shape."""
+    mean, std = (np.array(p[name], np.float64).reshape(1, 3, 1, 1) for name in ("mean", "std"))
+    scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    return np.asarray(pixels.astype(np.float32) * scale + bias)
+
+
+class Classifier:
+    """An exported student.
+
+    Args:
+        model: the ONNX file; None: ``student.onnx`` beside this file.
+        threads: of one inference; None: as many as the machine has cores.
+
+    Attributes:
+        classes: names in the order of the probabilities.
+        preprocess: see `geometry` and `normalise`.
+
+    Raises:
+        ValueError: the file was not made by ktray.
+    """
+
+    def __init__(self, model: str | Path | None = None, threads: int | None = None) -> None:
+        path = Path(model) if model is not None else Path(__file__).with_name("student.onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
+        if text is None:
+            raise ValueError(f"{path.name} does not say which classes it has; it was not exported by ktray")
+        facts = json.loads(text)
+        self.classes: list[str] = facts["classes"]
+        self.preprocess: dict[str, Any] = facts["preprocess"]
+        self.input = self.session.get_inputs()[0].name
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, 3, height, width) uint8, as `geometry` makes them, to scores (N, C) float32."""
+        return np.asarray(self.session.run(None, {self.input: normalise(pixels, self.preprocess)})[0])
+
+    def probabilities(self, images: Sequence[bytes], batch: int = 64) -> np.ndarray:
+        """(N, C) float64, of encoded images.
+
+        Args:
+            batch: images of one inference.
+
+        Raises:
+            ValueError: one of them is not a usable image.
+        """
+        found = [np.zeros((0, len(self.classes)))]
+        for at in range(0, len(images), batch):
+            pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
+            scores = self.logits(pixels).astype(np.float64)
+            odds = np.exp(scores - scores.max(1, keepdims=True))
+            found.append(odds / odds.sum(1, keepdims=True))
+        return np.concatenate(found)
+
+    def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
+        """For each encoded image ``label``, its ``probability``, and ``probabilities`` of all classes by name.
+
+        Raises:
+            ValueError: as `probabilities`.
+        """
+        found = []
+        for row in self.probabilities(images).tolist():
+            named = dict(zip(self.classes, row, strict=True))
+            label = max(named, key=lambda name: named[name])
+            found.append({"label": label, "probability": named[label], "probabilities": named})
+        return found
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Classify images.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--model", help="ONNX file; student.onnx beside this file if left out")
+    arguments = parser.parse_args()
+    classifier = Classifier(arguments.model)
+    failed = False
+    for path in arguments.images:
+        try:
+            print(json.dumps({"image": path, **classifier.predict([Path(path).read_bytes()])[0]}, ensure_ascii=False))
+        except (OSError, ValueError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
