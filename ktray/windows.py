@@ -98,7 +98,7 @@ class _Streamed:
 
 
 def _handed(dataset: Any, prepare: Callable[[Item], Rows], cpus: float) -> Any:
-    # Ray Data starts a task up to 0.1 s after it could, which is as long as a slice takes: two for each CPU keep it busy.
+    # Ray Data starts a task up to 0.1 s after it could, and a slice takes as long: two for each CPU keep it busy.
     return dataset.map_batches(_Handed(prepare), batch_size=1, batch_format="pyarrow", num_cpus=cpus / 2)
 
 

@@ -121,7 +121,8 @@ def render(
     left, right = _scaled(view.x, view.width, image.shape[1], full_width)
     part = image[top:bottom, left:right]
     if (height, width) != part.shape[:2]:
-        # Interleaved, and in its place in the image: for such bytes torch has a vectorised kernel, faster than Pillow's.
+        # Interleaved, and where it lies in the image: for such bytes torch has a vectorised kernel, faster than
+        # Pillow's.
         crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)
         part = crop[0].permute(1, 2, 0).numpy()
