@@ -63,6 +63,20 @@ def test_result_holds_the_contract_and_the_student_learned(first):
     assert result["transfer_set"]["kept"] == 60
 
 
+def test_the_export_finds_its_student_and_images(first):
+    from ktray.export.card import task_name
+    from ktray.export.run_source import find
+
+    store, _, result, _, _ = first
+    source = find(recipe.load(None, [f"store={store}", f"export.run={result['run_id']}"]), print)
+    task, student = source.task(print), source.student()
+    assert (len(task.train), len(task.val), len(task.test)) == (15, 18, 45)
+    found = student.predict([Path(example.uri) for example in task.test])
+    right = [one.label == task.classes[e.label] for one, e in zip(found, task.test, strict=True)]
+    assert np.mean(right) == pytest.approx(result["metric"]["test"])
+    assert (source.metric, task_name(source)) == ("top1", "task")
+
+
 def test_flops_of_transfer_are_the_counted_step_times_the_steps(first):
     from ktray.models.flops import train_flops
 
