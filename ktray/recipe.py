@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 from ktray.errors import KtrayError
 from ktray.recipe_cluster import Cluster, MLflow
 from ktray.recipe_jobs import Bench, Compare, Part
+from ktray.recipe_tune import Budget, Tune
 from ktray.scrub import credential_in
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -279,6 +280,8 @@ class Recipe(Part):
     mlflow: MLflow = MLflow()
     compare: Compare = Compare()
     bench: Bench = Bench()
+    tune: Tune = Tune()
+    budget: Budget = Budget()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )

@@ -1,0 +1,260 @@
+"""The budget of a search: what is spent, what is promised to those that run, what is kept for the winner.
+
+Nothing is begun that does not fit, by the plan and by what earlier runs took; what has begun gets an allowance and is
+stopped at it. So what was spent is within the budget, however wrong a plan is. What a run spends are the attempts that
+it made itself, by the ledger: a stage that several need is charged once, to the run that made it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktray.errors import KtrayError
+from ktray.ledger import PART_OF, STAGES, Entry
+from ktray.recipe_tune import Budget
+
+UNITS = ("flops", "device_seconds", "usd")
+DEFAULT_WALL = 15.0  # minutes, where no limit is set
+SLACK = 1.5  # a run may cost so many times what was planned
+LOOKS = 4.0  # seconds of work that may pass between two looks at the accounts, stopping included
+BEAT = 5.0  # seconds between records of the time that has passed
+CLOSING = 0.04  # share of the time that is left for the page and the logs
+CLOSING_LEAST = 8.0  # seconds
+
+Amounts = dict[str, float]
+
+
+class Spent(KtrayError):
+    """A run was stopped, since its allowance is spent."""
+
+
+def limits(budget: Budget) -> Amounts:
+    """The limits of the recipe, with ``wall`` and ``device_seconds`` in seconds."""
+    found = {
+        "usd": budget.usd,
+        "device_seconds": None if budget.device_hours is None else 3600 * budget.device_hours,
+        "flops": budget.flops,
+        "wall": None if budget.wall is None else 60 * budget.wall,
+    }
+    given = {name: float(value) for name, value in found.items() if value is not None}
+    return given or {"wall": 60 * DEFAULT_WALL}
+
+
+def amounts(entries: Iterable[Entry]) -> Amounts:
+    """What attempts cost, in each unit; USD are left out where a device has no price."""
+    made = [e for e in entries if PART_OF.get(e.stage, e.stage) in STAGES]
+    found = {"flops": float(sum(e.flops for e in made)), "device_seconds": sum(e.device_seconds for e in made)}
+    if all(e.usd is not None for e in made):
+        found["usd"] = float(sum(e.usd or 0.0 for e in made))
+    return found
+
+
+@dataclass
+class Speed:
+    """How long runs take: the seconds of each are a fixed part and one for each FLOP, learned from those that ended.
+
+    Attributes:
+        rate: FLOP/s that are assumed until then.
+        overhead: seconds likewise, of starting and reading.
+        seen: (FLOPs, wall seconds, device-seconds) of runs that ended.
+    """
+
+    rate: float
+    overhead: float = 15.0
+    seen: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def wall(self, flops: float) -> float:
+        return self._fit(flops, 1)
+
+    def device(self, flops: float) -> float:
+        return self._fit(flops, 2)
+
+    def _fit(self, flops: float, column: int) -> float:
+        guess = self.overhead + flops / self.rate
+        if not self.seen:
+            return guess
+        if len(self.seen) < 3:
+            # Too few to tell the two parts apart: the guess, corrected by how wrong it was in all.
+            return guess * sum(s[column] for s in self.seen) / sum(self.overhead + s[0] / self.rate for s in self.seen)
+        import numpy as np
+        from scipy.optimize import nnls
+
+        rows = np.array([[1.0, s[0] / self.rate] for s in self.seen])
+        (fixed, slope), _ = nnls(rows, np.array([s[column] for s in self.seen]))
+        return float(fixed + slope * flops / self.rate)
+
+
+@dataclass
+class Purse:
+    """What a search may still spend; safe from any thread.
+
+    Attributes:
+        limits: by unit (`UNITS` and ``wall``, seconds); units that are not in it have no limit.
+        parallel: runs at once.
+        hourly: USD of an hour of one device, None where it has no price.
+        keep: writes `state` to a place that outlives the process.
+        charged: by run id, what it spent.
+        before: seconds that earlier processes of this search took.
+        promised, open_runs: by the name of a run that is under way, its allowance and its run id.
+        reserve: kept for the winner.
+        grown: an earlier process of the search had other limits.
+    """
+
+    limits: Amounts
+    speed: Speed
+    parallel: int = 1
+    hourly: float | None = None
+    keep: Callable[[dict[str, Any]], None] = lambda state: None
+    clock: Callable[[], float] = time.monotonic
+    charged: dict[str, Amounts] = field(default_factory=dict)
+    before: float = 0.0
+    promised: dict[str, Amounts] = field(default_factory=dict)
+    open_runs: dict[str, str] = field(default_factory=dict)
+    reserve: Amounts = field(default_factory=dict)
+    grown: bool = False
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._began = self.clock()
+        if "usd" in self.limits and self.hourly is None:
+            raise KtrayError(
+                "budget.usd is set, and a device of this cluster has no price",
+                "Set prices.NAME (USD an hour), or another budget.",
+            )
+
+    # ------------------------------------------------------------------------------------------- state
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the search has run."""
+        return self.before + self.clock() - self._began
+
+    def spent(self) -> Amounts:
+        with self._lock:
+            found = {unit: sum(c.get(unit, 0.0) for c in self.charged.values()) for unit in UNITS}
+        return {**found, "wall": self.elapsed}
+
+    def left(self) -> Amounts:
+        """What nobody has spent, been promised, or needs at the end; of time, what is left until the winner's turn."""
+        with self._lock:
+            spent = self.spent()
+            found = {}
+            for unit, limit in self.limits.items():
+                promised = 0.0 if unit == "wall" else sum(p.get(unit, 0.0) for p in self.promised.values())
+                found[unit] = limit - spent[unit] - promised - self.reserve.get(unit, 0.0) - self.closing(unit)
+            return found
+
+    def share(self) -> float:
+        """Share of the budget that is spent, of the limit that is nearest."""
+        spent = self.spent()
+        return max(spent[unit] / limit for unit, limit in self.limits.items())
+
+    def closing(self, unit: str) -> float:
+        """What is left for the page, the logs and the end of what is stopped."""
+        return max(CLOSING_LEAST, CLOSING * self.limits["wall"]) if unit == "wall" else 0.0
+
+    def state(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "limits": self.limits,
+                "wall": self.elapsed,
+                "charged": self.charged,
+                "open": {name: run for name, run in self.open_runs.items() if run not in self.charged},
+                "seen": self.speed.seen,
+            }
+
+    def load(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from a kept `state`; returns the runs that were under way when the process ended."""
+        self.charged = {run: dict(value) for run, value in state["charged"].items()}
+        self.before = float(state["wall"]) + BEAT  # so much may have passed since it was written
+        self.speed.seen = [(float(a), float(b), float(c)) for a, b, c in state["seen"]]
+        self.grown = state["limits"] != self.limits
+        return list(state["open"].values())
+
+    def record(self) -> None:
+        self.keep(self.state())
+
+    # ---------------------------------------------------------------------------------------- promises
+
+    def estimate(self, flops: float) -> Amounts:
+        """What a run of so many FLOPs will cost, in all units."""
+        device = self.speed.device(flops)
+        found = {"flops": flops, "device_seconds": device, "wall": self.speed.wall(flops)}
+        if self.hourly is not None:
+            found["usd"] = device * self.hourly / 3600
+        return found
+
+    def promise(self, name: str, flops: float) -> str:
+        """Set aside what a run may cost; empty, or why it cannot be paid.
+
+        Args:
+            name: of the run, until `settle`.
+            flops: that it will execute, by the plan.
+        """
+        with self._lock:
+            planned, left = self.estimate(flops), self.left()
+            for unit, room in left.items():
+                if planned[unit] > room:
+                    return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
+            known = len(self.speed.seen) >= 3
+            self.promised[name] = {
+                # Before anything was measured a plan in seconds is a guess: the run may take its part of all there is.
+                unit: min(room, SLACK * planned[unit]) if unit == "flops" or known else room / self.parallel
+                for unit, room in left.items()
+                if unit != "wall"
+            }
+            return ""
+
+    def watch(self, name: str, entries: list[Entry], run: str, final: bool = False) -> None:
+        """Look at a run's accounts. A run that is the winner's own may use the time that was kept for it.
+
+        Raises:
+            Spent: its allowance is, or the time.
+        """
+        with self._lock:
+            self.open_runs[name] = run
+            now = amounts(entries)
+            before = self.charged.get(run, {})
+            allowed = dict(self.promised.get(name, {}))
+            seconds = max(1.0, now["device_seconds"])
+            for unit, most in allowed.items():
+                used = now.get(unit, 0.0) - before.get(unit, 0.0)
+                if used + LOOKS * now.get(unit, 0.0) / seconds > most:
+                    raise Spent(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
+            if "wall" in self.limits:
+                until = self.limits["wall"] - self.closing("wall") - (0.0 if final else self.reserve.get("wall", 0.0))
+                if self.elapsed > until:
+                    raise Spent(f"stopped after {show('wall', self.elapsed)} of the search, the time that there is")
+
+    def settle(self, name: str, entries: list[Entry], run: str, wall: float | None = None) -> Amounts:
+        """Charge a run what it spent; returns that.
+
+        Args:
+            wall: seconds that it took, where it came to its end and so tells how long others will take.
+        """
+        with self._lock:
+            self.promised.pop(name, None)
+            self.open_runs.pop(name, None)
+            found = amounts(entries)
+            if run:
+                self.charged[run] = found
+            if wall is not None:
+                self.speed.seen.append((found["flops"], wall, found["device_seconds"]))
+        self.record()
+        return found
+
+
+def show(unit: str, value: float) -> str:
+    """An amount for a reader."""
+    from ktray.progress import humanise
+    from ktray.report import flops
+
+    if unit == "flops":
+        return flops(value)
+    if unit == "usd":
+        return f"{value:.4f} USD"
+    return f"{humanise(value)}{' of device time' if unit == 'device_seconds' else ''}"
