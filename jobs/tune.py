@@ -15,9 +15,9 @@ def run(recipe, say, debug):
 
 
 def plan(recipe, say):
-    from ktray.tuning.planned import show
+    from ktray.tuning.planned import report
 
-    show(recipe, say)
+    report(recipe, say)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +17,9 @@ from ktray.recipe import Recipe, dump
 from ktray.report import flops, percent, seconds, usd
 from ktray.results import versions
 from ktray.run_folder import RUNNING
-from ktray.store import Dir, Store
+from ktray.store import Dir
+from ktray.tracking import Tracker
+from ktray.tuning import log, page
 from ktray.tuning.importance import importance, of_transfer_set
 from ktray.tuning.purse import Purse
 from ktray.tuning.records import GIVEN, OPEN, Point, Record, Records
@@ -49,6 +51,7 @@ class Teller:
     purse: Purse
     folder: Dir
     say: Callable[[str], None]
+    log: Callable[[Record], None]
     _told: set[tuple[int, int, str]] = field(default_factory=set)
 
     def __call__(self, record: Record) -> None:
@@ -68,6 +71,7 @@ class Teller:
         if record.state != OPEN:
             self.say(progress(self.base, self.records, self.purse))
             self.save()
+            self.log(record)
 
     def save(self) -> None:
         """The best so far, as `result.json` and a recipe."""
@@ -229,28 +233,24 @@ def front_file(point: Point) -> str:
 
 
 def write(
-    base: Recipe,
-    store: Store,
-    folder: Dir,
-    run_id: str,
-    space: Space,
-    records: Records,
-    purse: Purse,
-    final: dict[str, Any],
-    say: Callable[[str], None],
+    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, purse: Purse, tracker: Tracker
 ) -> dict[str, Any]:
-    """Write the result, the recipes of the front and the page, log them, and say what came of it."""
-    content = build(base, run_id, folder, space, records, purse, final)
+    """Write the recipes of the front, the page and ``result.json``, and log them; returns the result."""
+    files = {point.run: front_file(point) for point in records.front()}
     for point in records.front():
-        folder.write(front_file(point), dump(recipe_at(base, records, point)).encode())
-    folder.write(BEST, dump(recipe_at(base, records, final["point"])).encode())
+        folder.write(files[point.run], dump(recipe_at(base, records, point)).encode())
+    winner = Point(**{f.name: content["winner"][f.name] for f in fields(Point)})
+    folder.write(BEST, dump(recipe_at(base, records, winner)).encode())
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
-        _ = Path(scratch)
+        pages = page.write(Path(scratch), content, files)
+        for file in pages:
+            folder.put(file)
+        # MLflow may take them later, so they must stay where a local store has them.
+        kept = [Path(folder.path) / file.name for file in pages] if folder.is_local else pages
+        content["mlflow"] = log.close(tracker, content, kept, purse.rest())
+    content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(purse.elapsed, 2)
     folder.write_json("result.json", content)
     folder.delete(RUNNING)
-    say("")
-    say(table(content))
-    say(f"result    {folder.file('result.json')}")
     return content
 
 

@@ -22,6 +22,9 @@ DEFAULT_WALL = 15.0  # minutes, where no limit is set
 SLACK = 1.5  # a run may cost so many times what was planned
 LOOKS = 4.0  # seconds of work that may pass between two looks at the accounts, stopping included
 BEAT = 5.0  # seconds between records of the time that has passed
+START = 5.0  # seconds in which a stage starts, before any was seen
+BESIDE = 5.0  # seconds that a run takes beside its stages, likewise
+RUN = "run"
 CLOSING = 0.04  # share of the time that is left for the page and the logs
 CLOSING_LEAST = 8.0  # seconds
 
@@ -53,39 +56,58 @@ def amounts(entries: Iterable[Entry]) -> Amounts:
     return found
 
 
+Seen = tuple[float, float, float]  # FLOPs, wall seconds, device-seconds
+
+
 @dataclass
 class Speed:
-    """How long runs take: the seconds of each are a fixed part and one for each FLOP, learned from those that ended.
+    """How long runs take, by stage: a fixed part and one for each FLOP, learned from the stages that were made.
 
     Attributes:
         rate: FLOP/s that are assumed until then.
-        overhead: seconds likewise, of starting and reading.
-        seen: (FLOPs, wall seconds, device-seconds) of runs that ended.
+        seen: of each stage what it took; of `RUN` what a run takes beside its stages.
     """
 
     rate: float
-    overhead: float = 15.0
-    seen: list[tuple[float, float, float]] = field(default_factory=list)
+    seen: dict[str, list[Seen]] = field(default_factory=dict)
 
-    def wall(self, flops: float) -> float:
-        return self._fit(flops, 1)
+    def learn(self, entries: Iterable[Entry], wall: float) -> None:
+        """Take in a run that came to its end.
 
-    def device(self, flops: float) -> float:
-        return self._fit(flops, 2)
+        Args:
+            wall: seconds that it took, waiting for others included.
+        """
+        made = [e for e in entries if e.state == "done"]
+        for e in made:
+            seen = self.seen.setdefault(e.stage, [])
+            seen.append((float(e.flops), e.wall_seconds, e.device_seconds))
+        beside = max(0.0, wall - sum(e.wall_seconds for e in made))
+        if len(made) < 3:  # one that makes much may have waited for what others made
+            self.seen.setdefault(RUN, []).append((0.0, beside, 0.0))
 
-    def _fit(self, flops: float, column: int) -> float:
-        guess = self.overhead + flops / self.rate
-        if not self.seen:
-            return guess
-        if len(self.seen) < 3:
+    def cost(self, stages: Mapping[str, float]) -> tuple[float, float]:
+        """Wall seconds and device-seconds of a run that makes stages of so many FLOPs."""
+        found = [self._stage(name, flops) for name, flops in stages.items()]
+        beside = self.seen.get(RUN)
+        extra = sum(s[1] for s in beside) / len(beside) if beside else BESIDE
+        return extra + sum(wall for wall, _ in found), sum(device for _, device in found)
+
+    def _stage(self, name: str, flops: float) -> tuple[float, float]:
+        guess = START + flops / self.rate
+        seen = self.seen.get(name)
+        if not seen:
+            return guess, guess
+        if len({s[0] for s in seen}) < 3:
             # Too few to tell the two parts apart: the guess, corrected by how wrong it was in all.
-            return guess * sum(s[column] for s in self.seen) / sum(self.overhead + s[0] / self.rate for s in self.seen)
+            whole = sum(START + s[0] / self.rate for s in seen)
+            return guess * sum(s[1] for s in seen) / whole, guess * sum(s[2] for s in seen) / whole
         import numpy as np
         from scipy.optimize import nnls
 
-        rows = np.array([[1.0, s[0] / self.rate] for s in self.seen])
-        (fixed, slope), _ = nnls(rows, np.array([s[column] for s in self.seen]))
-        return float(fixed + slope * flops / self.rate)
+        rows = np.array([[1.0, s[0] / self.rate] for s in seen])
+        wall, device = (nnls(rows, np.array([s[column] for s in seen]))[0] for column in (1, 2))
+        at = np.array([1.0, flops / self.rate])
+        return float(wall @ at), float(device @ at)
 
 
 @dataclass
@@ -157,6 +179,10 @@ class Purse:
         """What is left for the page, the logs and the end of what is stopped."""
         return max(CLOSING_LEAST, CLOSING * self.limits["wall"]) if unit == "wall" else 0.0
 
+    def rest(self) -> float:
+        """Seconds until the time is up."""
+        return max(1.0, self.limits["wall"] - self.elapsed) if "wall" in self.limits else 60.0
+
     def state(self) -> dict[str, Any]:
         with self._lock:
             return {
@@ -171,7 +197,7 @@ class Purse:
         """Go on from a kept `state`; returns the runs that were under way when the process ended."""
         self.charged = {run: dict(value) for run, value in state["charged"].items()}
         self.before = float(state["wall"]) + BEAT  # so much may have passed since it was written
-        self.speed.seen = [(float(a), float(b), float(c)) for a, b, c in state["seen"]]
+        self.speed.seen = {name: [(a, b, c) for a, b, c in rows] for name, rows in state["seen"].items()}
         self.grown = state["limits"] != self.limits
         return list(state["open"].values())
 
@@ -180,27 +206,25 @@ class Purse:
 
     # ---------------------------------------------------------------------------------------- promises
 
-    def estimate(self, flops: float) -> Amounts:
-        """What a run of so many FLOPs will cost, in all units."""
-        device = self.speed.device(flops)
-        found = {"flops": flops, "device_seconds": device, "wall": self.speed.wall(flops)}
-        if self.hourly is not None:
-            found["usd"] = device * self.hourly / 3600
-        return found
+    def estimate(self, stages: Mapping[str, float]) -> Amounts:
+        """What a run that makes stages of so many FLOPs will cost, in all units."""
+        wall, device = self.speed.cost(stages)
+        usd = device * (self.hourly or 0.0) / 3600
+        return {"flops": sum(stages.values()), "device_seconds": device, "wall": wall, "usd": usd}
 
-    def promise(self, name: str, flops: float) -> str:
+    def promise(self, name: str, stages: Mapping[str, float]) -> str:
         """Set aside what a run may cost; empty, or why it cannot be paid.
 
         Args:
             name: of the run, until `settle`.
-            flops: that it will execute, by the plan.
+            stages: that it will make, with the FLOPs of each by the plan.
         """
         with self._lock:
-            planned, left = self.estimate(flops), self.left()
+            planned, left = self.estimate(stages), self.left()
             for unit, room in left.items():
                 if planned[unit] > room:
                     return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
-            known = len(self.speed.seen) >= 3
+            known = all(stage in self.speed.seen for stage in stages)
             self.promised[name] = {
                 # Before anything was measured a plan in seconds is a guess: the run may take its part of all there is.
                 unit: min(room, SLACK * planned[unit]) if unit == "flops" or known else room / self.parallel
@@ -243,7 +267,7 @@ class Purse:
             if run:
                 self.charged[run] = found
             if wall is not None:
-                self.speed.seen.append((found["flops"], wall, found["device_seconds"]))
+                self.speed.learn(entries, wall)
         self.record()
         return found
 

@@ -30,7 +30,7 @@ class Point:
         validation: the task's metric, 0..1.
         cost: of all stages that the model needs, made here or before, in the search's unit of cost.
         whole: the same in all units.
-        own: of the stages that train the student (FLOPs).
+        own: FLOPs of the stages that train the student.
         resource: the cost of the trial's students up to here; what those who stop trials count in.
         spent: what the run spent, in all units.
         seconds: by the clock.
@@ -44,7 +44,7 @@ class Point:
     validation: float
     cost: float
     whole: dict[str, float | None]
-    own: float
+    own: dict[str, float]
     resource: float
     spent: dict[str, float]
     seconds: float
@@ -56,9 +56,9 @@ class Record:
 
     Attributes:
         params: Optuna's.
-        keys: of the recipe.
+        keys: of the recipe; ``train.steps`` may be fewer than in ``params``, where the cost limit asks for it.
         reason: why it ended, where it did not come to its end.
-        planned: cost of the whole recipe, by the plan; None where cost is not counted in FLOPs.
+        flops, planned: of the whole recipe by the plan, and the same in the search's unit of cost.
         lost: what its run that failed or was stopped had spent.
     """
 
@@ -67,6 +67,7 @@ class Record:
     keys: dict[str, Any]
     state: str = OPEN
     reason: str = ""
+    flops: float | None = None
     planned: float | None = None
     points: list[Point] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from ktray import recipe as recipes
 from ktray.cli import explain
 from ktray.errors import KtrayError
 from ktray.identity import RUN_NAME
-from ktray.ledger import PART_OF, Entry, Ledger
+from ktray.ledger import Entry, Ledger
 from ktray.pipeline import run as pipeline
 from ktray.pipeline import whole_stages
 from ktray.progress import hushed
@@ -27,6 +27,7 @@ from ktray.tuning.purse import Purse, Spent
 from ktray.tuning.records import DEAR, GIVEN, UNPAID, Point, Record, Records
 
 STUDENTS = ("transfer", "finetune")  # stages that a trial has for itself
+LEAST = 0.2  # of the steps that a trial was to have, below which the cost limit does not cut it
 ASIDE = "trials"  # the runs of trials are logged in an experiment of their own
 
 
@@ -75,10 +76,13 @@ class Tally:
     def spent(self) -> list[Entry]:
         return self.ledger.spent() if self.ledger else []
 
-    def students(self, unit: str) -> float:
-        """What the stages that train the student are worth, in a unit."""
-        entries = self.ledger.entries if self.ledger else []
-        return float(sum(getattr(e, unit) or 0.0 for e in entries if PART_OF.get(e.stage, e.stage) in STUDENTS))
+    def students(self, unit: str) -> dict[str, float]:
+        """What each of the stages that train the student is worth, in a unit."""
+        found: dict[str, float] = {}
+        for entry in self.ledger.entries if self.ledger else []:
+            if entry.stage in STUDENTS:
+                found[entry.stage] = found.get(entry.stage, 0.0) + float(getattr(entry, unit) or 0.0)
+        return found
 
 
 @dataclass
@@ -146,17 +150,15 @@ class Rungs:
 
     def _run(self, record: Record, rung: int) -> Point:
         share = self.shares_of(record)[rung]
-        recipe = recipe_of(self.base, record.keys, share)
-        recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
+        recipe, to_make = self._plan(record, rung)
         unit = self.base.tune.cost
-        to_make = self._plan(record, recipe, share)
         name = f"{record.number}/{rung}"
         if refused := self.purse.promise(name, to_make):
             raise Spent(f"rung {rung + 1} cannot be paid: {refused}")
         # Without the recipe as given there is nothing to compare with: it may take the time that the winner is kept.
         tally, begun, made = Tally(self.purse, name, final=record.number == GIVEN), time.monotonic(), False
         title = "as given" if record.number == GIVEN else f"trial {record.number}"
-        tags = {"compare": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
+        tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
         try:
             with hushed(not self.debug):
                 result = pipeline(recipe, self.said(title), self.debug, self.share, tags, trial=True, limit=tally)
@@ -181,30 +183,44 @@ class Rungs:
             cost=float(whole[unit] or 0.0),
             whole=whole,
             own=tally.students("flops"),
-            resource=before + tally.students(unit),
+            resource=before + sum(tally.students(unit).values()),
             spent=spent,
             seconds=seconds,
         )
 
-    def _plan(self, record: Record, recipe: Recipe, share: float) -> float:
-        """FLOPs that a run will execute: those of the stages that the store does not hold whole."""
-        found = resolve(recipe, self.share, lambda text: None)
+    def _plan(self, record: Record, rung: int) -> tuple[Recipe, dict[str, float]]:
+        """The recipe of a rung, and the FLOPs of the stages that it will make, which the store does not hold."""
+        share = self.shares_of(record)[rung]
         if record.number not in self._plans:
-            lines = {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
-            self._plans[record.number] = {k: v / share if k in STUDENTS else v for k, v in lines.items()}
-            whole = sum(self._plans[record.number].values())
-            if self.base.tune.cost == "flops" and record.planned is None:
-                record.planned = whole
-            self._check_dear(record, whole)
-        there = whole_stages(self.store, found, self.share)
+            self._plans[record.number] = self._stages(recipe_of(self.base, record.keys))
+            self._fit(record)
+        recipe = recipe_of(self.base, record.keys, share)
+        recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
+        there = whole_stages(self.store, resolve(recipe, self.share, lambda text: None), self.share)
         planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
-        return sum(flops for stage, flops in planned.items() if not there.get(stage, False))
+        return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
 
-    def _check_dear(self, record: Record, whole: float) -> None:
-        """A trial whose model could never be the winner is not begun."""
-        limit, given = self.base.tune.cost_limit, self.records.trials[GIVEN].planned
+    def _stages(self, recipe: Recipe) -> dict[str, float]:
+        found = resolve(recipe, self.share, lambda text: None)
+        return {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
+
+    def _fit(self, record: Record) -> None:
+        """A model that would cost more than the winner may gets so many steps fewer."""
+        stages = self._plans[record.number]
+        limit, given = self.base.tune.cost_limit, self.records.trials[GIVEN].flops
+        whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
         if limit is not None and given is not None and whole > limit * given * (1 + 1e-9):
-            raise TooDear(f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)")
+            share = (limit * given - (whole - transfer)) / transfer if transfer else 0.0
+            if share < LEAST:
+                raise TooDear(
+                    f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)"
+                )
+            asked = int(recipe_of(self.base, record.keys).train.steps or 1)
+            record.keys["train.steps"] = max(1, int(share * asked))
+            stages["transfer"] = transfer * record.keys["train.steps"] / asked
+        record.flops = sum(stages.values())
+        record.planned = self.purse.estimate(stages)[self.base.tune.cost]
+        self.records.keep(record)
 
 
 def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:

@@ -10,7 +10,8 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from ktray import recipe as recipes
 from ktray.comparison.side_by_side import how_many, share
 from ktray.device import describe_device
 from ktray.doctor.run import require
+from ktray.errors import KtrayError
 from ktray.ledger import DirLog, Entry, attempts, hourly_price
+from ktray.pipeline import local_home
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, resolve
 from ktray.resources import Plan, cluster_plan, connect
 from ktray.run_folder import open_run
 from ktray.scaling import gathered
 from ktray.store import Dir, Store
-from ktray.tuning import outcome
+from ktray.tracking import tracking_uri
+from ktray.tuning import log, outcome
 from ktray.tuning.default_space import default_space
+from ktray.tuning.former import former_trials
 from ktray.tuning.purse import BEAT, Amounts, Purse, Speed, amounts, limits, show
 from ktray.tuning.records import Records
 from ktray.tuning.rungs import STUDENTS, Rungs, recipe_of
@@ -85,23 +90,42 @@ def _tune(
     if records.trials:
         say(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
     rungs = Rungs(base, store, part, purse, records, run_id, say, debug)
-    teller = outcome.Teller(base, records, purse, folder, say)
-    own = _students(found)
-    with _beating(purse, lambda: _reserve(purse, records, base, own)):
-        search.run(
-            base.tune,
-            space,
-            records,
-            purse,
-            rungs.answer,
-            at_once,
-            own * base.tune.rungs[0] if base.tune.cost == "flops" else 1.0,
-            teller,
-        )
+    tracker = log.open_run(base, store, run_id, purse)
+    status = "FAILED"
+    try:
+        teller = outcome.Teller(base, records, purse, folder, say, partial(log.trial, tracker, base, run_id))
+        own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
+        first = sum(own.values()) * base.tune.rungs[0] if base.tune.cost == "flops" else 1.0
+        with _beating(purse, lambda: _reserve(purse, records, base, own, test)):
+            search.run(
+                base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space, say)
+            )
         outcome.check_given(records)
         purse.reserve = {}
-        final = crown(base, records, purse, rungs, at_once, say)
-    return outcome.write(base, store, folder, run_id, space, records, purse, final, say)
+        with _beating(purse, lambda: None):
+            final = crown(base, records, purse, rungs, test, at_once, say)
+        content = outcome.build(base, run_id, folder, space, records, purse, final)
+        content = outcome.write(content, base, folder, records, purse, tracker)
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+        tracker.close(20)
+    say("")
+    say(outcome.table(content))
+    say(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
+    say(f"student   {content['winner']['student']}")
+    say(f"chart     {log.chart(base, store, run_id)}")
+    return content
+
+
+def _former(base: Recipe, store: Store, space: Space, say: Callable[[str], None]) -> list[Any]:
+    """Trials of `tune.warm_start`."""
+    if base.tune.warm_start is None:
+        return []
+    uri = tracking_uri(base.mlflow.uri, local_home(store))
+    found = former_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
+    say(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
+    return found
 
 
 def given(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
@@ -120,14 +144,16 @@ def space_of(base: Recipe, plan: Plan) -> Space:
     return read(recipe_of(base, {}), asked)
 
 
-def _students(found: Resolved) -> float:
-    """FLOPs of the stages that train the student of the recipe as given."""
-    return sum(line.flops for line in planning.lines(found) if line.stage in STUDENTS)
+def _planned(found: Resolved, stages: Sequence[str]) -> dict[str, float]:
+    """FLOPs of stages of the recipe as given."""
+    return {line.stage: line.flops for line in planning.lines(found) if line.stage in stages}
 
 
 def _purse(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> Purse:
     device = describe_device()
-    rate, _, _ = planning._machine(base)
+    if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
+        raise KtrayError("tune.cost=usd, and a device of this cluster has no price", "Set prices.NAME (USD an hour).")
+    rate, _, _ = planning.machine(base)
     purse = Purse(
         limits(base.budget),
         Speed(rate / at_once),
@@ -157,19 +183,18 @@ def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
     return {run: amounts(e for e in made if e.run == run) for run in runs}
 
 
-def _reserve(purse: Purse, records: Records, base: Recipe, own: float) -> None:
+def _reserve(purse: Purse, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]) -> None:
     """Keep what the winner needs: its seeds trained, and all of them tested."""
     best = records.best(base.tune.cost_limit)
-    each = own if best is None else best.own
-    more = base.tune.seeds - 1 if best is not None else base.tune.seeds
+    whole = purse.estimate({**(own if best is None else best.own), **test})
+    first = purse.estimate(test) if best is not None else whole  # the search has trained it
+    more = base.tune.seeds - 1
     turns = math.ceil(more / purse.parallel)
-    once, test = purse.estimate(each), purse.estimate(0.0)
-    kept = {
-        unit: (turns * once[unit] + test[unit]) if unit == "wall" else more * once[unit] + base.tune.seeds * test[unit]
-        for unit in purse.limits
-    }
     # A budget that is too small for all seeds is not spent on them alone.
-    purse.reserve = {unit: min(amount, purse.limits[unit] / 2) for unit, amount in kept.items()}
+    purse.reserve = {
+        unit: min(first[unit] + (turns if unit == "wall" else more) * whole[unit], limit / 2)
+        for unit, limit in purse.limits.items()
+    }
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ finished trials, and takes in those of former experiments in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -23,9 +24,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from ktray.recipe_tune import Tune
 from ktray.tuning.desk import Ask, Desk, Servers, Trial
-from ktray.tuning.purse import Purse
+from ktray.tuning.purse import UNITS, Purse
 from ktray.tuning.records import GIVEN, OPEN, UNPAID, Record, Records
-from ktray.tuning.space import Plain, Space
+from ktray.tuning.space import Plain, Space, flat
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 HALVING = 3  # of the trials at one cost ASHA lets one of so many go on
 REFUSED = 3  # trials one after the other that cannot be paid: then the search is over
+FAILED = 10  # trials one after the other that fail: then something is wrong with all of them
 STUDY = "ktray"
 
 
@@ -221,7 +223,10 @@ def run(
     node = f"node:{ray.util.get_node_ip_address()}"
     actor: Any = ray.remote(Desk)
     desk = actor.options(num_cpus=0, resources={node: 0.001}, max_concurrency=1000).remote()
-    with tempfile.TemporaryDirectory(prefix="ktray-tune-") as folder, Servers(desk, answer, at_once):
+    with contextlib.ExitStack() as until:
+        until.callback(ray.kill, desk)
+        folder = until.enter_context(tempfile.TemporaryDirectory(prefix="ktray-tune-"))
+        until.enter_context(Servers(desk, answer, at_once))
         tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(Trial, desk=desk), tune.PlacementGroupFactory([{"CPU": 0.0, node: 0.001}])
@@ -242,7 +247,6 @@ def run(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
-    ray.kill(desk)
 
 
 def _quiet() -> None:
@@ -310,7 +314,7 @@ def study_trial(space: Space, record: Record, metric: Any) -> FrozenTrial | None
     import optuna
     from optuna.trial import TrialState
 
-    params = space.locate(space.base) if record.number == GIVEN else record.params
+    params = space.locate(flat(space.base)) if record.number == GIVEN else record.params
     if record.state == OPEN or params is None:
         return None
     state = TrialState.COMPLETE if record.last else TrialState.FAIL
@@ -346,11 +350,17 @@ def _scheduler(part: Tune, unit: float, records: Records) -> Any:
 def _over(records: Records, purse: Purse) -> bool:
     """Whether the budget is used up: there is nothing left, or no run as cheap as the cheapest first one would fit."""
     ended = [r for r in records.in_order() if r.state != OPEN]
-    if len(ended) >= REFUSED and all(r.state == UNPAID for r in ended[-REFUSED:]):
+    if records.trials[GIVEN].state not in (OPEN, "finished"):  # there is nothing to compare with
         return True
+    for most, state in ((REFUSED, UNPAID), (FAILED, "failed")):
+        if len(ended) >= most and all(r.state == state for r in ended[-most:]):
+            return True
     left = purse.left()
     if any(room <= 0 for room in left.values()):
         return True
-    firsts = [r.points[0].spent["flops"] for r in records.in_order() if r.points and r.number != GIVEN]
-    least = purse.estimate(min(firsts)) if firsts else {}
-    return any(least.get(unit, 0.0) > room for unit, room in left.items())
+    firsts = [r.points[0] for r in records.in_order() if r.points and r.number != GIVEN]
+    if not firsts:
+        return False
+    least = {"wall": min(p.seconds for p in firsts)}
+    least |= {unit: min(p.spent.get(unit, 0.0) for p in firsts) for unit in UNITS}
+    return any(least[unit] > room for unit, room in left.items())

@@ -130,9 +130,8 @@ class Space:
         known = {spec.key: spec for spec in self.specs}
         return {key: known[key].distribution for key in params}
 
-    def locate(self, recipe: Recipe) -> dict[str, Plain] | None:
-        """The point at which a recipe lies; None where it lies outside."""
-        given = flat(recipe)
+    def locate(self, given: Mapping[str, Any]) -> dict[str, Plain] | None:
+        """The point at which a recipe lies, whose keys are `flat`; None where it lies outside."""
 
         def ask(spec: Spec) -> Plain:
             if spec.choices:
@@ -140,7 +139,7 @@ class Space:
                 if not fits:
                     raise LookupError(spec.key)
                 return label(fits[0])
-            value = given[spec.key]
+            value = given.get(spec.key)
             if not isinstance(value, int | float) or not spec.low <= value <= spec.high:
                 raise LookupError(spec.key)
             if (

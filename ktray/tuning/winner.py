@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,20 @@ TITLE = "winner"
 
 
 def crown(
-    base: Recipe, records: Records, purse: Purse, rungs: Rungs, at_once: int, say: Callable[[str], None]
+    base: Recipe,
+    records: Records,
+    purse: Purse,
+    rungs: Rungs,
+    test: Mapping[str, float],
+    at_once: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train the best on validation with ``tune.seeds`` seeds and test it; of these as many as the budget has room for.
 
     The first seed is the search's own, of which all but the test is in the store.
+
+    Args:
+        test: FLOPs of the stage that reads the test split.
 
     Returns:
         ``point``, ``results`` (the runs' ``result.json``), ``missing`` (reason by seed).
@@ -42,19 +51,18 @@ def crown(
         recipe = recipe_of(base, records.trials[point.trial].keys, point.share, seed)
         first, name = seed == base.seed, f"{TITLE}/{seed}"
         # The first one is always tested: what it still takes was kept back.
-        refused = purse.promise(name, 0.0 if first else point.own)
+        refused = purse.promise(name, test if first else {**point.own, **test})
         if refused and not first:
             missing[seed] = refused
             return
         tally, begun, made = Tally(purse, name, final=True), time.monotonic(), False
-        tags = {"compare": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
+        tags = {"tune": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
         try:
             with hushed(not rungs.debug):
                 said = rungs.said(f"seed {seed}")
                 results[seed] = pipeline(recipe, said, rungs.debug, rungs.share, tags, limit=tally)
             made = True
-            test = results[seed]["metric"]["test"]
-            say(f"winner    seed {seed}: test {test:.1%}")
+            say(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
         except Spent as spent:
             missing[seed] = spent.what
         except Exception as error:  # another seed may still come to its end
