@@ -212,17 +212,18 @@ class Purse:
         usd = device * (self.hourly or 0.0) / 3600
         return {"flops": sum(stages.values()), "device_seconds": device, "wall": wall, "usd": usd}
 
-    def promise(self, name: str, stages: Mapping[str, float]) -> str:
+    def promise(self, name: str, stages: Mapping[str, float], anyway: bool = False) -> str:
         """Set aside what a run may cost; empty, or why it cannot be paid.
 
         Args:
             name: of the run, until `settle`.
             stages: that it will make, with the FLOPs of each by the plan.
+            anyway: it may try with what is left, even if the plan says that this is too little.
         """
         with self._lock:
             planned, left = self.estimate(stages), self.left()
             for unit, room in left.items():
-                if planned[unit] > room:
+                if planned[unit] > room and not anyway:
                     return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
             known = all(stage in self.speed.seen for stage in stages)
             self.promised[name] = {

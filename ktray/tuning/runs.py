@@ -95,7 +95,7 @@ def _tune(
     try:
         teller = outcome.Teller(base, records, purse, folder, say, partial(log.trial, tracker, base, run_id))
         own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
-        first = sum(own.values()) * base.tune.rungs[0] if base.tune.cost == "flops" else 1.0
+        first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
         with _beating(purse, lambda: _reserve(purse, records, base, own, test)):
             search.run(
                 base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space, say)

@@ -203,7 +203,7 @@ def run(
 
     Args:
         answer: runs a rung, see `ktray.tuning.rungs`.
-        unit: cost of the first rung of the recipe as given, the least after which a trial may be stopped.
+        unit: what the first rung of the recipe as given would cost for its student.
         told: gets a trial whenever there is news of it.
         former: trials of former experiments.
     """
@@ -332,12 +332,13 @@ def _scheduler(part: Tune, unit: float, records: Records) -> Any:
     if part.stop == "none" or len(part.rungs) == 1:
         return Unstopped()
     if part.stop == "median":
-        return Median(time_attr="cost", metric="validation", mode="max", grace_period=unit, min_samples_required=3)
+        return Median(time_attr="cost", metric="validation", mode="max", grace_period=0.0, min_samples_required=3)
     halving = Halving(
         time_attr="cost",
         metric="validation",
         mode="max",
-        grace_period=cast(int, unit),  # any number will do
+        # From what the cheapest trials cost to more than any; whole numbers they need not be.
+        grace_period=cast(int, unit / HALVING**4),
         max_t=cast(int, unit * HALVING**12),
         reduction_factor=HALVING,
     )

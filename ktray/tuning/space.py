@@ -210,25 +210,21 @@ def read(base: Recipe, given: Mapping[str, Any]) -> Space:
             form that is none, a condition on a key that comes later.
     """
     specs: list[Spec] = []
-    drawn: set[str] = set()
+    later = list(given)
     for key, value in given.items():
         spec = _spec(key, value)
         for name, values in spec.when:
-            _check_condition(spec.key, name, values, drawn, {k.key for k in specs}, set(given))
+            _check_condition(key, name, values, later)
+        later.remove(key)
         specs.append(spec)
-        for one in spec.choices or (
-            int(spec.low) if spec.whole else spec.low,
-            int(spec.high) if spec.whole else spec.high,
-        ):
-            keys = spec.keys_of(one) if spec.choices else {key: one}
+        for keys in map(spec.keys_of, spec.choices) if spec.choices else ({key: spec.low}, {key: spec.high}):
             try:
-                recipes.override(base, keys)
+                recipes.override(base, {k: int(v) if spec.whole else v for k, v in keys.items()})
             except KtrayError as error:
                 raise KtrayError(f"tune.space: {error.what}", error.remedy) from error
-            drawn |= set(keys)
-    twice = [k for k in drawn if sum(k in names for names in map(_names, specs)) > 1]
-    if twice:
-        raise KtrayError(f"tune.space has '{sorted(twice)[0]}' twice", "Leave it in one place.")
+    names = [name for spec in specs for name in _names(spec)]
+    if len(set(names)) < len(names):
+        raise KtrayError(f"tune.space has '{max(names, key=names.count)}' twice", "Leave it in one place.")
     return Space(base, tuple(specs))
 
 
@@ -236,13 +232,10 @@ def _names(spec: Spec) -> set[str]:
     return {name for choice in spec.choices for name in spec.keys_of(choice)} or {spec.key}
 
 
-def _check_condition(
-    key: str, name: str, values: tuple[Any, ...], drawn: set[str], before: set[str], all_keys: set[str]
-) -> None:
-    known = {row[0] for row in recipes.schema()}
-    if name not in known:
-        recipes.override(Recipe(), {name: values[0] if values else None})  # names the nearest key
-    if name in all_keys and name not in before:
+def _check_condition(key: str, name: str, values: tuple[Any, ...], later: list[str]) -> None:
+    if name not in {row[0] for row in recipes.schema()}:
+        recipes.override(Recipe(), {name: values[0]})  # names the nearest key
+    if any(name == other or name.startswith(f"{other}.") for other in later):
         raise KtrayError(
             f"tune.space: '{key}' asks for '{name}', which comes after it", f"Put '{name}' before '{key}'."
         )
@@ -251,6 +244,8 @@ def _check_condition(
 def _spec(key: str, value: Any) -> Spec:
     if key.split(".")[0] in NOT_SEARCHED:
         raise KtrayError(f"tune.space cannot change '{key}'", "It says what is searched for, not how it is reached.")
+    if key == "train.epochs":
+        raise KtrayError("tune.space cannot change 'train.epochs'", "Search train.steps, which wins over it.")
     section = _section(key)
     if section is None:
         _type_of(key)

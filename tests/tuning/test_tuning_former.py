@@ -77,7 +77,9 @@ def test_from_mlflow(database, tmp_path):
     for lr, status in ((3e-05, "FINISHED"), (2e-05, "FAILED"), (0.5, "FINISHED")):
         run = client.create_run(experiment).info.run_id
         params = [Param(k, v) for k, v in logged(recipes.override(BASE, {"train.lr": lr})).items()]
-        client.log_batch(run, [Metric("val.top1", 0.7, 0, 0), Metric("cost.without_cache_flops", 9.0, 0, 0)], params)
+        client.log_batch(run, [Metric("val.top1", 0.7, 0, 0), Metric("cost.without_cache_flops", 9.0, 0, 0)])
+        for at in range(0, len(params), 100):  # MLflow takes no more at once
+            client.log_batch(run, params=params[at : at + 100])
         client.set_terminated(run, status)
     (trial,) = former_trials(uri, "before", BASE, SPACE, multi=True)
     assert trial.params["train.lr"] == 3e-05

@@ -109,10 +109,8 @@ def test_the_default_space_is_one(gallery, text):
     assert ("transfer.queries" in keys) == (gallery is not None and text)
 
 
-def test_recipes_that_ship_with_a_space_of_their_own_can_be_read():
-    for file in recipes.RECIPES.glob("*.yaml"):
-        base = recipes.load(file.stem, [])
-        if base.tune.space:
-            space = read(base, base.tune.space)
-            start = recipes.override(base, {"train.steps": base.tune.steps or base.train.steps})
-            assert space.locate(flat(start)) is not None, f"{file.stem}: the recipe as given lies outside"
+def test_the_recipe_that_ships_with_a_space_lies_in_it():
+    base = recipes.load("letters", [])
+    space = read(base, base.tune.space)
+    start = recipes.override(base, {"train.steps": base.tune.steps})
+    assert space.keys(space.locate(flat(start)))["student.kwargs"] == base.student.kwargs
