@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ktray.comparison.picture import FAINT, METRICS, SOFT, _finish, _log_axis, _png
+from ktray.report import flops, percent, seconds, usd
 
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
+SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
 UNITS = {"flops": "compute", "device_seconds": "device time", "usd": "money"}
 MOST_AXES = 10  # of the parallel coordinates; the keys that matter least are left out
 
@@ -78,8 +81,8 @@ def parallel(found: dict[str, Any]) -> bytes | None:
     last = [t["points"][-1] for t in trials]
     costs, values = np.array([p["cost"] for p in last]), np.array([p["validation"] for p in last])
     columns = [_column([t["params"].get(key) for t in trials]) for key in keys]
-    columns.append((_scaled(np.log(costs)), _ends(costs, formatter(found["cost"]))))
-    columns.append((_scaled(values), _ends(values, PercentFormatter(1.0, decimals=1))))
+    columns.append((_scaled(np.log(costs)), _ends(costs, SHOWN[found["cost"]])))
+    columns.append((_scaled(values), _ends(values, percent)))
     names = [*(key.replace(".", ".\n", 1) for key in keys), "cost", "validation"]
     figure = Figure(figsize=(max(7.0, 1.15 * len(names)), 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -132,8 +135,8 @@ def importance(found: dict[str, Any]) -> bytes | None:
     return _png(figure)
 
 
-def _ends(values: np.ndarray, shown: Any) -> list[tuple[float, str]]:
-    return [(0.0, str(shown(float(values.min()), None))), (1.0, str(shown(float(values.max()), None)))]
+def _ends(values: np.ndarray, shown: Callable[[float | None], str]) -> list[tuple[float, str]]:
+    return [(0.0, shown(float(values.min()))), (1.0, shown(float(values.max())))]
 
 
 def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:

@@ -13,12 +13,14 @@ from ktray.identity import RUN_NAME
 from ktray.pipeline import run as pipeline
 from ktray.progress import hushed
 from ktray.recipe import Recipe
+from ktray.store import Dir, Store
 from ktray.tracking import WAY
 from ktray.tuning.purse import Purse, Spent
 from ktray.tuning.records import Point, Records
 from ktray.tuning.rungs import Rungs, Tally, recipe_of
 
 TITLE = "winner"
+FOLDER = "winner"  # in the search's: the runs of its seeds
 
 
 def crown(
@@ -42,10 +44,11 @@ def crown(
     """
     point = records.best(base.tune.cost_limit)
     assert point is not None  # the recipe as given is one
-    say(f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested")
-    results: dict[int, dict[str, Any]] = {}
-    missing: dict[int, str] = {}
     seeds = [base.seed + i for i in range(base.tune.seeds)]
+    say(f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested")
+    home = records.folder.sub(FOLDER)
+    results = {seed: found for seed in seeds if (found := _known(rungs.store, home, point, seed))}
+    missing: dict[int, str] = {}
 
     def one(seed: int) -> None:
         recipe = recipe_of(base, records.trials[point.trial].keys, point.share, seed)
@@ -62,6 +65,7 @@ def crown(
                 said = rungs.said(f"seed {seed}")
                 results[seed] = pipeline(recipe, said, rungs.debug, rungs.share, tags, limit=tally)
             made = True
+            home.write_json(_name(point, seed), {"run": results[seed]["run_id"]})
             say(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
         except Spent as spent:
             missing[seed] = spent.what
@@ -70,7 +74,7 @@ def crown(
         finally:
             purse.settle(name, tally.spent(), tally.run, time.monotonic() - begun if made else None)
 
-    run_all([partial(one, seed) for seed in seeds], at_once)
+    run_all([partial(one, seed) for seed in seeds if seed not in results], at_once)
     for seed, reason in sorted(missing.items()):
         say(f"winner    seed {seed} is missing: {reason}")
     return {
@@ -78,6 +82,18 @@ def crown(
         "results": [results[seed] for seed in seeds if seed in results],
         "missing": {str(seed): reason for seed, reason in sorted(missing.items())},
     }
+
+
+def _name(point: Point, seed: int) -> str:
+    return f"{point.run}-{seed}.json"
+
+
+def _known(store: Store, home: Dir, point: Point, seed: int) -> dict[str, Any] | None:
+    """What an earlier process of this search has found with a seed of this very winner."""
+    if not home.exists(_name(point, seed)):
+        return None
+    found: dict[str, Any] = store.run(str(home.read_json(_name(point, seed))["run"])).read_json("result.json")
+    return found
 
 
 def title(point: Point) -> str:

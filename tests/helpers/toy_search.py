@@ -1,4 +1,4 @@
-"""Trials that take a formula for a pipeline; `python toy_search.py CPUS FOLDER` runs some on a Ray of its own."""
+"""Trials that take a formula for a pipeline; `python toy_search.py FOLDER CPUS ...` runs some on Rays of its own."""
 
 import math
 import sys
@@ -84,6 +84,8 @@ def busy():
 if __name__ == "__main__":
     import ray
 
-    ray.init(num_cpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    trials = Toy(sys.argv[2], busy, trials=4, rungs=[0.5, 1.0]).run(at_once=int(sys.argv[1]))
-    print("ended", [t.state for t in trials])
+    for count in map(int, sys.argv[2:]):
+        ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        trials = Toy(f"{sys.argv[1]}/{count}", busy, trials=4, rungs=[0.5, 1.0]).run(at_once=count)
+        print("ended", [t.state for t in trials])
+        ray.shutdown()

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from toy_search import Toy, busy
 
 from ktray.tuning.records import GIVEN, OPEN, UNPAID
@@ -86,11 +85,9 @@ def test_two_aims_know_the_cost_and_former_trials_teach(cluster, tmp_path):
     assert max(t.last.validation for t in alone) >= 0.5
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-def test_it_does_not_hang_where_the_cluster_is_small(tmp_path, cpus):
+def test_it_does_not_hang_where_the_cluster_has_one_cpu_or_two(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TRAIN_V2_ENABLED": "1"}
-    done = subprocess.run(
-        [sys.executable, str(TOY), str(cpus), str(tmp_path)], capture_output=True, text=True, timeout=150, env=env
-    )
+    command = [sys.executable, str(TOY), str(tmp_path), "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("finished") + done.stdout.count("stopped") == 4
+    assert done.stdout.count("finished") + done.stdout.count("stopped") == 8
