@@ -248,6 +248,11 @@ def run(
             ),
         ).fit()
 
+    for record in records.in_order():  # begun by an earlier process, and not paid any more
+        if record.state == OPEN:
+            records.close(record, UNPAID, "interrupted, and then the budget was used up")
+            told(record)
+
 
 def _quiet() -> None:
     for name, value in {
