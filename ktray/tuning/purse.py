@@ -121,7 +121,7 @@ class Purse:
         keep: writes `state` to a place that outlives the process.
         charged: by run id, what it spent.
         before: seconds that earlier processes of this search took.
-        promised, open_runs: by the name of a run that is under way, its allowance and its run id.
+        promised, planned, open_runs: by the name of a run that is under way, its allowance, its plan and its run id.
         reserve: kept for the winner.
         grown: an earlier process of the search had other limits.
     """
@@ -135,6 +135,7 @@ class Purse:
     charged: dict[str, Amounts] = field(default_factory=dict)
     before: float = 0.0
     promised: dict[str, Amounts] = field(default_factory=dict)
+    planned: dict[str, Amounts] = field(default_factory=dict)
     open_runs: dict[str, str] = field(default_factory=dict)
     reserve: Amounts = field(default_factory=dict)
     grown: bool = False
@@ -223,8 +224,11 @@ class Purse:
         with self._lock:
             planned, left = self.estimate(stages), self.left()
             for unit, room in left.items():
-                if planned[unit] > room and not anyway:
+                # A run that goes beyond its plan is stopped some moments later, for which there must be room too.
+                moments = LOOKS * planned[unit] / max(1.0, planned["device_seconds"])
+                if planned[unit] + (0.0 if unit == "wall" else moments) > room and not anyway:
                     return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
+            self.planned[name] = planned
             known = all(stage in self.speed.seen for stage in stages)
             self.promised[name] = {
                 # Before anything was measured a plan in seconds is a guess: the run may take its part of all there is.
@@ -248,7 +252,9 @@ class Purse:
             seconds = max(1.0, now["device_seconds"])
             for unit, most in allowed.items():
                 used = now.get(unit, 0.0) - before.get(unit, 0.0)
-                if used + LOOKS * now.get(unit, 0.0) / seconds > most:
+                # What is within its plan ends by itself: a stage may begin faster than it goes on.
+                beyond = used > self.planned[name][unit]
+                if beyond and used + LOOKS * now.get(unit, 0.0) / seconds > most:
                     raise Spent(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
             if "wall" in self.limits:
                 until = self.limits["wall"] - self.closing("wall") - (0.0 if final else self.reserve.get("wall", 0.0))
@@ -263,6 +269,7 @@ class Purse:
         """
         with self._lock:
             self.promised.pop(name, None)
+            self.planned.pop(name, None)
             self.open_runs.pop(name, None)
             found = amounts(entries)
             if run:

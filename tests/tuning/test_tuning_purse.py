@@ -47,11 +47,13 @@ def test_what_does_not_fit_is_not_begun_and_promises_add_up():
     assert one.promise("a", {"transfer": 50.0}) == ""
     assert one.promised["a"] == {"flops": 75.0}
     assert "planned 50 FLOP, left 25 FLOP" in one.promise("b", {"transfer": 50.0})
-    one.settle("a", [entry(40)], "a", 1.0)
+    one.settle("a", [entry(40, 10.0)], "a", 12.0)
     assert one.left() == {"flops": 60.0}
     one.reserve = {"flops": 30.0}
     assert one.promise("b", {"transfer": 31.0})
-    assert one.promise("b", {"transfer": 30.0}) == ""
+    assert one.promise("b", {"transfer": 24.0}), "in the moments that stopping takes it would go beyond"
+    assert one.promise("b", {"transfer": 20.0}) == ""
+    assert one.promised["b"] == {"flops": 30.0}
 
 
 def test_a_run_is_stopped_before_its_allowance_is_spent():
@@ -60,6 +62,14 @@ def test_a_run_is_stopped_before_its_allowance_is_spent():
     one.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
     with pytest.raises(Spent, match="of 30 GFLOP that it may cost"):
         one.watch("a", [entry(26.5e9, 26.5)], "a")
+
+
+def test_a_run_within_its_plan_is_not_stopped_however_fast_it_begins():
+    one = purse(flops=100e9)
+    assert one.promise("a", {"transfer": 20e9}) == ""
+    one.watch("a", [entry(19e9, 1.0)], "a")
+    with pytest.raises(Spent):
+        one.watch("a", [entry(21e9, 1.0)], "a")
 
 
 def test_time_ends_trials_before_the_winner():

@@ -13,31 +13,24 @@ from ktray.tuning.search import study_trial
 TOY = Path(__file__).parents[1] / "helpers" / "toy_search.py"
 
 
-def test_the_recipe_as_given_comes_first_and_weak_trials_are_stopped(cluster, tmp_path):
+def test_the_recipe_as_given_comes_first_weak_trials_are_stopped_and_failed_ones_marked(cluster, tmp_path):
     toy = Toy(tmp_path, busy, trials=14, rungs=[1 / 9, 1 / 3, 1.0])
+    toy.bad = {4: ("failed", "the loss is nan at step 4"), 5: ("failed", "out of memory")}
     trials = toy.run()
     assert len(trials) == 14
+    assert [t.number for t in trials if t.state == "failed"] == [4, 5]
+    assert Toy(tmp_path).records.trials[5].reason == "out of memory"
     assert toy.asked[0] == (GIVEN, 0)
     assert trials[GIVEN].state == "finished"
     assert [p.share for p in trials[GIVEN].points] == [1.0]
     stopped = [t for t in trials if t.state == "stopped"]
     finished = [t for t in trials if t.state == "finished"]
     assert stopped
-    assert {t.state for t in trials} == {"stopped", "finished"}
+    assert {t.state for t in trials} == {"stopped", "finished", "failed"}
     assert all(len(t.points) < 3 for t in stopped)
     assert toy.most <= 2
     best = max(finished, key=lambda t: t.last.validation)
     assert best.last.validation > trials[GIVEN].last.validation
-
-
-def test_trials_that_fail_are_marked_and_the_search_goes_on(cluster, tmp_path):
-    toy = Toy(tmp_path, trials=6, rungs=[1.0], stop="none")
-    toy.bad = {2: ("failed", "the loss is nan at step 4"), 3: ("failed", "out of memory")}
-    trials = toy.run()
-    assert [t.state for t in trials] == ["finished"] * 2 + ["failed"] * 2 + ["finished"] * 2
-    assert trials[2].reason == "the loss is nan at step 4"
-    again = Toy(tmp_path)
-    assert again.records.trials[3].reason == "out of memory"
 
 
 def test_nothing_begins_that_cannot_be_paid_and_then_the_search_ends(cluster, tmp_path):
@@ -71,22 +64,18 @@ def test_a_grid_is_gone_through_once(cluster, tmp_path):
 
 
 def test_two_aims_know_the_cost_and_former_trials_teach(cluster, tmp_path):
-    first = Toy(tmp_path / "first", trials=10, rungs=[1.0], search="random").run()
+    first = Toy(tmp_path / "first", trials=6, rungs=[1.0], search="random").run()
     space = Toy(tmp_path / "space").space
     former = [t for r in first if (t := study_trial(space, r, ["validation", "full_cost"]))]
-    assert len(former) == 10, "the recipe as given lies in the space too"
+    assert len(former) == 6, "the recipe as given lies in the space too"
     assert all(t.values[1] in (16, 32, 64) for t in former)
     trials = Toy(tmp_path / "second", trials=6, rungs=[1.0], search="nsga2").run(former=former)
     assert [t.state for t in trials] == ["finished"] * 6
-    alone = Toy(tmp_path / "third", trials=8, rungs=[1.0], seed=1).run(
-        at_once=1, former=[t for r in first if (t := study_trial(space, r, "validation"))]
-    )
-    assert max(t.last.validation for t in alone) >= 0.5
 
 
-def test_it_does_not_hang_where_the_cluster_has_one_cpu_or_two(tmp_path):
+def test_it_does_not_hang_where_the_cluster_has_one_cpu(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TRAIN_V2_ENABLED": "1"}
-    command = [sys.executable, str(TOY), str(tmp_path), "1", "2"]
+    command = [sys.executable, str(TOY), str(tmp_path), "1"]  # the session's has two
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("finished") + done.stdout.count("stopped") == 8
+    assert done.stdout.count("finished") + done.stdout.count("stopped") == 4
