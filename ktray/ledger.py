@@ -338,6 +338,14 @@ class Ledger:
     prices: Mapping[str, float] = field(default_factory=dict)
     joules: Callable[[], float] | None = None
     entries: list[Entry] = field(default_factory=list)
+    running: list[Meter] = field(default_factory=list)
+
+    def spent(self) -> list[Entry]:
+        """The attempts that this very run has made, each once, one that still goes on as it stands now; those of a
+        baseline too. Safe from any thread."""
+        made = [*self.entries, *(meter.now() for meter in list(self.running))]
+        own = {(e.stage, e.key, e.attempt): e for e in made if self.run and e.run == self.run}
+        return list(own.values())
 
     @contextlib.contextmanager
     def attempt(self, log: Log, stage: str, key: str, devices: int = 1) -> Iterator[Meter]:
@@ -351,8 +359,11 @@ class Ledger:
         meter = Meter(log, Entry(stage, key, number, self.run), self.device, devices, self.prices, self.joules)
         try:
             with meter:
+                self.running.append(meter)
                 yield meter
         finally:
+            if meter in self.running:
+                self.running.remove(meter)
             self.entries.append(meter.entry)
 
     def reuse(self, log: Log, stage: str, key: str) -> None:

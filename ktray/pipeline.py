@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from ktray.models.reading import map_shape
 from ktray.models.teacher import TeacherSource
 from ktray.objectives import build_objective
 from ktray.phases import needs_teacher, phases, taught
+from ktray.pulse import limited
 from ktray.recipe import Recipe, digest, dump
 from ktray.resolve import Resolved, index_alone, resolve, resolve_gallery
 from ktray.resources import Plan, cluster_plan, connect, others
@@ -57,6 +59,7 @@ def run(
     plan: Plan | None = None,
     tags: Mapping[str, str] | None = None,
     trial: bool = False,
+    limit: Callable[[Ledger], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the content of ``result.json``.
 
@@ -68,11 +71,14 @@ def run(
         tags: of the MLflow run, beside its own.
         trial: one of several runs of which validation will choose. The test split is not read, and no student, report
             or model is left; a later run of the same recipe reuses all stages.
+        limit: gets the run's accounts, about every second; what it raises ends the run, with what it cost in the
+            ledger.
     """
     begun = time.time()
 
     def work(context: Context) -> dict[str, Any]:
-        made = stages(context, trial)
+        with limited(None if limit is None else partial(limit, context.ledger)):
+            made = stages(context, trial)
         return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
 
     return _logged(recipe, say, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)

@@ -236,7 +236,7 @@ def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -
     found = resolve(recipe, local, say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
-    rate, price, kind = _machine(recipe)
+    rate, price, kind = machine(recipe)
     store = Store(found.recipe.store)
     whole, unknown = _whole(store, found, local)
     say(HEAD)
@@ -261,7 +261,7 @@ def show_index(recipe: Recipe, say: Callable[[str], None]) -> None:
     found = resolve_gallery(recipe, this_machine(recipe), say)
     for reason in found.reasons:
         say(f"recipe    {reason}")
-    rate, price, kind = _machine(recipe)
+    rate, price, kind = machine(recipe)
     teacher = _teacher(found.recipe)
     images, known = _gallery_images(found)
     crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most
@@ -273,7 +273,7 @@ def show_index(recipe: Recipe, say: Callable[[str], None]) -> None:
     say("shards that the index holds already cost nothing")
 
 
-def _machine(recipe: Recipe) -> tuple[float, float | None, str]:
+def machine(recipe: Recipe) -> tuple[float, float | None, str]:
     """FLOP/s that are assumed, USD an hour, and what the machine is."""
     device = describe_device()
     gpus = device.get("gpus") or []

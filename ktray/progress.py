@@ -5,15 +5,18 @@ On a terminal the line is rewritten in place; into a file or a job log a new lin
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TextIO
 
+_hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
 _screen = threading.Lock()
 _WINDOW_S = 15.0  # the rate is that of the last moments: a resumed or warming-up stage settles soon
@@ -29,6 +32,16 @@ def humanise(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+@contextlib.contextmanager
+def hushed(silent: bool = True) -> Iterator[None]:
+    """Within it, stages that begin on this thread show no progress lines: several at once would only mix them up."""
+    token = _hushed.set(silent)
+    try:
+        yield
+    finally:
+        _hushed.reset(token)
 
 
 class Progress:
@@ -64,6 +77,7 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self._began, done)])
         self._shown_at: float | None = None
         self._closed = False
+        self._silent = _hushed.get()
         self._show()
 
     def update(
@@ -145,6 +159,8 @@ class Progress:
         self._write(self.line(), last=False)
 
     def _write(self, text: str, last: bool) -> None:
+        if self._silent:
+            return
         with _screen:
             try:
                 if self._tty:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _LOOK = 1.0  # seconds between looks at the pulse
 _ANSWER = 20.0  # seconds that the cluster and the store have to answer when they are asked what is wrong
 _current: ContextVar[Pulse | None] = ContextVar("ktray-pulse", default=None)
+_limit: ContextVar[Callable[[], None] | None] = ContextVar("ktray-limit", default=None)
 
 
 class Pulse:
@@ -74,6 +75,24 @@ class Pulse:
             f"{self._waits or 'its tasks'}{asked}",
             f"{' '.join(causes)} The same command goes on from what is stored; cluster.stall_minutes sets the limit.",
         )
+
+
+@contextlib.contextmanager
+def limited(check: Callable[[], None] | None) -> Iterator[None]:
+    """Within it, whatever a stage waits for on this thread is ended by what ``check`` raises; it is asked every second
+    of waiting, between the shards of a stage, and before each stage."""
+    token = _limit.set(check)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def check_limit() -> None:
+    """Raises what the limit of this thread's run raises, if it has one."""
+    check = _limit.get()
+    if check is not None:
+        check()
 
 
 @contextlib.contextmanager
@@ -152,6 +171,7 @@ def _next(box: queue.Queue[tuple[bool, Any]], pulse: Pulse | None) -> tuple[bool
         try:
             return box.get(timeout=_LOOK)
         except queue.Empty:
+            check_limit()
             if pulse:
                 pulse.check()
 

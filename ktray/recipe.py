@@ -19,6 +19,7 @@ from ktray.errors import KtrayError
 from ktray.recipe_cluster import Cluster, MLflow
 from ktray.recipe_export import Export
 from ktray.recipe_jobs import Bench, Compare, Part
+from ktray.recipe_tune import Budget, Tune
 from ktray.scrub import credential_in
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -281,6 +282,8 @@ class Recipe(Part):
     compare: Compare = Compare()
     bench: Bench = Bench()
     export: Export = Export()
+    tune: Tune = Tune()
+    budget: Budget = Budget()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )

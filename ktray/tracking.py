@@ -139,9 +139,12 @@ class Tracker:
         """
         self._put("run", name=name, params=dict(params or {}), tags=dict(tags or {}), run_id=run_id)
 
-    def stage(self, name: str) -> StageRun:
-        """Open the nested run of a stage, or go on with it."""
-        self._put("stage", stage=name)
+    def stage(
+        self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
+    ) -> StageRun:
+        """Open the nested run of a stage, or go on with it; of a search it is that of a trial."""
+        more = {k: dict(v) for k, v in (("params", params), ("tags", tags)) if v}
+        self._put("stage", stage=name, **more)
         return StageRun(self, name)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

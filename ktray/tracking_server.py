@@ -75,22 +75,27 @@ class Server:
         self._owner = {k: str(v) for k, v in tags.items() if k == "mlflow.user"}
         run_id = self._parent(record["name"], tags, record["time"])
         self.client.update_run(run_id, status="RUNNING")
-        present = self.client.get_run(run_id).data
+        self._describe(run_id, record["params"], tags)
+
+    def _on_stage(self, record: Mapping[str, Any]) -> None:
+        run_id = self._run_of(record["stage"], record["time"])
+        self.client.update_run(run_id, status="RUNNING")
+        if record.get("params") or record.get("tags"):
+            self._describe(run_id, record.get("params", {}), record.get("tags", {}))
+
+    def _describe(self, run_id: str, given: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Parameters that the run has not yet, and tags that are other than it has."""
         from mlflow.entities import Param, RunTag
 
+        present = self.client.get_run(run_id).data
         params = [
-            Param(_name(k), str(v)[:_PARAM_CHARACTERS])
-            for k, v in record["params"].items()
-            if _name(k) not in present.params
+            Param(_name(k), str(v)[:_PARAM_CHARACTERS]) for k, v in given.items() if _name(k) not in present.params
         ]
         for at in range(0, len(params), _PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=params[at : at + _PARAMS_PER_CALL])
         changed = [RunTag(k, str(v)) for k, v in tags.items() if present.tags.get(k) != str(v)]
         if changed:
             self.client.log_batch(run_id, tags=changed)
-
-    def _on_stage(self, record: Mapping[str, Any]) -> None:
-        self.client.update_run(self._run_of(record["stage"], record["time"]), status="RUNNING")
 
     def _on_metrics(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric

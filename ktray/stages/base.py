@@ -11,7 +11,7 @@ from ktray.data.quarantine import Bad, Quarantine
 from ktray.lease import Lease, LeaseLost
 from ktray.ledger import DirLog, Ledger, Meter
 from ktray.progress import Progress
-from ktray.pulse import Pulse, watched
+from ktray.pulse import Pulse, check_limit, watched
 from ktray.recipe import Recipe, digest
 from ktray.resources import Plan
 from ktray.store import Stage, Store
@@ -101,6 +101,7 @@ class Reporter:
         kept = []
         for s in summaries:
             self.check()
+            check_limit()
             self.done += int(s.get("read", 0))
             self.read += int(s.get("read", 0))
             self.pulse.beat(f"{self.done:,} images")
@@ -208,10 +209,12 @@ def run_stage(
         context.planned[booked] = manifest is not None and context.planned.get(booked, True)
         return Done(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
+        check_limit()
         try:
             with stage.lease(context.say) as lease:
                 manifest = made()  # another job may have finished it while this one waited
                 if manifest is None:
+                    check_limit()
                     return _attempt(context, stage, lease, (name, shown, booked), key, key_parts, work)
         except LeaseLost as lost:
             context.say(f"{shown:<9} {lost.what}; going on with what it makes")
