@@ -27,7 +27,7 @@ def cluster():
 
     yield cluster_plan(1, False)
     # Readers that tests left half-read cancel their tasks when they are collected, and Ray ends the process if a task
-    # ends while it is cancelled, or while Ray itself is ended: that has cost a whole session its summary.
+    # ends just then. A session has lost its summary to a death at this place, perhaps to this one.
     gc.collect()
     time.sleep(2)
     ray.shutdown()

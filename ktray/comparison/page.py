@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from ktray import study_page
 from ktray.comparison import picture
 from ktray.report import flops, percent, seconds, usd
 
@@ -23,27 +19,20 @@ COLUMNS = (
 
 def write(folder: Path, found: dict[str, Any]) -> list[Path]:
     """Write the page, its pictures and the CSV into ``folder``; returns their paths."""
-    images = {"compare": picture.compute(found), "sizes": picture.sizes(found), "shares": picture.shares(found)}
-    files = []
-    for name, png in images.items():
-        if png is not None:
-            files.append(folder / ("compare.png" if name == "compare" else f"compare-{name}.png"))
-            files[-1].write_bytes(png)
-    files.append(folder / "compare.csv")
-    with open(files[-1], "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(_flat(way) for way in found["ways"])
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"flops": flops, "seconds": seconds, "usd": usd, "percent": percent, "accuracy": accuracy}
-    text = resources.files("ktray.comparison").joinpath("compare.html").read_text("utf-8")
-    shown = {name: png and "data:image/png;base64," + base64.b64encode(png).decode() for name, png in images.items()}
-    html = environment.from_string(text).render(
-        f=found, picture=shown, metric=picture.metric_name(found), times=times, points=points, headline=headline(found)
+    return study_page.write(
+        folder,
+        "compare",
+        "ktray.comparison",
+        {"compare": picture.compute(found), "sizes": picture.sizes(found), "shares": picture.shares(found)},
+        COLUMNS,
+        (_flat(way) for way in found["ways"]),
+        {"accuracy": accuracy},
+        f=found,
+        metric=picture.metric_name(found),
+        times=times,
+        points=points,
+        headline=headline(found),
     )
-    files.append(folder / "compare.html")
-    files[-1].write_text(html, encoding="utf-8")
-    return files
 
 
 def accuracy(way: dict[str, Any]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.identity import run_tags
 from ktray.pipeline import local_home
 from ktray.recipe import Recipe
-from ktray.store import Store
+from ktray.store import Dir, Store
 from ktray.tracking import WAY, Tracker, tracking_uri
 from ktray.tuning.purse import Purse
 from ktray.tuning.records import GIVEN, Record
@@ -44,10 +43,11 @@ def trial(tracker: Tracker, base: Recipe, search: str, record: Record) -> None:
     run.finish({}, "FAILED" if record.state == "failed" else "FINISHED")
 
 
-def close(tracker: Tracker, found: dict[str, Any], files: Sequence[Path], rest: float) -> dict[str, Any]:
+def close(tracker: Tracker, found: dict[str, Any], kept: Dir, files: Sequence[str], rest: float) -> dict[str, Any]:
     """Log the end of the search; returns the ``mlflow`` object of its ``result.json``.
 
     Args:
+        kept, files: the search's folder, and names in it to keep with the run.
         rest: seconds that a server may take; what it has not got then, a later job sends.
     """
     winner = found["winner"]
@@ -60,8 +60,8 @@ def close(tracker: Tracker, found: dict[str, Any], files: Sequence[Path], rest: 
         **{f"importance.{key}": value for key, value in found["importance"].items()},
     }
     tracker.final({name: value for name, value in values.items() if value is not None})
-    for file in files:
-        tracker.artifact(file)
+    for name in files:
+        tracker.stored(kept, name)
     tracker.flush(min(20.0, rest))
     return tracker.info(min(15.0, rest))
 

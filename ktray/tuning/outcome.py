@@ -245,9 +245,7 @@ def write(
         pages = page.write(Path(scratch), content, files)
         for file in pages:
             folder.put(file)
-        # MLflow may take them later, so they must stay where a local store has them.
-        kept = [Path(folder.path) / file.name for file in pages] if folder.is_local else pages
-        content["mlflow"] = log.close(tracker, content, kept, purse.rest())
+        content["mlflow"] = log.close(tracker, content, folder, [file.name for file in pages], purse.rest())
     content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(purse.elapsed, 2)
     folder.write_json("result.json", content)
     folder.delete(RUNNING)

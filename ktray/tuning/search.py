@@ -216,8 +216,8 @@ def run(
         records.begin({}, {})
     begun = [r for r in records.in_order() if r.state == OPEN]
     storage, most = _storage(part, space, records, begun, metric, former)
-    inner = OptunaSearch(space.define, metric=metric, mode=mode, sampler=_sampler(part, records), storage=storage,
-                         study_name=STUDY)  # fmt: skip
+    sampler = _sampler(part, records)
+    inner = OptunaSearch(space.define, metric=metric, mode=mode, sampler=sampler, storage=storage, study_name=STUDY)
     proposer = Proposer(inner, space, records, begun, most, lambda: _over(records, purse))
     scheduler = _scheduler(part, unit, records)
     node = f"node:{ray.util.get_node_ip_address()}"
