@@ -98,14 +98,16 @@ def plan(
             f"Set cluster.workers={nodes}..{most}, or a fixed number of workers, which may share a node.",
         )
     now = min(most, max(least, int(gpus) if on_gpu else nodes)) if elastic else most
-    beside = cpus / 2  # what the largest reading task may have
     # At least half of the CPUs, and never less than one where there are two, stay for reading.
     worker_cpus = min(1.0, int(50 * cpus / now) / 100)
     if elastic and on_gpu:
         worker_cpus = 2.0 ** min(0, math.floor(math.log2(cpus / 2 / now)))  # so that Ray Train's sums are exact
     elif elastic:
         worker_cpus = int(60 * cpus / nodes) / 100  # two would not fit on a node
-        beside = min(beside, cpus / nodes - worker_cpus)
+    # What the largest reading task may have. One of the nodes has at most an even share of the workers; of those that
+    # come and go it may have to be on a node with one.
+    a_node = 1 if elastic else now // nodes
+    beside = min(cpus / 2, cpus / nodes - a_node * worker_cpus)
     if worker_cpus < 0.02:
         raise KtrayError(
             f"{now} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / now:.3f}, "
@@ -141,9 +143,10 @@ def plan(
     )
 
 
-# glibc gives a large tensor's memory back to the kernel when it is freed, and a training step then waits for some 5,000
-# page faults. With these it keeps and reuses it: a step of the default student takes 15% less time on two cores.
-MALLOC = {
+# What worker processes are started with: glibc gives a large tensor's memory back to the kernel when it is freed, and a
+# training step then waits for some 5,000 page faults. With these it keeps and reuses it: a step of the default student
+# takes 15% less time on two cores.
+TUNED = {
     "MALLOC_TOP_PAD_": str(1 << 26),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
@@ -191,16 +194,15 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     if address:
         # A job's workers already run in its working directory; a bare driver must bring the package along.
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(__file__).parent)]}
-        if passed := data_settings():
-            env["env_vars"] = passed
-        ray.init(address=address, runtime_env=env or None, **common)
+        env["env_vars"] = worker_settings()
+        ray.init(address=address, runtime_env=env, **common)
     else:
         from ktray.device import memory_bytes, usable_cpus
 
         cores = max(2, int(usable_cpus()))
         # Ray ends idle worker processes after a second, and a new one imports for 5 to 10.
         idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
-        for name, value in (MALLOC | idle).items():  # the workers are started from here
+        for name, value in (TUNED | idle).items():  # the workers are started from here
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
@@ -251,12 +253,14 @@ def _authenticate(address: str | None) -> None:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def data_settings() -> dict[str, str]:
-    """How this process reaches data, for workers on other nodes; without credentials, which all could read there."""
+def worker_settings() -> dict[str, str]:
+    """Variables for workers on other nodes: `TUNED`, and how this process reaches data, without credentials, which all
+    could read there."""
+    wanted = TUNED | {name: os.environ[name] for name in (*TUNED, *DATA_SETTINGS) if os.environ.get(name)}
     # What the job was submitted with reaches the workers by itself, and Ray takes no name twice.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     known = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
-    return {name: os.environ[name] for name in DATA_SETTINGS if os.environ.get(name) and name not in known}
+    return {name: value for name, value in wanted.items() if name not in known}
 
 
 def inside_job() -> bool:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.resources import DATA_SETTINGS, authentication, cluster_plan, data_settings, others, plan
+from ktray.resources import DATA_SETTINGS, TUNED, authentication, cluster_plan, others, plan, worker_settings
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
@@ -88,6 +88,19 @@ def test_workers_that_come_and_go_have_a_node_each_on_cpus(nodes, cores, workers
     assert p.worker_threads == cores
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8])
+@pytest.mark.parametrize("cores", [1, 2, 16])
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+def test_a_decode_task_fits_on_a_node_however_the_workers_lie(nodes, cores, workers):
+    p = plan(nodes * cores, 0, nodes, workers, "auto")
+    free = [float(cores)] * nodes
+    for _ in range(workers):  # the worst is as even as it gets
+        fullest = free.index(max(free))
+        free[fullest] -= p.worker_cpus
+    assert p.decode_cpus <= max(free) + 1e-9
+    assert p.decode_cpus >= min(1, cores / 2) - 1e-9
+
+
 @pytest.mark.parametrize(("cpus", "gpus"), [(4, 2), (6, 4), (64, 8), (3, 4)])
 def test_workers_that_come_and_go_have_a_gpu_each(cpus, gpus):
     p = plan(cpus, gpus, 1, (1, 16), "auto")
@@ -157,16 +170,18 @@ def test_a_token_goes_to_no_address_that_was_not_meant(no_token):
 
 
 def test_workers_get_the_address_of_s3_and_no_credentials(monkeypatch):
-    for name in (*DATA_SETTINGS, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    for name in (*TUNED, *DATA_SETTINGS, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    assert data_settings() == {}
+    assert worker_settings() == TUNED
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("KTRAY_DATA_ROOTS", "s3://photos")
     kept = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "KTRAY_DATA_ROOTS": "s3://photos"}
-    assert data_settings() == {"AWS_ENDPOINT_URL": "http://store:9000", **kept}
+    assert worker_settings() == {"AWS_ENDPOINT_URL": "http://store:9000", **kept, **TUNED}
     # Ray refuses a name that the job was submitted with.
     job = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": "http://store:9000"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    assert data_settings() == kept
+    assert worker_settings() == {**kept, **TUNED}
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "0")  # whoever knows better says so
+    assert worker_settings()["MALLOC_TOP_PAD_"] == "0"

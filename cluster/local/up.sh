@@ -3,8 +3,8 @@
 #
 # The first call makes the secrets (.env, readable by you alone) and builds the images that are missing (the largest
 # holds CUDA's libraries: some GB and minutes); --build builds all anew, from what has changed on. It takes docker
-# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each, 2),
-# DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
+# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each; an equal
+# part of this machine's: workers that claim more than there is slow each other down a lot), DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
 # MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -31,6 +31,8 @@ make_image "${KTRAY_IMAGE:-localhost/ktray}" "$here/../.." --build-arg "BASE_IMA
 make_image "${MLFLOW_IMAGE:-localhost/ktray-mlflow}" "$here/../mlflow" --build-arg "KTRAY_IMAGE=${KTRAY_IMAGE:-localhost/ktray}"
 make_image "${S3_IMAGE:-localhost/ktray-s3}" "$here/s3" --build-arg "BASE_IMAGE=$base"
 
+cpus=$(($(getconf _NPROCESSORS_ONLN) / ${WORKERS:-2}))
+export WORKER_CPUS=${WORKER_CPUS:-$((cpus > 0 ? cpus : 1))}
 compose up --detach
 in_head python - "${WORKERS:-2}" <"$here/ready.py"
 cat <<SAID
