@@ -3,8 +3,9 @@
 #
 # The first call makes the secrets (.env, readable by you alone) and builds the images that are missing (the largest
 # holds CUDA's libraries: some GB and minutes); --build builds all anew, from what has changed on. It takes docker
-# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each; an equal
-# part of this machine's: workers that claim more than there is slow each other down a lot), DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
+# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each; an
+# equal part of this machine's: those that claim more than there is slow each other down several times),
+# DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
 # MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -201,7 +201,7 @@ def _ensure(root: Path, name: str, write: Callable[[Path], None]) -> Path:
                 raise
     except OSError as error:
         raise KtrayError(
-            f"cannot write the miniverse to {final}: {error.strerror or error}",
+            f"cannot write the miniverse to {final}: {error}",
             "Point `store` to a folder with write permission and some 100 MB of free space",
         ) from error
     finally:

@@ -40,6 +40,7 @@ from ktray.tuning.space import Space, read
 from ktray.tuning.winner import crown
 
 PURSE = "purse.json"
+SPARE = 1.2  # of the time that the winner's seeds are planned to take: side by side, some take longer than others
 
 
 def tune(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def _reserve(purse: Purse, records: Records, base: Recipe, own: Mapping[str, flo
     turns = math.ceil(more / purse.parallel)
     # A budget that is too small for all seeds is not spent on them alone.
     purse.reserve = {
-        unit: min(first[unit] + (turns if unit == "wall" else more) * whole[unit], limit / 2)
+        unit: min(first[unit] + (SPARE * turns if unit == "wall" else more) * whole[unit], limit / 2)
         for unit, limit in purse.limits.items()
     }
 

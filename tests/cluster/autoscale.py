@@ -2,9 +2,6 @@
 and its fake provider (nodes are processes of this machine). Some minutes; run it by itself:
 
     python tests/cluster/autoscale.py
-
-That the nodes come for the job's placement group has been seen (2 nodes after 151 s on a crowded pair of cores); a pass
-to the end has not yet.
 """
 
 from __future__ import annotations
@@ -161,7 +158,9 @@ def submit(address: str, command: str) -> tuple[Any, str]:
     while True:
         try:
             api = JobSubmissionClient(address)
-            return api, api.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT)})
+            # No working_dir: all nodes here have one session folder, and the agent of one that joins deletes what the
+            # head's has unpacked there.
+            return api, api.submit_job(entrypoint=command, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
         except (ConnectionError, RuntimeError):  # no dashboard yet, or no agent of it
             if time.monotonic() > until:
                 raise
@@ -172,7 +171,7 @@ def watch(port: int, dashboard: int, home: Path) -> None:
     """The job, from an empty cluster to an empty cluster."""
     import ray
 
-    command = [sys.executable, "jobs/distill.py", *JOB, f"store={home / 'store'}"]
+    command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={home / 'store'}"]
     api, job = submit(f"http://127.0.0.1:{dashboard}", shlex.join(command))
     nodes = Watch()
     ray.init(address=f"127.0.0.1:{port}", logging_level="ERROR", log_to_driver=False)

@@ -207,7 +207,12 @@ def worker_in_transfer(cluster: Cluster) -> dict[str, Any]:
     assert len(both) == 2, "the training workers share a machine"
     killed(cluster, both[-1])
     assert cluster.finish(name) == "SUCCEEDED", cluster.log(name)[-3000:]
-    return checked(cluster)
+    result = checked(cluster)
+    (row,) = (stage for stage in result["stages"] if stage["name"] == "transfer")
+    say(f"transfer: {row['restarts']} restarts, {row['lost_flops'] / row['flops']:.0%} of its compute was done again")
+    assert row["restarts"] >= 1
+    assert 0 < row["lost_flops"] < row["flops"] / 2
+    return result
 
 
 def worker_in_teach(cluster: Cluster) -> dict[str, Any]:
