@@ -7,8 +7,6 @@ run it by itself:
 STEPS are to last for some minutes on one core (3,000 by default), so that everything happens before they are over. With
 ``--notice`` the second node is drained first, as a spot machine is, which is no failure (none is allowed), and the head
 lives.
-
-It has not been run to its end yet: see cluster/README.md for what was seen.
 """
 
 from __future__ import annotations

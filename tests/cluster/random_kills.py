@@ -88,8 +88,8 @@ def attempt(
     return job.returncode, killed
 
 
-def left(mark: str, seconds: float = 30.0) -> list[str]:
-    """Processes that do not end by themselves."""
+def left(mark: str, seconds: float = 120.0) -> list[str]:
+    """Processes that do not end by themselves; Ray's look for a dead GCS for a minute."""
     until = time.monotonic() + seconds
     while (found := ours(mark)) and time.monotonic() < until:
         time.sleep(0.5)
