@@ -272,7 +272,7 @@ def prepare(timeout: float) -> None:
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  (its import sets the levels anew)
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last one tells of each retry
         logging.getLogger(name).setLevel(logging.ERROR)
     # It logs each error with its traceback and raises it too; the tracker tells it in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

@@ -97,7 +97,7 @@ def _tune(
         teller = outcome.Teller(base, records, purse, folder, say, partial(log.trial, tracker, base, run_id))
         own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
         first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
-        with _beating(purse, lambda: _reserve(purse, records, base, own, test)):
+        with _beating(purse, lambda: keep_for_the_winner(purse, records, base, own, test)):
             search.run(
                 base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space, say)
             )
@@ -184,8 +184,15 @@ def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
     return {run: amounts(e for e in made if e.run == run) for run in runs}
 
 
-def _reserve(purse: Purse, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]) -> None:
-    """Keep what the winner needs: its seeds trained, and all of them tested."""
+def keep_for_the_winner(
+    purse: Purse, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
+) -> None:
+    """Set aside what the winner needs: its seeds trained, and all of them tested.
+
+    Args:
+        own: FLOPs of the stages that train the student of the recipe as given; of the best, once there is one, its own.
+        test: FLOPs of the stage that reads the test split.
+    """
     best = records.best(base.tune.cost_limit)
     whole = purse.estimate({**(own if best is None else best.own), **test})
     first = purse.estimate(test) if best is not None else whole  # the search has trained it

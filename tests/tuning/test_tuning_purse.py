@@ -1,5 +1,7 @@
 """The budget: nothing begins that does not fit, nothing goes beyond its allowance, everything is charged once."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from ktray.errors import KtrayError
@@ -7,6 +9,7 @@ from ktray.ledger import DirLog, Entry, Ledger
 from ktray.recipe_tune import Budget
 from ktray.store import Store
 from ktray.tuning.purse import BEAT, Purse, Speed, Spent, amounts, limits
+from ktray.tuning.runs import keep_for_the_winner
 
 CPU = {"cores": 2, "gpus": [], "instance": None}
 
@@ -143,3 +146,17 @@ def test_time_is_learned_by_stage():
     assert device == pytest.approx(23, rel=0.01)
     assert wall == pytest.approx(27, rel=0.01)
     assert speed.cost({"transfer": 10e9, "teach": 1e9})[1] == pytest.approx(23 + 6, rel=0.01)
+
+
+@pytest.mark.parametrize(("parallel", "turns"), [(1, 2), (2, 1)])
+def test_what_the_winner_needs_is_kept_with_time_to_spare(parallel, turns):
+    base = SimpleNamespace(tune=SimpleNamespace(cost_limit=1.0, seeds=3))
+    best = SimpleNamespace(own={"transfer": 50e9})
+    own, test = {"transfer": 90e9}, {"evaluate": 5e9}
+    one = purse(parallel=parallel, wall=10.0, flops=1e12)
+    # At 1 GFLOP/s, with 5 s for each stage and 5 s beside them. The first seed is trained already, the others are not.
+    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: best), base, own, test)
+    assert one.reserve == {"wall": pytest.approx(15 + 1.2 * turns * 70), "flops": pytest.approx(5e9 + 2 * 55e9)}
+    # Nothing is trained yet: all seeds of the recipe as given, but never more than half of the budget.
+    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: None), base, own, test)
+    assert one.reserve == {"wall": pytest.approx(min(300, 110 + 1.2 * turns * 110)), "flops": pytest.approx(3 * 95e9)}
