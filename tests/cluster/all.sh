@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check of tests/cluster/ that CI has no time or tools for, one after the other: tests/cluster/all.sh [NAME ...]
 #
-# Some 70 minutes on two cores with nothing else running. Names are those of the scripts; without any all run, but
+# An hour or more on two cores with nothing else running. Names are those of the scripts; without any all run, but
 # containers.py only where docker or podman-compose is installed (images as cluster/local/up.sh takes them). Output goes
 # to tests/cluster/logs/; a line for each says how it ended.
 set -uo pipefail

@@ -158,8 +158,8 @@ def submit(address: str, command: str) -> tuple[Any, str]:
     while True:
         try:
             api = JobSubmissionClient(address)
-            # No working_dir: all nodes here have one session folder, and the agent of one that joins deletes what the
-            # head's has unpacked there.
+            # No working_dir: all nodes here have one session folder, and the job's was gone from it once others had
+            # joined.
             return api, api.submit_job(entrypoint=command, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
         except (ConnectionError, RuntimeError):  # no dashboard yet, or no agent of it
             if time.monotonic() > until:

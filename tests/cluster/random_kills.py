@@ -3,9 +3,8 @@
     python tests/cluster/random_kills.py [RUNS] [SEED]
 
 Whatever ends the job, the same command is given again. Each run must end with the accuracy of an undisturbed one, its
-stages whole, one run folder, its killed attempts in the ledger, and no process left. Some 20 minutes on 2 cores, of
-which RAY_gcs_rpc_server_reconnect_timeout_s=5 saves the minute that Ray waits for each dead GCS. Ten runs in a row have
-not been seen yet: see cluster/README.md.
+stages whole, one run folder, its killed attempts in the ledger, and no process left. Some 20 minutes on 2 cores. Ten
+runs in a row have not been seen yet: see cluster/README.md.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def attempt(
 
 
 def left(mark: str, seconds: float = 120.0) -> list[str]:
-    """Processes that do not end by themselves; Ray's look for a dead GCS for a minute."""
+    """Processes that do not end by themselves."""
     until = time.monotonic() + seconds
     while (found := ours(mark)) and time.monotonic() < until:
         time.sleep(0.5)
@@ -128,6 +127,7 @@ def main(runs: int, seed: int) -> None:
         write_task(root / "task")
         write_gallery(root / "gallery")
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+        environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # a minute by default, for each GCS that is killed
         began = time.monotonic()
         words = command(root, root / "plain")
         code, _ = attempt(words, environment | {MARK: uuid.uuid4().hex}, root / "plain.log", 0.0, random.Random())
