@@ -37,14 +37,19 @@ class Peak:
 def peak_memory(every: float = 2.0) -> Iterator[Peak]:
     """Watch the memory of this process and its descendants (Ray's are among them where it started Ray).
 
-    Shared pages, such as Ray's object store, are counted once: it is the sum of proportional set sizes.
+    Shared pages, such as Ray's object store, are counted once: it is the sum of proportional set sizes. It is looked
+    at on entry, every so many seconds, and on exit, so that work shorter than one turn has a figure too.
     """
     peak, stop = Peak(), threading.Event()
 
+    def look() -> None:
+        peak.bytes = max(peak.bytes, held(os.getpid()))
+
     def watch() -> None:
         while not stop.wait(every):
-            peak.bytes = max(peak.bytes, held(os.getpid()))
+            look()
 
+    look()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -52,6 +57,7 @@ def peak_memory(every: float = 2.0) -> Iterator[Peak]:
     finally:
         stop.set()
         watcher.join()
+        look()
 
 
 def held(root: int) -> int:

@@ -107,6 +107,12 @@ def test_peak_memory_counts_children(tmp_path):
     assert both.bytes - alone.bytes > 250_000_000
 
 
+def test_peak_memory_of_work_shorter_than_a_turn_is_known():
+    with machine.peak_memory(every=3600) as peak:
+        held = np.ones(300_000_000, np.uint8)
+    assert peak.bytes > held.nbytes
+
+
 def test_busy_cores_are_those_of_proc_stat(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 0 50 1000 5 0 0 0 0 0\ncpu0 1\n")
