@@ -5,12 +5,14 @@ A file that cannot be read is a record with an error, never an exception: one br
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ktray.data import filesystem
+from ktray.data.at_once import AT_ONCE, in_order
 from ktray.data.decode import Enough, decode_rgb
 from ktray.data.embedded import read_records
 from ktray.data.filesystem import MAX_FILE_BYTES, why
@@ -21,16 +23,23 @@ from ktray.data.tars import fetch_members, read_tar
 from ktray.data.uris import ImageRef
 from ktray.errors import BadImage, KtrayError
 
+# Bytes, or why there are none.
+One = tuple[bytes | None, str | None]
+Held = dict[ImageRef, One]
+# Images of a tar on S3 that one call reads one after the other.
+_A_PART = 8
+
 
 def read_shard(shard: Shard) -> Iterator[Record]:
-    """The shard's images in order, encoded, one in memory at a time (Parquet: a batch)."""
+    """The shard's images in order, encoded, one in memory at a time (Parquet: a batch; files on S3: some dozens)."""
     if shard.kind == "files":
         captions = shard.captions or (None,) * len(shard.paths)
+        files = _read_files([path for path in shard.paths if filesystem.printable(path) == path])
         for path, caption in zip(shard.paths, captions, strict=True):
             if filesystem.printable(path) != path:
                 yield Record(filesystem.printable(path), None, error="the file's name is not UTF-8: rename it")
                 continue
-            data, error = _read_file(path)
+            data, error = next(files)
             yield Record(path, data, caption, error)
     elif shard.kind == "tar":
         yield from read_tar(shard.paths[0])
@@ -43,23 +52,43 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
     """Images by uri, as (uri, bytes or None, error or None), in the order asked for.
 
-    A crop's bytes are those of its whole image (`decode_image` cuts it). Each tar and Parquet file is opened once; what
-    comes from them is held until its turn, so ask for as many images as may be in memory together. Plain files are read
-    at their turn.
+    A crop's bytes are those of its whole image (`decode_image` cuts it). What comes from tars and Parquet files is held
+    until its turn, so ask for as many images as may be in memory together. Plain files are read at their turn. On S3,
+    where an answer takes its time however little is asked for, many are asked for at once.
     """
     refs = [ImageRef.parse(uri).whole for uri in uris]
-    held: dict[ImageRef, tuple[bytes | None, str | None]] = {}
-    groups: dict[tuple[str, str], list[ImageRef]] = {}
+    groups: dict[tuple[str, str], dict[ImageRef, None]] = {}
     for ref in refs:
-        groups.setdefault((ref.kind, ref.path), []).append(ref)
+        groups.setdefault((ref.kind, ref.path), {})[ref] = None
+    calls: list[Callable[[], Held]] = []
     for (kind, path), group in groups.items():
         if kind == "tar":
-            held |= fetch_members(path, group)
+            calls += [partial(fetch_members, path, part) for part in _parts(path, list(group))]
         elif kind == "parquet":
-            held |= _fetch_rows(path, group)
+            calls.append(partial(_fetch_rows, path, list(group)))
+    held: Held = {}
+    for found in in_order(calls, _at_once(path for _, path in groups)):
+        held |= found
+    files = _read_files([ref.path for ref in refs if ref.kind == "file"])
     for uri, ref in zip(uris, refs, strict=True):
-        data, error = held[ref] if ref in held else _read_file(ref.path)
+        data, error = next(files) if ref.kind == "file" else held[ref]
         yield uri, data, error
+
+
+def _at_once(paths: Iterable[str]) -> int:
+    return AT_ONCE if any(map(filesystem.is_remote, paths)) else 1
+
+
+def _parts(path: str, refs: list[ImageRef]) -> list[list[ImageRef]]:
+    """An archive's images for calls that open it each, neighbours together."""
+    if not filesystem.is_remote(path) or not path.lower().endswith(".tar"):  # what is packed is read from its start
+        return [refs]
+    refs = sorted(refs, key=lambda ref: ref.offset)
+    return [refs[first : first + _A_PART] for first in range(0, len(refs), _A_PART)]
+
+
+def _read_files(paths: Sequence[str]) -> Iterator[One]:
+    return in_order((partial(_read_file, path) for path in paths), _at_once(paths))
 
 
 def decode_image(
@@ -87,7 +116,7 @@ def decode_image(
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def _read_file(path: str) -> tuple[bytes | None, str | None]:
+def _read_file(path: str) -> One:
     if not path:
         return None, "empty path"
     ref = ImageRef.parse(path)
@@ -144,8 +173,8 @@ def _cell(value: Any, path: str, ref: ImageRef) -> tuple[str, bytes | None, str 
     return uri, *_read_file(uri)
 
 
-def _fetch_rows(path: str, refs: Sequence[ImageRef]) -> dict[ImageRef, tuple[bytes | None, str | None]]:
-    out: dict[ImageRef, tuple[bytes | None, str | None]] = {}
+def _fetch_rows(path: str, refs: Sequence[ImageRef]) -> Held:
+    out: Held = {}
     for column in dict.fromkeys(ref.column for ref in refs):
         by_row = {int(ref.row or 0): ref for ref in refs if ref.column == column}
         try:

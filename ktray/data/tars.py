@@ -54,16 +54,20 @@ def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[b
 
 
 def _member(stream: Any, ref: ImageRef) -> tuple[bytes | None, str | None]:
-    # The header stands right before the data; it tells whether the shard is still the one that was listed.
-    stream.seek(max(0, ref.offset - _BLOCK))
-    block = bytes(stream.read(_BLOCK))
+    changed = "the tar shard has changed since it was listed"
+    if ref.offset < _BLOCK or ref.size > MAX_FILE_BYTES:
+        return None, changed
+    # The header stands right before the data; it tells whether the shard is still the one that was listed. Both are
+    # read at once, since a read of a shard on S3 is a request.
+    stream.seek(ref.offset - _BLOCK)
+    both = bytes(stream.read(_BLOCK + ref.size))
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(both[:_BLOCK], "utf-8", "surrogateescape")
     except tarfile.TarError:
-        header = None
-    if header is None or ref.offset < _BLOCK or ref.size > MAX_FILE_BYTES or header.size != ref.size:
-        return None, "the tar shard has changed since it was listed"
-    data = bytes(stream.read(ref.size))
+        return None, changed
+    if header.size != ref.size:
+        return None, changed
+    data = both[_BLOCK:]
     if len(data) < ref.size:
         return None, "truncated tar shard"
     return data, None

@@ -128,3 +128,20 @@ def test_read_file_understands_members_in_lists(mixed):
     (folder / "list.csv").write_text(f"path\n{member}\n")
     assert records(str(folder / "list.csv"))[0].data == jpeg(13)
     assert reading._read_file("")[1] == "empty path"
+
+
+def test_images_on_s3_come_in_order_by_one_read_each(s3):
+    images = [jpeg(number) for number in range(40)]
+    filesystem.write_bytes(f"{s3.home}/t.tar", tar_bytes([(f"{n}.jpg", data) for n, data in enumerate(images[:20])]))
+    for number, data in enumerate(images[20:], 20):
+        filesystem.write_bytes(f"{s3.home}/files/{number}.jpg", data)
+    shards = list_shards([f"{s3.home}/t.tar", f"{s3.home}/files"])
+    found = [record for shard in shards for record in read_shard(shard)]
+    assert sorted(record.data for record in found) == sorted(images)
+    asked = [found[(7 * number) % 40] for number in range(40)] + found[3:5]
+    gone = f"{s3.home}/files/gone.jpg"
+    s3.seen.clear()
+    got = list(fetch([*(record.uri for record in asked), gone]))
+    assert got == [*((record.uri, record.data, None) for record in asked), (gone, None, "no such file")]
+    # A plain file that is asked for twice is read twice.
+    assert s3.seen["GET", ""] <= 42
