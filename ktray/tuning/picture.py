@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ktray.report import flops, percent, seconds, usd
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
 UNITS = {"flops": "compute", "device_seconds": "device time", "usd": "money"}
+LONGEST = 44  # characters of a choice
 MOST_AXES = 10  # of the parallel coordinates; the keys that matter least are left out
 
 
@@ -150,17 +152,54 @@ def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:
         # Where the key does not count the line passes below its axis.
         heights = [-0.12 if v is None else (scale(v) - scale(low)) / span for v in values]
         return np.array(heights), [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
-    names = sorted({_short(v) for v in values if v is not None}, key=lambda text: (len(text), text))
+    shown = labels([v for v in values if v is not None])
+    names = sorted(shown, key=lambda name: (len(shown[name]), shown[name]))
     places = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
     return (
-        np.array([-0.12 if v is None else places[_short(v)] for v in values]),
-        [(height, name) for name, height in places.items()],
+        np.array([-0.12 if v is None else places[str(v)] for v in values]),
+        [(height, shown[name]) for name, height in places.items()],
     )
 
 
-def _short(value: Any) -> str:
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else f"{text[:22]}…"
+def labels(choices: Sequence[Any]) -> dict[str, str]:
+    """What is written for each choice, by its text. Of choices that set several keys (JSON objects, as `space.label`
+    has them) it is what tells them apart, a line each."""
+    objects = {str(c): _flat(c) for c in choices}
+    found: dict[str, str] = {}
+    if any(flat is None for flat in objects.values()):
+        for choice in choices:
+            found[str(choice)] = f"{choice:.3g}" if isinstance(choice, float) else str(choice)
+    else:
+        keys = list(dict.fromkeys(key for flat in objects.values() for key in flat or {}))
+        differ = [key for key in keys if len({json.dumps((flat or {}).get(key)) for flat in objects.values()}) > 1]
+        for choice, flat in objects.items():
+            own = dict(flat or {})
+            parts = [(key, own[key]) for key in differ if key in own] or list(own.items())
+            found[choice] = "\n".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in parts)
+    found = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in found.items()}
+    if len(set(found.values())) < len(found):  # cut to the same: a number tells them apart
+        found = {choice: f"{number} {text}" for number, (choice, text) in enumerate(found.items(), 1)}
+    return found
+
+
+def _flat(choice: Any) -> dict[str, Any] | None:
+    """A JSON object by dotted keys; None for what is none."""
+    try:
+        content = json.loads(choice)
+    except (TypeError, ValueError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    found: dict[str, Any] = {}
+    todo = [("", content)]
+    while todo:
+        prefix, part = todo.pop(0)
+        for key, value in part.items():
+            if isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", value))
+            else:
+                found[f"{prefix}{key}"] = value
+    return found
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
