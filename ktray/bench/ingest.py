@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ktray import recipe as recipes
-from ktray.bench.lesson import CASES, SHARD, Lesson, ensure_lesson
+from ktray.bench.lesson import CASES, FEWER, SHARD, Lesson, ensure_lesson, less
 from ktray.bench.rows import Row, in_turns
 from ktray.bench.training import bare
 from ktray.data.reading import fetch
@@ -29,19 +29,24 @@ STUDENT = "mobilenetv3_small_050"
 PASSES = 16
 
 
-def ingest(folder: Path, plan: Plan, cores: int, repeats: int) -> Iterator[Row]:
-    """Images a second from JPEGs in tars to batches of views, no one consuming them."""
-    lesson = ensure_lesson(CASES[STUDENT], folder, plan)
+def ingest(folder: Path, plan: Plan, cores: int, repeats: int, quick: bool = False) -> Iterator[Row]:
+    """Images a second from JPEGs in tars to batches of views, no one consuming them.
+
+    Args:
+        quick: few images and no turn to warm up.
+    """
+    lesson = ensure_lesson(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
+    turns = partial(in_turns, repeats=repeats, warm=not quick)
     data = encoded(lesson)
     paths = loose(data, folder / "photos" / "loose")
     what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
-    rates = in_turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan), repeats)
+    rates = turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan))
     yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
-    rates = in_turns(lambda: bare(lesson, 48, plan), lambda: by_ray(lesson, plan), repeats)
+    rates = turns(lambda: bare(lesson, 48 // (FEWER if quick else 1), plan), lambda: by_ray(lesson, plan))
     yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
     # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
     in_worker = partial(_in_worker, lesson=lesson, data=data)
-    rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
+    rates = turns(lambda: in_worker(decoded), lambda: in_worker(cut))
     yield Row(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 

@@ -38,10 +38,11 @@ class Row:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def in_turns(limit: Rate, reached: Rate, repeats: int) -> tuple[list[float], list[float]]:
-    """``repeats`` rates of each, alternating, after one turn of ``reached`` that is not counted: it starts processes
-    and loads models."""
-    reached()
+def in_turns(limit: Rate, reached: Rate, repeats: int, warm: bool = True) -> tuple[list[float], list[float]]:
+    """``repeats`` rates of each, alternating; with ``warm`` after a turn of ``reached`` that is not counted: it starts
+    processes and loads models."""
+    if warm:
+        reached()
     pairs = [(limit(), reached()) for _ in range(repeats)]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 

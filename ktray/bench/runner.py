@@ -86,8 +86,8 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The same benches on so little that they take a few minutes; their figures are rough."""
-    few = {"repeats": 1, "images": 400, "encoders": recipe.bench.encoders[:1], "vectors": 20_000}
+    """The same benches on so little that they take three minutes on two cores; their figures are rough."""
+    few = {"repeats": 1, "images": 400, "encoders": ["miniverse"], "vectors": 20_000}
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
 
 
@@ -107,24 +107,25 @@ def _embed(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None])
     ]
 
 
-def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
-    return searching(folder, recipe.bench.vectors, plan, usable_cpus(), recipe.bench.repeats, say)
+def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    part = recipe.bench
+    return searching(folder, part.vectors, plan, usable_cpus(), part.repeats, say, part.quick)
 
 
 def _ingest(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
-    return ingest(folder, plan, usable_cpus(), recipe.bench.repeats)
+    return ingest(folder, plan, usable_cpus(), recipe.bench.repeats, recipe.bench.quick)
 
 
 def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
-    return training(folder, plan, recipe.bench.repeats, 4 if recipe.bench.quick else 1)
+    return training(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
 def _workers(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
-    return workers(folder, plan, recipe.bench.repeats, 4 if recipe.bench.quick else 1)
+    return workers(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
 def _startup(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
-    return startup(folder, recipe.bench.repeats)
+    return startup(folder, recipe.bench.repeats, recipe.bench.quick)
 
 
 def _reuse(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:

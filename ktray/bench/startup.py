@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ktray.bench.lesson import CASES, ensure_lesson
+from ktray.bench.lesson import CASES, ensure_lesson, less
 from ktray.bench.rows import Row
 from ktray.bench.training import WAYS, Watched, run_job
 from ktray.resources import cluster_plan, connect
@@ -19,16 +20,16 @@ AIM = 10.0  # seconds from the start of TRANSFER to its first batch
 CASE = "mobilenetv3_small_050"
 
 
-def startup(folder: Path, repeats: int) -> Iterator[Row]:
-    """Seconds of fresh processes, with a Ray of their own; the transfer set is there.
+def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[Row]:
+    """Seconds of fresh processes, with a Ray of their own; the transfer set is there. ``quick``: one of few images.
 
     Raises:
         subprocess.CalledProcessError: one of them failed; its own message is on the terminal.
     """
-    turns = []
+    turns, case = [], less(CASES[CASE]) if quick else CASES[CASE]
     for _ in range(repeats):
         began = time.time()
-        command = [sys.executable, "-m", "ktray.bench.startup", str(folder), repr(began)]
+        command = [sys.executable, "-m", "ktray.bench.startup", str(folder), repr(began), str(case.images)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         turns.append(json.loads(done.stdout.splitlines()[-1]))
     middle = sorted(turns, key=lambda turn: turn["first batch"])[len(turns) // 2]
@@ -46,11 +47,12 @@ def note(path: Path, step: int) -> None:
 def main(arguments: list[str]) -> None:
     """A job as jobs/distill.py is one, down to the first batch; prints seconds by part."""
     folder, began = Path(arguments[0]), float(arguments[1])
+    case = replace(CASES[CASE], images=int(arguments[2]))
     imported = time.time()
     connect()
     plan = cluster_plan(1, "auto")
     connected = time.time()
-    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    lesson = ensure_lesson(case, folder, plan)
     way, path = WAYS[0], folder / "first-batch"
     path.unlink(missing_ok=True)
     started = time.time()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ktray import recipe as recipes
-from ktray.bench.lesson import CASES, CLASSES, Case, Lesson, ensure_lesson
+from ktray.bench.lesson import CASES, CLASSES, FEWER, Case, Lesson, ensure_lesson, less
 from ktray.bench.rows import Row, in_turns
 from ktray.board import watch
 from ktray.resources import Plan
@@ -54,28 +54,31 @@ WAYS = (
 STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (120, 40)}
 
 
-def training(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator[Row]:
+def training(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iterator[Row]:
     """Images a second of the steps; start-up, evaluation and checkpoints are not among them.
 
     Args:
-        fewer: by how much to cut the steps of a turn.
+        quick: few images and steps, no turn to warm up; of the large case, whose teacher takes the time, one row.
     """
     for name, case in CASES.items():
+        if quick:
+            case = less(case)
         lesson = ensure_lesson(case, folder, plan)
-        plain, dear = (max(4, steps // fewer) for steps in STEPS[name])
+        plain, dear = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
+        without_teacher = quick and case.teacher.startswith("timm:")
         limit_name = "bare step, tensors in memory"
 
         def limit(lesson: Lesson = lesson, steps: int = plain) -> float:
             return bare(lesson, steps, plan)
 
-        for way in WAYS:
+        for way in WAYS[:1] if without_teacher else WAYS:
             waits: list[float] = []
             ours = partial(through_ktray, lesson, way, dear if way.taught else plain, plan, folder, waits)
             facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
-            rates = in_turns(limit, ours, repeats)
+            rates = in_turns(limit, ours, repeats, warm=not quick)
             facts["data_wait"] = max(waits)
             yield Row(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
-        if case.teacher.startswith("timm:"):
+        if case.teacher.startswith("timm:") and not without_teacher:
             rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
             yield Row(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ktray.bench.lesson import CASES, Lesson, ensure_lesson
+from ktray.bench.lesson import CASES, FEWER, Lesson, ensure_lesson, less
 from ktray.bench.rows import Row, in_turns
 from ktray.bench.training import STEPS, WAYS, Watched, run_job, through_ktray
 from ktray.resources import Plan, cluster_plan
@@ -19,21 +19,24 @@ CASE = "mobilenetv3_small_050"
 CACHED = WAYS[0]
 
 
-def workers(folder: Path, plan: Plan, repeats: int, fewer: int = 1) -> Iterator[Row]:
+def workers(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iterator[Row]:
     """Two workers of a thread each against one of a thread; a run whose worker is killed half-way against another.
 
     Args:
-        fewer: by how much to cut the steps of a turn.
+        quick: few images and steps, no turn to warm up, and no worker killed.
     """
-    lesson = ensure_lesson(CASES[CASE], folder, plan)
-    steps = max(4, STEPS[CASE][0] // fewer)
+    lesson = ensure_lesson(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
+    steps = STEPS[CASE][0] // (FEWER if quick else 1)
     one, two = (replace(cluster_plan(count, False), worker_threads=1) for count in (1, 2))
     rates = in_turns(
         lambda: 2 * through_ktray(lesson, CACHED, steps, one, folder, []),
         lambda: through_ktray(lesson, CACHED, steps, two, folder, []),
         repeats,
+        warm=not quick,
     )
     yield Row(f"train cached, 2 workers of a thread, {lesson.case.name}", "images/s", "twice one of a thread", *rates)
+    if quick:
+        return
     whole, broken = in_turns(
         lambda: undisturbed(lesson, steps, plan, folder), lambda: killed(lesson, steps, plan, folder), repeats
     )

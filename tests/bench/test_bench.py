@@ -34,6 +34,9 @@ def test_turns_alternate_after_one_that_is_not_counted():
     assert told == ["ours", "limit", "ours", "limit", "ours"]
     assert (limit, reached) == ([2.0, 2.0], [1.0, 1.0])
 
+    rows.in_turns(lambda: told.append("limit") or 2.0, lambda: told.append("cold") or 1.0, 1, warm=False)
+    assert told[5:] == ["limit", "cold"]
+
 
 def test_pictures_are_as_large_as_photographs():
     data = pictures.jpeg(3)
@@ -90,6 +93,7 @@ def test_searching_finds_what_brute_force_finds(cluster, tmp_path, monkeypatch):
     exact, compressed = searching.searching(tmp_path, 3500, cluster, 1, 1, lambda text: None)
     assert exact.limit[0] > 0
     assert compressed.reached[0] > 0
+    assert [row.name for row in searching.searching(tmp_path, 3500, cluster, 1, 1, print, True)] == [exact.name]
     assert 0.9 <= compressed.facts["recall_at_10"] <= 1
     assert compressed.facts["bytes_per_row"] >= 8
 

@@ -72,7 +72,7 @@ def test_a_killed_worker_is_followed_by_another(made, cluster):
 def test_a_start_is_told_by_part(made, cluster, monkeypatch, capsys):
     folder, _ = made
     monkeypatch.setattr(startup, "CASES", {startup.CASE: CASE})
-    startup.main([str(folder), repr(time.time() - 5)])
+    startup.main([str(folder), repr(time.time() - 5), "16"])
     parts = json.loads(capsys.readouterr().out)
     assert list(parts) == ["imports", "Ray", "first batch", "4 steps, evaluation and checkpoint"]
     assert parts["imports"] >= 5
