@@ -28,6 +28,8 @@ from ktray.errors import KtrayError
 
 _EMBEDDINGS, _METADATA = "img_emb", "metadata"
 _NAME, _CAPTION = "image_path", "caption"
+# Images that are asked for together, and may be in memory together.
+_TOGETHER = 64
 ROWS = 16_384
 
 
@@ -107,6 +109,8 @@ def read_vectors(shard: Shard) -> np.ndarray:
 
 def read_records(shard: Shard) -> Iterator[tuple[int, Record]]:
     """Each row of a shard, counted from its start, with its image; those of tars in the tars' order."""
+    from ktray.data.reading import fetch  # which reads whole shards through this module
+
     assert shard.count is not None
     _, metadata, *places = shard.paths
     columns = [name for name in (_NAME, _CAPTION) if name in read_footer(metadata).schema.names]
@@ -115,20 +119,18 @@ def read_records(shard: Shard) -> Iterator[tuple[int, Record]]:
     names = [str(name) for name in table.column(_NAME).to_pylist()]
     captions = table.column(_CAPTION).to_pylist() if _CAPTION in columns else [None] * len(names)
     keys: dict[str, int] = {}
+    others: list[tuple[int, str]] = []
     for row, name in enumerate(names):
         if not is_image(name) and ImageRef.parse(name).kind == "file":
             keys[name] = row
-            continue
-        yield row, _file(_placed(name, metadata, places), captions[row])
+        else:
+            others.append((row, _placed(name, metadata, places)))
+    for first in range(0, len(others), _TOGETHER):
+        part = others[first : first + _TOGETHER]
+        for (row, _), (uri, data, error) in zip(part, fetch([path for _, path in part]), strict=True):
+            yield row, Record(uri, data, captions[row], error)
     if keys:
         yield from _from_tars(keys, captions, places)
-
-
-def _file(path: str, caption: str | None) -> Record:
-    from ktray.data.reading import fetch  # which reads whole shards through this module
-
-    uri, data, error = next(fetch([path]))
-    return Record(uri, data, caption, error)
 
 
 def _placed(name: str, metadata: str, places: Sequence[str]) -> str:
