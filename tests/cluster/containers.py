@@ -1,10 +1,10 @@
-"""Jobs on the containers of cluster/local/ whose workers and driver are killed. XX minutes on two cores:
+"""Jobs on the containers of cluster/local/ whose workers and driver are killed. Some 16 minutes on two cores:
 
     python tests/cluster/containers.py [--only NAME ...] [--keep]
 
 It starts that cluster (images and settings as cluster/local/up.sh takes them from the environment), runs the default
-recipe undisturbed, and then each case of `CASES` on the same store without the stages that it disturbs
-and those after them. Each has to end with a finished run that says the same as the undisturbed one, with all
+recipe undisturbed, and then each case of `CASES` on the same store without the stages that it disturbs and those
+after them. Each has to end with a finished run that says the same as the undisturbed one, with all
 attempts on the bill and one MLflow run whose curves have every step once. It prints a line for each and takes the
 cluster down. Not for a machine on which cluster/local/ is in use: it is refused where its secrets are there.
 """
