@@ -33,20 +33,20 @@ def ingest(folder: Path, plan: Plan, cores: int, repeats: int, quick: bool = Fal
     """Images a second from JPEGs in tars to batches of views, no one consuming them.
 
     Args:
-        quick: few images and no turn to warm up.
+        quick: few images.
     """
     lesson = ensure_lesson(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
-    turns = partial(in_turns, repeats=repeats, warm=not quick)
     data = encoded(lesson)
     paths = loose(data, folder / "photos" / "loose")
     what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
-    rates = turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan))
+    rates = in_turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan), repeats)
     yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
-    rates = turns(lambda: bare(lesson, 48 // (FEWER if quick else 1), plan), lambda: by_ray(lesson, plan))
+    steps = 48 // (FEWER if quick else 1)
+    rates = in_turns(lambda: bare(lesson, steps, plan), lambda: by_ray(lesson, plan), repeats, warm=False)
     yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
     # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
     in_worker = partial(_in_worker, lesson=lesson, data=data)
-    rates = turns(lambda: in_worker(decoded), lambda: in_worker(cut))
+    rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
     yield Row(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 
