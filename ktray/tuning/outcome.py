@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import ktray
+from ktray.data.labelled_sources import count
 from ktray.device import describe_device
 from ktray.errors import KtrayError
 from ktray.progress import humanise
@@ -188,11 +189,13 @@ def build(
 def headline(found: dict[str, Any]) -> str:
     """What came of it, in a sentence."""
     winner, given = found["winner"], found["given"]
-    test = "" if winner["test"] is None else f"; test {percent(winner['test'])}"
-    if winner["spread"] is not None:
-        test += f" ± {100 * winner['spread']:.1f}"
+    test = ""
     if winner["seeds"]:
-        test += f" over {len(winner['seeds'])} seed{'s' if len(winner['seeds']) > 1 else ''}"
+        # The best of many runs was lucky, too: what to expect is the mean over seeds.
+        seeds = count(winner["seeds"], "seed")
+        spread = f" ± {100 * winner['spread']:.1f}" if winner["spread"] is not None else ""
+        validation = percent(mean(winner["validation_seeds"]))
+        test = f"; over {seeds} {validation} on validation, {percent(winner['test'])}{spread} on test"
     if winner["is_given"] or winner["validation"] <= given["validation"]:
         where = "is already on the front" if given["on_front"] else "is as accurate as any"
         most = percent(given["validation"])

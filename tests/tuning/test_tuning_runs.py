@@ -10,6 +10,7 @@ from small_task import SMALL, write_gallery, write_task
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.ledger import DirLog, attempts
+from ktray.report import percent
 from ktray.store import Store
 from ktray.tuning import runs
 from ktray.tuning.runs import tune
@@ -107,6 +108,8 @@ def test_the_winner_is_tested_with_each_seed_and_stands_beside_the_recipe_as_giv
     assert winner["cost"] <= first["cost"]
     assert "already on the front" in found["says"] or winner["validation"] > first["validation"]
     assert any(found["says"] in line for line in lines)
+    over = [percent(sum(winner[name]) / 2) for name in ("validation_seeds", "test_seeds")]
+    assert f"over 2 seeds {over[0]} on validation, {over[1]} ± " in found["says"]
     assert json.loads(folder.read("result.json")) == json.loads(json.dumps(found))
     assert not folder.exists("running.json")
 
