@@ -28,6 +28,7 @@ from ktray.models.flops import count_flops
 from ktray.models.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.preprocess import Preprocess
 from ktray.objectives import build_objective
+from ktray.one_task import one_task
 from ktray.rows import read_rows, write_rows
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt_dense import fit_heads, score_maps
@@ -67,8 +68,6 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
     metric = context.metric
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        import ray
-
         plan = context.plan
         reporter.expect(len(context.task.train) + len(context.task.val))
         names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
@@ -78,10 +77,9 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             if dense
             else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
         )
-        remote: Any = ray.remote(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)(_call)
         pulse.waits("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-        task = remote.remote(fit)
-        found: dict[str, Any] = pulse.patiently(lambda: ray.get(task), lambda: ray.cancel(task, force=True))
+        who = "the task that fits the teacher's heads"
+        found = one_task(fit, who, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
         reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
         if reporter.progress:
             reporter.progress.update(found["images"])
@@ -164,10 +162,6 @@ def frozen_predictions(done: Done) -> Callable[[np.ndarray], np.ndarray]:
         return logits.softmax(1).numpy()
 
     return predict
-
-
-def _call(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return work()
 
 
 @dataclass(frozen=True)

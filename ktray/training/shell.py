@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ktray import pulse
+from ktray.one_task import one_task
 from ktray.resources import Plan
 from ktray.store import Stage, storage_error
 from ktray.training.lanes import lanes, share
@@ -272,14 +274,10 @@ def _worker(config: dict[str, Any]) -> None:
 def _alone(
     config: dict[str, Any], stage: Stage, plan: Plan, max_failures: int, on_weights: Callable[[Path], None]
 ) -> Outcome:
-    import ray
-
-    # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
-    again: dict[str, Any] = {"max_retries": max_failures, "retry_exceptions": [OSError]}
-    remote: Any = ray.remote
     pulse.waits("its training worker", f"{plan.worker_cpus:g} CPUs")
-    task = remote(num_cpus=plan.worker_cpus, **again)(_lone_worker).remote(config, stage)
-    pulse.patiently(lambda: ray.get(task), lambda: ray.cancel(task, force=True))
+    # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
+    work = partial(_lone_worker, config, stage)
+    one_task(work, "the training worker", max_failures, cpus=plan.worker_cpus, also=(OSError,))
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 

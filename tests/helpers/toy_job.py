@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ray.exceptions import OutOfMemoryError
 from torch import nn
 
 from ktray.training.loop import Program, Settings, decay_groups
@@ -42,6 +43,10 @@ class Toy:
                     self.marker.write_text(str(start))
                     if self.failure == "death":
                         os._exit(7)
+                    if self.failure == "memory":
+                        raise OutOfMemoryError(
+                            "Memory on the node (IP: 10.0.0.1) was 4.95GB used / 5.00GB limit (0.99)"
+                        )
                     raise {"OSError": OSError, "ValueError": ValueError}[self.failure]("planted")
                 x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
                 yield {"x": x, "y": x.sum(1, keepdim=True)}

@@ -35,7 +35,7 @@ def run(cluster, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("failure", ["death", "OSError"])
+@pytest.mark.parametrize("failure", ["death", "OSError", "memory"])
 def test_after_a_death_or_a_lost_disk_it_goes_on_and_ends_the_same(run, tmp_path, failure):
     whole, expected = run("", name="whole")
     outcome, weights = run(failure)
@@ -59,6 +59,12 @@ def test_it_gives_up_when_it_has_died_often_enough(run):
 
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         run("death", max_failures=0)
+
+
+def test_a_worker_that_runs_out_of_memory_is_not_tried_without_end(run):
+    with pytest.raises(KtrayError, match=r"out of memory, tried 1 time \(4.95GB used / 5.00GB on its machine") as told:
+        run("memory", max_failures=0)
+    assert "train.batch_size" in str(told.value)
 
 
 def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(cluster, tmp_path):
