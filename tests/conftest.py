@@ -30,6 +30,10 @@ def cluster():
     # ends just then. A session has lost its summary to a death at this place, perhaps to this one.
     gc.collect()
     time.sleep(2)
+    # A thread of Ray Data that is still at it would otherwise start a Ray of its own, while this process ends.
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
     ray.shutdown()
 
 
