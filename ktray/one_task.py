@@ -16,6 +16,7 @@ T = TypeVar("T")
 def one_task(
     work: Callable[[], T],
     what: str,
+    remedy: str,
     max_failures: int,
     *,
     cpus: float,
@@ -28,12 +29,13 @@ def one_task(
 
     Args:
         work: picklable.
-        what: who does it, for messages: "the training worker".
+        what, remedy: who does it ("the training worker") and what helps where its memory is short, for the message.
         also: errors of ``work`` after which it is called again too.
 
     Raises:
         KtrayError: it ran out of memory each time, or the stage's pulse has stopped.
         ray.exceptions.RayError: its worker died each time.
+        Exception: what ``work`` raised.
     """
     import ray
 
@@ -55,7 +57,7 @@ def one_task(
                 raise KtrayError(
                     f"{what[0].upper()}{what[1:]} ran out of memory, tried {failures} time{'s'[: failures > 1]} "
                     f"({used[1] if used else 'all'} on its machine)",
-                    "Lower train.batch_size, take a smaller model, or machines with more memory.",
+                    remedy,
                 ) from error
             raise
 

@@ -107,7 +107,7 @@ def write_report(
         worst=[(w, *_picture(w.image)) for w in worst],
         data=_data(run_dir, result.get("data") or {}),
         transfer=result.get("transfer_set") or {},
-        facts=[(k, _flat(result.get(k))) for k in ("versions", "device", "mlflow") if result.get(k)],
+        facts=[(k, _texts(result.get(k))) for k in ("versions", "device", "mlflow") if result.get(k)],
         recipe=recipe.read_text("utf-8") if recipe.exists() else "",
     )
     path = run_dir / "report.html"
@@ -337,12 +337,16 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings and lists as (dotted name, text) rows."""
+def _texts(value: Any) -> list[tuple[str, str]]:
+    return [(name, "–" if leaf is None else str(leaf)) for name, leaf in flat(value)]
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings and lists as rows of a dotted name and what stands there."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, (list, tuple)):
         items = list(enumerate(value))
     else:
-        return [(prefix, "–" if value is None else str(value))]
-    return [row for key, part in items for row in _flat(part, f"{prefix}.{key}" if prefix else str(key))]
+        return [(prefix, value)]
+    return [row for key, part in items for row in flat(part, f"{prefix}.{key}" if prefix else str(key))]

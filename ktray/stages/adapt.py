@@ -78,8 +78,8 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
         )
         pulse.waits("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-        who = "the task that fits the teacher's heads"
-        found = one_task(fit, who, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
+        who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
+        found = one_task(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
         reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
         if reporter.progress:
             reporter.progress.update(found["images"])

@@ -277,7 +277,8 @@ def _alone(
     pulse.waits("its training worker", f"{plan.worker_cpus:g} CPUs")
     # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
     work = partial(_lone_worker, config, stage)
-    one_task(work, "the training worker", max_failures, cpus=plan.worker_cpus, also=(OSError,))
+    remedy = "Lower train.batch_size, take a smaller student, or machines with more memory."
+    one_task(work, "the training worker", remedy, max_failures, cpus=plan.worker_cpus, also=(OSError,))
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ktray.comparison.picture import FAINT, METRICS, SOFT, _finish, _log_axis, _png
-from ktray.report import flops, percent, seconds, usd
+from ktray.report import flat, flops, percent, seconds, usd
 
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
@@ -164,42 +164,31 @@ def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:
 def labels(choices: Sequence[Any]) -> dict[str, str]:
     """What is written for each choice, by its text. Of choices that set several keys (JSON objects, as `space.label`
     has them) it is what tells them apart, a line each."""
-    objects = {str(c): _flat(c) for c in choices}
-    found: dict[str, str] = {}
-    if any(flat is None for flat in objects.values()):
-        for choice in choices:
-            found[str(choice)] = f"{choice:.3g}" if isinstance(choice, float) else str(choice)
+    objects = {str(choice): _keys(choice) for choice in choices}
+    if all(objects.values()):
+        keys = {key for own in objects.values() for key in own}
+        differ = {key for key in keys if len({json.dumps(own.get(key)) for own in objects.values()}) > 1}
+        found = {text: _lines({k: own[k] for k in own if k in differ} or own) for text, own in objects.items()}
     else:
-        keys = list(dict.fromkeys(key for flat in objects.values() for key in flat or {}))
-        differ = [key for key in keys if len({json.dumps((flat or {}).get(key)) for flat in objects.values()}) > 1]
-        for choice, flat in objects.items():
-            own = dict(flat or {})
-            parts = [(key, own[key]) for key in differ if key in own] or list(own.items())
-            found[choice] = "\n".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in parts)
+        found = {str(choice): f"{choice:.3g}" if isinstance(choice, float) else str(choice) for choice in choices}
     found = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in found.items()}
     if len(set(found.values())) < len(found):  # cut to the same: a number tells them apart
         found = {choice: f"{number} {text}" for number, (choice, text) in enumerate(found.items(), 1)}
     return found
 
 
-def _flat(choice: Any) -> dict[str, Any] | None:
-    """A JSON object by dotted keys; None for what is none."""
+def _keys(choice: Any) -> dict[str, Any]:
+    """The dotted keys of a JSON object; none for what is no object."""
     try:
         content = json.loads(choice)
     except (TypeError, ValueError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    found: dict[str, Any] = {}
-    todo = [("", content)]
-    while todo:
-        prefix, part = todo.pop(0)
-        for key, value in part.items():
-            if isinstance(value, dict):
-                todo.append((f"{prefix}{key}.", value))
-            else:
-                found[f"{prefix}{key}"] = value
-    return found
+        return {}
+    return dict(flat(content)) if isinstance(content, dict) else {}
+
+
+def _lines(keys: dict[str, Any]) -> str:
+    """Names speak for themselves, other values need their key."""
+    return "\n".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in keys.items())
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
