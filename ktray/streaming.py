@@ -151,9 +151,20 @@ class _Numbered:
 def _batches(dataset: Any) -> Iterator[pa.Table]:
     """What the dataset gives, under the eyes of the watchdog."""
 
+    begun: list[Any] = []
+    create = dataset._create_executor
+
+    def created() -> Any:
+        del dataset._create_executor  # or the two would hold each other
+        begun.append(create())
+        return begun[0]
+
+    # The dataset itself knows its executor from the first block on, and tasks that nobody has room for give none.
+    dataset._create_executor = created
+
     def end() -> None:
-        if dataset._current_executor:  # none before the first block: the driver's end then ends it
-            dataset._current_executor.shutdown(force=True)
+        for executor in begun:
+            executor.shutdown(force=True)
 
     how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
     return steadily(lambda: dataset.iter_batches(**how), end)

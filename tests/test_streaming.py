@@ -1,5 +1,6 @@
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -220,9 +221,13 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
 
 
 def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster):
-    plan = replace(cluster, decode_cpus=50.0)
+    def executors():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")}
+
+    plan, before = replace(cluster, decode_cpus=50.0), executors()
     with watched(Pulse("index", 4 / 60)), pytest.raises(KtrayError) as caught:
         list(cpu_shards([{"name": "a"}], lambda item: {}, plan))
     assert caught.value.what.startswith("index: no progress for")
     assert caught.value.what.endswith("while waiting for its tasks, which asks for 50 CPUs each")
     assert f"of {cluster.total_cpus:g} CPUs" in caught.value.remedy
+    assert executors() == before, "its tasks would begin once there is room"
