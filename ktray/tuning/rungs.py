@@ -206,21 +206,25 @@ class Rungs:
 
     def _fit(self, record: Record) -> None:
         """A model that would cost more than the winner may gets so many steps fewer."""
-        stages = self._plans[record.number]
-        limit, given = self.base.tune.cost_limit, self.records.trials[GIVEN].flops
-        whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
-        if limit is not None and given is not None and whole > limit * given * (1 + 1e-9):
-            share = (limit * given - (whole - transfer)) / transfer if transfer else 0.0
-            if share < LEAST:
-                raise TooDear(
-                    f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)"
-                )
-            asked = int(recipe_of(self.base, record.keys).train.steps or 1)
-            record.keys["train.steps"] = max(1, int(share * asked))
-            stages["transfer"] = transfer * record.keys["train.steps"] / asked
+        stages, first = self._plans[record.number], self.records.trials[GIVEN]
+        if self.base.tune.cost_limit is not None and record.number != GIVEN:
+            # Of trials that begin together another one may be planned before the recipe as given.
+            given = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
+            self._cut(record, stages, given, self.base.tune.cost_limit * given)
         record.flops = sum(stages.values())
         record.planned = self.purse.estimate(stages)[self.base.tune.cost]
         self.records.keep(record)
+
+    def _cut(self, record: Record, stages: dict[str, float], given: float, limit: float) -> None:
+        whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
+        if whole <= limit * (1 + 1e-9):
+            return
+        share = (limit - (whole - transfer)) / transfer if transfer else 0.0
+        if share < LEAST:
+            raise TooDear(f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)")
+        asked = int(recipe_of(self.base, record.keys).train.steps or 1)
+        record.keys["train.steps"] = max(1, int(share * asked))
+        stages["transfer"] = transfer * record.keys["train.steps"] / asked
 
 
 def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:
