@@ -9,7 +9,7 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.bench.runner import bench
+    from ktray.jobs.bench.run import bench
 
     result = bench(recipe, say, debug)
     say(f"\ntable     {result['folder']}/bench.md\nresult    {result['folder']}/result.json")

@@ -9,13 +9,13 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.comparison import compare
+    from ktray.jobs.compare import compare
 
     compare(recipe, say, debug)
 
 
 def plan(recipe, say):
-    from ktray.comparison.budget import show
+    from ktray.jobs.compare.equal_budget import show
 
     show(recipe, say)
 

@@ -9,7 +9,7 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.pipeline import curate_only
+    from ktray.pipeline.run import curate_only
 
     result = curate_only(recipe, say, debug)
     folder, chosen = result["folder"], result["transfer_set"]
@@ -21,7 +21,7 @@ def run(recipe, say, debug):
 
 
 def plan(recipe, say):
-    from ktray.plan import show
+    from ktray.pipeline.plan import show
 
     show(recipe, say, until="curate")
 

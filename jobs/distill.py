@@ -9,8 +9,8 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.pipeline import run as pipeline
-    from ktray.report import closing_table
+    from ktray.pipeline.run import run as pipeline
+    from ktray.reporting.report import closing_table
 
     result = pipeline(recipe, say, debug)
     folder = result["folder"]
@@ -22,7 +22,7 @@ def run(recipe, say, debug):
 
 
 def plan(recipe, say):
-    from ktray.plan import show
+    from ktray.pipeline.plan import show
 
     show(recipe, say)
 

@@ -9,7 +9,7 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.doctor.run import show
+    from ktray.distributed.doctor.run import show
 
     show(recipe, say, debug)
 

@@ -9,15 +9,15 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.export.card import closing
-    from ktray.export.run import export
+    from ktray.jobs.export.card import closing
+    from ktray.jobs.export.run import export
 
     found = export(recipe, say, debug)
     say(f"\n{closing(found)}\n\nexport    {found['folder']}\ncard      {found['folder']}/README.md")
 
 
 def plan(recipe, say):
-    from ktray.export.run import show
+    from ktray.jobs.export.run import show
 
     show(recipe, say)
 

@@ -9,7 +9,7 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.pipeline import index_only
+    from ktray.pipeline.run import index_only
 
     result = index_only(recipe, say, debug)
     held = result["index"]
@@ -18,7 +18,7 @@ def run(recipe, say, debug):
 
 
 def plan(recipe, say):
-    from ktray.plan import show_index
+    from ktray.pipeline.plan import show_index
 
     show_index(recipe, say)
 

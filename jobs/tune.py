@@ -9,13 +9,13 @@ from ktray import cli
 
 
 def run(recipe, say, debug):
-    from ktray.tuning.runs import tune
+    from ktray.jobs.tune.run import tune
 
     tune(recipe, say, debug)
 
 
 def plan(recipe, say):
-    from ktray.tuning.planned import report
+    from ktray.jobs.tune.plan import report
 
     report(recipe, say)
 

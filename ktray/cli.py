@@ -8,11 +8,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ktray import recipe as recipes
+from ktray.distributed.allocation import lasting_store
 from ktray.errors import MARK, KtrayError, first_failed
-from ktray.recipe import Recipe
-from ktray.resources import lasting_store
-from ktray.scrub import scrub
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+from ktray.redact import scrub
 
 DRY_SUBMIT = "prints the `ray job submit` that does this on a cluster, and does nothing"
 USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--dry-submit] [--debug] [--help]"
@@ -95,7 +95,7 @@ def main(
             return 0
         recipe = recipes.load(arguments.recipes, arguments.overrides)
         if arguments.dry_submit:
-            from ktray import submit
+            from ktray.distributed import submit
 
             for line in submit.lines(program, [w for w in words if w != "--dry-submit"], recipe, os.environ):
                 say(line)
@@ -158,7 +158,7 @@ def explain(error: BaseException) -> str:
             return text.rsplit(MARK, 1)[1].strip().splitlines()[0]
     for one in chain:
         if isinstance(one, OSError) and one.errno:
-            from ktray.store import storage_error
+            from ktray.storage.store import storage_error
 
             return str(storage_error(one, str(one.filename or "store")))
     last = chain[-1]

@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def cluster():
     """The plan of a small local cluster; CPUs are logical, so that nothing waits on a machine with few cores."""
-    from ktray.resources import cluster_plan, connect
+    from ktray.distributed.allocation import cluster_plan, connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()
@@ -54,8 +54,8 @@ def s3(s3_proxy, monkeypatch):
     """The proxy, with an empty place of the test's own at ``s3.home``."""
     from faulty_s3 import KEYS
 
-    from ktray import lease, patience
-    from ktray import s3 as module
+    from ktray.storage import lease, retry
+    from ktray.storage import s3 as module
 
     made, prepare = [], lease.Lease.__init__
 
@@ -66,7 +66,7 @@ def s3(s3_proxy, monkeypatch):
     monkeypatch.setattr(lease.Lease, "__init__", remembered)
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(patience, "_PAUSES_S", (0.02, 0.2))
+    monkeypatch.setattr(retry, "_PAUSES_S", (0.02, 0.2))
     monkeypatch.setattr(module, "_SDK_ATTEMPTS", 1)  # its pauses are of seconds
     module._open.cache_clear()
     s3_proxy.fault, s3_proxy.home = "", f"s3://ktray-test/{uuid.uuid4().hex}"

@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ktray import s3
 from ktray.errors import KtrayError
-from ktray.scrub import scrub
+from ktray.redact import scrub
+from ktray.storage import s3
 
 # One encoded image is held in memory as a whole; nothing that is a photo comes near this.
 MAX_FILE_BYTES = 1 << 28

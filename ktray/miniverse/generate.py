@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from ktray.device import usable_cpus
+from ktray.accounting.device import usable_cpus
 from ktray.errors import KtrayError
 from ktray.miniverse.tasks import IMAGE_SIZE, TASKS, Task
 from ktray.miniverse.vocabulary import WORLD_VERSION
@@ -78,7 +78,7 @@ def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LA
 
     It is to the built-in tasks what ImageNet is to those of the paper: a labelled set for supervised
     pretraining. Columns ``image`` (JPEG bytes), ``label`` (what is in the picture, such as ``digit three``) and
-    ``split`` (all ``train``), as `ktray.data.labelled.read_labelled` reads them.
+    ``split`` (all ``train``), as `ktray.data.labelled.read.read_labelled` reads them.
 
     Args:
         root: any folder; made if missing.

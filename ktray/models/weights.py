@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ktray import s3
 from ktray.errors import KtrayError
 from ktray.models.messages import cause
+from ktray.storage import s3
 
 Tensors = dict[str, torch.Tensor]
 # ValueError is numpy's for pickled objects in .npy and .npz, which open_clip reads too.

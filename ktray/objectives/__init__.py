@@ -14,7 +14,7 @@ from ktray.objectives.scratch import Scratch
 from ktray.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
-    from ktray import recipe
+    from ktray.recipe import schema as recipe
 
 __all__ = [
     "Agnostic",
@@ -39,7 +39,7 @@ def build_objective(part: recipe.Objective, *, hflip: float = 0.5) -> Objective:
     """
     match part.name:
         case "oriented" | "agnostic_then_oriented":
-            # Generic first is a run of its own before it; see `ktray.pipeline`.
+            # Generic first is a run of its own before it; see `ktray.pipeline.run`.
             return Oriented(part.temperature, part.mixup)
         case "dual":
             return Dual(part.temperature, part.mixup, part.label_weight, part.mix)

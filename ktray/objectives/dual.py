@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ktray.models.student import classifier_of
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives.base import Batch, Context, Normalise, Objective, Reads, Target
 from ktray.objectives.oriented import Oriented
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ktray.data.uris import Box
+from ktray.data.sources.uris import Box
 from ktray.data.views import ViewPolicy, make_view
 
 # The random crops of ImageNet training with a larger smallest area: a crop must still show something.

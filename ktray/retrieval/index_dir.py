@@ -5,7 +5,7 @@
 ``shards/ID-NNNNN.npy``
     (rows, D) float16 embeddings of unit length, to be mapped into memory.
 ``shards/ID-NNNNN.parquet``
-    in the same order ``uri`` (with the crop's box, see `ktray.data.uris`), ``caption``, ``hash``, ``digest``, perhaps
+    in the same order ``uri`` (with the crop's box, see `data.sources.uris`), ``caption``, ``hash``, ``digest``, perhaps
     ``label``.
 ``shards/ID.json``
     summary of one shard of the source (a tar, some files), which has one or several such parts, with their rows, sizes
@@ -36,8 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.errors import KtrayError
-from ktray.rows import Rows, pack_rows, read_rows
-from ktray.store import Dir
+from ktray.storage.columns import Rows, pack_rows, read_rows
+from ktray.storage.store import Dir
 
 FORMAT = 1
 _SHARDS = "shards"

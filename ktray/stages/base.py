@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
-from ktray.lease import Lease, LeaseLost
-from ktray.ledger import DirLog, Ledger, Meter
-from ktray.progress import Progress
-from ktray.pulse import Pulse, check_limit, watched
-from ktray.recipe import Recipe, digest
-from ktray.resources import Plan
-from ktray.store import Stage, Store
-from ktray.tracking import Tracker
+from ktray.distributed.allocation import Plan
+from ktray.distributed.watchdog import Pulse, check_limit, watched
+from ktray.recipe.schema import Recipe, digest
+from ktray.reporting.progress import Progress
+from ktray.storage.lease import Lease, LeaseLost
+from ktray.storage.store import Stage, Store
+from ktray.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from ktray.data.labelled import LabelledSet
+    from ktray.data.labelled.read import LabelledSet
 
 
 @dataclass

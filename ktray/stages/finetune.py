@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ktray.recipe import Objective
-from ktray.stages import teach as teach_stage
+from ktray.recipe.schema import Objective
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.labels import labels_of
+from ktray.stages.teach import stage as teach_stage
 from ktray.stages.transfer import fit, student_spec
-from ktray.store import Stage
-from ktray.training.jobs import FinetuneJob
+from ktray.storage.store import Stage
 from ktray.training.loop import Settings
+from ktray.training.programs import FinetuneJob
 
 VERSION = 2  # 2: views keyed by image
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled import Example
-from ktray.data.masks import check_mask, decode_mask, eval_mask
-from ktray.data.reading import decode_image, fetch
+from ktray.data.labelled.masks import check_mask, decode_mask, eval_mask
+from ktray.data.labelled.read import Example
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import BadImage, KtrayError
-from ktray.models.preprocess import Preprocess
-from ktray.rows import write_rows
 from ktray.stages.base import Context, Done, Reporter, run_stage
-from ktray.store import Stage
-from ktray.streaming import Item, cpu_shards
+from ktray.storage.columns import write_rows
+from ktray.storage.store import Stage
 from ktray.training.inputs import Labels
 
 VERSION = 1
@@ -40,7 +40,7 @@ def canvas_preprocess(preprocess: Preprocess, factor: float) -> Preprocess:
 
 @dataclass(frozen=True)
 class Masks:
-    """How label maps are read: `num_classes` of them, the file's value of class 0, see `ktray.data.masks`."""
+    """How label maps are read: `num_classes` of them, the file's value of class 0, see `ktray.data.labelled.masks`."""
 
     num_classes: int
     offset: int

@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ktray.board import watch
+from ktray.distributed.mailbox import watch
 from ktray.objectives import build_objective
-from ktray.stages import teach as teach_stage
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.labels import labels_of
-from ktray.store import Stage
+from ktray.stages.teach import stage as teach_stage
+from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
-from ktray.training.jobs import TransferJob
 from ktray.training.loop import Settings
-from ktray.training.shell import Job, train
+from ktray.training.programs import TransferJob
+from ktray.training.ray_train import Job, train
 
 VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"

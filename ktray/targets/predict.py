@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ktray.models.adapted import AdaptedTeacher
-from ktray.models.dense_teacher import DenseTeacher
 from ktray.models.flops import forward_flops
-from ktray.models.teacher import patch_embeddings
-from ktray.rows import Rows
-from ktray.targets.sparse import columns, sparsify
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.adapted_dense import DenseTeacher
+from ktray.models.teacher.teacher import patch_embeddings
+from ktray.storage.columns import Rows
+from ktray.targets.top_k import columns, sparsify
 
 Batch = dict[str, torch.Tensor]
 
@@ -34,7 +34,7 @@ class Predict:
         student_size: side of the pixels that go to the student.
         patch_side: side of the student's last map, to which patch embeddings are fitted.
         batch: images at once.
-        top_k: classes whose logits are kept one by one (`ktray.targets.sparse`); 0: all.
+        top_k: classes whose logits are kept one by one (`ktray.targets.top_k`); 0: all.
     """
 
     source: Loads

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ktray.tasks.segmentation import IGNORE, resize_map
-from ktray.training.shell import Env
+from ktray.training.ray_train import Env
 
 Evaluate = Callable[[nn.Module], tuple[float, dict[str, float]]]
 

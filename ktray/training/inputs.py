@@ -10,25 +10,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from ktray import recipe as recipes
 from ktray.data.augment import random_views, view_keys
+from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
-from ktray.models.dense_student import DenseStudent, Head, build_dense_student
-from ktray.models.preprocess import Preprocess
-from ktray.models.student import Student, build_student
+from ktray.distributed.ray_data import Crew
+from ktray.models.student.classifier import Student, build_student
+from ktray.models.student.segmenter import DenseStudent, Head, build_dense_student
 from ktray.objectives.base import TEACHERS
-from ktray.rows import Rows, read_rows
-from ktray.store import Dir
-from ktray.streaming import Crew
-from ktray.targets.cut import Cut
+from ktray.recipe import schema as recipes
+from ktray.storage.columns import Rows, read_rows
+from ktray.storage.store import Dir
+from ktray.targets.jpeg import JPEG, PIXELS
+from ktray.targets.make_views import Cut
 from ktray.targets.predict import Loaded, Predict
-from ktray.targets.sparse import columns as stored_columns
-from ktray.targets.sparse import densify
-from ktray.targets.squeezed import JPEG, PIXELS
-from ktray.training.feed import Feed, Reader
+from ktray.targets.top_k import columns as stored_columns
+from ktray.targets.top_k import densify
 from ktray.training.loop import Batch
-from ktray.training.shell import Env
-from ktray.windows import made_windows, read_windows, stream_windows
+from ktray.training.ray_train import Env
+from ktray.training.read_windows import made_windows, read_windows, stream_windows
+from ktray.training.sampler import Feed, Reader
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Taught:
         embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not needed.
         vocabulary, text_length: of the captions' tokens, 0 where they are not stored.
         source_classes: of the labelled generic set, 0 where there is none.
-        jpeg: views are stored as JPEG (`ktray.targets.squeezed`).
-        classes: of the task, where the largest logits alone are stored (`ktray.targets.sparse`); 0: all are.
+        jpeg: views are stored as JPEG (`ktray.targets.jpeg`).
+        classes: of the task, where the largest logits alone are stored (`ktray.targets.top_k`); 0: all are.
     """
 
     directory: Dir

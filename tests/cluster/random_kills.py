@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from small_task import SMALL, write_gallery, write_task  # noqa: E402
 
-from ktray.run_folder import RUNNING  # noqa: E402
-from ktray.store import Store  # noqa: E402
+from ktray.pipeline.run_folder import RUNNING  # noqa: E402
+from ktray.storage.store import Store  # noqa: E402
 
 MARK = "KTRAY_KILLS"
 KINDS = ("driver", "worker", "worker", "raylet", "gcs")

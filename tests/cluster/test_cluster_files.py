@@ -14,8 +14,8 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from ktray.recipe import Cluster
-from ktray.scaling import bundles
+from ktray.distributed.autoscale import bundles
+from ktray.recipe.schema import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp")

@@ -161,7 +161,7 @@ def test_a_job_ends_and_takes_its_cluster_along(folder):
     arguments = spec["entrypoint"].split()
     assert arguments[:2] == ["python", "/opt/ktray/jobs/distill.py"]
 
-    from ktray import recipe
+    from ktray.recipe import schema as recipe
 
     recipe.load([], [one.replace("CHANGE-ME", "bucket") for one in arguments[2:]])  # raises for an unknown key
     workers = int(dict(one.split("=") for one in arguments[2:])["cluster.workers"])

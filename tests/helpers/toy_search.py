@@ -4,14 +4,14 @@ import math
 import sys
 import threading
 
-from ktray import recipe as recipes
-from ktray.recipe import Recipe
-from ktray.recipe_tune import Budget, Tune
-from ktray.store import Dir
-from ktray.tuning import search
-from ktray.tuning.purse import Purse, Speed, limits
-from ktray.tuning.records import GIVEN, UNPAID, Point, Records
-from ktray.tuning.space import read
+from ktray.jobs.tune import engine
+from ktray.jobs.tune.budget import Purse, Speed, limits
+from ktray.jobs.tune.records import GIVEN, UNPAID, Point, Records
+from ktray.jobs.tune.space import read
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+from ktray.recipe.tune import Budget, Tune
+from ktray.storage.store import Dir
 
 SPACE = {"train.lr": {"low": 0.001, "high": 1.0, "log": True}, "train.batch_size": [16, 32, 64]}
 BASE = recipes.override(Recipe(), {"train.steps": 90, "train.batch_size": 32, "train.lr": 0.5, "transfer.size": 50})
@@ -64,7 +64,7 @@ class Toy:
 
     def run(self, at_once=2, former=()):
         first = self.part.rungs[0] * BASE.train.batch_size
-        search.run(
+        engine.run(
             self.part, self.space, self.records, self.purse, self.answer, at_once, first, self.told.append, former
         )
         return self.records.in_order()

@@ -146,7 +146,7 @@ def test_root_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_generic_labels_are_read_and_leave_out_the_task(tmp_path: Path) -> None:
-    from ktray.data.labelled import read_labelled
+    from ktray.data.labelled.read import read_labelled
 
     file = ensure_generic_labels(tmp_path, "letters", images=250)
     assert ensure_generic_labels(tmp_path, "letters", images=250) == file

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ktray.models.flops import count_flops, forward_flops, on_meta, train_flops
-from ktray.models.teacher import TeacherSource
-from ktray.models.teacher_load import build_teacher
+from ktray.models.teacher.load import build_teacher
+from ktray.models.teacher.teacher import TeacherSource
 
 
 def test_linear_and_convolution_are_two_per_multiply_add() -> None:

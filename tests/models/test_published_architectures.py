@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ktray.models.adapted import AdaptedTeacher
-from ktray.models.heads import probe_head, text_head
-from ktray.models.teacher_load import load_teacher
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.heads import probe_head, text_head
+from ktray.models.teacher.load import load_teacher
 
 pytestmark = pytest.mark.slow
 

@@ -15,13 +15,13 @@ import torch
 from payloads import write_legacy, write_numpy, write_pickle, write_torch
 
 from ktray.errors import KtrayError
-from ktray.models.adapted import AdaptedTeacher
-from ktray.models.dense_io import load_student, save_dense_student
-from ktray.models.dense_student import build_dense_student
-from ktray.models.heads import LinearHead
-from ktray.models.student import build_student
-from ktray.models.student_io import save_student
-from ktray.models.teacher_load import load_teacher
+from ktray.models.student.classifier import build_student
+from ktray.models.student.classifier_io import save_student
+from ktray.models.student.segmenter import build_dense_student
+from ktray.models.student.segmenter_io import load_student, save_dense_student
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.heads import LinearHead
+from ktray.models.teacher.load import load_teacher
 
 Write = Callable[[Path, Path], Path]
 FILES: list[tuple[str, Write]] = [

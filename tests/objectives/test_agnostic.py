@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 
-from ktray import recipe
-from ktray.models.reading import Features
-from ktray.models.student import classifier_of
+from ktray.models.features import Features
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Agnostic, Context, build_objective
+from ktray.recipe import schema as recipe
 
 N, F, D = 6, 5, 7
 

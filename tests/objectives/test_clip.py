@@ -7,9 +7,9 @@ import timm
 import torch
 from scipy.special import log_softmax
 
+from ktray.models.features import Features
 from ktray.models.flops import count_flops
-from ktray.models.reading import Features
-from ktray.models.student import classifier_of
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Clip, Context
 
 N, F, VOCABULARY, LENGTH = 6, 5, 12, 7

@@ -9,8 +9,8 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from ktray.data.augment import random_views, view_keys
-from ktray.models.reading import Features
-from ktray.models.student import classifier_of
+from ktray.models.features import Features
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Context, Dino
 from ktray.objectives.dino import Head, local_side
 

@@ -8,8 +8,8 @@ from scipy.special import rel_entr
 from scipy.special import softmax as np_softmax
 from sklearn.metrics import log_loss
 
-from ktray.models.reading import Features
-from ktray.models.student import classifier_of
+from ktray.models.features import Features
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Context, Dual
 
 N, B, C, F = 6, 4, 3, 5

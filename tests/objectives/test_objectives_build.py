@@ -2,8 +2,8 @@ from typing import get_args
 
 import pytest
 
-from ktray import recipe
 from ktray.objectives import Agnostic, Clip, Dino, Dual, Oriented, Scratch, Supervised, build_objective
+from ktray.recipe import schema as recipe
 
 KINDS = {
     "oriented": Oriented,

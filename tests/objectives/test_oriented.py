@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ktray import recipe
 from ktray.objectives import Context, Oriented, Scratch, build_objective
+from ktray.recipe import schema as recipe
 
 
 def closed_form(teacher, student, t):

@@ -7,8 +7,8 @@ import torch
 from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
-from ktray.models.reading import Features
-from ktray.models.student import classifier_of
+from ktray.models.features import Features
+from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Context, Supervised
 
 N, F, K = 8, 5, 4

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ktray.ledger import Entry, Meter
-from ktray.pulse import Pulse
+from ktray.accounting.ledger import Entry, Meter
+from ktray.distributed.watchdog import Pulse
 from ktray.stages.base import Reporter
 
 FLOPS, IMAGES = 100, 8

@@ -8,11 +8,11 @@ import torch
 
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
-from ktray.recipe import Train
-from ktray.rows import write_rows
-from ktray.store import Dir
+from ktray.recipe.schema import Train
+from ktray.storage.columns import write_rows
+from ktray.storage.store import Dir
 from ktray.training.inputs import Labels, Taught
-from ktray.training.shell import Env
+from ktray.training.ray_train import Env
 
 ROWS, SIDE, SEED = 30, 16, 5
 POLICY = ViewPolicy(scale=(0.3, 1.0), hflip=0.5, brightness=0.3, contrast=0.3, saturation=0.3)

@@ -10,20 +10,20 @@ from PIL import Image
 
 from ktray.data.views import ViewPolicy
 from ktray.errors import KtrayError
-from ktray.models.adapted import AdaptedTeacher
-from ktray.models.heads import LinearHead
-from ktray.models.student import build_student
-from ktray.models.teacher_load import load_teacher
+from ktray.models.student.classifier import build_student
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.heads import LinearHead
+from ktray.models.teacher.load import load_teacher
+from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives.oriented import Oriented
-from ktray.recipe import Train
-from ktray.rows import read_rows, write_rows
-from ktray.stages.teach_shards import Check, ListImages, WithTeacher, sample
-from ktray.stages.teachers import AdaptedSpec
-from ktray.store import Dir, Store
-from ktray.targets.cut import Cut
+from ktray.recipe.schema import Train
+from ktray.stages.teach.shards import Check, ListImages, WithTeacher, sample
+from ktray.storage.columns import read_rows, write_rows
+from ktray.storage.store import Dir, Store
+from ktray.targets.make_views import Cut
 from ktray.targets.predict import Predict
 from ktray.training.inputs import Taught
-from ktray.training.shell import Env
+from ktray.training.ray_train import Env
 
 CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
 TARGETS = ("embedding", "logits")

@@ -1,0 +1,1 @@
+"""Labelled images: the forms in which people keep them, splits, masks."""

@@ -1,0 +1,111 @@
+"""Label maps: decoding, and the geometry that keeps them on their images' pixels."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ktray.data.decode import MAX_PIXELS
+from ktray.data.preprocess import Preprocess, _geometry
+from ktray.data.views import View
+from ktray.errors import BadImage
+from ktray.tasks.segmentation import IGNORE
+
+# Lossy formats have no classes.
+_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
+# Pillow stretches grey pixels of 2 and 4 bits to 0..255.
+_STRETCH = {"L;2": 85, "L;4": 17}
+
+
+def decode_mask(data: bytes, num_classes: int, *, offset: int = 0, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode one label map: grey or palette indices, 1 to 16 bits.
+
+    Args:
+        data: the file's bytes.
+        num_classes: C, at most 255.
+        offset: the file's value of class 0; 1 for ADE20K, where 0 is what has no class.
+        max_pixels: largest width x height.
+
+    Returns:
+        (H, W) uint8: 0..C-1, and 255 where the value, less the offset, is none of these (or is 255 in the file).
+
+    Raises:
+        BadImage: not a label map (colours, JPEG), broken, or too large. Nothing else, whatever the bytes are.
+    """
+    if not data:
+        raise BadImage("empty mask (0 bytes)")
+    try:
+        values = _read(data, max_pixels)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"the mask is none of {', '.join(_FORMATS)}") from None
+    # As for images: decoders raise what they like on broken input.
+    except Exception as error:
+        raise BadImage(f"broken mask: {' '.join(str(error).split()) or type(error).__name__}"[:200]) from None
+    classes = values - offset
+    unknown = (classes < 0) | (classes >= num_classes) | (values == IGNORE)
+    return np.where(unknown, IGNORE, classes).astype(np.uint8)
+
+
+def _read(data: bytes, max_pixels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImage(f"mask too large: {width} x {height} pixels is above the limit of {max_pixels}")
+        if image.mode not in _MODES:
+            raise BadImage(f"the mask holds colours ({image.mode}), not classes")
+        stored: Any = image.tile[0][3] if image.tile else ""
+        stretch = _STRETCH.get(stored if isinstance(stored, str) else stored[0], 1)
+        image.load()
+        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64) // stretch
+
+
+def check_mask(image: np.ndarray, mask: np.ndarray) -> None:
+    """Raises BadImage unless the mask (H, W) has the pixels of its image (H, W, 3)."""
+    if image.shape[:2] != mask.shape:
+        (ih, iw), (mh, mw) = image.shape[:2], mask.shape
+        raise BadImage(f"the mask has {mw} x {mh} pixels, its image {iw} x {ih}")
+
+
+def render_mask(mask: np.ndarray, view: View, size: int | tuple[int, int]) -> np.ndarray:
+    """A view of a mask: the geometry of `ktray.data.views.render`, each pixel the nearest of the mask's.
+
+    Args:
+        mask: (H, W) uint8, the size that the view was made for.
+        view: of the mask's image; its colour factors do not apply.
+        size: height and width of the result, or one number for both.
+
+    Returns:
+        (height, width) uint8, contiguous.
+
+    Raises:
+        BadImage: the crop does not lie in the mask.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if view.x < 0 or view.y < 0 or view.y + view.height > mask.shape[0] or view.x + view.width > mask.shape[1]:
+        raise BadImage(f"{view} does not lie in a mask of {mask.shape[1]} x {mask.shape[0]} pixels")
+    labels = mask[view.y : view.y + view.height, view.x : view.x + view.width]
+    if (height, width) != labels.shape:
+        crop = Image.fromarray(np.ascontiguousarray(labels))
+        labels = np.asarray(crop.resize((width, height), Image.Resampling.NEAREST))
+    return np.array(labels[:, ::-1] if view.flip else labels, order="C")
+
+
+def eval_mask(preprocess: Preprocess, mask: np.ndarray) -> np.ndarray:
+    """A whole mask in the geometry of `Preprocess.eval_transform`; padding is 255.
+
+    Args:
+        preprocess: of the model that sees the image.
+        mask: (H, W) uint8.
+
+    Returns:
+        (height, width) uint8, contiguous.
+    """
+    nearest: dict[str, Any] = {"interpolation": "nearest", "fill": (IGNORE,)}
+    return np.array(_geometry(replace(preprocess, **nearest))(Image.fromarray(mask)), order="C")

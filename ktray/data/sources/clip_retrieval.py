@@ -1,0 +1,193 @@
+"""Embeddings that others have made: the output folders of clip-retrieval, as shards of a gallery.
+
+``FOLDER/img_emb/img_emb_N.npy`` holds (rows, D) embeddings, ``FOLDER/metadata/metadata_N.parquet`` in the same order
+``image_path`` and perhaps ``caption``. An ``image_path`` is a path, or, where the images came from tar shards, the key
+of a sample. Where the images lie is said by ``gallery.images``: the folder that relative paths start at, or the tars.
+
+The images themselves are still read, once: without their fingerprints nobody could tell which of them copy a test
+image.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktray.data import filesystem
+from ktray.data.sources.listing import Shard, fingerprint
+from ktray.data.sources.parquets import read_footer
+from ktray.data.sources.records import Record, is_image, is_tar
+from ktray.data.sources.tars import read_tar, sample_key
+from ktray.data.sources.uris import ImageRef
+from ktray.errors import KtrayError
+
+_EMBEDDINGS, _METADATA = "img_emb", "metadata"
+_NAME, _CAPTION = "image_path", "caption"
+# Images that are asked for together, and may be in memory together.
+_TOGETHER = 64
+ROWS = 16_384
+
+
+def is_embedded(folder: str) -> bool:
+    """Whether it is an output folder of clip-retrieval."""
+    folder = filesystem.normalise(folder)
+    if not filesystem.is_folder(folder):
+        return False
+    return {_EMBEDDINGS, _METADATA} <= set(filesystem.children(folder)[0])
+
+
+def embedded_shards(folder: str, images: str | Sequence[str] | None, rows_per_shard: int = ROWS) -> list[Shard]:
+    """Its shards: ``paths`` are the embeddings, the metadata, and where the images lie.
+
+    Raises:
+        KtrayError: a partition lacks its other file, holds another number of rows, or has no ``image_path``.
+    """
+    folder = filesystem.normalise(folder)
+    places = tuple(filesystem.normalise(p) for p in ([images] if isinstance(images, str) else images or []))
+    found: dict[str, dict[str, str]] = {}
+    for part, suffix in ((_EMBEDDINGS, ".npy"), (_METADATA, ".parquet")):
+        for name in filesystem.children(f"{folder}/{part}")[1]:
+            if name.endswith(suffix):
+                number = name[: -len(suffix)].rpartition("_")[2]
+                found.setdefault(number, {})[part] = f"{folder}/{part}/{name}"
+    if not found:
+        raise KtrayError(f"Folder '{folder}' has no embeddings in {_EMBEDDINGS}/", "Was clip-retrieval interrupted?")
+    shards = []
+    for number, pair in sorted(found.items()):
+        if len(pair) < 2:
+            (there,) = pair.values()
+            raise KtrayError(
+                f"'{there}' has no partner: partition {number} needs {_EMBEDDINGS}/ and {_METADATA}/ alike",
+                "Was clip-retrieval interrupted? Its metadata must be on (--enable_metadata).",
+            )
+        shards += _partition(pair[_EMBEDDINGS], pair[_METADATA], places, rows_per_shard)
+    return shards
+
+
+def _partition(vectors: str, metadata: str, places: tuple[str, ...], rows_per_shard: int) -> list[Shard]:
+    try:
+        footer, (rows, _) = read_footer(metadata), _shape(vectors)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise KtrayError(f"'{vectors}' or '{metadata}' cannot be read: {error}", "Make it anew.") from error
+    if _NAME not in footer.schema.names:
+        raise KtrayError(
+            f"'{metadata}' has no column {_NAME}, only {', '.join(footer.schema.names)}",
+            "Run clip-retrieval with metadata enabled.",
+        )
+    if footer.rows != rows:
+        raise KtrayError(
+            f"'{vectors}' has {rows:,} rows and '{metadata}' {footer.rows:,}",
+            "They are of different runs: make both anew.",
+        )
+    files = [file for path in (vectors, metadata) if (file := filesystem.stat(path))]
+    paths = (vectors, metadata, *places)
+    out = []
+    for first in range(0, rows, rows_per_shard):
+        count = min(rows_per_shard, rows - first)
+        out.append(Shard("embedded", paths, fingerprint(files, first, count, places), count, first))
+    return out
+
+
+def read_vectors(shard: Shard) -> np.ndarray:
+    """(count, D) embeddings of a shard, as they are stored."""
+    path = shard.paths[0]
+    assert shard.count is not None
+    if not filesystem.is_remote(path):
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)[shard.start : shard.start + shard.count]
+        return found
+    with filesystem.open_random(path) as stream:
+        _, width, dtype, offset = _header(stream)
+        stream.seek(offset + shard.start * width * dtype.itemsize)
+        data = stream.read(shard.count * width * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(-1, width)
+
+
+def read_records(shard: Shard) -> Iterator[tuple[int, Record]]:
+    """Each row of a shard, counted from its start, with its image; those of tars in the tars' order."""
+    from ktray.data.sources.fetch import fetch  # which reads whole shards through this module
+
+    assert shard.count is not None
+    _, metadata, *places = shard.paths
+    columns = [name for name in (_NAME, _CAPTION) if name in read_footer(metadata).schema.names]
+    with filesystem.open_random(metadata) as stream:
+        table = pq.read_table(stream, columns=columns, use_threads=False).slice(shard.start, shard.count)
+    names = [str(name) for name in table.column(_NAME).to_pylist()]
+    captions = table.column(_CAPTION).to_pylist() if _CAPTION in columns else [None] * len(names)
+    keys: dict[str, int] = {}
+    others: list[tuple[int, str]] = []
+    for row, name in enumerate(names):
+        if not is_image(name) and ImageRef.parse(name).kind == "file":
+            keys[name] = row
+        else:
+            others.append((row, _placed(name, metadata, places)))
+    for first in range(0, len(others), _TOGETHER):
+        part = others[first : first + _TOGETHER]
+        for (row, _), (uri, data, error) in zip(part, fetch([path for _, path in part]), strict=True):
+            yield row, Record(uri, data, captions[row], error)
+    if keys:
+        yield from _from_tars(keys, captions, places)
+
+
+def _placed(name: str, metadata: str, places: Sequence[str]) -> str:
+    if filesystem.is_remote(name) or (name.startswith("/") and not filesystem.is_remote(metadata)):
+        return name
+    folders = [place for place in places if not is_tar(place)]
+    # Without gallery.images a relative path starts beside img_emb/ and metadata/.
+    start = folders[0] if folders else posixpath.dirname(posixpath.dirname(metadata))
+    return f"{start}/{name}"
+
+
+def _from_tars(
+    keys: dict[str, int], captions: Sequence[str | None], places: Sequence[str]
+) -> Iterator[tuple[int, Record]]:
+    missing = dict(keys)
+    tars = _tars(places)
+    # img2dataset's keys begin with the name of their tar, so the others are opened only for what these do not have.
+    lengths = {len(_stem(tar)) for tar in tars}
+    begins = {key[:length] for key in keys for length in lengths}
+    for tar in sorted(tars, key=lambda tar: _stem(tar) not in begins):
+        if not missing:
+            return
+        for record in read_tar(tar):
+            row = missing.pop(sample_key(ImageRef.parse(record.uri).member or ""), None)
+            if row is not None:
+                yield row, replace(record, caption=captions[row] or record.caption)
+    for key, row in missing.items():
+        yield row, Record(key, None, error="no tar of gallery.images has a sample of this key")
+
+
+def _stem(tar: str) -> str:
+    return posixpath.basename(tar).partition(".")[0]
+
+
+def _tars(places: Sequence[str]) -> list[str]:
+    out = []
+    for place in places:
+        if is_tar(place):
+            out.append(place)
+        elif filesystem.has_glob(place):
+            out += [path for path in filesystem.expand(place) if is_tar(path)]
+        elif filesystem.is_folder(place):
+            out += sorted(file.path for file in filesystem.walk(place) if is_tar(file.path))
+    return out
+
+
+def _shape(path: str) -> tuple[int, int]:
+    with filesystem.open_random(path) as stream:
+        rows, width, _, _ = _header(stream)
+    return rows, width
+
+
+def _header(stream: object) -> tuple[int, int, np.dtype, int]:
+    """Rows, width, kind of number, and where the numbers begin in a .npy file."""
+    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)  # type: ignore[arg-type]
+    if len(shape) != 2 or fortran or dtype.kind != "f":
+        raise ValueError(f"an array of shape {shape} and type {dtype}, not rows of embeddings")
+    return int(shape[0]), int(shape[1]), dtype, int(stream.tell())  # type: ignore[attr-defined]

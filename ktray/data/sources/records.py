@@ -1,0 +1,46 @@
+"""What reading gives, and which files hold what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".jp2", ".jpx", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo",
+)  # fmt: skip
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+CSV_SUFFIXES = (".csv",)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image as it was read, or why it was not.
+
+    Attributes:
+        uri: see `ktray.data.sources.uris`; with an error it may name the container.
+        data: the encoded bytes (not yet decoded), None with an error.
+        caption: the text that came with the image, if any.
+        error: why there is no data; None when there is.
+    """
+
+    uri: str
+    data: bytes | None
+    caption: str | None = None
+    error: str | None = None
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(TAR_SUFFIXES)
+
+
+def is_parquet(name: str) -> bool:
+    return name.lower().endswith(PARQUET_SUFFIXES)
+
+
+def is_csv(name: str) -> bool:
+    return name.lower().endswith(CSV_SUFFIXES)

@@ -1,0 +1,187 @@
+"""Tar shards (WebDataset): read from start to end, or member by member.
+
+Nothing is ever extracted to a disk. A caption is the ``.txt`` member beside an image: the same name up to the
+first dot, next to it in the archive, as WebDataset writes samples.
+"""
+
+from __future__ import annotations
+
+import gzip
+import posixpath
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from ktray.data import filesystem
+from ktray.data.filesystem import MAX_FILE_BYTES, why
+from ktray.data.sources.records import Record, is_image
+from ktray.data.sources.uris import ImageRef
+
+MAX_CAPTION_BYTES = 1 << 16
+# Photos hardly compress: an archive that unpacks to more than this is made to hurt.
+MAX_UNPACKED_RATIO = 100
+MAX_UNPACKED_FLOOR = 1 << 30
+_BOMB = f"unpacks to more than {MAX_UNPACKED_RATIO} times its size"
+_BLOCK = 512
+
+
+def read_tar(path: str) -> Iterator[Record]:
+    """All images of a tar shard in the archive's order.
+
+    What is not usable becomes a record with an error: members that are links, devices, sparse, too large, or
+    named to escape a folder (absolute, ``..``), and, once per archive, a broken or truncated archive.
+    """
+    try:
+        with filesystem.open_stream(path) as raw:
+            yield from _samples(path, _unpacked(path, raw))
+    except Exception as error:  # tarfile, gzip and zlib raise a dozen types on broken archives
+        yield Record(path, None, error=f"tar shard is broken or truncated, what follows is lost: {why(error)}")
+
+
+def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[bytes | None, str | None]]:
+    """Members of one archive by offset: (bytes, None) or (None, error) each. The archive is opened once."""
+    wanted = sorted(set(refs), key=lambda ref: ref.offset)
+    out: dict[ImageRef, tuple[bytes | None, str | None]] = {}
+    try:
+        limit = _limit(path)
+        with _seekable(path) as stream:
+            for ref in wanted:
+                out[ref] = _member(stream, ref) if ref.offset <= limit else (None, f"{_BOMB}: refused as a bomb")
+    except Exception as error:
+        for ref in wanted:
+            out.setdefault(ref, (None, f"tar shard cannot be read: {why(error)}"))
+    return out
+
+
+def _member(stream: Any, ref: ImageRef) -> tuple[bytes | None, str | None]:
+    changed = "the tar shard has changed since it was listed"
+    if ref.offset < _BLOCK or ref.size > MAX_FILE_BYTES:
+        return None, changed
+    # The header stands right before the data; it tells whether the shard is still the one that was listed. Both are
+    # read at once, since a read of a shard on S3 is a request.
+    stream.seek(ref.offset - _BLOCK)
+    both = bytes(stream.read(_BLOCK + ref.size))
+    try:
+        header = tarfile.TarInfo.frombuf(both[:_BLOCK], "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return None, changed
+    if header.size != ref.size:
+        return None, changed
+    data = both[_BLOCK:]
+    if len(data) < ref.size:
+        return None, "truncated tar shard"
+    return data, None
+
+
+class _Header(tarfile.TarInfo):
+    """Remembers why the list of members ended: `tarfile` ends silently at a broken header."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.TarError as error:
+            archive.ended_by = error  # type: ignore[attr-defined]
+            raise
+
+
+def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
+    """Images with the caption of their sample; a sample ends when the key changes."""
+    key, caption = "", None
+    images: list[Record] = []
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+        broken = None
+        try:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # a stream keeps every header otherwise
+                if member.isdir() or _skipped(member.name):
+                    continue
+                if sample_key(member.name) != key:
+                    yield from (_with(record, caption) for record in images)
+                    key, images, caption = sample_key(member.name), [], None
+                if is_image(member.name):
+                    images.append(_image(path, archive, member))
+                elif member.name.lower().endswith(".txt") and member.isreg() and member.size <= MAX_CAPTION_BYTES:
+                    caption = _content(archive, member).decode("utf-8", "replace").strip() or None
+        except Exception as error:  # what was read before it is whole
+            broken = error
+        yield from (_with(record, caption) for record in images)
+        if broken is not None:
+            raise broken
+        _check_end(archive)
+
+
+def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
+    uri = str(ImageRef(path, member=member.name, offset=member.offset_data, size=member.size))
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return Record(uri, None, error="unsafe name in a tar shard (absolute or with '..')")
+    if not member.isreg() or member.issparse():
+        return Record(uri, None, error="not a regular file in the tar shard (link, device or sparse)")
+    if member.size > MAX_FILE_BYTES:
+        return Record(uri, None, error=f"more than {MAX_FILE_BYTES >> 20} MiB")
+    return Record(uri, _content(archive, member))
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = archive.extractfile(member)
+    data = content.read() if content else b""
+    if len(data) < member.size:
+        raise EOFError(f"member '{member.name}' is cut short")
+    return data
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    ended_by = getattr(archive, "ended_by", None)
+    if not isinstance(ended_by, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+        raise EOFError(f"no end-of-archive mark ({ended_by or 'end of file'})")
+    rest: Any = archive.fileobj
+    while block := rest.read(1 << 20):
+        if block.strip(b"\0"):
+            raise EOFError("data after the end-of-archive mark (a zeroed part, or several archives in one file)")
+
+
+def sample_key(name: str) -> str:
+    """The sample that a member belongs to: its name up to the first dot, as in WebDataset."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _skipped(name: str) -> bool:
+    return any(filesystem.hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
+def _with(record: Record, caption: str | None) -> Record:
+    return Record(record.uri, record.data, caption, record.error)
+
+
+class _Limited:
+    """A stream that refuses to unpack without end."""
+
+    def __init__(self, stream: IO[bytes], limit: int) -> None:
+        self.stream, self.left = stream, limit
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(f"{_BOMB}: refused as a bomb")
+        return data
+
+
+def _unpacked(path: str, raw: Any) -> Any:
+    if path.lower().endswith(".tar"):
+        return raw
+    return _Limited(gzip.GzipFile(fileobj=raw), _limit(path))  # type: ignore[arg-type]
+
+
+def _limit(path: str) -> int:
+    """Bytes that an archive may unpack to."""
+    found = filesystem.stat(path)
+    return max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * (found.size if found else 0))
+
+
+def _seekable(path: str) -> Any:
+    raw = filesystem.open_random(path)
+    if path.lower().endswith(".tar"):
+        return raw
+    return gzip.GzipFile(fileobj=raw)

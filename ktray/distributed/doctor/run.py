@@ -1,0 +1,176 @@
+"""All checks of a recipe on the cluster that Ray is connected to."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ktray.distributed.allocation import cluster_plan, connect
+from ktray.distributed.doctor import checks
+from ktray.distributed.doctor.checks import Check
+from ktray.distributed.doctor.pairs import meet, pairs
+from ktray.distributed.doctor.probe import Ask, clock, probe
+from ktray.errors import KtrayError
+from ktray.pipeline.results import versions
+from ktray.recipe.schema import Recipe
+from ktray.redact import scrub
+from ktray.storage.store import Store
+
+_SECONDS = 180.0  # for a node to start a process and import torch
+
+
+def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
+    """The checks, each as soon as it is done.
+
+    Args:
+        quick: what takes a second once processes run: no all-reduce, no decoding, no MLflow.
+    """
+    import ray
+
+    nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    names = tuple(path for path in (recipe.teacher.checkpoint, recipe.student.checkpoint) if path)
+    store, token = Store(recipe.store), f".doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        store.write(f"{token}/driver", b"driver")
+    except (OSError, KtrayError) as error:
+        yield Check("store", "FAIL", f"the driver cannot write to {recipe.store}: {error}", "Check rights and address.")
+        return
+    try:
+        ask = Ask(store.uri, token, names, decode=not quick)
+        probes, lost = _everywhere(nodes, lambda node: _on(probe, node).remote(ask, node))
+        hosts = {node: found["host"] for node, found in probes.items()}
+        missing = [hosts[node] for node in probes if not store.exists(f"{token}/{node}")]
+    finally:
+        store.delete(token)
+    for node, why in lost.items():
+        where = nodes[node]["NodeManagerAddress"]
+        yield Check("nodes", "FAIL", f"{where} runs no task: {why}", "See its logs under /tmp/ray/session_latest/logs.")
+    if not probes:
+        return
+    yield checks.versions_alike(versions(), probes)
+    yield checks.store_shared(recipe.store, probes, missing)
+    yield checks.files_there(probes, names)
+    yield checks.gpus_seen(probes, {node: nodes[node]["Resources"].get("GPU", 0.0) for node in probes})
+    yield checks.clocks_agree(_skews(list(probes)), hosts)
+    try:
+        part = recipe.cluster
+        yield Check("plan", "ok", cluster_plan(part.span, part.use_gpu, part.jobs).line.split(None, 1)[1])
+    except KtrayError as error:
+        yield Check("plan", "FAIL", error.what, error.remedy)
+    if quick:
+        return
+    yield checks.decodes_fast(probes)
+    workers, gpus = trainers(nodes, probes, recipe.cluster.use_gpu)
+    tried = pairs(workers, every=len(workers) <= 8) or [(node, node) for node in workers[:1] if not gpus]
+    apart = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
+    yield checks.network(apart, len(tried))
+    yield checks.guarded(_dashboard())
+    yield _mlflow(recipe)
+
+
+def trainers(
+    nodes: Mapping[str, Mapping[str, Any]], probes: checks.Probes, use_gpu: bool | str
+) -> tuple[list[str], bool]:
+    """The nodes that would train together, and whether on GPUs: those with GPUs that torch sees, or all with CPUs."""
+    found = [node for node in probes if nodes[node]["Resources"].get("GPU") and probes[node]["gpus"]]
+    if found and use_gpu:
+        return found, True
+    return [node for node in probes if nodes[node]["Resources"].get("CPU")], False
+
+
+def require(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """The quick form, before a job on several nodes.
+
+    Raises:
+        KtrayError: a check failed.
+    """
+    import ray
+
+    if sum(1 for node in ray.nodes() if node["Alive"]) < 2:
+        return
+    for check in examine(recipe, quick=True):
+        if check.state == "FAIL":
+            raise KtrayError(f"{check.name}: {check.found}", check.remedy)
+        if check.state == "warn":
+            say(f"doctor    {check.line}")
+
+
+def show(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> None:
+    """Print every check.
+
+    Raises:
+        KtrayError: some failed.
+    """
+    connect(debug)
+    failed = []
+    for check in examine(recipe):
+        say(check.line)
+        if check.state == "FAIL":
+            failed.append(check.name)
+    if failed:
+        raise KtrayError(f"{len(failed)} check(s) failed: {', '.join(failed)}", "Each line above says what to change.")
+
+
+def _on(work: Callable[..., Any], node: str, gpus: float = 0.0) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    how: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}
+    return ray.remote(**how)(work).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
+def _everywhere(nodes: Any, start: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """By node, what its task gave, or why it gave nothing."""
+    import ray
+
+    refs = {node: start(node) for node in nodes}
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=_SECONDS)
+    found: dict[str, Any] = {}
+    lost: dict[str, str] = {}
+    for node, ref in refs.items():
+        try:
+            found[node] = ray.get(ref, timeout=0.1)
+        except Exception as error:  # a node that died, a process that cannot import ktray, a timeout
+            lost[node] = " ".join(str(error).split())[-200:] or f"no answer in {_SECONDS:g} s"
+    return found, lost
+
+
+def _skews(nodes: list[str]) -> dict[str, tuple[float, float]]:
+    """By node, seconds that its clock is ahead, and half of the time that asking took."""
+    import ray
+
+    found = {}
+    for node in nodes:
+        asked = _on(clock, node)
+        ray.get(asked.remote(), timeout=_SECONDS)  # so that a process is there
+        before = time.time()
+        there = ray.get(asked.remote(), timeout=_SECONDS)
+        after = time.time()
+        found[node] = there - (before + after) / 2, (after - before) / 2
+    return found
+
+
+def _dashboard() -> str | None:
+    import ray
+    from ray._private.services import get_webui_url_from_internal_kv
+
+    assert ray.is_initialized()
+    address = get_webui_url_from_internal_kv()
+    return f"http://{address}" if address else None
+
+
+def _mlflow(recipe: Recipe) -> Check:
+    import mlflow
+
+    uri = str(recipe.mlflow.uri or mlflow.get_tracking_uri())
+    shown = str(scrub(uri))
+    if not uri.startswith(("http://", "https://")):
+        return Check("MLflow", "ok", "a database in the store")
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:
+        why = str(scrub(" ".join(str(error).split())))[:200]  # it repeats the address, credentials and all
+        return Check("MLflow", "FAIL", f"{shown}: {why}", "Is the server up, and are its credentials set?")
+    return Check("MLflow", "ok", shown)

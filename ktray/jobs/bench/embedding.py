@@ -1,0 +1,111 @@
+"""Embedding a gallery: INDEX from files to stored embeddings against the bare encoder on tensors in memory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ktray.data.decode import MAX_PIXELS
+from ktray.data.sources.listing import Shard
+from ktray.distributed.allocation import Plan
+from ktray.distributed.ray_data import Item, map_shards
+from ktray.errors import KtrayError
+from ktray.jobs.bench.rows import Row, in_turns
+from ktray.models.teacher.spec import TeacherSpec, device, tower_flops
+from ktray.models.teacher.teacher import TeacherSource
+from ktray.retrieval.crops import Crops
+from ktray.retrieval.index_dir import IndexDir
+from ktray.stages.index.decode import Prepare
+from ktray.stages.index.stage import MakeEmbedGallery
+
+SECONDS = 10.0
+BATCH = 64
+
+
+def encoder(name: str, folder: Path) -> TeacherSpec:
+    """A published architecture with random weights, which are as fast as trained ones; kept in ``folder``.
+
+    Args:
+        name: ``open_clip:<model>`` or ``timm:<model>``, or ``miniverse``, which has its weights.
+    """
+    if name == "miniverse":
+        return TeacherSpec.of(TeacherSource(name))
+    library, _, model = name.partition(":")
+    path = folder / f"random-{library}-{model.replace('/', '-')}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_random(library, model, path)
+    return TeacherSpec.of(TeacherSource(name, str(path)))
+
+
+def _save_random(library: str, model: str, path: Path) -> None:
+    torch.manual_seed(0)
+    made = open_clip.create_model(model, load_weights=False) if library == "open_clip" else timm.create_model(model)
+    part = path.with_suffix(".tmp")
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, str(part))
+    part.replace(path)
+
+
+def embedding(
+    shards: list[Shard], images: int, spec: TeacherSpec, plan: Plan, cores: int, repeats: int, folder: Path
+) -> Row:
+    """Rates in images a second. On a CPU decoding takes its share of the cores that the encoder has alone in the
+    limit: with an encoder that is hardly dearer than decoding, all of it is not to be reached.
+
+    Args:
+        images: in the shards.
+    """
+    model = spec.tower()
+    rate = bare(model, cores)
+    # As many images as keep the encoder busy for some seconds; a short run would measure how it starts.
+    some = shards[: max(1, round(len(shards) * min(1.0, 2 * SECONDS * rate / max(1, images))))]
+    limit, reached = in_turns(lambda: bare(model, cores), lambda: through_ray(some, spec, plan, folder), repeats)
+    facts: dict[str, float | int | str] = {
+        "flops_per_image": tower_flops(model),
+        "dimensions": spec.embed_dim,
+        "device": str(device()),
+    }
+    return Row(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts)
+
+
+@torch.inference_mode()
+def bare(model: Any, cores: int) -> float:
+    """Images a second of the encoder on uint8 tensors that lie on its device."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        pixels = torch.randint(0, 256, (BATCH, 3, *model.preprocess.size), dtype=torch.uint8, device=device())
+        _finished(model.embed(pixels))
+        began, images = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < SECONDS:
+            _finished(model.embed(pixels))
+            images += BATCH
+        return images / spent
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finished(out: torch.Tensor) -> None:
+    out.sum().item()
+
+
+def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Plan, folder: Path) -> float:
+    """Images a second of INDEX, from the call to the last stored shard."""
+    home = folder / "embedded"
+    shutil.rmtree(home, ignore_errors=True)
+    items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
+    prepare = Prepare(shards, spec.preprocess, Crops(), MAX_PIXELS)
+    began = time.perf_counter()
+    rows = sum(done["rows"] for done in map_shards(items, prepare, MakeEmbedGallery(IndexDir(str(home)), spec), plan))
+    spent = time.perf_counter() - began
+    shutil.rmtree(home, ignore_errors=True)
+    if not rows:
+        raise KtrayError("No image was embedded", "Check gallery.data.")
+    return rows / spent

@@ -1,0 +1,135 @@
+"""A transfer set of photo-like JPEGs, a teacher and a student, as TEACH and TRANSFER have them, to time training on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktray.data.decode import MAX_PIXELS
+from ktray.data.sources.fetch import read_shard
+from ktray.data.sources.listing import list_shards
+from ktray.data.views import ViewPolicy
+from ktray.distributed.allocation import Plan
+from ktray.distributed.ray_data import Item, map_shards
+from ktray.jobs.bench.embedding import encoder
+from ktray.miniverse.photos import ensure_tars
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.heads import LinearHead
+from ktray.models.teacher.spec import AdaptedSpec
+from ktray.recipe import schema as recipes
+from ktray.stages.teach.shards import ListImages, WithTeacher
+from ktray.storage.columns import write_rows
+from ktray.storage.store import Dir, Stage, Store
+from ktray.targets.make_views import Cut
+from ktray.targets.predict import Predict
+from ktray.training.inputs import Labels, StudentSpec, Taught
+from ktray.training.loop import Settings
+from ktray.training.programs import TransferJob
+
+CLASSES = 20
+SHARD = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student and a teacher at their sizes; ``images`` in the transfer set, ``batch`` a step."""
+
+    student: str
+    size: int
+    teacher: str
+    batch: int
+    images: int
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.student} at {self.size} px"
+
+
+CASES = {
+    "mobilenetv3_small_050": Case("mobilenetv3_small_050", 224, "timm:vit_small_patch16_224", 32, 768),
+    "miniverse": Case("mobilenetv3_small_050", 32, "miniverse", 128, 3072),
+}
+
+
+# By how much fewer images and steps a quick bench takes.
+FEWER = 4
+
+
+def less(case: Case) -> Case:
+    """The same on a part of its images."""
+    return replace(case, images=case.images // FEWER)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A case with its rows stored and listed."""
+
+    case: Case
+    home: Dir
+    stage: Stage
+    shards: tuple[tuple[str, int], ...]
+    cut: Cut
+    predict: Predict
+
+    def taught(self, mode: str) -> Taught:
+        """The transfer set in a mode of ``teach.mode``."""
+        size = self.cut.size if mode == "live" else self.case.size
+        how = (None, None) if mode == "cached" else (self.cut, self.predict)
+        return Taught(self.stage, self.shards, 3 * size**2 + 2 * CLASSES + 16, ("logits",), mode, *how)
+
+    @property
+    def student(self) -> StudentSpec:
+        return StudentSpec(self.case.student, self.case.kwargs, CLASSES, self.case.size)
+
+    def job(self, mode: str, steps: int, part: recipes.Train) -> TransferJob:
+        """TRANSFER's job; it is judged on eight images twice, at half and at the end, so that its curve tells the
+        seconds of the second half."""
+        return TransferJob(
+            Settings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
+            self.student,
+            self.taught(mode),
+            Labels(self.home.sub("labels")),
+            ViewPolicy(),
+            0,
+            recipes.Objective(),
+            part,
+            "top1",
+            self.home.sub("precision"),
+        )
+
+
+def ensure_lesson(case: Case, folder: Path, plan: Plan) -> Lesson:
+    """The case's transfer set under ``folder``, made by TEACH's own code if it is not there."""
+    spec = encoder(case.teacher, folder)
+    home = folder / f"lesson-{case.student}-{case.size}"
+    if not (home / "adapted").exists():
+        teacher = spec.tower()
+        torch.manual_seed(0)
+        head = LinearHead(torch.randn(CLASSES, teacher.embed_dim))
+        AdaptedTeacher(teacher, head, [f"class {i}" for i in range(CLASSES)], 0.1).save(home / "adapted")
+    view = max(case.size, *spec.preprocess.size)
+    cut = Cut(ViewPolicy(), 1, 0, view, MAX_PIXELS, None)
+    predict = Predict(AdaptedSpec(Dir(str(home / "adapted")), spec.preprocess), ("logits",), case.size, 0)
+    shards = list_shards(ensure_tars(folder / "photos", case.images))
+    uris = [record.uri for shard in shards for record in read_shard(shard)][: case.images]
+    stage = Store(str(home)).stage("teach", f"{case.images:016d}")
+    items: list[Item] = [
+        {"name": f"{first // SHARD:05d}.parquet", "uris": uris[first : first + SHARD], "beside": {}}
+        for first in range(0, len(uris), SHARD)
+    ]
+    rows = {item["name"]: ListImages(stage, 1)(item)["rows"] for item in items}
+    todo = [item for item in items if not stage.exists(f"{item['name']}.json")]
+    for _ in map_shards(todo, cut, WithTeacher(stage, predict), plan):
+        pass
+    labels = Dir(str(home / "labels"))
+    write_rows(
+        labels,
+        "val-00000.parquet",
+        {"pixels": np.zeros((8, 3, case.size, case.size), np.uint8), "label": np.arange(8)},
+    )
+    return Lesson(case, Dir(str(home)), stage, tuple(rows.items()), cut, predict)

@@ -1,0 +1,127 @@
+"""Whether memory stays flat over epochs, and whether Ray's object store passes more than it holds. As a program it is
+the second, with a Ray of its own whose object store is small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.jobs.bench.lesson import CASES, ensure_lesson
+from ktray.jobs.bench.machine import held_by_process
+from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.training import WAYS, run_job
+from ktray.recipe import schema as recipes
+from ktray.training.ray_train import Env
+
+CASE = "mobilenetv3_small_050"
+EPOCHS = 12
+STORE_BYTES = 300_000_000
+TIMES = 10  # as large as the object store: what passes through it
+WINDOW_BYTES = 64_000_000
+
+
+def memory(folder: Path, plan: Plan, epochs: int = EPOCHS) -> Iterator[Row]:
+    """Memory in the last epochs against that in the second and third, and what the object store spilled."""
+    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    way = next(way for way in WAYS if not way.resident)
+    batch = lesson.case.batch
+    an_epoch = lesson.case.images // batch
+    job = lesson.job(way.mode, epochs * an_epoch, way.part(batch))
+    samples: list[tuple[float, dict[int, int]]] = []
+    spilled, stop = spilled_bytes(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            samples.append((time.time(), held_by_process(os.getpid())))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        outcome, _ = run_job(job, plan, folder)
+    finally:
+        stop.set()
+        watcher.join()
+    ended = time.time()
+    seconds = float(outcome.state["seconds"])
+    early = _between(samples, ended - seconds * (1 - 1 / epochs), ended - seconds * (1 - 3 / epochs))
+    late = _between(samples, ended - seconds * 2 / epochs, ended)
+    both = early.keys() & late.keys()
+    growth = {pid: late[pid] - early[pid] for pid in both}
+    facts: dict[str, float | int | str] = {
+        "epochs": epochs,
+        "processes": len(both),
+        "largest growth of one process (MiB)": max(growth.values(), default=0) / 2**20,
+        "spilled bytes": spilled_bytes() - spilled,
+    }
+    name = f"memory of all processes in epochs {epochs - 1} and {epochs}, read from disk"
+    sums = ([sum(early[p] for p in both) / 2**20], [sum(late[p] for p in both) / 2**20])
+    yield Row(name, "MiB", "in epochs 2 and 3", *sums, facts)
+    yield passing(folder)
+
+
+def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: float) -> dict[int, float]:
+    """By process, the mean of the samples in a span of time, of those that were there in all of them."""
+    chosen = [found for at, found in samples if first <= at <= last]
+    if not chosen:
+        return {}
+    pids = set.intersection(*(set(found) for found in chosen))
+    return {pid: sum(found[pid] for found in chosen) / len(chosen) for pid in pids}
+
+
+def spilled_bytes() -> int:
+    """Bytes that Ray's object stores have written to disk since they were started."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
+
+
+def passing(folder: Path) -> Row:
+    """Bytes of rows that training reads through an object store of a tenth of their size."""
+    command = [sys.executable, "-m", "ktray.jobs.bench.memory", str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    facts: dict[str, float | int | str] = {"spilled bytes": int(found["spilled"]), "rows": int(found["rows"])}
+    sizes = [found["store"] / 1e9], [found["read"] / 1e9]
+    return Row("rows read through a small object store", "GB", "its size", *sizes, facts)
+
+
+def main(arguments: list[str]) -> None:
+    """Read `TIMES` times the object store's size; prints what was read and what was spilled."""
+    connect(object_store=STORE_BYTES)
+    folder, plan = Path(arguments[0]), cluster_plan(1, False)
+    found: dict[str, Any] = read_past(folder, plan, TIMES * STORE_BYTES)
+    print(json.dumps({**found, "store": STORE_BYTES, "spilled": spilled_bytes()}))
+
+
+def read_past(folder: Path, plan: Plan, most: int) -> dict[str, int]:
+    """Stream a set of that many bytes once, as training reads what is not kept in memory. Its shards are the lesson's,
+    named again and again."""
+    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    taught = lesson.taught("cached")
+    again = -(-most // (taught.row_bytes * lesson.case.images))
+    taught = replace(taught, shards=taught.shards * again)
+    part = recipes.Train(resident_bytes=0, window_bytes=WINDOW_BYTES)
+    batch = lesson.case.batch
+    steps = sum(rows for _, rows in taught.shards) // batch
+    read = rows = 0
+    for found in taught.batches(part, Env(torch.device("cpu"), 0, 1, plan.decode_cpus), batch, 0, 0, steps):
+        rows += len(found["pixels"])
+        read += sum(value.nbytes for value in found.values() if isinstance(value, torch.Tensor))
+    return {"rows": rows, "read": read}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Decode and crop: encoded images to a model's input, through Ray Data against the bare decoder on the same cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ktray.data.decode import MAX_PIXELS
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.fetch import decode_image, read_shard
+from ktray.data.sources.listing import Shard
+from ktray.distributed.allocation import Plan
+from ktray.distributed.ray_data import Item, map_shards
+from ktray.jobs.bench.rows import Row, in_turns
+from ktray.retrieval.crops import Crops
+from ktray.retrieval.heldout_duplicates import fingerprint
+from ktray.stages.index.decode import Prepare
+from ktray.storage.columns import Rows
+
+SIDE = 224
+
+
+def reading(shards: list[Shard], plan: Plan, cores: int, repeats: int) -> Row:
+    """INDEX's own way of reading (file to pixels of 224 px and fingerprints, handed to what would embed them) against
+    the same functions on bytes in memory, a process for each core and nothing between them."""
+    preprocess = Preprocess(size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3)
+    limit, reached = in_turns(
+        lambda: bare(shards, preprocess, cores), lambda: through_ray(shards, preprocess, plan), repeats
+    )
+    alone = bare(shards, preprocess, cores, prints=False)
+    facts: dict[str, float | int | str] = {"images_per_core_second_without_fingerprints": alone / cores, "side": SIDE}
+    return Row("decode, crop, fingerprint", "images/s", f"the same on {cores} bare processes", limit, reached, facts)
+
+
+def through_ray(shards: list[Shard], preprocess: Preprocess, plan: Plan) -> float:
+    """Images a second, from the call to the last image."""
+    items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
+    began = time.perf_counter()
+    images = sum(
+        done["rows"] for done in map_shards(items, Prepare(shards, preprocess, Crops(), MAX_PIXELS), _Count, plan)
+    )
+    return images / (time.perf_counter() - began)
+
+
+class _Count:
+    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
+        return {"rows": len(columns["pixels"])}
+
+
+def bare(shards: list[Shard], preprocess: Preprocess, cores: int, prints: bool = True) -> float:
+    """Images a second of ``cores`` processes together, their start and reading the files not counted."""
+    context = multiprocessing.get_context("spawn")
+    work = _Bare(shards, preprocess, prints)
+    ready, told = context.Barrier(cores), context.SimpleQueue()
+    processes = [context.Process(target=work, args=(part, cores, ready, told)) for part in range(cores)]
+    for process in processes:
+        process.start()
+    found = [told.get() for _ in processes]
+    for process in processes:
+        process.join()
+    images, began, ended = zip(*found, strict=True)
+    return sum(images) / (max(ended) - min(began))
+
+
+@dataclass(frozen=True)
+class _Bare:
+    shards: list[Shard]
+    preprocess: Preprocess
+    prints: bool
+
+    def __call__(self, part: int, parts: int, ready: Any, told: Any) -> None:
+        torch.set_num_threads(1)
+        records = [r for shard in self.shards for r in read_shard(shard)][part::parts]
+        kept = None
+        ready.wait()
+        began = time.monotonic()
+        for record in records:
+            image = decode_image(record.uri, record.data, record.error, max_pixels=MAX_PIXELS)
+            kept = self.preprocess.eval_transform(image), fingerprint([image]) if self.prints else None
+        ended = time.monotonic()
+        assert kept is not None
+        told.put((len(records), began, ended))

@@ -1,0 +1,136 @@
+"""What storing the teacher's targets saves: a sweep of whole runs from one cache, against a teacher in every step."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from ktray.distributed.allocation import Plan
+from ktray.jobs.bench.embedding import encoder
+from ktray.jobs.bench.rows import Row
+from ktray.miniverse import ensure_gallery
+from ktray.pipeline import run as pipeline
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+
+EPOCHS, IMAGES, BATCH = 20, 500, 128
+# Eight trials, as a search over the loss and the learning rate has them.
+TRIALS: tuple[dict[str, Any], ...] = tuple(
+    {"train.lr": lr, "objective.temperature": temperature, "objective.mixup": mixup}
+    for lr, temperature, mixup in itertools.product((0.01, 0.02), (1.0, 2.0), (0.0, 0.2))
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher for the default task's student.
+
+    Attributes:
+        network: its architecture as `encoder` takes it; None: the miniverse's own, which is small.
+    """
+
+    name: str
+    network: str | None = None
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+PAIRS = (
+    Pair("the miniverse's teacher"),
+    # As many times its student's cost as a ViT-L/14 has beside a FastViT-S12: some 15 forward passes.
+    Pair(
+        "a ViT-S/16 teacher at 64 px",
+        "timm:vit_small_patch16_224",
+        {"teacher.image_size": 64, "teacher.adapt": "probe"},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What trials took: FLOPs and seconds of each in order, validation accuracy, and the teacher's FLOPs in TEACH."""
+
+    flops: list[float]
+    seconds: list[float]
+    accuracy: list[float]
+    stored: float
+
+
+def reuse(
+    folder: Path, plan: Plan, say: Callable[[str], None], trials: int = len(TRIALS), images: int = IMAGES
+) -> Iterator[Row]:
+    """Compute and time of a live teacher, with stored targets as the limit."""
+    for pair in PAIRS:
+        found = {}
+        for mode in ("cached", "live"):
+            found[mode] = sweep(pair, mode, folder, plan, trials, images)
+            say(f"bench     {pair.name}, {mode}: {sum(found[mode].seconds):.0f} s for {trials} trials")
+        yield from compared(pair.name, found["cached"], found["live"])
+
+
+def compared(name: str, cached: Sweep, live: Sweep) -> list[Row]:
+    """Two rows, with what else there is to know among the first one's facts."""
+    trials = len(live.flops)
+    # The first trial of each has adapted the teacher and drawn the set; both did.
+    an_epoch = (sum(live.flops) - sum(cached.flops) + cached.stored) / (EPOCHS * trials)
+    apart = [a - b for a, b in zip(cached.accuracy, live.accuracy, strict=True)]
+    facts: dict[str, float | int | str] = {
+        "one trial's compute": live.flops[0] / cached.flops[0],
+        "one trial's time": live.seconds[0] / cached.seconds[0],
+        "stored targets pay off after epochs": cached.stored / an_epoch if an_epoch else 0.0,
+        "accuracy stored": mean(cached.accuracy),
+        "accuracy live": mean(live.accuracy),
+        "difference, mean over trials": mean(apart),
+        "and its s.d.": stdev(apart) if trials > 1 else 0.0,
+        "s.d. of the trials' accuracy": stdev(live.accuracy) if trials > 1 else 0.0,
+    }
+    what = f"a live teacher, {trials} trials of {EPOCHS} epochs, {name}"
+    compute = ([sum(cached.flops) / 1e12], [sum(live.flops) / 1e12])
+    seconds = ([sum(cached.seconds)], [sum(live.seconds)])
+    return [
+        Row(f"compute of {what}", "TFLOP", "stored targets", *compute, facts),
+        Row(f"time of {what}", "s", "stored targets", *seconds),
+    ]
+
+
+def sweep(pair: Pair, mode: str, folder: Path, plan: Plan, trials: int, images: int) -> Sweep:
+    """Whole runs in a store of their own, one after the other; the gallery alone is drawn before."""
+    home = folder / "reuse" / f"{pair.network or 'own'}-{mode}".replace(":", "-")
+    shutil.rmtree(home, ignore_errors=True)
+    base = recipe(pair, mode, folder, home, images)
+    flops: list[float] = []
+    seconds: list[float] = []
+    accuracy: list[float] = []
+    stored = 0.0
+    for keys in TRIALS[:trials]:
+        began = time.perf_counter()
+        result = pipeline.run(recipes.override(base, keys), lambda text: None, plan=plan, trial=True)
+        seconds.append(time.perf_counter() - began)
+        flops.append(float(result["cost"]["flops"]["total"]))
+        accuracy.append(float(result["metric"]["val"]))
+        stored += float(result["cost"]["flops"].get("teach", 0.0))
+    return Sweep(flops, seconds, accuracy, stored)
+
+
+def recipe(pair: Pair, mode: str, folder: Path, home: Path, images: int) -> Recipe:
+    """The default task with a random transfer set and no floor."""
+    keys: dict[str, Any] = {
+        "store": str(home),
+        "gallery.data": str(ensure_gallery(folder)),
+        "transfer.source": "generic",
+        "transfer.size": images,
+        "teach.mode": mode,
+        "train.steps": max(1, EPOCHS * images // BATCH),
+        "train.batch_size": BATCH,
+        "finetune.steps": 20,
+        "baselines.scratch": False,
+        **pair.keys,
+    }
+    if pair.network:
+        keys |= {"teacher.name": pair.network, "teacher.checkpoint": encoder(pair.network, folder).source.checkpoint}
+    return recipes.override(recipes.load("letters", []), keys)

@@ -1,0 +1,170 @@
+"""The benchmarks of a recipe in one run, their table, and what one has to know of the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ktray.accounting.device import describe_device, usable_cpus
+from ktray.data.sources.listing import list_shards
+from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.errors import KtrayError
+from ktray.jobs.bench.embedding import embedding, encoder
+from ktray.jobs.bench.ingest import ingest
+from ktray.jobs.bench.lesson import CASES
+from ktray.jobs.bench.machine import busy_cores, peak_memory
+from ktray.jobs.bench.memory import memory
+from ktray.jobs.bench.mlflow import log
+from ktray.jobs.bench.reading import reading
+from ktray.jobs.bench.reuse import reuse
+from ktray.jobs.bench.rows import Row, markdown
+from ktray.jobs.bench.searching import searching
+from ktray.jobs.bench.startup import startup
+from ktray.jobs.bench.training import training
+from ktray.jobs.bench.workers import workers
+from ktray.miniverse.photos import ensure_tars
+from ktray.pipeline.results import versions
+from ktray.recipe.schema import Recipe, dump
+from ktray.storage.store import Store
+from ktray.tracking.tags import commit
+
+# Cores that others keep busy above which the table says so.
+_CALM = 0.2
+
+
+def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """Run ``bench.only`` on this machine; returns the content of ``result.json``.
+
+    Raises:
+        KtrayError: the store is not a local folder.
+    """
+    if "://" in recipe.store:
+        raise KtrayError(f"jobs/bench.py measures this machine, and '{recipe.store}' is not on it", "Set store=DIR.")
+    store = Store(recipe.store)
+    store.check_writable()
+    recipe = quick(recipe) if recipe.bench.quick else recipe
+    busy = busy_cores()
+    if busy is not None and busy > _CALM:
+        say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
+    connect(debug)
+    plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu)
+    say(plan.line)
+    began = time.time()
+    rows: list[Row] = []
+    with peak_memory() as peak:
+        for name in recipe.bench.only:
+            say(f"bench     {name}")
+            for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan, say):
+                rows.append(row)
+                say(markdown([row]).splitlines()[-1])
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-bench-{uuid.uuid4().hex[:4]}"
+    folder = store.run(run_id)
+    result = {
+        "schema": 1,
+        "run_id": run_id,
+        "rows": [row.to_dict() for row in rows],
+        "peak_memory_bytes": peak.bytes,
+        "busy_cores_before": busy,
+        "commit": (commit() or "")[:7] or None,
+        "versions": versions(),
+        "device": describe_device(),
+        "wall_seconds": round(time.time() - began, 1),
+    }
+    folder.write("recipe.yaml", dump(recipe).encode())
+    folder.write("bench.md", _page(result, rows, recipe.bench.quick).encode())
+    result["mlflow"] = log(recipe, Path(store.path), result, rows)
+    folder.write_json("result.json", result)
+    if recipe.bench.json_file:
+        target = Path(recipe.bench.json_file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1))
+    return {**result, "folder": folder.uri}
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The same benches on so little that they take three minutes on two cores; their figures are rough."""
+    teacher = CASES["mobilenetv3_small_050"].teacher  # its weights are made for the training rows anyway
+    few = {"repeats": 1, "images": 300, "encoders": [teacher], "vectors": 20_000}
+    return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
+
+
+def _read(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+    # As large as a shard that ktray makes of loose files, and at least two for each core.
+    a_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
+    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar))
+    return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
+
+
+def _embed(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+    # Small shards: an encoder takes seconds for what a decoder reads at once, and should not wait for much of it.
+    images = max(1, recipe.bench.images // (3 if recipe.bench.quick else 1))
+    shards = list_shards(ensure_tars(folder / "photos", images, a_tar=50))
+    return [
+        embedding(shards, images, encoder(name, folder), plan, usable_cpus(), recipe.bench.repeats, folder)
+        for name in recipe.bench.encoders
+    ]
+
+
+def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    part = recipe.bench
+    return searching(folder, part.vectors, plan, usable_cpus(), part.repeats, say, part.quick)
+
+
+def _ingest(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return ingest(folder, plan, usable_cpus(), recipe.bench.repeats, recipe.bench.quick)
+
+
+def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return training(folder, plan, recipe.bench.repeats, recipe.bench.quick)
+
+
+def _workers(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return workers(folder, plan, recipe.bench.repeats, recipe.bench.quick)
+
+
+def _startup(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return startup(folder, recipe.bench.repeats, recipe.bench.quick)
+
+
+def _reuse(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return reuse(folder, plan, say, *((2, 256) if recipe.bench.quick else ()))
+
+
+def _memory(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+    return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
+
+
+_BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterable[Row]]] = {
+    "read": _read,
+    "embed": _embed,
+    "search": _search,
+    "ingest": _ingest,
+    "train": _train,
+    "workers": _workers,
+    "startup": _startup,
+    "reuse": _reuse,
+    "memory": _memory,
+}
+
+
+def _page(result: dict[str, Any], rows: list[Row], rough: bool) -> str:
+    device = result["device"]
+    gpus = ", ".join(gpu["name"] for gpu in device["gpus"]) or "no GPU"
+    facts = [f"- {row.name}: {', '.join(f'{k} {_value(v)}' for k, v in row.facts.items())}" for row in rows]
+    about = (
+        f"{device['cpu']}, {device['cores']} cores, {gpus}; commit {result['commit']}; {time.strftime('%Y-%m-%d')}; "
+        f"torch {result['versions'].get('torch')}, ray {result['versions'].get('ray')}; other work before the start: "
+        f"{'not known' if result['busy_cores_before'] is None else format(result['busy_cores_before'], '.2f')} cores; "
+        f"at most {result['peak_memory_bytes'] / 2**30:.1f} GiB of memory in all processes"
+    )
+    said = ["One turn of each on little (bench.quick): rough figures, lower than those of a whole bench.", ""]
+    return "\n".join([markdown(rows), *(said if rough else []), about, "", *facts, ""])
+
+
+def _value(value: float | int | str) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

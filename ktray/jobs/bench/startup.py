@@ -1,0 +1,74 @@
+"""How long a job takes from the shell to its first batch, by part. As a program it is such a job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ktray.distributed.allocation import cluster_plan, connect
+from ktray.jobs.bench.lesson import CASES, ensure_lesson, less
+from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.training import WAYS, Watched, run_job
+
+AIM = 10.0  # seconds from the start of TRANSFER to its first batch
+CASE = "mobilenetv3_small_050"
+
+
+def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[Row]:
+    """Seconds of fresh processes, with a Ray of their own; the transfer set is there. ``quick``: one of few images.
+
+    Raises:
+        subprocess.CalledProcessError: one of them failed; its own message is on the terminal.
+    """
+    turns, case = [], less(CASES[CASE]) if quick else CASES[CASE]
+    for _ in range(repeats):
+        began = time.time()
+        command = [sys.executable, "-m", "ktray.jobs.bench.startup", str(folder), repr(began), str(case.images)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        turns.append(json.loads(done.stdout.splitlines()[-1]))
+    middle = sorted(turns, key=lambda turn: turn["first batch"])[len(turns) // 2]
+    facts: dict[str, float | int | str] = {f"{part} (s)": seconds for part, seconds in middle.items()}
+    reached = [turn["first batch"] for turn in turns]
+    yield Row("first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts)
+
+
+def note(path: Path, step: int) -> None:
+    """Write down when the first batch is there."""
+    if step == 0:
+        path.write_text(repr(time.time()))
+
+
+def main(arguments: list[str]) -> None:
+    """A job as jobs/distill.py is one, down to the first batch; prints seconds by part."""
+    folder, began = Path(arguments[0]), float(arguments[1])
+    case = replace(CASES[CASE], images=int(arguments[2]))
+    imported = time.time()
+    connect()
+    plan = cluster_plan(1, "auto")
+    connected = time.time()
+    lesson = ensure_lesson(case, folder, plan)
+    way, path = WAYS[0], folder / "first-batch"
+    path.unlink(missing_ok=True)
+    started = time.time()
+    run_job(Watched(lesson.job(way.mode, 4, way.part(lesson.case.batch)), partial(note, path)), plan, folder)
+    ended, first = time.time(), float(path.read_text())
+    parts = {
+        "imports": imported - began,
+        "Ray": connected - imported,
+        "first batch": first - started,
+        "4 steps, evaluation and checkpoint": ended - first,
+    }
+    print(json.dumps(parts))
+
+
+if __name__ == "__main__":
+    # Workers import `note` by its module's name, which is not that of the program.
+    from ktray.jobs.bench.startup import main as job
+
+    job(sys.argv[1:])

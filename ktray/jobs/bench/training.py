@@ -1,0 +1,231 @@
+"""Training from the target cache, from streaming teachers and with a live one, against the bare student's step; and
+timm's own distillation beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktray.distributed.allocation import Plan
+from ktray.distributed.mailbox import watch
+from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, Case, Lesson, ensure_lesson, less
+from ktray.jobs.bench.rows import Row, in_turns
+from ktray.recipe import schema as recipes
+from ktray.storage.store import Store
+from ktray.training.loop import Batch, Program, Settings
+from ktray.training.programs import settle_precision
+from ktray.training.ray_train import Env, Job, Outcome, train
+
+PART = recipes.Train()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows come: ``teach.mode``, and whether they stay in memory after the first pass."""
+
+    name: str
+    mode: str
+    resident: bool
+    taught: bool
+
+    def part(self, batch: int) -> recipes.Train:
+        """The recipe's part, for a batch over all workers."""
+        keys: dict[str, Any] = {"batch_size": batch}
+        if not self.resident:
+            # Windows of a few shards: a set as small as the bench's would else be one, and read before the first step.
+            keys |= {"resident_bytes": 0, "window_bytes": 40_000_000}
+        return PART.model_copy(update=keys)
+
+
+WAYS = (
+    Way("cached", "cached", True, False),
+    Way("cached, read from disk", "cached", False, False),
+    Way("streamed", "streamed", False, True),
+    Way("live", "live", True, True),
+)
+# Steps of a turn, of which the second half counts: some seconds. A teacher in the step makes it several times dearer.
+STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (120, 40)}
+
+
+def training(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iterator[Row]:
+    """Images a second of the steps; start-up, evaluation and checkpoints are not among them.
+
+    Args:
+        quick: few images and steps, no turn to warm up; of the large case, whose teacher takes the time, one row.
+    """
+    for name, case in CASES.items():
+        if quick:
+            case = less(case)
+        lesson = ensure_lesson(case, folder, plan)
+        plain, dear = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
+        large = case.teacher.startswith("timm:")
+        limit_name = "bare step, tensors in memory"
+
+        def limit(lesson: Lesson = lesson, steps: int = plain) -> float:
+            return bare(lesson, steps, plan)
+
+        for way in WAYS[:1] if quick and large else WAYS:
+            waits: list[float] = []
+            ours = partial(through_ktray, lesson, way, dear if way.taught else plain, plan, folder, waits)
+            facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
+            rates = in_turns(limit, ours, repeats, warm=not quick)
+            facts["data_wait"] = max(waits)
+            yield Row(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
+        if large and not quick:
+            rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
+            yield Row(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
+
+
+def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path, waits: list[float]) -> float:
+    """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch;
+    of streamed ones of all steps and the wait for the first, since rows that were made ahead cost as much as others.
+    ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
+    batch = lesson.case.batch * plan.workers
+    outcome, posts = run_job(lesson.job(way.mode, steps, way.part(batch)), plan, folder)
+    waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
+    if way.mode == "streamed":
+        return float(steps * batch / outcome.state["seconds"])
+    return _second_half(outcome.state["curve"], batch)
+
+
+def run_job(job: Job, plan: Plan, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[dict[str, Any]]]:
+    """A job of TRANSFER from its start to its end, and what its workers posted."""
+    stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
+    stage.delete()
+    posts: list[dict[str, Any]] = []
+    with watch(posts.append) as board:
+        outcome = train(job, stage, plan, board, max_failures=max_failures, on_weights=lambda path: None)
+    return outcome, posts
+
+
+def _second_half(curve: list[dict[str, float]], batch: int) -> float:
+    (first, middle), (last, end) = ((row["step"], row["seconds"]) for row in curve[-2:])
+    return (last - first) * batch / (end - middle)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A job with a function (picklable) that is called with the number of each step whose batch is there."""
+
+    job: Job
+    see: Callable[[int], None]
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    def build(self, env: Env) -> Program:
+        program = self.job.build(env)
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            for step, batch in enumerate(program.batches(start, stop), start):
+                self.see(step)
+                yield batch
+
+        return replace(program, batches=batches)
+
+
+def bare(lesson: Lesson, steps: int, plan: Plan) -> float:
+    """Images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory, in a
+    worker like TRANSFER's."""
+    return float(_in_worker(_bare_step, lesson, steps, plan))
+
+
+def _in_worker(work: Any, lesson: Lesson, steps: int, plan: Plan) -> float:
+    import ray
+
+    how: dict[str, Any] = {"num_cpus": plan.worker_cpus, "num_gpus": plan.worker_gpus}
+    task: Any = ray.remote(**how)(work)
+    found: float = ray.get(task.remote(lesson, steps, plan.worker_threads))
+    return found
+
+
+def _bare_step(lesson: Lesson, steps: int, threads: int) -> float:
+    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    batches = _tensors(case, device)
+
+    def step(number: int) -> None:
+        pixels, labels = batches[number % len(batches)]
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            loss = nn.functional.cross_entropy(model(preprocess.scale(pixels)).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _rate(step, steps, case.batch, device)
+
+
+def _timm_step(lesson: Lesson, steps: int, threads: int) -> float:
+    """timm's LogitDistillationTask with the teacher's tower as it is, and the same student and optimizer."""
+    from timm.task import LogitDistillationTask
+
+    from ktray.jobs.bench.embedding import encoder
+
+    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
+    teacher = encoder(case.teacher, Path(lesson.home.path).parent).tower()
+    tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(device).eval()
+    task = LogitDistillationTask(
+        model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=device, verbose=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    batches = _tensors(case, device)
+
+    def step(number: int) -> None:
+        pixels, labels = batches[number % len(batches)]
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            loss = task(preprocess.scale(pixels), labels)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _rate(step, steps, case.batch, device)
+
+
+def _student(lesson: Lesson, threads: int) -> Any:
+    """The student in the number format and layout that TRANSFER has settled on."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    env = Env(device, 0, 1, 1.0)
+    model, preprocess = lesson.student.build(env, 0)
+    precision = settle_precision(
+        lesson.home.sub("precision"), lesson.student, model, env, lesson.case.batch, PART.precision
+    )
+    return model.train(), preprocess, precision.autocast_dtype, device
+
+
+def _tensors(case: Case, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, 3, case.size, case.size)
+    return [
+        (
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device),
+            torch.randint(0, CLASSES, (case.batch,), generator=generator).to(device),
+        )
+        for _ in range(4)
+    ]
+
+
+def _rate(step: Any, steps: int, batch: int, device: torch.device) -> float:
+    """Images a second of the second half."""
+    half = steps // 2
+    for number in range(half):
+        step(number)
+    _settled(device)
+    began = time.perf_counter()
+    for number in range(half, steps):
+        step(number)
+    _settled(device)
+    return (steps - half) * batch / (time.perf_counter() - began)
+
+
+def _settled(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,45 @@
+"""What the runs of a comparison cost: by stage, the teacher's share, and what sharing stages saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ktray.accounting.ledger import PART_OF, STAGES, DirLog, attempts
+from ktray.storage.store import Store
+
+TEACHER = ("adapt", "index", "curate", "teach")  # stages in which the teacher works, before any student is trained
+
+
+def by_stage(store: Store, result: dict[str, Any]) -> dict[str, float]:
+    """FLOPs of each stage that a run's student needed, reused ones at what they took when they were made."""
+    kinds = store.sub("stages").children()
+    found: dict[str, float] = {}
+    for row in result["stages"]:
+        # A row bears the name that its cost is booked under, which may be another than the folder's.
+        folder = next((k for k in (row["name"], *kinds) if store.stage(k, row["key"]).exists()), None)
+        if folder is None:
+            continue
+        name = PART_OF.get(row["name"], row["name"])
+        name = name if name in STAGES else "finetune"
+        found[name] = found.get(name, 0.0) + sum(
+            e.flops for e in attempts(DirLog(store.stage(folder, row["key"])).read())
+        )
+    return {name: found[name] for name in STAGES if name in found}
+
+
+def teacher_share(stages: dict[str, float]) -> float:
+    """Share of the FLOPs, 0..1, that went into the teacher's stages (`TEACHER`)."""
+    total = sum(stages.values())
+    return sum(v for k, v in stages.items() if k in TEACHER) / total if total else 0.0
+
+
+def totals(results: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """FLOPs and device-seconds that runs spent, and what they would have cost had they shared no stage."""
+    runs = list(results)
+    return {
+        "flops": float(sum(r["cost"]["flops"]["total"] for r in runs)),
+        "flops_without_cache": float(sum(r["cost"]["without_cache"]["flops"] for r in runs)),
+        "device_seconds": float(sum(r["cost"]["device_seconds"]["total"] for r in runs)),
+        "device_seconds_without_cache": float(sum(r["cost"]["without_cache"]["device_seconds"] for r in runs)),
+    }

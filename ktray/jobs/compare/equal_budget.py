@@ -1,0 +1,125 @@
+"""How many pretraining steps each way gets, so that all have the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ktray.accounting.ledger import price_table
+from ktray.distributed.allocation import Plan
+from ktray.errors import KtrayError
+from ktray.jobs.compare.calibration import Speed
+from ktray.jobs.compare.methods import Ways, list_ways, recipe_of, with_steps
+from ktray.pipeline.plan import RATES, lines, this_machine
+from ktray.pipeline.resolve import resolve
+from ktray.recipe.schema import Recipe
+
+DEVICES = ("A100", "H100", "L4")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``steps`` of pretraining, and the ``flops`` that the plan expects of all stages of the way."""
+
+    steps: int
+    flops: float
+
+
+class _Cost:
+    """The planned FLOPs of a way: linear in its steps, so the models are counted twice and not for every number."""
+
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        found = resolve(recipe, plan, lambda text: None)
+        self.steps = int(found.recipe.train.steps or 1)
+        totals = []
+        for steps in (self.steps, 2 * self.steps):
+            found.recipe.train.steps = steps
+            totals.append(sum(line.flops for line in lines(found)))
+        self._step = (totals[1] - totals[0]) / self.steps
+        self._fixed = totals[0] - self._step * self.steps
+
+    def __call__(self, steps: int) -> float:
+        return self._fixed + self._step * steps
+
+    def within(self, budget: float) -> int:
+        """The most steps that cost at most ``budget``; 0 where not even one does."""
+        # Sums of floats: what is within by a billionth is within.
+        return max(0, int((budget - self._fixed) / self._step + 1e-9))
+
+
+def budgets(
+    base: Recipe,
+    ways: Ways,
+    plan: Plan,
+    say: Callable[[str], None],
+    measure: Callable[[Ways, int], dict[str, Speed]] | None = None,
+) -> dict[str, Budget]:
+    """The budget of each way. The first one's steps set it for all.
+
+    ``compare.equal=steps``: the same pretraining steps; ``own``: those of its own recipe. ``flops``: all stages of a
+    way together cost what those of the first one do; a way whose other stages are dearer takes fewer steps, one
+    without teacher and gallery takes more.
+    ``device_seconds``: the same with device time, by what ``measure`` says of this cluster; without it (a plan)
+    the steps stay those of the first way.
+
+    Raises:
+        KtrayError: a way's other stages alone cost more than the budget.
+    """
+    costs = {name: _Cost(recipe_of(base, way.keys), plan) for name, way in ways.items()}
+    first = next(iter(ways))
+    equal, most = base.compare.equal, costs[first].steps
+    steps = {name: cost.steps if equal == "own" else most for name, cost in costs.items()}
+    if equal == "flops":
+        total = costs[first](most)
+        for name, cost in costs.items():
+            steps[name] = cost.within(total)
+            if not steps[name]:
+                raise _too_dear(name, f"{cost(1):.3g} FLOP", f"{total:.3g}")
+    elif equal == "device_seconds" and measure is not None:
+        speeds = measure(ways, most)
+        seconds = speeds[first].total(most)
+        for name, speed in speeds.items():
+            steps[name] = most if name == first else speed.within(seconds)
+            if not steps[name]:
+                raise _too_dear(name, f"{speed.total(1):.0f} device-seconds", f"{seconds:.0f}")
+    result = {}
+    for name, way in ways.items():
+        taken = max(1, round(way.share * steps[name]))
+        result[name] = Budget(taken, costs[name](taken))
+        say(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
+    return result
+
+
+def show(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """``--plan`` of a comparison: what each way will cost, stages that are shared or reused counted each time."""
+    recipe = with_steps(recipe)
+    part = recipe.compare
+    ways = list_ways(recipe, say)
+    planned = budgets(recipe, ways, this_machine(recipe), say)
+    if part.equal == "device_seconds":
+        say("the steps of all ways but the first will follow from measured speeds")
+    tried = sum(planned[name].flops for name, way in ways.items() if way.family == name)
+    total = len(part.seeds) * sum(b.flops for b in planned.values()) + len(part.lr_search) * tried
+    prices = price_table()["accelerators"]
+    head = "".join(f"{f'{name} hours':>14}{'USD':>10}" for name in DEVICES)
+    say("")
+    say(f"{'one run of':<34}{'steps':>9}{'FLOPs':>12}{head}")
+    for name, budget in planned.items():
+        say(_planned(name, f"{budget.steps:,}", budget.flops, prices))
+    trials = f" and {len(part.lr_search)} learning rates" if part.lr_search else ""
+    say(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, prices))
+    say("")
+    say("without what sharing stages saves, decoding and start-up; at 35% of the devices' bf16 peak (assumed)")
+
+
+def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> str:
+    hours = [flops / RATES[device] / 3600 for device in DEVICES]
+    shown = "".join(f"{h:>14.3g}{h * prices[device]:>10.3g}" for h, device in zip(hours, DEVICES, strict=True))
+    return f"{name:<34}{steps:>9}{flops:>12.3g}{shown}"
+
+
+def _too_dear(name: str, cost: str, budget: str) -> KtrayError:
+    return KtrayError(
+        f"Way '{name}' costs {cost} with a single step, more than the budget of {budget}",
+        "Raise train.steps, or leave the way out of compare.ways.",
+    )

@@ -1,0 +1,73 @@
+"""A small search over the learning rate, the same for each way: as many trials, one seed, chosen on validation.
+
+A way that was tuned against ways that were not proves nothing, so all get the same factors on their ``train.lr``, and
+what the trials cost is told apart from what the ways cost. Shorter runs and other transfer set sizes take the learning
+rate of the way they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ktray.errors import KtrayError
+from ktray.jobs.compare.equal_budget import Budget
+from ktray.jobs.compare.methods import Ways, recipe_of
+from ktray.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search gave: the learning rate of each way, each way's trials, and their results."""
+
+    lr: dict[str, float]
+    trials: dict[str, list[dict[str, float]]]
+    results: list[dict[str, Any]]
+
+
+def search(
+    base: Recipe,
+    ways: Ways,
+    budgets: Mapping[str, Budget],
+    run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
+    say: Callable[[str], None],
+) -> Found:
+    """Learning rates by validation. Without ``compare.lr_search`` each way keeps its own, and nothing is run.
+
+    Args:
+        run: named recipes -> their ``result.json``, in order.
+
+    Raises:
+        KtrayError: a factor that is not above 0.
+    """
+    factors: Sequence[float] = base.compare.lr_search
+    if any(factor <= 0 for factor in factors):
+        raise KtrayError(
+            f"compare.lr_search={list(factors)} has a factor that is not above 0", "Write e.g. [0.5, 1, 2]."
+        )
+    own = {name: recipe_of(base, way.keys).train.lr for name, way in ways.items()}
+    heads = [name for name, way in ways.items() if way.family == name]
+    jobs = [(name, factor) for name in heads for factor in factors]
+    results = run([(f"{name}, lr x {f:g}", trial(base, ways, budgets, own, name, f)) for name, f in jobs])
+    trials: dict[str, list[dict[str, float]]] = {name: [] for name in heads}
+    for (name, factor), result in zip(jobs, results, strict=True):
+        lr = own[name] * factor
+        trials[name].append({"factor": factor, "lr": lr, "validation": float(result["metric"]["val"])})
+    chosen = dict(own)
+    for name, way in ways.items():
+        if trials[way.family]:
+            best = max(trials[way.family], key=lambda t: t["validation"])
+            chosen[name] = own[name] * best["factor"]
+    for name in heads if factors else []:
+        tried = ", ".join(f"{t['lr']:g}: {t['validation']:.1%}" for t in trials[name])
+        say(f"search    {name}: train.lr={chosen[name]:g} (validation: {tried})")
+    return Found(chosen, trials, results)
+
+
+def trial(
+    base: Recipe, ways: Ways, budgets: Mapping[str, Budget], own: Mapping[str, float], name: str, factor: float
+) -> Recipe:
+    """The recipe of one trial: the way at its full budget, with the first seed."""
+    more = {"seed": base.compare.seeds[0], "train__steps": budgets[name].steps, "train__lr": own[name] * factor}
+    return recipe_of(base, ways[name].keys, **more)

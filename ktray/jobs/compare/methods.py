@@ -1,0 +1,145 @@
+"""The ways that are compared, as recipes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from ktray.data.captions import first_captions
+from ktray.errors import KtrayError
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of pretraining.
+
+    Attributes:
+        keys: what it sets in the recipe, dotted.
+        family: name of the way that it is a shorter run of, or one with another transfer set size; its own otherwise.
+        share: of the steps that its budget allows.
+    """
+
+    keys: dict[str, Any]
+    family: str
+    share: float = 1.0
+
+
+Ways = dict[str, Way]
+
+
+def with_steps(recipe: Recipe) -> Recipe:
+    """The recipe with the comparison's own number of steps, where it has one."""
+    return recipes.override(recipe, {"train.steps": recipe.compare.steps}) if recipe.compare.steps else recipe
+
+
+def list_ways(recipe: Recipe, say: Callable[[str], None]) -> Ways:
+    """The ways that ``compare`` asks for, with their smaller and shorter runs; default ways that the data does not
+    allow are left out, with the reason said.
+
+    Raises:
+        KtrayError: a name that no default way has, or of one that the data does not allow; a share or a size that
+            makes no sense.
+    """
+    asked = recipe.compare.ways
+    if isinstance(asked, dict) and asked:
+        keys = asked
+    else:
+        keys, missing = default_ways(recipe)
+        for name, reason in missing.items():
+            if not asked:
+                say(f"way       {name}: left out, {reason}")
+        if isinstance(asked, list) and asked:
+            keys = {name: _named(name, keys, missing) for name in asked}
+    found = {name: Way(dict(value), name) for name, value in keys.items()}
+    for size in recipe.compare.sizes:
+        if size < 1:
+            raise KtrayError(f"compare.sizes has {size}", "Sizes are numbers of images, from 1.")
+        found |= {
+            f"{name}, {size:,} images": Way({**value, "transfer.size": size}, name)
+            for name, value in keys.items()
+            if _retrieves(recipe, value)
+        }
+    first = next(iter(keys))
+    for budget in recipe.compare.budgets:
+        if not 0 < budget < 1:
+            raise KtrayError(f"compare.budgets has {budget:g}", "They are shares of the first way's steps, below 1.")
+        found[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Way(dict(keys[first]), first, budget)
+    return found
+
+
+def default_ways(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Every objective on the transfer sets that suit it: the keys of each way, and the reason for those left out."""
+    built_in = recipe.task.data is None
+    gallery = built_in or recipe.gallery.data is not None
+    sources = ["retrieved", "generic", "target"] if gallery else ["target"]
+    best = sources[0]
+    # Features of a handful of images are the weakest of all; without a gallery there is nothing else to match on.
+    wanted = [
+        *(("oriented", source) for source in sources),
+        ("dual", best),
+        *(("agnostic", source) for source in sources[:2]),
+    ]
+    found = {f"{objective} {source}": _keys(objective, source) for objective, source in wanted}
+    found["agnostic_then_oriented"] = _keys("agnostic_then_oriented", best)
+    found |= {f"{objective} generic": _keys(objective, "generic") for objective in ("clip", "supervised")}
+    spread = "generic" if gallery else "target"
+    found[f"dino {spread}"] = _keys("dino", spread)
+    found["scratch"] = {"objective.name": "scratch"}
+    reasons = unavailable(recipe)
+    missing = {name: reasons[k["objective.name"]] for name, k in found.items() if k["objective.name"] in reasons}
+    return {name: keys for name, keys in found.items() if name not in missing}, missing
+
+
+def unavailable(recipe: Recipe) -> dict[str, str]:
+    """Objectives that the recipe's data does not allow, with the reason."""
+    if recipe.task.data is None:
+        return {}
+    reasons = {}
+    if recipe.gallery.data is None:
+        reasons["agnostic_then_oriented"] = "there is no gallery"
+    if recipe.gallery.data is None or not first_captions(recipe.gallery.data, recipe.gallery.column):
+        reasons["clip"] = "there is no gallery with captions"
+    if recipe.supervised.data is None:
+        reasons["supervised"] = "no labelled generic set is named (supervised.data)"
+    return reasons
+
+
+def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
+    """The base recipe with a way's keys and ``more`` (dots written as ``__``), without the comparison's own part.
+
+    Raises:
+        KtrayError: a way names a key that the recipe does not know, or a value that it does not take.
+    """
+    wanted = {**keys, **{name.replace("__", "."): value for name, value in more.items()}}
+    if any(name.split(".")[0] == "compare" for name in wanted):
+        raise KtrayError("A way cannot set keys of compare", "Remove it from compare.ways.")
+    plain = base.model_copy(update={"compare": recipes.Compare()})
+    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
+    if base.teach.mode == "auto" and "teach.mode" not in wanted:
+        fixed["teach.mode"] = "cached"  # seeds and ways share what is stored
+    return recipes.override(plain, {**wanted, **fixed})
+
+
+def _keys(objective: str, source: str) -> dict[str, Any]:
+    return {"objective.name": objective, "transfer.source": source}
+
+
+def _named(name: str, known: dict[str, dict[str, Any]], missing: dict[str, str]) -> dict[str, Any]:
+    if name in missing:
+        raise KtrayError(f"Way '{name}' cannot be run: {missing[name]}", "Leave it out of compare.ways.")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(f"No default way is named '{name}'", f"{hint}There are: {', '.join(known)}.")
+    return known[name]
+
+
+def _retrieves(recipe: Recipe, keys: dict[str, Any]) -> bool:
+    objective = keys.get("objective.name", recipe.objective.name)
+    source = keys.get("transfer.source", recipe.transfer.source)
+    return objective in ("oriented", "agnostic") and source in ("retrieved", "auto") and "transfer.size" not in keys

@@ -1,0 +1,111 @@
+"""``compare.html``, its pictures as PNG, ``compare.csv`` and the table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ktray.jobs.compare import figure
+from ktray.reporting import page
+from ktray.reporting.report import flops, percent, seconds, usd
+
+COLUMNS = (
+    "name", "accuracy", "spread", "low", "high", "validation", "flops", "teacher_share", "device_seconds", "usd",
+    "steps", "lr", "images", "seeds", "pareto", "lead", "lead_low", "lead_high", "reached_by", "times_less",
+    "times_low", "times_high",
+)  # fmt: skip
+
+
+def write(folder: Path, found: dict[str, Any]) -> list[Path]:
+    """Write the page, its pictures and the CSV into ``folder``; returns their paths."""
+    return page.write(
+        folder,
+        "compare",
+        "ktray.jobs.compare",
+        {"compare": figure.compute(found), "sizes": figure.sizes(found), "shares": figure.shares(found)},
+        COLUMNS,
+        (_flat(way) for way in found["ways"]),
+        {"accuracy": accuracy},
+        f=found,
+        metric=figure.metric_name(found),
+        times=times,
+        points=points,
+        headline=headline(found),
+    )
+
+
+def accuracy(way: dict[str, Any]) -> str:
+    """``88.9 ± 0.3%``; without ± where one seed tells of no spread."""
+    spread = "" if way["spread"] is None else f" ± {100 * way['spread']:.1f}"
+    return f"{100 * way['accuracy']:.1f}{spread}%"
+
+
+def points(lead: list[float] | None) -> str:
+    """Points that the first way leads by, with the interval: ``+5.4 (+4.1 to +6.8)``."""
+    if lead is None:
+        return "–"
+    mean, low, high = (100 * v for v in lead)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def times(reach: dict[str, Any] | None) -> str:
+    """``3.4x less compute (2.0 to 4.1)``; below 1 it is more compute, about 1 the same. A bound of ``not reached`` says
+    that among the draws of the interval are some in which no run was as accurate."""
+    if reach is None:
+        return "not reached"
+    value, low, high = reach["times"], reach["low"], reach["high"]
+    word = f"{_factor(value)}x less compute"
+    if value < 0.995:
+        word = f"{_factor(1 / value)}x more compute"
+        low, high = (1 / v if v else math.inf for v in (high, low))
+    elif value < 1.005:
+        word = "the same compute"
+    bounds = [f"{_factor(v)}" if v and v < math.inf else "not reached" for v in (low, high)]
+    return word if word.startswith("the same") and bounds == ["1.00"] * 2 else f"{word} ({' to '.join(bounds)})"
+
+
+def headline(found: dict[str, Any]) -> str:
+    """The first way against the best (on validation) of the others, in a sentence; empty without others."""
+    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    if not others:
+        return ""
+    best = max(others, key=lambda w: w["validation"])
+    text = f"{found['first']} gains {points(best['lead'])} points on {best['name']}, the best of the others"
+    if best["reach"] is None:
+        return f"{text}, and no run of it reaches that way's {percent(best['accuracy'])}"
+    return f"{text}, and reaches its {percent(best['accuracy'])} with {times(best['reach'])}: {best['reach']['name']}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The comparison for a terminal, best on validation first."""
+    width = max(len(w["name"]) for w in found["ways"]) + 2
+    head = (
+        f"{'way':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}"
+        f"{'compute':>14}{'teacher':>9}{'time':>10}{'money':>11}"
+    )
+    out = [head, "-" * len(head)]
+    for w in sorted(found["ways"], key=lambda w: -w["validation"]):
+        span = f"{100 * w['low']:.1f} to {100 * w['high']:.1f}%"
+        cost = f"{flops(w['flops']):>14}{w['teacher_share']:>9.0%}{seconds(w['device_seconds']):>10}{usd(w['usd']):>11}"
+        out.append(f"{w['name']:<{width}}{accuracy(w):>15}{span:>18}{percent(w['validation']):>12}{cost}")
+    first = found["first"]
+    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    if others:
+        out.append(f"\n{headline(found)}\n")
+        out.append(f"{first} against the others: points gained, and its cheapest run that is as accurate")
+    for w in others:
+        by = f" by '{w['reach']['name']}'" if w["reach"] else ""
+        out.append(f"  {w['name']:<{width}}{points(w['lead']):>26}   {times(w['reach'])}{by}")
+    return "\n".join(out)
+
+
+def _flat(way: dict[str, Any]) -> dict[str, Any]:
+    lead, reach = way["lead"] or (None, None, None), way["reach"] or {}
+    more = {"reached_by": reach.get("name"), "times_less": reach.get("times")}
+    more |= {"times_low": reach.get("low"), "times_high": reach.get("high")}
+    return {**way, "lead": lead[0], "lead_low": lead[1], "lead_high": lead[2], **more}

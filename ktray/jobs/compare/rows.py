@@ -1,0 +1,114 @@
+"""Each way's row: accuracy over seeds with its interval, cost, and how it stands against the first way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ktray.jobs.compare import costs
+from ktray.jobs.compare.methods import Ways
+from ktray.jobs.compare.statistics import (
+    Accuracy,
+    MeanClassAccuracy,
+    MeanIoU,
+    Scores,
+    interval,
+    pareto,
+    reach,
+    resample,
+)
+from ktray.stages.evaluate import stage as evaluate
+from ktray.storage.columns import Rows
+from ktray.storage.store import Stage, Store
+
+
+def scores(metric: str, seeds: Sequence[Rows]) -> Scores:
+    """The test rows of one way, a table for each seed as EVALUATE stores them, ready for the bootstrap."""
+    if metric == "miou":
+        tp, fp, fn = (np.stack([rows[f"student_{name}"] for rows in seeds]) for name in ("tp", "fp", "fn"))
+        return MeanIoU(tp, fp, fn)
+    correct = np.stack([rows["student"].argmax(1) == rows["label"] for rows in seeds])
+    if metric == "mean_class_accuracy":
+        return MeanClassAccuracy(correct, seeds[0]["label"].astype(np.int64))
+    return Accuracy(correct)
+
+
+def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> Scores:
+    """`scores` of one way's results."""
+    seeds = []
+    for result in results:
+        (key,) = {s["key"] for s in result["stages"] if s["name"] == "evaluate"}
+        seeds.append(evaluate.load(Stage(store.stage("evaluate", key).uri)))
+    return scores(results[0]["metric"]["name"], seeds)
+
+
+def build(store: Store, ways: Ways, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A JSON-like row for each way, in order.
+
+    ``accuracy``, ``spread`` (standard deviation over seeds, None for one seed), ``low``, ``high``, ``validation``: of
+    the task's metric, fractions. ``flops``, ``device_seconds``, ``usd``, ``stages`` (FLOPs by stage),
+    ``teacher_share``: means over seeds, of all stages a student needed. ``lead``: by how much the first way leads,
+    with its interval. ``reach``: the first way's cheapest run that is as accurate as this way.
+    ``images``: in the transfer set, None without one.
+    """
+    found = [_row(store, name, results[name]) for name in ways]
+    sample = resample([load_scores(store, results[name]) for name in ways])
+    return compare_rows(found, [way.family for way in ways.values()], sample)
+
+
+def compare_rows(found: list[dict[str, Any]], families: Sequence[str], sample: np.ndarray) -> list[dict[str, Any]]:
+    """Rows with what they say about each other; ``sample`` is (draws, rows), see `resample`."""
+    accuracy, cost = [r["accuracy"] for r in found], [r["flops"] for r in found]
+    front = pareto(list(zip(cost, accuracy, strict=True)))
+    own = [i for i, family in enumerate(families) if family == families[0]]
+    rows = []
+    for i, row in enumerate(found):
+        low, high = interval(sample[:, i])
+        lead = None
+        if i:
+            lead = [accuracy[0] - accuracy[i], *interval(sample[:, 0] - sample[:, i])]
+        rows.append(
+            {
+                **row,
+                "low": low,
+                "high": high,
+                "family": families[i],
+                "pareto": i in front,
+                "lead": lead,
+                "reach": None if i in own else _reached(found, reach(accuracy, cost, sample, i, own)),
+            }
+        )
+    return rows
+
+
+def _reached(found: Sequence[dict[str, Any]], what: Any) -> dict[str, Any] | None:
+    if what is None:
+        return None
+    return {"name": found[what.index]["name"], "times": what.times, "low": what.low, "high": what.high}
+
+
+def _row(store: Store, name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    tests = np.array([r["metric"]["test"] for r in results])
+    worth = [r["cost"]["without_cache"] for r in results]
+    prices = [w["usd"] for w in worth if w["usd"] is not None]
+    stages = [costs.by_stage(store, r) for r in results]
+    mean = {k: float(np.mean([s.get(k, 0.0) for s in stages])) for k in {k: None for s in stages for k in s}}
+    kept = [r["transfer_set"]["kept"] for r in results if "transfer_set" in r]
+    return {
+        "name": name,
+        "objective": results[0]["objective"],
+        "source": results[0].get("transfer_set", {}).get("source", "none"),
+        "images": float(np.mean(kept)) if kept else None,
+        "accuracy": float(tests.mean()),
+        "spread": float(tests.std(ddof=1)) if len(tests) > 1 else None,
+        "validation": float(np.mean([r["metric"]["val"] for r in results])),
+        "flops": float(np.mean([w["flops"] for w in worth])),
+        "device_seconds": float(np.mean([w["device_seconds"] for w in worth])),
+        "usd": float(np.mean(prices)) if len(prices) == len(worth) else None,
+        "stages": mean,
+        "teacher_share": costs.teacher_share(mean),
+        "seeds": len(results),
+        "runs": [r["run_id"] for r in results],
+    }

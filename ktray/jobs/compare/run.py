@@ -1,0 +1,138 @@
+"""``jobs/compare.py``: every way with every seed through the pipeline, stages shared, and one page of what they say.
+
+A comparison that was interrupted goes on in its folder: runs that are finished are read, the stages of the others are
+in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ktray
+from ktray.distributed.allocation import cluster_plan, connect
+from ktray.distributed.autoscale import gathered
+from ktray.distributed.doctor.run import require
+from ktray.jobs.compare import calibration, costs, page, rows
+from ktray.jobs.compare.equal_budget import budgets
+from ktray.jobs.compare.lr_search import search
+from ktray.jobs.compare.methods import list_ways, recipe_of, with_steps
+from ktray.jobs.compare.mlflow import chart, log
+from ktray.jobs.compare.parallel import how_many, share
+from ktray.jobs.compare.runner import Runner, open_folder
+from ktray.pipeline.run import local_home
+from ktray.pipeline.run_folder import RUNNING
+from ktray.recipe.schema import Recipe, dump
+from ktray.storage.store import Store
+
+SCHEMA = 1
+TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
+
+
+def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """Run the comparison; returns the content of its ``result.json``.
+
+    Raises:
+        KtrayError: a way that the recipe does not allow, or whatever a run raises.
+    """
+    begun = time.time()
+    recipe = with_steps(recipe)
+    Store(recipe.store).check_writable()
+    connect(debug)
+    with gathered(recipe.cluster, say), contextlib.ExitStack() as until:
+        require(recipe, say)
+        return _compare(recipe, say, debug, begun, until)
+
+
+def _compare(
+    recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float, until: contextlib.ExitStack
+) -> dict[str, Any]:
+    import ray
+
+    store = Store(recipe.store)
+    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    ways = list_ways(recipe, say)
+    seeds = recipe.compare.seeds
+    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
+    at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
+    say(f"cluster   {at_once} at once ({why})")
+    run_id, folder = open_folder(store, recipe, say, until)
+    say(f"compare   {folder.uri}")
+    folder.write("recipe.yaml", dump(recipe).encode())
+    runner = Runner(store, folder, whole, share(whole, at_once), at_once, say, debug)
+    aside = recipe.model_copy(deep=True)
+    aside.mlflow.experiment = f"{recipe.mlflow.experiment}-{TRIALS}"
+    # One at a time: what runs beside a measurement slows it.
+    measure = partial(
+        calibration.measure, aside, store=store, plan=runner.share, run=partial(runner.run, at_once=1, trial=True)
+    )
+    budget = budgets(recipe, ways, runner.share, say, lambda ways, most: measure(ways))
+    measured = costs.totals(runner.results.values())
+    searched = search(aside, ways, budget, partial(runner.run, trial=True), say)
+    recipes = {
+        (name, seed): recipe_of(
+            recipe, way.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
+        )
+        for seed in seeds  # outside: a comparison that is stopped early has all ways with fewer seeds
+        # Later seeds the other way round, as all stages that ways share are there: so the slowest ways (no teacher, and
+        # many steps for their share) do not come last of all, where other workers have nothing left to do.
+        for name, way in (ways.items() if seed == seeds[0] else reversed(ways.items()))
+    }
+    done = runner.run([(name, one) for (name, _), one in recipes.items()])
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for (name, _), result in zip(recipes, done, strict=True):
+        results[name].append(result)
+    found = rows.build(store, ways, results)
+    for row in found:
+        name = row["name"]
+        row.update(steps=budget[name].steps, lr=searched.lr[name], share=ways[name].share, keys=ways[name].keys)
+        row.update(trials=searched.trials.get(name, []))
+    any_result = done[0]
+    teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
+    unique = {r["run_id"]: r for r in done}.values()
+    content = {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "folder": folder.uri,
+        "task": any_result["task"],
+        "student": any_result["student"],
+        "equal": recipe.compare.equal,
+        "seeds": seeds,
+        "label_budget": any_result["label_budget"],
+        "metric": any_result["metric"]["name"],
+        "test_images": any_result["metric"]["test_images"],
+        "first": found[0]["name"],
+        "chosen_on_validation": max(found, key=lambda row: row["validation"])["name"],
+        "ways": found,
+        "teacher_metric": max(teachers, key=lambda t: t["val"]) if teachers else None,
+        "spent": {
+            **costs.totals(runner.results.values()),
+            "ways": costs.totals(unique),
+            "search": costs.totals(searched.results),
+            "calibration": measured,
+        },
+        "lr_search": list(recipe.compare.lr_search),
+        "mlflow": any_result["mlflow"],
+        "versions": any_result["versions"],
+        "device": any_result["device"],
+        "ktray": ktray.__version__,
+        "wall_seconds": round(time.time() - begun, 2),
+    }
+    with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
+        files = page.write(Path(scratch), content)
+        for file in files:
+            folder.put(file)
+        content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
+    folder.write_json("result.json", content)
+    folder.delete(RUNNING)
+    say("")
+    say(page.table(content))
+    say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
+    say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+    say(f"chart     {chart(recipe, store, content)}")
+    return content

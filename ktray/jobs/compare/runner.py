@@ -1,0 +1,95 @@
+"""The pipelines of a comparison, and its folder, which remembers those that are finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ktray.distributed.allocation import Plan
+from ktray.jobs.compare.parallel import run_all
+from ktray.pipeline.run import run as pipeline
+from ktray.pipeline.run_folder import open_run
+from ktray.recipe.schema import Recipe, digest, dump
+from ktray.storage.store import Dir, Store
+from ktray.tracking.tags import RUN_NAME
+from ktray.tracking.tracker import WAY
+
+
+def open_folder(
+    store: Store, recipe: Recipe, say: Callable[[str], None], until: contextlib.ExitStack
+) -> tuple[str, Dir]:
+    """The folder of this comparison: that of an unfinished one of the same recipe, else a new one."""
+    same = digest("compare", dump(recipe))
+    task = recipe.task.name or Path(str(recipe.task.data or "letters")).stem
+    safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
+    return open_run(store, same, f"compare-{safe}", say, until)
+
+
+@dataclass
+class Runner:
+    """Runs recipes, each once, ``at_once`` of them side by side.
+
+    Attributes:
+        whole, share: plan of the whole cluster and of one pipeline.
+        results: of every recipe asked for so far, by its digest; what this comparison spent is in them.
+    """
+
+    store: Store
+    folder: Dir
+    whole: Plan
+    share: Plan
+    at_once: int
+    say: Callable[[str], None]
+    debug: bool = False
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(
+        self, jobs: Sequence[tuple[str, Recipe]], at_once: int | None = None, trial: bool = False
+    ) -> list[dict[str, Any]]:
+        """Results of named recipes, in order. Those that this comparison has finished before are read, not run.
+
+        Args:
+            trial: leave the test split alone.
+        """
+        keys = [digest(dump(recipe), trial) for _, recipe in jobs]
+        todo: dict[str, tuple[str, Recipe]] = {}
+        for key, job in zip(keys, jobs, strict=True):
+            if key not in self.results and not self._finished(key):
+                todo.setdefault(key, job)
+        width = self.at_once if at_once is None else at_once
+        run_all(
+            [
+                partial(self._one, key, f"{number}/{len(todo)}: {name}", recipe, width, trial)
+                for number, (key, (name, recipe)) in enumerate(todo.items(), 1)
+            ],
+            width,
+        )
+        return [self.results[key] for key in keys]
+
+    def _one(self, key: str, title: str, recipe: Recipe, width: int, trial: bool) -> None:
+        name = title.partition(": ")[2]
+        say = self.say if width <= 1 else partial(_prefixed, self.say, name)
+        self.say(f"\ncompare   {title}, seed {recipe.seed}")
+        comparison = self.folder.uri.rstrip("/").rpartition("/")[2]
+        tags = {"compare": comparison, WAY: name, RUN_NAME: f"{name}, seed {recipe.seed}"}
+        plan = None if self.share is self.whole else self.share
+        self.results[key] = pipeline(recipe, say, self.debug, plan=plan, tags=tags, trial=trial)
+        self.folder.write_json(f"done/{key}.json", {"run": self.results[key]["run_id"]})
+
+    def _finished(self, key: str) -> bool:
+        if not self.folder.exists(f"done/{key}.json"):
+            return False
+        run = self.store.run(str(self.folder.read_json(f"done/{key}.json")["run"]))
+        if not run.exists("result.json"):
+            return False
+        self.results[key] = run.read_json("result.json")
+        return True
+
+
+def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:
+    for line in text.splitlines():
+        say(f"[{title}] {line}")

@@ -1,0 +1,139 @@
+"""The model card: what the student is, what it learnt from, how good, large and fast it is, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ktray.data.labelled.read import LabelledSet
+from ktray.jobs.export import licences
+from ktray.jobs.export.run_source import Source
+from ktray.models.student.classifier import Student
+from ktray.reporting import report
+
+_SHOWN = 30
+_WEAKEST = 3
+FILES = {"pytorch": "model.safetensors", "onnx": "student.onnx", "int8": "student.int8.onnx"}
+NAMES = {"pytorch": "PyTorch (timm)", "onnx": "`student.onnx`", "int8": "`student.int8.onnx`"}
+
+
+def write(folder: Path, source: Source, student: Student, task: LabelledSet, found: dict[str, Any]) -> None:
+    """Write ``README.md``.
+
+    Args:
+        found: what ``export.json`` holds.
+    """
+    r, recipe = source.result, source.recipe
+    values = found["metric"]
+    split = "test" if values["test"] else "val"
+    per_class = {name: v for name, v in values[split]["pytorch"]["per_class"].items() if v is not None}
+    weakest = sorted(per_class.items(), key=lambda item: item[1])[:_WEAKEST]
+    counts = Counter(task.classes[e.label] for e in task.train)
+    least, most = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
+    title = f"{student.name} for {task_name(source)}"
+    latency = found["latency"]
+    cells = [(row["batch"], row["threads"]) for row in latency["models"]["pytorch"]["rows"]]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {
+        "flops": report.flops,
+        "seconds": report.seconds,
+        "usd": report.usd,
+        "percent": report.percent,
+        "count": report.count,
+        "size": report.size,
+        "text": _text,
+        "yaml": lambda text: json.dumps(text, ensure_ascii=False),
+        "dropped": lambda counts: ", ".join(f"{n:,} {reason}" for reason, n in counts.items()),
+    }
+    template = environment.from_string(resources.files("ktray.jobs.export").joinpath("card.md").read_text("utf-8"))
+    page = template.render(
+        title=title,
+        task=task_name(source),
+        r=r,
+        student=found["student"],
+        classes=task.classes,
+        shown_classes=", ".join(task.classes[:_SHOWN]) + (", ..." if len(task.classes) > _SHOWN else ""),
+        per_class_budget=f"{counts[least]} to {counts[most]} a class"
+        if counts[least] != counts[most]
+        else f"{counts[most]} a class",
+        teacher=r.get("teacher"),
+        teacher_metric=r.get("teacher_metric"),
+        teacher_licence=licences.of_teacher(recipe),
+        student_licence=licences.of_student(recipe),
+        transfer=r.get("transfer_set"),
+        cost={"kwh": None, **r["cost"]},
+        trained_on=_machine(r["device"]),
+        metric_name=report.metric_label(r),
+        val=values["val"]["pytorch"]["metric"],
+        test=values["test"]["pytorch"]["metric"] if values["test"] else None,
+        accuracy=[
+            {
+                "name": NAMES[name],
+                "val": values["val"][name]["metric"],
+                "test": values["test"][name]["metric"] if values["test"] else None,
+            }
+            for name in values["val"]
+        ],
+        notes=found["notes"],
+        onnx=found["onnx"]["agreement"],
+        per_class=sorted(per_class.items(), key=lambda item: task.classes.index(item[0])),
+        per_class_split="test" if split == "test" else "validation",
+        machine=_machine(found["device"]),
+        measured_on=found["date"],
+        busy=latency["busy_cores"],
+        batch=latency["batch"],
+        cells=cells,
+        speeds=[
+            {
+                "name": NAMES[name],
+                "file": found["files"][file]["bytes"],
+                "memory": latency["models"][name]["memory_bytes"],
+                "cells": latency["models"][name]["rows"],
+            }
+            for name, file in FILES.items()
+            if name in latency["models"]
+        ],
+        weakest=", ".join(f"{name} ({report.percent(value)})" for name, value in weakest),
+        unequal=f"{counts[least]:,} images of {least}, {counts[most]:,} of {most}"
+        if counts[most] >= 2 * counts[least]
+        else "",
+    )
+    (folder / "README.md").write_text(page.strip() + "\n", encoding="utf-8")
+
+
+def task_name(source: Source) -> str:
+    """The task without the folders above it, which are nobody's business where the card goes."""
+    recipe = source.recipe
+    data = recipe.task.data
+    return Path(data.rstrip("/")).stem if data else str(recipe.task.name)
+
+
+def closing(found: dict[str, Any]) -> str:
+    """What an export says at its end, as a table for the terminal."""
+    models = found["latency"]["models"]
+    cells = [(row["batch"], row["threads"]) for row in models["pytorch"]["rows"]]
+    heads = [f"{n} image{'s' if n > 1 else ''}, {t} thread{'s' if t > 1 else ''}" for n, t in cells]
+    rows = [["model", "file", "validation", "test", *heads]]
+    for name, one in models.items():
+        values = [(found["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
+        times = [f"{row['median_ms']:.2f} ms" for row in one["rows"]]
+        size = report.size(found["files"][FILES[name]]["bytes"])
+        rows.append([FILES[name], size, *map(report.percent, values), *times])
+    return report.aligned(rows, words=1, rules=(1,))
+
+
+def _machine(device: dict[str, Any]) -> str:
+    gpus = Counter(gpu["name"] for gpu in device.get("gpus") or [])
+    parts = [f"{device.get('cpu')}, {device.get('cores')} cores", *(f"{n} x {name}" for name, n in gpus.items())]
+    return ", ".join(parts)
+
+
+def _text(text: str) -> str:
+    """Names are somebody's: they must not become markup or end a table's cell."""
+    escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#~" else c for c in str(text))
+    return " ".join(escaped.split())

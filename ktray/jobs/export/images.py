@@ -1,0 +1,94 @@
+"""Labelled images as the student sees them, decoded twice: by ktray, and by what is shipped with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktray.accounting.device import usable_cpus
+from ktray.data.labelled.read import Example
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.errors import BadImage, KtrayError
+from ktray.jobs.export import predict
+from ktray.reporting.progress import Progress
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Up to `BATCH` images: pixels (N, 3, height, width) uint8 by ktray and by `predict`, labels (N,) int64."""
+
+    pixels: np.ndarray
+    shipped: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Split:
+    """The images of one split, read each time that they are asked for.
+
+    Attributes:
+        name: of the split, for progress and errors.
+        unusable: how many of them cannot be used; known after they were read.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    preprocess: Preprocess
+    max_pixels: int
+    unusable: int = field(default=0, init=False)
+
+    def batches(self) -> Iterator[Batch]:
+        """All usable images, in order.
+
+        Raises:
+            KtrayError: there is none.
+        """
+        self.unusable = 0
+        done = 0
+        facts = self.preprocess.to_dict()
+
+        def one(
+            item: tuple[Example, tuple[str, bytes | None, str | None]],
+        ) -> tuple[np.ndarray, np.ndarray, int] | None:
+            example, (uri, data, error) = item
+            try:
+                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
+            except BadImage:
+                return None
+            assert data is not None
+            ours, shipped = self.preprocess.eval_transform(image), predict.geometry(predict.decode(data), facts)
+            return ours, shipped, example.label
+
+        with ThreadPoolExecutor(usable_cpus()) as pool, Progress(f"export {self.name}", len(self.examples)) as progress:
+            for at in range(0, len(self.examples), BATCH):
+                part = self.examples[at : at + BATCH]
+                found = list(pool.map(one, zip(part, fetch([e.uri for e in part]), strict=True)))
+                usable = [row for row in found if row is not None]
+                self.unusable += len(found) - len(usable)
+                progress.update(at + len(part))
+                if usable:
+                    done += len(usable)
+                    ours, shipped, labels = zip(*usable, strict=True)
+                    yield Batch(np.stack(ours), np.stack(shipped), np.array(labels, np.int64))
+        if not done:
+            raise KtrayError(
+                f"No image of the {self.name} split can be used",
+                "If they have moved, set task.data to where they are.",
+            )
+
+    def held(self, place: Path) -> tuple[np.ndarray, np.ndarray]:
+        """All of them at once: pixels as `predict` makes them, in a file at ``place``, and labels."""
+        pixels = np.lib.format.open_memmap(place, "w+", np.uint8, (len(self.examples), 3, *self.preprocess.size))
+        labels: list[Any] = []
+        for batch in self.batches():
+            pixels[len(labels) : len(labels) + len(batch.labels)] = batch.shipped
+            labels += batch.labels.tolist()
+        return pixels[: len(labels)], np.array(labels, np.int64)

@@ -1,0 +1,199 @@
+"""The export in MLflow: a model that scores image bytes beside the run's own, and a version in the registry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ktray.errors import KtrayError
+from ktray.jobs.export.run_source import Source
+from ktray.pipeline.run import local_home
+from ktray.redact import scrub
+from ktray.tracking.mlflow_server import Server, is_transient
+from ktray.tracking.tracker import tracking_uri
+
+MODEL, TAG = "export", "ktray.export"
+FILES = {"float": "student.onnx", "int8": "student.int8.onnx"}
+# What the model's own code imports; without these pins MLflow would find them by loading it in a new process.
+REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+_TIMEOUT_S = 10.0
+
+
+def log(source: Source, folder: Path, found: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Log the model, and register it where the recipe says so; what is there already is left as it is.
+
+    Args:
+        folder: the export, local.
+        found: what ``export.json`` holds.
+
+    Returns:
+        ``model_uri`` (null where the server is away), and where it was registered ``name``, ``version``, ``alias``.
+
+    Raises:
+        KtrayError: it is to be registered, and the server is away or refuses it. The export is whole without.
+    """
+    part = source.recipe.export
+    uri = tracking_uri(source.recipe.mlflow.uri, local_home(source.store))
+    try:
+        return _log(source, folder, found, uri, say)
+    except KtrayError:
+        raise
+    except Exception as error:  # MLflow's, its database's, its server's
+        text = str(scrub(f"{type(error).__name__}: {' '.join(str(error).split())}"))[:300].rstrip(".")
+        why = "is away" if is_transient(error) else "refuses the model"
+        if part.register_as:
+            raise KtrayError(
+                f"The export is written, but MLflow {why} and '{part.register_as}' is not registered ({text})",
+                "The same command registers it once MLflow takes it; see mlflow.uri and export.register_as.",
+            ) from error
+        say(f"mlflow    {why}: the export is not logged there ({text}); the same command does it later")
+        return {"model_uri": None}
+
+
+def _log(source: Source, folder: Path, found: dict[str, Any], uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+    part = source.recipe.export
+    server = Server(uri, source.recipe.mlflow.experiment, {"run_id": None, "stages": {}}, _TIMEOUT_S)
+    mark = f"{found['key']}-{part.serve}"
+    model_id, location = _model(server, source, folder, found, mark)
+    logged: dict[str, Any] = {"model_uri": f"models:/{model_id}"}
+    if not part.register_as:
+        return logged
+    with _default(uri):
+        version = _version(server, part.register_as, model_id, location, mark, found)
+    server.client.set_registered_model_alias(part.register_as, part.alias, version)
+    say(f"mlflow    models:/{part.register_as}@{part.alias} is version {version}")
+    return {**logged, "name": part.register_as, "version": version, "alias": part.alias}
+
+
+def _model(server: Server, source: Source, folder: Path, found: dict[str, Any], mark: str) -> tuple[str, str]:
+    """Id and place of the logged model; that of an earlier call with the same files, if there is one."""
+    client = server.client
+    known = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+    for one in known:
+        if one.status == LoggedModelStatus.READY:
+            return str(one.model_id), str(one.artifact_location)
+    run_id = _run(server, source)
+    entry = client.create_logged_model(
+        server.experiment_id, name=MODEL, source_run_id=run_id, tags={TAG: mark, "ktray.run": source.run_id}
+    )
+    with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
+        save(folder, Path(scratch) / "model", source.recipe.export.serve, entry, run_id)
+        client.log_model_artifacts(entry.model_id, f"{scratch}/model")
+    client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
+    if run_id is not None:
+        client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, step=0)])
+        for name in ("README.md", "export.json"):
+            client.log_artifact(run_id, str(folder / name), "export_files")  # MODEL would be the model's own folder
+        now = int(found["time"] * 1000)
+        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics(found).items()])
+    return str(entry.model_id), str(entry.artifact_location)
+
+
+def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str | None = None) -> None:
+    """Write an MLflow model of an export.
+
+    Args:
+        folder: the export.
+        target: a folder that is not there yet.
+        serve: ``float`` or ``int8``.
+        entry: the logged model that it will be the files of.
+    """
+    import mlflow
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Map
+
+    model = None
+    if entry is not None:
+        model = Model(
+            artifact_path=entry.artifact_location, run_id=run_id, model_uuid=entry.model_id, model_id=entry.model_id
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would like an example of an image in the model's folder
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"model": str(folder / FILES[serve]), "predict": str(folder / "predict.py")},
+            mlflow_model=model,
+            signature=ModelSignature(
+                Schema([ColSpec(DataType.binary, "image")]),
+                Schema(
+                    [
+                        ColSpec(DataType.string, "label"),
+                        ColSpec(DataType.double, "probability"),
+                        ColSpec(Map(DataType.double), "probabilities"),
+                    ]
+                ),
+            ),
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
+        )
+
+
+def metrics(found: dict[str, Any]) -> dict[str, float]:
+    """``export.<model>.<number>`` for MLflow: the metric on validation, bytes, and the median of each row."""
+    values: dict[str, float] = {}
+    for name, one in found["latency"]["models"].items():
+        values[f"export.{name}.val"] = found["metric"]["val"][name]["metric"]
+        for row in one["rows"]:
+            values[f"export.{name}.median_ms_batch{row['batch']}_threads{row['threads']}"] = row["median_ms"]
+    for name, file in (("onnx", "student.onnx"), ("int8", "student.int8.onnx")):
+        if file in found["files"]:
+            values[f"export.{name}.bytes"] = float(found["files"][file]["bytes"])
+    return values
+
+
+def _run(server: Server, source: Source) -> str | None:
+    """The run in MLflow, if this server has it."""
+    run_id = (source.result.get("mlflow") or {}).get("run_id")
+    if run_id is None:
+        return None
+    try:
+        server.client.get_run(run_id)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        return None
+    return str(run_id)
+
+
+@contextlib.contextmanager
+def _default(uri: str) -> Iterator[None]:
+    """MLflow's registry in a database looks the model up where the environment says, not where its client does."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _version(server: Server, name: str, model_id: str, location: str, mark: str, found: dict[str, Any]) -> str:
+    client = server.client
+    try:
+        client.create_registered_model(name)
+    except Exception as error:
+        if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+            raise
+    quoted = name.replace("'", "\\'")
+    for one in client.search_model_versions(f"name = '{quoted}'", max_results=1000):
+        if one.tags.get(TAG) == mark:
+            return str(one.version)
+    made = client.create_model_version(
+        name,
+        location,
+        tags={TAG: mark, "ktray.run": found["run_id"]},
+        description=f"{found['student']['name']}, exported by ktray from run {found['run_id']}",
+        model_id=model_id,
+    )
+    return str(made.version)

@@ -1,0 +1,136 @@
+"""The run that is exported: its folder, recipe, result and student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ktray.data.labelled.read import LabelledSet
+from ktray.errors import KtrayError
+from ktray.models.student.classifier import Student
+from ktray.models.student.classifier_io import load_student
+from ktray.pipeline.resolve import labelled_task
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+from ktray.storage.store import Dir, Store
+
+_NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run of a classification task.
+
+    Attributes:
+        store: where its stages and MLflow's local database are.
+        recipe: as the run resolved it; where it logged, and where the labelled images are now, as the caller says.
+        result: its ``result.json``.
+    """
+
+    store: Store
+    folder: Dir
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return str(self.result["run_id"])
+
+    @property
+    def metric(self) -> str:
+        """What the run's models were chosen by: a key of the task's metrics."""
+        return str(self.result["metric"]["name"])
+
+    def student(self) -> Student:
+        """The run's student, in evaluation mode.
+
+        Raises:
+            KtrayError: its files are damaged.
+        """
+        with self.folder.local("student") as path:
+            return load_student(path)
+
+    def task(self, say: Callable[[str], None]) -> LabelledSet:
+        """The labelled images of the run.
+
+        Raises:
+            KtrayError: they are not where they were, or their classes are others.
+        """
+        try:
+            found = labelled_task(self.recipe, lambda key, value, why: None, say)[0]
+        except KtrayError as error:
+            raise KtrayError(
+                f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
+                "If they have moved, set task.data to where they are.",
+            ) from error
+        with self.folder.local("student/config.json") as path:
+            classes = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]["label_names"]
+        if found.classes != classes:
+            raise KtrayError(
+                f"The labelled images have other classes than the student of run '{self.run_id}' "
+                f"({len(found.classes)}, it has {len(classes)})",
+                "Set task.data to the images that the run learnt from.",
+            )
+        return found
+
+
+def find(asked: Recipe, say: Callable[[str], None]) -> Source:
+    """The run that ``export.run`` names.
+
+    Args:
+        asked: the recipe of the command line; its ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
+
+    Raises:
+        KtrayError: no such run, one that left no student, a damaged result, a segmentation task.
+    """
+    folder = _folder(asked)
+    missing = [name for name in _NEEDED if not folder.exists(name)]
+    if missing:
+        raise KtrayError(
+            f"'{folder.uri}' holds no finished run with a student: there is no {missing[0]}",
+            "Set export.run to the id or folder of a run of jobs/distill.py that came to its end.",
+        )
+    try:
+        result = folder.read_json("result.json")
+        result["run_id"], result["metric"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KtrayError(f"'{folder.uri}/result.json' is damaged: {error}", "Run jobs/distill.py again.") from error
+    with folder.local("recipe.yaml") as path:
+        recipe = recipes.load(str(path), [])
+    if recipe.task.kind != "classification" or folder.exists("student/segmentation.json"):
+        raise KtrayError(
+            f"Run '{result['run_id']}' is of a segmentation task, and jobs/export.py exports classifiers",
+            "ktray.load_student(FOLDER).predict([image]) gives its masks.",
+        )
+    home, _, last = folder.uri.rpartition("/")[0].rpartition("/")
+    store = Store(home if last == "runs" else asked.store)
+    recipe.store, recipe.export = store.uri, asked.export
+    recipe.mlflow.uri = asked.mlflow.uri or recipe.mlflow.uri
+    if asked.task.data:
+        recipe.task.data = asked.task.data
+    if not asked.export.run:
+        say(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
+    return Source(store, folder, recipe, result)
+
+
+def _folder(asked: Recipe) -> Dir:
+    store, name = Store(asked.store), asked.export.run
+    if name and ("/" in name or not store.run(name).exists()):
+        folder = Dir(name.rstrip("/"))
+        if folder.exists():
+            return folder
+        raise KtrayError(
+            f"There is no run '{name}' in '{store.uri}/runs', and no such folder",
+            "Set export.run to a run's id or folder, and store= to its store.",
+        )
+    if name:
+        return store.run(name)
+    for run_id in reversed(store.sub("runs").children()):
+        folder = store.run(run_id)
+        if all(folder.exists(part) for part in _NEEDED):
+            return folder
+    raise KtrayError(
+        f"No run in '{store.uri}/runs' has left a student", "Run jobs/distill.py first, or set store= or export.run."
+    )

@@ -1,0 +1,38 @@
+"""The model that MLflow runs: encoded images in, label and probabilities out. MLflow reads this file as code.
+
+It imports nothing of ktray: the model's artifacts bring `ktray.jobs.export.predict` along as a file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+
+class StudentModel(PythonModel):
+    """Scores a column of encoded images (JPEG, PNG, ...), or a list of them."""
+
+    def load_context(self, context: Any) -> None:
+        """Open the ONNX file."""
+        spec = importlib.util.spec_from_file_location("ktray_exported_predict", context.artifacts["predict"])
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.classifier = module.Classifier(context.artifacts["model"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """``label``, ``probability`` and ``probabilities`` (by class name) for each row.
+
+        Raises:
+            ValueError: a row is not a usable image.
+        """
+        images = model_input.iloc[:, 0].tolist()
+        return pd.DataFrame(self.classifier.predict(images), columns=["label", "probability", "probabilities"])
+
+
+set_model(StudentModel())

@@ -1,0 +1,1 @@
+"""The best small model that a budget buys: Ray Tune and Optuna over the pipeline's recipes (`ktray.jobs.tune.run`)."""

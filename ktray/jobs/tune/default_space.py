@@ -1,0 +1,65 @@
+"""The search space where ``tune.space`` gives none: what matters most, around the recipe as given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktray.recipe.schema import Recipe
+
+# Small networks of timm beside the recipe's own, from the cheap to the dear; first those for a CPU.
+STUDENTS_CPU = ("mobilenetv3_small_050", "efficientnet_lite0")
+STUDENTS_GPU = ("fastvit_s12", "mobilenetv3_large_100", "vit_small_patch16_224")
+
+
+def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
+    """A space in the form of ``tune.space``.
+
+    Args:
+        recipe: resolved, as given.
+        text: the teacher has a text tower.
+    """
+    size, steps = int(recipe.transfer.size or 0), int(recipe.train.steps or 1)
+    batch, lr = int(recipe.train.batch_size or 1), recipe.train.lr
+    teacher, oriented = {"objective.name": ["oriented", "dual"]}, {"objective.name": ["oriented"]}
+    found: dict[str, Any] = {}
+    if recipe.gallery.data is not None or recipe.gallery.index is not None:
+        drawn = {"transfer.source": ["retrieved"]}
+        found["transfer.source"] = ["retrieved", "generic"]
+        found["transfer.strategy"] = {
+            "choices": ["query_balanced", "class_balanced", "best_first", "diverse", "informative"],
+            "when": drawn,
+        }
+        found["transfer.size"] = sorted({max(1, size // 2), size})
+        found["transfer.per"] = {"choices": ["query", "class"], "when": drawn}
+        if text:
+            found["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
+        found["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
+    found["teach.views"] = sorted({max(1, recipe.teach.views // 2), recipe.teach.views})
+    found["objective.name"] = ["oriented", "dual", "agnostic"]
+    found["teacher.adapt"] = {"choices": [*(["text"] if text else []), "probe", "finetune"], "when": teacher}
+    found["objective.temperature"] = {"low": 1.0, "high": 4.0, "log": True, "when": teacher}
+    found["objective.mixup"] = {"choices": [0.0, 0.2], "when": teacher}
+    found["objective.label_weight"] = {"choices": [0.25, 0.5], "when": {"objective.name": ["dual"]}}
+    found["objective.match"] = {"choices": ["cosine", "mse"], "when": {"objective.name": ["agnostic"]}}
+    found["student"] = students(recipe, on_gpu)
+    found["train.steps"] = {"low": max(1, steps // 4), "high": steps} if steps > 4 else [steps]
+    found["train.batch_size"] = sorted({max(1, batch // 4), max(1, batch // 2), batch})
+    found["train.lr"] = {"low": lr / 4, "high": lr * 4, "log": True}
+    found["train.weight_decay"] = {"low": 0.005, "high": 0.2, "log": True}
+    found["train.ema"] = [0.0, 0.98, 0.99]
+    found["finetune.lr"] = {
+        "low": recipe.finetune.lr / 4,
+        "high": recipe.finetune.lr * 4,
+        "log": True,
+        "when": oriented,
+    }
+    return found
+
+
+def students(recipe: Recipe, on_gpu: bool) -> list[dict[str, Any]]:
+    """The recipe's own student and others, each with the arguments that go with it."""
+    own = {"name": recipe.student.name, "kwargs": recipe.student.kwargs}
+    if recipe.student.checkpoint:  # weights fit one model
+        return [own]
+    others = STUDENTS_GPU if on_gpu else STUDENTS_CPU
+    return [own, *({"name": name, "kwargs": {}} for name in others if name != own["name"])]

@@ -1,0 +1,204 @@
+"""The pictures of a search: the Pareto set, parallel coordinates, what matters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from ktray.jobs.compare.figure import FAINT, METRICS, SOFT, _finish, _log_axis, _png
+from ktray.reporting.report import flat, flops, percent, seconds, usd
+
+GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
+SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
+UNITS = {"flops": "compute", "device_seconds": "device time", "usd": "money"}
+LONGEST = 44  # characters of a choice
+MOST_AXES = 10  # of the parallel coordinates; the keys that matter least are left out
+
+
+def formatter(unit: str) -> EngFormatter:
+    return EngFormatter(unit={"flops": "FLOP", "device_seconds": "s", "usd": "USD"}[unit])
+
+
+def front(found: dict[str, Any]) -> bytes:
+    """PNG of validation against cost: all runs, the Pareto set, the recipe as given, the winner."""
+    points = [p for trial in found["trials"] for p in trial["points"]]
+    best = {p["run"] for p in found["front"]}
+    figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for trial in found["trials"]:  # the runs of one trial belong together
+        x, y = [p["cost"] for p in trial["points"]], [p["validation"] for p in trial["points"]]
+        axes.plot(x, y, color="#dfe3e8", linewidth=1, zorder=1)
+    others = [p for p in points if p["run"] not in best]
+    axes.scatter(
+        [p["cost"] for p in others], [p["validation"] for p in others], s=26, color=OTHER, label="run of a trial"
+    )
+    line = found["front"]
+    # Steps: between two runs nothing was measured.
+    axes.plot(
+        [p["cost"] for p in line],
+        [p["validation"] for p in line],
+        "o-",
+        color=FRONT,
+        drawstyle="steps-post",
+        markersize=6,
+        label="Pareto set",
+    )
+    given, winner = found["given"], found["winner"]
+    axes.plot(
+        given["cost"], given["validation"], "s", color=GIVEN, markersize=10, label="the recipe as given", zorder=4
+    )
+    axes.plot(
+        winner["cost"],
+        winner["validation"],
+        "*",
+        color=WINNER,
+        markersize=17,
+        markeredgecolor="white",
+        label=f"winner: {winner['name']}",
+        zorder=5,
+    )
+    costs = [p["cost"] for p in points if p["cost"] > 0]
+    _log_axis(axes, min(costs), max(costs), formatter(found["cost"]))
+    axes.set_xlabel(f"{UNITS[found['cost']]} of all stages that the model needs (logarithmic)")
+    _finish(axes, found)
+    axes.set_ylabel(f"validation {METRICS.get(found['metric'], found['metric'])}")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def parallel(found: dict[str, Any]) -> bytes | None:
+    """PNG of parallel coordinates: a line for each trial through its choices to its cost and validation; None where
+    no trial had choices."""
+    trials = [t for t in found["trials"] if t["points"] and t["params"]]
+    keys = axes_of(found, trials)
+    if not trials or not keys:
+        return None
+    last = [t["points"][-1] for t in trials]
+    costs, values = np.array([p["cost"] for p in last]), np.array([p["validation"] for p in last])
+    columns = [_column([t["params"].get(key) for t in trials]) for key in keys]
+    columns.append((_scaled(np.log(costs)), _ends(costs, SHOWN[found["cost"]])))
+    columns.append((_scaled(values), _ends(values, percent)))
+    names = [*(key.replace(".", ".\n", 1) for key in keys), "cost", "validation"]
+    figure = Figure(figsize=(max(7.0, 1.15 * len(names)), 4.6), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    where = list(range(len(names)))
+    heights = np.column_stack([column for column, _ in columns])
+    rng = np.random.default_rng(0)
+    for row, colour, place in zip(heights, _colours(values), np.argsort(np.argsort(values)), strict=True):
+        # Equal choices would lie on each other: a hair of noise keeps the lines apart.
+        jitter = rng.normal(0, 0.008, len(row))
+        axes.plot(where, row + jitter, color=colour, linewidth=1.1, alpha=0.85, zorder=2 + int(place))
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+    for at, (_, texts) in zip(where, columns, strict=True):
+        axes.axvline(at, color="#b0b7bf", linewidth=1, zorder=1)
+        for height, text in texts:
+            axes.text(at + 0.04, height, text, fontsize=6.5, va="center", color="#1b1f24", zorder=200, bbox=box)
+    axes.set_xticks(where, names, fontsize=7.5)
+    axes.set_yticks([])
+    axes.set_xlim(-0.15, len(names) - 0.4)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def axes_of(found: dict[str, Any], trials: list[dict[str, Any]]) -> list[str]:
+    """The keys that differ between the trials, those that matter most, in the order of the space."""
+    keys = list(dict.fromkeys(key for t in trials for key in t["params"]))
+    keys = [key for key in keys if len({str(t["params"].get(key)) for t in trials}) > 1]
+    matters = sorted(keys, key=lambda key: -found["importance"].get(key, 0.0))[:MOST_AXES]
+    return [key for key in keys if key in matters]
+
+
+def importance(found: dict[str, Any]) -> bytes | None:
+    """PNG of bars: the share of the variance of validation that each key explains; None where it is not known."""
+    matters = found["importance"]
+    if not matters:
+        return None
+    names = sorted(matters, key=lambda key: matters[key])
+    figure = Figure(figsize=(7.2, 0.27 * len(names) + 0.9), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    transfer = ("transfer", "teach", "gallery")
+    colours = [FRONT if name.split(".")[0] in transfer else OTHER for name in names]
+    axes.barh(names, [matters[name] for name in names], color=colours, height=0.7)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("share of the variance of validation; blue: the transfer set", color=SOFT)
+    axes.grid(True, axis="x", color=FAINT)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def _ends(values: np.ndarray, shown: Callable[[float | None], str]) -> list[tuple[float, str]]:
+    return [(0.0, shown(float(values.min()))), (1.0, shown(float(values.max())))]
+
+
+def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """Heights 0..1 of the values of one key, and what is written at which height."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) == len([v for v in values if v is not None]) and len(set(numbers)) > 4:
+        low, high = min(numbers), max(numbers)
+        log = low > 0 and high / low > 10
+        scale = math.log if log else float
+        span = scale(high) - scale(low)
+        # Where the key does not count the line passes below its axis.
+        heights = [-0.12 if v is None else (scale(v) - scale(low)) / span for v in values]
+        return np.array(heights), [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+    shown = labels([v for v in values if v is not None])
+    names = sorted(shown, key=lambda name: (len(shown[name]), shown[name]))
+    places = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
+    return (
+        np.array([-0.12 if v is None else places[str(v)] for v in values]),
+        [(height, shown[name]) for name, height in places.items()],
+    )
+
+
+def labels(choices: Sequence[Any]) -> dict[str, str]:
+    """What is written for each choice, by its text. Of choices that set several keys (JSON objects, as `space.label`
+    has them) it is what tells them apart, a line each."""
+    objects = {str(choice): _keys(choice) for choice in choices}
+    if all(objects.values()):
+        keys = {key for own in objects.values() for key in own}
+        differ = {key for key in keys if len({json.dumps(own.get(key)) for own in objects.values()}) > 1}
+        found = {text: _lines({k: own[k] for k in own if k in differ} or own) for text, own in objects.items()}
+    else:
+        found = {str(choice): f"{choice:.3g}" if isinstance(choice, float) else str(choice) for choice in choices}
+    found = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in found.items()}
+    if len(set(found.values())) < len(found):  # cut to the same: a number tells them apart
+        found = {choice: f"{number} {text}" for number, (choice, text) in enumerate(found.items(), 1)}
+    return found
+
+
+def _keys(choice: Any) -> dict[str, Any]:
+    """The dotted keys of a JSON object; none for what is no object."""
+    try:
+        content = json.loads(choice)
+    except (TypeError, ValueError):
+        return {}
+    return dict(flat(content)) if isinstance(content, dict) else {}
+
+
+def _lines(keys: dict[str, Any]) -> str:
+    """Names speak for themselves, other values need their key."""
+    return "\n".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in keys.items())
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    span = float(values.max() - values.min())
+    scaled: np.ndarray = (values - values.min()) / span if span else np.full(len(values), 0.5)
+    return scaled
+
+
+def _colours(values: np.ndarray) -> list[Any]:
+    from matplotlib import colormaps
+
+    order = np.argsort(np.argsort(values)) / max(1, len(values) - 1)
+    return list(colormaps["viridis"](0.95 * (1 - order)))

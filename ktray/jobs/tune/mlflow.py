@@ -1,0 +1,76 @@
+"""The search in MLflow: a run with a nested run for each trial, and the chart of cost against validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ktray.errors import KtrayError
+from ktray.jobs.tune.budget import Purse
+from ktray.jobs.tune.records import GIVEN, Record
+from ktray.pipeline.run import local_home
+from ktray.recipe.schema import Recipe
+from ktray.storage.store import Dir, Store
+from ktray.tracking.tags import run_tags
+from ktray.tracking.tracker import WAY, Tracker, tracking_uri
+
+
+def open_run(base: Recipe, store: Store, run_id: str, purse: Purse) -> Tracker:
+    """The run of the search, or that of its earlier process. A server that is away stops nothing."""
+    home = local_home(store)
+    folder = home / "runs" / run_id
+    tracker = Tracker(base.mlflow.uri, base.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
+    part = base.tune
+    tracker.start(
+        run_id,
+        params={
+            **{f"budget.{unit}": value for unit, value in purse.limits.items()},
+            **{f"tune.{name}": getattr(part, name) for name in ("search", "stop", "cost", "cost_limit", "seed")},
+        },
+        tags=run_tags(base.mlflow, {"tune": run_id, "task": str(base.task.name or base.task.data)}),
+    )
+    return tracker
+
+
+def trial(tracker: Tracker, base: Recipe, search: str, record: Record) -> None:
+    """Log a trial that has ended: its choices, validation and cost at each rung, and why it ended."""
+    name = "as given" if record.number == GIVEN else f"trial {record.number}"
+    tags = {"compare": search, WAY: name, "state": record.state, **({"reason": record.reason} if record.reason else {})}
+    run = tracker.stage(name, params=record.params, tags=tags)
+    for point in record.points:
+        whole = {f"cost.without_cache_{unit}": value for unit, value in point.whole.items() if value is not None}
+        run.metrics(point.steps, {f"val.{base.task.metric}": point.validation, **whole})
+    run.finish({}, "FAILED" if record.state == "failed" else "FINISHED")
+
+
+def close(tracker: Tracker, found: dict[str, Any], kept: Dir, files: Sequence[str], rest: float) -> dict[str, Any]:
+    """Log the end of the search; returns the ``mlflow`` object of its ``result.json``.
+
+    Args:
+        kept, files: the search's folder, and names in it to keep with the run.
+        rest: seconds that a server may take; what it has not got then, a later job sends.
+    """
+    winner = found["winner"]
+    values: dict[str, Any] = {
+        f"val.{found['metric']}": winner["validation"],
+        f"test.{found['metric']}": winner["test"],
+        "given.val": found["given"]["validation"],
+        "cost.total_flops": found["sharing"]["flops"],
+        "sharing.flops_times": found["sharing"]["flops_times"],
+        **{f"importance.{key}": value for key, value in found["importance"].items()},
+    }
+    tracker.final({name: value for name, value in values.items() if value is not None})
+    for name in files:
+        tracker.stored(kept, name)
+    tracker.flush(min(20.0, rest))
+    return tracker.info(min(15.0, rest))
+
+
+def chart(base: Recipe, store: Store, search: str) -> str:
+    """Have MLflow draw the trials' cost against their validation; says where, or what to do where it is away."""
+    from ktray.jobs.chart import preset
+
+    try:
+        return preset(tracking_uri(base.mlflow.uri, local_home(store)), base.mlflow.experiment, search)
+    except KtrayError as error:  # no search is lost over a picture
+        return f"MLflow has none ({error}); later: python -m ktray.jobs.chart {base.mlflow.experiment}"

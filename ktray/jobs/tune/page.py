@@ -1,0 +1,55 @@
+"""``tune.html``, which opens offline, with its pictures as PNG beside it, and ``tune.csv``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ktray.jobs.compare.figure import metric_name
+from ktray.jobs.tune import figure
+from ktray.jobs.tune.records import Point
+from ktray.jobs.tune.winner import title
+from ktray.reporting import page
+
+COLUMNS = ("trial", "state", "steps", "share", "validation", "flops", "device_seconds", "usd", "run", "pareto")
+
+
+def write(folder: Path, found: dict[str, Any], files: dict[str, str]) -> list[Path]:
+    """Write the page, its pictures and the CSV into ``folder``; returns their paths.
+
+    Args:
+        files: by run of the Pareto set, the name of its recipe beside the page.
+    """
+    keys = list(dict.fromkeys(key for trial in found["trials"] for key in trial["params"]))
+    return page.write(
+        folder,
+        "tune",
+        "ktray.jobs.tune",
+        {
+            "tune": figure.front(found),
+            "parallel": figure.parallel(found),
+            "importance": figure.importance(found),
+        },
+        [*COLUMNS, *keys],
+        rows(found),
+        {},
+        f=found,
+        metric=metric_name(found),
+        files=files,
+        titles={p["run"]: title(Point(**p)) for p in found["front"]},
+        values=_value,
+    )
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A flat row for each run of each trial."""
+    front = {p["run"] for p in found["front"]}
+    out = []
+    for trial in found["trials"]:
+        for p in trial["points"]:
+            out.append({**p["whole"], **trial["params"], **p, "state": trial["state"], "pareto": p["run"] in front})
+    return out
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,146 @@
+"""The trials of a search as they are remembered in its folder: what each was given, how far it came, what it cost."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ktray.jobs.compare.statistics import pareto
+from ktray.jobs.tune.space import Plain
+from ktray.storage.store import Dir
+
+FOLDER = "trials"
+GIVEN = 0  # number of the trial that is the recipe as given
+OPEN = "running"
+UNPAID = "unpaid"  # the budget did not suffice for its next run
+DEAR = "dear"  # its model would cost more than the winner may
+
+
+@dataclass
+class Point:
+    """One run of a trial: a whole recipe, and a model that can be had for its cost.
+
+    Attributes:
+        trial, rung: whose, and which of its runs.
+        share, steps: of the trial's steps.
+        run: id of its run folder, whose ``recipe.yaml`` runs again.
+        validation: the task's metric, 0..1.
+        cost: of all stages that the model needs, made here or before, in the search's unit of cost.
+        whole: the same in all units.
+        own: FLOPs of the stages that train the student.
+        resource: the cost of the trial's students up to here; what those who stop trials count in.
+        spent: what the run spent, in all units.
+        seconds: by the clock.
+    """
+
+    trial: int
+    rung: int
+    share: float
+    steps: int
+    run: str
+    validation: float
+    cost: float
+    whole: dict[str, float | None]
+    own: dict[str, float]
+    resource: float
+    spent: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class Record:
+    """A trial. ``state``: ``running``, ``finished``, ``stopped`` (weak), ``failed``, `UNPAID` or `DEAR`.
+
+    Attributes:
+        params: Optuna's.
+        keys: of the recipe; ``train.steps`` may be fewer than in ``params``, where the cost limit asks for it.
+        reason: why it ended, where it did not come to its end.
+        flops, planned: of the whole recipe by the plan, and the same in the search's unit of cost.
+        lost: what its run that failed or was stopped had spent.
+    """
+
+    number: int
+    params: dict[str, Plain]
+    keys: dict[str, Any]
+    state: str = OPEN
+    reason: str = ""
+    flops: float | None = None
+    planned: float | None = None
+    points: list[Point] = field(default_factory=list)
+    lost: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Point | None:
+        return self.points[-1] if self.points else None
+
+
+@dataclass
+class Records:
+    """All trials of a search, kept in ``folder``; safe from any thread."""
+
+    folder: Dir
+    trials: dict[int, Record] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def load(self) -> None:
+        """Read what an earlier process of the search has kept."""
+        home = self.folder.sub(FOLDER)
+        for name in home.names(".json") if home.exists() else {}:
+            raw = home.read_json(name)
+            record = Record(**{**raw, "points": [Point(**p) for p in raw["points"]]})
+            self.trials[record.number] = record
+
+    def reopen(self) -> None:
+        """Trials that could not be paid are to go on: there is more to spend."""
+        for record in self.in_order():
+            if record.state == UNPAID:
+                self.close(record, OPEN)
+
+    def begin(self, params: dict[str, Plain], keys: dict[str, Any]) -> Record:
+        with self._lock:
+            record = Record(max(self.trials, default=-1) + 1, params, keys)
+            self.trials[record.number] = record
+        self.keep(record)
+        return record
+
+    def keep(self, record: Record) -> None:
+        self.folder.sub(FOLDER).write_json(f"{record.number:05d}.json", asdict(record))
+
+    def close(self, record: Record, state: str, reason: str = "") -> None:
+        with self._lock:
+            record.state, record.reason = state, reason
+        self.keep(record)
+
+    def in_order(self) -> list[Record]:
+        with self._lock:
+            return [self.trials[number] for number in sorted(self.trials)]
+
+    def points(self) -> Iterator[Point]:
+        for record in self.in_order():
+            yield from list(record.points)
+
+    def given(self) -> Point | None:
+        """The recipe as given, trained to its end; None as long as it is not."""
+        record = self.trials.get(GIVEN)
+        return record.points[-1] if record and record.state == "finished" and record.points else None
+
+    def front(self) -> list[Point]:
+        """The Pareto set of cost and validation, by rising cost."""
+        points = [p for p in self.points() if math.isfinite(p.validation)]
+        return [points[i] for i in pareto([(p.cost, p.validation) for p in points])]
+
+    def best(self, cost_limit: float | None) -> Point | None:
+        """The most accurate on validation, of equals the cheapest.
+
+        Args:
+            cost_limit: times the cost of the recipe as given, that it may cost at most.
+        """
+        given = self.given()
+        most = math.inf if given is None or cost_limit is None else cost_limit * given.cost * (1 + 1e-9)
+        fits = [p for p in self.points() if p.cost <= most and math.isfinite(p.validation)]
+        return max(fits, key=lambda p: (p.validation, -p.cost), default=None)

@@ -1,0 +1,259 @@
+"""What a search says: at any moment the best so far, at its end the winner beside the recipe as given."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import ktray
+from ktray.accounting.device import describe_device
+from ktray.data.labelled.forms import count
+from ktray.errors import KtrayError
+from ktray.jobs.tune import mlflow, page
+from ktray.jobs.tune.budget import Purse
+from ktray.jobs.tune.importance import importance, of_transfer_set
+from ktray.jobs.tune.records import GIVEN, OPEN, Point, Record, Records
+from ktray.jobs.tune.space import Space, Spec
+from ktray.jobs.tune.trial import recipe_of
+from ktray.jobs.tune.winner import title
+from ktray.pipeline.results import versions
+from ktray.pipeline.run_folder import RUNNING
+from ktray.recipe.schema import Recipe, dump
+from ktray.reporting.progress import humanise
+from ktray.reporting.report import flops, percent, seconds, usd
+from ktray.storage.store import Dir
+from ktray.tracking.tracker import Tracker
+
+SCHEMA = 1
+BEST = "best.yaml"
+
+
+def described(spec: Spec) -> str:
+    """``train.lr: 0.005 to 0.08, logarithmic``."""
+    if spec.choices:
+        what = ", ".join(str(value) for value in spec.labels)
+    else:
+        step = f" in steps of {spec.step:g}" if spec.step else ""
+        what = f"{spec.low:g} to {spec.high:g}{step}{', logarithmic' if spec.log else ''}"
+    where = " and ".join(f"{key} is {' or '.join(map(str, values))}" for key, values in spec.when)
+    return f"{spec.key}: {what}{f' (where {where})' if where else ''}"
+
+
+@dataclass
+class Teller:
+    """Tells news of a trial, and saves the best so far; called from Tune's loop."""
+
+    base: Recipe
+    records: Records
+    purse: Purse
+    folder: Dir
+    say: Callable[[str], None]
+    log: Callable[[Record], None]
+    _told: set[tuple[int, int, str]] = field(default_factory=set)
+
+    def __call__(self, record: Record) -> None:
+        point = record.last
+        news = (record.number, len(record.points), record.state)
+        if news in self._told:
+            return
+        self._told.add(news)
+        name = "as given" if record.number == GIVEN else f"trial {record.number}"
+        if record.state in ("failed", "unpaid", "dear", "stopped"):
+            self.say(f"{name:<10}{record.state}: {record.reason}")
+        elif point is not None and record.state == OPEN:
+            keys = ", ".join(f"{k}={_short(v)}" for k, v in record.params.items())
+            self.say(
+                f"{name:<10}{point.validation:>6.1%} after {point.steps} steps, {flops(point.whole['flops'])}  {keys}"
+            )
+        if record.state != OPEN:
+            self.say(progress(self.base, self.records, self.purse))
+            self.save()
+            self.log(record)
+
+    def save(self) -> None:
+        """The best so far, as `result.json` and a recipe."""
+        best = self.records.best(self.base.tune.cost_limit)
+        content = {
+            "schema": SCHEMA,
+            "state": "running",
+            "budget": {"limits": self.purse.limits, "spent": self.purse.spent()},
+            "best": asdict(best) if best else None,
+            "front": [asdict(p) for p in self.records.front()],
+            "trials": [asdict(r) for r in self.records.in_order()],
+        }
+        self.folder.write_json("result.json", content)
+        if best is not None:
+            self.folder.write(BEST, dump(recipe_at(self.base, self.records, best)).encode())
+
+
+def progress(base: Recipe, records: Records, purse: Purse) -> str:
+    """``tune      12 trials, 48% of the budget spent, best 83.1% (trial 5), about 6m10s to go``."""
+    ended = sum(r.state != OPEN for r in records.in_order())
+    best = records.best(base.tune.cost_limit)
+    found = f", best {best.validation:.1%} ({title(best)})" if best else ""
+    spent = purse.share()
+    to_go = purse.elapsed * (1 - spent) / spent if spent > 0.01 else 0.0
+    more = f", about {humanise(to_go)} to go" if to_go > 0 else ""
+    return f"tune      {ended} trials, {spent:.0%} of the budget spent{found}{more}"
+
+
+def check_given(records: Records) -> None:
+    """Raises `KtrayError` where the recipe as given did not come to its end: there is nothing to compare with."""
+    record = records.trials[GIVEN]
+    if record.state == "failed":
+        raise KtrayError(f"The recipe as given fails: {record.reason}", "Mend it first: jobs/distill.py tells more.")
+    if records.given() is None:
+        raise KtrayError(
+            f"The budget does not pay for the recipe as given once ({record.reason or 'stopped'})",
+            "Raise budget.*, or lower tune.steps. The same command goes on from what is stored.",
+        )
+
+
+def recipe_at(base: Recipe, records: Records, point: Point) -> Recipe:
+    """The recipe of a point, as it runs again."""
+    return recipe_of(base, records.trials[point.trial].keys, point.share)
+
+
+def sharing(records: Records, purse: Purse, results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """FLOPs and device-seconds that the search spent, and what its runs would have cost without stages in common."""
+    found: dict[str, float] = {}
+    spent = purse.spent()
+    lost = [r.lost for r in records.in_order()]
+    for unit in ("flops", "device_seconds"):
+        runs = [p.whole[unit] or 0.0 for p in records.points()]
+        runs += [float(r["cost"]["without_cache"][unit]) for r in results]
+        found[unit] = spent[unit]
+        found[f"{unit}_without"] = sum(runs) + sum(one.get(unit, 0.0) for one in lost)
+        found[f"{unit}_times"] = found[f"{unit}_without"] / spent[unit] if spent[unit] else 1.0
+    return found
+
+
+def build(
+    base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, purse: Purse, final: dict[str, Any]
+) -> dict[str, Any]:
+    """``result.json`` of a search that has come to its end."""
+    point: Point = final["point"]
+    given = records.given()
+    assert given is not None  # see `check_given`
+    front = records.front()
+    results = final["results"]
+    tests = [float(r["metric"]["test"]) for r in results]
+    validations = [float(r["metric"]["val"]) for r in results]
+    matters = importance(space, records, base.tune.seed)
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "state": "finished",
+        "run_id": run_id,
+        "folder": folder.uri,
+        "task": base.task.name or base.task.data,
+        "metric": base.task.metric,
+        "search": base.tune.search,
+        "stop": base.tune.stop,
+        "cost": base.tune.cost,
+        "cost_limit": base.tune.cost_limit,
+        "space": [described(spec) for spec in space.specs],
+        "budget": {"limits": purse.limits, "spent": purse.spent()},
+        "trials": [asdict(r) for r in records.in_order()],
+        "front": [asdict(p) for p in front],
+        "given": {**asdict(given), "on_front": any(p.run == given.run for p in front)},
+        "winner": {
+            **asdict(point),
+            "name": title(point),
+            "keys": records.trials[point.trial].keys,
+            "is_given": point.trial == GIVEN,
+            "seeds": [r["seed"] for r in results],
+            "runs": [r["run_id"] for r in results],
+            "validation_seeds": validations,
+            "test_seeds": tests,
+            "test": mean(tests) if tests else None,
+            "spread": stdev(tests) if len(tests) > 1 else None,
+            "missing": final["missing"],
+            "student": f"{results[0]['folder']}/student" if results else None,
+        },
+        "importance": matters,
+        "importance_of_transfer_set": of_transfer_set(matters),
+        "sharing": sharing(records, purse, results),
+        "versions": versions(),
+        "device": dict(describe_device()),
+        "ktray": ktray.__version__,
+        "wall_seconds": round(purse.elapsed, 2),
+    }
+    content["says"] = headline(content)
+    return content
+
+
+def headline(found: dict[str, Any]) -> str:
+    """What came of it, in a sentence."""
+    winner, given = found["winner"], found["given"]
+    test = ""
+    if winner["seeds"]:
+        # The best of many runs was lucky, too: what to expect is the mean over seeds.
+        seeds = count(winner["seeds"], "seed")
+        spread = f" ± {100 * winner['spread']:.1f}" if winner["spread"] is not None else ""
+        validation = percent(mean(winner["validation_seeds"]))
+        test = f"; over {seeds} {validation} on validation, {percent(winner['test'])}{spread} on test"
+    if winner["is_given"] or winner["validation"] <= given["validation"]:
+        where = "is already on the front" if given["on_front"] else "is as accurate as any"
+        most = percent(given["validation"])
+        return f"the recipe as given {where}: no trial within its cost has more than its {most} on validation{test}"
+    less = given["cost"] / winner["cost"] if winner["cost"] else 1.0
+    return (
+        f"{winner['name']} has {percent(winner['validation'])} on validation for {less:.2f} times less cost than the "
+        f"recipe as given, which has {percent(given['validation'])}{test}"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """The front for a terminal, the cheapest first."""
+    head = f"{'model':<34}{'validation':>11}{'compute':>14}{'time':>10}{'money':>11}  recipe"
+    out = [head, "-" * len(head)]
+    for raw in found["front"]:
+        p = Point(**raw)
+        mark = "*" if p.run == found["winner"]["run"] else " "
+        w = p.whole
+        out.append(
+            f"{mark}{title(p):<33}{percent(p.validation):>11}{flops(w['flops']):>14}{seconds(w['device_seconds']):>10}"
+            f"{usd(w['usd']):>11}  {front_file(p)}"
+        )
+    s = found["sharing"]
+    out.append(f"\n{found['says']}")
+    out.append(
+        f"{len(found['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared stages "
+        f"({s['flops_times']:.1f} times); {seconds(found['budget']['spent']['wall'])} by the clock"
+    )
+    if found["importance"]:
+        top = ", ".join(f"{k} {v:.0%}" for k, v in list(found["importance"].items())[:5])
+        out.append(f"what matters: {top}; the transfer set in all {found['importance_of_transfer_set']:.0%}")
+    return "\n".join(out)
+
+
+def front_file(point: Point) -> str:
+    return f"front/{'given' if point.trial == GIVEN else f'trial-{point.trial}'}-{point.steps}.yaml"
+
+
+def write(
+    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, purse: Purse, tracker: Tracker
+) -> dict[str, Any]:
+    """Write the recipes of the front, the page and ``result.json``, and log them; returns the result."""
+    files = {point.run: front_file(point) for point in records.front()}
+    for point in records.front():
+        folder.write(files[point.run], dump(recipe_at(base, records, point)).encode())
+    winner = Point(**{f.name: content["winner"][f.name] for f in fields(Point)})
+    folder.write(BEST, dump(recipe_at(base, records, winner)).encode())
+    with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
+        pages = page.write(Path(scratch), content, files)
+        for file in pages:
+            folder.put(file)
+        content["mlflow"] = mlflow.close(tracker, content, folder, [file.name for file in pages], purse.rest())
+    content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(purse.elapsed, 2)
+    folder.write_json("result.json", content)
+    folder.delete(RUNNING)
+    return content
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

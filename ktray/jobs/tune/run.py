@@ -1,0 +1,228 @@
+"""``jobs/tune.py``: a search from its budget to the winner, which alone sees the test split.
+
+A search that was interrupted goes on in its folder with the same command: trials that have ended are read, those that
+were under way are begun again and find their stages in the store, and what was spent stays spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ktray.accounting.device import describe_device
+from ktray.accounting.ledger import DirLog, Entry, attempts, hourly_price
+from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.distributed.autoscale import gathered
+from ktray.distributed.doctor.run import require
+from ktray.errors import KtrayError
+from ktray.jobs.compare.parallel import how_many, share
+from ktray.jobs.tune import mlflow, result
+from ktray.jobs.tune.budget import BEAT, Amounts, Purse, Speed, amounts, limits, show
+from ktray.jobs.tune.default_space import default_space
+from ktray.jobs.tune.records import Records
+from ktray.jobs.tune.space import Space, read
+from ktray.jobs.tune.trial import STUDENTS, Rungs, recipe_of
+from ktray.jobs.tune.warm_start import former_trials
+from ktray.jobs.tune.winner import crown
+from ktray.pipeline import plan as planning
+from ktray.pipeline.resolve import Resolved, resolve
+from ktray.pipeline.run import local_home
+from ktray.pipeline.run_folder import open_run
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe, digest, dump
+from ktray.storage.store import Dir, Store
+from ktray.tracking.tracker import tracking_uri
+
+PURSE = "purse.json"
+SPARE = 1.2  # of the time that the winner's seeds are planned to take: side by side, some take longer than others
+
+
+def tune(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """Run the search; returns the content of its ``result.json``.
+
+    Raises:
+        KtrayError: a space or a budget that makes no sense; the recipe as given cannot be paid, or fails.
+    """
+    begun = time.monotonic()
+    Store(recipe.store).check_writable()
+    connect(debug)
+    with gathered(recipe.cluster, say), contextlib.ExitStack() as until:
+        require(recipe, say)
+        return _tune(recipe, say, debug, begun, until)
+
+
+def _tune(
+    recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float, until: contextlib.ExitStack
+) -> dict[str, Any]:
+    import ray
+
+    from ktray.jobs.tune import engine
+
+    store = Store(recipe.store)
+    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
+    at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, memory)
+    say(f"cluster   {at_once} at once ({why})")
+    part = share(whole, at_once)
+    found = given(recipe, part, say)
+    base = found.recipe
+    space = space_of(base, part)
+    for spec in space.specs:
+        say(f"space     {result.described(spec)}")
+    # A larger budget goes on with the search; all else makes another one.
+    same = digest("tune", dump(recipe.model_copy(update={"budget": recipes.Budget()})))
+    task = base.task.name or Path(str(base.task.data)).stem
+    safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
+    run_id, folder = open_run(store, same, f"tune-{safe}", say, until)
+    folder.write("recipe.yaml", dump(base).encode())
+    say(f"tune      {folder.uri}")
+    records = Records(folder)
+    records.load()
+    purse = _purse(base, store, folder, at_once, begun)
+    say("budget    " + ", ".join(show(unit, limit) for unit, limit in purse.limits.items()))
+    if purse.grown:
+        records.reopen()
+    if records.trials:
+        say(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
+    rungs = Rungs(base, store, part, purse, records, run_id, say, debug)
+    tracker = mlflow.open_run(base, store, run_id, purse)
+    status = "FAILED"
+    try:
+        teller = result.Teller(base, records, purse, folder, say, partial(mlflow.trial, tracker, base, run_id))
+        own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
+        first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
+        with _beating(purse, lambda: keep_for_the_winner(purse, records, base, own, test)):
+            engine.run(
+                base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space, say)
+            )
+        result.check_given(records)
+        purse.reserve = {}
+        with _beating(purse, lambda: None):
+            final = crown(base, records, purse, rungs, test, at_once, say)
+        content = result.build(base, run_id, folder, space, records, purse, final)
+        content = result.write(content, base, folder, records, purse, tracker)
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+        tracker.close(20)
+    say("")
+    say(result.table(content))
+    say(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
+    say(f"student   {content['winner']['student']}")
+    say(f"chart     {mlflow.chart(base, store, run_id)}")
+    return content
+
+
+def _former(base: Recipe, store: Store, space: Space, say: Callable[[str], None]) -> list[Any]:
+    """Trials of `tune.warm_start`."""
+    if base.tune.warm_start is None:
+        return []
+    uri = tracking_uri(base.mlflow.uri, local_home(store))
+    found = former_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
+    say(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
+    return found
+
+
+def given(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+    """The recipe as given, resolved, with the search's own number of steps."""
+    if recipe.tune.steps:
+        recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
+    return resolve(recipe, plan, say)
+
+
+def space_of(base: Recipe, plan: Plan) -> Space:
+    """The space that a resolved recipe asks for."""
+    asked = base.tune.space
+    if not asked:
+        text = str(base.teacher.name).startswith(("open_clip:", "miniverse"))
+        asked = default_space(base, text, plan.worker_gpus > 0)
+    return read(recipe_of(base, {}), asked)
+
+
+def _planned(found: Resolved, stages: Sequence[str]) -> dict[str, float]:
+    """FLOPs of stages of the recipe as given."""
+    return {line.stage: line.flops for line in planning.lines(found) if line.stage in stages}
+
+
+def _purse(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> Purse:
+    device = describe_device()
+    if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
+        raise KtrayError("tune.cost=usd, and a device of this cluster has no price", "Set prices.NAME (USD an hour).")
+    rate, _, _ = planning.machine(base)
+    purse = Purse(
+        limits(base.budget),
+        Speed(rate / at_once),
+        at_once,
+        hourly_price(device, base.prices),
+        lambda state: folder.write_json(PURSE, state),
+    )
+    purse.before = time.monotonic() - begun
+    if folder.exists(PURSE):
+        under_way = purse.load(folder.read_json(PURSE))
+        purse.before += time.monotonic() - begun
+        for run, spent in lost(store, under_way).items():
+            purse.charged[run] = spent
+    purse.record()
+    return purse
+
+
+def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
+    """What runs spent whose process was killed, by the heartbeats of their stages."""
+    if not runs:
+        return {}
+    made: list[Entry] = []
+    stages = store.sub("stages")
+    for name in stages.children():
+        for key in stages.sub(name).children():
+            made += attempts(DirLog(store.stage(name, key)).read())
+    return {run: amounts(e for e in made if e.run == run) for run in runs}
+
+
+def keep_for_the_winner(
+    purse: Purse, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
+) -> None:
+    """Set aside what the winner needs: its seeds trained, and all of them tested.
+
+    Args:
+        own: FLOPs of the stages that train the student of the recipe as given; of the best, once there is one, its own.
+        test: FLOPs of the stage that reads the test split.
+    """
+    best = records.best(base.tune.cost_limit)
+    whole = purse.estimate({**(own if best is None else best.own), **test})
+    first = purse.estimate(test) if best is not None else whole  # the search has trained it
+    more = base.tune.seeds - 1
+    turns = math.ceil(more / purse.parallel)
+    # A budget that is too small for all seeds is not spent on them alone.
+    purse.reserve = {
+        unit: min(first[unit] + (SPARE * turns if unit == "wall" else more) * whole[unit], limit / 2)
+        for unit, limit in purse.limits.items()
+    }
+
+
+@contextlib.contextmanager
+def _beating(purse: Purse, reserve: Callable[[], None]) -> Iterator[None]:
+    """Record the time that has passed, and set aside what the winner needs, every few seconds."""
+    end = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(Exception):  # a store that is away for a while costs a record, no search
+                reserve()
+                purse.record()
+            if end.wait(BEAT):
+                return
+
+    reserve()
+    thread = threading.Thread(target=beat, name="ktray-purse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join(2 * BEAT)

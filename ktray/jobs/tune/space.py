@@ -1,0 +1,320 @@
+"""The search space: for recipe keys what they may be, some only where another key has a certain value.
+
+A space is read in order, as Optuna's define-by-run asks for: a condition looks at keys that stand before it, or at the
+recipe. What a trial was given is kept as Optuna's own parameters (choices that are no plain value as JSON text), and
+turned into recipe keys here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktray.errors import KtrayError
+from ktray.recipe import schema as recipes
+from ktray.recipe.compare import Part
+from ktray.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Plain = str | int | float | bool | None
+GRID_MOST = 10_000  # points of a grid that anybody would run
+FORMS = "Write [a, b], {low: 1, high: 9}, or {choices: [a, b], when: {other.key: [x]}}."
+NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench", "tune", "budget", "prices")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one key, or one section of several keys, may be.
+
+    Attributes:
+        key: dotted; of a section its name.
+        choices: values, or for a section its keys; empty for a range.
+        low, high, log, step: of a range; ``step`` None: any value between.
+        whole: the range is of integers.
+        when: other keys, and the values of each under which this one counts.
+    """
+
+    key: str
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    step: float | None = None
+    whole: bool = False
+    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    @property
+    def labels(self) -> list[Plain]:
+        """The choices as Optuna takes them."""
+        return [label(choice) for choice in self.choices]
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.labels)
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def expand(self, given: Plain) -> dict[str, Any]:
+        """Recipe keys of a value that Optuna gave."""
+        if not self.choices:
+            return {self.key: int(given) if self.whole else float(given)}  # type: ignore[arg-type]
+        return self.keys_of(next(c for c in self.choices if label(c) == given))
+
+    def keys_of(self, choice: Any) -> dict[str, Any]:
+        if _section(self.key) is None:
+            return {self.key: choice}
+        return {f"{self.key}.{name}": value for name, value in choice.items()}
+
+    def points(self) -> list[Plain]:
+        """Every value of a grid.
+
+        Raises:
+            KtrayError: it is a range without steps.
+        """
+        if self.choices:
+            return self.labels
+        if self.step is None and not (self.whole and not self.log):
+            raise KtrayError(f"tune.space: '{self.key}' is a range without a step", "A grid needs step, or choices.")
+        step = self.step or 1
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        values = [self.low + i * step for i in range(count)]
+        return [int(v) for v in values] if self.whole else list(values)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Specs in order, over the recipe that they change."""
+
+    base: Recipe
+    specs: tuple[Spec, ...]
+
+    def draw(self, ask: Callable[[Spec], Plain]) -> dict[str, Plain]:
+        """One point: ``ask`` is called for each spec that counts under what was drawn before."""
+        drawn: dict[str, Plain] = {}
+        keys: dict[str, Any] = {}
+        for spec in self.specs:
+            if self._counts(spec, keys):
+                drawn[spec.key] = ask(spec)
+                keys |= spec.expand(drawn[spec.key])
+        return drawn
+
+    def define(self, trial: Any) -> None:
+        """The space for `ray.tune.search.optuna.OptunaSearch`, which notes what ``trial`` (Optuna's) suggests."""
+
+        def ask(spec: Spec) -> Plain:
+            if spec.choices:
+                chosen: Plain = trial.suggest_categorical(spec.key, spec.labels)
+                return chosen
+            if spec.whole:
+                low, high, step = int(spec.low), int(spec.high), int(spec.step or 1)
+                return int(trial.suggest_int(spec.key, low, high, step=step, log=spec.log))
+            return float(trial.suggest_float(spec.key, spec.low, spec.high, step=spec.step, log=spec.log))
+
+        self.draw(ask)
+
+    def keys(self, params: Mapping[str, Plain]) -> dict[str, Any]:
+        """Recipe keys of a point."""
+        known = {spec.key: spec for spec in self.specs}
+        return {name: value for key, given in params.items() for name, value in known[key].expand(given).items()}
+
+    def distributions(self, params: Mapping[str, Plain]) -> dict[str, BaseDistribution]:
+        known = {spec.key: spec for spec in self.specs}
+        return {key: known[key].distribution for key in params}
+
+    def locate(self, given: Mapping[str, Any]) -> dict[str, Plain] | None:
+        """The point at which a recipe lies, whose keys are `flat`; None where it lies outside."""
+
+        def ask(spec: Spec) -> Plain:
+            if spec.choices:
+                fits = [c for c in spec.choices if all(given.get(k) == v for k, v in spec.keys_of(c).items())]
+                if not fits:
+                    raise LookupError(spec.key)
+                return label(fits[0])
+            value = given.get(spec.key)
+            if not isinstance(value, int | float) or not spec.low <= value <= spec.high:
+                raise LookupError(spec.key)
+            if (
+                spec.step is not None
+                and abs((value - spec.low) / spec.step - round((value - spec.low) / spec.step)) > 1e-6
+            ):
+                raise LookupError(spec.key)
+            return value
+
+        try:
+            return self.draw(ask)
+        except LookupError:
+            return None
+
+    def grid(self) -> list[dict[str, Plain]]:
+        """Every point, each once.
+
+        Raises:
+            KtrayError: a range without steps, or more points than anybody would run.
+        """
+        found = list(itertools.islice(self._grid({}, {}, 0), GRID_MOST + 1))
+        if len(found) > GRID_MOST:
+            raise KtrayError(f"The grid of tune.space has more than {GRID_MOST:,} points", "Choose tune.search=random.")
+        return found
+
+    def _grid(self, drawn: dict[str, Plain], keys: dict[str, Any], at: int) -> Iterator[dict[str, Plain]]:
+        if at == len(self.specs):
+            yield dict(drawn)
+            return
+        spec = self.specs[at]
+        if not self._counts(spec, keys):
+            yield from self._grid(drawn, keys, at + 1)
+            return
+        for value in spec.points():
+            yield from self._grid({**drawn, spec.key: value}, {**keys, **spec.expand(value)}, at + 1)
+
+    def _counts(self, spec: Spec, keys: Mapping[str, Any]) -> bool:
+        if not spec.when:
+            return True
+        given = flat(self.base)
+        return all(keys.get(key, given.get(key)) in values for key, values in spec.when)
+
+
+def label(choice: Any) -> Plain:
+    """A choice as Optuna takes it: plain values as they are, others as JSON text."""
+    if choice is None or isinstance(choice, str | int | float | bool):
+        return choice
+    return json.dumps(choice, sort_keys=True)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every key of the recipe with its value, dotted."""
+    raw = recipe.model_dump(mode="json")
+    found = {}
+    for key, *_ in recipes.schema():
+        node: Any = raw
+        for part in key.split("."):
+            node = node[part]
+        found[key] = node
+    return found
+
+
+def read(base: Recipe, given: Mapping[str, Any]) -> Space:
+    """The space that a mapping such as ``tune.space`` describes.
+
+    Raises:
+        KtrayError: a key that the recipe has not or that no search may change, a value that the key does not take, a
+            form that is none, a condition on a key that comes later.
+    """
+    specs: list[Spec] = []
+    later = list(given)
+    for key, value in given.items():
+        spec = _spec(key, value)
+        for name, values in spec.when:
+            _check_condition(key, name, values, later)
+        later.remove(key)
+        specs.append(spec)
+        for keys in map(spec.keys_of, spec.choices) if spec.choices else ({key: spec.low}, {key: spec.high}):
+            try:
+                recipes.override(base, {k: int(v) if spec.whole else v for k, v in keys.items()})
+            except KtrayError as error:
+                raise KtrayError(f"tune.space: {error.what}", error.remedy) from error
+    names = [name for spec in specs for name in _names(spec)]
+    if len(set(names)) < len(names):
+        raise KtrayError(f"tune.space has '{max(names, key=names.count)}' twice", "Leave it in one place.")
+    return Space(base, tuple(specs))
+
+
+def _names(spec: Spec) -> set[str]:
+    return {name for choice in spec.choices for name in spec.keys_of(choice)} or {spec.key}
+
+
+def _check_condition(key: str, name: str, values: tuple[Any, ...], later: list[str]) -> None:
+    if name not in {row[0] for row in recipes.schema()}:
+        recipes.override(Recipe(), {name: values[0]})  # names the nearest key
+    if any(name == other or name.startswith(f"{other}.") for other in later):
+        raise KtrayError(
+            f"tune.space: '{key}' asks for '{name}', which comes after it", f"Put '{name}' before '{key}'."
+        )
+
+
+def _spec(key: str, value: Any) -> Spec:
+    if key.split(".")[0] in NOT_SEARCHED:
+        raise KtrayError(f"tune.space cannot change '{key}'", "It says what is searched for, not how it is reached.")
+    if key == "train.epochs":
+        raise KtrayError("tune.space cannot change 'train.epochs'", "Search train.steps, which wins over it.")
+    section = _section(key)
+    if section is None:
+        _type_of(key)
+    if isinstance(value, list):
+        return _choices(key, value, ())
+    if not isinstance(value, dict):
+        raise KtrayError(f"tune.space: '{key}' is {value!r}", FORMS)
+    rest = dict(value)
+    when = _when(key, rest.pop("when", {}))
+    if "choices" in rest:
+        choices = rest.pop("choices")
+        if rest or not isinstance(choices, list):
+            raise KtrayError(f"tune.space: '{key}' is {value!r}", FORMS)
+        return _choices(key, choices, when)
+    unknown = set(rest) - {"low", "high", "log", "step"}
+    if unknown or "low" not in rest or "high" not in rest or section is not None:
+        raise KtrayError(f"tune.space: '{key}' is {value!r}", FORMS)
+    return _range(key, rest, when)
+
+
+def _choices(key: str, choices: list[Any], when: tuple[tuple[str, tuple[Any, ...]], ...]) -> Spec:
+    labels = [json.dumps(label(c)) for c in choices]
+    if not choices or len(set(labels)) < len(labels):
+        raise KtrayError(f"tune.space: '{key}' has no choices, or one twice", FORMS)
+    if _section(key) is not None and not all(isinstance(c, dict) and c for c in choices):
+        raise KtrayError(f"tune.space: '{key}' is a section, and its choices are to name its keys", FORMS)
+    return Spec(key, tuple(choices), when=when)
+
+
+def _range(key: str, given: Mapping[str, Any], when: tuple[tuple[str, tuple[Any, ...]], ...]) -> Spec:
+    low, high, step, log = given["low"], given["high"], given.get("step"), given.get("log", False)
+    numbers = [v for v in (low, high, step) if v is not None]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers) or not isinstance(log, bool):
+        raise KtrayError(
+            f"tune.space: '{key}' is {dict(given)!r}", "low, high and step are numbers, log true or false."
+        )
+    if not low < high or (step is not None and (step <= 0 or log)) or (log and low <= 0):
+        raise KtrayError(
+            f"tune.space: '{key}' from {low} to {high} is no range",
+            "low is below high, and above 0 with log; step is above 0, and not for log.",
+        )
+    kind = _type_of(key)
+    whole = "int" in kind.lower() and "float" not in kind
+    if whole and not all(float(v).is_integer() for v in numbers):
+        raise KtrayError(f"tune.space: '{key}' takes whole numbers", "Give such as low, high and step.")
+    return Spec(key, low=float(low), high=float(high), log=log, step=step, whole=whole, when=when)
+
+
+def _when(key: str, given: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    if not isinstance(given, dict) or not all(isinstance(v, list) and v for v in given.values()):
+        raise KtrayError(f"tune.space: the condition of '{key}' is {given!r}", "Write when: {other.key: [a, b]}.")
+    return tuple((name, tuple(values)) for name, values in given.items())
+
+
+def _section(key: str) -> type[Part] | None:
+    """The section of the recipe that a key names; None for a key that holds a value."""
+    model: type[Part] = Recipe
+    for part in key.split("."):
+        field = model.model_fields.get(part)
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, Part)):
+            return None
+        model = kind
+    return model
+
+
+def _type_of(key: str) -> str:
+    for name, _, kind, _ in recipes.schema():
+        if name == key:
+            return kind
+    recipes.override(Recipe(), {key: None})  # raises, and names the nearest key
+    raise KtrayError(f"tune.space: '{key}' holds no value of its own", "Name keys of the recipe (--help).")

@@ -1,0 +1,232 @@
+"""What a trial does: the pipeline with its recipe, at rising shares of its steps, on validation alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ktray.accounting.ledger import Entry, Ledger
+from ktray.cli import explain
+from ktray.distributed.allocation import Plan
+from ktray.errors import KtrayError
+from ktray.jobs.tune.budget import Purse, Spent
+from ktray.jobs.tune.records import DEAR, GIVEN, UNPAID, Point, Record, Records
+from ktray.pipeline import plan as planning
+from ktray.pipeline.resolve import resolve
+from ktray.pipeline.run import run as pipeline
+from ktray.pipeline.run import whole_stages
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import Recipe
+from ktray.reporting.progress import hushed
+from ktray.storage.store import Store
+from ktray.tracking.tags import RUN_NAME
+from ktray.tracking.tracker import WAY
+
+STUDENTS = ("transfer", "finetune")  # stages that a trial has for itself
+LEAST = 0.2  # of the steps that a trial was to have, below which the cost limit does not cut it
+ASIDE = "trials"  # the runs of trials are logged in an experiment of their own
+
+
+def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int | None = None) -> Recipe:
+    """The recipe of one run: the base with a trial's keys, a share of its steps, and without the search's own part.
+
+    Args:
+        base: with ``train.steps`` set.
+    """
+    plain = base.model_copy(
+        update={"compare": recipes.Compare(), "tune": recipes.Tune(), "budget": recipes.Budget()}, deep=True
+    )
+    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
+    if base.teach.mode == "auto" and "teach.mode" not in keys:
+        fixed["teach.mode"] = "cached"  # trials share what is stored
+    if seed is not None:
+        fixed["seed"] = seed
+    found = recipes.override(plain, {**keys, **fixed})
+    if share < 1:
+        found.train.steps = max(1, round(share * int(found.train.steps or 1)))
+        found.finetune.steps = max(1, round(share * found.finetune.steps)) if found.finetune.steps else 0
+    return found
+
+
+class TooDear(KtrayError):
+    """A trial whose model would cost more than the winner may."""
+
+
+@dataclass
+class Tally:
+    """The accounts of one run, from its first look on, and what ends it."""
+
+    purse: Purse
+    name: str
+    final: bool = False
+    ledger: Ledger | None = None
+
+    def __call__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.purse.watch(self.name, ledger.spent(), ledger.run, self.final)
+
+    @property
+    def run(self) -> str:
+        return self.ledger.run if self.ledger else ""
+
+    def spent(self) -> list[Entry]:
+        return self.ledger.spent() if self.ledger else []
+
+    def students(self, unit: str) -> dict[str, float]:
+        """What each of the stages that train the student is worth, in a unit."""
+        found: dict[str, float] = {}
+        for entry in self.ledger.entries if self.ledger else []:
+            if entry.stage in STUDENTS:
+                found[entry.stage] = found.get(entry.stage, 0.0) + float(getattr(entry, unit) or 0.0)
+        return found
+
+
+@dataclass
+class Rungs:
+    """Runs the trials' recipes.
+
+    Attributes:
+        base: the recipe as given, without open keys that decide a cost.
+        share: plan of one pipeline.
+        search: id of the search, for tags.
+    """
+
+    base: Recipe
+    store: Store
+    share: Plan
+    purse: Purse
+    records: Records
+    search: str
+    say: Callable[[str], None] = lambda text: None
+    debug: bool = False
+    _plans: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> list[float]:
+        return self.base.tune.rungs
+
+    def said(self, title: str) -> Callable[[str], None]:
+        """What a pipeline says, for who debugs: with several at once nobody can follow it."""
+        return partial(_prefixed, self.say, title) if self.debug else lambda text: None
+
+    def shares_of(self, record: Record) -> list[float]:
+        """The recipe as given is trained to its end at once: all others are compared with it."""
+        return [1.0] if record.number == GIVEN else self.shares
+
+    def answer(self, number: int, rung: int) -> dict[str, Any]:
+        """The result of a rung, for Tune; one that was made before is read. Never raises: what goes wrong is the
+        trial's."""
+        record = self.records.trials[number]
+        last = rung == len(self.shares_of(record)) - 1
+        if rung < len(record.points):
+            return self._told(record, record.points[rung], last)
+        try:
+            point = self._run(record, rung)
+        except TooDear as dear:
+            self.records.close(record, DEAR, dear.what)
+        except Spent as spent:
+            self.records.close(record, UNPAID, spent.what)
+        except Exception as error:
+            self.records.close(record, "failed", explain(error))
+        else:
+            record.points.append(point)
+            self.records.keep(record)
+            return self._told(record, point, last)
+        return {"validation": math.nan, "cost": math.nan, "full_cost": math.nan, "done": True, "ended": record.state}
+
+    def _told(self, record: Record, point: Point, last: bool) -> dict[str, Any]:
+        return {
+            "validation": point.validation,
+            "cost": point.resource,
+            "full_cost": record.planned if record.planned is not None else point.cost,
+            "done": last,
+            "ended": "",
+            "given": record.number == GIVEN,
+        }
+
+    def _run(self, record: Record, rung: int) -> Point:
+        share = self.shares_of(record)[rung]
+        recipe, to_make = self._plan(record, rung)
+        unit = self.base.tune.cost
+        name = f"{record.number}/{rung}"
+        if refused := self.purse.promise(name, to_make):
+            raise Spent(f"rung {rung + 1} cannot be paid: {refused}")
+        # Without the recipe as given there is nothing to compare with: it may take the time that the winner is kept.
+        tally, begun, made = Tally(self.purse, name, final=record.number == GIVEN), time.monotonic(), False
+        title = "as given" if record.number == GIVEN else f"trial {record.number}"
+        tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
+        try:
+            with hushed(not self.debug):
+                result = pipeline(recipe, self.said(title), self.debug, self.share, tags, trial=True, limit=tally)
+            made = True
+        finally:
+            seconds = time.monotonic() - begun
+            spent = self.purse.settle(name, tally.spent(), tally.run, seconds if made else None)
+            if not made:
+                record.lost = spent
+        validation = float(result["metric"]["val"])
+        if not math.isfinite(validation):
+            raise KtrayError(f"validation is {validation}", "A lower learning rate may help.")
+        before = record.points[-1].resource if record.points else 0.0
+        whole = result["cost"]["without_cache"]
+        return Point(
+            trial=record.number,
+            rung=rung,
+            share=share,
+            steps=int(recipe.train.steps or 0),
+            run=result["run_id"],
+            validation=validation,
+            cost=float(whole[unit] or 0.0),
+            whole=whole,
+            own=tally.students("flops"),
+            resource=before + sum(tally.students(unit).values()),
+            spent=spent,
+            seconds=seconds,
+        )
+
+    def _plan(self, record: Record, rung: int) -> tuple[Recipe, dict[str, float]]:
+        """The recipe of a rung, and the FLOPs of the stages that it will make, which the store does not hold."""
+        share = self.shares_of(record)[rung]
+        if record.number not in self._plans:
+            self._plans[record.number] = self._stages(recipe_of(self.base, record.keys))
+            self._fit(record)
+        recipe = recipe_of(self.base, record.keys, share)
+        recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
+        there = whole_stages(self.store, resolve(recipe, self.share, lambda text: None), self.share)
+        planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
+        return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
+
+    def _stages(self, recipe: Recipe) -> dict[str, float]:
+        found = resolve(recipe, self.share, lambda text: None)
+        return {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
+
+    def _fit(self, record: Record) -> None:
+        """A model that would cost more than the winner may gets so many steps fewer."""
+        stages, first = self._plans[record.number], self.records.trials[GIVEN]
+        if self.base.tune.cost_limit is not None and record.number != GIVEN:
+            # Of trials that begin together another one may be planned before the recipe as given.
+            given = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
+            self._cut(record, stages, given, self.base.tune.cost_limit * given)
+        record.flops = sum(stages.values())
+        record.planned = self.purse.estimate(stages)[self.base.tune.cost]
+        self.records.keep(record)
+
+    def _cut(self, record: Record, stages: dict[str, float], given: float, limit: float) -> None:
+        whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
+        if whole <= limit * (1 + 1e-9):
+            return
+        share = (limit - (whole - transfer)) / transfer if transfer else 0.0
+        if share < LEAST:
+            raise TooDear(f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)")
+        asked = int(recipe_of(self.base, record.keys).train.steps or 1)
+        record.keys["train.steps"] = max(1, int(share * asked))
+        stages["transfer"] = transfer * record.keys["train.steps"] / asked
+
+
+def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:
+    for line in text.splitlines():
+        say(f"[{title}] {line}")

@@ -1,0 +1,86 @@
+"""What a search learns from runs of former experiments in MLflow, before its first trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ktray.errors import KtrayError
+from ktray.jobs.tune.space import Space
+from ktray.recipe.schema import Recipe
+from ktray.redact import scrub
+from ktray.tracking.mlflow_server import prepare
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+MOST = 1000  # runs that are asked for, the newest first
+
+
+def former_trials(uri: str, experiment: str, base: Recipe, space: Space, multi: bool) -> list[FrozenTrial]:
+    """Finished runs on the same task that lie within the space, as Optuna's trials.
+
+    Args:
+        uri: of the tracking server or database.
+        experiment: its name.
+        base: the recipe as given, resolved.
+        multi: the search has cost as its second aim.
+
+    Raises:
+        KtrayError: no such experiment, or the server is away.
+    """
+    prepare(10.0)
+    import optuna
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            names = ", ".join(e.name for e in client.search_experiments(max_results=20))
+            raise KtrayError(f"{scrub(uri)} has no experiment '{experiment}'", f"tune.warm_start is one of: {names}.")
+        runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", max_results=MOST)
+    except KtrayError:
+        raise
+    except Exception as error:
+        reason = str(scrub(" ".join(str(error).split())))[:300]
+        raise KtrayError(f"MLflow at {scrub(uri)} does not tell of '{experiment}': {reason}", "Is it up?") from error
+    trials = []
+    for run in runs:
+        point = point_of(run.data.params, run.data.metrics, base, space)
+        if point is not None:
+            params, validation, cost = point
+            trials.append(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions=space.distributions(params),
+                    values=[validation, cost] if multi else [validation],
+                )
+            )
+    return trials
+
+
+def point_of(
+    params: Mapping[str, str], metrics: Mapping[str, float], base: Recipe, space: Space
+) -> tuple[dict[str, Any], float, float] | None:
+    """Where a logged run lies in the space, its validation and its cost; None of another task or outside."""
+    given = {key: parse(text) for key, text in params.items()}
+    validation = metrics.get(f"val.{base.task.metric}")
+    cost = metrics.get(f"cost.without_cache_{base.tune.cost}")
+    same = all(given.get(f"task.{key}") == getattr(base.task, key) for key in ("name", "data", "kind", "metric"))
+    if validation is None or cost is None or not same:
+        return None
+    point = space.locate(given)
+    return None if point is None else (point, validation, cost)
+
+
+def parse(text: str) -> Any:
+    """A parameter as the recipe has it: MLflow knows text alone."""
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

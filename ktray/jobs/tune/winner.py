@@ -1,0 +1,102 @@
+"""The winner: trained with more seeds, and alone tested."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from ktray.cli import explain
+from ktray.jobs.compare.parallel import run_all
+from ktray.jobs.tune.budget import Purse, Spent
+from ktray.jobs.tune.records import Point, Records
+from ktray.jobs.tune.trial import Rungs, Tally, recipe_of
+from ktray.pipeline.run import run as pipeline
+from ktray.recipe.schema import Recipe
+from ktray.reporting.progress import hushed
+from ktray.storage.store import Dir, Store
+from ktray.tracking.tags import RUN_NAME
+from ktray.tracking.tracker import WAY
+
+TITLE = "winner"
+FOLDER = "winner"  # in the search's: the runs of its seeds
+
+
+def crown(
+    base: Recipe,
+    records: Records,
+    purse: Purse,
+    rungs: Rungs,
+    test: Mapping[str, float],
+    at_once: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train the best on validation with ``tune.seeds`` seeds and test it; of these as many as the budget has room for.
+
+    The first seed is the search's own, of which all but the test is in the store.
+
+    Args:
+        test: FLOPs of the stage that reads the test split.
+
+    Returns:
+        ``point``, ``results`` (the runs' ``result.json``), ``missing`` (reason by seed).
+    """
+    point = records.best(base.tune.cost_limit)
+    assert point is not None  # the recipe as given is one
+    seeds = [base.seed + i for i in range(base.tune.seeds)]
+    say(f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested")
+    home = records.folder.sub(FOLDER)
+    results = {seed: found for seed in seeds if (found := _known(rungs.store, home, point, seed))}
+    missing: dict[int, str] = {}
+
+    def one(seed: int) -> None:
+        recipe = recipe_of(base, records.trials[point.trial].keys, point.share, seed)
+        first, name = seed == base.seed, f"{TITLE}/{seed}"
+        # The first one is trained, and for its test something was kept back; a plan in seconds must not prevent it.
+        refused = purse.promise(name, test if first else {**point.own, **test}, anyway=first)
+        if refused:
+            missing[seed] = refused
+            return
+        tally, begun, made = Tally(purse, name, final=True), time.monotonic(), False
+        tags = {"tune": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
+        try:
+            with hushed(not rungs.debug):
+                said = rungs.said(f"seed {seed}")
+                results[seed] = pipeline(recipe, said, rungs.debug, rungs.share, tags, limit=tally)
+            made = True
+            home.write_json(_name(point, seed), {"run": results[seed]["run_id"]})
+            say(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
+        except Spent as spent:
+            missing[seed] = spent.what
+        except Exception as error:  # another seed may still come to its end
+            missing[seed] = explain(error)
+        finally:
+            purse.settle(name, tally.spent(), tally.run, time.monotonic() - begun if made else None)
+
+    run_all([partial(one, seed) for seed in seeds if seed not in results], at_once)
+    for seed, reason in sorted(missing.items()):
+        say(f"winner    seed {seed} is missing: {reason}")
+    return {
+        "point": point,
+        "results": [results[seed] for seed in seeds if seed in results],
+        "missing": {str(seed): reason for seed, reason in sorted(missing.items())},
+    }
+
+
+def _name(point: Point, seed: int) -> str:
+    return f"{point.run}-{seed}.json"
+
+
+def _known(store: Store, home: Dir, point: Point, seed: int) -> dict[str, Any] | None:
+    """What an earlier process of this search has found with a seed of this very winner."""
+    if not home.exists(_name(point, seed)):
+        return None
+    found: dict[str, Any] = store.run(str(home.read_json(_name(point, seed))["run"])).read_json("result.json")
+    return found
+
+
+def title(point: Point) -> str:
+    """``trial 3``, with the share of its steps where it is not all of them."""
+    name = "the recipe as given" if point.trial == 0 else f"trial {point.trial}"
+    return name if point.share == 1 else f"{name} at {point.share:.2g} of its steps"

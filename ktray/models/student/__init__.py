@@ -1,0 +1,1 @@
+"""Students: how they are built, saved and loaded."""

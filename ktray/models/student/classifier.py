@@ -1,0 +1,245 @@
+"""The student: any timm model, with its preprocessing; checked before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from ktray.data.decode import decode_rgb
+from ktray.data.preprocess import Preprocess
+from ktray.errors import KtrayError
+from ktray.models.features import feature_dim, map_positions, pooled_features
+from ktray.models.messages import cause, unknown_name
+from ktray.models.weights import fetch, load_timm_weights
+
+# Arguments of timm.create_model that ktray sets itself, or that would change what a student is.
+_RESERVED = {
+    "num_classes": "the task's classes decide it",
+    "pretrained": "set student.pretrained=",
+    "checkpoint_path": "set student.checkpoint=",
+    "in_chans": "students see RGB images",
+    "features_only": "a student classifies",
+    "pretrained_cfg": "timm's own is used",
+    "pretrained_cfg_overlay": "timm's own is used",
+    "cache_dir": "timm's own is used",
+    "scriptable": "it does not change the weights",
+    "exportable": "it does not change the weights",
+    "no_jit": "it does not change the weights",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable class of one image, its probability, and the probabilities of all classes."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Student(nn.Module):
+    """A timm classifier that knows its preprocessing and class names.
+
+    Attributes:
+        model: the plain timm model; what is trained, averaged and saved.
+        name, kwargs: of ``timm.create_model``.
+        preprocess: what the model expects.
+        classes: names in the order of the logits; numbers as text until they are set.
+        feature_dim: width of `features`.
+        warnings: what a person should know about this choice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        kwargs: dict[str, Any],
+        preprocess: Preprocess,
+        classes: Sequence[str],
+        warnings: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.name, self.kwargs = name, dict(kwargs)
+        self.preprocess = preprocess
+        self.classes = list(classes)
+        self.warnings = list(warnings)
+        self.feature_dim = feature_dim(model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w) normalised float to logits (N, C)."""
+        out: torch.Tensor = self.model(x)
+        return out
+
+    def logits(self, batch: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8 to logits (N, C) float32."""
+        x = self.preprocess.normalise(batch).to(next(self.model.parameters()).dtype)
+        return self.forward(x).float()
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w) normalised float to pooled features (N, feature_dim), before the classifier."""
+        return pooled_features(self.model, x)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64
+    ) -> list[Prediction]:
+        """Classify whole images, in evaluation mode.
+
+        Args:
+            images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
+            batch: images a forward pass.
+
+        Raises:
+            BadImage: bytes or a file that cannot be decoded.
+        """
+        was, device = self.training, next(self.model.parameters()).device
+        self.eval()
+        found = []
+        for i in range(0, len(images), batch):
+            pixels = [self.preprocess.eval_transform(_rgb(image)) for image in images[i : i + batch]]
+            x = torch.from_numpy(np.stack(pixels)).to(device)
+            for row in self.logits(x).softmax(1).tolist():
+                best = int(np.argmax(row))
+                named = dict(zip(self.classes, row, strict=True))
+                found.append(Prediction(self.classes[best], row[best], named))
+        self.train(was)
+        return found
+
+
+def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:
+    """The last layer of a timm classifier, linear or a 1 x 1 convolution, with a bias.
+
+    Raises:
+        KtrayError: the model has another kind.
+    """
+    found = model.get_classifier()
+    if not isinstance(found, nn.Linear | nn.Conv2d) or found.bias is None:
+        raise KtrayError(
+            f"{type(model).__name__} has no linear classifier of its own ({type(found).__name__})",
+            "Set student.name to another model, or objective.name=oriented.",
+        )
+    return found
+
+
+def build_student(
+    name: str,
+    kwargs: dict[str, Any] | None = None,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+) -> Student:
+    """A student by its timm name.
+
+    Args:
+        name: any timm model, also ``model.pretrained_tag``.
+        kwargs: arguments of the model, e.g. ``{"patch_size": 2}``.
+        num_classes: of the task.
+        image_size: input, pixels; None: the model's own.
+        pretrained: start from timm's published weights (needs a network).
+        checkpoint: weights to start from; a classifier for other classes is left out.
+
+    Raises:
+        KtrayError: unknown name or argument, weights that cannot be had or do not fit, or a model that cannot
+            run at this size.
+    """
+    kwargs = dict(kwargs or {})
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models(), "student.name")
+    for key in kwargs:
+        if key in _RESERVED:
+            raise KtrayError(f"student.kwargs.{key} cannot be set: {_RESERVED[key]}", f"Remove student.kwargs.{key}.")
+    model = _create(name, kwargs, num_classes, image_size, pretrained)
+    warnings = []
+    if checkpoint:
+        path = fetch(checkpoint, "student.checkpoint")
+        if not load_timm_weights(model, path, "student.checkpoint"):
+            warnings.append(f"the classifier in '{checkpoint}' is for other classes; the student's starts at random")
+    preprocess = Preprocess.from_timm(model)
+    if image_size:
+        # ktray trains on whole crops of this size, so nothing is cut off at the edges when it predicts.
+        preprocess = Preprocess.from_dict({**preprocess.to_dict(), "size": [image_size] * 2, "crop_pct": 1.0})
+    warnings += _dry_run(model, name, preprocess.size, num_classes)
+    return Student(model, name, kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+
+
+def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int | None, pretrained: bool) -> nn.Module:
+    cfg = timm.get_pretrained_cfg(name)
+    if image_size and cfg is not None and cfg.fixed_input_size:
+        # Recorded in the kwargs, since the saved weights (position embeddings) depend on it.
+        kwargs.setdefault("img_size", image_size)
+    if pretrained and not (cfg is not None and cfg.has_weights):
+        raise KtrayError(f"timm publishes no weights for student '{name}'", "Set student.pretrained=false.")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        unknown = [key for key in kwargs if f"'{key}'" in str(error)]
+        if unknown == ["img_size"] and kwargs["img_size"] == image_size:
+            raise KtrayError(
+                f"Student '{name}' sees only images of its own size", "Leave image_size out, or choose another one."
+            ) from error
+        if unknown and "unexpected keyword" in str(error):
+            raise KtrayError(
+                f"Student '{name}' has no argument '{unknown[0]}'", f"Remove student.kwargs.{unknown[0]}."
+            ) from error
+        raise _cannot_build(name, kwargs, error) from error
+    except Exception as error:
+        if pretrained:
+            raise KtrayError(
+                f"The weights of student '{name}' cannot be fetched, there is no network or no hub ({cause(error)})",
+                "Set student.checkpoint=FILE, or student.pretrained=false.",
+            ) from error
+        raise _cannot_build(name, kwargs, error) from error
+
+
+def _cannot_build(name: str, kwargs: dict[str, Any], error: Exception) -> KtrayError:
+    return KtrayError(
+        f"Student '{name}' cannot be built with {kwargs}: {cause(error)}", "Check student.name and student.kwargs."
+    )
+
+
+@torch.inference_mode()
+def _dry_run(model: nn.Module, name: str, size: tuple[int, int], num_classes: int) -> list[str]:
+    """Run one black image; warnings about what would not learn."""
+    was = model.training
+    model.eval()
+    timm_model: Any = model
+    try:
+        x = torch.zeros(1, 3, *size)
+        features = timm_model.forward_features(x)
+        out = timm_model.forward_head(features)
+    except Exception as error:
+        raise KtrayError(
+            f"Student '{name}' cannot see images of {size[0]}x{size[1]} px: {cause(error)}",
+            "Choose another image_size or student.name, or fit it by student.kwargs (patch_size, img_size).",
+        ) from error
+    finally:
+        model.train(was)
+    if tuple(out.shape) != (1, num_classes):
+        raise KtrayError(
+            f"Student '{name}' gives {tuple(out.shape[1:])} instead of {num_classes} logits", "Choose another one."
+        )
+    positions = map_positions(timm_model, features)
+    if positions == 1:
+        return [
+            f"the last feature map of {name} at {size[0]}x{size[1]} px is 1x1: it sees one position of the image "
+            "and learns little; lower its stride by student.kwargs (patch_size, output_stride) or choose another"
+        ]
+    return []
+
+
+def _rgb(image: Image.Image | np.ndarray | bytes | str | Path) -> Image.Image | np.ndarray:
+    if isinstance(image, (str, Path)):
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return decode_rgb(image)
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image

@@ -1,0 +1,264 @@
+"""The student of semantic segmentation: a plain timm backbone under a light published head.
+
+``lraspp`` is LR-ASPP (MobileNetV3, arXiv 1905.02244, section 6.4): the last map, weighted by what the whole image
+shows, beside an earlier and finer map. ``deeplabv3`` is atrous spatial pyramid pooling on the last map (DeepLabV3,
+arXiv 1706.05587, section 3.3). Both heads are torchvision's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.lraspp import LRASPPHead
+
+from ktray.data.preprocess import Preprocess
+from ktray.errors import KtrayError
+from ktray.models.features import feature_dim, pooled_features
+from ktray.models.messages import cause
+from ktray.models.student.classifier import _rgb, build_student
+from ktray.tasks.segmentation import MAX_CLASSES, resize_map
+
+Head = Literal["lraspp", "deeplabv3"]
+# Channels within LR-ASPP, as published; DeepLabV3's are fixed at 256.
+WIDTH = 128
+# LR-ASPP's finer map has stride 8 in the paper; where that leaves fewer positions a side than this, a finer one.
+_LOW_STRIDE, _LOW_SIDE = 8, 16
+# DeepLabV3's rates belong to a map of 64 positions a side (512 px at stride 8).
+_RATES, _RATES_SIDE = (12, 24, 36), 64
+# Classes upsampled at once when a mask of the image's own size is made: bounds memory.
+_CLASSES_AT_ONCE = 16
+
+
+class DenseNet(nn.Module):
+    """What is trained, averaged and saved: (N, 3, h, w) normalised float to logits (N, C, h', w').
+
+    The map of logits has the stride of the finest map that the head reads; see `ktray.tasks.segmentation.resize_map`.
+
+    Args:
+        backbone: a timm model without classifier.
+        head: which head.
+        num_classes: C.
+        size: (height, width) of the input, pixels; decides the levels and the head's rates.
+        width: channels within ``lraspp``.
+
+    Attributes:
+        levels: indices of the backbone's maps that the head reads.
+        shape: (C, h', w') of the logits at this size.
+
+    Raises:
+        KtrayError: the backbone gives no maps, or fails at this size.
+    """
+
+    is_dense = True
+
+    def __init__(self, backbone: nn.Module, head: Head, num_classes: int, size: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes, self.width = num_classes, width
+        shapes = _map_shapes(backbone, size)
+        high = shapes[-1]
+        if head == "lraspp":
+            self.levels = [_low_level(shapes, size), len(shapes) - 1]
+            self.head: nn.Module = LRASPPHead(shapes[self.levels[0]][0], high[0], num_classes, width)
+        else:
+            self.levels = [len(shapes) - 1]
+            rates = [max(1, round(rate * min(high[1:]) / _RATES_SIDE)) for rate in _RATES]
+            self.head = DeepLabHead(high[0], num_classes, rates)
+        self.kind = head
+        self.shape = (num_classes, *shapes[self.levels[0]][1:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        backbone: Any = self.backbone
+        maps = backbone.forward_intermediates(
+            x, indices=self.levels, norm=True, stop_early=True, intermediates_only=True
+        )
+        out: torch.Tensor = self.head({"low": maps[0], "high": maps[1]} if self.kind == "lraspp" else maps[0])
+        return out
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """The most probable class of every pixel of one image, at the image's own size.
+
+    Attributes:
+        mask: (H, W) uint8, indices into `classes`.
+        probability: (H, W) float32, of that class.
+        classes: names.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    classes: list[str]
+
+    def shares(self) -> dict[str, float]:
+        """Share of the image's pixels by class name, largest first; classes that do not occur are left out."""
+        counts = np.bincount(self.mask.ravel(), minlength=len(self.classes))
+        return {self.classes[i]: float(counts[i] / self.mask.size) for i in np.argsort(-counts) if counts[i]}
+
+
+class DenseStudent(nn.Module):
+    """A segmenter that knows its preprocessing and class names; the counterpart of `classifier.Student`.
+
+    Attributes:
+        model: the network.
+        name, kwargs: of ``timm.create_model``, for the backbone.
+        preprocess: what the model expects. Whole images are squashed to its size: no pixel is left without a class.
+        classes: names in the order of the logits; numbers as text until they are set.
+        feature_dim: width of `features`.
+        warnings: what a person should know about this choice.
+    """
+
+    def __init__(
+        self,
+        model: DenseNet,
+        name: str,
+        kwargs: dict[str, Any],
+        preprocess: Preprocess,
+        classes: Sequence[str],
+        warnings: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.name, self.kwargs = name, dict(kwargs)
+        self.preprocess = preprocess
+        self.classes = list(classes)
+        self.warnings = list(warnings)
+        self.feature_dim = feature_dim(model.backbone)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w) normalised float to logits (N, C, h', w')."""
+        out: torch.Tensor = self.model(x)
+        return out
+
+    def logits(self, batch: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8 to logits (N, C, h', w') float32."""
+        x = self.preprocess.normalise(batch).to(next(self.model.parameters()).dtype)
+        return self.forward(x).float()
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w) normalised float to the backbone's pooled features (N, feature_dim)."""
+        return pooled_features(self.model.backbone, x)
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The backbone's weights under the names of ``timm.create_model(name, num_classes=0, **kwargs)``."""
+        return self.model.backbone.state_dict()
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 16
+    ) -> list[MaskPrediction]:
+        """Segment whole images, in evaluation mode.
+
+        Args:
+            images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
+            batch: images a forward pass.
+
+        Raises:
+            BadImage: bytes or a file that cannot be decoded.
+        """
+        was, device = self.training, next(self.model.parameters()).device
+        self.eval()
+        found = []
+        for i in range(0, len(images), batch):
+            upright = [_rgb(image) for image in images[i : i + batch]]
+            pixels = np.stack([self.preprocess.eval_transform(image) for image in upright])
+            logits = self.logits(torch.from_numpy(pixels).to(device))
+            for image, one in zip(upright, logits, strict=True):
+                height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+                found.append(MaskPrediction(*_decide(one, (height, width)), self.classes))
+        self.train(was)
+        return found
+
+
+def build_dense_student(
+    name: str,
+    kwargs: dict[str, Any] | None = None,
+    num_classes: int = 150,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    head: Head = "lraspp",
+    width: int = WIDTH,
+) -> DenseStudent:
+    """A student for segmentation by its backbone's timm name.
+
+    Args:
+        name, kwargs, image_size: as for `ktray.models.student.classifier.build_student`.
+        num_classes: of the task, at most 255.
+        pretrained, checkpoint: the backbone's start; the head starts at random.
+        head: ``lraspp`` or ``deeplabv3``.
+        width: channels within ``lraspp``.
+
+    Raises:
+        KtrayError: as `build_student`; or the model gives no maps, or there are too many classes.
+    """
+    if not 2 <= num_classes <= MAX_CLASSES:
+        raise KtrayError(f"Segmentation takes 2 to {MAX_CLASSES} classes, not {num_classes}", "Check task.data.")
+    # It checks the name, the arguments and the weights; its classifier is taken off.
+    plain = build_student(name, kwargs, 1, image_size, pretrained, checkpoint)
+    backbone: Any = plain.model
+    backbone.reset_classifier(0)
+    preprocess = replace(plain.preprocess, resize_mode="squash", crop_pct=1.0)
+    model = DenseNet(backbone, head, num_classes, preprocess.size, width)
+    stride = max(1, preprocess.size[0] // model.shape[1])
+    warnings = []
+    if stride > 16 or model.shape[1] < 4:
+        warnings.append(
+            f"the logits of {name} with {head} form a map of {model.shape[1]}x{model.shape[2]} for "
+            f"{preprocess.size[0]}x{preprocess.size[1]} px: outlines will be coarse; take a larger image_size, a lower "
+            "stride (student.kwargs: output_stride, patch_size) or head lraspp"
+        )
+    return DenseStudent(model, name, plain.kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+
+
+@torch.no_grad()
+def _map_shapes(backbone: Any, size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """(channels, rows, columns) of every map, input first."""
+    what = type(backbone).__name__
+    if not hasattr(backbone, "forward_intermediates"):
+        raise KtrayError(f"{what} gives no maps of features", "Choose another student.name.")
+    was = backbone.training
+    backbone.eval()
+    first = next(backbone.parameters())
+    try:
+        x = torch.zeros(1, 3, *size, dtype=first.dtype, device=first.device)
+        maps = backbone.forward_intermediates(x, norm=True, intermediates_only=True)
+    except Exception as error:
+        raise KtrayError(
+            f"{what} gives no maps of images of {size[0]}x{size[1]} px: {cause(error)}",
+            "Choose another image_size or student.name.",
+        ) from error
+    finally:
+        backbone.train(was)
+    return [(int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for m in maps]
+
+
+def _low_level(shapes: list[tuple[int, int, int]], size: tuple[int, int]) -> int:
+    rows = [shape[1] for shape in shapes]
+    if rows[0] == rows[-1]:
+        # A plain transformer: all maps are as fine; half-way up they say where rather than what.
+        return len(shapes) // 2 - 1 if len(shapes) > 1 else 0
+    fine = [i for i, side in enumerate(rows) if size[0] <= _LOW_STRIDE * side and side >= _LOW_SIDE]
+    return fine[-1] if fine else rows.index(max(rows))
+
+
+def _decide(logits: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Class and its probability at each pixel, of one map of logits (C, h, w) resized to `size`."""
+    best = torch.full(size, -torch.inf, device=logits.device)
+    total = torch.full(size, -torch.inf, device=logits.device)
+    mask = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    for at in range(0, len(logits), _CLASSES_AT_ONCE):
+        part = resize_map(logits[None, at : at + _CLASSES_AT_ONCE], size)[0]
+        top, which = part.max(0)
+        mask = torch.where(top > best, (which + at).to(torch.uint8), mask)
+        best = torch.maximum(best, top)
+        total = torch.logaddexp(total, part.logsumexp(0))
+    return mask.cpu().numpy(), (best - total).exp().cpu().numpy()

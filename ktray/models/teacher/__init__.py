@@ -1,0 +1,1 @@
+"""Teachers: how they are loaded and adapted."""

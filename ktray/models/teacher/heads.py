@@ -1,0 +1,226 @@
+"""Heads on a teacher's embedding: fitted to labels, made from class names, and calibrated.
+
+A head is linear on the L2-normalised embedding. Cosines are what CLIP-like models are trained on, and one
+scale for all teachers lets the same grid of strengths serve all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ktray.errors import KtrayError
+from ktray.models.teacher.teacher import Teacher
+
+L2_GRID: tuple[float, ...] = tuple(10.0**e for e in np.arange(-7, -0.9, 0.5))
+DEFAULT_TEMPLATES: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a photo that shows the {}.",
+    "a close view of a {}.",
+    "a small picture of a {}.",
+    "a cropped image of the {}.",
+    "an image of one {}.",
+    "a drawing of a {}.",
+)
+_TEMPERATURES = (0.01, 100.0)
+
+
+class LinearHead(nn.Module):
+    """``logits = weight @ (embedding / |embedding|) + bias``.
+
+    Args:
+        weight: (C, D).
+        bias: (C,), zeros if None.
+
+    Attributes:
+        l2: strength of the regularisation that was chosen; None if the head was not fitted.
+        scores: strength -> negative log-likelihood on held-out embeddings after fitting a temperature.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = nn.Parameter(torch.zeros(len(weight)) if bias is None else bias.detach().float().clone())
+        self.l2: float | None = None
+        self.scores: dict[float, float] = {}
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(N, D) of any length to (N, C)."""
+        return F.linear(F.normalize(embedding, dim=-1), self.weight, self.bias)
+
+
+def probe_head(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    l2: Sequence[float] = L2_GRID,
+    val: tuple[torch.Tensor, torch.Tensor] | None = None,
+    start: LinearHead | None = None,
+    seed: int = 0,
+) -> LinearHead:
+    """Multinomial logistic regression on frozen embeddings, by full-batch L-BFGS in float64.
+
+    It minimises ``mean cross-entropy + l2 / 2 * |W - W0|^2`` (the bias is free; ``W0`` is zero, or `start`'s
+    weights, so that few labels correct a text head rather than replace it). In scikit-learn's terms without a
+    start, ``C = 1 / (l2 * N)``. Of several strengths the one with the least held-out negative log-likelihood
+    (each after its own temperature) is taken: on `val`, else by stratified cross-validation on the labels.
+
+    Args:
+        embeddings: (N, D), any length.
+        labels: (N,) int64, 0..C-1.
+        num_classes: C.
+        l2: strengths to try; a single one is taken as it is.
+        val: embeddings and labels that the strength is judged on.
+        start: head to start from and decay towards.
+        seed: of the folds.
+
+    Raises:
+        KtrayError: no embeddings, or not finite.
+    """
+    if not len(embeddings):
+        raise KtrayError("The probe has no labelled embeddings", "Check task.data and task.labels_per_class.")
+    if not torch.isfinite(embeddings).all():
+        raise KtrayError("The teacher's embeddings are not finite", "Check teacher.checkpoint.")
+    x, y = _unit(embeddings), labels.to(_compute_device(embeddings))
+    scores: dict[float, float] = {}
+    if len(l2) > 1:
+        folds = [(x, y, _unit(val[0]), val[1].to(y.device))] if val is not None else _folds(x, y, seed)
+        per_fold = [_path_scores(*fold, num_classes, l2, start) for fold in folds]
+        scores = {s: float(np.mean([fold[s] for fold in per_fold])) for s in l2} if per_fold else {}
+    # With one label a class there is nothing to hold out; the middle of the grid is a safe guess.
+    chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
+    weight, bias = _fit(x, y, num_classes, chosen, start, None)
+    head = LinearHead(weight.to(embeddings.device), bias.to(embeddings.device))
+    head.l2, head.scores = chosen, scores
+    return head
+
+
+def text_head(teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> LinearHead:
+    """The head that prompts give (CLIP, arXiv 2103.00020, section 3.1.4).
+
+    A class's weight is the mean of its prompts' unit text embeddings, made unit length again, times the
+    model's logit scale. Underscores in class names become spaces.
+
+    Args:
+        teacher: one with a text tower.
+        class_names: C names.
+        templates: prompts with ``{}`` for the name.
+
+    Raises:
+        KtrayError: no text tower, or a template without ``{}``.
+    """
+    if wrong := [t for t in templates if "{}" not in t]:
+        raise KtrayError(f"Prompt template '{wrong[0]}' has no {{}}", "Put {} where the class name goes.")
+    prompts = [t.replace("{}", name.replace("_", " ")) for name in class_names for t in templates]
+    with torch.inference_mode():
+        encoded = torch.cat([teacher.encode_text(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
+        mean = encoded.view(len(class_names), len(templates), -1).mean(1)
+        weight = teacher.logit_scale * F.normalize(mean, dim=-1)
+    return LinearHead(weight.clone())
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The T that minimises the negative log-likelihood of ``softmax(logits / T)`` (arXiv 1706.04599, section 4.2).
+
+    The likelihood is convex in 1/T, so a bounded scalar search in log T (0.01..100) finds it. Where every
+    image is right it would grow for ever as T falls; there the labels are smoothed as if one image among N + 2
+    were wrong (Platt's targets, 1999, section 2.2).
+
+    Args:
+        logits: (N, C), held out from the fit of the head.
+        labels: (N,) int64.
+    """
+    z, y = logits.detach().double().cpu(), labels.cpu()
+    classes = z.shape[1]
+    if not len(z) or classes < 2:
+        return 1.0
+    separable = bool((z.argmax(1) == y).all())
+    smoothing = classes / (classes - 1) / (len(z) + 2) if separable else 0.0
+
+    def loss(log_t: float) -> float:
+        return float(F.cross_entropy(z / math.exp(log_t), y, label_smoothing=min(smoothing, 1.0)))
+
+    low, high = (math.log(t) for t in _TEMPERATURES)
+    from scipy.optimize import minimize_scalar  # slow to import, and workers fit no temperature
+
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
+    return math.exp(float(found.x))
+
+
+def _unit(embeddings: torch.Tensor) -> torch.Tensor:
+    return F.normalize(embeddings.detach().to(_compute_device(embeddings), torch.float64), dim=-1)
+
+
+def _compute_device(tensor: torch.Tensor) -> torch.device:
+    return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")
+
+
+def _fit(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    num_classes: int,
+    l2: float,
+    start: LinearHead | None,
+    warm: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if start is None:
+        anchor = x.new_zeros(num_classes, x.shape[1])
+        first = (anchor, x.new_zeros(num_classes))
+    else:
+        anchor = start.weight.detach().to(x)
+        first = (anchor, start.bias.detach().to(x))
+    weight, bias = (t.clone().requires_grad_() for t in (warm or first))
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        max_eval=1000,
+        history_size=20,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-11,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def _path_scores(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    held_x: torch.Tensor,
+    held_y: torch.Tensor,
+    num_classes: int,
+    l2: Sequence[float],
+    start: LinearHead | None,
+) -> dict[float, float]:
+    """Held-out loss per strength, from strong to weak, each starting where the last one ended."""
+    scores, warm = {}, None
+    for strength in sorted(l2, reverse=True):
+        warm = _fit(x, y, num_classes, strength, start, warm)
+        logits = F.linear(held_x, *warm)
+        scores[strength] = float(F.cross_entropy(logits / fit_temperature(logits, held_y), held_y))
+    return scores
+
+
+def _folds(
+    x: torch.Tensor, y: torch.Tensor, seed: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    labels = y.cpu().numpy()
+    rarest = int(np.bincount(labels)[np.unique(labels)].min())
+    if rarest < 2:
+        return []
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
+    split = StratifiedKFold(min(5, rarest), shuffle=True, random_state=seed).split(labels, labels)
+    return [(x[a], y[a], x[b], y[b]) for a, b in split]

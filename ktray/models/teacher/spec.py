@@ -1,0 +1,103 @@
+"""Teachers as picklable descriptions that a Ray actor turns into a model where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ktray.data.preprocess import Preprocess
+from ktray.models.flops import forward_flops
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.adapted_dense import DenseTeacher, load_adapted
+from ktray.models.teacher.teacher import Teacher, TeacherSource
+from ktray.storage.store import Dir
+
+
+def device() -> torch.device:
+    """The accelerator that Ray gave this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A frozen teacher."""
+
+    source: TeacherSource
+    fingerprint: str
+    preprocess: Preprocess
+    embed_dim: int
+    has_text: bool
+    patch_dim: int | None = None
+
+    @classmethod
+    def of(cls, source: TeacherSource) -> TeacherSpec:
+        """Load the teacher once to learn its facts."""
+        from ktray.models.teacher.load import load_teacher, teacher_fingerprint  # slow to import
+
+        teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
+        fingerprint = teacher_fingerprint(source.name, source.checkpoint, source.config, source.image_size)
+        return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text, teacher.patch_dim)
+
+    def load(self) -> Teacher:
+        """With its text tower."""
+        from ktray.models.teacher.load import load_teacher  # slow to import
+
+        s = self.source
+        return laid_out(load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size))
+
+    def tower(self) -> Teacher:
+        """Without its text tower."""
+        return self.load().drop_text()
+
+
+@dataclass(frozen=True)
+class AdaptedSpec:
+    """An adapted teacher in the store."""
+
+    directory: Dir
+    preprocess: Preprocess
+
+    def load(self) -> AdaptedTeacher | DenseTeacher:
+        with self.directory.local() as folder:
+            return laid_out(load_adapted(folder, device()))
+
+
+Model = TypeVar("Model", Teacher, AdaptedTeacher, AdaptedTeacher | DenseTeacher)
+
+
+def laid_out(model: Model) -> Model:
+    """The model with a convolutional tower's weights channels-last: a third less time a forward pass on CPUs, and what
+    tensor cores ask for on GPUs. One convolution alone is the patch embedding of a transformer."""
+    if sum(isinstance(m, nn.Conv2d) for m in model.image_tower.modules()) > 1:
+        model.image_tower.to(memory_format=torch.channels_last)
+    return model
+
+
+def tower_flops(model: Teacher | AdaptedTeacher | DenseTeacher) -> float:
+    """FLOPs of the image tower for one image."""
+    return forward_flops(model.image_tower, (3, *model.preprocess.size))
+
+
+@torch.inference_mode()
+def embed_numpy(model: Teacher | AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
+    return _batched(model.embed, pixels, batch, model.embed_dim)
+
+
+@torch.inference_mode()
+def predict_numpy(model: AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of them (N, C, h, w)."""
+    return _batched(model.logits, pixels, batch, len(model.classes))
+
+
+def _batched(function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
+    where = device()
+    parts = [
+        function(torch.from_numpy(np.ascontiguousarray(pixels[at : at + batch])).to(where)).float().cpu().numpy()
+        for at in range(0, len(pixels), batch)
+    ]
+    return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

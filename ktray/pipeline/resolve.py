@@ -1,0 +1,365 @@
+"""Decide what the recipe leaves open, from the data and the machine, each with its reason."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ktray.data.decode import formats
+from ktray.data.labelled.read import LabelledSet, read_labelled
+from ktray.data.sources.fetch import fetch
+from ktray.data.sources.listing import Shard
+from ktray.data.sources.lists import gallery_shards
+from ktray.distributed.allocation import Plan
+from ktray.errors import KtrayError
+from ktray.models.teacher.heads import DEFAULT_TEMPLATES
+from ktray.objectives import build_objective
+from ktray.recipe.schema import Recipe, digest
+from ktray.storage.store import Dir
+from ktray.targets.jpeg import view_bytes
+from ktray.targets.mode import choose_mode, free_bytes
+from ktray.targets.top_k import per_prediction
+from ktray.training.virtual_ranks import lanes
+
+DEFAULT_TASK = "letters"
+PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
+PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
+# Residual networks take an output stride, which keeps a map to pool over where the images are small.
+SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
+SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
+SAMPLE = 48
+MIN_STEPS = 200
+
+
+@dataclass
+class Resolved:
+    """A recipe without open keys, and what was read to close them."""
+
+    recipe: Recipe
+    task: LabelledSet
+    class_names: list[str]
+    prompts: list[str]
+    fingerprint: str
+    canvas: float
+    gallery_images: int | None
+    source: LabelledSet | None
+    reasons: list[str]
+
+
+def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+    """Read the labels, then close every open key. The given recipe is not changed."""
+    recipe = recipe.model_copy(deep=True)
+    reasons: list[str] = []
+
+    def choose(key: str, value: Any, why: str) -> None:
+        part: Any = recipe
+        *path, name = key.split(".")
+        for step in path:
+            part = getattr(part, step)
+        setattr(part, name, value)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        reasons.append(f"{key}={shown} ({why})")
+
+    task, names, prompts = labelled_task(recipe, choose, say)
+    reasons += list(task.notes)
+    if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
+        raise KtrayError(
+            "transfer.source=list and transfer.list=FILE go together, and one is missing", "Set both or neither."
+        )
+    shards = _gallery(recipe)
+    has_gallery = bool(shards) or index_alone(recipe)
+    counts = [s.count for s in shards]
+    gallery_images = None if None in counts or not shards else sum(c or 0 for c in counts)
+    sides = _short_sides(task)
+    median = int(statistics.median(sides)) if sides else 224
+    on_gpu = plan.worker_gpus > 0
+
+    _published(recipe, on_gpu, choose)
+    if recipe.image_size is None:
+        size = next((s for s in (224, 160, 128, 96, 64, 48, 32) if s <= median), 32)
+        if not on_gpu and size > 128:
+            choose("image_size", 128, f"median short side {median} px; larger inputs are slow without a GPU")
+        else:
+            choose("image_size", size, f"median short side of the labelled images is {median} px")
+    size = int(recipe.image_size or 32)
+    if recipe.student.name is None:
+        if size <= 64:
+            recipe.student.kwargs = {**SMALL_STUDENT_KWARGS, **recipe.student.kwargs}
+            name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
+            choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
+        elif on_gpu:
+            choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
+        else:
+            choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    name = recipe.objective.name
+    source = _source(recipe) if name == "supervised" else None
+    if source is not None:
+        gallery_images = len(source.train) + len(source.val) + len(source.test)
+        if recipe.transfer.source not in ("auto", "generic"):
+            raise KtrayError(
+                f"objective.name=supervised learns from supervised.data, not from transfer.source="
+                f"{recipe.transfer.source}",
+                "Leave transfer.source out.",
+            )
+    count = recipe.gallery.crop_count
+    if "grid" in (recipe.gallery.crops, recipe.transfer.query_crops) and math.isqrt(count) ** 2 != count:
+        raise KtrayError(f"gallery.crop_count={count} cells make no square grid", "Set gallery.crop_count=4, 9 or 16.")
+    if recipe.transfer.source == "auto":
+        if name in ("clip", "dino", "supervised") and (has_gallery or source):
+            choose("transfer.source", "generic", f"{name} has no teacher that could retrieve")
+        elif has_gallery:
+            choose("transfer.source", "retrieved", "there is a gallery")
+        else:
+            choose("transfer.source", "target", "no gallery.data: the task's own images are the transfer set")
+    if recipe.transfer.source == "target" and name in ("clip", "agnostic_then_oriented"):
+        need = "captions" if name == "clip" else "a generic set"
+        raise KtrayError(f"objective.name={name} needs {need}, and transfer.source=target", "Set gallery.data=DIR.")
+    if recipe.transfer.source in ("generic", "retrieved") and not has_gallery and source is None:
+        raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
+    if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
+        recipe.objective.name = "scratch"
+        recipe.transfer.source = "none"
+    objective = build_objective(recipe.objective)
+    if objective.labelled and recipe.finetune.steps:
+        choose("finetune.steps", 0, f"{name} learns from the labels while it is pretrained")
+    if objective.reads != "logits" and not objective.labelled and not recipe.finetune.steps:
+        raise KtrayError(
+            f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
+            "Set finetune.steps to at least 1; its classifier is fitted there.",
+        )
+    if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
+        limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
+        if gallery_images is not None:
+            limit = min(limit, max(1, gallery_images // 2))
+        choose(
+            "transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow"
+        )
+    if recipe.transfer.size is None and recipe.transfer.source == "list" and gallery_images:
+        choose("transfer.size", gallery_images, "all of the list")
+    images = transfer_images(recipe, task)
+    if recipe.train.batch_size is None:
+        choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
+    batch = int(recipe.train.batch_size or 128)
+    labelled = [recipe.finetune.batch_size] if objective.labelled else []
+    of = lanes(plan.least, plan.workers, batch, *labelled)
+    each = -(-batch // of)
+    if each % recipe.train.accumulate or any(rows % recipe.train.accumulate for rows in labelled):
+        raise KtrayError(
+            f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a "
+            f"{'worker' if of == plan.workers else f'share (of {of}, for {plan.least} to {plan.workers} workers)'} "
+            "into equal parts" + (f" (and {recipe.finetune.batch_size} labelled ones)" if objective.labelled else ""),
+            "Choose one that divides them, or another train.batch_size.",
+        )
+    if recipe.train.steps is None:
+        epochs = recipe.train.epochs
+        if epochs is None:
+            epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
+            why = "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs"
+            if epochs * images < MIN_STEPS * batch:
+                epochs, why = MIN_STEPS * batch / max(1, images), f"few images: at least {MIN_STEPS} steps"
+            choose("train.epochs", round(epochs, 2), why)
+        choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
+    if recipe.train.epochs is None:
+        recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
+    classes = len(task.classes)
+    if recipe.teach.top_k == "auto":
+        if classes > 2000:
+            choose("teach.top_k", 200, f"{classes:,} classes")
+        else:
+            recipe.teach.top_k = 0
+    elif recipe.teach.top_k >= classes:
+        choose("teach.top_k", 0, f"there are {classes:,} classes")
+    if recipe.teach.mode == "auto":
+        rows = images * (recipe.teach.views if objective.views == "fixed" else 1)
+        drawn = int(recipe.train.steps or 1) * batch
+        row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
+        beside = plan.streaming if on_gpu else 0  # on CPUs a teacher beside the training takes its cores
+        choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), beside))
+    if recipe.teach.mode == "streamed" and not plan.streaming:
+        raise KtrayError(
+            f"teach.mode=streamed needs a GPU for each worker's teacher beside its own, and {plan.workers} workers "
+            f"have {plan.total_gpus:g} GPUs in all",
+            "Set cluster.workers to at most half of the GPUs, or teach.mode=cached.",
+        )
+    canvas = 1.0 if median <= size else 8 / 7
+    fingerprint = digest(task.fingerprint, canvas)
+    known = names or task.names or task.classes
+    return Resolved(recipe, task, known, prompts, fingerprint, canvas, gallery_images, source, reasons)
+
+
+def labelled_task(
+    recipe: Recipe, choose: Callable[[str, Any, str], None], say: Callable[[str], None]
+) -> tuple[LabelledSet, list[str] | None, list[str]]:
+    """The task's labelled images, a built-in task's names of the classes, and the prompts.
+
+    Args:
+        choose: sets a key of the recipe that was left open: key, value, reason.
+    """
+    names: list[str] | None = None
+    prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
+    root = recipe.task.data
+    if root is None:
+        root, names, own_prompts = _builtin(recipe, choose, say)
+        prompts = list(recipe.task.prompts or own_prompts)
+    part = recipe.task
+    if part.metric == "auto":
+        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
+        choose("task.metric", metric, why)
+    task = read_labelled(
+        root,
+        kind=part.kind,
+        layout=part.layout,
+        train_list=part.train_list,
+        labels=part.labels,
+        splits=part.splits,
+        seed=part.split_seed,
+        val_fraction=part.val_fraction,
+        test_fraction=part.test_fraction,
+        labels_per_class=part.labels_per_class,
+    )
+    return task, names, prompts
+
+
+def index_alone(recipe: Recipe) -> bool:
+    """Whether the gallery is all that an index holds."""
+    return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None
+
+
+def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
+    """How many images the transfer set will have; the task's own are as many as there are."""
+    own = len(task.train) + len(task.unlabeled)
+    return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
+
+
+def resolve_gallery(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+    """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
+    reasons: list[str] = []
+
+    def choose(key: str, value: str, why: str) -> None:
+        recipe.teacher.name = value
+        reasons.append(f"{key}={value} ({why})")
+
+    recipe.transfer.source, recipe.transfer.list = "retrieved", None
+    if recipe.gallery.data is None:
+        recipe.gallery.data = _own_gallery(recipe, say)
+        reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
+        if recipe.teacher.name is None:
+            choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
+    _published(recipe, plan.worker_gpus > 0, choose)
+    counts = [shard.count for shard in _gallery(recipe)]
+    images = None if None in counts else sum(c or 0 for c in counts)
+    nothing = LabelledSet([], [], [], [])
+    return Resolved(recipe, nothing, [], [], "", 1.0, images, None, reasons)
+
+
+def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], None]) -> None:
+    if recipe.teacher.name is not None:
+        return
+    if recipe.teacher.checkpoint:
+        raise KtrayError(
+            "teacher.checkpoint is set but teacher.name is not",
+            "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16.",
+        )
+    name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
+    choose("teacher.name", name, "published model for own data; fetched from its hub")
+
+
+def _home(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
+    if not home.exists():
+        say("miniverse drawing the small world (once, some seconds)")
+    return home
+
+
+def _shared(recipe: Recipe, folder: Path) -> str:
+    """Where all nodes find a drawn folder: itself in a local store, else a copy in the store."""
+    if "://" not in recipe.store:
+        return str(folder)
+    home = Dir(recipe.store).sub("miniverse")
+    copy, whole = home.sub(folder.name), f"{folder.name}.whole"
+    if not home.exists(whole):
+        copy.put(folder)
+        home.write(whole, b"all copied\n")
+    return copy.uri
+
+
+def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> str:
+    from ktray.miniverse import ensure_gallery
+
+    return _shared(recipe, ensure_gallery(_home(recipe, say)))
+
+
+def _source(recipe: Recipe) -> LabelledSet:
+    """The labelled generic set of objective.name=supervised."""
+    if recipe.supervised.data is None:
+        raise KtrayError(
+            "objective.name=supervised needs a labelled generic set, and supervised.data is not set",
+            "Set supervised.data=DIR (class folders), or choose another objective.",
+        )
+    return read_labelled(recipe.supervised.data, seed=0)
+
+
+def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[str, list[str], list[str]]:
+    import json
+
+    from ktray.miniverse import TASKS, ensure_gallery, ensure_generic_labels, ensure_task
+
+    if recipe.task.name is None:
+        choose("task.name", DEFAULT_TASK, "the built-in task")
+    name = str(recipe.task.name)
+    if name not in TASKS and name in PAPER_TASKS:
+        raise KtrayError(
+            f"Task '{name}' is a published data set, and task.data is not set",
+            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/paper-tasks.md says where they come from.",
+        )
+    if name not in TASKS:
+        import difflib
+
+        near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(
+            f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
+        )
+    home = _home(recipe, say)
+    folder = ensure_task(home, name)
+    facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
+    if recipe.task.kind != kind:
+        choose("task.kind", kind, "the built-in task's")
+    if recipe.task.metric == "auto" and metric != "top1":
+        choose("task.metric", metric, "the built-in task's")
+    if recipe.objective.name == "supervised" and recipe.supervised.data is None:
+        recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))
+    wanted = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
+    if recipe.gallery.data is None and wanted:
+        recipe.gallery.data = _shared(recipe, ensure_gallery(home))
+    if recipe.teacher.name is None:
+        choose("teacher.name", "miniverse", "the small model that ships, for a built-in task")
+    return _shared(recipe, folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
+
+
+def _gallery(recipe: Recipe) -> list[Shard]:
+    if recipe.transfer.source not in ("auto", "generic", "retrieved", "list"):
+        return []
+    g = recipe.gallery
+    return gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
+
+
+def _short_sides(task: LabelledSet) -> list[int]:
+    step = max(1, len(task.train) // SAMPLE)
+    sides = []
+    for _, data, _ in fetch([e.uri for e in task.train[::step][:SAMPLE]]):
+        try:
+            with Image.open(io.BytesIO(data or b""), formats=formats()) as image:
+                sides.append(min(image.size))
+        except Exception:  # any of Pillow's errors; the stage that decodes the image tells and counts it
+            continue
+    return sides

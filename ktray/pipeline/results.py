@@ -1,0 +1,231 @@
+"""What a run leaves in its folder: result.json, the student, the report, and the same in MLflow."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.errors import BadImage
+from ktray.models.student.classifier_io import save_student
+from ktray.models.student.segmenter import DenseStudent
+from ktray.models.student.segmenter_io import save_dense_student
+from ktray.recipe.schema import Recipe
+from ktray.reporting.report import WorstError, write_report
+from ktray.stages.base import Context
+from ktray.stages.evaluate import dense
+from ktray.stages.evaluate import stage as evaluate
+from ktray.stages.transfer import student_spec
+from ktray.storage.columns import Rows
+from ktray.storage.store import Dir
+from ktray.tasks.classification import confusion_matrix, softmax
+from ktray.tracking.tracker import stable_metrics
+from ktray.training.ray_train import Env
+
+if TYPE_CHECKING:
+    from ktray.pipeline.run import Made
+
+SCHEMA = 1
+PACKAGES = ("ray", "torch", "torchvision", "timm", "open_clip_torch", "mlflow", "pyarrow", "numpy", "pillow")
+WORST = 24
+
+
+def write(context: Context, made: Made, begun: float) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``."""
+    folder = context.store.run(context.run_id)
+    result = build(context, made, folder)
+    result["wall_seconds"] = round(time.time() - begun, 2)
+    with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
+        local = Path(scratch)
+        student, example = _student(context, made, local / "student")
+        folder.put(local / "student", "student")
+        context.quarantine.write(str(local / "quarantine.parquet"))
+        folder.put(local / "quarantine.parquet")
+        report = _report(context, made, result, local)
+        folder.put(report)
+    folder.write_json("result.json", result)
+    _log(context, made, result, folder, student, example)
+    folder.delete("running.json")
+    return result
+
+
+def write_trial(context: Context, made: Made, begun: float) -> dict[str, Any]:
+    """Write and log what a trial found: ``result.json`` with what validation says and what it cost."""
+    folder = context.store.run(context.run_id)
+    result = {**build(context, made, folder), "wall_seconds": round(time.time() - begun, 2)}
+    folder.write_json("result.json", result)
+    context.tracker.final(stable_metrics(result))
+    folder.delete("running.json")
+    return result
+
+
+def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
+    """``result.json``: see the README for its keys. A trial has none of the test split."""
+    recipe = context.recipe
+    metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "run_id": context.run_id,
+        "folder": folder.uri,
+        "task": recipe.task.name or recipe.task.data,
+        "objective": recipe.objective.name,
+        "student": recipe.student.name,
+        "teacher": recipe.teacher.name if made.adapt else None,
+        "seed": recipe.seed,
+        "label_budget": len(context.task.train),
+        "metric": {"name": context.metric, "val": best_validation(made.student.manifest, context.metric)},
+        "cost": context.ledger.summary(),
+        "stages": context.ledger.stages(),
+        "data": {
+            "read": context.read,
+            "quarantined": context.quarantine.images(),
+            "reasons": dict(Counter(bad.reason for bad in context.quarantine)),
+            "quarantine_list": folder.file("quarantine.parquet"),
+        },
+        "mlflow": context.tracker.info(),
+        "versions": versions(),
+        "device": dict(context.ledger.device),
+        "cluster": {
+            "workers": recipe.cluster.workers,
+            "cpus": context.plan.total_cpus,
+            "gpus": context.plan.total_gpus,
+        },
+    }
+    if metrics:
+        student = metrics["student"]
+        found["metric"] |= {
+            "test": student[context.metric],
+            **{k: v for k, v in student.items() if k not in ("per_class", "n")},
+            "per_class": student["per_class"],
+            "test_images": student["n"],
+        }
+    tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
+    if made.adapt:
+        adapted = made.adapt.manifest
+        found["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
+    if made.floor:
+        floor = best_validation(made.floor.manifest, context.metric)
+        found["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
+    if made.curate:
+        found["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
+    return found
+
+
+def transfer_set(recipe: Recipe, curated: dict[str, Any], folder: Dir) -> dict[str, Any]:
+    """What ``result.json`` says of the transfer set, from CURATE's manifest; ``folder`` holds its list."""
+    part = recipe.transfer
+    return {
+        "source": part.source,
+        "strategy": part.strategy,
+        "size": part.size,
+        "kept": curated["kept"],
+        "dropped": curated["dropped"],
+        "path": folder.file("transfer.parquet"),
+    }
+
+
+def best_validation(manifest: dict[str, Any], metric: str) -> float:
+    """The metric on validation of the weights that a stage kept."""
+    name = f"val_{metric}"
+    curve = [row for row in manifest["curve"] if name in row]
+    kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
+    return float(kept[-1][name])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ktray and the libraries that decide a result."""
+    from ktray import __version__
+
+    found = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:
+    spec = student_spec(context, made.student.stage)
+    model, preprocess = spec.build(Env(torch.device("cpu"), 0, 1, 1.0), 0)
+    student = spec.make(bare=True)
+    student.model.load_state_dict(model.state_dict())
+    student.eval()
+    if isinstance(student, DenseStudent):
+        save_dense_student(student, folder, context.task.classes)
+    else:
+        save_student(student, folder, context.task.classes)
+    example = np.zeros((2, 3, *preprocess.size), np.float32)
+    return student.model, example
+
+
+def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) -> Path:
+    classes = context.task.classes
+    assert made.evaluate is not None  # a trial has no report
+    if context.recipe.task.kind == "segmentation":
+        from ktray.pipeline.worst_masks import worst_masks
+
+        confusion = dense.confusion(made.evaluate.stage, len(classes))
+        worst = worst_masks(context, made)
+    else:
+        confusion, worst = _worst_errors(context, evaluate.load(made.evaluate.stage))
+    curves = {
+        name: done.manifest["curve"]
+        for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
+        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not made.transfer)
+    }
+    sheet = None
+    if made.curate and made.curate.stage.exists("contact_sheet.png"):
+        sheet = folder / "contact_sheet.png"
+        sheet.write_bytes(made.curate.stage.read("contact_sheet.png"))
+    return write_report(
+        folder,
+        {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
+        curves=curves,
+        confusion=confusion,
+        classes=classes,
+        contact_sheet=sheet,
+        worst=worst,
+    )
+
+
+def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstError]]:
+    """The confusion matrix, and the errors that the student was surest of."""
+    logits, labels = rows["student"], rows["label"].astype(np.int64)
+    probability = softmax(logits)
+    predicted = probability.argmax(1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
+    worst = []
+    uris = [str(rows["uri"][i]) for i in wrong]
+    for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
+        try:
+            image = decode_image(uri, data, error, max_pixels=context.recipe.data.max_pixels)
+        except BadImage:
+            continue
+        names = context.task.classes
+        confidence = float(probability[i, predicted[i]])
+        worst.append(WorstError(image, names[labels[i]], names[predicted[i]], confidence, uri))
+    return confusion_matrix(predicted, labels, len(context.task.classes)), worst
+
+
+def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:
+    tracker = context.tracker
+    tracker.final(stable_metrics(result))
+    for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):
+        tracker.stored(folder, name)
+    tracker.stored(folder, "student", "student_files")
+    if made.curate:
+        for name in ("contact_sheet.png", "transfer.parquet"):
+            if made.curate.stage.exists(name):
+                tracker.stored(made.curate.stage, name)
+    tracker.log_student(student, example)

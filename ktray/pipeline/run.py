@@ -1,0 +1,349 @@
+"""The seven stages in order, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from ktray.accounting.device import describe_device
+from ktray.accounting.ledger import Ledger, gpu_joules
+from ktray.data.preprocess import Preprocess
+from ktray.distributed.allocation import Plan, cluster_plan, connect, others
+from ktray.distributed.autoscale import gathered
+from ktray.distributed.doctor.run import require
+from ktray.distributed.watchdog import limited
+from ktray.errors import KtrayError
+from ktray.models.features import map_shape
+from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
+from ktray.models.teacher.teacher import TeacherSource
+from ktray.objectives import build_objective
+from ktray.pipeline import results
+from ktray.pipeline.phases import needs_teacher, phases, taught
+from ktray.pipeline.resolve import Resolved, index_alone, resolve, resolve_gallery
+from ktray.pipeline.run_folder import open_run
+from ktray.recipe.schema import Recipe, digest, dump
+from ktray.stages import finetune, labels, transfer
+from ktray.stages.adapt import stage as adapt
+from ktray.stages.base import Context, Done
+from ktray.stages.curate import stage as curate
+from ktray.stages.evaluate import stage as evaluate
+from ktray.stages.index import stage as index
+from ktray.stages.teach import stage as teach
+from ktray.storage.store import Store
+from ktray.tracking.tags import run_tags
+from ktray.tracking.tracker import Tracker, catch_up
+
+FLOOR = "scratch"
+
+
+@dataclass
+class Made:
+    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial."""
+
+    labels: Done
+    evaluate: Done | None
+    student: Done
+    adapt: Done | None = None
+    index: Done | None = None
+    curate: Done | None = None
+    teach: teach.Lesson | None = None
+    transfer: Done | None = None
+    floor: Done | None = None
+
+
+def run(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool = False,
+    plan: Plan | None = None,
+    tags: Mapping[str, str] | None = None,
+    trial: bool = False,
+    limit: Callable[[Ledger], None] | None = None,
+) -> dict[str, Any]:
+    """Run a recipe to its end; returns the content of ``result.json``.
+
+    An unfinished run of the same recipe is continued under its id; a finished one is left alone and a new run
+    reuses its stages.
+
+    Args:
+        plan: the part of the cluster to use; None: all of it.
+        tags: of the MLflow run, beside its own.
+        trial: one of several runs of which validation will choose. The test split is not read, and no student, report
+            or model is left; a later run of the same recipe reuses all stages.
+        limit: gets the run's accounts, about every second; what it raises ends the run, with what it cost in the
+            ledger.
+    """
+    begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        with limited(None if limit is None else partial(limit, context.ledger)):
+            made = stages(context, trial)
+        return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
+
+    return _logged(recipe, say, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
+
+
+def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """The transfer set of a recipe and nothing after it; returns the content of ``result.json``. A later run of the
+    recipe reuses it. Of a way that has several phases it is the last one's set.
+
+    Raises:
+        KtrayError: the recipe has no transfer set.
+    """
+    from ktray.pipeline import results_transfer_set
+
+    if recipe.objective.name == "scratch":
+        raise KtrayError("objective.name=scratch has no transfer set", "Choose another objective.")
+    begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        name, phase = phases(context.recipe)[-1]
+        made = _curate(replace(context, recipe=phase, phase=name, read=0))
+        return results_transfer_set.write(context, made.curate, begun)
+
+    return _logged(recipe, say, debug, None, {"job": "curate"}, work)
+
+
+def index_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+    """The gallery's index and nothing after it; returns the content of ``result.json``. Runs with the same gallery,
+    teacher and crops search it."""
+    from ktray.pipeline import results_transfer_set
+
+    begun = time.time()
+
+    def work(context: Context) -> dict[str, Any]:
+        t = context.recipe.teacher
+        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
+        return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
+
+    return _logged(recipe, say, debug, None, {"job": "index"}, work, resolve_gallery)
+
+
+def _logged(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool,
+    plan: Plan | None,
+    tags: Mapping[str, str],
+    work: Callable[[Context], dict[str, Any]],
+    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved] = resolve,
+) -> dict[str, Any]:
+    """Work in a run's folder, logged to MLflow whatever comes of it."""
+    Store(recipe.store).check_writable()
+    connect(debug)
+    if plan is not None:
+        return _planned(recipe, say, plan, tags, work, settle)
+    with gathered(recipe.cluster, say):
+        require(recipe, say)
+        plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+        if hint := others(recipe.cluster.jobs):
+            say(f"cluster   {hint}")
+        return _planned(recipe, say, plan, tags, work, settle)
+
+
+def _planned(
+    recipe: Recipe,
+    say: Callable[[str], None],
+    plan: Plan,
+    tags: Mapping[str, str],
+    work: Callable[[Context], dict[str, Any]],
+    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved],
+) -> dict[str, Any]:
+    store = Store(recipe.store)
+    say(plan.line)
+    found = settle(recipe, plan, say)
+    for reason in found.reasons:
+        say(f"recipe    {reason}")
+    with contextlib.ExitStack() as until:
+        context = _open(store, found, plan, say, tags, until)
+        status = "FAILED"
+        try:
+            result = work(context)
+            status = "FINISHED"
+            return result
+        finally:
+            context.tracker.finish(status)
+            pending = context.tracker.close(timeout=60)
+            if pending:
+                say(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
+            else:
+                home = local_home(store)
+                catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
+
+
+def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
+    """For a plan: by the name in the ledger, whether the store holds the stage whole. Runs and writes nothing."""
+    device = describe_device()
+    silent = cast(Tracker, None)  # no stage is run, so nothing is logged
+    context = _context(store, found, plan, lambda text: None, Ledger(device), silent, "plan")
+    context.planned = {}
+    stages(context)
+    return context.planned
+
+
+def _open(
+    store: Store,
+    found: Resolved,
+    plan: Plan,
+    say: Callable[[str], None],
+    tags: Mapping[str, str],
+    until: contextlib.ExitStack,
+) -> Context:
+    recipe = found.recipe
+    text = dump(recipe)
+    same = digest(text, found.fingerprint, tags.get("job"))
+    run_id, folder = open_run(store, same, _title(recipe, tags), say, until)
+    folder.write("recipe.yaml", text.encode())
+    local = local_home(store)
+    tracker = Tracker(
+        recipe.mlflow.uri,
+        recipe.mlflow.experiment,
+        local / "runs" / run_id / "log.jsonl",
+        local / "runs" / run_id / "mlflow.json",
+        local,
+    )
+    flat = {k: v for k, v in _flat(recipe.model_dump(mode="json")).items() if v is not None}
+    tracker.start(
+        run_id,
+        params=flat,
+        tags=run_tags(
+            recipe.mlflow,
+            {"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
+        ),
+    )
+    say(f"run       {folder.uri}")
+    ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
+    return _context(store, found, plan, say, ledger, tracker, run_id)
+
+
+def _context(
+    store: Store,
+    found: Resolved,
+    plan: Plan,
+    say: Callable[[str], None],
+    ledger: Ledger,
+    tracker: Tracker,
+    run_id: str,
+) -> Context:
+    return Context(
+        recipe=found.recipe,
+        store=store,
+        plan=plan,
+        ledger=ledger,
+        tracker=tracker,
+        task=found.task,
+        class_names=found.class_names,
+        prompts=found.prompts,
+        fingerprint=found.fingerprint,
+        canvas=found.canvas,
+        run_id=run_id,
+        say=say,
+        metric=str(found.recipe.task.metric),
+        source=found.source,
+    )
+
+
+def local_home(store: Store) -> Path:
+    """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` beside S3."""
+    return Path(store.path) if store.is_local else Path("ktray-store").absolute()
+
+
+def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
+    if tags.get("job") == "index":
+        return "index"
+    task = recipe.task.name or Path(str(recipe.task.data)).stem
+    return f"{''.join(c if c.isalnum() else '-' for c in task)[:24]}-{recipe.objective.name}"
+
+
+def stages(context: Context, trial: bool = False) -> Made:
+    """Run the stages, each reused where it is whole; those of a trial without EVALUATE."""
+    recipe, size = context.recipe, int(context.recipe.image_size or 0)
+    student = transfer.student_spec(context).make()
+    for warning in student.warnings:
+        context.say(f"student   {warning}")
+    if recipe.objective.name == "scratch":
+        decoded = labels.run(context, student.preprocess)
+        done = finetune.run_scratch(context, decoded, booked="finetune")
+        models = {"student": (transfer.student_spec(context, done.stage), done.key)}
+        return Made(decoded, None if trial else evaluate.run(context, models, None), done)
+    start: Pretrained | None = None
+    for name, phase in phases(recipe):
+        inner = replace(context, recipe=phase, phase=name, read=0)
+        reads_map = build_objective(phase.objective).reads == "map"
+        start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
+        context.read += inner.read
+    assert start is not None  # there is at least one phase
+    decoded, moved = start.labels, start.transfer
+    tuned = finetune.run(context, moved, start.teach, decoded) if recipe.finetune.steps else moved
+    models = {"student": (transfer.student_spec(context, tuned.stage), tuned.key)}
+    floor = None
+    if recipe.baselines.scratch:
+        floor = finetune.run_scratch(context, decoded, booked=FLOOR)
+        models[FLOOR] = (transfer.student_spec(context, floor.stage), floor.key)
+    judged = (start.spec, start.adapt.key) if start.adapt and start.spec else None
+    scored = None if trial else evaluate.run(context, models, judged)
+    return Made(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
+
+
+@dataclass
+class Pretrained:
+    """The stages of one phase of pretraining."""
+
+    labels: Done
+    adapt: Done | None
+    spec: AdaptedSpec | None
+    index: Done | None
+    curate: Done
+    teach: teach.Lesson
+    transfer: Done
+
+
+@dataclass
+class Curated:
+    """The stages up to the transfer set; ``spec`` is the adapted teacher."""
+
+    adapt: Done | None
+    spec: AdaptedSpec | None
+    index: Done | None
+    curate: Done
+
+
+def _curate(context: Context) -> Curated:
+    recipe, t = context.recipe, context.recipe.teacher
+    spec = adapted = model = indexed = None
+    if needs_teacher(recipe):
+        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
+        adapted = adapt.run(context, spec, recipe.cluster.max_failures)
+        model = adapt.adapted(context, adapted, spec)
+    # A random draw asks the teacher for nothing.
+    encoder = spec if recipe.transfer.source in ("retrieved", "list") or index_alone(recipe) else None
+    if context.source is not None:
+        indexed = index.run_labelled(context, context.source)
+    elif recipe.transfer.source in ("generic", "retrieved", "list"):
+        indexed = index.run(context, encoder)
+    return Curated(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
+
+
+def _pretrain(context: Context, student: Preprocess, map_side: int, start: Pretrained | None) -> Pretrained:
+    known = _curate(context)
+    by_teacher = (known.adapt, known.spec) if taught(context.recipe) else (None, None)
+    targets = teach.run(context, known.curate, *by_teacher, student, map_side)
+    decoded = labels.run(context, student)
+    moved = transfer.run(context, targets, decoded, start.transfer if start else None)
+    return Pretrained(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item and key not in ("kwargs",):
+            out.update(_flat(item, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = json.dumps(item) if isinstance(item, dict | list) else item
+    return out

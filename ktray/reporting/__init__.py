@@ -1,0 +1,1 @@
+"""Reports, plots, units, progress lines."""

@@ -1,0 +1,352 @@
+"""What a run says at its end: the closing table for the terminal, and ``report.html``, one page without a network.
+
+Both read ``result.json`` (schema 1) and show the parts that are there: a job that trains no student has no
+accuracy section. Beside that schema they read ``scratch_metric`` (as ``teacher_metric``: ``val``, ``test``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.parquet as pq
+from markupsafe import Markup
+from PIL import Image
+
+from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
+
+# Above this a matrix is no longer legible, and above the second its numbers are not.
+_MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
+_PAIRS = 12
+_LISTED = 20
+_PICTURE_PIXELS = 192
+_METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
+
+
+@dataclass(frozen=True)
+class WorstError:
+    """A test image that the student got wrong: uint8 (H, W, 3), names, its confidence 0..1, and where it is."""
+
+    image: np.ndarray
+    true: str
+    predicted: str
+    confidence: float
+    uri: str
+
+
+def write_report(
+    run_dir: Path,
+    result: dict[str, Any],
+    *,
+    curves: Mapping[str, Sequence[dict[str, Any]]],
+    confusion: np.ndarray | None,
+    classes: Sequence[str],
+    contact_sheet: Path | None,
+    worst: Sequence[WorstError],
+    comparisons: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """Write ``report.html`` into the run folder; it holds its images and styles, and loads nothing.
+
+    Args:
+        run_dir: the run folder; its ``recipe.yaml``, if there, is shown.
+        result: what ``result.json`` holds.
+        curves: by training stage, rows as `ktray.reporting.plots.curves_svg` takes them.
+        confusion: (C, C) counts on test, rows are true classes.
+        classes: C names.
+        contact_sheet: PNG of the curate stage.
+        worst: errors, worst first.
+        comparisons: more rows for the accuracy table and the cost plot, each ``name`` and, where known, ``val``,
+            ``test`` (fractions) and ``flops``; a name that the result knows too replaces its row.
+
+    Returns:
+        The page's path.
+    """
+    metric = metric_label(result)
+    rows = accuracy_rows(result, comparisons)
+    points = [CostPoint(r["name"], r["flops"] or 0, r["test"]) for r in rows if r["test"] is not None]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters |= {
+        "flops": flops,
+        "seconds": seconds,
+        "usd": usd,
+        "percent": percent,
+        "count": count,
+        "size": size,
+    }
+    template = environment.from_string(resources.files("ktray.reporting").joinpath("report.html").read_text("utf-8"))
+    recipe = run_dir / "recipe.yaml"
+    page = template.render(
+        r=result,
+        metric=metric,
+        metric_name=str((result.get("metric") or {}).get("name")),
+        cost=result.get("cost") or {},
+        tiles=_tiles(result, rows, metric),
+        stages=result.get("stages") or [],
+        total=_total(result),
+        accuracy=rows,
+        curves=[
+            (name, Markup(svg))
+            for i, (name, points_) in enumerate(curves.items())
+            if (svg := curves_svg(name, points_, f"curve{i}", metric))
+        ],
+        cost_plot=Markup(cost_svg(points, "cost", metric)),
+        matrix=_matrix(confusion, classes),
+        pairs=_confused(confusion, classes),
+        classes=list(classes),
+        sheet=_data_uri(contact_sheet.read_bytes()) if contact_sheet and contact_sheet.exists() else None,
+        worst=[(w, *_picture(w.image)) for w in worst],
+        data=_data(run_dir, result.get("data") or {}),
+        transfer=result.get("transfer_set") or {},
+        facts=[(k, _texts(result.get(k))) for k in ("versions", "device", "mlflow") if result.get(k)],
+        recipe=recipe.read_text("utf-8") if recipe.exists() else "",
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def closing_table(result: dict[str, Any]) -> str:
+    """Stages with what they took, and the accuracies, as text for a terminal."""
+    rows = [["stage", "cached", "time", "compute", "money"]]
+    for stage in result.get("stages") or []:
+        cached = "yes" if stage.get("cached") else "no"
+        if stage.get("attempts", 1) > 1:
+            cached += f" ({stage['attempts']} attempts)"
+        rows.append(
+            [
+                stage["name"],
+                cached,
+                seconds(stage.get("wall_seconds")),
+                flops(stage.get("flops")),
+                usd(stage.get("usd")),
+            ]
+        )
+    total = _total(result)
+    rows.append(["total", "", seconds(total["wall_seconds"]), flops(total["flops"]), usd(total["usd"])])
+    text = aligned(rows, words=2, rules=(1, len(rows) - 1))
+    accuracy = accuracy_rows(result)
+    if accuracy:
+        table = [[metric_label(result), "validation", "test"]]
+        table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
+        text += "\n\n" + aligned(table, words=1, rules=(1,))
+    for line in advice(result):
+        text += f"\n\n{line}"
+    return text
+
+
+def advice(result: dict[str, Any]) -> list[str]:
+    """What validation says against this run, if it does, as sentences. The test split is not asked."""
+    values = [(result.get(key) or {}).get("val") for key in ("metric", "scratch_metric", "teacher_metric")]
+    student, scratch, teacher = values
+    if student is None or scratch is None or scratch <= student:
+        return []
+    why = "its teacher knows the task less well than the labels tell it" if teacher and teacher < scratch else ""
+    text = f"note: on validation the student from scratch ({percent(scratch)}) beats the distilled one"
+    text += f" ({percent(student)}){': ' + why if why else ''}."
+    return [
+        text + " Try another teacher.name, teacher.adapt=finetune or more finetune.steps, or objective.name=scratch."
+    ]
+
+
+def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """``name``, ``val``, ``test``, ``flops`` of teacher, scratch, comparisons and student, None where unknown.
+
+    FLOPs are those of everything that led to the model, also of stages that this run found in the store.
+    """
+    cost = result.get("cost") or {}
+    scratch = ((cost.get("baselines") or {}).get("scratch") or {}).get("flops")
+    student = (cost.get("without_cache") or {}).get("flops") or (cost.get("flops") or {}).get("total")
+    found = [
+        ("teacher", result.get("teacher_metric"), None),
+        ("scratch", result.get("scratch_metric"), scratch),
+        ("student", result.get("metric"), student),
+    ]
+    rows = {
+        name: {"name": name, "val": m.get("val"), "test": m.get("test"), "flops": m.get("flops", spent)}
+        for name, m, spent in found
+        if m
+    }
+    last = rows.pop("student", None)
+    for row in comparisons:
+        rows[row["name"]] = {"name": row["name"], **{k: row.get(k) for k in ("val", "test", "flops")}}
+    if last:
+        rows.setdefault("student", last)
+    return list(rows.values())
+
+
+def metric_label(result: dict[str, Any]) -> str:
+    """What the accuracy numbers of a result are, in words."""
+    name = (result.get("metric") or {}).get("name") or "top1"
+    return _METRICS.get(name, name)
+
+
+def flops(value: float | None) -> str:
+    """``1.2 TFLOP``; an en dash for None."""
+    return "–" if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"), "FLOP")
+
+
+def size(value: float | None) -> str:
+    """Bytes as ``1.2 GB`` (powers of 1000)."""
+    return "–" if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"), "B")
+
+
+def seconds(value: float | None) -> str:
+    """``0.4 s``, ``35 s``, ``4.2 min``, ``1.3 h``, ``2.5 d``."""
+    if value is None:
+        return "–"
+    if value < 9.95:
+        return f"{value:.1f} s"
+    for limit, divisor, unit in ((119.5, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if value < limit:
+            return f"{value / divisor:.0f} {unit}" if divisor == 1 else f"{value / divisor:.1f} {unit}"
+    return f"{value / 86400:.1f} d"
+
+
+def usd(value: float | None) -> str:
+    """``$12.50``, and below a dollar two digits that count: ``$0.0004``."""
+    if value is None:
+        return "–"
+    if value <= 0:
+        return "$0"
+    digits = 2 if value >= 0.1 else min(9, 1 - math.floor(math.log10(value)))
+    text = f"{value:,.{digits}f}"
+    return "$" + (text.rstrip("0") if digits > 2 else text)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _scaled(value: float, base: int, prefixes: Sequence[str], unit: str) -> str:
+    step = 0
+    while abs(value) >= base * 0.9995 and step < len(prefixes) - 1:
+        value /= base
+        step += 1
+    return f"{value:.3g} {prefixes[step]}{unit}"
+
+
+def aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
+    """Columns as wide as their widest cell, the first ``words`` flush left, the others right; rules above rows."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        if number in rules:
+            lines.append("  ".join("-" * width for width in widths))
+        cells = [
+            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _total(result: dict[str, Any]) -> dict[str, Any]:
+    cost = result.get("cost") or {}
+    return {
+        "wall_seconds": cost.get("wall_seconds"),
+        "flops": (cost.get("flops") or {}).get("total"),
+        "device_seconds": (cost.get("device_seconds") or {}).get("total"),
+        "usd": cost.get("usd"),
+    }
+
+
+def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) -> list[tuple[str, str, str]]:
+    """(label, value, note) of the numbers that one looks for first."""
+    tests = {row["name"]: row["test"] for row in rows if row["test"] is not None}
+    tiles = []
+    if "student" in tests:
+        notes = [
+            f"{100 * (tests['student'] - tests[other]):+.1f} points against {other}".replace("-", "−")
+            for other in ("scratch", "teacher")
+            if other in tests
+        ]
+        tiles.append((f"student, test {metric}", percent(tests["student"]), " · ".join(notes)))
+    total, worth = _total(result), (result.get("cost") or {}).get("without_cache") or {}
+    for label, key, show in (("compute spent", "flops", flops), ("money spent", "usd", usd)):
+        if total[key] is not None:
+            spent, alone = show(total[key]), show(worth.get(key))
+            tiles.append((label, spent, f"{alone} without reuse" if alone not in ("–", spent) else ""))
+    if total["wall_seconds"] is not None:
+        device = total["device_seconds"]
+        note = f"{seconds(device)} of device time" if device is not None else ""
+        tiles.append(("time in stages", seconds(total["wall_seconds"]), note))
+    return tiles
+
+
+def _matrix(confusion: np.ndarray | None, classes: Sequence[str]) -> dict[str, Any] | None:
+    """Cells as (count, shade 0..1 of the row's share), None above the number of classes that is legible."""
+    if confusion is None or not 0 < len(classes) <= _MATRIX_CLASSES:
+        return None
+    share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    rows = [
+        (name, [(int(n), round(float(s), 3)) for n, s in zip(counts, shares, strict=True)])
+        for name, counts, shares in zip(classes, confusion, share, strict=True)
+    ]
+    return {"rows": rows, "numbered": len(classes) <= _NUMBERED_CLASSES}
+
+
+def _confused(confusion: np.ndarray | None, classes: Sequence[str]) -> list[tuple[str, str, int, float]]:
+    """(true, predicted, count, share of the true class) of the pairs that are mixed up most."""
+    if confusion is None:
+        return []
+    wrong = np.array(confusion)
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[: _PAIRS if len(classes) <= _MATRIX_CLASSES else 3 * _PAIRS]
+    pairs = [(*np.unravel_index(i, wrong.shape), int(wrong.flat[i])) for i in order.tolist() if wrong.flat[i]]
+    return [(classes[t], classes[p], n, n / int(confusion[t].sum())) for t, p, n in pairs]
+
+
+def _data(run_dir: Path, data: dict[str, Any]) -> dict[str, Any]:
+    rows = _quarantined(run_dir, data.get("quarantine_list"))
+    reasons = Counter(reason for _, reason in rows)
+    return {**data, "reasons": reasons.most_common(), "rows": rows[:_LISTED], "more": max(0, len(rows) - _LISTED)}
+
+
+def _quarantined(run_dir: Path, listed: str | None) -> list[tuple[str, str]]:
+    """(uri, reason) of a quarantine list that lies on this machine; empty for one that does not."""
+    path = run_dir / (listed or "")
+    if not listed or not path.is_file():
+        return []
+    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else json.loads(path.read_text("utf-8"))
+    return [(str(row["uri"]), str(row["reason"])) for row in rows]
+
+
+def _picture(image: np.ndarray) -> tuple[str, bool]:
+    """A data URI, and whether the image is so small that its pixels should stay visible."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
+    return _data_uri(out.getvalue()), max(picture.size) < 100
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _texts(value: Any) -> list[tuple[str, str]]:
+    return [(name, "–" if leaf is None else str(leaf)) for name, leaf in flat(value)]
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings and lists as rows of a dotted name and what stands there."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return [(prefix, value)]
+    return [row for key, part in items for row in flat(part, f"{prefix}.{key}" if prefix else str(key))]

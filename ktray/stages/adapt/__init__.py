@@ -1,0 +1,1 @@
+"""ADAPT: teach the task to the teacher."""

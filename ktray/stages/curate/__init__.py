@@ -1,0 +1,1 @@
+"""CURATE: choose the transfer set."""

@@ -1,0 +1,121 @@
+"""Images that are compared with the gallery: held-out ones, which must not come in, and crops of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.distributed.ray_data import Item, cpu_shards, map_shards
+from ktray.errors import BadImage
+from ktray.models.teacher.spec import TeacherSpec, tower_flops
+from ktray.retrieval.heldout_duplicates import fingerprint_heldout
+from ktray.stages.base import Context, Reporter, finish_shard, finished_shards, resumed
+from ktray.stages.index.stage import unit_embedding
+from ktray.stages.labels import SHARD
+from ktray.storage.columns import Rows, read_rows, write_rows
+from ktray.storage.store import Stage
+
+
+def heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
+    """``uri``, ``hash`` (several each), ``digest`` and with a teacher ``embedding`` of validation and test images;
+    nothing else of them is looked at.
+
+    With a teacher each image has two rows, its own and its mirror image's: few encoders take the two for alike.
+    """
+    uris = [e.uri for e in [*context.task.val, *context.task.test]]
+    prepare = _Heldout(spec.preprocess if spec else None, context.recipe.data.max_pixels)
+    return embed_images(context, Stage(stage.file("heldout")), uris, prepare, spec, reporter)
+
+
+def embed_images(
+    context: Context,
+    folder: Stage,
+    uris: list[str],
+    prepare: Callable[[Item], Rows],
+    spec: TeacherSpec | None,
+    reporter: Reporter,
+) -> Rows:
+    """What ``prepare`` makes of the images, with ``embedding`` in place of ``pixels``; kept by shard in ``folder``."""
+    items = [
+        {"name": f"images-{i // SHARD:05d}.parquet", "uris": uris[i : i + SHARD]} for i in range(0, len(uris), SHARD)
+    ]
+    finished = finished_shards(folder)
+    reporter.done = 0  # of these images; there may have been others before
+    reporter.expect(len(uris))
+    reporter.shards({**resumed(s), "bad": []} for s in finished.values())
+    todo = [i for i in items if i["name"] not in finished]
+    reporter.shards(
+        map_shards(todo, prepare, _MakeEmbedder(folder, spec), context.plan)
+        if spec
+        else cpu_shards(todo, _Write(folder, prepare), context.plan)
+    )
+    reporter.read = 0  # counted where they are used
+    shards = [read_rows(folder, str(item["name"])) for item in items]
+    return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
+
+
+@dataclass(frozen=True)
+class _Heldout:
+    preprocess: Preprocess | None
+    max_pixels: int
+
+    def __call__(self, item: Item) -> Rows:
+        uris, images = [], []
+        for uri, data, error in fetch(item["uris"]):
+            # A held-out image that cannot be decoded cannot leak; EVALUATE quarantines it.
+            try:
+                images.append(decode_image(uri, data, error, max_pixels=self.max_pixels))
+                uris.append(uri)
+            except BadImage:
+                continue
+        prints = fingerprint_heldout(images)
+        found = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
+        if not self.preprocess:
+            return found
+        mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+        pixels = [self.preprocess.eval_transform(image) for image in [*images, *mirrored]]
+        twice = {name: np.concatenate([column, column]) for name, column in found.items()}
+        twice["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
+        return twice
+
+
+@dataclass(frozen=True)
+class _Write:
+    folder: Stage
+    prepare: Callable[[Item], Rows]
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        return _finish(self.folder, item, self.prepare(item), 0.0)
+
+
+class _Embedder:
+    def __init__(self, plan: _MakeEmbedder) -> None:
+        assert plan.spec is not None
+        self.plan, self.model = plan, plan.spec.tower()
+        self.flops = tower_flops(self.model)
+
+    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
+        columns["embedding"] = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
+        return _finish(self.plan.folder, item, columns, self.flops)
+
+
+@dataclass(frozen=True)
+class _MakeEmbedder:
+    folder: Stage
+    spec: TeacherSpec | None
+    batch: int = 256
+
+    def __call__(self) -> _Embedder:
+        return _Embedder(self)
+
+
+def _finish(folder: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
+    write_rows(folder, item["name"], columns)
+    rows = len(columns["uri"])
+    summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "images": rows, "flops": flops * rows}
+    return finish_shard(folder, item["name"], summary)

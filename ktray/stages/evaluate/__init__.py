@@ -1,0 +1,1 @@
+"""EVALUATE: score the models on validation and test."""

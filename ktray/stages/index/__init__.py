@@ -1,0 +1,1 @@
+"""INDEX: embed the gallery."""

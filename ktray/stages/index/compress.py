@@ -1,0 +1,81 @@
+"""The compressed index of a gallery: when there is one, what it is made of, and what is found with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktray.distributed.allocation import Plan
+from ktray.errors import KtrayError
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import digest
+from ktray.retrieval import faiss_index
+from ktray.retrieval.search import Hits
+from ktray.stages.base import Context
+from ktray.stages.index.gallery import Gallery, exact
+
+# Above this, one pass over the embeddings takes longer than all else that is done with them.
+EXACT_ROWS = 100_000_000
+
+
+def wanted(context: Context, rows: int) -> bool:
+    """Whether the recipe searches a gallery of so many rows compressed."""
+    kind = context.recipe.gallery.search
+    return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
+
+
+def compress(part: recipes.Gallery, gallery: Gallery, plan: Plan, say: faiss_index.Say) -> dict[str, Any]:
+    """Build what is missing; returns the manifest's entry (`ktray.retrieval.faiss_index.Compressed`).
+
+    Raises:
+        KtrayError: the index does not lie in a folder that can be mapped into memory.
+    """
+    if not gallery.folder.is_local:
+        raise KtrayError(
+            f"gallery.search=compressed maps its index into memory, and '{gallery.folder.uri}' is not a local folder",
+            "Set gallery.index to a folder that all nodes see, or gallery.search=exact.",
+        )
+    read = vectors(gallery)
+    dimensions = read(np.zeros(1, np.int64)).shape[1]
+    factory = part.factory or faiss_index.choose_factory(gallery.total, dimensions, part.search_gb * 1e9)
+    home = _home(gallery, factory)
+    pieces = gallery.blocks()
+    blocks = [(digest([p.name for p in piece.parts]), sum(p.rows for p in piece.parts)) for piece in pieces]
+    key = digest(blocks)
+    known = faiss_index.saved(home)
+    if known is not None and known.key == key:
+        return asdict(known)
+    rng = np.random.default_rng(0)
+
+    def sample(count: int) -> np.ndarray:
+        count = min(faiss_index.sample_size(count, dimensions), gallery.total)
+        return read(np.sort(rng.choice(gallery.total, count, replace=False)))
+
+    index, trained_on = faiss_index.build(home, blocks, lambda number: pieces[number].embedding(), sample, factory, say)
+    queries = sample(faiss_index.SAMPLE)
+    truth: Callable[[int], Hits] = lambda k: exact(queries, gallery, k, plan)  # noqa: E731
+    probes, recall = faiss_index.measured(index, queries, truth, read, part.recall)
+    made = faiss_index.Compressed(factory, gallery.total, trained_on, probes, recall, key)
+    faiss_index.save(home, made)
+    found = ", ".join(f"{share:.1%} at {k}" for k, share in recall.items())
+    say(f"search    {factory}, {probes} cells a query: recall {found}")
+    return asdict(made)
+
+
+def nearest(found: dict[str, Any], gallery: Gallery) -> Callable[[np.ndarray, int], Hits]:
+    """(queries, k) to hits by the compressed index of a manifest."""
+    index, read = faiss_index.load(_home(gallery, found["factory"])), vectors(gallery)
+    return lambda queries, k: faiss_index.search(index, queries, k, int(found["probes"]), read)
+
+
+def _home(gallery: Gallery, factory: str) -> Path:
+    return Path(gallery.folder.path) / "search" / digest(factory)
+
+
+def vectors(gallery: Gallery) -> Callable[[np.ndarray], np.ndarray]:
+    """Gallery rows to their (n, D) float32 embeddings."""
+    return lambda rows: np.stack(gallery.take("embedding", rows)).astype(np.float32)

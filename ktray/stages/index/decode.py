@@ -1,0 +1,110 @@
+"""The reading half of INDEX: a gallery shard to pieces of pixels and fingerprints, each as much as memory bears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.clip_retrieval import read_records, read_vectors
+from ktray.data.sources.fetch import decode_image, fetch, read_shard
+from ktray.data.sources.listing import Shard
+from ktray.data.sources.records import Record
+from ktray.data.sources.uris import ImageRef
+from ktray.distributed.ray_data import Item
+from ktray.errors import BadImage
+from ktray.retrieval.crops import Crops
+from ktray.retrieval.heldout_duplicates import Small, fingerprint_small, shrink
+from ktray.storage.columns import Rows
+
+# Pixels that go to the device at once, in bytes. Ray Data's own blocks are of this size; some copies of it are alive.
+PIECE_BYTES = 128_000_000
+# Of embeddings that others have made, how many of a piece come with pixels, to be compared with the teacher's own.
+CHECKED = 4
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
+
+    shards: list[Shard]
+    preprocess: Preprocess | None
+    crops: Crops
+    max_pixels: int
+
+    def __call__(self, item: Item) -> Iterator[Rows]:
+        # Without an encoder only fingerprints are kept, and pixels no longer than until they are made.
+        image_bytes = 3 * int(np.prod(self.preprocess.size)) if self.preprocess else 3 * 256**2
+        most = max(1, PIECE_BYTES // image_bytes)
+        piece = _Piece(self.preprocess)
+        for record, vector in self._records(item):
+            uri = record.uri
+            try:
+                image = decode_image(uri, record.data, record.error, max_pixels=self.max_pixels)
+            except BadImage as reason:
+                piece.read += 1
+                piece.bad.append((uri, reason.reason))
+                continue
+            boxes = self.crops.boxes(uri, *image.shape[:2])
+            if piece.uris and len(piece.uris) + 1 + len(boxes) > most:
+                yield piece.columns()
+                piece = _Piece(self.preprocess)
+            piece.read += 1
+            piece.add(uri, record.caption, image, vector)
+            for box in boxes:
+                left, top, width, height = box
+                cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+                piece.add(str(ImageRef.parse(uri).crop(box)), record.caption, cut)
+        yield piece.columns()
+
+    def _records(self, item: Item) -> Iterator[tuple[Record, np.ndarray | None]]:
+        """Images, and the embedding of those that have one."""
+        if "shard" not in item:
+            yield from ((Record(uri, data, error=error), None) for uri, data, error in fetch(item["uris"]))
+            return
+        shard = self.shards[item["shard"]]
+        if shard.kind == "embedded" and self.preprocess:
+            vectors = read_vectors(shard)
+            yield from ((record, vectors[row]) for row, record in read_records(shard))
+        else:
+            yield from ((record, None) for record in read_shard(shard))
+
+
+@dataclass
+class _Piece:
+    preprocess: Preprocess | None
+    uris: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    small: list[Small] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
+    given: list[np.ndarray] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    read: int = 0
+
+    def add(self, uri: str, caption: str | None, image: np.ndarray, vector: np.ndarray | None = None) -> None:
+        self.uris.append(uri)
+        self.captions.append(caption or "")
+        self.small.append(shrink(image))
+        if vector is not None:
+            self.given.append(vector)
+        if self.preprocess and len(self.given) <= CHECKED:
+            self.pixels.append(self.preprocess.eval_transform(image))
+
+    def columns(self) -> Rows:
+        prints = fingerprint_small(self.small)
+        found = {
+            "uri": np.array(self.uris, dtype=str),
+            "caption": np.array(self.captions, dtype=str),
+            "hash": prints.hash,
+            "digest": prints.digest,
+            "bad": np.array(self.bad, dtype=str).reshape(-1, 2),
+            "read": np.array([self.read]),
+        }
+        if self.preprocess:
+            empty = np.zeros((0, 3, *self.preprocess.size), np.uint8)
+            found["pixels"] = np.stack(self.pixels) if self.pixels else empty
+        if self.given:
+            found["given"] = np.stack(self.given)
+        return found

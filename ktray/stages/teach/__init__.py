@@ -1,0 +1,1 @@
+"""TEACH: store what the teacher says about the views of the transfer set."""

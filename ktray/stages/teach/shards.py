@@ -1,0 +1,136 @@
+"""What TEACH does with a shard of the transfer set: store its views with their targets, list its images, or compare
+what is stored with what the teacher says now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ktray.distributed.ray_data import Item
+from ktray.errors import KtrayError
+from ktray.stages.base import finish_shard
+from ktray.storage.columns import Rows, read_rows, write_rows
+from ktray.storage.store import Stage
+from ktray.targets.jpeg import squeeze
+from ktray.targets.make_views import Cut
+from ktray.targets.predict import Predict
+from ktray.targets.top_k import dense_rows
+from ktray.training.read_windows import listed
+
+# The least cosine of a stored target with the live teacher's: half precision and another batch change far less.
+SAME = 0.999
+CHECKED_IMAGES = 4, 32
+
+
+def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | None) -> dict[str, Any]:
+    bad, rows = columns.pop("bad").tolist(), len(columns["pixels"])
+    write_rows(stage, item["name"], squeeze(columns, jpeg))
+    summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "bad": bad, "images": rows}
+    return finish_shard(stage, item["name"], {**summary, "flops": flops * rows})
+
+
+@dataclass(frozen=True)
+class WithoutTeacher:
+    """Stores views alone; ``jpeg`` as for `squeeze`."""
+
+    stage: Stage
+    cut: Cut
+    jpeg: int | None = None
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        return _write(self.stage, item, self.cut(item), 0.0, self.jpeg)
+
+
+@dataclass(frozen=True)
+class WithTeacher:
+    """Makes, where it runs, the device half that stores views with the teacher's outputs; ``jpeg`` as for `squeeze`."""
+
+    stage: Stage
+    predict: Predict
+    jpeg: int | None = None
+
+    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
+        loaded = self.predict.load()
+
+        def finish(item: Item, columns: Rows) -> dict[str, Any]:
+            return _write(self.stage, item, {**columns, **loaded.rows(columns["pixels"])}, loaded.flops, self.jpeg)
+
+        return finish
+
+
+@dataclass(frozen=True)
+class ListImages:
+    """Stores the list of the images alone, for rows that are made while training asks for them."""
+
+    stage: Stage
+    per_image: int
+
+    def __call__(self, item: Item) -> dict[str, Any]:
+        name, uris = item["name"], item["uris"]
+        self.stage.write_json(listed(name), {"uris": uris, "beside": item["beside"]})
+        return {"name": name, "rows": len(uris) * self.per_image}
+
+
+def checked_images(images: int) -> int:
+    """How many images of a transfer set are compared with the live teacher: one in twenty, from 4 to 32."""
+    return min(images, CHECKED_IMAGES[1], max(CHECKED_IMAGES[0], images // 20))
+
+
+def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
+    """`checked_images` of the images, spread evenly over the shards that have rows."""
+    places = [(number, i) for number, item in enumerate(items) if rows[item["name"]] for i in range(len(item["uris"]))]
+    chosen: dict[int, list[str]] = {}
+    for at in np.linspace(0, len(places) - 1, checked_images(len(places))).astype(int):
+        number, i = places[at]
+        chosen.setdefault(number, []).append(items[number]["uris"][i])
+    return [{"name": items[number]["name"], "uris": uris, "beside": {}} for number, uris in chosen.items()]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Makes, where it runs, the comparison of stored targets with the live teacher's on views that are cut again."""
+
+    stage: Stage
+    predict: Predict
+
+    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
+        loaded = self.predict.load()
+        classes = len(loaded.teacher.classes)
+
+        def finish(item: Item, columns: Rows) -> dict[str, Any]:
+            fresh = loaded.rows(columns["pixels"])
+            stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
+            there, now = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
+            row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
+            worst = 1.0
+            for here, view in enumerate(columns["view_id"].tolist()):
+                where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
+                if view not in row_of:
+                    raise KtrayError(f"The target cache lacks {where}", f"Delete {self.stage.uri} and run again.")
+                for name in self.predict.targets:
+                    cosine = _cosine(there[name][row_of[view]], now[name][here])
+                    worst = min(worst, cosine)
+                    if not cosine >= SAME:
+                        raise KtrayError(
+                            f"The target cache is wrong: the stored {name} of {where} has a cosine of {cosine:.4f} "
+                            f"with what the teacher says now, {SAME} is the least",
+                            f"Delete {self.stage.uri} and run again. If it comes again, the teacher's outputs differ "
+                            "between machines or batches (does it run in another precision on some of them?).",
+                        )
+            return {
+                "checked": len(columns["view_id"]),
+                "cosine": worst,
+                "flops": loaded.flops * len(columns["view_id"]),
+            }
+
+        return finish
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    left, right = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    size = float(np.linalg.norm(left) * np.linalg.norm(right))
+    # Two zeros are alike; a NaN is like nothing.
+    return float(left @ right) / size if size else float(np.array_equal(left, right))

@@ -1,0 +1,198 @@
+"""TEACH: K replayable views of every image of the transfer set, and what the objective needs with each.
+
+With a teacher that is its predictions or its embeddings of the very view that the student will see; a caption or a
+generic label goes along as it is. ``teach.mode=cached`` stores them with the view's pixels at the student's size, so
+that training never decodes an original again; cached outputs are never transformed, and some are compared with the live
+teacher's before they count. In the other modes only lists of images are stored, and training makes the same rows from
+them. An objective that cuts its own views gets one whole image in place of K views.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ktray.data.captions import tokenise
+from ktray.data.preprocess import Preprocess
+from ktray.data.views import ViewPolicy
+from ktray.distributed.ray_data import Item, cpu_shards, map_shards
+from ktray.errors import KtrayError
+from ktray.models.teacher.spec import AdaptedSpec
+from ktray.objectives import build_objective
+from ktray.objectives.base import TEACHERS
+from ktray.stages.base import Context, Done, Reporter, finished_shards, resumed, run_stage
+from ktray.stages.labels import canvas_preprocess
+from ktray.stages.teach.shards import Check, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.storage.columns import read_rows
+from ktray.storage.store import Stage
+from ktray.targets.make_views import Cut
+from ktray.targets.predict import Predict
+from ktray.targets.top_k import columns, per_prediction
+from ktray.training.inputs import Taught
+
+# 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize
+VERSION = 4
+SHARD_BYTES = 64_000_000
+# What the manifest says of the targets' sizes, as `Taught` has it.
+SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
+Targets = tuple[str, ...]
+
+
+@dataclass
+class Lesson:
+    """TEACH's result, and how its rows are made where they are not stored."""
+
+    done: Done
+    cut: Cut
+    predict: Predict | None
+
+    @property
+    def key(self) -> str:
+        return self.done.key
+
+    @property
+    def images(self) -> int:
+        """Images that training will decode itself."""
+        return int(self.done.manifest["images"]) if self.done.manifest["mode"] != "cached" else 0
+
+    def taught(self) -> Taught:
+        """What training needs to know of a whole TEACH directory."""
+        m = self.done.manifest
+        mode = str(m["mode"])
+        return Taught(
+            self.done.stage,
+            tuple((str(name), int(rows)) for name, rows in m["shards"] if rows),
+            int(m["row_bytes"]),
+            tuple(m["targets"]),
+            mode,
+            self.cut if mode != "cached" else None,
+            self.predict if mode != "cached" else None,
+            jpeg=mode == "cached" and m["jpeg"] is not None,
+            **{name: int(m[name]) for name in SIZES},
+        )
+
+
+def run(
+    context: Context, curate: Done, adapt: Done | None, spec: AdaptedSpec | None, student: Preprocess, map_side: int
+) -> Lesson:
+    """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
+    (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
+    (int32), ``label`` (int64).
+
+    Args:
+        adapt, spec: the adapted teacher; None where the objective needs none.
+        student: the student's preprocessing.
+        map_side: side of its last map, to which patch embeddings are fitted.
+    """
+    recipe, part = context.recipe, context.recipe.teach
+    objective = build_objective(recipe.objective)
+    targets: Targets = tuple(sorted(objective.targets_needed))
+    student_size = int(recipe.image_size or 0)
+    view_size = max(student_size, *spec.preprocess.size) if spec else student_size
+    canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
+    cut = Cut(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
+    asked = tuple(t for t in targets if t in TEACHERS)
+    predict = Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None
+    patches, cached = "patch_embedding" in targets, part.mode == "cached"
+    facts = adapt.manifest if adapt else {}
+
+    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+        wanted = [column for name, column in (("text", "caption"), ("label", "label")) if name in targets]
+        table = read_rows(curate.stage, "transfer.parquet", ["uri", *wanted])
+        uris = table["uri"].tolist()
+        tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
+        beside = {"text": tokens, "label": table.get("label")}
+        per_shard = int(max(1, min(512, SHARD_BYTES // (part.views * 3 * view_size**2), -(-len(uris) // 8))))
+        items = []
+        for i in range(0, len(uris), per_shard):
+            span = slice(i, i + per_shard)
+            along = {name: values[span].tolist() for name, values in beside.items() if values is not None}
+            items.append({"name": f"shard-{i // per_shard:06d}.parquet", "uris": uris[span], "beside": along})
+        if cached:
+            rows = _store(context, stage, reporter, items, cut, predict)
+        else:
+            rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
+        if not sum(rows.values()):
+            raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
+        known = {
+            "classes": len(context.task.classes) if part.top_k and "logits" in targets else 0,
+            "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
+            "patch_dim": int(facts.get("patch_dim") or 0) if patches else 0,
+            "vocabulary": vocabulary,
+            "text_length": tokens.shape[1] if tokens is not None else 0,
+            "source_classes": int(table["label"].max()) + 1 if "label" in targets else 0,
+        }
+        logits = 0
+        if "logits" in targets and cached:
+            stored = columns(("logits",), int(part.top_k))
+            first = read_rows(stage, next(name for name in rows if rows[name]), stored)
+            logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
+        elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
+            positions = (view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1
+            logits = per_prediction(len(context.task.classes), int(part.top_k)) * positions
+        halves = logits + known["embed_dim"] + known["patch_dim"] * map_side**2
+        side = canvas.size[0] if canvas else student_size
+        if part.mode == "live":
+            side, halves = view_size, 0
+        halves += 2 * known["text_length"]
+        return {
+            "mode": part.mode,
+            "jpeg": part.jpeg,
+            "images": len(uris),
+            "rows": sum(rows.values()),
+            "row_bytes": 3 * side**2 + 2 * halves + 16,
+            "targets": list(targets),
+            "view_size": view_size,
+            "shards": [[name, rows[name]] for name in sorted(rows)],
+            **known,
+        }
+
+    parts = [
+        VERSION,
+        curate.key,
+        adapt.key if adapt else None,
+        part.model_dump(),
+        targets,
+        student_size,
+        recipe.data.max_pixels,
+        map_side if patches else None,
+        canvas.to_dict() if canvas else None,
+    ]
+    return Lesson(run_stage(context, "teach", parts, work), cut, predict)
+
+
+def _store(
+    context: Context, stage: Stage, reporter: Reporter, items: list[Item], cut: Cut, predict: Predict | None
+) -> dict[str, int]:
+    """Rows of every shard, all of them stored."""
+    jpeg = context.recipe.teach.jpeg
+    reporter.expect(sum(len(item["uris"]) for item in items))
+    finished = finished_shards(stage)
+    before = reporter.shards(resumed(s) for s in finished.values())
+    todo = [item for item in items if item["name"] not in finished]
+    summaries = (
+        map_shards(todo, cut, WithTeacher(stage, predict, jpeg), context.plan)
+        if predict
+        else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), context.plan)
+    )
+    rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
+    if predict and any(rows.values()):
+        found = reporter.shards(map_shards(sample(items, rows), cut, Check(stage, predict), context.plan))
+        context.say(
+            f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
+            f"least {min(f['cosine'] for f in found):.5f}"
+        )
+    return rows
+
+
+def view_policy(context: Context) -> ViewPolicy:
+    """The views of training, from the recipe."""
+    part = context.recipe.teach
+    return ViewPolicy(
+        scale=(part.crop_min, 1.0),
+        hflip=part.hflip,
+        brightness=part.jitter,
+        contrast=part.jitter,
+        saturation=part.jitter,
+    )

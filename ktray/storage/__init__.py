@@ -1,0 +1,1 @@
+"""The store: directories on disk or S3, leases, retries."""

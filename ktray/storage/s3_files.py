@@ -1,0 +1,90 @@
+"""Files of `ktray.storage.s3`, as pyarrow wants them from Python."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+# Larger files wait on the local disk for their upload.
+_IN_MEMORY = 1 << 26
+_BLOCK = 1 << 23
+
+Again = Callable[[Callable[[], Any]], Any]
+
+
+class Reader:
+    """A file for reading; a read that fails is asked again from where it stood."""
+
+    def __init__(self, opened: Callable[[], pa.NativeFile], again: Again) -> None:
+        self._again = again
+        self._file: pa.NativeFile = again(opened)
+        self._size = int(again(self._file.size))
+        self._at = 0
+        self.closed = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        want = left if size is None or size < 0 else min(size, left)
+        if not want:
+            return b""
+        data: bytes = self._again(lambda: self._file.read_at(want, self._at))
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return self._size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._file.close()
+
+
+class Writer:
+    """A file for writing, sent when it is closed, so that it can be sent again from its start."""
+
+    def __init__(self, opened: Callable[[], pa.NativeFile], again: Again) -> None:
+        self._opened, self._again = opened, again
+        self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        return self._spool.write(memoryview(data))
+
+    def tell(self) -> int:
+        return self._spool.tell()
+
+    def flush(self) -> None:
+        pass
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        with self._spool:
+            self._again(self._send)
+
+    def _send(self) -> None:
+        self._spool.seek(0)
+        with self._opened() as stream:
+            shutil.copyfileobj(self._spool, stream, _BLOCK)

@@ -1,0 +1,1 @@
+"""Metrics and artefacts of a run, and MLflow."""

@@ -1,0 +1,406 @@
+"""MLflow, off the critical path: every event goes to ``log.jsonl`` at once and to the server when it is there.
+
+One parent run per pipeline and a nested run per stage. A background thread imports MLflow (seconds) and talks to
+the server; training never waits for it and never fails through it. What the server has not taken stays in the
+log, and the next `Tracker` on the same files sends it: first what was left, then what is new. A step that a run
+already has is not logged again, so a job that was restarted from a checkpoint draws one curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from ktray.errors import KtrayError
+from ktray.redact import scrub
+from ktray.storage.store import Dir
+from ktray.tracking.mlflow_server import Server, is_transient
+
+WAY = "way"  # tag of the runs of a comparison
+_BATCH = 500
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+
+def tracking_uri(uri: str | None, home: Path) -> str:
+    """Where to log: ``uri``, else ``MLFLOW_TRACKING_URI``, else sqlite in the local folder ``home``.
+
+    Raises:
+        KtrayError: for a folder or ``file:``, which MLflow 3.13 and newer refuse.
+    """
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute()}/mlflow.db"
+    scheme = urlsplit(chosen).scheme.split("+")[0].lower()
+    if chosen != "databricks" and scheme not in _SCHEMES:
+        raise KtrayError(
+            f"MLflow no longer logs into plain folders ('{scrub(chosen)}')",
+            "Set mlflow.uri (or MLFLOW_TRACKING_URI) to sqlite:///PATH/mlflow.db or to a server's http address.",
+        )
+    return chosen
+
+
+def stable_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The final metrics of a run under names that stay, from its ``result.json``.
+
+    ``cost.total_flops``, ``cost.total_device_seconds`` (and ``cost.device_seconds``), ``cost.<stage>_flops``, ...,
+    ``cost.usd``, ``cost.wall_seconds``, ``cost.without_cache_flops``, ...; ``test.<metric>``, ``val.<metric>``;
+    ``teacher.test``, ``teacher.val``, ``scratch.test``, ``scratch.val``. What is null or absent is left out.
+    """
+    cost, metric = result.get("cost") or {}, result.get("metric") or {}
+    found: dict[str, Any] = {
+        f"cost.{name}": cost.get(name) for name in ("usd", "kwh", "wall_seconds", "images_seen", "peak_memory_bytes")
+    }
+    for what in ("flops", "device_seconds"):
+        found |= {f"cost.{stage}_{what}": value for stage, value in (cost.get(what) or {}).items()}
+    found["cost.device_seconds"] = found.get("cost.total_device_seconds")
+    found |= {f"cost.without_cache_{k}": v for k, v in (cost.get("without_cache") or {}).items()}
+    found |= {f"{split}.{metric.get('name')}": metric.get(split) for split in ("test", "val")}
+    for who in ("teacher", "scratch"):
+        found |= {f"{who}.{split}": (result.get(f"{who}_metric") or {}).get(split) for split in ("test", "val")}
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+class StageRun:
+    """The nested run of one stage."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values at a step (the stage's own count)."""
+        self._tracker._put("metrics", stage=self._name, step=int(step), values=_floats(values))
+
+    def finish(self, cost: Mapping[str, Any] | None = None, status: str = "FINISHED") -> None:
+        """End the stage with its cost (numbers, logged as ``cost.<name>``).
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        """
+        values = {f"cost.{k}": v for k, v in _floats(cost or {}).items()}
+        self._tracker._put("stage_end", stage=self._name, values=values, status=status)
+
+
+class Tracker:
+    """The log of one run.
+
+    Args:
+        uri: tracking server; None takes ``MLFLOW_TRACKING_URI``, else sqlite in ``home``.
+        experiment: the experiment's name.
+        buffer: ``log.jsonl`` of the run, a local file; every event is appended here first.
+        state: local JSON file that remembers the MLflow runs and how far the server has followed.
+        home: local folder of the embedded database and its artifacts.
+        timeout: seconds for one request to a server.
+
+    Raises:
+        KtrayError: see `tracking_uri`.
+    """
+
+    def __init__(
+        self, uri: str | None, experiment: str, buffer: Path, state: Path, home: Path, timeout: float = 10.0
+    ) -> None:
+        self.uri, self.experiment, self.timeout = tracking_uri(uri, home), experiment, timeout
+        self._log, self._state_file, self._copies = buffer, state, buffer.parent / "artifacts"
+        self._state = self._read_state()
+        self._lock, self._wake = threading.Lock(), threading.Condition()
+        self._closing = threading.Event()
+        self._queue: deque[dict[str, Any]] = deque()
+        self._students: dict[int, tuple[Any, Any]] = {}
+        self.problem: str | None = None
+        self._lines = self._reload()
+        self._hold = _lock(state)
+        self._write_state()
+        self._thread = threading.Thread(target=self._work, name="ktray-mlflow", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------- events
+
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        """Open the parent run, or go on with the one that ``state`` remembers or that bears ``name``.
+
+        Args:
+            name: ktray's run id; also the run's name in the UI.
+            params: the resolved recipe, flat.
+            run_id: an MLflow run to continue, over what ``state`` remembers.
+        """
+        self._put("run", name=name, params=dict(params or {}), tags=dict(tags or {}), run_id=run_id)
+
+    def stage(
+        self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
+    ) -> StageRun:
+        """Open the nested run of a stage, or go on with it; of a search it is that of a trial."""
+        more = {k: dict(v) for k, v in (("params", params), ("tags", tags)) if v}
+        self._put("stage", stage=name, **more)
+        return StageRun(self, name)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of the parent run at a step."""
+        self._put("metrics", stage=None, step=int(step), values=_floats(values))
+
+    def final(self, values: Mapping[str, float]) -> None:
+        """The parent run's end results, such as `stable_metrics` gives; the latest value counts."""
+        self._put("final", values=_floats(values))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or folder to keep with the run. It must stay in place until it is sent."""
+        self._put("artifact", path=str(Path(path).absolute()), folder=folder)
+
+    def stored(self, directory: Dir, name: str, folder: str = "") -> None:
+        """`artifact` for a file or folder of the store. What is not on this machine is copied to the log, until it is
+        sent."""
+        if directory.is_local:
+            self.artifact(Path(directory.path) / name, folder)
+            return
+        copied = self._copies / folder / name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with directory.local(name) as found:
+            if found.is_dir():
+                shutil.copytree(found, copied, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(found, copied)
+        self.artifact(copied, folder)
+
+    def log_student(self, model: Any, example: Any) -> None:
+        """Log a student as an MLflow pytorch model named ``student``, once per run.
+
+        It is exported as a graph (``pt2``), not pickled: loading it runs no code of the file's. The export happens
+        in the background on a copy; a student that the server was not there for must be logged again by the next
+        job (the log holds no weights).
+
+        Args:
+            model: torch module, float image batch -> logits.
+            example: numpy batch [N >= 2, C, H, W], float32; with one image the exported batch size would be fixed.
+        """
+        number = self._put("student")
+        with self._wake:
+            self._students[number] = (copy.deepcopy(model).cpu().eval(), example)
+            self._wake.notify_all()
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the parent run: ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        self._put("run_end", status=status)
+
+    # ------------------------------------------------------------------------------------------ outcome
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the parent run; None until the server gave one."""
+        found = self._state.get("run_id")
+        return None if found is None else str(found)
+
+    def info(self, timeout: float = 15.0) -> dict[str, Any]:
+        """The ``mlflow`` object of ``result.json``; waits for the run's id while the server does not fail."""
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            while self._queue and self.run_id is None and self.problem is None and self._thread.is_alive():
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
+                self._wake.wait(left)
+        return {"tracking_uri": scrub(self.uri), "experiment": self.experiment, "run_id": self.run_id}
+
+    def flush(self, timeout: float = 10.0) -> int:
+        """Wait until the server has everything, or it fails, or time is up; returns how many events are pending."""
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            while self._queue and self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+                if self.problem is not None:
+                    break
+                self._wake.wait(min(left, 0.5))
+            return len(self._queue)
+
+    def close(self, timeout: float = 30.0) -> int:
+        """Send what is left (one more try where the server fails); returns how many events are still pending.
+
+        They are in the log, and go out with the next `Tracker` on the same files.
+        """
+        with self._wake:
+            self._closing.set()
+            self._wake.notify_all()
+        self._thread.join(timeout)
+        if self._hold is not None and not self._thread.is_alive():
+            self._hold.close()
+        with self._wake:
+            if not self._queue:
+                shutil.rmtree(self._copies, ignore_errors=True)
+            return len(self._queue)
+
+    # ---------------------------------------------------------------------------------------- machinery
+
+    def _put(self, event: str, **content: Any) -> int:
+        record = {"time": round(time.time(), 3), "event": event, **scrub(content)}
+        with self._lock:
+            self._append(record)
+            record["line"] = self._lines
+            with self._wake:
+                self._queue.append(record)
+                self._wake.notify_all()
+            return self._lines
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False, default=str)
+        with self._log.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+        self._lines += 1
+
+    def _note(self, text: str) -> None:
+        with self._lock:
+            self._append({"time": round(time.time(), 3), "event": "note", "text": scrub(text)})
+
+    def _read_state(self) -> dict[str, Any]:
+        fresh = {"uri": scrub(self.uri), "experiment": self.experiment, "run_id": None, "stages": {}, "sent": 0}
+        try:
+            state: dict[str, Any] = json.loads(self._state_file.read_text())
+        except (OSError, ValueError):
+            return fresh
+        # Another server knows nothing of this run: it gets the whole log.
+        same = all(state.get(name) == fresh[name] for name in ("uri", "experiment"))
+        return {**fresh, **state} if same else fresh
+
+    def _write_state(self) -> None:
+        temporary = self._state_file.with_name(self._state_file.name + ".tmp")
+        temporary.write_text(json.dumps(self._state, indent=1))
+        os.replace(temporary, self._state_file)
+
+    def _reload(self) -> int:
+        """Queue what an earlier job logged and the server has not got; returns the number of lines in the log."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._state_file.parent.mkdir(parents=True, exist_ok=True)
+        if not self._log.exists():
+            return 0
+        text = self._log.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):  # the job was killed while it wrote this line
+            with self._log.open("a", encoding="utf-8") as handle:
+                handle.write("\n")
+        lines = text.splitlines()
+        for number, line in enumerate(lines, start=1):
+            if number <= self._state["sent"]:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("event") not in (None, "note", "student"):
+                self._queue.append({**record, "line": number})
+        return len(lines)
+
+    def _head(self) -> list[dict[str, Any]]:
+        """The next events to send together (metrics of one run, else a single one); [] when closing and done."""
+        with self._wake:
+            while not self._queue:
+                if self._closing.is_set():
+                    return []
+                self._wake.wait()
+            first = self._queue[0]
+            if first["event"] == "student":  # its weights follow the event at once
+                self._wake.wait_for(lambda: first["line"] in self._students, timeout=60)
+                return [{**first, "student": self._students.get(first["line"])}]
+            if first["event"] != "metrics":
+                return [first]
+            batch: list[dict[str, Any]] = []
+            for record in self._queue:
+                if record["event"] != "metrics" or record["stage"] != first["stage"] or len(batch) == _BATCH:
+                    break
+                batch.append(record)
+            return batch
+
+    def _work(self) -> None:
+        server: Server | None = None
+        pause = 1.0
+        while records := self._head():
+            try:
+                if server is None:
+                    server = Server(self.uri, self.experiment, self._state, self.timeout)
+                server.deliver(records)
+            except Exception as error:
+                text = str(scrub(f"{type(error).__name__}: {error}"))[:500]
+                if is_transient(error):
+                    if self.problem is None:
+                        self._note(f"MLflow is away, buffering: {text}")
+                    with self._wake:
+                        self.problem = text
+                        self._wake.notify_all()
+                    if self._closing.is_set():
+                        return
+                    self._closing.wait(pause)
+                    pause = min(60.0, 2 * pause)
+                    continue
+                self._note(f"MLflow refused '{records[0]['event']}': {text}")
+            else:
+                pause = 1.0
+                self.problem = None
+            self._state["sent"] = records[-1]["line"]
+            with self._wake:
+                for record in records:
+                    self._queue.popleft()
+                    self._students.pop(record["line"], None)
+                self._wake.notify_all()
+            try:
+                self._write_state()
+            except OSError as error:  # a full disk; the events are sent, at worst they are looked up again
+                self.problem = f"{self._state_file}: {error}"
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers among ``values``; those that JSON lacks (nan, inf) by name."""
+    numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) or hasattr(v, "__float__")}
+    return {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+
+
+def _lock(state: Path) -> IO[str] | None:
+    """The open lock file of a run's log, or None while another process (or tracker) holds it."""
+    handle = state.with_name(state.name + ".lock").open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return None
+    return handle
+
+
+def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: float = 30.0) -> int:
+    """Send what earlier runs could not: for each folder of ``runs`` that no job is using and that logged to the same
+    server and experiment.
+
+    Args:
+        runs: folder of run folders with ``log.jsonl`` and ``mlflow.json``.
+        uri, experiment, home: as for `Tracker`.
+        timeout: seconds for all of it.
+
+    Returns:
+        How many events are still pending.
+    """
+    deadline, pending = time.monotonic() + timeout, 0
+    address = scrub(tracking_uri(uri, home))
+    for state in sorted(runs.glob("*/mlflow.json")):
+        log = state.with_name("log.jsonl")
+        try:
+            known = json.loads(state.read_text())
+            lines = len(log.read_text(encoding="utf-8", errors="replace").splitlines())
+        except (OSError, ValueError):
+            continue
+        if (known.get("uri"), known.get("experiment")) != (address, experiment) or known.get("sent", 0) >= lines:
+            continue
+        hold = _lock(state)
+        if hold is None:
+            continue
+        hold.close()
+        tracker = Tracker(uri, experiment, log, state, home)
+        left = tracker.close(max(0.0, deadline - time.monotonic()))
+        pending += left
+        if left:  # the server is away: the other folders fare no better
+            break
+    return pending

@@ -1,0 +1,328 @@
+"""What the workers train: adaptation of the teacher, transfer to the student, finetuning on labels.
+
+A job is plain data (paths in the store, numbers); a worker builds the models and the feed from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ktray.accounting.device import cpu_model
+from ktray.data.preprocess import Preprocess
+from ktray.data.views import ViewPolicy
+from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
+from ktray.models.flops import forward_flops, train_flops
+from ktray.models.precision import Precision, choose_precision
+from ktray.models.student.classifier import classifier_of
+from ktray.objectives import Context, Objective, build_objective
+from ktray.recipe import schema as recipes
+from ktray.recipe.schema import digest
+from ktray.storage.store import Dir
+from ktray.tasks.segmentation import label_loss
+from ktray.training.evaluation import evaluator
+from ktray.training.inputs import Labels, StudentSpec, Taught
+from ktray.training.loop import Batch, Program, Settings, decay_groups
+from ktray.training.ray_train import Env
+
+if TYPE_CHECKING:
+    from ktray.models.teacher.adapted import AdaptedTeacher
+    from ktray.models.teacher.adapted_dense import DenseTeacher
+
+
+class Pretrain(nn.Module):
+    """Student under an objective."""
+
+    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.preprocess = preprocess
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # Views have the size that they shall have; small crops are to stay small.
+        return self.objective.step(self.student, self.preprocess.scale, batch, generator)
+
+
+class Supervise(nn.Module):
+    """Student on labels, with the distillation term on replayed transfer images where there are any."""
+
+    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.preprocess = preprocess
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        images, labels = batch["images"], batch["label"]
+        replay: Batch = {}
+        if "replay_pixels" in batch:
+            replay = {"images": batch["replay_pixels"].float(), "logits": batch["replay_logits"]}
+            replay = self.objective.prepare(replay, generator)
+            images = torch.cat([images, replay["images"]])
+        out = self.student(self.preprocess.normalise(images)).float()
+        loss = label_loss(out[: len(labels)], labels)
+        if replay:
+            loss = loss + self.objective.loss(out[len(labels) :], replay)["loss"]
+        return {"loss": loss}
+
+
+@torch.inference_mode()
+def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, env: Env) -> torch.Tensor:
+    model.eval()
+    batches = (pixels[i : i + 256].to(env.device) for i in range(0, len(pixels), 256))
+    return torch.cat([pooled_features(model, preprocess.normalise(x)).float() for x in batches])
+
+
+def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: Env) -> None:
+    """Set a pretrained student's untrained classifier to a linear probe of its features, for a fair start.
+
+    The probe sees features of unit length; its weights are divided by the mean length, since the classifier does not.
+    """
+    from ktray.models.teacher.heads import probe_head
+
+    pixels, y = labels.load("train", "pixels")
+    val_pixels, val_y = labels.load("val", "pixels")
+    features = _features(model, preprocess, pixels, env)
+    classifier = classifier_of(model)
+    val = (_features(model, preprocess, val_pixels, env), val_y)
+    head = probe_head(features, y, len(classifier.weight), val=val)
+    with torch.no_grad():
+        weight = head.weight / features.norm(dim=1).mean()
+        classifier.weight.copy_(weight.view_as(classifier.weight))
+        assert classifier.bias is not None  # classifier_of has checked it
+        classifier.bias.copy_(head.bias)
+
+
+def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, rows: int, wish: Any) -> Precision:
+    """The number format and layout of the student, put into effect; ``rows`` are those of a lane."""
+    size = spec.image_size
+    # What a worker has when there are the most: it stays as it is when some come or go.
+    world = env.span[1] if env.span else env.world
+    batch = rows * -(-env.of // world)
+    # A measurement may end differently next time. The first decision of a store holds for every rank, restart
+    # and seed, so that runs differ by what the recipe says alone.
+    name = f"{digest([spec.name, spec.kwargs, size, batch, world, str(env.device.type), cpu_model(), wish])}.json"
+    found: list[Any] = [None]
+    if env.rank == 0:
+        if not directory.exists(name):
+            measured = choose_precision(model, env.device, size, batch, train=True, precision=wish)
+            directory.create(name, json.dumps(measured.to_dict()).encode())  # unless one that runs beside was first
+        found = [Precision.from_dict(directory.read_json(name))]
+    if env.world > 1:
+        dist.broadcast_object_list(found, 0)
+    chosen: Precision = found[0]
+    if chosen.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return chosen
+
+
+@dataclass(frozen=True)
+class TransferJob:
+    """Pretraining on the transfer set.
+
+    Attributes:
+        taught: its views with the teacher's targets.
+        labels: the task's labelled images: validation, and, where the objective takes them, ``label_batch`` a step.
+        policy: their views.
+    """
+
+    settings: Settings
+    student: StudentSpec
+    taught: Taught
+    labels: Labels
+    policy: ViewPolicy
+    label_batch: int
+    objective: recipes.Objective
+    part: recipes.Train
+    metric: str
+    directory: Dir
+
+    def build(self, env: Env) -> Program:
+        s, taught = self.settings, self.taught
+        model, preprocess = self.student.build(env, s.seed)
+        labelled = build_objective(self.objective).labelled
+        env = env.divide(int(self.part.batch_size or 1), *([self.label_batch] if labelled else []))
+        batch = env.rows(int(self.part.batch_size or 1))
+        precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
+        objective = build_objective(self.objective, hflip=self.policy.hflip)
+        forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
+        student = forms[objective.reads](model) if objective.reads in forms else model
+        size = preprocess.size[0]
+        freeze_idle(model, student, size)
+        objective.setup(
+            Context(
+                num_classes=self.student.num_classes,
+                student_dim=feature_dim(trunk(model)),
+                student_map_dim=map_shape(model, size)[0] if objective.reads == "map" else 0,
+                teacher_dim=taught.embed_dim or None,
+                teacher_patch_dim=taught.patch_dim or None,
+                seed=s.seed,
+                student=student,
+                image_size=size,
+                vocabulary=taught.vocabulary,
+                text_length=taught.text_length,
+                source_classes=taught.source_classes,
+            )
+        )
+        module = Pretrain(student, preprocess, objective).to(env.device)
+        if self.part.compile:
+            module.student = torch.compile(module.student)  # type: ignore[assignment]
+        label_batch = env.rows(self.label_batch) if labelled else 0
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            stream = taught.batches(self.part, env, batch, s.seed, start, stop)
+            if not label_batch:
+                yield from stream
+                return
+            more_of = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
+            for views, more in zip(stream, more_of, strict=True):
+                yield {**views, "label_images": more["images"], "label_of": more["label"]}
+
+        evaluate = None
+        if objective.reads == "logits" or labelled:
+            pixels, labels = self.labels.load("val", "pixels")
+            classes = self.student.num_classes
+            evaluate = evaluator(pixels, labels, _predict(preprocess), env, classes, self.metric)
+        labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
+        teacher = taught.teacher()
+        live = teacher.flops if teacher else 0.0
+        per_image = objective.flops(
+            lambda side: train_flops(model, (3, side, side)), lambda side: forward_flops(model, (3, side, side)), size
+        )
+        return Program(
+            module=module,
+            model=model,
+            groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
+            batches=batches,
+            evaluate=evaluate,
+            flops_per_step=((per_image + live) * batch + labelled_cost) * env.of,
+            images_per_step=(batch + label_batch) * env.of,
+            device=env.device,
+            weight=env.weight,
+            autocast=precision.autocast_dtype,
+            # Heads that end up in the student are averaged with it.
+            averaged=module if labelled else None,
+            after_step=lambda progress: objective.after_step(student, progress),
+            finish=objective.finish,
+            teach=(lambda views: {**views, **teacher(views["pixels"])}) if teacher else None,
+        )
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Finetuning on the labels; from random weights it is the scratch floor."""
+
+    settings: Settings
+    student: StudentSpec
+    labels: Labels
+    policy: ViewPolicy
+    batch: int
+    objective: recipes.Objective
+    part: recipes.Train
+    metric: str
+    directory: Dir
+    taught: Taught | None = None
+    replay: float = 0.0
+
+    def build(self, env: Env) -> Program:
+        s = self.settings
+        model, preprocess = self.student.build(env, s.seed)
+        env = env.divide(self.batch)
+        batch = env.rows(self.batch)
+        objective = build_objective(self.objective)
+        if self.student.start is not None and objective.reads != "logits" and not self.student.head:
+            _fit_classifier(model, preprocess, self.labels, env)
+        # The distillation term reads predictions; after other pretraining there is none to keep.
+        keeps = "logits" in objective.targets_needed and objective.reads == "logits"
+        extra = round(batch * self.replay) if self.taught and keeps else 0
+        precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
+        freeze_idle(model, model, preprocess.size[0])
+        module = Supervise(model, preprocess, objective).to(env.device)
+        pixels, val_labels = self.labels.load("val", "pixels")
+        size = preprocess.size[0]
+
+        def batches(start: int, stop: int) -> Iterator[Batch]:
+            labelled = self.labels.batches(env, batch, self.policy, size, s.seed, start, stop)
+            if not (self.taught and extra):
+                yield from labelled
+                return
+            replayed = self.taught.batches(self.part, env, extra, s.seed + 1, start, stop)
+            for images, more in zip(labelled, replayed, strict=True):
+                yield {**images, **{f"replay_{name}": value for name, value in more.items()}}
+
+        teacher = self.taught.teacher() if self.taught and extra else None
+
+        def teach(views: Batch) -> Batch:
+            assert teacher is not None
+            more = teacher(views["replay_pixels"])
+            return {**views, **{f"replay_{name}": value for name, value in more.items()}}
+
+        live = teacher.flops * extra * env.of if teacher else 0.0
+        images = (batch + extra) * env.of
+        return Program(
+            module=module,
+            model=model,
+            groups=decay_groups(model, s.weight_decay),
+            batches=batches,
+            evaluate=evaluator(pixels, val_labels, _predict(preprocess), env, self.student.num_classes, self.metric),
+            flops_per_step=train_flops(model, (3, size, size)) * images + live,
+            images_per_step=images,
+            device=env.device,
+            autocast=precision.autocast_dtype,
+            weight=env.weight,
+            teach=teach if teacher else None,
+        )
+
+
+def _predict(preprocess: Preprocess) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    return lambda model, x: model(preprocess.normalise(x))
+
+
+@dataclass(frozen=True)
+class AdaptJob:
+    """Finetuning of the teacher's image tower and head on the labels, with layer-wise learning rate decay."""
+
+    settings: Settings
+    start: Dir
+    labels: Labels
+    policy: ViewPolicy
+    part: recipes.Finetuning
+    metric: str
+
+    def build(self, env: Env) -> Program:
+        from ktray.models.teacher.adapted_dense import load_adapted  # slow to import
+
+        with self.start.local() as folder:
+            teacher = load_adapted(folder, env.device)
+        env = env.divide(self.part.batch_size)
+        batch = env.rows(self.part.batch_size)
+        pixels, val_labels = self.labels.load("val", "pixels")
+        size = teacher.preprocess.size
+        groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
+        seed, classes = self.settings.seed, len(teacher.classes)
+        return Program(
+            module=_Adapt(teacher),
+            model=teacher,
+            groups=groups,
+            batches=lambda start, stop: self.labels.batches(env, batch, self.policy, size[0], seed, start, stop),
+            evaluate=evaluator(pixels, val_labels, lambda m, x: m.logits(x), env, classes, self.metric),
+            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.of,
+            images_per_step=batch * env.of,
+            device=env.device,
+            weight=env.weight,
+            autocast=torch.bfloat16 if env.device.type == "cuda" else None,
+        )
+
+
+class _Adapt(nn.Module):
+    def __init__(self, teacher: AdaptedTeacher | DenseTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"loss": label_loss(self.teacher.logits(batch["images"]).float(), batch["label"])}

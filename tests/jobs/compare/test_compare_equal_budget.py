@@ -1,0 +1,121 @@
+"""Equal budgets: what each way gets costs what the first one does, and one step more would not."""
+
+import pytest
+from small_task import SMALL, write_gallery, write_task
+
+from ktray.accounting.ledger import price_table
+from ktray.distributed.allocation import plan
+from ktray.errors import KtrayError
+from ktray.jobs.compare import calibration
+from ktray.jobs.compare.calibration import Speed
+from ktray.jobs.compare.equal_budget import budgets, show
+from ktray.jobs.compare.methods import Way, list_ways, recipe_of
+from ktray.pipeline.plan import RATES, lines
+from ktray.pipeline.resolve import resolve
+from ktray.recipe import schema as recipe
+from ktray.storage.store import Store
+
+WAYS = "compare.ways={mse: {objective.name: agnostic, objective.match: mse}, scratch: {objective.name: scratch}}"
+HERE = plan(2, 0, 1, 1, False)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    root = tmp_path_factory.mktemp("budget")
+    task, gallery = write_task(root / "task"), write_gallery(root / "gallery", 40)
+    data = [f"store={root / 'store'}", f"task.data={task}", f"gallery.data={gallery}"]
+    return [*SMALL, *data, "transfer.size=20", "train.steps=40", WAYS]
+
+
+def silent(text):
+    pass
+
+
+def cost(base, way, steps):
+    found = resolve(recipe_of(base, way.keys, train__steps=steps), HERE, silent)
+    return sum(line.flops for line in lines(found))
+
+
+def test_equal_flops_gives_every_way_the_first_ones_cost(given):
+    base = recipe.load(None, [*given, "compare.equal=flops", "compare.budgets=[0.25]"])
+    ways = list_ways(base, silent)
+    found = budgets(base, ways, HERE, silent)
+    assert found["mse"].steps == 40
+    assert found["mse, 1/4 steps"].steps == 10
+    assert found["scratch"].steps > 40
+    for name in ("mse, 1/4 steps", "scratch"):
+        assert found[name].flops == pytest.approx(cost(base, ways[name], found[name].steps))
+    assert found["scratch"].flops <= found["mse"].flops < cost(base, ways["scratch"], found["scratch"].steps + 1)
+
+
+def test_a_budget_that_a_way_cannot_meet_names_it(given):
+    base = recipe.load(None, [*given, "train.steps=1", "compare.equal=flops"])
+    ways = {"scratch": Way({"objective.name": "scratch"}, "scratch"), "dear": Way({}, "dear")}
+    with pytest.raises(KtrayError, match="'dear'"):
+        budgets(base, ways, HERE, silent)
+
+
+def test_equal_device_seconds_follows_the_measured_speeds(given):
+    base = recipe.load(None, [*given, "compare.equal=device_seconds"])
+    ways = list_ways(base, silent)
+    speeds = {"mse": Speed(100.0, 0.5), "scratch": Speed(20.0, 0.25)}
+    found = budgets(base, ways, HERE, silent, lambda ways, most: speeds)
+    assert {name: b.steps for name, b in found.items()} == {"mse": 40, "scratch": 400}  # 120 s for both
+    speeds["scratch"] = Speed(119.9, 0.25)
+    with pytest.raises(KtrayError, match="'scratch' costs 120 device-seconds"):
+        budgets(base, ways, HERE, silent, lambda ways, most: speeds)
+
+
+def result(store, name, key, steps, seconds, total):
+    """A result with one training stage, whose manifest lies in the store."""
+    store.stage(name, key).write_json("manifest.json", {"steps": steps, "seconds": seconds})
+    booked = {"scratch": "finetune"}.get(name, name)
+    return {
+        "stages": [{"name": "evaluate", "key": "e"}, {"name": booked, "key": key}],
+        "cost": {"without_cache": {"device_seconds": total}},
+    }
+
+
+def test_speed_is_the_difference_of_two_runs(tmp_path):
+    store = Store(str(tmp_path))
+    # Three seconds of start-up in each loop; 50 s in other stages; half a second a step; two devices.
+    short = result(store, "transfer", "a", 20, 13.0, 76.0)
+    long = result(store, "transfer", "b", 80, 43.0, 136.0)
+    found = calibration.speed(store, short, long, devices=2)
+    assert found == Speed(fixed=56.0, step=1.0)
+    assert found.total(20) == 76.0
+    assert found.total(80) == 136.0
+    assert found.within(136.0) == 80
+    assert found.within(10.0) == 0
+    # Training from scratch that stopped early tells by the steps that it took.
+    early = [result(store, "scratch", "c", 8, 2.0, 9.0), result(store, "scratch", "d", 12, 2.4, 9.4)]
+    assert calibration.speed(store, *early, devices=1).step == pytest.approx(0.1)
+
+
+def test_what_was_measured_is_kept(given, tmp_path):
+    base = recipe.load(None, given)
+    store, ran = Store(str(tmp_path)), []
+
+    def run(jobs):
+        ran.extend(jobs)
+        return [result(store, "transfer", f"k{r.train.steps}", r.train.steps, r.train.steps / 4, 30.0) for _, r in jobs]
+
+    ways = {"mse": list_ways(base, silent)["mse"]}
+    first = calibration.measure(base, ways, store, HERE, run)
+    assert [r.train.steps for _, r in ran] == [calibration.SHORT, calibration.LONG]
+    assert first["mse"] == Speed(30.0 - calibration.SHORT / 4, 0.25)
+    assert calibration.measure(base, ways, store, HERE, run) == first
+    assert len(ran) == 2
+
+
+def test_a_plan_counts_seeds_and_trials(given):
+    base = recipe.load(None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"])
+    found, said = budgets(base, list_ways(base, silent), HERE, silent), []
+    show(base, said.append)
+    heads = found["mse"].flops + found["scratch"].flops
+    title = "all, 2 seeds and 3 learning rates"
+    flops, hours, usd = next(line for line in said if line.startswith(title)).removeprefix(title).split()[:3]
+    total = 2 * (heads + found["mse, 1/2 steps"].flops) + 3 * heads
+    assert float(flops) == pytest.approx(total, rel=0.005)
+    assert float(hours) == pytest.approx(total / RATES["A100"] / 3600, rel=0.005)
+    assert float(usd) == pytest.approx(total / RATES["A100"] / 3600 * price_table()["accelerators"]["A100"], rel=0.005)

@@ -1,0 +1,162 @@
+"""The budget: nothing begins that does not fit, nothing goes beyond its allowance, everything is charged once."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ktray.accounting.ledger import DirLog, Entry, Ledger
+from ktray.errors import KtrayError
+from ktray.jobs.tune.budget import BEAT, Purse, Speed, Spent, amounts, limits
+from ktray.jobs.tune.run import keep_for_the_winner
+from ktray.recipe.tune import Budget
+from ktray.storage.store import Store
+
+CPU = {"cores": 2, "gpus": [], "instance": None}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def purse(clock=None, hourly=1.0, parallel=1, **given):
+    return Purse(limits(Budget(**given)), Speed(1e9), parallel, hourly, clock=clock or Clock())
+
+
+def entry(flops=0, seconds=0.0, run="a", stage="transfer", **more):
+    return Entry(stage, "k", 1, run, flops=flops, wall_seconds=seconds, device_seconds=seconds,
+                 usd=seconds / 3600, **more)  # fmt: skip
+
+
+def test_units_of_the_recipe():
+    assert limits(Budget()) == {"wall": 900.0}
+    assert limits(Budget(device_hours=2, usd=3)) == {"usd": 3.0, "device_seconds": 7200.0}
+    with pytest.raises(KtrayError, match="no price"):
+        purse(hourly=None, usd=1)
+
+
+def test_what_a_run_spent_leaves_out_baselines():
+    assert amounts([entry(5, 2.0), entry(7, 1.0, stage="labels"), entry(100, 9.0, stage="scratch")]) == {
+        "flops": 12.0,
+        "device_seconds": 3.0,
+        "usd": pytest.approx(3 / 3600),
+    }
+
+
+def test_what_does_not_fit_is_not_begun_and_promises_add_up():
+    one = purse(flops=100.0)
+    assert one.promise("a", {"transfer": 50.0}) == ""
+    assert one.promised["a"] == {"flops": 75.0}
+    assert "planned 50 FLOP, left 25 FLOP" in one.promise("b", {"transfer": 50.0})
+    one.settle("a", [entry(40, 10.0)], "a", 12.0)
+    assert one.left() == {"flops": 60.0}
+    one.reserve = {"flops": 30.0}
+    assert one.promise("b", {"transfer": 31.0})
+    assert one.promise("b", {"transfer": 24.0}), "in the moments that stopping takes it would go beyond"
+    assert one.promise("b", {"transfer": 20.0}) == ""
+    assert one.promised["b"] == {"flops": 30.0}
+
+
+def test_a_run_is_stopped_before_its_allowance_is_spent():
+    one = purse(flops=100e9)
+    assert one.promise("a", {"transfer": 20e9}) == ""
+    one.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
+    with pytest.raises(Spent, match="of 30 GFLOP that it may cost"):
+        one.watch("a", [entry(26.5e9, 26.5)], "a")
+
+
+def test_a_run_within_its_plan_is_not_stopped_however_fast_it_begins():
+    one = purse(flops=100e9)
+    assert one.promise("a", {"transfer": 20e9}) == ""
+    one.watch("a", [entry(19e9, 1.0)], "a")
+    with pytest.raises(Spent):
+        one.watch("a", [entry(21e9, 1.0)], "a")
+
+
+def test_time_ends_trials_before_the_winner():
+    clock = Clock()
+    one = purse(clock, wall=10.0)
+    one.reserve = {"wall": 200.0}
+    assert one.promise("a", {"transfer": 1e9}) == ""
+    clock.now += 600 - 24 - 200 - 1
+    one.watch("a", [entry()], "a")
+    clock.now += 2
+    with pytest.raises(Spent, match="the time that there is"):
+        one.watch("a", [entry()], "a")
+    one.watch("winner", [entry()], "w", final=True)
+    clock.now += 200
+    with pytest.raises(Spent):
+        one.watch("winner", [entry()], "w", final=True)
+    assert one.elapsed < 600
+
+
+def test_a_stage_that_two_runs_need_is_charged_to_the_one_that_made_it(tmp_path):
+    log = DirLog(Store(str(tmp_path)).stage("teach", "k"))
+    first, second = Ledger(CPU, "first"), Ledger(CPU, "second")
+    with first.attempt(log, "teach", "k") as meter:
+        meter.add(flops=70)
+        assert [e.flops for e in first.spent()] == [70], "what still goes on counts"
+    second.reuse(log, "teach", "k")
+    with second.attempt(DirLog(Store(str(tmp_path)).stage("transfer", "t")), "transfer", "t") as meter:
+        meter.add(flops=7)
+    one = purse(flops=100.0)
+    one.settle("1", first.spent(), "first", 1.0)
+    one.settle("2", second.spent(), "second", 1.0)
+    assert one.spent()["flops"] == 77
+
+
+def test_a_run_that_is_gone_on_with_is_not_charged_twice():
+    one = purse(flops=100.0)
+    one.settle("a", [entry(30, state="running")], "a")
+    one.settle("a", [entry(30, state="running"), Entry("transfer", "k", 2, "a", flops=20)], "a", 1.0)
+    assert one.spent()["flops"] == 50
+
+
+def test_what_was_kept_is_gone_on_with():
+    clock, kept = Clock(), []
+    one = purse(clock, wall=10.0)
+    one.keep = kept.append
+    one.promise("0/0", {"transfer": 1e9})
+    one.watch("0/0", [entry(5)], "run-0")
+    one.settle("0/0", [entry(5, 1.0)], "run-0", 2.0)
+    one.promise("1/0", {"transfer": 1e9})
+    one.watch("1/0", [entry(6)], "run-1")
+    clock.now += 50
+    one.record()
+    again = purse(Clock(), wall=10.0)
+    assert again.load(kept[-1]) == ["run-1"]
+    assert again.elapsed == 50 + BEAT
+    assert again.spent()["flops"] == 5
+    assert again.speed.seen == one.speed.seen
+    assert not again.grown
+    more = purse(Clock(), wall=20.0)
+    more.load(kept[-1])
+    assert more.grown
+
+
+def test_time_is_learned_by_stage():
+    speed = Speed(1e9)
+    assert speed.cost({"transfer": 1e9})[0] == pytest.approx(5 + 5 + 1)
+    for flops in (1e9, 2e9, 5e9):  # 3 s and 2 s a GFLOP; 4 s beside
+        seconds = 3 + 2 * flops / 1e9
+        speed.learn([entry(flops, seconds)], seconds + 4)
+    wall, device = speed.cost({"transfer": 10e9})
+    assert device == pytest.approx(23, rel=0.01)
+    assert wall == pytest.approx(27, rel=0.01)
+    assert speed.cost({"transfer": 10e9, "teach": 1e9})[1] == pytest.approx(23 + 6, rel=0.01)
+
+
+@pytest.mark.parametrize(("parallel", "turns"), [(1, 2), (2, 1)])
+def test_what_the_winner_needs_is_kept_with_time_to_spare(parallel, turns):
+    base = SimpleNamespace(tune=SimpleNamespace(cost_limit=1.0, seeds=3))
+    best = SimpleNamespace(own={"transfer": 50e9})
+    own, test = {"transfer": 90e9}, {"evaluate": 5e9}
+    one = purse(parallel=parallel, wall=10.0, flops=1e12)
+    # At 1 GFLOP/s, with 5 s for each stage and 5 s beside them. The first seed is trained already, the others are not.
+    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: best), base, own, test)
+    assert one.reserve == {"wall": pytest.approx(15 + 1.2 * turns * 70), "flops": pytest.approx(5e9 + 2 * 55e9)}
+    # Nothing is trained yet: all seeds of the recipe as given, but never more than half of the budget.
+    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: None), base, own, test)
+    assert one.reserve == {"wall": pytest.approx(min(300, 110 + 1.2 * turns * 110)), "flops": pytest.approx(3 * 95e9)}

@@ -1,0 +1,109 @@
+"""What the recipe leaves open is decided from the data and the machine, and told."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ktray.distributed.allocation import plan
+from ktray.errors import KtrayError
+from ktray.pipeline.resolve import resolve
+from ktray.recipe import schema as recipe
+
+CPU = plan(2, 0, 1, 1, False)
+GPU = plan(16, 1, 1, 1, True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of 12 pictures, and 30 unlabelled ones, 200 x 240 px."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for folder, count in (("task/oak tree", 12), ("task/Bäume", 12), ("gallery", 30)):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (200, 240, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{i}.jpg")
+    return root
+
+
+def load(photos, *overrides):
+    return recipe.load(None, [f"task.data={photos / 'task'}", f"gallery.data={photos / 'gallery'}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("machine", "size", "student", "images"), [(CPU, 128, "mobilenetv3_small_050", 15), (GPU, 160, "fastvit_s12", 15)]
+)
+def test_own_photos_close_every_key_with_its_reason(photos, machine, size, student, images):
+    given = load(photos)
+    found = resolve(given, machine, print)
+    r = found.recipe
+    assert (r.image_size, r.student.name, r.transfer.source, r.transfer.size) == (size, student, "retrieved", images)
+    assert r.teacher.name.startswith("open_clip:")
+    assert r.train.steps == 200  # thirty passes over 15 images would be four steps
+    for key in ("image_size", "student.name", "transfer.size", "train.batch_size", "train.steps", "teacher.name"):
+        (reason,) = [line for line in found.reasons if line.startswith(f"{key}=")]
+        assert "(" in reason
+    assert given.image_size is None, "the given recipe was changed"
+
+
+def test_what_is_given_is_kept(photos):
+    found = resolve(load(photos, "image_size=64", "student.name=resnet18", "train.steps=7"), CPU, print)
+    assert (found.recipe.image_size, found.recipe.student.name, found.recipe.train.steps) == (64, "resnet18", 7)
+    assert not [line for line in found.reasons if line.startswith(("image_size", "student.name", "train.steps"))]
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_small_images_keep_a_map_to_pool_over(photos, machine):
+    from ktray.models.student.classifier import build_student
+
+    found = resolve(load(photos, "image_size=32"), machine, print)
+    student = build_student(found.recipe.student.name, found.recipe.student.kwargs, 2, 32)
+    assert student.warnings == []
+
+
+def test_without_a_gallery_the_task_itself_is_the_transfer_set(photos):
+    found = resolve(recipe.load(None, [f"task.data={photos / 'task'}"]), CPU, print)
+    assert found.recipe.transfer.source == "target"
+    with pytest.raises(KtrayError, match=r"gallery\.data"):
+        resolve(recipe.load(None, [f"task.data={photos / 'task'}", "transfer.source=retrieved"]), CPU, print)
+
+
+def test_checkpoint_without_its_architecture(photos):
+    with pytest.raises(KtrayError, match=r"teacher\.name=open_clip:"):
+        resolve(load(photos, "teacher.checkpoint=weights.pt"), CPU, print)
+
+
+def test_unknown_built_in_task_names_its_nearest(tmp_path):
+    with pytest.raises(KtrayError, match="letters"):
+        resolve(recipe.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU, print)
+
+
+def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_path):
+    from ktray.pipeline.resolve import _shared
+
+    drawn = tmp_path / "home" / "world"
+    (drawn / "a").mkdir(parents=True)
+    (drawn / "a" / "1.png").write_bytes(b"one")
+    given = recipe.load(None, [f"store={tmp_path / 'local'}"])
+    assert _shared(given, drawn) == str(drawn)
+    given = recipe.load(None, [f"store=file://{tmp_path / 'far'}"])
+    copy = tmp_path / "far" / "miniverse" / "world"
+    assert _shared(given, drawn).endswith(str(copy))
+    assert (copy / "a" / "1.png").read_bytes() == b"one"
+    (drawn / "a" / "1.png").write_bytes(b"two")
+    _shared(given, drawn)
+    assert (copy / "a" / "1.png").read_bytes() == b"one"
+
+
+def test_a_drawn_folder_of_large_files_reaches_s3(tmp_path, s3):
+    from ktray.pipeline.resolve import _shared
+    from ktray.storage.store import Dir
+
+    drawn = tmp_path / "world"
+    drawn.mkdir()
+    content = {f"{number:02d}.tar": bytes([number]) * 5_500_000 for number in range(10)}  # more than one part each
+    for name, data in content.items():
+        (drawn / name).write_bytes(data)
+    copy = Dir(_shared(recipe.load(None, [f"store={s3.home}"]), drawn))
+    assert copy.names() == {name: len(data) for name, data in content.items()}
+    assert copy.read("09.tar") == content["09.tar"]

@@ -1,0 +1,162 @@
+"""Against moto through a proxy that fails: `faulty_s3`."""
+
+import pickle
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from ktray.data import filesystem
+from ktray.errors import KtrayError
+from ktray.storage import s3 as module
+from ktray.storage.retry import patience
+from ktray.storage.store import Dir, Store
+
+MORE = 3
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset"])
+def test_what_a_busy_store_refuses_is_asked_again(s3, fault, capsys):
+    folder = Dir(f"{s3.home}/a b")
+    for call in (
+        lambda: folder.write("x/ü 1", b"12"),
+        lambda: folder.write("x/2", b"3"),
+        lambda: folder.read("x/ü 1") == b"12" or pytest.fail("read"),
+        lambda: folder.exists("x/2") or pytest.fail("exists"),
+        lambda: folder.names() == {} or pytest.fail("names"),
+        lambda: folder.children() == ["x"] or pytest.fail("children"),
+        lambda: folder.delete("x/2"),
+    ):
+        s3.first(MORE, fault)
+        call()
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 2, "once that it waits, once that it need not any more"
+        assert "s3://ktray-test is busy or away" in told[0]
+        assert "answers again" in told[1]
+    assert folder.sub("x").names() == {"ü 1": 2}
+
+
+def test_a_read_goes_on_where_it_stood(s3, tmp_path):
+    path = f"{s3.home}/t.parquet"
+    table = pa.table({"x": list(range(1000))})
+    filesystem.write_bytes(path, b"")
+    fs, inside = filesystem.locate(path)
+    pq.write_table(table, inside, filesystem=fs, row_group_size=100)
+    with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
+        for group in range(10):
+            s3.first(MORE, "503", "GET")
+            assert file.read_row_group(group)["x"].to_pylist() == list(range(group * 100, group * 100 + 100))
+    with filesystem.open_stream(path) as stream:
+        begin = stream.read(4)
+        s3.first(MORE, "reset", "GET")
+        assert begin + stream.read() == filesystem.read_bytes(path)
+
+
+def test_an_answer_that_is_late_is_waited_for(s3):
+    folder = Dir(s3.home)
+    s3.slow_s = 4.0  # pyarrow's own limit is three
+    s3.first(1, "slow", "PUT")
+    folder.write("a", b"1")
+    assert folder.read("a") == b"1"
+    assert s3.seen["PUT", "slow"] == 1
+    assert s3.seen["PUT", ""] == 0, "it was asked twice"
+
+
+def test_a_request_whose_answer_was_lost_counts_once(s3):
+    folder = Dir(s3.home)
+    assert folder.exclusive
+    s3.first(MORE, "lost", "PUT")
+    assert folder.create("a", b"mine") is True
+    assert folder.create("a", b"yours") is False
+    s3.first(MORE, "lost", "DELETE")
+    folder.delete("a")
+    assert not folder.exists("a")
+
+
+def test_patience_ends_with_the_reason(s3):
+    folder = Dir(s3.home)
+    s3.fault = "503"
+    with patience(0.3), pytest.raises(KtrayError, match=r"ktray-test does not answer.*SLOW_DOWN"):
+        folder.write("a", b"1")
+
+
+def test_what_is_wrong_for_good_is_not_asked_again(s3):
+    folder = Dir(s3.home)
+    assert folder.exclusive in (True, False)
+    s3.seen.clear()
+    with pytest.raises(FileNotFoundError):
+        folder.read("none")
+    assert sum(s3.seen.values()) <= 3
+    with pytest.raises(KtrayError, match=r"cannot be written.*AWS_ENDPOINT_URL"):
+        Store("s3://ktray-none/x").check_writable()
+    with pytest.raises(KtrayError, match="no name of a bucket"):
+        Dir("s3:///x")
+    for address in ("s3://user:secret@ktray-test/x", "s3://ktray-test/x?endpoint_override=http://127.0.0.1:9"):
+        with pytest.raises(KtrayError, match="from AWS_") as raised:
+            Store(address)
+        assert "secret" not in str(raised.value)
+
+
+def test_the_remedy_for_a_store_without_the_newer_checksums_is_told(s3):
+    s3.fault = lambda method, path: "411" if method == "PUT" else ""
+    with pytest.raises(KtrayError, match="AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+        Store(s3.home).check_writable()
+
+
+def test_listings_come_in_pages(s3, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE", 7)
+    folder = Dir(f"{s3.home}/g")
+    wanted = {f"{'ab'[i % 2]}/{i:02d}.jpg": i for i in range(20)}
+    for name, size in wanted.items():
+        folder.write(name, b"x" * size)
+    s3.seen.clear()
+    listed = filesystem.walk(folder.uri)
+    first = next(listed)
+    assert s3.seen["GET", ""] == 1, "more than a page was asked for before the first name was out"
+    found = [first, *listed]
+    assert {f.path.removeprefix(f"{folder.uri}/"): f.size for f in found} == wanted
+    assert s3.seen["GET", ""] == 3
+    assert folder.children() == ["a", "b"]
+    assert len(folder.sub("a").names()) == 10
+    # As pyarrow tells it, by which galleries made before are known.
+    inner = module.handler(folder.fs).inner
+    told = inner.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+    assert {(f"s3://{i.path}", i.size, i.mtime_ns) for i in told if i.type == pafs.FileType.File} == {
+        (f.path, f.size, f.mtime_ns) for f in found
+    }
+    assert {filesystem.stat(f.path) for f in found} == set(found)
+
+
+def test_large_files_and_folders_travel_both_ways(s3, tmp_path, monkeypatch):
+    (tmp_path / "c/d").mkdir(parents=True)
+    large = bytes(range(256)) * (12 << 12)  # more than a part
+    (tmp_path / "c/large").write_bytes(large)
+    (tmp_path / "c/d/small").write_bytes(b"1")
+    folder = Dir(s3.home)
+    s3.first(MORE, "503", "PUT")
+    folder.put(tmp_path / "c", "k")
+    assert folder.sub("k").names() == {"large": len(large)}
+    s3.first(MORE, "reset", "GET")
+    with folder.local("k") as path:
+        assert (path / "large").read_bytes() == large
+        assert (path / "d/small").read_bytes() == b"1"
+    with folder.local("k/d/small") as path:
+        assert path.read_bytes() == b"1"
+
+
+def test_the_file_system_travels_with_its_patience(s3):
+    folder = Dir(s3.home)
+    fs = pickle.loads(pickle.dumps(folder.fs))
+    assert fs == folder.fs
+    s3.first(MORE, "503")
+    with fs.open_output_stream(f"{folder.path}/a") as stream:
+        stream.write(b"1")
+    assert folder.read("a") == b"1"
+
+
+def test_the_server_for_s3_alone_goes_first(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    Dir(s3.home).write("a", b"1")
+    assert s3.seen["PUT", ""] == 1
