@@ -19,7 +19,8 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def cluster():
     """The plan of a small local cluster; CPUs are logical, so that nothing waits on a machine with few cores."""
-    from ktray.distributed.allocation import cluster_plan, connect
+    from ktray.distributed.allocation import cluster_plan
+    from ktray.distributed.connect import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()

@@ -1,6 +1,7 @@
 import pytest
 
 from ktray import cli
+from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
 
 
@@ -44,9 +45,9 @@ def test_explain_digs_the_users_error_out_of_wrappers():
     inner = KtrayError("Teacher file missing", "Set teacher.checkpoint.")
     outer = RuntimeError("worker died\nlong text")
     outer.__cause__ = inner
-    assert cli.explain(outer) == str(inner)
-    assert "No space" in cli.explain(OSError(28, "No space left on device"))
-    assert cli.explain(ValueError("odd\nthing")).startswith("ValueError: odd thing")
+    assert explain(outer) == str(inner)
+    assert "No space" in explain(OSError(28, "No space left on device"))
+    assert explain(ValueError("odd\nthing")).startswith("ValueError: odd thing")
 
 
 def test_explain_digs_it_out_of_ray(cluster):
@@ -58,7 +59,7 @@ def test_explain_digs_it_out_of_ray(cluster):
 
     with pytest.raises(KtrayError) as caught:
         ray.get(fail.remote())
-    assert cli.explain(caught.value).endswith("Bad. Mend.")
+    assert explain(caught.value).endswith("Bad. Mend.")
 
 
 class Died(Exception):
@@ -87,7 +88,7 @@ def test_of_several_workers_the_one_is_told_that_the_others_failed_by(failures, 
 
     error = RuntimeError("stage failed")
     error.__cause__ = WorkerGroupError("many lines", failures)
-    told = cli.explain(error)
+    told = explain(error)
     assert told.startswith(f"rank {rank} of the training workers: ")
     assert text in told
 
@@ -95,7 +96,7 @@ def test_of_several_workers_the_one_is_told_that_the_others_failed_by(failures, 
 def test_what_a_controller_or_a_health_check_wraps_is_told():
     from ray.train import ControllerError
 
-    assert "no such file: x" in cli.explain(ControllerError(ValueError("no such file: x")))
+    assert "no such file: x" in explain(ControllerError(ValueError("no such file: x")))
 
 
 SHORT = {"--only": "bench.only=[{}]", "--quick": "bench.quick=true"}

@@ -10,8 +10,14 @@ import platform
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    pass
 
 # Set by whoever starts the machine (cluster templates do): the provider's type name, as in prices.yaml.
 INSTANCE_VARIABLE = "KTRAY_INSTANCE"
@@ -89,7 +95,6 @@ def peak_rss(status: Path = Path("/proc/self/status")) -> int:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    import torch
 
     if not torch.cuda.is_available():
         return []
@@ -118,3 +123,19 @@ def _cgroup_folders(controller: str, cgroups: Path, membership: Path) -> list[Pa
             group = group.parent
         folders.append(root)
     return folders
+
+
+PACKAGES = ("ray", "torch", "torchvision", "timm", "open_clip_torch", "mlflow", "pyarrow", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ktray and the libraries that decide a result."""
+    from ktray import __version__
+
+    found = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -14,14 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
 from types import TracebackType
 from typing import Any, Protocol
 
-import yaml
-
 from ktray.accounting.device import peak_rss
-from ktray.errors import KtrayError
+from ktray.accounting.prices import price_of
 
 STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
 PART_OF = {"labels": "adapt"}  # decoding the labelled images is booked on the stage that first needs them
@@ -112,79 +109,7 @@ def attempts(lines: Iterable[str]) -> list[Entry]:
 # -------------------------------------------------------------------------------------------------- money
 
 
-def price_table() -> dict[str, Any]:
-    """``prices.yaml``: ``as_of``, ``accelerators``, ``instances``, ``cpu_core``; USD per hour."""
-    table: dict[str, Any] = yaml.safe_load(resources.files("ktray.accounting").joinpath("prices.yaml").read_text())
-    return table
-
-
-def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | None = None) -> float | None:
-    """USD per hour of one device: an accelerator where ``device`` has any, else the whole machine.
-
-    Args:
-        device: as `ktray.accounting.device.describe_device` returns it.
-        overrides: the recipe's ``prices``: accelerator names, instance types or ``cpu_core``, USD per hour.
-
-    Returns:
-        None for an accelerator that neither the table nor ``overrides`` knows: no price is invented.
-    """
-    table, own = price_table(), dict(overrides or {})
-    for name, price in own.items():
-        if not price >= 0:
-            raise KtrayError(f"The price of '{name}' is {price} USD per hour", "Set prices.* to 0 or more.")
-    gpus = device.get("gpus") or []
-    instance = device.get("instance")
-    gpu_name = str(gpus[0]["name"]) if gpus else ""
-    by_name = _longest_match(own, gpu_name) if gpus else None
-    if by_name is not None:
-        return by_name
-    whole = {**table["instances"], **own}.get(instance) if instance else None
-    if whole is not None:
-        return float(whole) / max(1, len(gpus))
-    if gpus:
-        return _longest_match(table["accelerators"], gpu_name)
-    return float(own.get("cpu_core", table["cpu_core"])) * int(device["cores"])
-
-
-def price_of(
-    device: Mapping[str, Any], seconds: float, devices: int, overrides: Mapping[str, float] | None = None
-) -> float | None:
-    """USD of holding ``devices`` devices (accelerators; machines where there are none) for ``seconds``."""
-    hourly = hourly_price(device, overrides)
-    return None if hourly is None else hourly * devices * seconds / 3600
-
-
-def _longest_match(prices: Mapping[str, float], name: str) -> float | None:
-    words = [known for known in prices if known.lower() in name.lower()]
-    return float(prices[max(words, key=len)]) if words else None
-
-
 # ------------------------------------------------------------------------------------------------- energy
-
-
-def gpu_joules() -> Callable[[], float] | None:
-    """A counter of the energy that this machine's GPUs (those torch sees) have used, in joules; None without.
-
-    It reads NVML's own counter (`nvmlDeviceGetTotalEnergyConsumption`, Volta and newer). Other machines' GPUs are
-    not seen from here: their workers hand theirs in through `Meter.add`.
-    """
-    try:
-        import pynvml
-        import torch
-
-        if not torch.cuda.is_available():
-            return None
-        pynvml.nvmlInit()
-        ids = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
-        handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{i}") for i in ids]
-
-        def read() -> float:
-            return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
-
-        read()
-    except Exception:  # absent or refused in many ways (driver, container, old card); energy is then absent
-        return None
-    return read
 
 
 # --------------------------------------------------------------------------------------------- accounting

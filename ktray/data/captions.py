@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.lists import gallery_shards
+from ktray.data.sources.shards import read_shard
 
 LIMIT = 77
 LOOKED_AT = 256

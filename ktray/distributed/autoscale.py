@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.recipe.schema import Cluster
+from ktray.recipe.cluster import ClusterConfig
 
 _TELL = 30.0  # seconds between lines while it waits
 
 
 @contextmanager
-def gathered(part: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+def gathered(part: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep as many while the block runs.
 
     Raises:
@@ -40,7 +40,7 @@ def gathered(part: Cluster, say: Callable[[str], None]) -> Iterator[None]:
             ray.kill(one)
 
 
-def _wait(part: Cluster, say: Callable[[str], None], kept: dict[str, Any]) -> None:
+def _wait(part: ClusterConfig, say: Callable[[str], None], kept: dict[str, Any]) -> None:
     from ray.util import placement_group, remove_placement_group
 
     group: Any = None if _enough(part) else placement_group(bundles(part), strategy="PACK")
@@ -66,7 +66,7 @@ def _wait(part: Cluster, say: Callable[[str], None], kept: dict[str, Any]) -> No
             remove_placement_group(group)
 
 
-def _keep(part: Cluster, kept: dict[str, Any]) -> bool:
+def _keep(part: ClusterConfig, kept: dict[str, Any]) -> bool:
     """Put an actor on each machine that the job needs and that has none; whether all of them run."""
     import ray
 
@@ -76,12 +76,12 @@ def _keep(part: Cluster, kept: dict[str, Any]) -> bool:
     return not asked or len(ray.wait(asked, num_returns=len(asked), timeout=5.0)[0]) == len(asked)
 
 
-def bundles(part: Cluster) -> list[dict[str, float]]:
+def bundles(part: ClusterConfig) -> list[dict[str, float]]:
     """What is asked for: single CPUs and GPUs, so that machines of any size will do."""
     return [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
 
 
-def wanted(part: Cluster, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+def wanted(part: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of Ray's nodes, by name, as many as hold ``part.gpus`` and ``part.cpus``; what has GPUs first."""
     cpus, gpus, found = float(part.cpus), float(part.gpus), []
     for node in sorted((n for n in nodes if n["Alive"]), key=lambda n: -n["Resources"].get("GPU", 0.0)):
@@ -108,7 +108,7 @@ def _stay(node: str) -> Any:
     return remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
 
 
-def _enough(part: Cluster) -> bool:
+def _enough(part: ClusterConfig) -> bool:
     import ray
 
     total = ray.cluster_resources()

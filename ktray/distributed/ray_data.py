@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ktray.distributed.allocation import Plan
+from ktray.distributed.ray_internals import capture_executor
 from ktray.distributed.watchdog import steadily, waits
 from ktray.storage.columns import Rows
 
@@ -152,15 +153,7 @@ def _batches(dataset: Any) -> Iterator[pa.Table]:
     """What the dataset gives, under the eyes of the watchdog."""
 
     begun: list[Any] = []
-    create = dataset._create_executor
-
-    def created() -> Any:
-        del dataset._create_executor  # or the two would hold each other
-        begun.append(create())
-        return begun[0]
-
-    # The dataset itself knows its executor from the first block on, and tasks that nobody has room for give none.
-    dataset._create_executor = created
+    capture_executor(dataset, begun.append)
 
     def end() -> None:
         for executor in begun:
@@ -168,6 +161,16 @@ def _batches(dataset: Any) -> Iterator[pa.Table]:
 
     how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
     return steadily(lambda: dataset.iter_batches(**how), end)
+
+
+def ordered(rows: Sequence[dict[str, Any]]) -> Any:
+    """A dataset of one block for each row, whose blocks come in the order of the rows."""
+    import ray
+
+    dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return dataset
 
 
 def _summaries(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ktray.distributed.allocation import DATA_SETTINGS
+from ktray.distributed.connect import DATA_SETTINGS
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
 from ktray.redact import HIDDEN, scrub

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from ktray.cli import explain, say
+from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
 from ktray.tracking.mlflow_server import prepare
 from ktray.tracking.tracker import WAY, scrub, tracking_uri
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--uri", help="tracking server or database (default: MLFLOW_TRACKING_URI, else ./ktray-store)")
     arguments = parser.parse_args(argv)
     try:
-        say(f"chart     {preset(tracking_uri(arguments.uri, Path('ktray-store')), arguments.experiment)}")
+        print(f"chart     {preset(tracking_uri(arguments.uri, Path('ktray-store')), arguments.experiment)}", flush=True)
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1

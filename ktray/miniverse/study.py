@@ -21,8 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.listing import list_shards
+from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
 from ktray.miniverse.tasks import TASKS
 from ktray.miniverse.vocabulary import SUBJECTS

@@ -14,7 +14,7 @@ from ktray.objectives.scratch import Scratch
 from ktray.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
-    from ktray.recipe import schema as recipe
+    from ktray.recipe.schema import ObjectiveConfig
 
 __all__ = [
     "Agnostic",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def build_objective(part: recipe.Objective, *, hflip: float = 0.5) -> Objective:
+def build_objective(part: ObjectiveConfig, *, hflip: float = 0.5) -> Objective:
     """The objective that the recipe names.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ktray.tasks.segmentation import resize_map
+from ktray.models.maps import resize_map
 
 
 def by_position(student_out: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

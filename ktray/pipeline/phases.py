@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ktray.objectives import build_objective
 from ktray.objectives.base import TEACHERS
-from ktray.recipe.schema import Recipe, override
+from ktray.recipe.load import override
+from ktray.recipe.schema import Recipe
 
 
 def phases(recipe: Recipe) -> list[tuple[str, Recipe]]:

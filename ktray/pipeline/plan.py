@@ -14,7 +14,7 @@ from functools import lru_cache
 from torch import nn
 
 from ktray.accounting.device import describe_device
-from ktray.accounting.ledger import hourly_price
+from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.sources.lists import embedded_only, gallery_shards
 from ktray.data.sources.tars import read_tar

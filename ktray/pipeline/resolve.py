@@ -21,7 +21,8 @@ from ktray.distributed.allocation import Plan
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
 from ktray.objectives import build_objective
-from ktray.recipe.schema import Recipe, digest
+from ktray.recipe.schema import Recipe, index_alone
+from ktray.recipe.section import digest
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
@@ -226,11 +227,6 @@ def labelled_task(
         labels_per_class=part.labels_per_class,
     )
     return task, names, prompts
-
-
-def index_alone(recipe: Recipe) -> bool:
-    """Whether the gallery is all that an index holds."""
-    return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:

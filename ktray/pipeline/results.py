@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 import tempfile
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ktray.accounting.device import versions
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage
 from ktray.models.student.classifier_io import save_student
@@ -28,14 +26,13 @@ from ktray.stages.transfer import student_spec
 from ktray.storage.columns import Rows
 from ktray.storage.store import Dir
 from ktray.tasks.classification import confusion_matrix, softmax
-from ktray.tracking.tracker import stable_metrics
-from ktray.training.ray_train import Env
+from ktray.tracking.metrics import stable_metrics
+from ktray.training.worker import Env
 
 if TYPE_CHECKING:
-    from ktray.pipeline.run import Made
+    from ktray.pipeline.graph import Made
 
 SCHEMA = 1
-PACKAGES = ("ray", "torch", "torchvision", "timm", "open_clip_torch", "mlflow", "pyarrow", "numpy", "pillow")
 WORST = 24
 
 
@@ -139,19 +136,6 @@ def best_validation(manifest: dict[str, Any], metric: str) -> float:
     curve = [row for row in manifest["curve"] if name in row]
     kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
     return float(kept[-1][name])
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, ktray and the libraries that decide a result."""
-    from ktray import __version__
-
-    found = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
-from ktray.pipeline.results import transfer_set, versions
+from ktray.pipeline.results import transfer_set
 from ktray.retrieval.browse import Found, Query, choose, page
 from ktray.stages.base import Context, Done
 from ktray.stages.curate.stage import REPEATED, small_images

@@ -6,55 +6,35 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from ktray.accounting.device import describe_device
-from ktray.accounting.ledger import Ledger, gpu_joules
-from ktray.data.preprocess import Preprocess
-from ktray.distributed.allocation import Plan, cluster_plan, connect, others
+from ktray.accounting.energy import gpu_joules
+from ktray.accounting.ledger import Ledger
+from ktray.distributed.allocation import Plan, cluster_plan, others
 from ktray.distributed.autoscale import gathered
+from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
-from ktray.models.features import map_shape
-from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
+from ktray.models.teacher.spec import TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
-from ktray.objectives import build_objective
 from ktray.pipeline import results
-from ktray.pipeline.phases import needs_teacher, phases, taught
-from ktray.pipeline.resolve import Resolved, index_alone, resolve, resolve_gallery
+from ktray.pipeline.graph import _curate, stages
+from ktray.pipeline.phases import phases
+from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
 from ktray.pipeline.run_folder import open_run
-from ktray.recipe.schema import Recipe, digest, dump
-from ktray.stages import finetune, labels, transfer
-from ktray.stages.adapt import stage as adapt
-from ktray.stages.base import Context, Done
-from ktray.stages.curate import stage as curate
-from ktray.stages.evaluate import stage as evaluate
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
+from ktray.stages.base import Context
 from ktray.stages.index import stage as index
-from ktray.stages.teach import stage as teach
-from ktray.storage.store import Store
+from ktray.storage.store import Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker, catch_up
-
-FLOOR = "scratch"
-
-
-@dataclass
-class Made:
-    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial."""
-
-    labels: Done
-    evaluate: Done | None
-    student: Done
-    adapt: Done | None = None
-    index: Done | None = None
-    curate: Done | None = None
-    teach: teach.Lesson | None = None
-    transfer: Done | None = None
-    floor: Done | None = None
 
 
 def run(
@@ -249,94 +229,11 @@ def _context(
     )
 
 
-def local_home(store: Store) -> Path:
-    """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` beside S3."""
-    return Path(store.path) if store.is_local else Path("ktray-store").absolute()
-
-
 def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
     if tags.get("job") == "index":
         return "index"
     task = recipe.task.name or Path(str(recipe.task.data)).stem
     return f"{''.join(c if c.isalnum() else '-' for c in task)[:24]}-{recipe.objective.name}"
-
-
-def stages(context: Context, trial: bool = False) -> Made:
-    """Run the stages, each reused where it is whole; those of a trial without EVALUATE."""
-    recipe, size = context.recipe, int(context.recipe.image_size or 0)
-    student = transfer.student_spec(context).make()
-    for warning in student.warnings:
-        context.say(f"student   {warning}")
-    if recipe.objective.name == "scratch":
-        decoded = labels.run(context, student.preprocess)
-        done = finetune.run_scratch(context, decoded, booked="finetune")
-        models = {"student": (transfer.student_spec(context, done.stage), done.key)}
-        return Made(decoded, None if trial else evaluate.run(context, models, None), done)
-    start: Pretrained | None = None
-    for name, phase in phases(recipe):
-        inner = replace(context, recipe=phase, phase=name, read=0)
-        reads_map = build_objective(phase.objective).reads == "map"
-        start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
-        context.read += inner.read
-    assert start is not None  # there is at least one phase
-    decoded, moved = start.labels, start.transfer
-    tuned = finetune.run(context, moved, start.teach, decoded) if recipe.finetune.steps else moved
-    models = {"student": (transfer.student_spec(context, tuned.stage), tuned.key)}
-    floor = None
-    if recipe.baselines.scratch:
-        floor = finetune.run_scratch(context, decoded, booked=FLOOR)
-        models[FLOOR] = (transfer.student_spec(context, floor.stage), floor.key)
-    judged = (start.spec, start.adapt.key) if start.adapt and start.spec else None
-    scored = None if trial else evaluate.run(context, models, judged)
-    return Made(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
-
-
-@dataclass
-class Pretrained:
-    """The stages of one phase of pretraining."""
-
-    labels: Done
-    adapt: Done | None
-    spec: AdaptedSpec | None
-    index: Done | None
-    curate: Done
-    teach: teach.Lesson
-    transfer: Done
-
-
-@dataclass
-class Curated:
-    """The stages up to the transfer set; ``spec`` is the adapted teacher."""
-
-    adapt: Done | None
-    spec: AdaptedSpec | None
-    index: Done | None
-    curate: Done
-
-
-def _curate(context: Context) -> Curated:
-    recipe, t = context.recipe, context.recipe.teacher
-    spec = adapted = model = indexed = None
-    if needs_teacher(recipe):
-        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
-        adapted = adapt.run(context, spec, recipe.cluster.max_failures)
-        model = adapt.adapted(context, adapted, spec)
-    # A random draw asks the teacher for nothing.
-    encoder = spec if recipe.transfer.source in ("retrieved", "list") or index_alone(recipe) else None
-    if context.source is not None:
-        indexed = index.run_labelled(context, context.source)
-    elif recipe.transfer.source in ("generic", "retrieved", "list"):
-        indexed = index.run(context, encoder)
-    return Curated(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
-
-
-def _pretrain(context: Context, student: Preprocess, map_side: int, start: Pretrained | None) -> Pretrained:
-    known = _curate(context)
-    by_teacher = (known.adapt, known.spec) if taught(context.recipe) else (None, None)
-    targets = teach.run(context, known.curate, *by_teacher, student, map_side)
-    decoded = labels.run(context, student)
-    moved = transfer.run(context, targets, decoded, start.transfer if start else None)
-    return Pretrained(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ktray.data.labelled.masks import IGNORE
 from ktray.models.student.segmenter import DenseStudent
 from ktray.reporting.report import WorstError
 from ktray.stages.base import Context
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.labels import Masks, read_examples
 from ktray.stages.transfer import student_spec
-from ktray.tasks.segmentation import IGNORE
-from ktray.training.ray_train import Env
+from ktray.training.worker import Env
 
 if TYPE_CHECKING:
-    from ktray.pipeline.run import Made
+    from ktray.pipeline.graph import Made
 
 WORST = 24
 # Longer side of a picture in the report, pixels.

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ktray.recipe.compare import Part
+from ktray.recipe.section import Section
 
 
-class Cluster(Part):
+class ClusterConfig(Section):
     workers: int | str = Field(
         1,
         description="training workers (DDP): a number, or min..max (1..4), of which there are as many as the cluster "
@@ -54,7 +54,7 @@ class Cluster(Part):
         return int(low), int(high or low)
 
 
-class MLflow(Part):
+class MLflowConfig(Section):
     uri: str | None = Field(
         None,
         description="tracking server, without credentials; null: MLFLOW_TRACKING_URI, else sqlite in the store",

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ktray.recipe.compare import Part
+from ktray.recipe.section import Section
 
 
-class Export(Part):
+class ExportConfig(Section):
     run: str | None = Field(
         None,
         description="the run to export: its id in the store, or its folder, local or s3://; null: the newest run that "

@@ -6,27 +6,19 @@ reason, and written to the run folder's ``recipe.yaml``, which runs again as ``-
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt
 
-from ktray.errors import KtrayError
-from ktray.recipe.cluster import Cluster, MLflow
-from ktray.recipe.compare import Bench, Compare, Part
-from ktray.recipe.export import Export
-from ktray.recipe.tune import Budget, Tune
-from ktray.redact import credential_in
-
-RECIPES = Path(__file__).parent / "builtin"
-DEFAULT = "letters"
+from ktray.recipe.bench import BenchConfig
+from ktray.recipe.cluster import ClusterConfig, MLflowConfig
+from ktray.recipe.compare import CompareConfig
+from ktray.recipe.export import ExportConfig
+from ktray.recipe.section import Section
+from ktray.recipe.tune import BudgetConfig, TuneConfig
 
 
-class Task(Part):
+class TaskConfig(Section):
     name: str | None = Field(None, description="a built-in task (letters, digits, ...); ignored when task.data is set")
     data: str | None = Field(
         None,
@@ -52,7 +44,7 @@ class Task(Part):
     )
 
 
-class Gallery(Part):
+class GalleryConfig(Section):
     data: list[str] | str | None = Field(
         None,
         description="unlabelled images: folder, tar shards, Parquet or CSV; local or s3://; one or a list",
@@ -83,12 +75,12 @@ class Gallery(Part):
     verify: bool = Field(False, description="compare the index with its checksums before it is used")
 
 
-class Data(Part):
+class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable images above which a stage fails")
     max_pixels: int = Field(178_956_970, ge=1, description="largest image that is decoded, pixels")
 
 
-class Finetuning(Part):
+class TeacherFinetuneConfig(Section):
     """Finetuning of the teacher's tower (teacher.adapt=finetune|auto)."""
 
     steps: int = Field(150, ge=1, description="optimizer steps")
@@ -100,7 +92,7 @@ class Finetuning(Part):
     ema: float = Field(0.98, ge=0, lt=1, description="decay of the averaged weights; 0 switches it off")
 
 
-class Teacher(Part):
+class TeacherConfig(Section):
     name: str | None = Field(
         None,
         description="open_clip:<model>[/<pretrained>], timm:<model>, or miniverse; null: published for own data",
@@ -120,10 +112,10 @@ class Teacher(Part):
         ["text", "probe", "finetune"],
         description="what adapt=auto tries (text only where the teacher has a text tower)",
     )
-    finetune: Finetuning = Finetuning()
+    finetune: TeacherFinetuneConfig = TeacherFinetuneConfig()
 
 
-class Student(Part):
+class StudentConfig(Section):
     name: str | None = Field(None, description="any timm model; null: chosen by image size and device")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
     checkpoint: str | None = Field(None, description="weights to start from (safetensors or weights-only .pt)")
@@ -131,7 +123,7 @@ class Student(Part):
     pretrained: bool = Field(False, description="start from timm's published weights (needs a network)")
 
 
-class Transfer(Part):
+class TransferConfig(Section):
     source: Literal["auto", "none", "generic", "target", "retrieved", "list"] = Field(
         "auto",
         description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
@@ -161,13 +153,13 @@ class Transfer(Part):
     seed: int = Field(0, description="seed of source=generic")
 
 
-class Supervised(Part):
+class SupervisedConfig(Section):
     data: str | None = Field(
         None, description="labelled generic images for objective.name=supervised; forms as for task.data"
     )
 
 
-class Teach(Part):
+class TeachConfig(Section):
     mode: Literal["auto", "cached", "streamed", "live"] = Field(
         "auto",
         description="cached: the teacher's outputs are computed once and stored; streamed: teachers beside the "
@@ -191,7 +183,7 @@ class Teach(Part):
     seed: int = Field(0, description="seed of the views")
 
 
-class Objective(Part):
+class ObjectiveConfig(Section):
     name: Literal["oriented", "dual", "agnostic", "agnostic_then_oriented", "clip", "supervised", "dino", "scratch"] = (
         Field("oriented", description="way of pretraining")
     )
@@ -211,7 +203,7 @@ class Objective(Part):
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
 
 
-class Train(Part):
+class TrainConfig(Section):
     """Pretraining on the transfer set (and the scratch floor)."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the transfer set; null: from train.steps")
@@ -239,7 +231,7 @@ class Train(Part):
     window_bytes: int = Field(256_000_000, ge=1, description="streamed rows that are shuffled together")
 
 
-class Finetune(Part):
+class FinetuneConfig(Section):
     """Finetuning of the student on the labels."""
 
     steps: int = Field(150, ge=0, description="optimizer steps; 0 skips it")
@@ -256,212 +248,39 @@ class Finetune(Part):
     evals: int = Field(10, ge=1, description="times validation is read; the best of them (the start included) is kept")
 
 
-class Baselines(Part):
+class BaselinesConfig(Section):
     scratch: bool = Field(True, description="also train the student without pretraining, as the floor")
     scratch_steps: int | None = Field(None, ge=1, description="steps of the floor; null: as many as train.steps")
 
 
-class Recipe(Part):
+class Recipe(Section):
     store: str = Field("./ktray-store", description="folder or s3://bucket/prefix for stages and runs")
     seed: int = Field(0, description="seed of training: initial weights, order, mixup")
     image_size: int | None = Field(None, ge=8, description="student's input, pixels; null: from the labelled images")
-    task: Task = Task()
-    gallery: Gallery = Gallery()
-    data: Data = Data()
-    teacher: Teacher = Teacher()
-    student: Student = Student()
-    transfer: Transfer = Transfer()
-    teach: Teach = Teach()
-    objective: Objective = Objective()
-    supervised: Supervised = Supervised()
-    train: Train = Train()
-    finetune: Finetune = Finetune()
-    baselines: Baselines = Baselines()
-    cluster: Cluster = Cluster()
-    mlflow: MLflow = MLflow()
-    compare: Compare = Compare()
-    bench: Bench = Bench()
-    export: Export = Export()
-    tune: Tune = Tune()
-    budget: Budget = Budget()
+    task: TaskConfig = TaskConfig()
+    gallery: GalleryConfig = GalleryConfig()
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    transfer: TransferConfig = TransferConfig()
+    teach: TeachConfig = TeachConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
+    train: TrainConfig = TrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+    compare: CompareConfig = CompareConfig()
+    bench: BenchConfig = BenchConfig()
+    export: ExportConfig = ExportConfig()
+    tune: TuneConfig = TuneConfig()
+    budget: BudgetConfig = BudgetConfig()
     prices: dict[str, float] = Field(
         default_factory=dict, description="USD per hour by device name, over ktray's table"
     )
 
 
-def schema(model: type[Part] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
-    """All keys of the schema as (dotted key, default, type, description)."""
-    rows: list[tuple[str, Any, str, str]] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Part):
-            rows += schema(kind, f"{prefix}{name}.")
-        else:
-            default = field.get_default(call_default_factory=True)
-            rows.append((prefix + name, default, _type_name(kind), field.description or ""))
-    return rows
-
-
-def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
-    """The recipe named ``recipes`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
-
-    Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
-    recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
-    (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types.
-
-    Raises:
-        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
-    """
-    wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
-    raw: dict[str, Any] = {}
-    for name in wanted:
-        _merge(raw, _read_yaml(name))
-    own = any(text.startswith("task.data=") for text in overrides)
-    if "task" not in raw and not own:
-        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
-        name = named[-1] if named else DEFAULT
-        if (RECIPES / f"{name}.yaml").exists():
-            raw, over = _read_yaml(name), raw
-            _merge(raw, over)
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign:
-            raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
-        _set(raw, key.strip(), _parse_value(value))
-    return _validate(raw)
-
-
-def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key != "kwargs":
-            if key == "student" and "name" in value:
-                raw[key].pop("kwargs", None)
-            _merge(raw[key], value)
-        else:
-            raw[key] = value
-
-
-def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
-    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does."""
-    raw = recipe.model_dump(mode="json")
-    for key, value in keys.items():
-        _set(raw, key, value)
-    return _validate(raw)
-
-
-def _validate(raw: dict[str, Any]) -> Recipe:
-    _check_keys(raw)
-    _check_secrets(raw)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(
-            str(part) for part in first["loc"] if not str(part).startswith(("function", "literal", "bool"))
-        )
-        raise KtrayError(
-            f"Recipe key '{where}' does not accept {first.get('input')!r}: {first['msg']}",
-            "See --help for each key's type.",
-        ) from error
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `load` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def digest(*values: Any) -> str:
-    """A short, stable hash of JSON-like values (16 hex digits of SHA-256)."""
-    text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read_yaml(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{recipe}.yaml"
-        if not path.exists():
-            known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-            raise KtrayError(f"No recipe is named '{recipe}'", f"Known are {', '.join(known)}; a file ends in .yaml.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise KtrayError(f"Recipe file '{path}' cannot be read: {error.strerror}", "Check --recipe.") from error
-    except yaml.YAMLError as error:
-        raise KtrayError(f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Mend the file.") from error
-    if not isinstance(raw, dict):
-        raise KtrayError(f"Recipe file '{path}' does not hold keys", "Start from the recipe.yaml of a run folder.")
-    return raw
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    parts = key.split(".")
-    known = {row[0] for row in schema()}
-    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
-        raise _unknown(key)
-    node = raw
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise KtrayError(f"Recipe key '{key}' is under a key that holds a value", "See --help for the keys.")
-    node[parts[-1]] = value
-
-
-def _check_keys(raw: dict[str, Any], model: type[Part] = Recipe, prefix: str = "") -> None:
-    for name, value in raw.items():
-        field = model.model_fields.get(name)
-        if field is None:
-            raise _unknown(f"{prefix}{name}")
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Part) and isinstance(value, dict):
-            _check_keys(value, kind, f"{prefix}{name}.")
-
-
-def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
-    """A recipe is saved with its run, and a command line is shown to whoever lists processes."""
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            _check_secrets(value, f"{prefix}{name}.")
-        elif found := credential_in(value):
-            raise KtrayError(
-                f"Recipe key '{prefix}{name}' holds a secret ({found}), and a recipe is saved and logged with its run",
-                "Give it by the environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and so on for S3.",
-            )
-
-
-def _unknown(key: str) -> KtrayError:
-    known = [row[0] for row in schema()]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-    if not near:
-        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    return KtrayError(
-        f"Unknown recipe key '{key}'",
-        f"Did you mean '{near[0]}'? --help lists all." if near else "--help lists all.",
-    )
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(str(a) for a in get_args(kind))
-    args = get_args(kind)
-    if args and get_origin(kind) not in (list, dict):
-        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
-    if args:
-        return f"{get_origin(kind).__name__}[{', '.join(_type_name(a) for a in args)}]"
-    return getattr(kind, "__name__", str(kind))
+def index_alone(recipe: Recipe) -> bool:
+    """Whether the gallery is all that an index holds."""
+    return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ktray.recipe.compare import Part
+from ktray.recipe.section import Section
 
 
-class Budget(Part):
+class BudgetConfig(Section):
     """What the whole search may spend, the winner's retraining included; what is null sets no limit."""
 
     usd: float | None = Field(None, gt=0, description="USD for the whole of jobs/tune.py, by the prices of its devices")
@@ -22,7 +22,7 @@ class Budget(Part):
     )
 
 
-class Tune(Part):
+class TuneConfig(Section):
     """What jobs/tune.py searches; other jobs do not read it."""
 
     space: dict[str, Any] = Field(

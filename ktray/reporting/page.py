@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ktray.reporting.report import flops, percent, seconds, usd
+from ktray.reporting.units import flops, percent, seconds, usd
 
 
 def write(

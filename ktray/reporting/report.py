@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
+from ktray.reporting.units import aligned, count, flat, flops, percent, seconds, size, usd
 
 # Above this a matrix is no longer legible, and above the second its numbers are not.
 _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
@@ -190,69 +190,6 @@ def metric_label(result: dict[str, Any]) -> str:
     return _METRICS.get(name, name)
 
 
-def flops(value: float | None) -> str:
-    """``1.2 TFLOP``; an en dash for None."""
-    return "–" if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"), "FLOP")
-
-
-def size(value: float | None) -> str:
-    """Bytes as ``1.2 GB`` (powers of 1000)."""
-    return "–" if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T", "P"), "B")
-
-
-def seconds(value: float | None) -> str:
-    """``0.4 s``, ``35 s``, ``4.2 min``, ``1.3 h``, ``2.5 d``."""
-    if value is None:
-        return "–"
-    if value < 9.95:
-        return f"{value:.1f} s"
-    for limit, divisor, unit in ((119.5, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if value < limit:
-            return f"{value / divisor:.0f} {unit}" if divisor == 1 else f"{value / divisor:.1f} {unit}"
-    return f"{value / 86400:.1f} d"
-
-
-def usd(value: float | None) -> str:
-    """``$12.50``, and below a dollar two digits that count: ``$0.0004``."""
-    if value is None:
-        return "–"
-    if value <= 0:
-        return "$0"
-    digits = 2 if value >= 0.1 else min(9, 1 - math.floor(math.log10(value)))
-    text = f"{value:,.{digits}f}"
-    return "$" + (text.rstrip("0") if digits > 2 else text)
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def _scaled(value: float, base: int, prefixes: Sequence[str], unit: str) -> str:
-    step = 0
-    while abs(value) >= base * 0.9995 and step < len(prefixes) - 1:
-        value /= base
-        step += 1
-    return f"{value:.3g} {prefixes[step]}{unit}"
-
-
-def aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
-    """Columns as wide as their widest cell, the first ``words`` flush left, the others right; rules above rows."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        if number in rules:
-            lines.append("  ".join("-" * width for width in widths))
-        cells = [
-            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def _total(result: dict[str, Any]) -> dict[str, Any]:
     cost = result.get("cost") or {}
     return {
@@ -339,14 +276,3 @@ def _data_uri(png: bytes) -> str:
 
 def _texts(value: Any) -> list[tuple[str, str]]:
     return [(name, "–" if leaf is None else str(leaf)) for name, leaf in flat(value)]
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings and lists as rows of a dotted name and what stands there."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = list(enumerate(value))
-    else:
-        return [(prefix, value)]
-    return [row for key, part in items for row in flat(part, f"{prefix}.{key}" if prefix else str(key))]

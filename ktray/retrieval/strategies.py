@@ -8,7 +8,7 @@ selection says which query brought an image, and its place among that query's hi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -133,3 +133,47 @@ def _reordered(similarity: np.ndarray, index: np.ndarray, order: np.ndarray, siz
         np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1), size, exclude=exclude
     )
     return replace(chosen, rank=order[chosen.query, chosen.rank])
+
+
+NEEDS_PREDICTIONS = ("class_balanced", "informative")
+
+
+STRATEGIES = ("query_balanced", "class_balanced", "best_first", "diverse", "informative")
+
+
+def choose(
+    strategy: str,
+    similarity: np.ndarray,
+    found: np.ndarray,
+    embeddings: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    exclude: np.ndarray,
+    predict: Callable[[np.ndarray], np.ndarray] | None,
+) -> Selection:
+    """``size`` images among the candidates, by a strategy of `STRATEGIES`.
+
+    Args:
+        strategy: its name.
+        similarity, found: (Q, k) hits of the queries, as `ktray.retrieval.search.search` gives them.
+        embeddings: gallery rows (n,) to their unit embeddings (n, D) float32.
+        size, exclude: as for `query_balanced`.
+        predict: unit embeddings to class probabilities; not None for a strategy of `NEEDS_PREDICTIONS`.
+    """
+    if strategy == "query_balanced":
+        return query_balanced(similarity, found, size, exclude=exclude)
+    if strategy == "best_first":
+        return best_first(similarity, found, size, exclude=exclude)
+    images, where = np.unique(found, return_inverse=True)
+    rows = where.reshape(found.shape)
+    seen = images[images >= 0]
+    embedding = embeddings(seen)
+    if len(seen) < len(images):  # -1 comes first, and stands for no hit
+        rows = np.maximum(rows - 1, 0)
+    if strategy == "diverse":
+        return diverse(similarity, found, embedding, rows, size, exclude=exclude)
+    assert predict is not None
+    probability = predict(embedding)
+    if strategy == "class_balanced":
+        return class_balanced(similarity, found, probability.argmax(1)[rows], size, exclude=exclude)
+    best = np.sort(probability, axis=1)
+    return informative(similarity, found, (best[:, -1] - best[:, -2])[rows], size, exclude=exclude)

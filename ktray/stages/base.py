@@ -11,7 +11,8 @@ from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.distributed.allocation import Plan
 from ktray.distributed.watchdog import Pulse, check_limit, watched
-from ktray.recipe.schema import Recipe, digest
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ktray.recipe.schema import Objective
+from ktray.recipe.schema import ObjectiveConfig
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.labels import labels_of
 from ktray.stages.teach import stage as teach_stage
@@ -89,7 +89,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
             labels_of(context, labels),
             teach_stage.view_policy(context),
             int(part.batch_size or 1),
-            Objective(name="scratch"),
+            ObjectiveConfig(name="scratch"),
             part,
             context.metric,
             context.store.sub("precision"),

@@ -15,7 +15,8 @@ from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import Settings
 from ktray.training.programs import TransferJob
-from ktray.training.ray_train import Job, train
+from ktray.training.ray_train import train
+from ktray.training.worker import Job
 
 VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"

@@ -27,12 +27,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ktray.errors import KtrayError
-
-if TYPE_CHECKING:
-    from ktray.storage.store import Dir
 
 FOLDER = "lease"
 REFRESH_S = 5.0
@@ -44,6 +41,35 @@ _KEPT = 8
 _warned: list[str] = []  # once a process
 
 State = tuple[int, dict[str, Any]]
+
+
+class Directory(Protocol):
+    """The part of `ktray.storage.store.Dir` that a lease needs; see there."""
+
+    @property
+    def uri(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def exclusive(self) -> bool: ...
+
+    def sub(self, name: str) -> Directory: ...
+
+    def names(self, suffix: str = "") -> dict[str, int]: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def read_json(self, name: str) -> Any: ...
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def write_json(self, name: str, value: Any) -> None: ...
+
+    def create(self, name: str, data: bytes) -> bool: ...
+
+    def delete(self, name: str = "") -> None: ...
 
 
 class LeaseLost(KtrayError):
@@ -98,7 +124,7 @@ class Lease:
         say: prints a line for the person who watches.
     """
 
-    def __init__(self, home: Dir, say: Callable[[str], None]) -> None:
+    def __init__(self, home: Directory, say: Callable[[str], None]) -> None:
         self.home, self.say = home, say
         self.folder = home.sub(FOLDER)
         self.owner = uuid.uuid4().hex

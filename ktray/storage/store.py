@@ -307,3 +307,8 @@ class Store(Dir):
         with patience(_PROBE_S):
             self.write(name, b"x" * 4096)
             self.delete(name)
+
+
+def local_home(store: Store) -> Path:
+    """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` beside S3."""
+    return Path(store.path) if store.is_local else Path("ktray-store").absolute()

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ktray.recipe.schema import MLflow
+from ktray.distributed.connect import job_id
+from ktray.recipe.cluster import MLflowConfig
 from ktray.tracking.tracker import scrub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def command(argv: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def run_tags(part: MLflow, own: Mapping[str, str]) -> dict[str, str]:
+def run_tags(part: MLflowConfig, own: Mapping[str, str]) -> dict[str, str]:
     """The tags of a run: `identity`, then those that the job gives it, then those of ``mlflow.tags``. A name that the
     job gives (``mlflow.runName``) stands behind ``mlflow.run_name``."""
     found = {**identity(), **own, **{name: str(value) for name, value in part.tags.items()}}
@@ -73,14 +74,8 @@ def identity() -> dict[str, str]:
         "mlflow.user": metadata.get("owner") or user(),
         "mlflow.source.git.commit": metadata.get("commit") or commit(),
         "ktray.command": command(["python", *sys.argv]) if sys.argv and sys.argv[0].endswith(".py") else None,
-        "ray.job_id": _ray_job(),
+        "ray.job_id": job_id(),
         "ray.submission_id": metadata.get("job_submission_id"),
         "ray.job_name": metadata.get("job_name"),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _ray_job() -> str | None:
-    import ray
-
-    return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else None

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ktray.tasks.segmentation import IGNORE, resize_map
-from ktray.training.ray_train import Env
+from ktray.data.labelled.masks import IGNORE
+from ktray.models.maps import resize_map
+from ktray.training.worker import Env
 
 Evaluate = Callable[[nn.Module], tuple[float, dict[str, float]]]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ktray import recipe as recipes
 from ktray.data.augment import random_views, view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
@@ -17,7 +18,7 @@ from ktray.distributed.ray_data import Crew
 from ktray.models.student.classifier import Student, build_student
 from ktray.models.student.segmenter import DenseStudent, Head, build_dense_student
 from ktray.objectives.base import TEACHERS
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import JPEG, PIXELS
@@ -26,9 +27,9 @@ from ktray.targets.predict import Loaded, Predict
 from ktray.targets.top_k import columns as stored_columns
 from ktray.targets.top_k import densify
 from ktray.training.loop import Batch
-from ktray.training.ray_train import Env
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Feed, Reader
+from ktray.training.worker import Env
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Taught:
     classes: int = 0
     jpeg: bool = False
 
-    def feed(self, part: recipes.Train, env: Env, batch: int, seed: int) -> Feed:
+    def feed(self, part: TrainConfig, env: Env, batch: int, seed: int) -> Feed:
         rows = sum(n for _, n in self.shards)
         resident = rows * self.row_bytes <= part.resident_bytes
         # A lane's windows are the same with any number of workers, so they have the size that the fewest can hold.
@@ -168,9 +169,9 @@ class Taught:
         """The teacher that the trainer asks at each step, in this process; None where rows bring their targets."""
         return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
 
-    def batches(self, part: recipes.Train, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, part: TrainConfig, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
         """Batches on the device, ``batch`` rows of each of the worker's lanes, as
-        `ktray.objectives.base.Objective.step` takes them."""
+        `ktray.objectives.base.ObjectiveConfig.step` takes them."""
         for rows in self.feed(part, env, batch, seed).batches(start, stop):
             keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
             found = {

@@ -19,17 +19,17 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
 from ktray.models.flops import forward_flops, train_flops
+from ktray.models.maps import label_loss
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Context, Objective, build_objective
-from ktray.recipe import schema as recipes
-from ktray.recipe.schema import digest
+from ktray.recipe.schema import ObjectiveConfig, TeacherFinetuneConfig, TrainConfig
+from ktray.recipe.section import digest
 from ktray.storage.store import Dir
-from ktray.tasks.segmentation import label_loss
 from ktray.training.evaluation import evaluator
 from ktray.training.inputs import Labels, StudentSpec, Taught
 from ktray.training.loop import Batch, Program, Settings, decay_groups
-from ktray.training.ray_train import Env
+from ktray.training.worker import Env
 
 if TYPE_CHECKING:
     from ktray.models.teacher.adapted import AdaptedTeacher
@@ -137,8 +137,8 @@ class TransferJob:
     labels: Labels
     policy: ViewPolicy
     label_batch: int
-    objective: recipes.Objective
-    part: recipes.Train
+    objective: ObjectiveConfig
+    part: TrainConfig
     metric: str
     directory: Dir
 
@@ -222,8 +222,8 @@ class FinetuneJob:
     labels: Labels
     policy: ViewPolicy
     batch: int
-    objective: recipes.Objective
-    part: recipes.Train
+    objective: ObjectiveConfig
+    part: TrainConfig
     metric: str
     directory: Dir
     taught: Taught | None = None
@@ -291,7 +291,7 @@ class AdaptJob:
     start: Dir
     labels: Labels
     policy: ViewPolicy
-    part: recipes.Finetuning
+    part: TeacherFinetuneConfig
     metric: str
 
     def build(self, env: Env) -> Program:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,73 +26,12 @@ from ktray.distributed import watchdog
 from ktray.distributed.allocation import Plan
 from ktray.distributed.retried_task import one_task
 from ktray.storage.store import Stage, storage_error
-from ktray.training.loop import Fit, Hooks, Program, Settings
-from ktray.training.virtual_ranks import lanes, share
+from ktray.training.loop import Fit, Hooks, Program
+from ktray.training.worker import Env, Job
 
 FOLDER = "train"  # in the stage's directory, for checkpoints
 LAST = "last.json"  # names a lone worker's
 MANAGED = "checkpoint_manager_snapshot.json"  # names those of Ray Train's workers; the file is its own
-
-
-@dataclass(frozen=True)
-class Env:
-    """Where a worker stands.
-
-    Attributes:
-        read_cpus: of a task that reads for it.
-        teachers, teacher_gpus, teacher_threads: the teachers that may run beside it, and what each has.
-        report: posts what a reader has to say to those who watch.
-        span: the fewest and the most workers that the run may have; None: as many as there are.
-        lanes: that the training rows come in (`divide`); 0: one for each worker.
-    """
-
-    device: torch.device
-    rank: int
-    world: int
-    read_cpus: float
-    teachers: int = 1
-    teacher_gpus: float = 0.0
-    teacher_threads: int = 1
-    report: Callable[[dict[str, Any]], None] = lambda values: None
-    span: tuple[int, int] | None = None
-    lanes: int = 0
-
-    def divide(self, *batches: int) -> Env:
-        """The same with lanes that fit the batches, rows of a step over all workers."""
-        return replace(self, lanes=lanes(*(self.span or (self.world, self.world)), *batches))
-
-    @property
-    def of(self) -> int:
-        """How many lanes there are."""
-        return self.lanes or self.world
-
-    @property
-    def mine(self) -> range:
-        """The lanes that this worker feeds."""
-        return share(self.rank, self.world, self.of)
-
-    @property
-    def most(self) -> int:
-        """The most lanes that a worker feeds, when there are the fewest workers."""
-        return -(-self.of // (self.span[0] if self.span else self.world))
-
-    def rows(self, batch: int) -> int:
-        """Of each lane, for a batch over all workers."""
-        return max(1, -(-batch // self.of))
-
-    @property
-    def weight(self) -> float:
-        """Of this worker's mean loss in the mean over workers, so that each row of the whole batch counts alike."""
-        return len(self.mine) * self.world / self.of
-
-
-class Job(Protocol):
-    """What to train, as picklable data; the worker builds it."""
-
-    @property
-    def settings(self) -> Settings: ...
-
-    def build(self, env: Env) -> Program: ...
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.train.v2._internal.exceptions import (
+from ktray.distributed.ray_internals import (
     CheckpointManagerInitializationError,
+    ControllerCallback,
     InsufficientClusterResourcesError,
     WorkerGroupStartupTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import ControllerCallback
-
 from ktray.errors import KtrayError, first_failed
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ktray.distributed.ray_data import Crew, Item, pack, through, views
+from ktray.distributed.ray_data import Crew, Item, ordered, pack, through, views
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import unsqueeze
@@ -67,18 +67,13 @@ class _Streamed:
         self.told: set[str] = set()
 
     def __call__(self, windows: Sequence[Window]) -> Iterator[Rows]:
-        import ray
-
         rows = [
             {"item": json.dumps({"shard": s.shard, "start": s.start, "step": s.step, "last": i == len(window) - 1})}
             for window in windows
             for i, s in enumerate(window)
         ]
-        dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset.context.execution_options.preserve_order = True
-        dataset.context.enable_progress_bars = False
         parts: list[Rows] = []
-        for batch in self.made(dataset).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        for batch in self.made(ordered(rows)).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             for i in range(batch.num_rows):
                 parts.append(self._told(views(batch.column("columns"), i)))
                 if batch.column("last")[i].as_py():

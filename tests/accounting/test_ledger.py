@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ktray.accounting.ledger import (
-    DirLog,
-    Entry,
-    Ledger,
-    Meter,
-    attempts,
-    cost_summary,
-    gpu_joules,
-    hourly_price,
-    price_of,
-)
+from ktray.accounting.energy import gpu_joules
+from ktray.accounting.ledger import DirLog, Entry, Ledger, Meter, attempts, cost_summary
+from ktray.accounting.prices import hourly_price, price_of
 from ktray.errors import KtrayError
 from ktray.storage.store import Dir
 

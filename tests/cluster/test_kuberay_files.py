@@ -161,9 +161,9 @@ def test_a_job_ends_and_takes_its_cluster_along(folder):
     arguments = spec["entrypoint"].split()
     assert arguments[:2] == ["python", "/opt/ktray/jobs/distill.py"]
 
-    from ktray.recipe import schema as recipe
+    from ktray import recipe as recipes
 
-    recipe.load([], [one.replace("CHANGE-ME", "bucket") for one in arguments[2:]])  # raises for an unknown key
+    recipes.load([], [one.replace("CHANGE-ME", "bucket") for one in arguments[2:]])  # raises for an unknown key
     workers = int(dict(one.split("=") for one in arguments[2:])["cluster.workers"])
     ready = {group["groupName"]: group["minReplicas"] for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
     assert ready["gpu-spot" if "gpu" in folder else "cpu"] == workers

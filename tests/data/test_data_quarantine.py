@@ -4,8 +4,8 @@ from image_zoo import write_zoo
 
 from ktray.data.decode import decode_rgb
 from ktray.data.quarantine import Bad, Quarantine
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.listing import list_shards
+from ktray.data.sources.shards import read_shard
 from ktray.errors import BadImage, KtrayError
 
 

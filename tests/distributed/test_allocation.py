@@ -2,15 +2,8 @@ import json
 
 import pytest
 
-from ktray.distributed.allocation import (
-    DATA_SETTINGS,
-    TUNED,
-    authentication,
-    cluster_plan,
-    others,
-    plan,
-    worker_settings,
-)
+from ktray.distributed.allocation import cluster_plan, others, plan
+from ktray.distributed.connect import DATA_SETTINGS, TUNED, authentication, worker_settings
 from ktray.errors import KtrayError
 
 
@@ -126,7 +119,7 @@ def test_a_range_that_nothing_can_start_ends_with_the_arithmetic():
 
 
 def test_a_jobs_relative_store_outlives_the_job(monkeypatch, tmp_path):
-    from ktray.distributed.allocation import lasting_store
+    from ktray.distributed.connect import lasting_store
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)

@@ -97,12 +97,12 @@ def test_every_shard_is_finished_once_and_written_whole(cluster, tmp_path):
 
 
 def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
-    from ktray import cli
+    from ktray.distributed.explain import explain
 
     items = [{"name": "s.parquet", "n": 1, "fail": True}]
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
         list(map_shards(items, prepare, MakeDouble(Dir(str(tmp_path))), cluster))
-    assert cli.explain(caught.value) == "This shard is broken. Mend it."
+    assert explain(caught.value) == "This shard is broken. Mend it."
 
 
 class MakeNamed:

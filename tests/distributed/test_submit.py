@@ -7,9 +7,9 @@ import shlex
 import pytest
 
 from ktray import cli
+from ktray import recipe as recipes
 from ktray.distributed import submit
 from ktray.errors import KtrayError
-from ktray.recipe import schema as recipe
 from ktray.tracking import tags
 
 ROOT = tags.ROOT
@@ -17,7 +17,7 @@ ROOT = tags.ROOT
 
 def printed(argv, environment, here=ROOT):
     settings = [w for w in argv if "=" in w and not w.startswith("-")]
-    *comments, command = submit.lines("distill", argv, recipe.load(None, settings), environment, here)
+    *comments, command = submit.lines("distill", argv, recipes.load(None, settings), environment, here)
     assert all(line.startswith("# ") for line in comments)
     return "\n".join(comments), command
 

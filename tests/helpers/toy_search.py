@@ -4,13 +4,13 @@ import math
 import sys
 import threading
 
+from ktray import recipe as recipes
 from ktray.jobs.tune import engine
 from ktray.jobs.tune.budget import Purse, Speed, limits
 from ktray.jobs.tune.records import GIVEN, UNPAID, Point, Records
 from ktray.jobs.tune.space import read
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
-from ktray.recipe.tune import Budget, Tune
+from ktray.recipe.tune import BudgetConfig, TuneConfig
 from ktray.storage.store import Dir
 
 SPACE = {"train.lr": {"low": 0.001, "high": 1.0, "log": True}, "train.batch_size": [16, 32, 64]}
@@ -21,11 +21,11 @@ class Toy:
     """The best learning rate is 0.03; small batches are cheaper. ``work`` does what a pipeline would on the cluster."""
 
     def __init__(self, folder, work=lambda: None, space=SPACE, limit=1e6, **part):
-        self.part = Tune(space=space, **part)
+        self.part = TuneConfig(space=space, **part)
         self.space = read(BASE, space)
         self.records = Records(Dir(str(folder)))
         self.records.load()
-        self.purse = Purse(limits(Budget(flops=limit)), Speed(1.0), hourly=1.0)
+        self.purse = Purse(limits(BudgetConfig(flops=limit)), Speed(1.0), hourly=1.0)
         self.work, self.asked, self.told = work, [], []
         self.lock = threading.Lock()
         self.most = self.now = 0

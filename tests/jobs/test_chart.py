@@ -82,11 +82,11 @@ def test_a_view_is_put_on_an_experiment(database, tmp_path, capsys):
 
 
 def test_no_comparison_is_lost_over_a_server_that_is_away(tmp_path):
+    from ktray import recipe as recipes
     from ktray.jobs.compare import mlflow
-    from ktray.recipe import schema as recipe
     from ktray.storage.store import Store
 
-    asked = recipe.load(None, ["mlflow.uri=http://127.0.0.1:9", "mlflow.experiment=letters"])
+    asked = recipes.load(None, ["mlflow.uri=http://127.0.0.1:9", "mlflow.experiment=letters"])
     told = mlflow.chart(asked, Store(str(tmp_path)), {"run_id": "c1"})
     assert told.startswith("MLflow has none (MLflow at http://127.0.0.1:9 does not do it: ")
     assert told.endswith("later: python -m ktray.jobs.chart letters")

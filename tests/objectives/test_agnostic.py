@@ -10,7 +10,7 @@ import torch
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
 from ktray.objectives import Agnostic, Context, build_objective
-from ktray.recipe import schema as recipe
+from ktray.recipe.schema import ObjectiveConfig
 
 N, F, D = 6, 5, 7
 
@@ -158,6 +158,6 @@ def test_patches_need_both_widths():
 
 
 def test_build_follows_the_recipe():
-    built = build_objective(recipe.Objective(name="agnostic", match="mse"))
+    built = build_objective(ObjectiveConfig(name="agnostic", match="mse"))
     assert isinstance(built, Agnostic)
     assert (built.match, built.reads, built.targets_needed) == ("mse", "features", {"embedding"})

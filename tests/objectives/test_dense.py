@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ktray.data.augment import mixup
+from ktray.models.maps import resize_map
 from ktray.objectives.dense import by_position
 from ktray.objectives.oriented import Oriented
-from ktray.tasks.segmentation import resize_map
 
 
 def pixel_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float) -> float:

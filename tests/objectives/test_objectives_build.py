@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 
 from ktray.objectives import Agnostic, Clip, Dino, Dual, Oriented, Scratch, Supervised, build_objective
-from ktray.recipe import schema as recipe
+from ktray.recipe.schema import ObjectiveConfig
 
 KINDS = {
     "oriented": Oriented,
@@ -17,15 +17,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", get_args(recipe.Objective.model_fields["name"].annotation))
+@pytest.mark.parametrize("name", get_args(ObjectiveConfig.model_fields["name"].annotation))
 def test_every_name_of_the_recipe_is_built(name):
-    built = build_objective(recipe.Objective(name=name))
+    built = build_objective(ObjectiveConfig(name=name))
     assert type(built) is KINDS[name]
     assert built.name == name or name == "agnostic_then_oriented"
 
 
 def test_keys_of_the_recipe_arrive():
-    part = recipe.Objective(
+    part = ObjectiveConfig(
         match="mse", patches=0.5, temperature=3.0, mixup=0.2, label_weight=0.3, mix=0.4, label_smoothing=0.2
     ).model_copy(update={"prototypes": 99, "local_crops": 3})
     dual = build_objective(part.model_copy(update={"name": "dual"}))

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.pipeline.run import curate_only, index_only
-from ktray.recipe import schema as recipe
 
 ROWS = 60
 
@@ -30,12 +30,12 @@ def world(cluster, tmp_path_factory):
 
 def keys(world, *more):
     data = [f"store={world / 'store'}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}"]
-    return recipe.load(None, [*SMALL, *data, "transfer.size=20", *more])
+    return recipes.load(None, [*SMALL, *data, "transfer.size=20", *more])
 
 
 def index(world, *more, lines=None):
     data = [f"store={world / 'store'}", f"gallery.data={world / 'gallery'}", "teacher.name=miniverse"]
-    return index_only(recipe.load(None, [*data, *more]), (lines if lines is not None else []).append)
+    return index_only(recipes.load(None, [*data, *more]), (lines if lines is not None else []).append)
 
 
 def transfer(world, result, name="transfer.parquet"):
@@ -312,8 +312,8 @@ def test_a_corrupt_tar_is_named_and_the_rest_is_indexed(world):
     with pytest.raises(
         KtrayError, match=r"1\.tar' \(tar shard is broken or truncated"
     ):  # too much for the default limit
-        index_only(recipe.load(None, keys_), print)
-    result = index_only(recipe.load(None, [*keys_, "data.max_bad_fraction=0.1"]), print)
+        index_only(recipes.load(None, keys_), print)
+    result = index_only(recipes.load(None, [*keys_, "data.max_bad_fraction=0.1"]), print)
     assert 40 < result["index"]["images"] < 60
     (bad,) = pq.read_table(result["data"]["quarantine_list"]).to_pylist()
     assert bad["uri"].startswith(str(place / "1.tar"))

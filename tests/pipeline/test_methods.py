@@ -9,12 +9,12 @@ import timm
 from safetensors.torch import load_file
 from small_task import SMALL, write_captioned, write_generic, write_task
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.compare.costs import by_stage
 from ktray.pipeline.plan import lines, this_machine
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipe
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage, Store
 
@@ -31,7 +31,7 @@ def world(cluster, tmp_path_factory):
 def keys(world, *overrides):
     data = [f"store={world / 'store'}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery.tar'}"]
     more = [f"supervised.data={world / 'generic'}", "train.steps=12", "baselines.scratch=false", *overrides]
-    return recipe.load(None, [*SMALL, *data, *more])
+    return recipes.load(None, [*SMALL, *data, *more])
 
 
 WAYS = {
@@ -133,7 +133,7 @@ def test_a_way_that_the_data_cannot_feed_says_what_to_set(world):
         (["objective.name=agnostic_then_oriented", "transfer.source=target"], "gallery.data"),
     ):
         with pytest.raises(KtrayError) as caught:
-            resolve(keys(world, *overrides), this_machine(recipe.Recipe()), lambda text: None)
+            resolve(keys(world, *overrides), this_machine(recipes.Recipe()), lambda text: None)
         assert word in caught.value.remedy
 
 

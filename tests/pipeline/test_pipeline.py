@@ -15,16 +15,16 @@ from small_task import CLASSES, SMALL, write_gallery, write_task
 
 import ktray
 from ktray import cli
+from ktray import recipe as recipes
 from ktray.models.student.classifier import build_student
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipe
 from ktray.stages.evaluate import stage as evaluate
 from ktray.storage.store import Stage
 
 
 def distil(store, *overrides, lines=None):
     say = lines.append if lines is not None else lambda text: None
-    return run(recipe.load(None, [f"store={store}", *SMALL, *overrides]), say)
+    return run(recipes.load(None, [f"store={store}", *SMALL, *overrides]), say)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_export_finds_its_student_and_images(first):
     from ktray.jobs.export.run_source import find
 
     store, _, result, _, _ = first
-    source = find(recipe.load(None, [f"store={store}", f"export.run={result['run_id']}"]), print)
+    source = find(recipes.load(None, [f"store={store}", f"export.run={result['run_id']}"]), print)
     task, student = source.task(print), source.student()
     assert (len(task.train), len(task.val), len(task.test)) == (15, 18, 45)
     found = student.predict([Path(example.uri) for example in task.test])
@@ -151,7 +151,7 @@ def test_the_same_recipe_again_reuses_every_stage(first):
     assert again["cost"]["without_cache"]["flops"] == result["cost"]["flops"]["total"]
     assert again["metric"] == result["metric"]
     # A saved recipe runs again as it is.
-    saved = recipe.load(str(store / "runs" / result["run_id"] / "recipe.yaml"), [])
+    saved = recipes.load(str(store / "runs" / result["run_id"] / "recipe.yaml"), [])
     assert run(saved, lambda text: None)["metric"] == result["metric"]
 
 
@@ -221,7 +221,7 @@ def test_the_published_teacher_without_a_network_says_what_to_do(cluster, world,
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = [f"store={tmp_path}", f"task.data={world[0] / 'task'}", f"gallery.data={world[0] / 'gallery'}"]
-    found = recipe.load(None, overrides)
+    found = recipes.load(None, overrides)
     with pytest.raises(ktray.errors.KtrayError, match=r"teacher\.checkpoint.*teacher\.name=miniverse"):
         run(found, lambda text: None)
 
@@ -239,7 +239,7 @@ def test_plan_counts_what_the_run_then_spends(first, world, capsys):
 
     store, data, result, _, _ = first
     found = resolve(
-        recipe.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), plan(2, 0, 1, 1, False), print
+        recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), plan(2, 0, 1, 1, False), print
     )
     planned = {line.stage: line.flops for line in lines(found)}
     spent = result["cost"]["flops"]
@@ -284,7 +284,7 @@ def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):
     store, data, _, _, _ = first
 
     def states(*overrides):
-        show(recipe.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]), print)
+        show(recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]), print)
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         return {r[0]: " ".join(r[1:3]) for r in rows if len(r) > 2 and r[0] in STAGES}
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ktray import recipe as recipes
 from ktray.distributed.allocation import plan
 from ktray.errors import KtrayError
 from ktray.pipeline.resolve import resolve
-from ktray.recipe import schema as recipe
 
 CPU = plan(2, 0, 1, 1, False)
 GPU = plan(16, 1, 1, 1, True)
@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
 
 
 def load(photos, *overrides):
-    return recipe.load(None, [f"task.data={photos / 'task'}", f"gallery.data={photos / 'gallery'}", *overrides])
+    return recipes.load(None, [f"task.data={photos / 'task'}", f"gallery.data={photos / 'gallery'}", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_small_images_keep_a_map_to_pool_over(photos, machine):
 
 
 def test_without_a_gallery_the_task_itself_is_the_transfer_set(photos):
-    found = resolve(recipe.load(None, [f"task.data={photos / 'task'}"]), CPU, print)
+    found = resolve(recipes.load(None, [f"task.data={photos / 'task'}"]), CPU, print)
     assert found.recipe.transfer.source == "target"
     with pytest.raises(KtrayError, match=r"gallery\.data"):
-        resolve(recipe.load(None, [f"task.data={photos / 'task'}", "transfer.source=retrieved"]), CPU, print)
+        resolve(recipes.load(None, [f"task.data={photos / 'task'}", "transfer.source=retrieved"]), CPU, print)
 
 
 def test_checkpoint_without_its_architecture(photos):
@@ -75,7 +75,7 @@ def test_checkpoint_without_its_architecture(photos):
 
 def test_unknown_built_in_task_names_its_nearest(tmp_path):
     with pytest.raises(KtrayError, match="letters"):
-        resolve(recipe.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU, print)
+        resolve(recipes.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU, print)
 
 
 def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_path):
@@ -84,9 +84,9 @@ def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_
     drawn = tmp_path / "home" / "world"
     (drawn / "a").mkdir(parents=True)
     (drawn / "a" / "1.png").write_bytes(b"one")
-    given = recipe.load(None, [f"store={tmp_path / 'local'}"])
+    given = recipes.load(None, [f"store={tmp_path / 'local'}"])
     assert _shared(given, drawn) == str(drawn)
-    given = recipe.load(None, [f"store=file://{tmp_path / 'far'}"])
+    given = recipes.load(None, [f"store=file://{tmp_path / 'far'}"])
     copy = tmp_path / "far" / "miniverse" / "world"
     assert _shared(given, drawn).endswith(str(copy))
     assert (copy / "a" / "1.png").read_bytes() == b"one"
@@ -104,6 +104,6 @@ def test_a_drawn_folder_of_large_files_reaches_s3(tmp_path, s3):
     content = {f"{number:02d}.tar": bytes([number]) * 5_500_000 for number in range(10)}  # more than one part each
     for name, data in content.items():
         (drawn / name).write_bytes(data)
-    copy = Dir(_shared(recipe.load(None, [f"store={s3.home}"]), drawn))
+    copy = Dir(_shared(recipes.load(None, [f"store={s3.home}"]), drawn))
     assert copy.names() == {name: len(data) for name, data in content.items()}
     assert copy.read("09.tar") == content["09.tar"]

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.pipeline.run import curate_only, run
-from ktray.recipe import schema as recipe
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def world(cluster, tmp_path_factory):
 
 def keys(world, *more):
     data = [f"store={world / 'store'}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}"]
-    return recipe.load(None, [*SMALL, *data, *more])
+    return recipes.load(None, [*SMALL, *data, *more])
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from sklearn.metrics import jaccard_score
 from small_task import SMALL, write_scenes
 
 import ktray
+from ktray import recipe as recipes
 from ktray.jobs.compare.methods import Way
 from ktray.jobs.compare.rows import build as compared
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipe
 from ktray.storage.store import Store
 
 KEYS = [
@@ -29,7 +29,7 @@ KEYS = [
 
 def distil(world, store, *overrides):
     data = [f"store={store}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}"]
-    return run(recipe.load(None, [*SMALL, *data, *KEYS, *overrides]), lambda text: None)
+    return run(recipes.load(None, [*SMALL, *data, *KEYS, *overrides]), lambda text: None)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 from image_zoo import write_zoo
 from small_task import SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.load import load_teacher
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipe
 
 STEPS, BATCH = 30, 32
 
@@ -26,7 +26,7 @@ def runs(cluster, tmp_path_factory):
     def one(mode):
         lines = []
         keys = [f"store={root / 'store'}", *SMALL, *data, f"train.steps={STEPS}", "baselines.scratch=false"]
-        result = run(recipe.load(None, [*keys, f"teach.mode={mode}"]), lines.append)
+        result = run(recipes.load(None, [*keys, f"teach.mode={mode}"]), lines.append)
         return result, "\n".join(lines)
 
     return {mode: one(mode) for mode in ("cached", "streamed", "live")}
@@ -72,7 +72,7 @@ def test_auto_says_why(cluster, tmp_path):
     write_gallery(tmp_path / "gallery")
     data = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", f"store={tmp_path / 'store'}"]
     for steps, mode in ((30, "cached"), (3, "live")):
-        found = resolve(recipe.load(None, [*data, *SMALL, f"train.steps={steps}"]), cluster, lambda text: None)
+        found = resolve(recipes.load(None, [*data, *SMALL, f"train.steps={steps}"]), cluster, lambda text: None)
         assert found.recipe.teach.mode == mode
         (why,) = [reason for reason in found.reasons if reason.startswith("teach.mode=")]
         assert f"training uses {steps * 32:,} views, there are 120" in why

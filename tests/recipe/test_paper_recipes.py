@@ -10,13 +10,13 @@ from image_zoo import jpeg
 from PIL import Image
 from small_task import write_generic
 
+from ktray import recipe as recipes
 from ktray.data.labelled.read import Example, LabelledSet
 from ktray.distributed.allocation import plan as share_out
 from ktray.jobs.compare.methods import recipe_of
 from ktray.pipeline.plan import RATES, lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipes
 
 GALLERY = 15_000_000  # about YFCC15M, the paper's gallery for ADE20K
 # Classes, and images in train, val, test and the unlabelled rest, at the recipe's budget: the lists' own lengths.
@@ -132,7 +132,7 @@ def test_the_header_tells_what_the_plan_counts(tmp_path, name):
     found = at_scale(resolved(tmp_path, name), name)
     plan = {line.stage: line.flops for line in lines(found)}
     index, rest = plan["index"] / 1e15, sum(flops for stage, flops in plan.items() if stage != "index") / 1e15
-    text = (recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (recipes.BUILTIN / f"{name}.yaml").read_text(encoding="utf-8")
     told = re.search(
         r"index ([\d,]+) PFLOP \(([\d.]+) A100-hours.*?the rest ([\d,]+) PFLOP \(([\d.]+) A100-h", text, re.S
     )
@@ -217,7 +217,7 @@ def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_page_on_compute_tells_what_the_plan_counts(tmp_path):
-    page = (recipes.RECIPES.parents[1] / "docs" / "compute.md").read_text(encoding="utf-8")
+    page = (recipes.BUILTIN.parents[2] / "docs" / "compute.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| ([a-z ]+) \| [^|]+ \| ([\d,]+ \| [\d,]+) \|", page, re.M))
     data, lists, gallery = small_copy(tmp_path, "eurosat")
     keys = [f"task.data={data}", f"task.splits={lists}", f"gallery.data={gallery}"]

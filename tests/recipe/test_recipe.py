@@ -1,8 +1,9 @@
 import pytest
 import yaml
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import TrainConfig
 
 
 def test_overrides_have_types_and_the_resolved_recipe_reads_back(tmp_path):
@@ -20,10 +21,10 @@ def test_the_default_is_the_built_in_task_and_own_data_starts_from_the_schema():
     assert recipes.load(None, ["task.name=digits"]).task.name == "digits"
     own = recipes.load(None, ["task.data=photos"])
     assert own.student.name is None
-    assert own.train == recipes.Train()
+    assert own.train == TrainConfig()
 
 
-NAMES = sorted(p.stem for p in recipes.RECIPES.glob("*.yaml"))
+NAMES = sorted(p.stem for p in recipes.BUILTIN.glob("*.yaml"))
 PARTS = [name for name in NAMES if name.startswith(("teacher-", "student-", "paper-"))]
 
 

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
-from ktray.tasks.segmentation import IGNORE, label_loss, metrics, pixel_counts, resize_map
+from ktray.data.labelled.masks import IGNORE
+from ktray.models.maps import label_loss, resize_map
+from ktray.tasks.segmentation import metrics, pixel_counts
 
 CLASSES = [f"c{i}" for i in range(7)]
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from ktray.recipe import schema as recipe
+from ktray import recipe as recipes
 from ktray.tracking import tags
 from ktray.tracking.tags import run_tags
 
@@ -39,7 +39,7 @@ def test_outside_a_job_it_is_the_user_of_the_machine(monkeypatch):
 
 
 def test_the_recipes_name_and_tags_stand_over_the_jobs(monkeypatch):
-    part = recipe.load(None, ["mlflow.tags={team: vision, ticket: 42}", "mlflow.tags.task=own"]).mlflow
+    part = recipes.load(None, ["mlflow.tags={team: vision, ticket: 42}", "mlflow.tags.task=own"]).mlflow
     found = run_tags(part, {"task": "letters", "job": "index"})
     assert {k: found[k] for k in ("team", "ticket", "task", "job")} == {
         "team": "vision",
@@ -48,6 +48,6 @@ def test_the_recipes_name_and_tags_stand_over_the_jobs(monkeypatch):
         "job": "index",
     }
     assert "mlflow.runName" not in found
-    named = recipe.load(None, ["mlflow.run_name=monday"]).mlflow
+    named = recipes.load(None, ["mlflow.run_name=monday"]).mlflow
     assert run_tags(named, {})["mlflow.runName"] == "monday"
     assert run_tags(named, {"mlflow.runName": "scratch, seed 0"})["mlflow.runName"] == "monday, scratch, seed 0"

@@ -8,11 +8,11 @@ import torch
 
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
-from ktray.recipe.schema import Train
+from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir
 from ktray.training.inputs import Labels, Taught
-from ktray.training.ray_train import Env
+from ktray.training.worker import Env
 
 ROWS, SIDE, SEED = 30, 16, 5
 POLICY = ViewPolicy(scale=(0.3, 1.0), hflip=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
@@ -40,7 +40,7 @@ def cache(folder, cuts, order):
 
 def crops(cache, world, starts, window_bytes=1 << 30):
     """Every (image, visit) and its crops, of two epochs, over all ranks; training stops and restarts at ``starts``."""
-    part = Train(resident_bytes=0 if window_bytes < 1 << 30 else 1 << 30, window_bytes=window_bytes)
+    part = TrainConfig(resident_bytes=0 if window_bytes < 1 << 30 else 1 << 30, window_bytes=window_bytes)
     found: dict[tuple[int, int], bytes] = {}
     count: Counter[int] = Counter()
     batch = 5

@@ -16,14 +16,14 @@ from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives.oriented import Oriented
-from ktray.recipe.schema import Train
+from ktray.recipe.schema import TrainConfig
 from ktray.stages.teach.shards import Check, ListImages, WithTeacher, sample
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir, Store
 from ktray.targets.make_views import Cut
 from ktray.targets.predict import Predict
 from ktray.training.inputs import Taught
-from ktray.training.ray_train import Env
+from ktray.training.worker import Env
 
 CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
 TARGETS = ("embedding", "logits")
@@ -76,8 +76,8 @@ def batches(source, part, rank=0, of=1, start=0, stop=9, report=lambda values: N
         yield {**batch, **teacher(batch["pixels"])} if teacher else batch
 
 
-RESIDENT = Train(resident_bytes=1 << 30)
-STREAMING = Train(resident_bytes=0, window_bytes=8 * 3 * SIDE**2)
+RESIDENT = TrainConfig(resident_bytes=1 << 30)
+STREAMING = TrainConfig(resident_bytes=0, window_bytes=8 * 3 * SIDE**2)
 
 
 @pytest.mark.parametrize("mode", ["streamed", "live"])

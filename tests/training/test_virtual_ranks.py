@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ktray.training.ray_train import Env
 from ktray.training.virtual_ranks import MOST, lanes, share
+from ktray.training.worker import Env
 
 
 @pytest.mark.parametrize("of", [1, 2, 5, 8, 12])

@@ -16,11 +16,10 @@ from ktray.data.decode import formats
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.forms import SPLITS, Row, count, nfc, place, three
 from ktray.data.labelled.layouts import distinct
-from ktray.data.labelled.masks import decode_mask
+from ktray.data.labelled.masks import IGNORE, decode_mask
 from ktray.data.labelled.split_lists import choose_lists, read_list
 from ktray.data.sources.records import is_image
 from ktray.errors import BadImage, KtrayError
-from ktray.tasks.segmentation import IGNORE
 
 MOST_CLASSES = 255  # values 0 to 254; 255 is no class
 SAMPLE = 16

@@ -13,7 +13,10 @@ from ktray.data.decode import MAX_PIXELS
 from ktray.data.preprocess import Preprocess, _geometry
 from ktray.data.views import View
 from ktray.errors import BadImage
-from ktray.tasks.segmentation import IGNORE
+
+IGNORE = 255  # a pixel of a mask that counts nowhere
+MAX_CLASSES = 255  # masks are uint8, and one value is taken
+
 
 # Lossy formats have no classes.
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")

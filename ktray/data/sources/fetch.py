@@ -15,11 +15,9 @@ from ktray.data import filesystem
 from ktray.data.concurrent import AT_ONCE, in_order
 from ktray.data.decode import Enough, decode_rgb
 from ktray.data.filesystem import MAX_FILE_BYTES, why
-from ktray.data.sources.clip_retrieval import read_records
-from ktray.data.sources.listing import Shard, resolve
+from ktray.data.sources.listing import resolve
 from ktray.data.sources.parquets import image_column, iter_rows, read_footer
-from ktray.data.sources.records import Record
-from ktray.data.sources.tars import fetch_members, read_tar
+from ktray.data.sources.tars import fetch_members
 from ktray.data.sources.uris import ImageRef
 from ktray.errors import BadImage, KtrayError
 
@@ -28,25 +26,6 @@ One = tuple[bytes | None, str | None]
 Held = dict[ImageRef, One]
 # Images of a tar on S3 that one call reads one after the other.
 _A_PART = 8
-
-
-def read_shard(shard: Shard) -> Iterator[Record]:
-    """The shard's images in order, encoded, one in memory at a time (Parquet: a batch; files on S3: some dozens)."""
-    if shard.kind == "files":
-        captions = shard.captions or (None,) * len(shard.paths)
-        files = _read_files([path for path in shard.paths if filesystem.printable(path) == path])
-        for path, caption in zip(shard.paths, captions, strict=True):
-            if filesystem.printable(path) != path:
-                yield Record(filesystem.printable(path), None, error="the file's name is not UTF-8: rename it")
-                continue
-            data, error = next(files)
-            yield Record(path, data, caption, error)
-    elif shard.kind == "tar":
-        yield from read_tar(shard.paths[0])
-    elif shard.kind == "embedded":
-        yield from (record for _, record in read_records(shard))
-    else:
-        yield from _read_parquet(shard)
 
 
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
@@ -127,34 +106,6 @@ def _read_file(path: str) -> One:
         return filesystem.read_bytes(ref.path), None
     except (OSError, ValueError, KtrayError) as error:  # ValueError: a NUL in the name
         return None, why(error)
-
-
-def _read_parquet(shard: Shard) -> Iterator[Record]:
-    path = shard.paths[0]
-    if shard.column is None or shard.count is None:
-        yield Record(path, None, error=f"broken Parquet file: {_broken(path)}")
-        return
-    columns = [shard.column, *([shard.caption] if shard.caption else [])]
-    named = shard.column if shard.named else None
-    done = shard.start
-    last = shard.start + shard.count
-    try:
-        for row, values in iter_rows(path, columns, range(shard.start, last)):
-            uri, data, error = _cell(values[shard.column], path, ImageRef(path, row=row, column=named))
-            yield Record(uri, data, values.get(shard.caption) if shard.caption else None, error)
-            done = row + 1
-    except Exception as error:  # pyarrow raises its own types, OSError and ValueError on broken pages
-        for row in range(done, last):
-            uri = str(ImageRef(path, row=row, column=named))
-            yield Record(uri, None, error=f"broken Parquet file: {why(error)}")
-
-
-def _broken(path: str) -> str:
-    try:
-        read_footer(path)
-    except Exception as error:
-        return why(error)
-    return "it was broken when it was listed and has changed since"
 
 
 def _cell(value: Any, path: str, ref: ImageRef) -> tuple[str, bytes | None, str | None]:

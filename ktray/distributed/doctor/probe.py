@@ -35,7 +35,7 @@ def probe(ask: Ask, node: str) -> dict[str, Any]:
     500 x 375 a second and core)."""
     import torch
 
-    from ktray.pipeline.results import versions
+    from ktray.accounting.device import versions
 
     found: dict[str, Any] = {"host": socket.gethostname(), "versions": versions()}
     found["versions"].pop("platform")

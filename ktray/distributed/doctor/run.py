@@ -7,13 +7,15 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ktray.distributed.allocation import cluster_plan, connect
+from ktray.accounting.device import versions
+from ktray.distributed.allocation import cluster_plan
+from ktray.distributed.connect import connect
 from ktray.distributed.doctor import checks
 from ktray.distributed.doctor.checks import Check
 from ktray.distributed.doctor.pairs import meet, pairs
 from ktray.distributed.doctor.probe import Ask, clock, probe
+from ktray.distributed.ray_internals import dashboard_address
 from ktray.errors import KtrayError
-from ktray.pipeline.results import versions
 from ktray.recipe.schema import Recipe
 from ktray.redact import scrub
 from ktray.storage.store import Store
@@ -153,11 +155,7 @@ def _skews(nodes: list[str]) -> dict[str, tuple[float, float]]:
 
 
 def _dashboard() -> str | None:
-    import ray
-    from ray._private.services import get_webui_url_from_internal_kv
-
-    assert ray.is_initialized()
-    address = get_webui_url_from_internal_kv()
+    address = dashboard_address()
     return f"http://{address}" if address else None
 
 

@@ -19,10 +19,10 @@ from ktray.distributed.allocation import Plan
 from ktray.jobs.bench.lesson import CASES, FEWER, SHARD, Lesson, ensure_lesson, less
 from ktray.jobs.bench.rows import Row, in_turns
 from ktray.jobs.bench.training import bare
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import TrainConfig
 from ktray.targets.make_views import Cut
-from ktray.training.ray_train import Env
 from ktray.training.read_windows import listed
+from ktray.training.worker import Env
 
 STUDENT = "mobilenetv3_small_050"
 # Of which the second half counts: processes have started by then, and what is ready ahead is little beside it.
@@ -77,7 +77,7 @@ def by_ray(lesson: Lesson, plan: Plan) -> float:
 def _read(lesson: Lesson, decode_cpus: float) -> float:
     env = Env(torch.device("cpu"), 0, 1, decode_cpus)
     # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
-    part = recipes.Train(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
+    part = TrainConfig(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
     batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
     half, began = steps // 2, 0.0
     for number, _ in enumerate(lesson.taught("live").batches(part, env, batch, 0, 0, steps)):

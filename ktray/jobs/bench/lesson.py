@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ktray.data.decode import MAX_PIXELS
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.listing import list_shards
+from ktray.data.sources.shards import read_shard
 from ktray.data.views import ViewPolicy
 from ktray.distributed.allocation import Plan
 from ktray.distributed.ray_data import Item, map_shards
@@ -20,7 +20,7 @@ from ktray.miniverse.photos import ensure_tars
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import ObjectiveConfig, TrainConfig
 from ktray.stages.teach.shards import ListImages, WithTeacher
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir, Stage, Store
@@ -86,7 +86,7 @@ class Lesson:
     def student(self) -> StudentSpec:
         return StudentSpec(self.case.student, self.case.kwargs, CLASSES, self.case.size)
 
-    def job(self, mode: str, steps: int, part: recipes.Train) -> TransferJob:
+    def job(self, mode: str, steps: int, part: TrainConfig) -> TransferJob:
         """TRANSFER's job; it is judged on eight images twice, at half and at the end, so that its curve tells the
         seconds of the second half."""
         return TransferJob(
@@ -96,7 +96,7 @@ class Lesson:
             Labels(self.home.sub("labels")),
             ViewPolicy(),
             0,
-            recipes.Objective(),
+            ObjectiveConfig(),
             part,
             "top1",
             self.home.sub("precision"),

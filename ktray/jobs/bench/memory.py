@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.distributed.allocation import Plan, cluster_plan
+from ktray.distributed.connect import connect
+from ktray.distributed.ray_internals import spilled_bytes
 from ktray.jobs.bench.lesson import CASES, ensure_lesson
 from ktray.jobs.bench.machine import held_by_process
 from ktray.jobs.bench.rows import Row
 from ktray.jobs.bench.training import WAYS, run_job
-from ktray.recipe import schema as recipes
-from ktray.training.ray_train import Env
+from ktray.recipe.schema import TrainConfig
+from ktray.training.worker import Env
 
 CASE = "mobilenetv3_small_050"
 EPOCHS = 12
@@ -79,15 +81,6 @@ def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: fl
     return {pid: sum(found[pid] for found in chosen) / len(chosen) for pid in pids}
 
 
-def spilled_bytes() -> int:
-    """Bytes that Ray's object stores have written to disk since they were started."""
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
-
-
 def passing(folder: Path) -> Row:
     """Bytes of rows that training reads through an object store of a tenth of their size."""
     command = [sys.executable, "-m", "ktray.jobs.bench.memory", str(folder)]
@@ -113,7 +106,7 @@ def read_past(folder: Path, plan: Plan, most: int) -> dict[str, int]:
     taught = lesson.taught("cached")
     again = -(-most // (taught.row_bytes * lesson.case.images))
     taught = replace(taught, shards=taught.shards * again)
-    part = recipes.Train(resident_bytes=0, window_bytes=WINDOW_BYTES)
+    part = TrainConfig(resident_bytes=0, window_bytes=WINDOW_BYTES)
     batch = lesson.case.batch
     steps = sum(rows for _, rows in taught.shards) // batch
     read = rows = 0

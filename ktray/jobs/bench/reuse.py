@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ktray import recipe as recipes
 from ktray.distributed.allocation import Plan
 from ktray.jobs.bench.embedding import encoder
 from ktray.jobs.bench.rows import Row
 from ktray.miniverse import ensure_gallery
 from ktray.pipeline import run as pipeline
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
 
 EPOCHS, IMAGES, BATCH = 20, 500, 128

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ktray.accounting.device import describe_device, usable_cpus
+from ktray.accounting.device import describe_device, usable_cpus, versions
 from ktray.data.sources.listing import list_shards
-from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.distributed.allocation import Plan, cluster_plan
+from ktray.distributed.connect import connect
 from ktray.errors import KtrayError
 from ktray.jobs.bench.embedding import embedding, encoder
 from ktray.jobs.bench.ingest import ingest
@@ -28,8 +29,8 @@ from ktray.jobs.bench.startup import startup
 from ktray.jobs.bench.training import training
 from ktray.jobs.bench.workers import workers
 from ktray.miniverse.photos import ensure_tars
-from ktray.pipeline.results import versions
-from ktray.recipe.schema import Recipe, dump
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
 

@@ -18,7 +18,7 @@ import torch
 from ktray.distributed.allocation import Plan
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.jobs.bench.rows import Row, in_turns
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import GalleryConfig
 from ktray.retrieval.faiss_index import Say
 from ktray.retrieval.index_dir import IndexDir
 from ktray.stages.index.compress import compress, nearest
@@ -58,7 +58,7 @@ def searching(
     yield Row("exact search", "queries/s", "bare matrix product of the same", limit, reached, facts)
     if quick:
         return
-    part = recipes.Gallery(search="compressed")
+    part = GalleryConfig(search="compressed")
     shutil.rmtree(Path(gallery.folder.path) / "search", ignore_errors=True)  # of an earlier bench: it is built anew
     began = time.perf_counter()
     made = compress(part, gallery, plan, say)

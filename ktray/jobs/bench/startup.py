@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ktray.distributed.allocation import cluster_plan, connect
+from ktray.distributed.allocation import cluster_plan
+from ktray.distributed.connect import connect
 from ktray.jobs.bench.lesson import CASES, ensure_lesson, less
 from ktray.jobs.bench.rows import Row
 from ktray.jobs.bench.training import WAYS, Watched, run_job

@@ -17,13 +17,14 @@ from ktray.distributed.allocation import Plan
 from ktray.distributed.mailbox import watch
 from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, Case, Lesson, ensure_lesson, less
 from ktray.jobs.bench.rows import Row, in_turns
-from ktray.recipe import schema as recipes
+from ktray.recipe.schema import TrainConfig
 from ktray.storage.store import Store
 from ktray.training.loop import Batch, Program, Settings
 from ktray.training.programs import settle_precision
-from ktray.training.ray_train import Env, Job, Outcome, train
+from ktray.training.ray_train import Outcome, train
+from ktray.training.worker import Env, Job
 
-PART = recipes.Train()
+PART = TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Way:
     resident: bool
     taught: bool
 
-    def part(self, batch: int) -> recipes.Train:
+    def part(self, batch: int) -> TrainConfig:
         """The recipe's part, for a batch over all workers."""
         keys: dict[str, Any] = {"batch_size": batch}
         if not self.resident:

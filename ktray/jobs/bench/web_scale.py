@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ktray.accounting.ledger import hourly_price
+from ktray.accounting.prices import hourly_price
 from ktray.errors import KtrayError
 from ktray.pipeline.plan import RATES
 from ktray.retrieval.faiss_index import CODES, ID_BYTES

@@ -13,7 +13,7 @@ from ktray.distributed.allocation import Plan, cluster_plan
 from ktray.jobs.bench.lesson import CASES, FEWER, Lesson, ensure_lesson, less
 from ktray.jobs.bench.rows import Row, in_turns
 from ktray.jobs.bench.training import STEPS, WAYS, Watched, run_job, through_ktray
-from ktray.training.ray_train import Job
+from ktray.training.worker import Job
 
 CASE = "mobilenetv3_small_050"
 CACHED = WAYS[0]

@@ -14,7 +14,9 @@ from typing import Any
 from ktray.accounting.device import cpu_model
 from ktray.distributed.allocation import Plan
 from ktray.jobs.compare.methods import Ways, recipe_of
-from ktray.recipe.schema import Recipe, digest, dump
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
 from ktray.storage.store import Store
 
 SHORT, LONG = 20, 80

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ktray.accounting.ledger import price_table
+from ktray.accounting.prices import price_table
 from ktray.distributed.allocation import Plan
 from ktray.errors import KtrayError
 from ktray.jobs.compare.calibration import Speed

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ktray import recipe as recipes
 from ktray.data.captions import first_captions
 from ktray.errors import KtrayError
-from ktray.recipe import schema as recipes
+from ktray.recipe.compare import CompareConfig
 from ktray.recipe.schema import Recipe
 
 
@@ -118,7 +119,7 @@ def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
     wanted = {**keys, **{name.replace("__", "."): value for name, value in more.items()}}
     if any(name.split(".")[0] == "compare" for name in wanted):
         raise KtrayError("A way cannot set keys of compare", "Remove it from compare.ways.")
-    plain = base.model_copy(update={"compare": recipes.Compare()})
+    plain = base.model_copy(update={"compare": CompareConfig()})
     fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
     if base.teach.mode == "auto" and "teach.mode" not in wanted:
         fixed["teach.mode"] = "cached"  # seeds and ways share what is stored

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.pipeline.run import local_home
 from ktray.recipe.schema import Recipe
-from ktray.storage.store import Dir, Store
+from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker, tracking_uri
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktray.jobs.compare import figure
 from ktray.reporting import page
-from ktray.reporting.report import flops, percent, seconds, usd
+from ktray.reporting.units import flops, percent, seconds, usd
 
 COLUMNS = (
     "name", "accuracy", "spread", "low", "high", "validation", "flops", "teacher_share", "device_seconds", "usd",

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ktray
-from ktray.distributed.allocation import cluster_plan, connect
+from ktray.distributed.allocation import cluster_plan
 from ktray.distributed.autoscale import gathered
+from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.jobs.compare import calibration, costs, page, rows
 from ktray.jobs.compare.equal_budget import budgets
@@ -25,10 +26,10 @@ from ktray.jobs.compare.methods import list_ways, recipe_of, with_steps
 from ktray.jobs.compare.mlflow import chart, log
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.compare.runner import Runner, open_folder
-from ktray.pipeline.run import local_home
 from ktray.pipeline.run_folder import RUNNING
-from ktray.recipe.schema import Recipe, dump
-from ktray.storage.store import Store
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
+from ktray.storage.store import Store, local_home
 
 SCHEMA = 1
 TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways

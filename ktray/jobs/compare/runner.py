@@ -13,7 +13,9 @@ from ktray.distributed.allocation import Plan
 from ktray.jobs.compare.parallel import run_all
 from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run_folder import open_run
-from ktray.recipe.schema import Recipe, digest, dump
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
 from ktray.storage.store import Dir, Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY

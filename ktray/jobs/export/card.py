@@ -14,7 +14,7 @@ from ktray.data.labelled.read import LabelledSet
 from ktray.jobs.export import licences
 from ktray.jobs.export.run_source import Source
 from ktray.models.student.classifier import Student
-from ktray.reporting import report
+from ktray.reporting import report, units
 
 _SHOWN = 30
 _WEAKEST = 3
@@ -40,12 +40,12 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
     cells = [(row["batch"], row["threads"]) for row in latency["models"]["pytorch"]["rows"]]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
-        "flops": report.flops,
-        "seconds": report.seconds,
-        "usd": report.usd,
-        "percent": report.percent,
-        "count": report.count,
-        "size": report.size,
+        "flops": units.flops,
+        "seconds": units.seconds,
+        "usd": units.usd,
+        "percent": units.percent,
+        "count": units.count,
+        "size": units.size,
         "text": _text,
         "yaml": lambda text: json.dumps(text, ensure_ascii=False),
         "dropped": lambda counts: ", ".join(f"{n:,} {reason}" for reason, n in counts.items()),
@@ -98,7 +98,7 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
             for name, file in FILES.items()
             if name in latency["models"]
         ],
-        weakest=", ".join(f"{name} ({report.percent(value)})" for name, value in weakest),
+        weakest=", ".join(f"{name} ({units.percent(value)})" for name, value in weakest),
         unequal=f"{counts[least]:,} images of {least}, {counts[most]:,} of {most}"
         if counts[most] >= 2 * counts[least]
         else "",
@@ -122,9 +122,9 @@ def closing(found: dict[str, Any]) -> str:
     for name, one in models.items():
         values = [(found["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
         times = [f"{row['median_ms']:.2f} ms" for row in one["rows"]]
-        size = report.size(found["files"][FILES[name]]["bytes"])
-        rows.append([FILES[name], size, *map(report.percent, values), *times])
-    return report.aligned(rows, words=1, rules=(1,))
+        size = units.size(found["files"][FILES[name]]["bytes"])
+        rows.append([FILES[name], size, *map(units.percent, values), *times])
+    return units.aligned(rows, words=1, rules=(1,))
 
 
 def _machine(device: dict[str, Any]) -> str:

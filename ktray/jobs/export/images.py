@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,3 +92,7 @@ class Split:
             pixels[len(labels) : len(labels) + len(batch.labels)] = batch.shipped
             labels += batch.labels.tolist()
         return pixels[: len(labels)], np.array(labels, np.int64)
+
+
+# (height, width) of the input, and an inference of (N, 3, height, width) normalised float32.
+Loaded = tuple[tuple[int, int], Callable[[np.ndarray], object]]

@@ -17,12 +17,10 @@ import numpy as np
 import ktray
 from ktray.accounting.device import peak_rss, usable_cpus
 from ktray.errors import KtrayError
+from ktray.jobs.export.images import Loaded
 
 SECONDS = 1.5  # of measuring, for each row
 LEAST, MOST = 10, 500  # inferences for each row
-
-# (height, width) of the input, and an inference of (N, 3, height, width) normalised float32.
-Loaded = tuple[tuple[int, int], Callable[[np.ndarray], object]]
 
 
 def measure(target: Path, batch: int, seconds: float = SECONDS) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from ktray.models.student.classifier_io import load_student
 
 if TYPE_CHECKING:
-    from ktray.jobs.export.latency import Loaded
+    from ktray.jobs.export.images import Loaded
 
 
 def load(path: Path, threads: int) -> Loaded:

@@ -13,8 +13,8 @@ from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.jobs.export.run_source import Source
-from ktray.pipeline.run import local_home
 from ktray.redact import scrub
+from ktray.storage.store import local_home
 from ktray.tracking.mlflow_server import Server, is_transient
 from ktray.tracking.tracker import tracking_uri
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from ktray import __version__
-from ktray.accounting.device import describe_device
+from ktray.accounting.device import describe_device, versions
 from ktray.data.labelled.read import Example, LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
@@ -26,8 +26,8 @@ from ktray.jobs.export.predict import Classifier
 from ktray.jobs.export.run_source import Source, find
 from ktray.models.flops import forward_flops
 from ktray.models.student.classifier import Student
-from ktray.pipeline.results import versions
-from ktray.recipe.schema import Recipe, digest
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
 from ktray.storage.lease import Lease
 from ktray.storage.store import Dir
 from ktray.tasks import classification

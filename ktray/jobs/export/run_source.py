@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ktray import recipe as recipes
 from ktray.data.labelled.read import LabelledSet
 from ktray.errors import KtrayError
 from ktray.models.student.classifier import Student
 from ktray.models.student.classifier_io import load_student
 from ktray.pipeline.resolve import labelled_task
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
 

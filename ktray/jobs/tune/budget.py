@@ -15,7 +15,7 @@ from typing import Any
 
 from ktray.accounting.ledger import PART_OF, STAGES, Entry
 from ktray.errors import KtrayError
-from ktray.recipe.tune import Budget
+from ktray.recipe.tune import BudgetConfig
 
 UNITS = ("flops", "device_seconds", "usd")
 DEFAULT_WALL = 15.0  # minutes, where no limit is set
@@ -35,7 +35,7 @@ class Spent(KtrayError):
     """A run was stopped, since its allowance is spent."""
 
 
-def limits(budget: Budget) -> Amounts:
+def limits(budget: BudgetConfig) -> Amounts:
     """The limits of the recipe, with ``wall`` and ``device_seconds`` in seconds."""
     found = {
         "usd": budget.usd,
@@ -283,7 +283,7 @@ class Purse:
 def show(unit: str, value: float) -> str:
     """An amount for a reader."""
     from ktray.reporting.progress import humanise
-    from ktray.reporting.report import flops
+    from ktray.reporting.units import flops
 
     if unit == "flops":
         return flops(value)

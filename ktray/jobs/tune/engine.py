@@ -22,11 +22,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from ktray.distributed.ray_internals import remember_result
 from ktray.jobs.tune.budget import UNITS, Purse
 from ktray.jobs.tune.records import GIVEN, OPEN, UNPAID, Record, Records
 from ktray.jobs.tune.space import Plain, Space, flat
 from ktray.jobs.tune.trial_bridge import Ask, Desk, Servers, Trial
-from ktray.recipe.tune import Tune
+from ktray.recipe.tune import TuneConfig
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -139,8 +140,7 @@ class Halving(_Fair, ASHAScheduler):
 
     def remember(self, name: str, cost: float, validation: float) -> None:
         """Count a result of an earlier process of this search."""
-        brackets: Any = self._brackets
-        brackets[0].on_result(_Named(name), cost, validation)
+        remember_result(self, _Named(name), cost, validation)
 
 
 class Median(_Fair, MedianStoppingRule):
@@ -189,7 +189,7 @@ class Watcher(_Kept, Callback):
 
 
 def run(
-    part: Tune,
+    part: TuneConfig,
     space: Space,
     records: Records,
     purse: Purse,
@@ -271,7 +271,7 @@ def _quiet() -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
-def _sampler(part: Tune, records: Records) -> Any:
+def _sampler(part: TuneConfig, records: Records) -> Any:
     import optuna
 
     # Of an interrupted search: the same draws again would be the same trials.
@@ -287,7 +287,7 @@ def _sampler(part: Tune, records: Records) -> Any:
 
 
 def _storage(
-    part: Tune, space: Space, records: Records, begun: list[Record], metric: Any, former: Sequence[FrozenTrial]
+    part: TuneConfig, space: Space, records: Records, begun: list[Record], metric: Any, former: Sequence[FrozenTrial]
 ) -> tuple[BaseStorage, int | None]:
     """A study that knows what is known, with what is to be proposed first; and how many trials there are at most."""
     import optuna
@@ -333,7 +333,7 @@ def study_trial(space: Space, record: Record, metric: Any) -> FrozenTrial | None
     )
 
 
-def _scheduler(part: Tune, unit: float, records: Records) -> Any:
+def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
     if part.stop == "none" or len(part.rungs) == 1:
         return Unstopped()
     if part.stop == "median":

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ktray.jobs.compare.figure import FAINT, METRICS, SOFT, _finish, _log_axis, _png
-from ktray.reporting.report import flat, flops, percent, seconds, usd
+from ktray.reporting.units import flat, flops, percent, seconds, usd
 
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}

@@ -8,9 +8,8 @@ from typing import Any
 from ktray.errors import KtrayError
 from ktray.jobs.tune.budget import Purse
 from ktray.jobs.tune.records import GIVEN, Record
-from ktray.pipeline.run import local_home
 from ktray.recipe.schema import Recipe
-from ktray.storage.store import Dir, Store
+from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import WAY, Tracker, tracking_uri
 

@@ -10,7 +10,7 @@ from ktray.jobs.tune.run import given, space_of
 from ktray.jobs.tune.trial import STUDENTS
 from ktray.pipeline.plan import lines, machine, this_machine
 from ktray.recipe.schema import Recipe
-from ktray.reporting.report import flops, seconds
+from ktray.reporting.units import flops, seconds
 
 
 def report(recipe: Recipe, say: Callable[[str], None]) -> None:

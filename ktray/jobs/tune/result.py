@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import ktray
-from ktray.accounting.device import describe_device
+from ktray.accounting.device import describe_device, versions
 from ktray.data.labelled.forms import count
 from ktray.errors import KtrayError
 from ktray.jobs.tune import mlflow, page
@@ -20,11 +20,11 @@ from ktray.jobs.tune.records import GIVEN, OPEN, Point, Record, Records
 from ktray.jobs.tune.space import Space, Spec
 from ktray.jobs.tune.trial import recipe_of
 from ktray.jobs.tune.winner import title
-from ktray.pipeline.results import versions
 from ktray.pipeline.run_folder import RUNNING
-from ktray.recipe.schema import Recipe, dump
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import humanise
-from ktray.reporting.report import flops, percent, seconds, usd
+from ktray.reporting.units import flops, percent, seconds, usd
 from ktray.storage.store import Dir
 from ktray.tracking.tracker import Tracker
 

@@ -15,10 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ktray import recipe as recipes
 from ktray.accounting.device import describe_device
-from ktray.accounting.ledger import DirLog, Entry, attempts, hourly_price
-from ktray.distributed.allocation import Plan, cluster_plan, connect
+from ktray.accounting.ledger import DirLog, Entry, attempts
+from ktray.accounting.prices import hourly_price
+from ktray.distributed.allocation import Plan, cluster_plan
 from ktray.distributed.autoscale import gathered
+from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, share
@@ -32,11 +35,12 @@ from ktray.jobs.tune.warm_start import former_trials
 from ktray.jobs.tune.winner import crown
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import Resolved, resolve
-from ktray.pipeline.run import local_home
 from ktray.pipeline.run_folder import open_run
-from ktray.recipe import schema as recipes
-from ktray.recipe.schema import Recipe, digest, dump
-from ktray.storage.store import Dir, Store
+from ktray.recipe.load import dump
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
+from ktray.recipe.tune import BudgetConfig
+from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tracker import tracking_uri
 
 PURSE = "purse.json"
@@ -76,7 +80,7 @@ def _tune(
     for spec in space.specs:
         say(f"space     {result.described(spec)}")
     # A larger budget goes on with the search; all else makes another one.
-    same = digest("tune", dump(recipe.model_copy(update={"budget": recipes.Budget()})))
+    same = digest("tune", dump(recipe.model_copy(update={"budget": BudgetConfig()})))
     task = base.task.name or Path(str(base.task.data)).stem
     safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
     run_id, folder = open_run(store, same, f"tune-{safe}", say, until)

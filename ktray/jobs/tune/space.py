@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
-from ktray.recipe import schema as recipes
-from ktray.recipe.compare import Part
 from ktray.recipe.schema import Recipe
+from ktray.recipe.section import Section
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -300,13 +300,13 @@ def _when(key: str, given: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     return tuple((name, tuple(values)) for name, values in given.items())
 
 
-def _section(key: str) -> type[Part] | None:
+def _section(key: str) -> type[Section] | None:
     """The section of the recipe that a key names; None for a key that holds a value."""
-    model: type[Part] = Recipe
+    model: type[Section] = Recipe
     for part in key.split("."):
         field = model.model_fields.get(part)
         kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, Part)):
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
             return None
         model = kind
     return model

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ktray import recipe as recipes
 from ktray.accounting.ledger import Entry, Ledger
-from ktray.cli import explain
 from ktray.distributed.allocation import Plan
+from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
 from ktray.jobs.tune.budget import Purse, Spent
 from ktray.jobs.tune.records import DEAR, GIVEN, UNPAID, Point, Record, Records
@@ -19,8 +20,9 @@ from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run import whole_stages
-from ktray.recipe import schema as recipes
+from ktray.recipe.compare import CompareConfig
 from ktray.recipe.schema import Recipe
+from ktray.recipe.tune import BudgetConfig, TuneConfig
 from ktray.reporting.progress import hushed
 from ktray.storage.store import Store
 from ktray.tracking.tags import RUN_NAME
@@ -38,7 +40,7 @@ def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int 
         base: with ``train.steps`` set.
     """
     plain = base.model_copy(
-        update={"compare": recipes.Compare(), "tune": recipes.Tune(), "budget": recipes.Budget()}, deep=True
+        update={"compare": CompareConfig(), "tune": TuneConfig(), "budget": BudgetConfig()}, deep=True
     )
     fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
     if base.teach.mode == "auto" and "teach.mode" not in keys:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ktray.cli import explain
+from ktray.distributed.explain import explain
 from ktray.jobs.compare.parallel import run_all
 from ktray.jobs.tune.budget import Purse, Spent
 from ktray.jobs.tune.records import Point, Records

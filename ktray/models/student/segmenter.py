@@ -19,12 +19,13 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.lraspp import LRASPPHead
 
+from ktray.data.labelled.masks import MAX_CLASSES
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
 from ktray.models.features import feature_dim, pooled_features
+from ktray.models.maps import resize_map
 from ktray.models.messages import cause
 from ktray.models.student.classifier import _rgb, build_student
-from ktray.tasks.segmentation import MAX_CLASSES, resize_map
 
 Head = Literal["lraspp", "deeplabv3"]
 # Channels within LR-ASPP, as published; DeepLabV3's are fixed at 256.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ktray.models.teacher.adapted import AdaptedTeacher, _base, _fill, _plain
 from ktray.models.teacher.dense_head import DenseHead
 from ktray.models.teacher.layers import layer_decay_groups
 from ktray.models.teacher.teacher import Teacher, TeacherSource, embed, patch_embeddings
+from ktray.storage.store import Stage
 
 _FILE, _FORMAT = "dense_teacher.json", 1
 
@@ -167,3 +169,10 @@ def load_adapted(directory: str | Path, device: str | torch.device = "cpu") -> A
     """The adapted teacher of either kind of task in a folder; see the ``load`` of both for what it raises."""
     kind = DenseTeacher if is_dense_teacher(directory) else AdaptedTeacher
     return kind.load(directory, device)
+
+
+def save_candidate(stage: Stage, name: str, teacher: AdaptedTeacher | DenseTeacher) -> None:
+    """Keep an adapted teacher in the stage until the best is chosen."""
+    with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
+        teacher.save(folder)
+        stage.put(Path(folder), f"candidate-{name}")

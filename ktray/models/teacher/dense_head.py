@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
+from ktray.models.maps import label_loss, resize_map
 from ktray.models.teacher.heads import fit_temperature
-from ktray.tasks.segmentation import IGNORE, label_loss, resize_map
 
 L2_GRID: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
 # The loss is taken on label maps at most this much finer a side than the features. On the miniverse a factor of 2 is

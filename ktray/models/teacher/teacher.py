@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
+from ktray.models.maps import resize_map
 from ktray.models.messages import cause
 from ktray.models.teacher.layers import Layer, tower_layers
-from ktray.tasks.segmentation import resize_map
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ktray.data.labelled.masks import IGNORE
 from ktray.models.flops import count_flops
+from ktray.models.maps import resize_map
 from ktray.models.teacher.adapted_dense import DenseTeacher
 from ktray.models.teacher.dense_head import fit_dense_probe, fit_map_temperature
 from ktray.models.teacher.spec import TeacherSpec, device, embed_numpy, tower_flops
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Stage
-from ktray.tasks.segmentation import IGNORE, resize_map
 from ktray.training.evaluation import pixel_scores
 
 BATCH = 64
@@ -32,7 +33,7 @@ def fit_heads(
     Returns:
         ``scores`` of the candidate on validation, ``start`` for finetuning, ``images`` and ``flops``.
     """
-    from ktray.stages.adapt.stage import save_candidate
+    from ktray.models.teacher.adapted_dense import save_candidate
 
     torch.set_num_threads(threads)
     teacher = spec.load().drop_text()

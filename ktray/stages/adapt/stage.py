@@ -8,7 +8,6 @@ teach with otherwise.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from ktray.distributed.retried_task import one_task
 from ktray.errors import KtrayError
 from ktray.models.flops import count_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import DenseTeacher, load_adapted
+from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
 from ktray.models.teacher.dense_head import fit_map_temperature
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
@@ -277,10 +276,3 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     right = torch.bincount(labels[logits.argmax(1) == labels], minlength=classes).double()
     found = class_scores(right, torch.bincount(labels, minlength=classes).double())
     return {**found, "loss": float(F.cross_entropy(logits, labels))}
-
-
-def save_candidate(stage: Stage, name: str, teacher: AdaptedTeacher | DenseTeacher) -> None:
-    """Keep an adapted teacher in the stage until the best is chosen."""
-    with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
-        teacher.save(folder)
-        stage.put(Path(folder), f"candidate-{name}")

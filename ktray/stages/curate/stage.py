@@ -26,12 +26,13 @@ from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.set_duplicates import Distinct
+from ktray.retrieval.strategies import NEEDS_PREDICTIONS
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Context, Done, Reporter, run_stage
 from ktray.stages.curate.heldout import heldout
 from ktray.stages.curate.queries import Queries, queries
 from ktray.stages.index import compress
-from ktray.stages.index.gallery import NEEDS_PREDICTIONS, Gallery, agreement, duplicates, exact, retrieve
+from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, retrieve
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ktray.data.labelled.masks import IGNORE
 from ktray.data.preprocess import Preprocess
 from ktray.distributed.ray_data import Item
 from ktray.models.flops import forward_flops
+from ktray.models.maps import resize_map
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.stages.base import finish_shard
 from ktray.stages.labels import Masks, read_examples
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
-from ktray.tasks.segmentation import IGNORE, pixel_counts, resize_map
+from ktray.tasks.segmentation import pixel_counts
 from ktray.training.inputs import StudentSpec
 
 COUNTS = ("tp", "fp", "fn")
@@ -65,7 +67,7 @@ class Score:
     """Counts of every model; those of the student also as a confusion matrix of pixels."""
 
     def __init__(self, plan: MakeScore) -> None:
-        from ktray.training.ray_train import Env
+        from ktray.training.worker import Env
 
         env = Env(device(), 0, 1, 1.0)
         self.plan = plan

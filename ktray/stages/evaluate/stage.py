@@ -41,7 +41,7 @@ class _Prepare:
 
 class _Score:
     def __init__(self, stage: Stage, students: dict[str, StudentSpec], teacher: AdaptedSpec | None) -> None:
-        from ktray.training.ray_train import Env
+        from ktray.training.worker import Env
 
         env = Env(device(), 0, 1, 1.0)
         self.stage = stage

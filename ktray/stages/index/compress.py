@@ -11,8 +11,8 @@ import numpy as np
 
 from ktray.distributed.allocation import Plan
 from ktray.errors import KtrayError
-from ktray.recipe import schema as recipes
-from ktray.recipe.schema import digest
+from ktray.recipe.schema import GalleryConfig
+from ktray.recipe.section import digest
 from ktray.retrieval import faiss_index
 from ktray.retrieval.search import Hits
 from ktray.stages.base import Context
@@ -28,7 +28,7 @@ def wanted(context: Context, rows: int) -> bool:
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 
-def compress(part: recipes.Gallery, gallery: Gallery, plan: Plan, say: faiss_index.Say) -> dict[str, Any]:
+def compress(part: GalleryConfig, gallery: Gallery, plan: Plan, say: faiss_index.Say) -> dict[str, Any]:
     """Build what is missing; returns the manifest's entry (`ktray.retrieval.faiss_index.Compressed`).
 
     Raises:

@@ -9,9 +9,10 @@ import numpy as np
 
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.clip_retrieval import read_records, read_vectors
-from ktray.data.sources.fetch import decode_image, fetch, read_shard
+from ktray.data.sources.fetch import decode_image, fetch
 from ktray.data.sources.listing import Shard
 from ktray.data.sources.records import Record
+from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
 from ktray.distributed.ray_data import Item
 from ktray.errors import BadImage

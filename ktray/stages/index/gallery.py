@@ -20,8 +20,8 @@ from ktray.retrieval.heldout_duplicates import (
 )
 from ktray.retrieval.index_dir import IndexDir, Part
 from ktray.retrieval.search import Hits, merge, search
-from ktray.retrieval.select import Selection, query_balanced
-from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
+from ktray.retrieval.select import Selection
+from ktray.retrieval.strategies import NEEDS_PREDICTIONS, STRATEGIES, choose
 from ktray.stages.base import Done
 from ktray.storage.columns import Rows
 
@@ -30,8 +30,6 @@ CANDIDATES = 4
 # Rows that are searched at once: in float32 some 200 MB at 512 dimensions, beside which the queries' share is small.
 BLOCK_ROWS = 100_000
 NO_ROWS = np.zeros(0, np.int64)
-NEEDS_PREDICTIONS = ("class_balanced", "informative")
-STRATEGIES = ("query_balanced", "class_balanced", "best_first", "diverse", "informative")
 # Candidates (hits of all queries) up to which a set is held against the other strategies' choices: some seconds.
 COMPARED = 200_000
 
@@ -82,6 +80,10 @@ class Gallery:
             for row in rows[shard == number].tolist():
                 out[row] = values[row - self.offsets[number]]
         return [out[row] for row in rows.tolist()]
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 of some rows, in their order."""
+        return np.stack(self.take("embedding", rows)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def retrieve(
     k = min(total, CANDIDATES * -(-size // queries) + 8)
     similarity, found = hits(k)
     while True:
-        chosen = _choose(strategy, similarity, found, gallery, size, exclude, predict)
+        chosen = choose(strategy, similarity, found, gallery.embeddings, size, exclude, predict)
         again = repeats(chosen.gallery) if repeats else NO_ROWS
         if len(again):
             exclude = np.union1d(exclude, again)
@@ -198,34 +200,5 @@ def agreement(
     if found[1].size > COMPARED:
         return {}
     able = [name for name in STRATEGIES if predict is not None or name not in NEEDS_PREDICTIONS]
-    others = {name: _choose(name, *found, gallery, len(chosen), exclude, predict).gallery for name in able}
+    others = {name: choose(name, *found, gallery.embeddings, len(chosen), exclude, predict).gallery for name in able}
     return {name: np.isin(chosen.gallery, taken) for name, taken in others.items()}
-
-
-def _choose(
-    strategy: str,
-    similarity: np.ndarray,
-    found: np.ndarray,
-    gallery: Gallery,
-    size: int,
-    exclude: np.ndarray,
-    predict: Callable[[np.ndarray], np.ndarray] | None,
-) -> Selection:
-    if strategy == "query_balanced":
-        return query_balanced(similarity, found, size, exclude=exclude)
-    if strategy == "best_first":
-        return best_first(similarity, found, size, exclude=exclude)
-    images, where = np.unique(found, return_inverse=True)
-    rows = where.reshape(found.shape)
-    seen = images[images >= 0]
-    embedding = np.stack(gallery.take("embedding", seen)).astype(np.float32)
-    if len(seen) < len(images):  # -1 comes first, and stands for no hit
-        rows = np.maximum(rows - 1, 0)
-    if strategy == "diverse":
-        return diverse(similarity, found, embedding, rows, size, exclude=exclude)
-    assert predict is not None
-    probability = predict(embedding)
-    if strategy == "class_balanced":
-        return class_balanced(similarity, found, probability.argmax(1)[rows], size, exclude=exclude)
-    best = np.sort(probability, axis=1)
-    return informative(similarity, found, (best[:, -1] - best[:, -2])[rows], size, exclude=exclude)

@@ -20,8 +20,8 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec, embed_numpy, tower_flops
-from ktray.pipeline.resolve import index_alone
-from ktray.recipe.schema import digest
+from ktray.recipe.schema import index_alone
+from ktray.recipe.section import digest
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir, parts
 from ktray.stages.base import Context, Done, Reporter, resumed, run_stage

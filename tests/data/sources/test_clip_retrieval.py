@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ktray.data.sources.clip_retrieval import embedded_shards, is_embedded, read_records, read_vectors
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.lists import gallery_shards
+from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
 
 

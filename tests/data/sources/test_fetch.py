@@ -8,8 +8,9 @@ from image_zoo import jpeg
 
 from ktray.data import filesystem
 from ktray.data.sources import fetch as reading
-from ktray.data.sources.fetch import fetch, read_shard
+from ktray.data.sources.fetch import fetch
 from ktray.data.sources.listing import list_shards
+from ktray.data.sources.shards import read_shard
 
 
 def records(spec, **options):

@@ -3,8 +3,8 @@
 import pytest
 from image_zoo import jpeg
 
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.lists import gallery_shards, listed_shards
+from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
 
 

@@ -11,16 +11,17 @@ import pytest
 from archives import tar_bytes, write_parquet
 from image_zoo import jpeg, png_header_bomb
 
+from ktray import recipe as recipes
 from ktray.data import filesystem
 from ktray.data.sources import parquets, tars
 from ktray.data.sources.clip_retrieval import _placed
-from ktray.data.sources.fetch import decode_image, fetch, read_shard
+from ktray.data.sources.fetch import decode_image, fetch
 from ktray.data.sources.listing import list_shards, resolve
+from ktray.data.sources.shards import read_shard
 from ktray.data.sources.tars import read_tar
 from ktray.data.sources.uris import ImageRef
 from ktray.errors import BadImage, KtrayError
 from ktray.pipeline.plan import _gallery_images
-from ktray.recipe import schema as recipes
 
 
 def errors(spec):

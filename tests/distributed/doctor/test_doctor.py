@@ -6,11 +6,11 @@ import threading
 import pytest
 import ray
 
+from ktray import recipe as recipes
+from ktray.accounting.device import versions
 from ktray.distributed.doctor import checks, pairs, run
 from ktray.distributed.doctor.probe import Ask, probe
 from ktray.errors import KtrayError
-from ktray.pipeline.results import versions
-from ktray.recipe import schema as recipes
 
 NAMES = ["versions", "store", "checkpoints", "GPUs", "clocks", "plan", "decoding", "network", "token", "MLflow"]
 

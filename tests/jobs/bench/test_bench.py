@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ktray import recipe as recipes
 from ktray.data.preprocess import Preprocess
-from ktray.data.sources.fetch import read_shard
 from ktray.data.sources.listing import list_shards
+from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
 from ktray.jobs.bench import embedding, machine, reading, rows, searching
 from ktray.jobs.bench.run import bench
 from ktray.miniverse import photos as pictures
-from ktray.recipe import schema as recipes
 from ktray.retrieval import faiss_index
 
 HALF = Preprocess(size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.jobs.bench import ingest, lesson, machine, memory, reuse, startup, training, workers
 from ktray.jobs.bench.mlflow import metric_name
 from ktray.jobs.bench.run import quick
-from ktray.recipe import schema as recipes
 from ktray.storage.columns import read_rows
 
 CASE = lesson.Case("test_resnet", 32, "miniverse", 8, 24, {"output_stride": 16})

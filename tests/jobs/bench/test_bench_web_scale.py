@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ktray.accounting.ledger import hourly_price
+from ktray.accounting.prices import hourly_price
 from ktray.errors import KtrayError
 from ktray.jobs.bench.web_scale import main, steps, table
 

@@ -3,7 +3,8 @@
 import pytest
 from small_task import SMALL, write_gallery, write_task
 
-from ktray.accounting.ledger import price_table
+from ktray import recipe as recipes
+from ktray.accounting.prices import price_table
 from ktray.distributed.allocation import plan
 from ktray.errors import KtrayError
 from ktray.jobs.compare import calibration
@@ -12,7 +13,6 @@ from ktray.jobs.compare.equal_budget import budgets, show
 from ktray.jobs.compare.methods import Way, list_ways, recipe_of
 from ktray.pipeline.plan import RATES, lines
 from ktray.pipeline.resolve import resolve
-from ktray.recipe import schema as recipe
 from ktray.storage.store import Store
 
 WAYS = "compare.ways={mse: {objective.name: agnostic, objective.match: mse}, scratch: {objective.name: scratch}}"
@@ -37,7 +37,7 @@ def cost(base, way, steps):
 
 
 def test_equal_flops_gives_every_way_the_first_ones_cost(given):
-    base = recipe.load(None, [*given, "compare.equal=flops", "compare.budgets=[0.25]"])
+    base = recipes.load(None, [*given, "compare.equal=flops", "compare.budgets=[0.25]"])
     ways = list_ways(base, silent)
     found = budgets(base, ways, HERE, silent)
     assert found["mse"].steps == 40
@@ -49,14 +49,14 @@ def test_equal_flops_gives_every_way_the_first_ones_cost(given):
 
 
 def test_a_budget_that_a_way_cannot_meet_names_it(given):
-    base = recipe.load(None, [*given, "train.steps=1", "compare.equal=flops"])
+    base = recipes.load(None, [*given, "train.steps=1", "compare.equal=flops"])
     ways = {"scratch": Way({"objective.name": "scratch"}, "scratch"), "dear": Way({}, "dear")}
     with pytest.raises(KtrayError, match="'dear'"):
         budgets(base, ways, HERE, silent)
 
 
 def test_equal_device_seconds_follows_the_measured_speeds(given):
-    base = recipe.load(None, [*given, "compare.equal=device_seconds"])
+    base = recipes.load(None, [*given, "compare.equal=device_seconds"])
     ways = list_ways(base, silent)
     speeds = {"mse": Speed(100.0, 0.5), "scratch": Speed(20.0, 0.25)}
     found = budgets(base, ways, HERE, silent, lambda ways, most: speeds)
@@ -93,7 +93,7 @@ def test_speed_is_the_difference_of_two_runs(tmp_path):
 
 
 def test_what_was_measured_is_kept(given, tmp_path):
-    base = recipe.load(None, given)
+    base = recipes.load(None, given)
     store, ran = Store(str(tmp_path)), []
 
     def run(jobs):
@@ -109,7 +109,9 @@ def test_what_was_measured_is_kept(given, tmp_path):
 
 
 def test_a_plan_counts_seeds_and_trials(given):
-    base = recipe.load(None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"])
+    base = recipes.load(
+        None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"]
+    )
     found, said = budgets(base, list_ways(base, silent), HERE, silent), []
     show(base, said.append)
     heads = found["mse"].flops + found["scratch"].flops

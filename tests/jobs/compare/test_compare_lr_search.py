@@ -2,11 +2,11 @@
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.compare.equal_budget import Budget
 from ktray.jobs.compare.lr_search import search
 from ktray.jobs.compare.methods import list_ways
-from ktray.recipe import schema as recipe
 
 
 def silent(text):
@@ -14,7 +14,7 @@ def silent(text):
 
 
 def setting(*more):
-    base = recipe.load(
+    base = recipes.load(
         None,
         [
             "train.lr=0.02",

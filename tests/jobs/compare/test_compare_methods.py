@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 from PIL import Image
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.compare.methods import default_ways, list_ways, recipe_of, unavailable
-from ktray.recipe import schema as recipe
-from ktray.recipe.schema import Objective
+from ktray.recipe.schema import ObjectiveConfig
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def silent(text):
 
 
 def test_default_ways_follow_the_data(bare, captioned):
-    keys, missing = default_ways(recipe.load(None, ["task.data=x"]))
+    keys, missing = default_ways(recipes.load(None, ["task.data=x"]))
     assert {"oriented target", "agnostic target", "scratch"} <= set(keys)
     assert not any(k.get("transfer.source") in ("retrieved", "generic") for k in keys.values())
     assert set(missing) == {"agnostic_then_oriented", "clip generic", "supervised generic"}
-    plain = recipe.load(None, ["task.data=x", f"gallery.data={bare}"])
+    plain = recipes.load(None, ["task.data=x", f"gallery.data={bare}"])
     keys, missing = default_ways(plain)
     for objective, sources in {
         "oriented": {"retrieved", "generic", "target"},
@@ -47,31 +47,33 @@ def test_default_ways_follow_the_data(bare, captioned):
     assert list(keys)[-1] == "scratch"
     assert {"clip generic", "supervised generic"} <= set(missing)
     assert "captions" in unavailable(plain)["clip"]
-    assert "clip" not in unavailable(recipe.load(None, ["task.data=x", f"gallery.data={captioned}"]))
-    assert "supervised" not in unavailable(recipe.load(None, ["task.data=x", "supervised.data=y"]))
-    keys, missing = default_ways(recipe.load(None, []))
+    assert "clip" not in unavailable(recipes.load(None, ["task.data=x", f"gallery.data={captioned}"]))
+    assert "supervised" not in unavailable(recipes.load(None, ["task.data=x", "supervised.data=y"]))
+    keys, missing = default_ways(recipes.load(None, []))
     assert not missing
-    assert {k["objective.name"] for k in keys.values()} == set(get_args(Objective.model_fields["name"].annotation))
+    assert {k["objective.name"] for k in keys.values()} == set(
+        get_args(ObjectiveConfig.model_fields["name"].annotation)
+    )
 
 
 def test_what_is_left_out_is_said(bare):
     lines = []
-    list_ways(recipe.load(None, ["task.data=x", f"gallery.data={bare}"]), lines.append)
+    list_ways(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]), lines.append)
     assert any(line.startswith("way       supervised generic: left out, ") for line in lines)
 
 
 def test_ways_by_name(bare):
-    base = recipe.load(None, ["compare.ways=[scratch, oriented retrieved]", "compare.budgets=[]"])
+    base = recipes.load(None, ["compare.ways=[scratch, oriented retrieved]", "compare.budgets=[]"])
     assert list(list_ways(base, silent)) == ["scratch", "oriented retrieved"]
     with pytest.raises(KtrayError, match="'oriented retrieved'"):
-        list_ways(recipe.load(None, ["compare.ways=[orientd retrieved]"]), silent)
+        list_ways(recipes.load(None, ["compare.ways=[orientd retrieved]"]), silent)
     own = ["task.data=x", f"gallery.data={bare}"]
     with pytest.raises(KtrayError, match=r"supervised generic.*cannot be run"):
-        list_ways(recipe.load(None, [*own, "compare.ways=[supervised generic]"]), silent)
+        list_ways(recipes.load(None, [*own, "compare.ways=[supervised generic]"]), silent)
 
 
 def test_sizes_and_budgets_are_runs_of_their_way():
-    base = recipe.load(
+    base = recipes.load(
         None,
         [
             "compare.ways=[oriented retrieved, agnostic retrieved, oriented generic, scratch]",
@@ -93,11 +95,11 @@ def test_sizes_and_budgets_are_runs_of_their_way():
     assert ways["oriented retrieved, 1/8 steps"].share == 0.125
     for wrong in ("compare.budgets=[2]", "compare.sizes=[0]"):
         with pytest.raises(KtrayError, match=wrong.split("=")[0]):
-            list_ways(recipe.load(None, [wrong]), silent)
+            list_ways(recipes.load(None, [wrong]), silent)
 
 
 def test_a_way_with_an_unknown_key_names_its_nearest():
-    base = recipe.load(None, [])
+    base = recipes.load(None, [])
     with pytest.raises(KtrayError, match=r"objective\.match"):
         recipe_of(base, {"objective.mach": "mse"})
     with pytest.raises(KtrayError, match="compare"):

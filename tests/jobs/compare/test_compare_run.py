@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from small_task import SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.compare import compare, page, runner
-from ktray.recipe import schema as recipe
 
 WAYS = "compare.ways={mse: {objective.name: agnostic, objective.match: mse}, scratch: {objective.name: scratch}}"
 
@@ -41,9 +41,9 @@ def done(cluster, given):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "pipeline", stopped_after_two)
         with pytest.raises(KtrayError, match="plug"):
-            compare(recipe.load(None, keys), lines.append)
+            compare(recipes.load(None, keys), lines.append)
         patch.setattr(runner, "pipeline", counted)
-        found = compare(recipe.load(None, keys), lines.append)
+        found = compare(recipes.load(None, keys), lines.append)
     return store, keys, found, lines, titles
 
 
@@ -138,7 +138,7 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
 
 def test_again_it_reuses_all_and_agrees(done):
     _, keys, found, _, _ = done
-    again = compare(recipe.load(None, keys), lambda text: None)
+    again = compare(recipes.load(None, keys), lambda text: None)
     assert again["run_id"] != found["run_id"], "a finished comparison is left alone"
     assert again["spent"]["flops"] == 0
     names = ("name", "accuracy", "low", "high", "pareto", "stages")
@@ -149,7 +149,7 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
     store, keys, _, _, _ = done
     more = ["compare.equal=device_seconds", "compare.lr_search=[0.01, 1]", "compare.seeds=[0]", "compare.parallel=2"]
     lines: list[str] = []
-    found = compare(recipe.load(None, [*keys, *more]), lines.append)
+    found = compare(recipes.load(None, [*keys, *more]), lines.append)
     mse, scratch = found["ways"]
     assert mse["steps"] == 40
     assert scratch["steps"] > 40, "without teacher and gallery there is time for more steps"
@@ -168,6 +168,6 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
     for trial in tried:
         assert not any(stage["name"] == "evaluate" for stage in trial["stages"])
         assert not (folders[trial["run_id"]] / "student").exists()
-    again = compare(recipe.load(None, [*keys, *more]), lines.append)
+    again = compare(recipes.load(None, [*keys, *more]), lines.append)
     assert again["spent"]["flops"] == 0
     assert [w["steps"] for w in again["ways"]] == [w["steps"] for w in found["ways"]]

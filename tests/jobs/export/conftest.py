@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from small_task import CLASSES, write_task
 
+from ktray import recipe as recipes
 from ktray.models.student.classifier import Student, build_student
 from ktray.models.student.classifier_io import save_student
-from ktray.recipe import schema as recipes
 
 SIDE = 32
 
@@ -37,7 +37,7 @@ def trained(data: Path, name: str = "test_resnet", **kwargs: Any) -> Student:
 
 
 def leave(store: Path, data: Path, student: Student, run_id: str = "20260101-000000-stripes-oriented-0000") -> Path:
-    """The run's folder; what its ``result.json`` says of accuracy is measured with `Student.predict`."""
+    """The run's folder; what its ``result.json`` says of accuracy is measured with `StudentConfig.predict`."""
     folder = store / "runs" / run_id
     save_student(student, folder / "student", student.classes)
     recipe = recipes.override(

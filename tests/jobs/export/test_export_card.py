@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.data.labelled.read import Example, LabelledSet
 from ktray.jobs.export import card
 from ktray.jobs.export.run_source import find
 from ktray.models.student.classifier import build_student
-from ktray.recipe import schema as recipes
 
 EVIL = "<script>|x|</script> `a` [b](http://c)"
 

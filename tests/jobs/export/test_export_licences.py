@@ -2,8 +2,8 @@
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.jobs.export import licences
-from ktray.recipe import schema as recipes
 
 
 @pytest.mark.parametrize(

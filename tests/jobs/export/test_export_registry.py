@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export import predict, registry
 from ktray.jobs.export.run_source import Source, find
-from ktray.recipe import schema as recipes
 
 FOUND: dict[str, Any] = {
     "key": "0123456789abcdef",

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import ktray
 from ktray import cli
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export import card, latency, quantise
 from ktray.jobs.export import run as module
 from ktray.jobs.export.onnx_file import OPSET
-from ktray.recipe import schema as recipes
 from ktray.storage import store
 from ktray.storage.store import Dir
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export.run_source import find
-from ktray.recipe import schema as recipes
 
 
 def asked(store: Path, *overrides: str) -> recipes.Recipe:

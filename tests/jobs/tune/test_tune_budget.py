@@ -8,7 +8,7 @@ from ktray.accounting.ledger import DirLog, Entry, Ledger
 from ktray.errors import KtrayError
 from ktray.jobs.tune.budget import BEAT, Purse, Speed, Spent, amounts, limits
 from ktray.jobs.tune.run import keep_for_the_winner
-from ktray.recipe.tune import Budget
+from ktray.recipe.tune import BudgetConfig
 from ktray.storage.store import Store
 
 CPU = {"cores": 2, "gpus": [], "instance": None}
@@ -22,7 +22,7 @@ class Clock:
 
 
 def purse(clock=None, hourly=1.0, parallel=1, **given):
-    return Purse(limits(Budget(**given)), Speed(1e9), parallel, hourly, clock=clock or Clock())
+    return Purse(limits(BudgetConfig(**given)), Speed(1e9), parallel, hourly, clock=clock or Clock())
 
 
 def entry(flops=0, seconds=0.0, run="a", stage="transfer", **more):
@@ -31,8 +31,8 @@ def entry(flops=0, seconds=0.0, run="a", stage="transfer", **more):
 
 
 def test_units_of_the_recipe():
-    assert limits(Budget()) == {"wall": 900.0}
-    assert limits(Budget(device_hours=2, usd=3)) == {"usd": 3.0, "device_seconds": 7200.0}
+    assert limits(BudgetConfig()) == {"wall": 900.0}
+    assert limits(BudgetConfig(device_hours=2, usd=3)) == {"usd": 3.0, "device_seconds": 7200.0}
     with pytest.raises(KtrayError, match="no price"):
         purse(hourly=None, usd=1)
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from ktray import recipe as recipes
 from ktray.jobs.tune.importance import SHARE, importance, of_transfer_set
 from ktray.jobs.tune.records import Point, Records
 from ktray.jobs.tune.space import read
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir
 

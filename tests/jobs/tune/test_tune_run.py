@@ -7,12 +7,13 @@ import os
 import pytest
 from small_task import SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.accounting.ledger import DirLog, attempts
 from ktray.errors import KtrayError
 from ktray.jobs.tune import run as runs
 from ktray.jobs.tune.run import tune
-from ktray.recipe import schema as recipes
-from ktray.reporting.report import percent
+from ktray.recipe.tune import TuneConfig
+from ktray.reporting.units import percent
 from ktray.storage.store import Store
 
 SPACE = (
@@ -120,7 +121,7 @@ def test_recipes_of_the_front_run_again(done):
     assert len(names) == len(found["front"])
     best = recipes.load(f"{folder.path}/best.yaml", [])
     assert best.train.steps == found["winner"]["steps"]
-    assert best.tune == recipes.Tune()
+    assert best.tune == TuneConfig()
     for name in names:
         recipes.load(f"{folder.path}/front/{name}", [])
 

@@ -5,10 +5,10 @@ import itertools
 import optuna
 import pytest
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.default_space import default_space
 from ktray.jobs.tune.space import flat, read
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
 
 BASE = recipes.override(

@@ -1,8 +1,8 @@
+from ktray import recipe as recipes
 from ktray.jobs.tune.budget import Purse, Speed, limits
 from ktray.jobs.tune.records import GIVEN, Records
 from ktray.jobs.tune.trial import Rungs
-from ktray.recipe import schema as recipes
-from ktray.recipe.tune import Budget
+from ktray.recipe.tune import BudgetConfig
 from ktray.storage.store import Dir
 
 
@@ -21,7 +21,7 @@ def rungs(folder, limit=1.0):
     base = recipes.override(recipes.Recipe(), {"train.steps": 100, "tune.cost_limit": limit})
     records = Records(Dir(str(folder)))
     records.begin({}, {})
-    purse = Purse(limits(Budget(flops=1e6)), Speed(1.0), hourly=1.0)
+    purse = Purse(limits(BudgetConfig(flops=1e6)), Speed(1.0), hourly=1.0)
     return Planned(base, None, None, purse, records, "search")
 
 

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.space import read
 from ktray.jobs.tune.warm_start import former_trials, parse, point_of
 from ktray.pipeline.run import _flat
-from ktray.recipe import schema as recipes
 from ktray.recipe.schema import Recipe
 
 BASE = recipes.override(

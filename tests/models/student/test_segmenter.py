@@ -12,11 +12,11 @@ from torchvision.models.segmentation.lraspp import LRASPP
 from ktray.errors import KtrayError
 from ktray.models.features import Maps, freeze_idle
 from ktray.models.flops import forward_flops, on_meta, train_flops
+from ktray.models.maps import label_loss, resize_map
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import load_student
 from ktray.models.student.segmenter import DenseStudent, build_dense_student
 from ktray.models.student.segmenter_io import is_dense_student, load_dense_student, save_dense_student
-from ktray.tasks.segmentation import label_loss, resize_map
 
 NAMES = ["sky", "sea", "sand"]
 # Backbone, arguments, image size, head, side of the logits.

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
+from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
+from ktray.models.maps import label_loss, resize_map
 from ktray.models.teacher import dense_head
 from ktray.models.teacher.adapted_dense import DenseTeacher, is_dense_teacher
 from ktray.models.teacher.dense_head import DenseHead, fit_dense_probe, fit_map_temperature, unit_levels
 from ktray.models.teacher.heads import fit_temperature
 from ktray.models.teacher.load import load_teacher
 from ktray.models.teacher.teacher import Teacher
-from ktray.tasks.segmentation import IGNORE, label_loss, resize_map
 
 NAMES = ["a", "b", "c"]
 

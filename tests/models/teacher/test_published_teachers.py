@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_task import SMALL, write_gallery, write_task
 
+from ktray import recipe as recipes
 from ktray.pipeline.run import run
-from ktray.recipe import schema as recipe
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 
@@ -29,7 +29,7 @@ def distil(tmp_path, name, checkpoint, *overrides):
         f"teacher.checkpoint={checkpoint}", "transfer.size=12", "train.steps=4", "finetune.steps=2",
         "baselines.scratch=false", *overrides,
     ]  # fmt: skip
-    result = run(recipe.load(None, keys), lambda text: None)
+    result = run(recipes.load(None, keys), lambda text: None)
     (adapt,) = (store / "stages/adapt").iterdir()
     (teach,) = (store / "stages/teach").iterdir()
     return result, Stage(str(adapt)), Stage(str(teach))

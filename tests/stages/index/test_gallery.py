@@ -6,14 +6,15 @@ import torch
 
 from ktray.errors import KtrayError
 from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.adapted_dense import save_candidate
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
 from ktray.retrieval.index_dir import IndexDir
-from ktray.retrieval.strategies import best_first, class_balanced, diverse, informative
-from ktray.stages.adapt.stage import frozen_predictions, save_candidate
+from ktray.retrieval.strategies import STRATEGIES, best_first, class_balanced, diverse, informative
+from ktray.stages.adapt.stage import frozen_predictions
 from ktray.stages.base import Done
 from ktray.stages.index import gallery as gallery_module
-from ktray.stages.index.gallery import CANDIDATES, STRATEGIES, Gallery, agreement, exact, retrieve
+from ktray.stages.index.gallery import CANDIDATES, Gallery, agreement, exact, retrieve
 from ktray.storage.store import Stage
 
 N, Q, D, SIZE = 90, 4, 16, 12

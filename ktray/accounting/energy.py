@@ -1,0 +1,30 @@
+"""Energy that this machine's GPUs have used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def gpu_joules() -> Callable[[], float] | None:
+    """A counter of the energy that this machine's GPUs (those torch sees) have used, in joules; None without.
+
+    It reads NVML's own counter (`nvmlDeviceGetTotalEnergyConsumption`, Volta and newer). Other machines' GPUs are
+    not seen from here: their workers hand theirs in through `Meter.add`.
+    """
+    try:
+        import pynvml
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        pynvml.nvmlInit()
+        ids = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{i}") for i in ids]
+
+        def read() -> float:
+            return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
+
+        read()
+    except Exception:  # absent or refused in many ways (driver, container, old card); energy is then absent
+        return None
+    return read

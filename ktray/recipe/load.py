@@ -1,0 +1,192 @@
+"""Recipes from files and the command line: merge, override, check, dump."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from ktray.errors import KtrayError
+from ktray.recipe.schema import Recipe
+from ktray.recipe.section import Section
+from ktray.redact import credential_in
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+DEFAULT = "letters"
+
+
+def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
+    """All keys of the schema as (dotted key, default, type, description)."""
+    rows: list[tuple[str, Any, str, str]] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            rows += schema(kind, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            rows.append((prefix + name, default, _type_name(kind), field.description or ""))
+    return rows
+
+
+def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
+    """The recipe named ``recipes`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
+
+    Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
+    recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
+    (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
+    ``gallery.data=[a,b]`` have their types.
+
+    Raises:
+        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
+    """
+    wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
+    raw: dict[str, Any] = {}
+    for name in wanted:
+        _merge(raw, _read_yaml(name))
+    own = any(text.startswith("task.data=") for text in overrides)
+    if "task" not in raw and not own:
+        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
+        name = named[-1] if named else DEFAULT
+        if (BUILTIN / f"{name}.yaml").exists():
+            raw, over = _read_yaml(name), raw
+            _merge(raw, over)
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
+        _set(raw, key.strip(), _parse_value(value))
+    return _validate(raw)
+
+
+def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key != "kwargs":
+            if key == "student" and "name" in value:
+                raw[key].pop("kwargs", None)
+            _merge(raw[key], value)
+        else:
+            raw[key] = value
+
+
+def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does."""
+    raw = recipe.model_dump(mode="json")
+    for key, value in keys.items():
+        _set(raw, key, value)
+    return _validate(raw)
+
+
+def _validate(raw: dict[str, Any]) -> Recipe:
+    _check_keys(raw)
+    _check_secrets(raw)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("function", "literal", "bool"))
+        )
+        raise KtrayError(
+            f"Recipe key '{where}' does not accept {first.get('input')!r}: {first['msg']}",
+            "See --help for each key's type.",
+        ) from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = BUILTIN / f"{recipe}.yaml"
+        if not path.exists():
+            known = sorted(p.stem for p in BUILTIN.glob("*.yaml"))
+            raise KtrayError(f"No recipe is named '{recipe}'", f"Known are {', '.join(known)}; a file ends in .yaml.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise KtrayError(f"Recipe file '{path}' cannot be read: {error.strerror}", "Check --recipe.") from error
+    except yaml.YAMLError as error:
+        raise KtrayError(f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Mend the file.") from error
+    if not isinstance(raw, dict):
+        raise KtrayError(f"Recipe file '{path}' does not hold keys", "Start from the recipe.yaml of a run folder.")
+    return raw
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    known = {row[0] for row in schema()}
+    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
+        raise _unknown(key)
+    node = raw
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise KtrayError(f"Recipe key '{key}' is under a key that holds a value", "See --help for the keys.")
+    node[parts[-1]] = value
+
+
+def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str = "") -> None:
+    for name, value in raw.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            raise _unknown(f"{prefix}{name}")
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
+            _check_keys(value, kind, f"{prefix}{name}.")
+
+
+def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
+    """A recipe is saved with its run, and a command line is shown to whoever lists processes."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_secrets(value, f"{prefix}{name}.")
+        elif found := credential_in(value):
+            raise KtrayError(
+                f"Recipe key '{prefix}{name}' holds a secret ({found}), and a recipe is saved and logged with its run",
+                "Give it by the environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and so on for S3.",
+            )
+
+
+def _unknown(key: str) -> KtrayError:
+    known = [row[0] for row in schema()]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    if not near:
+        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return KtrayError(
+        f"Unknown recipe key '{key}'",
+        f"Did you mean '{near[0]}'? --help lists all." if near else "--help lists all.",
+    )
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(str(a) for a in get_args(kind))
+    args = get_args(kind)
+    if args and get_origin(kind) not in (list, dict):
+        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
+    if args:
+        return f"{get_origin(kind).__name__}[{', '.join(_type_name(a) for a in args)}]"
+    return getattr(kind, "__name__", str(kind))
