@@ -19,14 +19,14 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def cluster():
     """The plan of a small local cluster; CPUs are logical, so that nothing waits on a machine with few cores."""
-    from ktray.distributed.allocation import cluster_plan
+    from ktray.distributed.allocation import cluster_allocation
     from ktray.distributed.connect import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect()
     import ray
 
-    yield cluster_plan(1, False)
+    yield cluster_allocation(1, False)
     # Readers that tests left half-read cancel their tasks when they are collected, and Ray ends the process if a task
     # ends just then. A session has lost its summary to a death at this place, perhaps to this one.
     gc.collect()

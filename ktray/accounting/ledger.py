@@ -34,7 +34,7 @@ class Log(Protocol):
     def read(self) -> list[str]: ...
 
 
-class Directory(Protocol):
+class LogDirectory(Protocol):
     """The part of `ktray.storage.store.Dir` that `DirLog` needs."""
 
     def append_line(self, name: str, line: str) -> None: ...
@@ -46,7 +46,7 @@ class Directory(Protocol):
 class DirLog:
     """The `Log` in a directory of the store."""
 
-    directory: Directory
+    directory: LogDirectory
 
     def append(self, line: str) -> None:
         self.directory.append_line(LOG_NAME, line)

@@ -13,7 +13,7 @@ from ktray.errors import KtrayError
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """Shares of the cluster. CPU figures are Ray's logical CPUs.
 
     Attributes:
@@ -53,9 +53,9 @@ class Plan:
 BYTES_A_TEACHER = 4e9
 
 
-def plan(
+def allocate(
     cpus: float, gpus: float, nodes: int, workers: int | tuple[int, int], use_gpu: bool | str, memory: float = math.inf
-) -> Plan:
+) -> Allocation:
     """Divide a cluster. Training workers leave CPUs for reading; a decode task always has room.
 
     Teachers on GPUs are actors, which hold a CPU share while they live. On CPUs they are tasks, as many as there are
@@ -118,7 +118,7 @@ def plan(
     # A teacher beside the training has a GPU of its own; on CPUs it shares what training leaves with the reading.
     streaming = int((gpus - most) // most) if on_gpu else max(1, min(actors, int(left / decode_cpus / now)))
     cores_a_node = max(1, int(cpus / max(1, nodes)))
-    return Plan(
+    return Allocation(
         total_cpus=cpus,
         total_gpus=gpus,
         least=least,
@@ -136,8 +136,8 @@ def plan(
     )
 
 
-def cluster_plan(workers: int | tuple[int, int], use_gpu: bool | str, jobs: int = 1) -> Plan:
-    """`plan` for the cluster that Ray is connected to, or for the part of it that each of ``jobs`` has.
+def cluster_allocation(workers: int | tuple[int, int], use_gpu: bool | str, jobs: int = 1) -> Allocation:
+    """`allocate` for the cluster that Ray is connected to, or for the part of it that each of ``jobs`` has.
 
     What a job holds while it reads is at most half of its part's CPUs and no GPU of another's. Two that both plan with
     the whole can between them hold all there is, and then both wait for a reading task, or a teacher's GPU, for ever.
@@ -148,7 +148,7 @@ def cluster_plan(workers: int | tuple[int, int], use_gpu: bool | str, jobs: int 
     cpus, gpus, memory = (float(total.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
     # A head that is kept free of work, and nodes that have left, have no cores for anyone.
     working = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    return plan(cpus / jobs, gpus // jobs, max(1, working // jobs), workers, use_gpu, memory / jobs)
+    return allocate(cpus / jobs, gpus // jobs, max(1, working // jobs), workers, use_gpu, memory / jobs)
 
 
 def others(jobs: int) -> str | None:

@@ -17,18 +17,18 @@ LIMIT = 10_000
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
-class Board:
+class ProgressActor:
     """Holds posts until they are read; the oldest go when nobody reads."""
 
     def __init__(self) -> None:
         self.posts: list[dict[str, Any]] = []
         self.held: list[Any] = []
 
-    def hold(self, handle: Any) -> None:
+    def set_controller(self, handle: Any) -> None:
         """Keep who runs the training, for those who may have to end it; the last one counts."""
         self.held = [handle]
 
-    def holds(self) -> list[Any]:
+    def controller(self) -> list[Any]:
         return self.held
 
     def post(self, value: dict[str, Any]) -> None:
@@ -41,9 +41,9 @@ class Board:
 
 
 @contextlib.contextmanager
-def watch(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> Iterator[Any]:
+def open_mailbox(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> Iterator[Any]:
     """A board whose posts are handed to ``on_post`` on a thread of the driver. Yields the handle."""
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = ProgressActor.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_internals import capture_executor
-from ktray.distributed.watchdog import steadily, waits
+from ktray.distributed.watchdog import iterate_watched, waiting_for
 from ktray.storage.columns import Rows
 
 Item = dict[str, Any]
@@ -37,7 +37,7 @@ def map_shards(
     items: Sequence[Item],
     prepare: Prepare,
     finish: Callable[[], Finish],
-    plan: Plan,
+    plan: Allocation,
 ) -> Iterator[dict[str, Any]]:
     """Run every item through ``prepare`` (CPU task) and ``finish`` (device worker); yields summaries as they come.
 
@@ -56,17 +56,19 @@ def map_shards(
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
     dataset.context.target_max_block_size = 1
-    crew = Crew(min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads)
-    waits(
+    crew = WorkerPool(
+        min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads
+    )
+    waiting_for(
         "its tasks",
         f"{crew.gpus:g} GPUs and {crew.cpus:g} CPUs each"
         + (f", {crew.decode_cpus:g} CPUs to decode" if crew.gpus else ""),
     )
-    yield from _summaries(through(dataset, prepare, finish, crew, _tell))
+    yield from _summaries(map_items(dataset, prepare, finish, crew, _tell))
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """Who finishes: ``size`` device workers of ``cpus``, ``gpus`` and ``threads`` each; on GPUs fed by decode tasks of
     ``decode_cpus``."""
 
@@ -77,7 +79,7 @@ class Crew:
     threads: int
 
 
-def through(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: Crew, give: Give) -> Any:
+def map_items(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: WorkerPool, give: Give) -> Any:
     """The dataset's items through both halves."""
     from ray import cloudpickle
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -98,7 +100,9 @@ def through(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: Cre
     return dataset.map_batches(both, compute=TaskPoolStrategy(size=crew.size), num_cpus=crew.cpus, **how)
 
 
-def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], plan: Plan) -> Iterator[dict[str, Any]]:
+def cpu_shards(
+    items: Sequence[Item], work: Callable[[Item], dict[str, Any]], plan: Allocation
+) -> Iterator[dict[str, Any]]:
     """`map_shards` for work without a model: every item through ``work`` in CPU tasks."""
     import ray
 
@@ -108,11 +112,11 @@ def cpu_shards(items: Sequence[Item], work: Callable[[Item], dict[str, Any]], pl
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Work(work), batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
     )
-    waits("its tasks", f"{plan.decode_cpus:g} CPUs each")
+    waiting_for("its tasks", f"{plan.decode_cpus:g} CPUs each")
     yield from _summaries(dataset)
 
 
-def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) -> Iterator[tuple[int, Rows]]:
+def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Allocation) -> Iterator[tuple[int, Rows]]:
     """``work`` on every item (picklable) in parallel tasks, each with a device where the plan gives its workers one;
     yields (number of the item, columns) as they come. A single item is done in this process."""
     if len(items) < 2:
@@ -130,7 +134,7 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Plan) 
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Numbered(list(items), work), batch_size=1, batch_format="pyarrow", **how
     )
-    waits(
+    waiting_for(
         "its tasks",
         f"{plan.actor_gpus:g} GPUs and {plan.actor_cpus if plan.actor_gpus else plan.decode_cpus:g} CPUs each",
     )
@@ -160,7 +164,7 @@ def _batches(dataset: Any) -> Iterator[pa.Table]:
             executor.shutdown(force=True)
 
     how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
-    return steadily(lambda: dataset.iter_batches(**how), end)
+    return iterate_watched(lambda: dataset.iter_batches(**how), end)
 
 
 def ordered(rows: Sequence[dict[str, Any]]) -> Any:

@@ -13,7 +13,7 @@ from ktray.errors import KtrayError
 T = TypeVar("T")
 
 
-def one_task(
+def run_with_retries(
     work: Callable[[], T],
     what: str,
     remedy: str,
@@ -23,7 +23,7 @@ def one_task(
     gpus: float = 0.0,
     also: tuple[type[Exception], ...] = (),
 ) -> T:
-    """What ``work`` gives, called in a Ray worker; waited for under the stage's pulse.
+    """What ``work`` gives, called in a Ray worker; waited for under the stage's watchdog.
 
     It is called again, at most ``max_failures`` times, where its worker dies or runs out of memory.
 
@@ -33,7 +33,7 @@ def one_task(
         also: errors of ``work`` after which it is called again too.
 
     Raises:
-        KtrayError: it ran out of memory each time, or the stage's pulse has stopped.
+        KtrayError: it ran out of memory each time, or the stage's watchdog has stopped.
         ray.exceptions.RayError: its worker died each time.
         Exception: what ``work`` raised.
     """
@@ -47,7 +47,9 @@ def one_task(
     while True:
         under_way = task.remote(work)
         try:
-            return cast(T, watchdog.patiently(partial(ray.get, under_way), partial(ray.cancel, under_way, force=True)))
+            return cast(
+                T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.cancel, under_way, force=True))
+            )
         except again as error:
             failures += 1
             if failures <= max_failures:

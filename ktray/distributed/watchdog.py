@@ -2,7 +2,7 @@
 
 Ray never gives up: a task that asks for a CPU that nobody has, a store that does not answer, a worker that waits for a
 dead one, all look the same from the driver, which blocks. So what may block for ever runs on a thread of its own, and
-the driver waits for it with one eye on the stage's pulse, which everything that reports progress beats.
+the driver waits for it with one eye on the stage's watchdog, which everything that reports progress beats.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ktray.errors import KtrayError
 from ktray.reporting.progress import humanise
 
 T = TypeVar("T")
-_LOOK = 1.0  # seconds between looks at the pulse
+_LOOK = 1.0  # seconds between looks at the watchdog
 _ANSWER = 20.0  # seconds that the cluster and the store have to answer when they are asked what is wrong
-_current: ContextVar[Pulse | None] = ContextVar("ktray-pulse", default=None)
+_current: ContextVar[Watchdog | None] = ContextVar("ktray-watchdog", default=None)
 _limit: ContextVar[Callable[[], None] | None] = ContextVar("ktray-limit", default=None)
 
 
-class Pulse:
+class Watchdog:
     """Of a stage; safe from any thread.
 
     Args:
@@ -46,7 +46,7 @@ class Pulse:
         self._last, self._progress = clock(), "none yet"
         self._waits, self._asks = "", ""
 
-    def beat(self, progress: str = "") -> None:
+    def heartbeat(self, progress: str = "") -> None:
         """There is life, and perhaps progress that can be named."""
         self._last = self._clock()
         self._progress = progress or self._progress
@@ -96,38 +96,38 @@ def check_limit() -> None:
 
 
 @contextlib.contextmanager
-def watched(pulse: Pulse) -> Iterator[Pulse]:
-    """Within it, `patiently` and `steadily` on this thread mind the pulse."""
-    token = _current.set(pulse)
+def watch(watchdog: Watchdog) -> Iterator[Watchdog]:
+    """Within it, `run_watched` and `iterate_watched` on this thread mind the watchdog."""
+    token = _current.set(watchdog)
     try:
-        yield pulse
+        yield watchdog
     finally:
         _current.reset(token)
 
 
-def waits(what: str, asks: str = "") -> None:
-    """`Pulse.waits` of the stage that runs on this thread, if any."""
-    pulse = _current.get()
-    if pulse is not None:
-        pulse.waits(what, asks)
+def waiting_for(what: str, asks: str = "") -> None:
+    """`Watchdog.waiting_for` of the stage that runs on this thread, if any."""
+    watchdog = _current.get()
+    if watchdog is not None:
+        watchdog.waits(what, asks)
 
 
-def patiently(work: Callable[[], T], cancel: Callable[[], object]) -> T:
+def run_watched(work: Callable[[], T], cancel: Callable[[], object]) -> T:
     """What ``work`` gives; it runs on a thread of its own.
 
     Args:
-        cancel: ends the work; called when the stage's pulse stops or the wait is broken off.
+        cancel: ends the work; called when the stage's watchdog stops or the wait is broken off.
 
     Raises:
-        KtrayError: the stage's pulse has stopped.
+        KtrayError: the stage's watchdog has stopped.
     """
-    (found,) = steadily(lambda: (work(),), cancel)
+    (found,) = iterate_watched(lambda: (work(),), cancel)
     return found
 
 
-def steadily(items: Callable[[], Iterable[T]], cancel: Callable[[], object]) -> Iterator[T]:
-    """The items, which are made on a thread of their own, one ahead; see `patiently`."""
-    pulse = _current.get()
+def iterate_watched(items: Callable[[], Iterable[T]], cancel: Callable[[], object]) -> Iterator[T]:
+    """The items, which are made on a thread of their own, one ahead; see `run_watched`."""
+    watchdog = _current.get()
     box: queue.Queue[tuple[bool, Any]] = queue.Queue(1)
     gone = threading.Event()
 
@@ -151,9 +151,9 @@ def steadily(items: Callable[[], Iterable[T]], cancel: Callable[[], object]) -> 
     whole = False
     try:
         while True:
-            if pulse:
-                pulse.beat()  # the stage was at its own work until now
-            more, found = _next(box, pulse)
+            if watchdog:
+                watchdog.heartbeat()  # the stage was at its own work until now
+            more, found = _next(box, watchdog)
             if not more:
                 whole = True
                 if found is not None:
@@ -166,14 +166,14 @@ def steadily(items: Callable[[], Iterable[T]], cancel: Callable[[], object]) -> 
             _within(_ANSWER, lambda: [str(cancel())], "")
 
 
-def _next(box: queue.Queue[tuple[bool, Any]], pulse: Pulse | None) -> tuple[bool, Any]:
+def _next(box: queue.Queue[tuple[bool, Any]], watchdog: Watchdog | None) -> tuple[bool, Any]:
     while True:
         try:
             return box.get(timeout=_LOOK)
         except queue.Empty:
             check_limit()
-            if pulse:
-                pulse.check()
+            if watchdog:
+                watchdog.check()
 
 
 def _within(seconds: float, ask: Callable[[], list[str]], otherwise: str) -> list[str]:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from ktray.accounting.device import usable_cpus
 from ktray.errors import KtrayError
-from ktray.miniverse.tasks import IMAGE_SIZE, TASKS, Task
+from ktray.miniverse.tasks import IMAGE_SIZE, TASKS, MiniverseTask
 from ktray.miniverse.vocabulary import WORLD_VERSION
 from ktray.miniverse.world import sample
 
@@ -82,7 +82,7 @@ def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LA
 
     Args:
         root: any folder; made if missing.
-        task: a key of `TASKS`; subjects of its `Task.kinds` are left out.
+        task: a key of `TASKS`; subjects of its `MiniverseTask.kinds` are left out.
         images: how many.
 
     Returns:
@@ -165,7 +165,7 @@ def ensure_task(root: Path, name: str) -> Path:
     return _ensure(Path(root), f"miniverse-v{WORLD_VERSION}-task-{name}", write)
 
 
-def _task(name: str) -> Task:
+def _task(name: str) -> MiniverseTask:
     if name not in TASKS:
         raise KtrayError(f"there is no built-in task {name!r}", f"task.name is one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -32,7 +32,7 @@ MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True)
-class Point:
+class StudyPoint:
     """One way of a comparison: how its set was chosen, and what came of it (fractions)."""
 
     group: str
@@ -60,7 +60,7 @@ def read_captions(gallery: str | list[str]) -> dict[str, str]:
     return {r.uri: r.caption or "" for shard in list_shards(gallery) for r in read_shard(shard)}
 
 
-def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> list[Point]:
+def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> list[StudyPoint]:
     """A point for each way of a comparison's ``result.json``; ways that differ in size alone share a group."""
     task = TASKS[str(found["task"])]
     names = [subject.name for kind in task.kinds for subject in SUBJECTS[kind]]
@@ -72,11 +72,11 @@ def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> l
         run = json.loads((store / "runs" / way["runs"][0] / "result.json").read_text())
         uris = pq.read_table(run["transfer_set"]["path"], columns=["uri"])["uri"].to_pylist()
         share = on_task(uris, captions, names)
-        out.append(Point(group, len(uris), share, way["accuracy"], way["spread"] or 0.0))
+        out.append(StudyPoint(group, len(uris), share, way["accuracy"], way["spread"] or 0.0))
     return out
 
 
-def draw(found: Sequence[Point], title: str) -> Figure:
+def draw(found: Sequence[StudyPoint], title: str) -> Figure:
     """Share on task and accuracy against the size of the set, a line for each strategy."""
     figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)

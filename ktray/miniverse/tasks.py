@@ -25,12 +25,12 @@ TAILS = {"train": (60, 3), "val": (40, 3), "test": (500, 35)}
 
 
 @dataclass(frozen=True)
-class Example:
+class DrawnExample:
     """An image and its label.
 
     Attributes:
         image: uint8 [size, size, 3], RGB.
-        label: index into `Task.classes`.
+        label: index into `MiniverseTask.classes`.
         mask: for segmentation, uint8 [size, size] of such indices, 255 where a pixel counts for nothing.
     """
 
@@ -40,7 +40,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class MiniverseTask:
     """A built-in task.
 
     Attributes:
@@ -61,7 +61,7 @@ class Task:
     classes: tuple[str, ...]
     class_names: dict[str, str]
     labels_per_class: int
-    splits: Callable[[], dict[str, list[Example]]]
+    splits: Callable[[], dict[str, list[DrawnExample]]]
     about: str
     kinds: tuple[str, ...]
     counterpart: str = ""
@@ -75,7 +75,7 @@ def tail(most: int, least: int, classes: int) -> list[int]:
     return [round(most * (least / most) ** (rank / (classes - 1))) for rank in range(classes)]
 
 
-def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) -> dict[str, list[Example]]:
+def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) -> dict[str, list[DrawnExample]]:
     """Splits of the streams ``{name}-{split}``, which take the classes in turn.
 
     Args:
@@ -85,7 +85,7 @@ def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) ->
     labels = [sorted(classes).index(one) for one in classes]
     return {
         split: [
-            Example(sample(f"{name}-{split}", index, size=IMAGE_SIZE).image, labels[index % len(classes)])
+            DrawnExample(sample(f"{name}-{split}", index, size=IMAGE_SIZE).image, labels[index % len(classes)])
             for index in range(len(classes) * max(each))
             if index // len(classes) < each[index % len(classes)]
         ]
@@ -93,35 +93,35 @@ def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) ->
     }
 
 
-def _even(name: str, classes: Sequence[str], **counts: int) -> Callable[[], dict[str, list[Example]]]:
+def _even(name: str, classes: Sequence[str], **counts: int) -> Callable[[], dict[str, list[DrawnExample]]]:
     return lambda: _in_turn(name, classes, {split: [each] * len(classes) for split, each in counts.items()})
 
 
-def _marks() -> dict[str, list[Example]]:
+def _marks() -> dict[str, list[DrawnExample]]:
     counts = {split: tail(most, least, len(_SIGNS)) for split, (most, least) in TAILS.items()}
     return _in_turn("marks", tuple(_SIGNS), counts)
 
 
-def _shapes() -> dict[str, list[Example]]:
-    splits: dict[str, list[Example]] = {}
+def _shapes() -> dict[str, list[DrawnExample]]:
+    splits: dict[str, list[DrawnExample]] = {}
     for split, each in {"train": 10, "val": 5, "test": 50}.items():
         splits[split] = []
         for index in range(len(SHAPES) * each):
             drawn = sample(f"shapes-{split}", index, size=IMAGE_SIZE)
             label = 1 + index % len(SHAPES)
             mask = np.where(drawn.mask == 1, np.uint8(label), drawn.mask)
-            splits[split].append(Example(drawn.image, label, mask))
+            splits[split].append(DrawnExample(drawn.image, label, mask))
     return splits
 
 
-def _digits() -> dict[str, list[Example]]:
+def _digits() -> dict[str, list[DrawnExample]]:
     from sklearn.datasets import load_digits
 
     scans = load_digits()
     ink = np.asarray(scans.images, dtype=np.float32) / 16.0
     labels = np.asarray(scans.target)
     order = np.random.default_rng(0).permutation(len(labels))
-    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[DrawnExample]] = {"train": [], "val": [], "test": []}
     seen = [0] * 10
     for row in order.tolist():
         label = int(labels[row])
@@ -130,7 +130,7 @@ def _digits() -> dict[str, list[Example]]:
         # Dark ink on light paper, as it was before the scan.
         paper = Image.fromarray(np.round(255 * (1 - ink[row])).astype(np.uint8))
         grown = paper.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
-        splits[split].append(Example(np.asarray(grown), label))
+        splits[split].append(DrawnExample(np.asarray(grown), label))
     return splits
 
 
@@ -139,7 +139,7 @@ _SIGNS = {subject.name.replace(" ", "_"): subject.name for subject in SUBJECTS["
 _LETTERS = tuple(subject.token for subject in SUBJECTS["capital"])
 
 _ALL = (
-    Task(
+    MiniverseTask(
         name="letters",
         classes=_LETTERS,
         class_names={subject.token: subject.name for subject in SUBJECTS["capital"]},
@@ -149,7 +149,7 @@ _ALL = (
         kinds=("capital",),
         counterpart="ImageNet: the most classes, and a teacher that knows them well",
     ),
-    Task(
+    MiniverseTask(
         name="digits",
         classes=tuple(subject.token for subject in SUBJECTS["digit"]),
         class_names={subject.token: subject.name for subject in SUBJECTS["digit"]},
@@ -158,7 +158,7 @@ _ALL = (
         about="handwritten digits, real scans of 8 x 8 points, from scikit-learn's load_digits",
         kinds=("digit",),
     ),
-    Task(
+    MiniverseTask(
         name="textures",
         classes=tuple(sorted(KNOWN_TEXTURES)),
         class_names={name: name for name in KNOWN_TEXTURES},
@@ -170,7 +170,7 @@ _ALL = (
         # Captions tell no background where there is none.
         prompts=("the {}", *(f"the {{}} in {colour}" for colour in COLOURS)),
     ),
-    Task(
+    MiniverseTask(
         name="colours",
         classes=tuple(sorted(COLOURS)),
         class_names={name: name for name in COLOURS},
@@ -181,7 +181,7 @@ _ALL = (
         counterpart="Places365: the class is not the object, and the whole gallery shows it",
         prompts=tuple(f"the {s.name} in {{}}" for kind in ("capital", "digit", "shape") for s in SUBJECTS[kind][:10]),
     ),
-    Task(
+    MiniverseTask(
         name="marks",
         classes=tuple(sorted(_SIGNS)),
         class_names=_SIGNS,
@@ -192,7 +192,7 @@ _ALL = (
         counterpart="HAM10K: few classes, the commonest twenty times as common as the rarest",
         metric="mean_class_accuracy",
     ),
-    Task(
+    MiniverseTask(
         name="shapes",
         classes=("background", *SHAPES),
         class_names={name: name for name in ("background", *SHAPES)},
@@ -205,4 +205,4 @@ _ALL = (
         metric="miou",
     ),
 )
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, MiniverseTask] = {task.name: task for task in _ALL}

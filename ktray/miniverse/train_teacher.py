@@ -52,7 +52,7 @@ _DETAILS = list(DETAIL_SHARES)
 
 
 @dataclass(frozen=True)
-class Settings:
+class PretrainSettings:
     """Settings of a training run; the defaults are those of the model that ships.
 
     From step `terse_from` on, captions mostly tell the name alone (`captions.TERSE_SHARES`).
@@ -129,7 +129,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -
     return (by_image + by_text) / 2
 
 
-def batches(codes: Tensor, settings: Settings, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(codes: Tensor, settings: PretrainSettings, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices [batch] into the pool and what their captions tell [batch, 3], from step `first` on.
 
     The random numbers of a step depend on the seed and the step alone, so a restart continues the same
@@ -177,7 +177,7 @@ def _labelled(stream: str, count: int) -> tuple[Tensor, Tensor]:
     return normalise(np.stack([one.image for one in drawn])), labels
 
 
-def _learning_rate(step: int, settings: Settings) -> float:
+def _learning_rate(step: int, settings: PretrainSettings) -> float:
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -208,7 +208,7 @@ def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 class Run:
     """What a training run holds: weights, their running average, the optimizer, the log; and its checkpoint."""
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: PretrainSettings) -> None:
         torch.manual_seed(settings.seed)
         self.out, self.settings = out, settings
         self.model = build_model()
@@ -266,7 +266,7 @@ class Run:
         return loss.item()
 
 
-def train(out: Path, settings: Settings, processes: int) -> dict[str, float]:
+def train(out: Path, settings: PretrainSettings, processes: int) -> dict[str, float]:
     """Train, and leave ``model.safetensors`` (float16) and ``train_log.csv`` in `out`.
 
     Returns:
@@ -318,14 +318,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TEACHER_DIR, help="folder for weights and log")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw the pictures")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's choice")
-    for name, value in vars(Settings()).items():
+    for name, value in vars(PretrainSettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out, processes, threads = (options.pop(key) for key in ("out", "processes", "threads"))
     if threads:
         torch.set_num_threads(threads)
-    train(out, Settings(**options), processes)
+    train(out, PretrainSettings(**options), processes)
 
 
 if __name__ == "__main__":

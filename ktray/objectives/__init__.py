@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ktray.objectives.agnostic import Agnostic
-from ktray.objectives.base import Batch, Context, Objective
+from ktray.objectives.base import Batch, Objective, ObjectiveContext
 from ktray.objectives.clip import Clip
 from ktray.objectives.dino import Dino
 from ktray.objectives.dual import Dual
@@ -20,10 +20,10 @@ __all__ = [
     "Agnostic",
     "Batch",
     "Clip",
-    "Context",
     "Dino",
     "Dual",
     "Objective",
+    "ObjectiveContext",
     "Oriented",
     "Scratch",
     "Supervised",

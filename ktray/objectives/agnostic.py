@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ktray.objectives.base import Batch, Context, Objective, Reads, Target
+from ktray.objectives.base import Batch, Objective, ObjectiveContext, Reads, Target
 
 Match = Literal["cosine", "mse", "contrastive"]
 # CLIP's start and limit of the inverse temperature.
@@ -57,7 +57,7 @@ class Agnostic(Objective):
         self.targets_needed: frozenset[Target] = frozenset(needed)
         self.reads: Reads = "map" if patches else "features"
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         """Raises ValueError when a width of the teacher's that is needed is not known."""
         if context.teacher_dim is None:
             raise ValueError("Agnostic needs Context.teacher_dim")

@@ -26,7 +26,7 @@ TEACHERS: frozenset[Target] = frozenset({"logits", "embedding", "patch_embedding
 
 
 @dataclass(frozen=True)
-class Context:
+class ObjectiveContext:
     """What an objective may know when it is set up.
 
     Attributes:
@@ -74,7 +74,7 @@ class Objective(nn.Module):
     views: Literal["fixed", "canvas"] = "fixed"
     labelled: bool = False
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ktray.objectives.base import Batch, Context, FlopsOf, Objective, Reads, Target
+from ktray.objectives.base import Batch, FlopsOf, Objective, ObjectiveContext, Reads, Target
 
 # CLIP's start and limit of the inverse temperature.
 _START, _LIMIT = 1 / 0.07, 100.0
@@ -51,7 +51,7 @@ class Clip(Objective):
         # CLIP's length, for plans that are made before a caption is read.
         self.text_length = 77
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         """Raises ValueError when no captions are stored."""
         if not (context.vocabulary and context.text_length):
             raise ValueError("Clip needs Context.vocabulary and Context.text_length")

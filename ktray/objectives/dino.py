@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
-from ktray.objectives.base import Batch, Context, FlopsOf, Normalise, Objective, Reads, Target
+from ktray.objectives.base import Batch, FlopsOf, Normalise, Objective, ObjectiveContext, Reads, Target
 
 _STUDENT_TEMPERATURE = 0.1
 _CENTRE_MOMENTUM = 0.9
@@ -120,7 +120,7 @@ class Dino(Objective):
         self.local_policy = replace(self.global_policy, scale=local_scale)
         self.fits = True
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         """Raises ValueError when the student or its size is not known."""
         if context.student is None or not context.image_size:
             raise ValueError("Dino needs Context.student and Context.image_size")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives.base import Batch, Context, Normalise, Objective, Reads, Target
+from ktray.objectives.base import Batch, Normalise, Objective, ObjectiveContext, Reads, Target
 from ktray.objectives.oriented import Oriented
 
 
@@ -55,7 +55,7 @@ class Dual(Objective):
         self.distil = Oriented(temperature, mixup)
         self.label_weight, self.mix, self.mix_temperature = label_weight, mix, mix_temperature
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             self.label_head = nn.Linear(context.student_dim, context.num_classes)

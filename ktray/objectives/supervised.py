@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ktray.data.augment import mixup
-from ktray.objectives.base import Batch, Context, Objective, Reads, Target
+from ktray.objectives.base import Batch, Objective, ObjectiveContext, Reads, Target
 
 
 class Supervised(Objective):
@@ -33,7 +33,7 @@ class Supervised(Objective):
         super().__init__()
         self.label_smoothing, self.mixup = label_smoothing, mixup
 
-    def setup(self, context: Context) -> None:
+    def setup(self, context: ObjectiveContext) -> None:
         """Raises ValueError when the generic set's classes are not known."""
         if context.source_classes < 2:
             raise ValueError("Supervised needs Context.source_classes")

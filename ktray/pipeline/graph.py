@@ -13,7 +13,7 @@ from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.recipe.schema import index_alone
 from ktray.stages import finetune, labels, transfer
 from ktray.stages.adapt import stage as adapt
-from ktray.stages.base import Context, Done
+from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate import stage as curate
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.index import stage as index
@@ -23,21 +23,21 @@ FLOOR = "scratch"
 
 
 @dataclass
-class Made:
+class StageOutputs:
     """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial."""
 
-    labels: Done
-    evaluate: Done | None
-    student: Done
-    adapt: Done | None = None
-    index: Done | None = None
-    curate: Done | None = None
-    teach: teach.Lesson | None = None
-    transfer: Done | None = None
-    floor: Done | None = None
+    labels: StageResult
+    evaluate: StageResult | None
+    student: StageResult
+    adapt: StageResult | None = None
+    index: StageResult | None = None
+    curate: StageResult | None = None
+    teach: teach.TeachResult | None = None
+    transfer: StageResult | None = None
+    floor: StageResult | None = None
 
 
-def stages(context: Context, trial: bool = False) -> Made:
+def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     """Run the stages, each reused where it is whole; those of a trial without EVALUATE."""
     recipe, size = context.recipe, int(context.recipe.image_size or 0)
     student = transfer.student_spec(context).make()
@@ -47,8 +47,8 @@ def stages(context: Context, trial: bool = False) -> Made:
         decoded = labels.run(context, student.preprocess)
         done = finetune.run_scratch(context, decoded, booked="finetune")
         models = {"student": (transfer.student_spec(context, done.stage), done.key)}
-        return Made(decoded, None if trial else evaluate.run(context, models, None), done)
-    start: Pretrained | None = None
+        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), done)
+    start: PhaseOutputs | None = None
     for name, phase in phases(recipe):
         inner = replace(context, recipe=phase, phase=name, read=0)
         reads_map = build_objective(phase.objective).reads == "map"
@@ -64,33 +64,33 @@ def stages(context: Context, trial: bool = False) -> Made:
         models[FLOOR] = (transfer.student_spec(context, floor.stage), floor.key)
     judged = (start.spec, start.adapt.key) if start.adapt and start.spec else None
     scored = None if trial else evaluate.run(context, models, judged)
-    return Made(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
+    return StageOutputs(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
 
 
 @dataclass
-class Pretrained:
+class PhaseOutputs:
     """The stages of one phase of pretraining."""
 
-    labels: Done
-    adapt: Done | None
+    labels: StageResult
+    adapt: StageResult | None
     spec: AdaptedSpec | None
-    index: Done | None
-    curate: Done
-    teach: teach.Lesson
-    transfer: Done
+    index: StageResult | None
+    curate: StageResult
+    teach: teach.TeachResult
+    transfer: StageResult
 
 
 @dataclass
-class Curated:
+class TransferSetOutputs:
     """The stages up to the transfer set; ``spec`` is the adapted teacher."""
 
-    adapt: Done | None
+    adapt: StageResult | None
     spec: AdaptedSpec | None
-    index: Done | None
-    curate: Done
+    index: StageResult | None
+    curate: StageResult
 
 
-def _curate(context: Context) -> Curated:
+def _curate(context: RunContext) -> TransferSetOutputs:
     recipe, t = context.recipe, context.recipe.teacher
     spec = adapted = model = indexed = None
     if needs_teacher(recipe):
@@ -103,13 +103,13 @@ def _curate(context: Context) -> Curated:
         indexed = index.run_labelled(context, context.source)
     elif recipe.transfer.source in ("generic", "retrieved", "list"):
         indexed = index.run(context, encoder)
-    return Curated(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
+    return TransferSetOutputs(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
 
 
-def _pretrain(context: Context, student: Preprocess, map_side: int, start: Pretrained | None) -> Pretrained:
+def _pretrain(context: RunContext, student: Preprocess, map_side: int, start: PhaseOutputs | None) -> PhaseOutputs:
     known = _curate(context)
     by_teacher = (known.adapt, known.spec) if taught(context.recipe) else (None, None)
     targets = teach.run(context, known.curate, *by_teacher, student, map_side)
     decoded = labels.run(context, student)
     moved = transfer.run(context, targets, decoded, start.transfer if start else None)
-    return Pretrained(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)
+    return PhaseOutputs(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)

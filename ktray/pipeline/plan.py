@@ -18,13 +18,13 @@ from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.sources.lists import embedded_only, gallery_shards
 from ktray.data.sources.tars import read_tar
-from ktray.distributed.allocation import Plan, plan
+from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 from ktray.models.features import Features, feature_dim, map_shape, trunk
 from ktray.models.flops import forward_flops, on_meta, train_flops
 from ktray.models.teacher.load import build_teacher
 from ktray.models.teacher.teacher import TeacherSource
-from ktray.objectives import Context, build_objective
+from ktray.objectives import ObjectiveContext, build_objective
 from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery, transfer_images
 from ktray.recipe.schema import Recipe
@@ -174,13 +174,13 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
     yield Line("transfer", per_step * steps, 0, f"{steps} steps of {batch}{beside}")
 
 
-def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Context:
+def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> ObjectiveContext:
     size = int(recipe.image_size or 32)
     vocabulary, text_length = 2, 1
     if "text" in build_objective(recipe.objective).targets_needed and recipe.gallery.data is not None:
         tokens, vocabulary = tokenise(first_captions(recipe.gallery.data, recipe.gallery.column))
         text_length = tokens.shape[1]
-    return Context(
+    return ObjectiveContext(
         num_classes=len(found.task.classes),
         student_dim=cost.features,
         teacher_dim=teacher.width if teacher else None,
@@ -218,14 +218,14 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
     return total, f"about {total:,}"
 
 
-def this_machine(recipe: Recipe) -> Plan:
+def this_machine(recipe: Recipe) -> Allocation:
     """How the recipe would use this machine."""
     device = describe_device()
     gpus = device.get("gpus") or []
     cores = max(2.0, float(device["cores"]))
     low, high = recipe.cluster.span
     nodes = low if low < high else 1  # on CPUs such workers have a node each; as many like this one
-    return plan(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
+    return allocate(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
 
 
 def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -> None:
@@ -282,7 +282,7 @@ def machine(recipe: Recipe) -> tuple[float, float | None, str]:
     return rate, hourly_price(device, recipe.prices), name or f"{device['cores']} CPU cores"
 
 
-def _whole(store: Store, found: Resolved, local: Plan) -> tuple[dict[str, bool], str]:
+def _whole(store: Store, found: Resolved, local: Allocation) -> tuple[dict[str, bool], str]:
     """Which stages are whole, by name; and why that is not known, where the teacher is not on this machine."""
     import huggingface_hub.constants
 

@@ -17,7 +17,7 @@ from ktray.data.labelled.read import LabelledSet, read_labelled
 from ktray.data.sources.fetch import fetch
 from ktray.data.sources.listing import Shard
 from ktray.data.sources.lists import gallery_shards
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
 from ktray.objectives import build_objective
@@ -27,7 +27,7 @@ from ktray.storage.store import Dir
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.top_k import per_prediction
-from ktray.training.virtual_ranks import lanes
+from ktray.training.virtual_ranks import virtual_ranks
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
@@ -55,7 +55,7 @@ class Resolved:
     reasons: list[str]
 
 
-def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
     """Read the labels, then close every open key. The given recipe is not changed."""
     recipe = recipe.model_copy(deep=True)
     reasons: list[str] = []
@@ -150,7 +150,7 @@ def resolve(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
         choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
     labelled = [recipe.finetune.batch_size] if objective.labelled else []
-    of = lanes(plan.least, plan.workers, batch, *labelled)
+    of = virtual_ranks(plan.least, plan.workers, batch, *labelled)
     each = -(-batch // of)
     if each % recipe.train.accumulate or any(rows % recipe.train.accumulate for rows in labelled):
         raise KtrayError(
@@ -235,7 +235,7 @@ def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
     return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
 
 
-def resolve_gallery(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+def resolve_gallery(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
     """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
     reasons: list[str] = []
 

@@ -19,7 +19,7 @@ from ktray.models.student.segmenter import DenseStudent
 from ktray.models.student.segmenter_io import save_dense_student
 from ktray.recipe.schema import Recipe
 from ktray.reporting.report import WorstError, write_report
-from ktray.stages.base import Context
+from ktray.stages.base import RunContext
 from ktray.stages.evaluate import dense
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.transfer import student_spec
@@ -27,16 +27,16 @@ from ktray.storage.columns import Rows
 from ktray.storage.store import Dir
 from ktray.tasks.classification import confusion_matrix, softmax
 from ktray.tracking.metrics import stable_metrics
-from ktray.training.worker import Env
+from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
-    from ktray.pipeline.graph import Made
+    from ktray.pipeline.graph import StageOutputs
 
 SCHEMA = 1
 WORST = 24
 
 
-def write(context: Context, made: Made, begun: float) -> dict[str, Any]:
+def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder = context.store.run(context.run_id)
     result = build(context, made, folder)
@@ -55,7 +55,7 @@ def write(context: Context, made: Made, begun: float) -> dict[str, Any]:
     return result
 
 
-def write_trial(context: Context, made: Made, begun: float) -> dict[str, Any]:
+def write_trial(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
     """Write and log what a trial found: ``result.json`` with what validation says and what it cost."""
     folder = context.store.run(context.run_id)
     result = {**build(context, made, folder), "wall_seconds": round(time.time() - begun, 2)}
@@ -65,7 +65,7 @@ def write_trial(context: Context, made: Made, begun: float) -> dict[str, Any]:
     return result
 
 
-def build(context: Context, made: Made, folder: Dir) -> dict[str, Any]:
+def build(context: RunContext, made: StageOutputs, folder: Dir) -> dict[str, Any]:
     """``result.json``: see the README for its keys. A trial has none of the test split."""
     recipe = context.recipe
     metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
@@ -138,9 +138,9 @@ def best_validation(manifest: dict[str, Any], metric: str) -> float:
     return float(kept[-1][name])
 
 
-def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:
+def _student(context: RunContext, made: StageOutputs, folder: Path) -> tuple[Any, Any]:
     spec = student_spec(context, made.student.stage)
-    model, preprocess = spec.build(Env(torch.device("cpu"), 0, 1, 1.0), 0)
+    model, preprocess = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())
     student.eval()
@@ -152,7 +152,7 @@ def _student(context: Context, made: Made, folder: Path) -> tuple[Any, Any]:
     return student.model, example
 
 
-def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) -> Path:
+def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
     classes = context.task.classes
     assert made.evaluate is not None  # a trial has no report
     if context.recipe.task.kind == "segmentation":
@@ -182,7 +182,7 @@ def _report(context: Context, made: Made, result: dict[str, Any], folder: Path) 
     )
 
 
-def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstError]]:
+def _worst_errors(context: RunContext, rows: Rows) -> tuple[np.ndarray, list[WorstError]]:
     """The confusion matrix, and the errors that the student was surest of."""
     logits, labels = rows["student"], rows["label"].astype(np.int64)
     probability = softmax(logits)
@@ -202,7 +202,9 @@ def _worst_errors(context: Context, rows: Rows) -> tuple[np.ndarray, list[WorstE
     return confusion_matrix(predicted, labels, len(context.task.classes)), worst
 
 
-def _log(context: Context, made: Made, result: dict[str, Any], folder: Dir, student: Any, example: Any) -> None:
+def _log(
+    context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Dir, student: Any, example: Any
+) -> None:
     tracker = context.tracker
     tracker.final(stable_metrics(result))
     for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):

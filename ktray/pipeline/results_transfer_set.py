@@ -11,8 +11,8 @@ import numpy as np
 from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.pipeline.results import transfer_set
-from ktray.retrieval.browse import Found, Query, choose, page
-from ktray.stages.base import Context, Done
+from ktray.retrieval.browse import Match, Query, choose, page
+from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate.stage import REPEATED, small_images
 from ktray.stages.index.gallery import Gallery
 from ktray.storage.columns import read_rows
@@ -21,7 +21,7 @@ SCHEMA = 1
 LISTED = ("transfer.parquet", "dropped.parquet", "contact_sheet.png")
 
 
-def write(context: Context, curated: Done, begun: float) -> dict[str, Any]:
+def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder, facts, recipe = context.store.run(context.run_id), curated.manifest, context.recipe
     folder.write("transfer.html", _page(context, curated).encode())
@@ -54,7 +54,7 @@ def write(context: Context, curated: Done, begun: float) -> dict[str, Any]:
     return result
 
 
-def write_index(context: Context, index: Done, spec: TeacherSpec, begun: float) -> dict[str, Any]:
+def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begun: float) -> dict[str, Any]:
     """The same for jobs/index.py: what the index holds and what it cost."""
     folder, facts = context.store.run(context.run_id), index.manifest
     context.quarantine.write(folder.file("quarantine.parquet"))
@@ -111,7 +111,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def _page(context: Context, curated: Done) -> str:
+def _page(context: RunContext, curated: StageResult) -> str:
     rows = read_rows(curated.stage, "transfer.parquet", ["uri", "query", "similarity", "strategies"])
     taken = [tuple(name for name in str(names).split(",") if name) for names in rows["strategies"]]
     uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
@@ -135,7 +135,7 @@ def _page(context: Context, curated: Done) -> str:
         context.task.classes,
         [Query(uri, labels.get(uri), images.get(uri)) for uri in order],
         [
-            Found(uris[i], int(query[i]), float(rows["similarity"][i]), images[uris[i]], taken[i])
+            Match(uris[i], int(query[i]), float(rows["similarity"][i]), images[uris[i]], taken[i])
             for i in shown.tolist()
             if uris[i] in images
         ],

@@ -14,7 +14,7 @@ from typing import Any, cast
 from ktray.accounting.device import describe_device
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
-from ktray.distributed.allocation import Plan, cluster_plan, others
+from ktray.distributed.allocation import Allocation, cluster_allocation, others
 from ktray.distributed.autoscale import gathered
 from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
@@ -30,7 +30,7 @@ from ktray.pipeline.run_folder import open_run
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
-from ktray.stages.base import Context
+from ktray.stages.base import RunContext
 from ktray.stages.index import stage as index
 from ktray.storage.store import Store, local_home
 from ktray.tracking.tags import run_tags
@@ -41,7 +41,7 @@ def run(
     recipe: Recipe,
     say: Callable[[str], None],
     debug: bool = False,
-    plan: Plan | None = None,
+    plan: Allocation | None = None,
     tags: Mapping[str, str] | None = None,
     trial: bool = False,
     limit: Callable[[Ledger], None] | None = None,
@@ -61,7 +61,7 @@ def run(
     """
     begun = time.time()
 
-    def work(context: Context) -> dict[str, Any]:
+    def work(context: RunContext) -> dict[str, Any]:
         with limited(None if limit is None else partial(limit, context.ledger)):
             made = stages(context, trial)
         return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
@@ -82,7 +82,7 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
         raise KtrayError("objective.name=scratch has no transfer set", "Choose another objective.")
     begun = time.time()
 
-    def work(context: Context) -> dict[str, Any]:
+    def work(context: RunContext) -> dict[str, Any]:
         name, phase = phases(context.recipe)[-1]
         made = _curate(replace(context, recipe=phase, phase=name, read=0))
         return results_transfer_set.write(context, made.curate, begun)
@@ -97,7 +97,7 @@ def index_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) 
 
     begun = time.time()
 
-    def work(context: Context) -> dict[str, Any]:
+    def work(context: RunContext) -> dict[str, Any]:
         t = context.recipe.teacher
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
         return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
@@ -109,10 +109,10 @@ def _logged(
     recipe: Recipe,
     say: Callable[[str], None],
     debug: bool,
-    plan: Plan | None,
+    plan: Allocation | None,
     tags: Mapping[str, str],
-    work: Callable[[Context], dict[str, Any]],
-    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved] = resolve,
+    work: Callable[[RunContext], dict[str, Any]],
+    settle: Callable[[Recipe, Allocation, Callable[[str], None]], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Work in a run's folder, logged to MLflow whatever comes of it."""
     Store(recipe.store).check_writable()
@@ -121,7 +121,7 @@ def _logged(
         return _planned(recipe, say, plan, tags, work, settle)
     with gathered(recipe.cluster, say):
         require(recipe, say)
-        plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+        plan = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
         if hint := others(recipe.cluster.jobs):
             say(f"cluster   {hint}")
         return _planned(recipe, say, plan, tags, work, settle)
@@ -130,10 +130,10 @@ def _logged(
 def _planned(
     recipe: Recipe,
     say: Callable[[str], None],
-    plan: Plan,
+    plan: Allocation,
     tags: Mapping[str, str],
-    work: Callable[[Context], dict[str, Any]],
-    settle: Callable[[Recipe, Plan, Callable[[str], None]], Resolved],
+    work: Callable[[RunContext], dict[str, Any]],
+    settle: Callable[[Recipe, Allocation, Callable[[str], None]], Resolved],
 ) -> dict[str, Any]:
     store = Store(recipe.store)
     say(plan.line)
@@ -157,7 +157,7 @@ def _planned(
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
-def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
+def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, bool]:
     """For a plan: by the name in the ledger, whether the store holds the stage whole. Runs and writes nothing."""
     device = describe_device()
     silent = cast(Tracker, None)  # no stage is run, so nothing is logged
@@ -170,11 +170,11 @@ def whole_stages(store: Store, found: Resolved, plan: Plan) -> dict[str, bool]:
 def _open(
     store: Store,
     found: Resolved,
-    plan: Plan,
+    plan: Allocation,
     say: Callable[[str], None],
     tags: Mapping[str, str],
     until: contextlib.ExitStack,
-) -> Context:
+) -> RunContext:
     recipe = found.recipe
     text = dump(recipe)
     same = digest(text, found.fingerprint, tags.get("job"))
@@ -205,13 +205,13 @@ def _open(
 def _context(
     store: Store,
     found: Resolved,
-    plan: Plan,
+    plan: Allocation,
     say: Callable[[str], None],
     ledger: Ledger,
     tracker: Tracker,
     run_id: str,
-) -> Context:
-    return Context(
+) -> RunContext:
+    return RunContext(
         recipe=found.recipe,
         store=store,
         plan=plan,

@@ -11,21 +11,21 @@ import torch
 from ktray.data.labelled.masks import IGNORE
 from ktray.models.student.segmenter import DenseStudent
 from ktray.reporting.report import WorstError
-from ktray.stages.base import Context
+from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.labels import Masks, read_examples
 from ktray.stages.transfer import student_spec
-from ktray.training.worker import Env
+from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
-    from ktray.pipeline.graph import Made
+    from ktray.pipeline.graph import StageOutputs
 
 WORST = 24
 # Longer side of a picture in the report, pixels.
 SIDE = 256
 
 
-def worst_masks(context: Context, made: Made) -> list[WorstError]:
+def worst_masks(context: RunContext, made: StageOutputs) -> list[WorstError]:
     """The images with the lowest IoU (mean over the classes in an image): image, truth, prediction, side by side."""
     assert made.evaluate is not None  # a trial has no report
     rows = evaluate.load(made.evaluate.stage)
@@ -35,7 +35,7 @@ def worst_masks(context: Context, made: Made) -> list[WorstError]:
     mean = np.array([np.nanmean(row) if np.isfinite(row).any() else 1.0 for row in iou])
     chosen = np.argsort(mean, kind="stable")[:WORST].tolist()
     spec = student_spec(context, made.student.stage)
-    model, _ = spec.build(Env(torch.device("cpu"), 0, 1, 1.0), 0)
+    model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     assert isinstance(student, DenseStudent)
     student.model.load_state_dict(model.state_dict())

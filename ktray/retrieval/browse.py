@@ -34,7 +34,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """An image of the transfer set: ``image`` uint8 (H, W, 3), ``query`` its position in the list of queries,
     ``similarity`` its cosine, NaN without a query, and the ``strategies`` that take it."""
 
@@ -60,7 +60,7 @@ def choose(query: np.ndarray, most: int = MOST) -> np.ndarray:
     return kept
 
 
-def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Query], images: Sequence[Found]) -> str:
+def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Query], images: Sequence[Match]) -> str:
     """The page as HTML: images by query, filtered by class, query, similarity, and which strategies take them."""
     data = {
         "classes": list(classes),

@@ -19,7 +19,7 @@ _VALUES_AT_ONCE = 16_000_000
 Look = Callable[[np.ndarray], tuple[np.ndarray | None, Fingerprints]]
 
 
-class Distinct:
+class SetDuplicates:
     """Tells which images of a growing selection show what an earlier one shows. Remembers what it let pass."""
 
     def __init__(self, look: Look, similarity: float, distance: int = DISTANCE) -> None:

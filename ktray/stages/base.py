@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
-from ktray.distributed.allocation import Plan
-from ktray.distributed.watchdog import Pulse, check_limit, watched
+from ktray.distributed.allocation import Allocation
+from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Context:
+class RunContext:
     """One run: what the stages read and report to.
 
     Attributes:
@@ -40,7 +40,7 @@ class Context:
 
     recipe: Recipe
     store: Store
-    plan: Plan
+    plan: Allocation
     ledger: Ledger
     tracker: Tracker
     task: LabelledSet
@@ -59,7 +59,7 @@ class Context:
 
 
 @dataclass
-class Done:
+class StageResult:
     """A whole stage; in a plan perhaps one that is still to be made, with nothing but its key in the manifest."""
 
     stage: Stage
@@ -76,14 +76,14 @@ class Reporter:
 
     def __init__(
         self,
-        context: Context,
+        context: RunContext,
         name: str,
         meter: Meter,
-        pulse: Pulse | None = None,
+        watchdog: Watchdog | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.context, self.name, self.meter, self.check = context, name, meter, check
-        self.pulse = pulse or Pulse(name, context.recipe.cluster.stall_minutes)
+        self.watchdog = watchdog or Watchdog(name, context.recipe.cluster.stall_minutes)
         self.starts: list[dict[str, int]] = []  # of the training workers: at which step, how many
         self.run = context.tracker.stage(name)
         self.progress: Progress | None = None
@@ -105,7 +105,7 @@ class Reporter:
             check_limit()
             self.done += int(s.get("read", 0))
             self.read += int(s.get("read", 0))
-            self.pulse.beat(f"{self.done:,} images")
+            self.watchdog.heartbeat(f"{self.done:,} images")
             for uri, reason in s.get("bad", []):
                 self.quarantine.add(uri, reason, self.name)
             self.meter.add(
@@ -129,7 +129,9 @@ class Reporter:
             if "state" in value:
                 self._state(str(value["state"]), str(value["why"]))
                 return
-            self.pulse.beat(f"step {int(value[n])}" if (n := "done" if "done" in value else "start") in value else "")
+            self.watchdog.heartbeat(
+                f"step {int(value[n])}" if (n := "done" if "done" in value else "start") in value else ""
+            )
             if "start" in value:
                 self._start(value)
                 return
@@ -165,9 +167,9 @@ class Reporter:
     def _state(self, state: str, why: str) -> None:
         """What Ray Train's controller does; no sign of life, since it may do so for ever."""
         if state != "running":
-            self.pulse.waits(f"its training workers (Ray Train is {state})")
+            self.watchdog.waits(f"its training workers (Ray Train is {state})")
         else:
-            self.pulse.waits("the steps of its training workers")
+            self.watchdog.waits("the steps of its training workers")
         if why and state == "restarting":
             self.context.say(f"{self.name:<9} lost its workers: {why}")
         elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
@@ -179,14 +181,14 @@ Work = Callable[[Stage, Reporter], dict[str, Any]]
 
 
 def run_stage(
-    context: Context,
+    context: RunContext,
     name: str,
     key_parts: Any,
     work: Work,
     *,
     ledger_name: str | None = None,
     whole: Callable[[dict[str, Any]], bool] | None = None,
-) -> Done:
+) -> StageResult:
     """Reuse the stage's directory when it is whole, else do the work under a lease and commit it.
 
     Args:
@@ -208,7 +210,7 @@ def run_stage(
     manifest = made()
     if context.planned is not None:
         context.planned[booked] = manifest is not None and context.planned.get(booked, True)
-        return Done(stage, manifest or {"key": key}, cached=manifest is not None)
+        return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
         check_limit()
         try:
@@ -223,20 +225,20 @@ def run_stage(
     _count(context, manifest)
     again = " (made earlier in this run)" if manifest.get("run") == context.run_id else ""
     context.say(f"{shown:<9} reused {key}{again}")
-    return Done(stage, manifest, cached=True)
+    return StageResult(stage, manifest, cached=True)
 
 
 def _attempt(
-    context: Context, stage: Stage, lease: Lease, names: tuple[str, str, str], key: str, key_parts: Any, work: Work
-) -> Done:
+    context: RunContext, stage: Stage, lease: Lease, names: tuple[str, str, str], key: str, key_parts: Any, work: Work
+) -> StageResult:
     name, shown, booked = names
     devices = context.plan.least if context.plan.worker_gpus else 1
-    pulse = Pulse(shown, context.recipe.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
+    watchdog = Watchdog(shown, context.recipe.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
     with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
-        reporter = Reporter(context, shown, meter, pulse, lease.check)
+        reporter = Reporter(context, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
-            with watched(pulse):
+            with watch(watchdog):
                 found = work(stage, reporter)
             reporter.quarantine.check(reporter.read, context.recipe.data.max_bad_fraction)
             status = "FINISHED"
@@ -251,10 +253,10 @@ def _attempt(
     found["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(found, lease)
     _count(context, manifest)
-    return Done(stage, manifest, cached=False)
+    return StageResult(stage, manifest, cached=False)
 
 
-def _count(context: Context, manifest: dict[str, Any]) -> None:
+def _count(context: RunContext, manifest: dict[str, Any]) -> None:
     bad = Quarantine(Bad(uri, reason, stage) for uri, reason, stage in manifest.get("quarantine", []))
     # Also of a reused stage: the limit is this recipe's, the stage may have been made under a laxer one.
     bad.check(int(manifest.get("read", 0)), context.recipe.data.max_bad_fraction)

@@ -10,24 +10,24 @@ from dataclasses import asdict
 from typing import Any
 
 from ktray.recipe.schema import ObjectiveConfig
-from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
 from ktray.stages.teach import stage as teach_stage
 from ktray.stages.transfer import fit, student_spec
 from ktray.storage.store import Stage
-from ktray.training.loop import Settings
-from ktray.training.programs import FinetuneJob
+from ktray.training.loop import TrainerSettings
+from ktray.training.programs import FinetuneSpec
 
 VERSION = 2  # 2: views keyed by image
 
 
-def run(context: Context, transfer: Done, teach: teach_stage.Lesson, labels: Done) -> Done:
+def run(context: RunContext, transfer: StageResult, teach: teach_stage.TeachResult, labels: StageResult) -> StageResult:
     """``weights.safetensors`` of the finetuned student."""
     recipe = context.recipe
     part = recipe.finetune
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = Settings(
+        settings = TrainerSettings(
             steps=part.steps,
             lr=part.lr,
             weight_decay=part.weight_decay,
@@ -39,7 +39,7 @@ def run(context: Context, transfer: Done, teach: teach_stage.Lesson, labels: Don
             checkpoint_seconds=recipe.train.checkpoint_seconds,
             keep="best",
         )
-        job = FinetuneJob(
+        job = FinetuneSpec(
             settings,
             student_spec(context, transfer.stage),
             labels_of(context, labels),
@@ -59,7 +59,7 @@ def run(context: Context, transfer: Done, teach: teach_stage.Lesson, labels: Don
     return run_stage(context, "finetune", parts, work)
 
 
-def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
+def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> StageResult:
     """The student on the labels alone, with the steps and batch that pretraining would have had.
 
     It stops when validation has not improved for a third of the evaluations: more steps would only cost.
@@ -69,7 +69,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
     steps = int(recipe.baselines.scratch_steps or part.steps or 1)
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = Settings(
+        settings = TrainerSettings(
             steps=steps,
             lr=part.lr,
             weight_decay=part.weight_decay,
@@ -83,7 +83,7 @@ def run_scratch(context: Context, labels: Done, *, booked: str) -> Done:
             checkpoint_seconds=part.checkpoint_seconds,
             keep="best",
         )
-        job = FinetuneJob(
+        job = FinetuneSpec(
             settings,
             student_spec(context),
             labels_of(context, labels),

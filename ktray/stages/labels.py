@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ktray.data.labelled.masks import check_mask, decode_mask, eval_mask
-from ktray.data.labelled.read import Example
+from ktray.data.labelled.read import LabelledExample
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import BadImage, KtrayError
-from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
 from ktray.training.inputs import Labels
@@ -27,7 +27,7 @@ VERSION = 1
 SHARD = 256
 
 
-def labels_of(context: Context, done: Done) -> Labels:
+def labels_of(context: RunContext, done: StageResult) -> Labels:
     """What training needs to know of a whole directory."""
     return Labels(done.stage, context.recipe.task.kind == "segmentation")
 
@@ -46,7 +46,7 @@ class Masks:
     offset: int
 
     @classmethod
-    def of(cls, context: Context) -> Masks | None:
+    def of(cls, context: RunContext) -> Masks | None:
         """Of the recipe's task; None for classification."""
         if context.recipe.task.kind != "segmentation":
             return None
@@ -131,7 +131,7 @@ class _Decode:
         return {"name": item["name"], "read": len(item["examples"]), "bad": bad, "counts": counts}
 
 
-def run(context: Context, preprocess: Preprocess) -> Done:
+def run(context: RunContext, preprocess: Preprocess) -> StageResult:
     """The labelled images, and for segmentation their label maps, for a model with this preprocessing."""
     masks = Masks.of(context)
     canvas = canvas_preprocess(preprocess, context.canvas)
@@ -159,7 +159,7 @@ def run(context: Context, preprocess: Preprocess) -> Done:
     return run_stage(context, "labels", parts, work)
 
 
-def shard_items(split: str, examples: list[Example]) -> list[Item]:
+def shard_items(split: str, examples: list[LabelledExample]) -> list[Item]:
     """Shards of a split for `cpu_shards` and `map_shards`."""
     return [
         {

@@ -6,23 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ktray.distributed.mailbox import watch
+from ktray.distributed.mailbox import open_mailbox
 from ktray.objectives import build_objective
-from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
 from ktray.stages.teach import stage as teach_stage
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
-from ktray.training.loop import Settings
-from ktray.training.programs import TransferJob
+from ktray.training.loop import TrainerSettings
+from ktray.training.programs import TransferSpec
 from ktray.training.ray_train import train
-from ktray.training.worker import Job
+from ktray.training.worker import TrainingSpec
 
 VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"
 
 
-def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done | None = None) -> Done:
+def run(
+    context: RunContext, teach: teach_stage.TeachResult, labels: StageResult, start: StageResult | None = None
+) -> StageResult:
     """``weights.safetensors`` of the pretrained student; the curve is in the manifest.
 
     Args:
@@ -34,7 +36,7 @@ def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done |
     policy = teach_stage.view_policy(context)
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = Settings(
+        settings = TrainerSettings(
             steps=steps,
             lr=part.lr,
             weight_decay=part.weight_decay,
@@ -47,7 +49,7 @@ def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done |
             accumulate=part.accumulate,
         )
         reporter.read = teach.images
-        job = TransferJob(
+        job = TransferSpec(
             settings,
             student_spec(context, start.stage if start else None),
             teach.taught(),
@@ -81,12 +83,12 @@ def run(context: Context, teach: teach_stage.Lesson, labels: Done, start: Done |
     return run_stage(context, "transfer", parts, work)
 
 
-def student_spec(context: Context, start: Stage | None = None) -> StudentSpec:
+def student_spec(context: RunContext, start: Stage | None = None) -> StudentSpec:
     """The recipe's student, from its initial weights or from a stage's ``weights.safetensors``."""
     return StudentSpec.of(context.recipe, len(context.task.classes), (start, WEIGHTS) if start is not None else None)
 
 
-def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int) -> dict[str, Any]:
+def fit(context: RunContext, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> dict[str, Any]:
     """Run a student's job and keep its final weights in the stage."""
     reporter.expect(steps, "step")
 
@@ -94,7 +96,7 @@ def fit(context: Context, stage: Stage, reporter: Reporter, job: Job, steps: int
         stage.write(WEIGHTS, weights.read_bytes())
 
     cluster = context.recipe.cluster
-    with watch(reporter.post) as board:
+    with open_mailbox(reporter.post) as board:
         outcome = train(
             job,
             stage,

@@ -28,7 +28,7 @@ _BUSY = re.compile(
 
 
 @contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
+def retry_for(seconds: float) -> Iterator[None]:
     """Another limit than `PATIENCE_S`, for what this thread asks inside."""
     before = _patience.set(seconds)
     try:
@@ -49,7 +49,7 @@ def busy(error: Exception) -> bool:
     return isinstance(error, OSError) and bool(_BUSY.search(str(error)))
 
 
-class Patience:
+class RetryPolicy:
     """Asks again, and tells that it does: once an outage, whatever number of threads wait."""
 
     def __init__(self, where: str) -> None:
@@ -57,16 +57,16 @@ class Patience:
         self._lock = threading.Lock()
         self._since: float | None = None
 
-    def again(self, call: Callable[[], T]) -> T:
-        """The call's result.
+    def call(self, request: Callable[[], T]) -> T:
+        """The request's result.
 
         Raises:
-            OSError: the store was busy for longer than the patience; or the call's own error at once.
+            OSError: the store was busy for longer than the patience; or the request's own error at once.
         """
         began, pause = time.monotonic(), _PAUSES_S[0]
         while True:
             try:
-                value = call()
+                value = request()
             except Exception as error:
                 if not busy(error):
                     raise

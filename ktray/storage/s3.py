@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ktray.storage.retry import Patience, busy, code, line
+from ktray.storage.retry import RetryPolicy, busy, code, line
 from ktray.storage.s3_files import Reader, Writer
 
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -89,17 +89,17 @@ def _time(text: str) -> datetime:
 
 
 class S3(pafs.FileSystemHandler):
-    """pyarrow's file system with `Patience`, and what pyarrow lacks: pages of listings, conditional writes."""
+    """pyarrow's file system with `RetryPolicy`, and what pyarrow lacks: pages of listings, conditional writes."""
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        self.patience = Patience(f"s3://{bucket}")
+        self.retry = RetryPolicy(f"s3://{bucket}")
         self._conditional: bool | None = None
         server = endpoint()
         scheme, _, host = (server or "").rstrip("/").rpartition("://")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if not server:
-            region = self.patience.again(lambda: pafs.resolve_s3_region(bucket))
+            region = self.retry.call(lambda: pafs.resolve_s3_region(bucket))
         self.region = region or "us-east-1"
         self.inner = pafs.S3FileSystem(
             region=self.region,
@@ -149,21 +149,21 @@ class S3(pafs.FileSystemHandler):
         return path
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        found: list[pafs.FileInfo] = self.patience.again(lambda: self.inner.get_file_info(paths))
+        found: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(paths))
         return found
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        found: list[pafs.FileInfo] = self.patience.again(lambda: self.inner.get_file_info(selector))
+        found: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(selector))
         return found
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        self.patience.again(lambda: self.inner.create_dir(path, recursive=recursive))
+        self.retry.call(lambda: self.inner.create_dir(path, recursive=recursive))
 
     def delete_dir(self, path: str) -> None:
         self._gone(lambda: self.inner.delete_dir(path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        self.patience.again(lambda: self.inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
+        self.retry.call(lambda: self.inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
         raise OSError("all buckets are not deleted")
@@ -175,17 +175,17 @@ class S3(pafs.FileSystemHandler):
         self._gone(lambda: self.inner.move(src, dest))
 
     def copy_file(self, src: str, dest: str) -> None:
-        self.patience.again(lambda: self.inner.copy_file(src, dest))
+        self.retry.call(lambda: self.inner.copy_file(src, dest))
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(Reader(lambda: self.inner.open_input_file(path), self.patience.again), mode="r")
+        return pa.PythonFile(Reader(lambda: self.inner.open_input_file(path), self.retry.call), mode="r")
 
     def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pa.NativeFile:
         return pa.PythonFile(
-            Writer(lambda: self.inner.open_output_stream(path, metadata=metadata), self.patience.again), mode="w"
+            Writer(lambda: self.inner.open_output_stream(path, metadata=metadata), self.retry.call), mode="w"
         )
 
     def open_append_stream(self, path: str, metadata: dict[str, str] | None) -> pa.NativeFile:
@@ -205,7 +205,7 @@ class S3(pafs.FileSystemHandler):
             finally:
                 tried = True
 
-        self.patience.again(attempt)
+        self.retry.call(attempt)
 
     # ------------------------------------------------------------------------------ what pyarrow lacks
 
@@ -216,7 +216,7 @@ class S3(pafs.FileSystemHandler):
         if not recursive:
             ask["Delimiter"] = "/"
         while True:
-            page = self.patience.again(lambda: self._call("list_objects_v2", **ask))
+            page = self.retry.call(lambda: self._call("list_objects_v2", **ask))
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # the mark of an empty folder
                     mtime = item["LastModified"]
@@ -247,7 +247,7 @@ class S3(pafs.FileSystemHandler):
                 return self._content(bucket, key) == data
             return True
 
-        return self.patience.again(attempt)
+        return self.retry.call(attempt)
 
     def conditional(self, folder: str) -> bool:
         """Whether the store heeds the condition of `create`; older ones pass over it, or refuse it. Tried in a folder

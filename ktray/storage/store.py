@@ -28,7 +28,7 @@ from ktray.errors import KtrayError
 from ktray.storage import s3
 from ktray.storage.lease import FOLDER as LEASE
 from ktray.storage.lease import Lease
-from ktray.storage.retry import patience
+from ktray.storage.retry import retry_for
 
 _BLOCK = 1 << 23
 _PROBE_S = 15.0  # a store that does not answer at the start is more likely misnamed than busy
@@ -292,7 +292,7 @@ class Store(Dir):
     """Root of a store: ``stages/`` and ``runs/``."""
 
     def __init__(self, root: str) -> None:
-        with patience(_PROBE_S):
+        with retry_for(_PROBE_S):
             super().__init__(root if "://" in root else str(Path(root).expanduser()))
 
     def stage(self, name: str, key: str) -> Stage:
@@ -304,7 +304,7 @@ class Store(Dir):
     def check_writable(self) -> None:
         """Fail early, with the remedy, when nothing can be written."""
         name = f".probe-{uuid.uuid4().hex[:8]}"
-        with patience(_PROBE_S):
+        with retry_for(_PROBE_S):
             self.write(name, b"x" * 4096)
             self.delete(name)
 

@@ -21,7 +21,7 @@ def view_bytes(size: int, quality: int | None) -> int:
     return 3 * size**2 if quality is None else TABLES + round(BYTES_PER_PIXEL * size**2)
 
 
-def squeeze(rows: Rows, quality: int | None) -> Rows:
+def encode_views(rows: Rows, quality: int | None) -> Rows:
     """Rows with ``jpeg`` (n,), bytes, in place of ``pixels`` (n, 3, H, W) uint8. With None they stay as they are.
 
     Args:
@@ -36,8 +36,8 @@ def squeeze(rows: Rows, quality: int | None) -> Rows:
     return {**{name: value for name, value in rows.items() if name != PIXELS}, JPEG: encoded}
 
 
-def unsqueeze(rows: Rows) -> Rows:
-    """Inverse of `squeeze`, but for what JPEG loses."""
+def decode_views(rows: Rows) -> Rows:
+    """Inverse of `encode_views`, but for what JPEG loses."""
     if JPEG not in rows:
         return rows
     images = [simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1) for data in rows[JPEG]]

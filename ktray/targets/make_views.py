@@ -17,7 +17,7 @@ from ktray.storage.columns import Rows
 
 
 @dataclass(frozen=True)
-class Cut:
+class MakeViews:
     """Decode images and cut ``views`` views of ``size`` pixels of each; with ``canvas`` one whole image in its
     geometry."""
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ktray.data.labelled.masks import IGNORE
 from ktray.models.maps import resize_map
-from ktray.training.worker import Env
+from ktray.training.worker import WorkerContext
 
 Evaluate = Callable[[nn.Module], tuple[float, dict[str, float]]]
 
@@ -44,7 +44,13 @@ def pixel_scores(right: torch.Tensor, claimed: torch.Tensor, rows: torch.Tensor)
 
 
 def evaluator(
-    pixels: torch.Tensor, labels: torch.Tensor, predict: Any, env: Env, classes: int, metric: str, batch: int = 256
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    predict: Any,
+    env: WorkerContext,
+    classes: int,
+    metric: str,
+    batch: int = 256,
 ) -> Evaluate:
     """model -> (score, {"val_loss", "val_<metric>"...}) over all rows, which the ranks share.
 

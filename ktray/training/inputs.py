@@ -14,7 +14,7 @@ from ktray import recipe as recipes
 from ktray.data.augment import random_views, view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
-from ktray.distributed.ray_data import Crew
+from ktray.distributed.ray_data import WorkerPool
 from ktray.models.student.classifier import Student, build_student
 from ktray.models.student.segmenter import DenseStudent, Head, build_dense_student
 from ktray.objectives.base import TEACHERS
@@ -22,14 +22,14 @@ from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import JPEG, PIXELS
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Loaded, Predict
 from ktray.targets.top_k import columns as stored_columns
 from ktray.targets.top_k import densify
 from ktray.training.loop import Batch
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
-from ktray.training.sampler import Feed, Reader
-from ktray.training.worker import Env
+from ktray.training.sampler import Reader, RowSampler
+from ktray.training.worker import WorkerContext
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Labels:
         return torch.from_numpy(pixels.copy()), torch.from_numpy(kept)
 
     def batches(
-        self, env: Env, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
+        self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
         """Batches ``start``..``stop - 1`` of random views, ``batch`` of each of the worker's lanes: ``images``
         (N, 3, size, size) uint8 and ``label``: (N,) classes, or (N, size, size) label maps of the same views."""
@@ -70,14 +70,14 @@ class Labels:
             yield {"images": views, "label": target}
 
 
-def _order(count: int, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Rows]:
+def _order(count: int, env: WorkerContext, batch: int, seed: int, start: int, stop: int) -> Iterator[Rows]:
     """``row`` and ``visit`` of each batch of the worker's lanes."""
     shards = [("labels", count)]
     if count >= env.of:
-        yield from Feed(shards, _numbers, batch=batch, lanes=env.mine, of=env.of, seed=seed).batches(start, stop)
+        yield from RowSampler(shards, _numbers, batch=batch, lanes=env.mine, of=env.of, seed=seed).batches(start, stop)
         return
     # With fewer images than lanes each lane sees all, in an order and in views of its own.
-    feeds = [Feed(shards, _numbers, batch=batch, seed=seed + lane).batches(start, stop) for lane in env.mine]
+    feeds = [RowSampler(shards, _numbers, batch=batch, seed=seed + lane).batches(start, stop) for lane in env.mine]
     for found in zip(*feeds, strict=True):
         visits = [rows["visit"] * env.of + lane for rows, lane in zip(found, env.mine, strict=True)]
         yield {"row": np.concatenate([rows["row"] for rows in found]), "visit": np.concatenate(visits)}
@@ -105,7 +105,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TargetSet:
     """What TEACH has left: rows of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each, stored
     (``cached``) or to be made from its lists of images.
 
@@ -126,7 +126,7 @@ class Taught:
     row_bytes: int
     targets: tuple[str, ...]
     mode: str = "cached"
-    cut: Cut | None = None
+    cut: MakeViews | None = None
     predict: Predict | None = None
     embed_dim: int = 0
     patch_dim: int = 0
@@ -136,12 +136,12 @@ class Taught:
     classes: int = 0
     jpeg: bool = False
 
-    def feed(self, part: TrainConfig, env: Env, batch: int, seed: int) -> Feed:
+    def feed(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
         rows = sum(n for _, n in self.shards)
         resident = rows * self.row_bytes <= part.resident_bytes
         # A lane's windows are the same with any number of workers, so they have the size that the fewest can hold.
         window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes // env.most)
-        return Feed(
+        return RowSampler(
             self.shards,
             self._reader(env, resident),
             batch=batch,
@@ -151,7 +151,7 @@ class Taught:
             window_rows=window,
         )
 
-    def _reader(self, env: Env, resident: bool) -> Reader:
+    def _reader(self, env: WorkerContext, resident: bool) -> Reader:
         live = self.mode == "live"
         wanted = tuple(t for t in self.targets if not (live and t in TEACHERS))
         columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(wanted, self.classes)]
@@ -161,7 +161,7 @@ class Taught:
                 if resident
                 else stream_windows(self.directory, columns, env.read_cpus)
             )
-        crew = Crew(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
+        crew = WorkerPool(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
         beside = None if live else self.predict
         return made_windows(self.directory, self.cut, beside, columns, crew, env.report)
 
@@ -169,7 +169,9 @@ class Taught:
         """The teacher that the trainer asks at each step, in this process; None where rows bring their targets."""
         return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
 
-    def batches(self, part: TrainConfig, env: Env, batch: int, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    def batches(
+        self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, start: int, stop: int
+    ) -> Iterator[Batch]:
         """Batches on the device, ``batch`` rows of each of the worker's lanes, as
         `ktray.objectives.base.ObjectiveConfig.step` takes them."""
         for rows in self.feed(part, env, batch, seed).batches(start, stop):
@@ -216,7 +218,7 @@ class StudentSpec:
         known = (self.name, self.kwargs, self.num_classes, self.image_size, *start)
         return build_dense_student(*known, self.head) if self.head else build_student(*known)
 
-    def build(self, env: Env, seed: int) -> tuple[nn.Module, Preprocess]:
+    def build(self, env: WorkerContext, seed: int) -> tuple[nn.Module, Preprocess]:
         torch.manual_seed(seed)
         student = self.make(bare=self.start is not None)
         if self.start is not None:

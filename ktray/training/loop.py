@@ -23,7 +23,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainerSettings:
     """How to optimise. ``checkpoint_seconds`` is turned into steps once the speed is known."""
 
     steps: int
@@ -41,7 +41,7 @@ class Settings:
 
 
 @dataclass
-class Program:
+class TrainingProgram:
     """What is trained.
 
     Attributes:
@@ -88,7 +88,7 @@ class State:
 
 
 @dataclass
-class Hooks:
+class TrainerCallbacks:
     """How the loop talks to whatever runs it.
 
     ``progress`` gets where the loop stands: at its start ``start`` with what was counted up to there, then ``done``,
@@ -102,7 +102,7 @@ class Hooks:
     folder: Callable[[], Path]
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: TrainerSettings) -> float:
     """Linear warm-up to 1, then a half cosine to 0; a factor on the peak rate."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
@@ -155,10 +155,12 @@ class Average:
                 v.copy_(live[k])
 
 
-class Fit:
+class Trainer:
     """One training run on this rank."""
 
-    def __init__(self, program: Program, settings: Settings, hooks: Hooks, resume: Path | None = None) -> None:
+    def __init__(
+        self, program: TrainingProgram, settings: TrainerSettings, hooks: TrainerCallbacks, resume: Path | None = None
+    ) -> None:
         self.p, self.s, self.hooks = program, settings, hooks
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.state = State()

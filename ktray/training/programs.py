@@ -22,14 +22,14 @@ from ktray.models.flops import forward_flops, train_flops
 from ktray.models.maps import label_loss
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Context, Objective, build_objective
+from ktray.objectives import Objective, ObjectiveContext, build_objective
 from ktray.recipe.schema import ObjectiveConfig, TeacherFinetuneConfig, TrainConfig
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
 from ktray.training.evaluation import evaluator
-from ktray.training.inputs import Labels, StudentSpec, Taught
-from ktray.training.loop import Batch, Program, Settings, decay_groups
-from ktray.training.worker import Env
+from ktray.training.inputs import Labels, StudentSpec, TargetSet
+from ktray.training.loop import Batch, TrainerSettings, TrainingProgram, decay_groups
+from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
     from ktray.models.teacher.adapted import AdaptedTeacher
@@ -72,13 +72,13 @@ class Supervise(nn.Module):
 
 
 @torch.inference_mode()
-def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, env: Env) -> torch.Tensor:
+def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, env: WorkerContext) -> torch.Tensor:
     model.eval()
     batches = (pixels[i : i + 256].to(env.device) for i in range(0, len(pixels), 256))
     return torch.cat([pooled_features(model, preprocess.normalise(x)).float() for x in batches])
 
 
-def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: Env) -> None:
+def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> None:
     """Set a pretrained student's untrained classifier to a linear probe of its features, for a fair start.
 
     The probe sees features of unit length; its weights are divided by the mean length, since the classifier does not.
@@ -98,7 +98,9 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
         classifier.bias.copy_(head.bias)
 
 
-def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: Env, rows: int, wish: Any) -> Precision:
+def settle_precision(
+    directory: Dir, spec: StudentSpec, model: nn.Module, env: WorkerContext, rows: int, wish: Any
+) -> Precision:
     """The number format and layout of the student, put into effect; ``rows`` are those of a lane."""
     size = spec.image_size
     # What a worker has when there are the most: it stays as it is when some come or go.
@@ -122,7 +124,7 @@ def settle_precision(directory: Dir, spec: StudentSpec, model: nn.Module, env: E
 
 
 @dataclass(frozen=True)
-class TransferJob:
+class TransferSpec:
     """Pretraining on the transfer set.
 
     Attributes:
@@ -131,9 +133,9 @@ class TransferJob:
         policy: their views.
     """
 
-    settings: Settings
+    settings: TrainerSettings
     student: StudentSpec
-    taught: Taught
+    taught: TargetSet
     labels: Labels
     policy: ViewPolicy
     label_batch: int
@@ -142,7 +144,7 @@ class TransferJob:
     metric: str
     directory: Dir
 
-    def build(self, env: Env) -> Program:
+    def build(self, env: WorkerContext) -> TrainingProgram:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
         labelled = build_objective(self.objective).labelled
@@ -155,7 +157,7 @@ class TransferJob:
         size = preprocess.size[0]
         freeze_idle(model, student, size)
         objective.setup(
-            Context(
+            ObjectiveContext(
                 num_classes=self.student.num_classes,
                 student_dim=feature_dim(trunk(model)),
                 student_map_dim=map_shape(model, size)[0] if objective.reads == "map" else 0,
@@ -194,7 +196,7 @@ class TransferJob:
         per_image = objective.flops(
             lambda side: train_flops(model, (3, side, side)), lambda side: forward_flops(model, (3, side, side)), size
         )
-        return Program(
+        return TrainingProgram(
             module=module,
             model=model,
             groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
@@ -214,10 +216,10 @@ class TransferJob:
 
 
 @dataclass(frozen=True)
-class FinetuneJob:
+class FinetuneSpec:
     """Finetuning on the labels; from random weights it is the scratch floor."""
 
-    settings: Settings
+    settings: TrainerSettings
     student: StudentSpec
     labels: Labels
     policy: ViewPolicy
@@ -226,10 +228,10 @@ class FinetuneJob:
     part: TrainConfig
     metric: str
     directory: Dir
-    taught: Taught | None = None
+    taught: TargetSet | None = None
     replay: float = 0.0
 
-    def build(self, env: Env) -> Program:
+    def build(self, env: WorkerContext) -> TrainingProgram:
         s = self.settings
         model, preprocess = self.student.build(env, s.seed)
         env = env.divide(self.batch)
@@ -264,7 +266,7 @@ class FinetuneJob:
 
         live = teacher.flops * extra * env.of if teacher else 0.0
         images = (batch + extra) * env.of
-        return Program(
+        return TrainingProgram(
             module=module,
             model=model,
             groups=decay_groups(model, s.weight_decay),
@@ -284,17 +286,17 @@ def _predict(preprocess: Preprocess) -> Callable[[nn.Module, torch.Tensor], torc
 
 
 @dataclass(frozen=True)
-class AdaptJob:
+class AdaptSpec:
     """Finetuning of the teacher's image tower and head on the labels, with layer-wise learning rate decay."""
 
-    settings: Settings
+    settings: TrainerSettings
     start: Dir
     labels: Labels
     policy: ViewPolicy
     part: TeacherFinetuneConfig
     metric: str
 
-    def build(self, env: Env) -> Program:
+    def build(self, env: WorkerContext) -> TrainingProgram:
         from ktray.models.teacher.adapted_dense import load_adapted  # slow to import
 
         with self.start.local() as folder:
@@ -305,7 +307,7 @@ class AdaptJob:
         size = teacher.preprocess.size
         groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
         seed, classes = self.settings.seed, len(teacher.classes)
-        return Program(
+        return TrainingProgram(
             module=_Adapt(teacher),
             model=teacher,
             groups=groups,

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from ktray.distributed import watchdog
-from ktray.distributed.allocation import Plan
-from ktray.distributed.retried_task import one_task
+from ktray.distributed.allocation import Allocation
+from ktray.distributed.retried_task import run_with_retries
 from ktray.storage.store import Stage, storage_error
-from ktray.training.loop import Fit, Hooks, Program
-from ktray.training.worker import Env, Job
+from ktray.training.loop import Trainer, TrainerCallbacks, TrainingProgram
+from ktray.training.worker import TrainingSpec, WorkerContext
 
 FOLDER = "train"  # in the stage's directory, for checkpoints
 LAST = "last.json"  # names a lone worker's
@@ -43,9 +43,9 @@ class Outcome:
 
 
 def train(
-    job: Job,
+    job: TrainingSpec,
     stage: Stage,
-    plan: Plan,
+    plan: Allocation,
     board: Any,
     *,
     max_failures: int,
@@ -61,7 +61,7 @@ def train(
         resize_seconds: between looks for room for more workers.
 
     Raises:
-        KtrayError: the stage's pulse has stopped (`ktray.distributed.watchdog`).
+        KtrayError: the stage's watchdog has stopped (`ktray.distributed.watchdog`).
     """
     from ray import cloudpickle
 
@@ -93,7 +93,7 @@ def train(
 def _ray_train(
     config: dict[str, Any],
     stage: Stage,
-    plan: Plan,
+    plan: Allocation,
     max_failures: int,
     on_weights: Callable[[Path], None],
     resize_seconds: float,
@@ -101,7 +101,7 @@ def _ray_train(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ktray.training.ray_train_callback import Told, again
+    from ktray.training.ray_train_callback import ControllerWatcher, should_restart
 
     board = config["board"]
     resources = {"CPU": plan.worker_cpus}
@@ -110,7 +110,7 @@ def _ray_train(
     least, most = plan.least, plan.workers
     count = str(most) if least == most else f"{least} to {most}"
     asks = " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
-    watchdog.waits("its training workers", f"{count} times {asks} (on one node each time)")
+    watchdog.waiting_for("its training workers", f"{count} times {asks} (on one node each time)")
 
     api: Any = ray.train  # its types are those of the older Train
 
@@ -133,7 +133,7 @@ def _ray_train(
                 storage_filesystem=stage.fs,
                 failure_config=api.FailureConfig(max_failures=max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=1),
-                callbacks=[Told(board, max_failures)],
+                callbacks=[ControllerWatcher(board, max_failures)],
             ),
         )
         return trainer.fit()
@@ -141,10 +141,10 @@ def _ray_train(
     failures = 0
     while True:
         try:
-            result = watchdog.patiently(fit, lambda: _end(board))
+            result = watchdog.run_watched(fit, lambda: _end(board))
             break
         except api.ControllerError as error:
-            if not again(error.controller_failure, failures, max_failures):
+            if not should_restart(error.controller_failure, failures, max_failures):
                 raise
             failures += 1
             time.sleep(min(30, 2**failures))
@@ -165,7 +165,7 @@ def _end(board: Any) -> None:
 
     if board is None:
         return
-    for controller in ray.get(board.holds.remote(), timeout=10):
+    for controller in ray.get(board.controller.remote(), timeout=10):
         with contextlib.suppress(ray.exceptions.RayError):  # it ends by dying
             ray.get(controller.abort.remote(), timeout=5)
         ray.kill(controller)
@@ -206,18 +206,18 @@ def _worker(config: dict[str, Any]) -> None:
     with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
         # Left where it is when the training fails: what is being uploaded must stay whole.
         scratch = Path(tempfile.mkdtemp(prefix="ktray-train-"))
-        _fit(config, Env(*where, **config["beside"]), save, resume, scratch)
+        _fit(config, WorkerContext(*where, **config["beside"]), save, resume, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _alone(
-    config: dict[str, Any], stage: Stage, plan: Plan, max_failures: int, on_weights: Callable[[Path], None]
+    config: dict[str, Any], stage: Stage, plan: Allocation, max_failures: int, on_weights: Callable[[Path], None]
 ) -> Outcome:
-    watchdog.waits("its training worker", f"{plan.worker_cpus:g} CPUs")
+    watchdog.waiting_for("its training worker", f"{plan.worker_cpus:g} CPUs")
     # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
     work = partial(_lone_worker, config, stage)
     remedy = "Lower train.batch_size, take a smaller student, or machines with more memory."
-    one_task(work, "the training worker", remedy, max_failures, cpus=plan.worker_cpus, also=(OSError,))
+    run_with_retries(work, "the training worker", remedy, max_failures, cpus=plan.worker_cpus, also=(OSError,))
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 
@@ -249,7 +249,7 @@ def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
         ThreadPoolExecutor(1) as behind,
         stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
     ):
-        _fit(config, Env(torch.device("cpu"), 0, 1, **config["beside"]), save, resume, Path(scratch))
+        _fit(config, WorkerContext(torch.device("cpu"), 0, 1, **config["beside"]), save, resume, Path(scratch))
 
 
 def _last(stage: Stage) -> str | None:
@@ -260,7 +260,7 @@ def _last(stage: Stage) -> str | None:
 
 def _fit(
     config: dict[str, Any],
-    env: Env,
+    env: WorkerContext,
     save: Callable[[Path | None, dict[str, Any], bool], None],
     resume: Path | None,
     scratch: Path,
@@ -268,7 +268,7 @@ def _fit(
     from ray import cloudpickle
 
     torch.set_num_threads(config["threads"])
-    job: Job = cloudpickle.loads(config["job"])
+    job: TrainingSpec = cloudpickle.loads(config["job"])
     board = config["board"]
     torch.manual_seed(job.settings.seed)
 
@@ -298,7 +298,7 @@ def _fit(
         path.mkdir()
         return path
 
-    Fit(program, job.settings, Hooks(save=keep, progress=progress, folder=folder), resume).run()
+    Trainer(program, job.settings, TrainerCallbacks(save=keep, progress=progress, folder=folder), resume).run()
 
 
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:
@@ -322,7 +322,7 @@ def _machines(world: int) -> int:
     return len(set(here))
 
 
-def _report(program: Program, seconds: float) -> dict[str, Any]:
+def _report(program: TrainingProgram, seconds: float) -> dict[str, Any]:
     from ktray.accounting.device import peak_rss
 
     peak = torch.cuda.max_memory_allocated() if program.device.type == "cuda" else peak_rss()

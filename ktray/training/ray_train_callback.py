@@ -16,7 +16,7 @@ from ktray.distributed.ray_internals import (
 from ktray.errors import KtrayError, first_failed
 
 
-class Told(ControllerCallback):
+class ControllerWatcher(ControllerCallback):
     """Posts the controller's states to the board (``state``, and ``why`` after a failure), and hands it the controller
     itself, so that the driver can end what hangs.
 
@@ -50,7 +50,7 @@ class Told(ControllerCallback):
         import ray
 
         if not self.known:
-            self.board.hold.remote(ray.get_runtime_context().current_actor)
+            self.board.set_controller.remote(ray.get_runtime_context().current_actor)
         self.board.post.remote({"state": state, "why": reason(error) if error is not None else ""})
 
 
@@ -65,7 +65,7 @@ def reason(error: BaseException | None) -> str:
     return f"{who}{type(inner).__name__}: {' '.join(str(inner).split())[:160]}"
 
 
-def again(error: BaseException, failures: int, limit: int) -> bool:
+def should_restart(error: BaseException, failures: int, limit: int) -> bool:
     """Whether to set up workers once more after the controller has given up, as it does where they cannot meet.
 
     Args:

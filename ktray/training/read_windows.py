@@ -1,4 +1,4 @@
-"""Windows of rows for `ktray.training.sampler.Feed`, from shards that are stored or made when they are asked for."""
+"""Windows of rows for `sampler.RowSampler`, from shards that are stored or made when they are asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ktray.distributed.ray_data import Crew, Item, ordered, pack, through, views
+from ktray.distributed.ray_data import Item, WorkerPool, map_items, ordered, pack, views
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
-from ktray.targets.jpeg import unsqueeze
-from ktray.targets.make_views import Cut
+from ktray.targets.jpeg import decode_views
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.training.sampler import Reader, Window
 
@@ -30,7 +30,7 @@ def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
         whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
         for window in windows:
-            yield _concat([unsqueeze(_every(whole(s.shard), s.start, s.step)) for s in window])
+            yield _concat([decode_views(_every(whole(s.shard), s.start, s.step)) for s in window])
 
     return read
 
@@ -41,7 +41,7 @@ def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Reade
 
 
 def made_windows(
-    directory: Dir, cut: Cut, predict: Predict | None, columns: Sequence[str], crew: Crew, report: Report
+    directory: Dir, cut: MakeViews, predict: Predict | None, columns: Sequence[str], crew: WorkerPool, report: Report
 ) -> Reader:
     """A reader whose rows are made when they are asked for: images are decoded and cut, and, with ``predict``, shown to
     a teacher beside the training.
@@ -56,7 +56,7 @@ def made_windows(
     cutting = _CutSlice(directory, cut, columns)
     if predict is None:
         return _Streamed(lambda dataset: _handed(dataset, cutting, crew.decode_cpus), report)
-    return _Streamed(lambda dataset: through(dataset, cutting, _Answer(predict), crew, _hand), report)
+    return _Streamed(lambda dataset: map_items(dataset, cutting, _Answer(predict), crew, _hand), report)
 
 
 class _Streamed:
@@ -122,7 +122,7 @@ class _ReadSlice:
 @dataclass(frozen=True)
 class _CutSlice:
     directory: Dir
-    cut: Cut
+    cut: MakeViews
     columns: Sequence[str]
 
     def __call__(self, item: Item) -> Rows:
@@ -147,12 +147,12 @@ class _Answer:
 
 
 def listed(shard: str) -> str:
-    """The file with the list of a shard's images: ``uris`` and ``beside``, as `Cut` takes them."""
+    """The file with the list of a shard's images: ``uris`` and ``beside``, as `MakeViews` takes them."""
     return f"{shard}.images"
 
 
 def _read(directory: Dir, columns: Sequence[str], shard: str, start: int, step: int) -> Rows:
-    return unsqueeze(_every(read_rows(directory, shard, columns), start, step))
+    return decode_views(_every(read_rows(directory, shard, columns), start, step))
 
 
 def _every(rows: Rows, start: int, step: int) -> Rows:

@@ -56,7 +56,7 @@ class _Part:
     step: int
 
 
-class Feed:
+class RowSampler:
     """The batches of a worker: one after the other, those of its lanes.
 
     Args:

@@ -11,7 +11,7 @@ import math
 MOST = 4  # lanes for each of the most workers: more of them even out the workers, and cut the shards finer
 
 
-def lanes(low: int, high: int, *batches: int) -> int:
+def virtual_ranks(low: int, high: int, *batches: int) -> int:
     """How many lanes there are for ``low`` to ``high`` workers.
 
     Each lane has a row of each batch at least, and lanes divide the batches where they can, so that all give as many
@@ -27,7 +27,7 @@ def lanes(low: int, high: int, *batches: int) -> int:
     return min(fit or [high], key=lambda n: (max(math.ceil(n / w) * w / n for w in range(low, high + 1)), n))
 
 
-def share(rank: int, world: int, of: int) -> range:
+def ranks_of_worker(rank: int, world: int, of: int) -> range:
     """The lanes, of ``of``, that a worker feeds; each has its lanes next to each other, and no two differ by more than
     one."""
     return range(rank * of // world, (rank + 1) * of // world)

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ktray.training.loop import Program, Settings
-from ktray.training.virtual_ranks import lanes, share
+from ktray.training.loop import TrainerSettings, TrainingProgram
+from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 
 @dataclass(frozen=True)
-class Env:
+class WorkerContext:
     """Where a worker stands.
 
     Attributes:
@@ -21,7 +21,7 @@ class Env:
         teachers, teacher_gpus, teacher_threads: the teachers that may run beside it, and what each has.
         report: posts what a reader has to say to those who watch.
         span: the fewest and the most workers that the run may have; None: as many as there are.
-        lanes: that the training rows come in (`divide`); 0: one for each worker.
+        virtual_ranks: that the training rows come in (`divide`); 0: one for each worker.
     """
 
     device: torch.device
@@ -33,21 +33,21 @@ class Env:
     teacher_threads: int = 1
     report: Callable[[dict[str, Any]], None] = lambda values: None
     span: tuple[int, int] | None = None
-    lanes: int = 0
+    virtual_ranks: int = 0
 
-    def divide(self, *batches: int) -> Env:
+    def divide(self, *batches: int) -> WorkerContext:
         """The same with lanes that fit the batches, rows of a step over all workers."""
-        return replace(self, lanes=lanes(*(self.span or (self.world, self.world)), *batches))
+        return replace(self, virtual_ranks=virtual_ranks(*(self.span or (self.world, self.world)), *batches))
 
     @property
     def of(self) -> int:
         """How many lanes there are."""
-        return self.lanes or self.world
+        return self.virtual_ranks or self.world
 
     @property
     def mine(self) -> range:
         """The lanes that this worker feeds."""
-        return share(self.rank, self.world, self.of)
+        return ranks_of_worker(self.rank, self.world, self.of)
 
     @property
     def most(self) -> int:
@@ -64,10 +64,10 @@ class Env:
         return len(self.mine) * self.world / self.of
 
 
-class Job(Protocol):
+class TrainingSpec(Protocol):
     """What to train, as picklable data; the worker builds it."""
 
     @property
-    def settings(self) -> Settings: ...
+    def settings(self) -> TrainerSettings: ...
 
-    def build(self, env: Env) -> Program: ...
+    def build(self, env: WorkerContext) -> TrainingProgram: ...

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ktray.distributed.allocation import cluster_plan, others, plan
+from ktray.distributed.allocation import allocate, cluster_allocation, others
 from ktray.distributed.connect import DATA_SETTINGS, TUNED, authentication, worker_settings
 from ktray.errors import KtrayError
 
@@ -10,7 +10,7 @@ from ktray.errors import KtrayError
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_workers_and_a_decode_task_always_fit_together(cpus, workers):
-    p = plan(cpus, 0, 1, workers, "auto")
+    p = allocate(cpus, 0, 1, workers, "auto")
     assert p.workers * p.worker_cpus + min(p.decode_cpus, cpus / 2) <= cpus + 1e-9
     assert p.actor_cpus + p.decode_cpus <= cpus + 1e-9  # both are tasks: neither holds anything for long
     assert p.decode_cpus > 0
@@ -27,11 +27,11 @@ def test_jobs_that_share_a_cluster_never_hold_it_all(monkeypatch, cpus, jobs, wo
         pytest.skip("too many workers for the part")
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus), "GPU": 0.0, "memory": 1e12})
-    one = cluster_plan(workers, "auto", jobs)
+    one = cluster_allocation(workers, "auto", jobs)
     assert jobs * one.workers * one.worker_cpus + one.decode_cpus <= cpus + 1e-9
     gpus = 8 * workers
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus), "memory": 1e12})
-    one = cluster_plan(workers, "auto", jobs)
+    one = cluster_allocation(workers, "auto", jobs)
     assert jobs * one.workers * (1 + one.streaming) <= gpus  # each worker's and its teachers'
 
 
@@ -47,23 +47,23 @@ def test_who_plans_with_all_of_a_cluster_that_others_use_is_told(monkeypatch):
 
 
 def test_gpus_are_used_where_there_are_any():
-    p = plan(16, 2, 1, 2, "auto")
+    p = allocate(16, 2, 1, 2, "auto")
     assert (p.worker_gpus, p.actor_gpus, p.actors) == (1.0, 1.0, 2)
-    assert plan(16, 2, 1, 2, False).worker_gpus == 0
+    assert allocate(16, 2, 1, 2, False).worker_gpus == 0
 
 
 def test_actors_on_gpus_leave_room_for_a_decode_task():
-    p = plan(4, 8, 1, 8, "auto")
+    p = allocate(4, 8, 1, 8, "auto")
     assert p.actors * p.actor_cpus + p.decode_cpus <= 4 + 1e-9
     assert p.decode_cpus > 0
 
 
 def test_on_cpus_there_is_a_teacher_for_each_with_memory_and_all_threads_are_used():
-    few, many = plan(16, 0, 1, 1, "auto", 16e9), plan(16, 0, 1, 1, "auto", 1e12)
+    few, many = allocate(16, 0, 1, 1, "auto", 16e9), allocate(16, 0, 1, 1, "auto", 1e12)
     assert (few.actors, few.actor_threads) == (4, 4)
     assert (many.actors, many.actor_threads) == (16, 1)
-    assert plan(2, 0, 1, 1, "auto", 1e9).actors == 1
-    spread = plan(64, 0, 4, 1, "auto", 1e9)  # four nodes of 16: one process has the cores of one
+    assert allocate(2, 0, 1, 1, "auto", 1e9).actors == 1
+    spread = allocate(64, 0, 4, 1, "auto", 1e9)  # four nodes of 16: one process has the cores of one
     assert (spread.actor_threads, spread.worker_threads) == (16, 16)
 
 
@@ -71,18 +71,18 @@ def test_what_cannot_fit_ends_with_the_arithmetic():
     with pytest.raises(
         KtrayError, match=r"3 training workers need 3 GPUs and the cluster has 1\. Set cluster\.workers=1"
     ):
-        plan(8, 1, 1, 3, True)
+        allocate(8, 1, 1, 3, True)
     with pytest.raises(KtrayError, match="do not fit on 1 CPUs"):
-        plan(1, 0, 1, 100, "auto")
+        allocate(1, 0, 1, 100, "auto")
     with pytest.raises(KtrayError, match="no CPU"):
-        plan(0, 0, 1, 1, "auto")
+        allocate(0, 0, 1, 1, "auto")
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 8])
 @pytest.mark.parametrize("cores", [1, 2, 3, 16])
 @pytest.mark.parametrize("workers", [(1, 2), (1, 4), (1, 3)])
 def test_workers_that_come_and_go_have_a_node_each_on_cpus(nodes, cores, workers):
-    p = plan(nodes * cores, 0, nodes, workers, "auto")
+    p = allocate(nodes * cores, 0, nodes, workers, "auto")
     assert (p.least, p.workers) == workers
     assert 2 * p.worker_cpus > cores, "a second one would fit on a node"
     assert p.worker_cpus + p.decode_cpus <= cores + 1e-9, "nothing can be read on a node with a worker"
@@ -93,7 +93,7 @@ def test_workers_that_come_and_go_have_a_node_each_on_cpus(nodes, cores, workers
 @pytest.mark.parametrize("cores", [1, 2, 16])
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])
 def test_a_decode_task_fits_on_a_node_however_the_workers_lie(nodes, cores, workers):
-    p = plan(nodes * cores, 0, nodes, workers, "auto")
+    p = allocate(nodes * cores, 0, nodes, workers, "auto")
     free = [float(cores)] * nodes
     for _ in range(workers):  # the worst is as even as it gets
         fullest = free.index(max(free))
@@ -104,7 +104,7 @@ def test_a_decode_task_fits_on_a_node_however_the_workers_lie(nodes, cores, work
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(4, 2), (6, 4), (64, 8), (3, 4)])
 def test_workers_that_come_and_go_have_a_gpu_each(cpus, gpus):
-    p = plan(cpus, gpus, 1, (1, 16), "auto")
+    p = allocate(cpus, gpus, 1, (1, 16), "auto")
     assert p.worker_gpus == 1
     assert p.worker_cpus * gpus <= cpus / 2
     # Ray Train counts workers by dividing what is reserved for several of them.
@@ -113,9 +113,9 @@ def test_workers_that_come_and_go_have_a_gpu_each(cpus, gpus):
 
 def test_a_range_that_nothing_can_start_ends_with_the_arithmetic():
     with pytest.raises(KtrayError, match=r"one worker a node, and the cluster has 1 of at least 2.*workers=1\.\.4"):
-        plan(8, 0, 1, (2, 4), "auto")
+        allocate(8, 0, 1, (2, 4), "auto")
     with pytest.raises(KtrayError, match="2 training workers need 2 GPUs and the cluster has 1"):
-        plan(8, 1, 1, (2, 4), "auto")
+        allocate(8, 1, 1, (2, 4), "auto")
 
 
 def test_a_jobs_relative_store_outlives_the_job(monkeypatch, tmp_path):

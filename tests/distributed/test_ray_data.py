@@ -11,12 +11,12 @@ import torch
 
 from ktray.distributed import ray_data
 from ktray.distributed.ray_data import cpu_shards, map_shards
-from ktray.distributed.watchdog import Pulse, watched
+from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir
 from ktray.training.read_windows import read_windows, stream_windows
-from ktray.training.sampler import Feed
+from ktray.training.sampler import RowSampler
 
 
 def columns(n, offset=0):
@@ -207,7 +207,7 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
     names = ["id", "pixels"]
 
     def feed(reader):
-        return Feed(shards, reader, batch=4, seed=5, window_rows=10)
+        return RowSampler(shards, reader, batch=4, seed=5, window_rows=10)
 
     here = list(feed(read_windows(directory, names)).batches(0, 14))
     streamed = list(feed(stream_windows(directory, names, 0.5)).batches(0, 14))
@@ -225,7 +225,7 @@ def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free
         return {thread for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")}
 
     plan, before = replace(cluster, decode_cpus=50.0), executors()
-    with watched(Pulse("index", 4 / 60)), pytest.raises(KtrayError) as caught:
+    with watch(Watchdog("index", 4 / 60)), pytest.raises(KtrayError) as caught:
         list(cpu_shards([{"name": "a"}], lambda item: {}, plan))
     assert caught.value.what.startswith("index: no progress for")
     assert caught.value.what.endswith("while waiting for its tasks, which asks for 50 CPUs each")

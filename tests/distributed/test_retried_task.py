@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-from ktray.distributed.retried_task import one_task
+from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
 
 
@@ -25,7 +25,7 @@ def fails(folder, times, how):
 
 @pytest.mark.parametrize("how", ["death", "memory", "OSError"])
 def test_it_is_called_again_as_often_as_it_may_fail(cluster, tmp_path, how):
-    assert one_task(partial(fails, tmp_path, 2, how), "the task", "Add some.", 2, cpus=1, also=(OSError,)) == 3
+    assert run_with_retries(partial(fails, tmp_path, 2, how), "the task", "Add some.", 2, cpus=1, also=(OSError,)) == 3
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_it_is_called_again_as_often_as_it_may_fail(cluster, tmp_path, how):
 )
 def test_other_errors_and_one_failure_too_many_are_raised(cluster, tmp_path, how, error):
     with pytest.raises(error):
-        one_task(partial(fails, tmp_path, 9, how), "the task", "Add some.", 1, cpus=1)
+        run_with_retries(partial(fails, tmp_path, 9, how), "the task", "Add some.", 1, cpus=1)
     assert len(os.listdir(tmp_path)) == (2 if how == "death" else 1)
 
 
 def test_running_out_of_memory_is_told_with_what_was_used(cluster, tmp_path):
     with pytest.raises(KtrayError, match=r"The task ran out of memory, tried 2 times \(4.95GB.*Add some"):
-        one_task(partial(fails, tmp_path, 9, "memory"), "the task", "Add some.", 1, cpus=1)
+        run_with_retries(partial(fails, tmp_path, 9, "memory"), "the task", "Add some.", 1, cpus=1)
     assert len(os.listdir(tmp_path)) == 2

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ktray.distributed.watchdog import Pulse, patiently, steadily, waits, watched
+from ktray.distributed.watchdog import Watchdog, iterate_watched, run_watched, waiting_for, watch
 from ktray.errors import KtrayError
 
 
@@ -19,27 +19,27 @@ class Clock:
 
 def test_a_beat_keeps_a_stage_alive_and_waiting_does_not():
     clock = Clock()
-    pulse = Pulse("teach", 10, clock=clock)
+    watchdog = Watchdog("teach", 10, clock=clock)
     clock.now = 590
-    pulse.beat("40 images")
+    watchdog.heartbeat("40 images")
     clock.now = 1180
-    pulse.waits("its tasks")
-    pulse.check()
+    watchdog.waits("its tasks")
+    watchdog.check()
     clock.now = 1191
     with pytest.raises(
         KtrayError, match=r"^teach: no progress for 10m01s .last: 40 images. while waiting for its tasks"
     ):
-        pulse.check()
+        watchdog.check()
 
 
 def test_work_that_hangs_is_cancelled_and_the_error_says_what_is_free(cluster):
     cancelled = threading.Event()
-    pulse = Pulse("transfer", 1.2 / 60)
-    with watched(pulse):
-        waits("its training workers", "3 times 50 CPUs")
-        pulse.beat("step 7")
+    watchdog = Watchdog("transfer", 1.2 / 60)
+    with watch(watchdog):
+        waiting_for("its training workers", "3 times 50 CPUs")
+        watchdog.heartbeat("step 7")
         with pytest.raises(KtrayError) as caught:
-            patiently(cancelled.wait, cancelled.set)
+            run_watched(cancelled.wait, cancelled.set)
     assert cancelled.is_set()
     assert "transfer: no progress for" in caught.value.what
     assert "(last: step 7)" in caught.value.what
@@ -57,33 +57,33 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch, cluster):
 
     for ask, said in ((never.wait, "The store does not answer"), (refuse, "no route to host")):
         clock = Clock()
-        pulse = Pulse("index", 1, ask, clock)
+        watchdog = Watchdog("index", 1, ask, clock)
         clock.now = 61
         with pytest.raises(KtrayError, match=said):
-            pulse.check()
+            watchdog.check()
     never.set()
 
 
 def test_what_comes_is_handed_on_in_order_and_each_is_a_beat():
-    pulse = Pulse("teach", 0.5 / 60)
+    watchdog = Watchdog("teach", 0.5 / 60)
 
     def slowly():
         for number in range(4):
             time.sleep(0.2)
             yield number
 
-    with watched(pulse):
-        assert list(steadily(slowly, lambda: pytest.fail("cancelled"))) == [0, 1, 2, 3]
-    assert pulse.silent < 0.5
+    with watch(watchdog):
+        assert list(iterate_watched(slowly, lambda: pytest.fail("cancelled"))) == [0, 1, 2, 3]
+    assert watchdog.silent < 0.5
 
 
 def test_errors_come_through_and_results_too():
     def fail():
         raise ValueError("planted")
 
-    assert patiently(lambda: 7, lambda: pytest.fail("cancelled")) == 7
+    assert run_watched(lambda: 7, lambda: pytest.fail("cancelled")) == 7
     with pytest.raises(ValueError, match="planted"):
-        patiently(fail, lambda: pytest.fail("cancelled"))
+        run_watched(fail, lambda: pytest.fail("cancelled"))
 
 
 def test_who_stops_early_ends_the_making():
@@ -95,7 +95,7 @@ def test_who_stops_early_ends_the_making():
             made.append(number)
             yield number
 
-    for number in steadily(numbers, ended.set):
+    for number in iterate_watched(numbers, ended.set):
         if number == 3:
             break
     assert ended.wait(5)

@@ -9,10 +9,10 @@ import torch
 from ray.exceptions import OutOfMemoryError
 from torch import nn
 
-from ktray.training.loop import Program, Settings, decay_groups
+from ktray.training.loop import TrainerSettings, TrainingProgram, decay_groups
 
 STEPS, FAILS = 30, 20
-SETTINGS = Settings(
+SETTINGS = TrainerSettings(
     steps=STEPS, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, checkpoint_seconds=1e-6
 )
 
@@ -32,7 +32,7 @@ class Toy:
 
     marker: Path
     failure: str
-    settings: Settings = SETTINGS
+    settings: TrainerSettings = SETTINGS
 
     def build(self, env):
         model = nn.Linear(4, 1)
@@ -52,7 +52,7 @@ class Toy:
                 yield {"x": x, "y": x.sum(1, keepdim=True)}
 
         groups = decay_groups(model, 0.01)
-        return Program(Regression(model), model, groups, batches, None, 10.0, 16, env.device)
+        return TrainingProgram(Regression(model), model, groups, batches, None, 10.0, 16, env.device)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Shared:
     marker: Path
     stage: Path
     rows: int = 16
-    settings: Settings = SETTINGS
+    settings: TrainerSettings = SETTINGS
 
     def build(self, env):
         env = env.divide(self.rows)
@@ -84,4 +84,6 @@ class Shared:
                 yield {"x": x[mine], "y": x[mine].sum(1, keepdim=True)}
 
         groups = decay_groups(model, 0.01)
-        return Program(Regression(model), model, groups, batches, None, 10.0, self.rows, env.device, weight=env.weight)
+        return TrainingProgram(
+            Regression(model), model, groups, batches, None, 10.0, self.rows, env.device, weight=env.weight
+        )

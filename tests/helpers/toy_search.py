@@ -6,8 +6,8 @@ import threading
 
 from ktray import recipe as recipes
 from ktray.jobs.tune import engine
-from ktray.jobs.tune.budget import Purse, Speed, limits
-from ktray.jobs.tune.records import GIVEN, UNPAID, Point, Records
+from ktray.jobs.tune.budget import CostRate, SearchBudget, limits
+from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, Records, TrialPoint
 from ktray.jobs.tune.space import read
 from ktray.recipe.schema import Recipe
 from ktray.recipe.tune import BudgetConfig, TuneConfig
@@ -25,14 +25,14 @@ class Toy:
         self.space = read(BASE, space)
         self.records = Records(Dir(str(folder)))
         self.records.load()
-        self.purse = Purse(limits(BudgetConfig(flops=limit)), Speed(1.0), hourly=1.0)
+        self.purse = SearchBudget(limits(BudgetConfig(flops=limit)), CostRate(1.0), hourly=1.0)
         self.work, self.asked, self.told = work, [], []
         self.lock = threading.Lock()
         self.most = self.now = 0
         self.bad = {}
 
     def shares(self, number):
-        return [1.0] if number == GIVEN else self.part.rungs
+        return [1.0] if number == BASELINE else self.part.rungs
 
     def answer(self, number, rung):
         record = self.records.trials[number]
@@ -47,20 +47,20 @@ class Toy:
         keys = {"train.lr": BASE.train.lr, "train.batch_size": BASE.train.batch_size, **self.space.keys(record.params)}
         cost = share * keys["train.batch_size"]
         if number in self.bad or self.purse.promise(str(number), {"transfer": cost}):
-            state, reason = self.bad.get(number, (UNPAID, "planned more than is left"))
+            state, reason = self.bad.get(number, (OVER_BUDGET, "planned more than is left"))
             self.records.close(record, state, reason)
             return {"validation": math.nan, "cost": math.nan, "full_cost": math.nan, "done": True, "ended": state}
         self.purse.promised.clear()
         self.purse.charged[f"{number}-{rung}"] = {"flops": cost, "device_seconds": cost, "usd": 0.0}
         value = share * math.exp(-abs(math.log(keys["train.lr"] / 0.03)) / 3)
         before = record.points[-1].resource if record.points else 0.0
-        point = Point(number, rung, share, 1, f"{number}-{rung}", value, cost, {"flops": cost}, {"transfer": cost},
+        point = TrialPoint(number, rung, share, 1, f"{number}-{rung}", value, cost, {"flops": cost}, {"transfer": cost},
                       before + cost, {"flops": cost}, 0.0)  # fmt: skip
         record.points.append(point)
         self.records.keep(record)
         last = rung == len(self.shares(number)) - 1
         return {"validation": value, "cost": point.resource, "full_cost": keys["train.batch_size"], "done": last,
-                "ended": "", "given": number == GIVEN}  # fmt: skip
+                "ended": "", "given": number == BASELINE}  # fmt: skip
 
     def run(self, at_once=2, former=()):
         first = self.part.rungs[0] * BASE.train.batch_size

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ktray.miniverse import TASKS, ensure_task
-from ktray.miniverse.tasks import Example, tail
+from ktray.miniverse.tasks import DrawnExample, tail
 from ktray.miniverse.vocabulary import COLOURS, STREAMS
 from ktray.miniverse.world import sample
 
@@ -20,11 +20,11 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, dict[str, list[Example]]]:
+def drawn() -> dict[str, dict[str, list[DrawnExample]]]:
     return {name: TASKS[name].splits() for name in ("textures", "colours", "marks", "shapes")}
 
 
-def _counts(examples: list[Example]) -> list[int]:
+def _counts(examples: list[DrawnExample]) -> list[int]:
     return sorted(Counter(example.label for example in examples).values(), reverse=True)
 
 
@@ -50,14 +50,14 @@ def test_tasks_are_whole() -> None:
     [("textures", 5, (5, 5, 120)), ("colours", 12, (10, 5, 80)), ("shapes", 12, (10, 5, 50))],
 )
 def test_even_tasks(
-    drawn: dict[str, dict[str, list[Example]]], name: str, classes: int, counts: tuple[int, int, int]
+    drawn: dict[str, dict[str, list[DrawnExample]]], name: str, classes: int, counts: tuple[int, int, int]
 ) -> None:
     for split, each in zip(SPLITS, counts, strict=True):
         assert _counts(drawn[name][split]) == [each] * classes
     assert TASKS[name].labels_per_class == counts[0]
 
 
-def test_marks_have_a_long_tail(drawn: dict[str, dict[str, list[Example]]]) -> None:
+def test_marks_have_a_long_tail(drawn: dict[str, dict[str, list[DrawnExample]]]) -> None:
     for split in SPLITS:
         counts = _counts(drawn["marks"][split])
         assert len(counts) == 8
@@ -73,7 +73,7 @@ def test_marks_have_a_long_tail(drawn: dict[str, dict[str, list[Example]]]) -> N
     assert test[0] / sum(test) > 0.3
 
 
-def test_splits_share_no_image(drawn: dict[str, dict[str, list[Example]]]) -> None:
+def test_splits_share_no_image(drawn: dict[str, dict[str, list[DrawnExample]]]) -> None:
     for name, splits in drawn.items():
         images = [example.image.tobytes() for split in SPLITS for example in splits[split]]
         assert len(set(images)) == len(images), name
@@ -82,7 +82,7 @@ def test_splits_share_no_image(drawn: dict[str, dict[str, list[Example]]]) -> No
     assert len(set(every)) == len(every)
 
 
-def test_labels_name_what_is_drawn(drawn: dict[str, dict[str, list[Example]]]) -> None:
+def test_labels_name_what_is_drawn(drawn: dict[str, dict[str, list[DrawnExample]]]) -> None:
     for name in ("textures", "colours", "marks", "shapes"):
         task, pictures = TASKS[name], {}
         for index in range(200):
@@ -104,7 +104,7 @@ def test_colours_come_with_every_thing() -> None:
     assert {p.subject.kind for p in pictures} == set(STREAMS["colours-test"].mix)
 
 
-def test_maps_agree_with_pictures(drawn: dict[str, dict[str, list[Example]]]) -> None:
+def test_maps_agree_with_pictures(drawn: dict[str, dict[str, list[DrawnExample]]]) -> None:
     gaps, shares, rims = [], [], []
     for example in drawn["shapes"]["test"]:
         mask = example.mask
@@ -154,7 +154,7 @@ def test_mask_of_texture_is_whole() -> None:
     assert (sample("textures-val", 3).mask == 1).all()
 
 
-def test_segmentation_folder(tmp_path: Path, drawn: dict[str, dict[str, list[Example]]]) -> None:
+def test_segmentation_folder(tmp_path: Path, drawn: dict[str, dict[str, list[DrawnExample]]]) -> None:
     folder = ensure_task(tmp_path, "shapes")
     about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     assert (about["kind"], about["metric"]) == ("segmentation", "miou")

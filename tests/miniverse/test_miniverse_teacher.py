@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ktray.miniverse import ensure_task
 from ktray.miniverse.train_teacher import (
     TEACHER_DIR,
-    Settings,
+    PretrainSettings,
     _learning_rate,
     batches,
     contrastive_loss,
@@ -83,7 +83,7 @@ def test_card_and_log_agree() -> None:
     with (TEACHER_DIR / "train_log.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     card = (TEACHER_DIR / "README.md").read_text(encoding="utf-8")
-    assert int(rows[-1]["step"]) == Settings().steps
+    assert int(rows[-1]["step"]) == PretrainSettings().steps
     for field in ("zero_shot_val", "zero_shot_test"):
         told = re.search(rf"`{field}` \| ([0-9.]+)", card)
         assert told is not None
@@ -117,7 +117,7 @@ def test_loss_is_least_when_true_pairs_share_evenly() -> None:
 
 
 def test_batches_continue_after_a_restart() -> None:
-    settings = Settings(steps=9, batch=8)
+    settings = PretrainSettings(steps=9, batch=8)
     codes = torch.stack([torch.arange(40), torch.arange(40) % 12, torch.arange(40) % 6], 1)
     whole = list(batches(codes, settings, 0))
     again = list(batches(codes, settings, 6))
@@ -131,7 +131,7 @@ def test_batches_continue_after_a_restart() -> None:
 
 
 def test_captions_get_terse() -> None:
-    settings = Settings(steps=80, batch=50, terse_from=40)
+    settings = PretrainSettings(steps=80, batch=50, terse_from=40)
     codes = torch.randint(0, 6, (500, 3), generator=torch.Generator().manual_seed(0))
     bare = [float((told[:, 1:] == -1).all(1).float().mean()) for _, told in batches(codes, settings, 0)]
     assert sum(bare[:40]) / 40 == pytest.approx(0.2, abs=0.05)
@@ -139,7 +139,7 @@ def test_captions_get_terse() -> None:
 
 
 def test_schedule_warms_up_and_ends_near_zero() -> None:
-    settings = Settings(steps=100, warmup=10, lr=1.0)
+    settings = PretrainSettings(steps=100, warmup=10, lr=1.0)
     rates = [_learning_rate(step, settings) for step in range(100)]
     assert rates[9] == pytest.approx(1.0)
     assert max(rates) == pytest.approx(1.0)
@@ -152,7 +152,7 @@ def test_training_learns_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import ktray.miniverse.train_teacher as module
 
     monkeypatch.setattr(module, "_labelled", lambda stream, count: (torch.zeros(1, 3, 32, 32), torch.zeros(1).long()))
-    settings = Settings(steps=4, batch=8, pool=32, warmup=1, every=2)
+    settings = PretrainSettings(steps=4, batch=8, pool=32, warmup=1, every=2)
     whole = train(tmp_path / "whole", settings, processes=1)
     assert set(whole) == {"zero_shot_val", "zero_shot_test"}
 

@@ -9,7 +9,7 @@ import torch
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Agnostic, Context, build_objective
+from ktray.objectives import Agnostic, ObjectiveContext, build_objective
 from ktray.recipe.schema import ObjectiveConfig
 
 N, F, D = 6, 5, 7
@@ -17,7 +17,7 @@ N, F, D = 6, 5, 7
 
 def setup(match):
     objective = Agnostic(match)
-    objective.setup(Context(3, F, D, seed=4))
+    objective.setup(ObjectiveContext(3, F, D, seed=4))
     g = torch.Generator().manual_seed(0)
     return objective, torch.randn(N, F, generator=g) * 3, torch.randn(N, D, generator=g) * 5
 
@@ -70,7 +70,7 @@ def test_gradient_reaches_projection_and_body_and_never_the_classifier(match):
     model = timm.create_model("test_resnet", num_classes=3)
     classifier_of(model).requires_grad_(False)
     objective = Agnostic(match)
-    objective.setup(Context(3, model.num_features, D, seed=0))
+    objective.setup(ObjectiveContext(3, model.num_features, D, seed=0))
     out = Features(model)(torch.randn(4, 3, 32, 32))
     objective.loss(out, {"embedding": torch.randn(4, D)})["loss"].backward()
     head = set(map(id, classifier_of(model).parameters()))
@@ -84,12 +84,12 @@ def test_gradient_reaches_projection_and_body_and_never_the_classifier(match):
 def test_the_seed_decides_the_projection_and_leaves_the_global_generator_alone():
     state = torch.random.get_rng_state()
     a, b = Agnostic(), Agnostic()
-    a.setup(Context(3, F, D, seed=1))
-    b.setup(Context(3, F, D, seed=1))
+    a.setup(ObjectiveContext(3, F, D, seed=1))
+    b.setup(ObjectiveContext(3, F, D, seed=1))
     assert torch.equal(a.project[1].weight, b.project[1].weight)
     assert torch.equal(state, torch.random.get_rng_state())
     with pytest.raises(ValueError, match="teacher_dim"):
-        Agnostic().setup(Context(3, F, None, seed=1))
+        Agnostic().setup(ObjectiveContext(3, F, None, seed=1))
 
 
 FP, DP, GRID = 4, 9, (3, 2)
@@ -97,7 +97,7 @@ FP, DP, GRID = 4, 9, (3, 2)
 
 def with_patches(match, weight, grid=GRID):
     objective = Agnostic(match, patches=weight)
-    objective.setup(Context(3, F, D, seed=4, teacher_patch_dim=DP, student_map_dim=FP))
+    objective.setup(ObjectiveContext(3, F, D, seed=4, teacher_patch_dim=DP, student_map_dim=FP))
     g = torch.Generator().manual_seed(0)
     features, last = torch.randn(N, F, generator=g), torch.randn(N, FP, *GRID, generator=g)
     batch = {"embedding": torch.randn(N, D, generator=g), "patch_embedding": torch.randn(N, DP, *grid, generator=g) * 4}
@@ -154,7 +154,7 @@ def test_gradient_of_the_patch_term_reaches_its_own_projection_and_the_map():
 def test_patches_need_both_widths():
     for given in ({"teacher_patch_dim": DP}, {"student_map_dim": FP}):
         with pytest.raises(ValueError, match="patches"):
-            Agnostic(patches=1.0).setup(Context(3, F, D, seed=1, **given))
+            Agnostic(patches=1.0).setup(ObjectiveContext(3, F, D, seed=1, **given))
 
 
 def test_build_follows_the_recipe():

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from ktray.models.features import Features
 from ktray.models.flops import count_flops
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Clip, Context
+from ktray.objectives import Clip, ObjectiveContext
 
 N, F, VOCABULARY, LENGTH = 6, 5, 12, 7
 END = VOCABULARY - 1
@@ -29,7 +29,7 @@ SOME_EQUAL = captions([[1, 2], [3], [1, 2], [1, 3], [3], [3]])
 
 def setup(**kwargs):
     objective = Clip(width=32, layers=2, dim=8, **kwargs)
-    objective.setup(Context(3, F, None, seed=4, vocabulary=VOCABULARY, text_length=LENGTH))
+    objective.setup(ObjectiveContext(3, F, None, seed=4, vocabulary=VOCABULARY, text_length=LENGTH))
     return objective, torch.randn(N, F, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,7 +83,7 @@ def test_gradient_reaches_body_text_tower_and_scale_and_never_the_classifier():
     model = timm.create_model("test_resnet", num_classes=3)
     classifier_of(model).requires_grad_(False)
     objective = Clip(width=32)
-    objective.setup(Context(3, model.num_features, None, seed=0, vocabulary=VOCABULARY, text_length=LENGTH))
+    objective.setup(ObjectiveContext(3, model.num_features, None, seed=0, vocabulary=VOCABULARY, text_length=LENGTH))
     batch = {"pixels": torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8), "text": DIFFERENT}
     objective.step(Features(model), lambda x: x / 255, batch, torch.Generator())["loss"].backward()
     head = set(map(id, classifier_of(model).parameters()))
@@ -115,4 +115,4 @@ def test_it_learns_which_caption_belongs_to_which_image():
 
 def test_captions_are_needed():
     with pytest.raises(ValueError, match="vocabulary"):
-        Clip().setup(Context(3, F, None, seed=0))
+        Clip().setup(ObjectiveContext(3, F, None, seed=0))

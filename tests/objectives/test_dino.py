@@ -11,7 +11,7 @@ from scipy.special import log_softmax, softmax
 from ktray.data.augment import random_views, view_keys
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Context, Dino
+from ktray.objectives import Dino, ObjectiveContext
 from ktray.objectives.dino import Head, local_side
 
 N, K = 4, 16
@@ -26,7 +26,7 @@ def student(name="test_resnet", **kwargs):
 
 def dino(body, **kwargs):
     objective = Dino(**{"prototypes": K, "local_crops": 2, "hidden": 32, "bottleneck": 16, **kwargs})
-    objective.setup(Context(3, body.model.num_features, None, seed=1, student=body, image_size=32))
+    objective.setup(ObjectiveContext(3, body.model.num_features, None, seed=1, student=body, image_size=32))
     return objective
 
 
@@ -247,7 +247,7 @@ def test_without_local_crops_there_are_two():
 
 def test_the_student_is_needed():
     with pytest.raises(ValueError, match="student"):
-        Dino().setup(Context(3, 8, None, seed=0))
+        Dino().setup(ObjectiveContext(3, 8, None, seed=0))
 
 
 _STEPS = 30

@@ -10,14 +10,14 @@ from sklearn.metrics import log_loss
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Context, Dual
+from ktray.objectives import Dual, ObjectiveContext
 
 N, B, C, F = 6, 4, 3, 5
 
 
 def setup(**kwargs):
     objective = Dual(**kwargs)
-    objective.setup(Context(C, F, None, seed=4))
+    objective.setup(ObjectiveContext(C, F, None, seed=4))
     g = torch.Generator().manual_seed(0)
     features = torch.randn(N + B, F, generator=g)
     batch = {"logits": torch.randn(N, C, generator=g) * 3, "label_of": torch.tensor([0, 2, 1, 2])}
@@ -96,7 +96,7 @@ def test_gradient_reaches_body_and_heads_and_never_the_classifier():
     model = timm.create_model("test_resnet", num_classes=C)
     classifier_of(model).requires_grad_(False)
     objective = Dual()
-    objective.setup(Context(C, model.num_features, None, seed=0))
+    objective.setup(ObjectiveContext(C, model.num_features, None, seed=0))
     _, _, batch = setup()
     objective.step(Features(model), lambda x: x / 255, {**batch, **images()}, torch.Generator())["loss"].backward()
     head = set(map(id, classifier_of(model).parameters()))
@@ -111,7 +111,7 @@ def test_finish_gives_plain_timm_the_product_of_both_experts_however_often(name)
     a, b = 0.3, 0.5
     model = timm.create_model(name, num_classes=C).eval()
     objective = Dual(mix=a, mix_temperature=b)
-    objective.setup(Context(C, model.num_features, None, seed=0))
+    objective.setup(ObjectiveContext(C, model.num_features, None, seed=0))
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         features = Features(model)(x)

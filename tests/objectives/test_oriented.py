@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ktray.objectives import Context, Oriented, Scratch, build_objective
+from ktray.objectives import ObjectiveContext, Oriented, Scratch, build_objective
 from ktray.recipe.schema import ObjectiveConfig
 
 
@@ -64,7 +64,7 @@ def test_scratch_is_cross_entropy_and_needs_no_targets():
 def test_build_follows_the_recipe():
     part = ObjectiveConfig(name="oriented", temperature=3.0, mixup=0.2)
     built = build_objective(part)
-    built.setup(Context(3, 8, None, 0))
+    built.setup(ObjectiveContext(3, 8, None, 0))
     assert isinstance(built, Oriented)
     assert (built.temperature, built.mixup) == (3.0, 0.2)
     assert isinstance(build_objective(ObjectiveConfig(name="scratch")), Scratch)

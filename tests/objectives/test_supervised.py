@@ -9,7 +9,7 @@ from sklearn.metrics import log_loss
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Context, Supervised
+from ktray.objectives import ObjectiveContext, Supervised
 
 N, F, K = 8, 5, 4
 LABEL = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
@@ -17,7 +17,7 @@ LABEL = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
 
 def setup(**kwargs):
     objective = Supervised(**kwargs)
-    objective.setup(Context(26, F, None, seed=4, source_classes=K))
+    objective.setup(ObjectiveContext(26, F, None, seed=4, source_classes=K))
     features = torch.randn(N, F, generator=torch.Generator().manual_seed(0))
     return objective, features
 
@@ -68,7 +68,7 @@ def test_gradient_reaches_body_and_head_and_never_the_classifier():
     model = timm.create_model("test_resnet", num_classes=3)
     classifier_of(model).requires_grad_(False)
     objective = Supervised()
-    objective.setup(Context(3, model.num_features, None, seed=0, source_classes=K))
+    objective.setup(ObjectiveContext(3, model.num_features, None, seed=0, source_classes=K))
     batch = {"pixels": torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8), "label": LABEL}
     objective.step(Features(model), lambda x: x / 255, batch, torch.Generator())["loss"].backward()
     head = set(map(id, classifier_of(model).parameters()))
@@ -79,4 +79,4 @@ def test_gradient_reaches_body_and_head_and_never_the_classifier():
 
 def test_classes_of_the_generic_set_are_needed():
     with pytest.raises(ValueError, match="source_classes"):
-        Supervised().setup(Context(26, F, None, seed=0))
+        Supervised().setup(ObjectiveContext(26, F, None, seed=0))

@@ -233,13 +233,13 @@ def test_store_that_cannot_be_written(tmp_path):
 
 
 def test_plan_counts_what_the_run_then_spends(first, world, capsys):
-    from ktray.distributed.allocation import plan
+    from ktray.distributed.allocation import allocate
     from ktray.pipeline.plan import lines
     from ktray.pipeline.resolve import resolve
 
     store, data, result, _, _ = first
     found = resolve(
-        recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), plan(2, 0, 1, 1, False), print
+        recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), allocate(2, 0, 1, 1, False), print
     )
     planned = {line.stage: line.flops for line in lines(found)}
     spent = result["cost"]["flops"]

@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from ktray import recipe as recipes
-from ktray.distributed.allocation import plan
+from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.pipeline.resolve import resolve
 
-CPU = plan(2, 0, 1, 1, False)
-GPU = plan(16, 1, 1, 1, True)
+CPU = allocate(2, 0, 1, 1, False)
+GPU = allocate(16, 1, 1, 1, True)
 
 
 @pytest.fixture(scope="module")

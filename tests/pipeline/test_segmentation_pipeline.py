@@ -13,7 +13,7 @@ from small_task import SMALL, write_scenes
 
 import ktray
 from ktray import recipe as recipes
-from ktray.jobs.compare.methods import Way
+from ktray.jobs.compare.methods import Method
 from ktray.jobs.compare.rows import build as compared
 from ktray.pipeline.run import run
 from ktray.storage.store import Store
@@ -107,7 +107,7 @@ def test_two_workers_learn_from_the_same_maps(done, world, tmp_path):
 def test_patches_of_the_teacher_pretrain_a_segmenter_too_and_ways_are_compared(done, world):
     store, oriented = done
     agnostic = distil(world, store, "train.steps=20", "objective.name=agnostic", "objective.patches=1")
-    ways = {name: Way({"objective.name": name}, name) for name in ("oriented", "agnostic")}
+    ways = {name: Method({"objective.name": name}, name) for name in ("oriented", "agnostic")}
     rows = compared(Store(str(store)), ways, {"oriented": [oriented], "agnostic": [agnostic]})
     for row, result in zip(rows, (oriented, agnostic), strict=True):
         assert row["accuracy"] == pytest.approx(result["metric"]["test"])

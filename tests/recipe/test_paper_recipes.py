@@ -11,8 +11,8 @@ from PIL import Image
 from small_task import write_generic
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import Example, LabelledSet
-from ktray.distributed.allocation import plan as share_out
+from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.distributed.allocation import allocate as share_out
 from ktray.jobs.compare.methods import recipe_of
 from ktray.pipeline.plan import RATES, lines
 from ktray.pipeline.resolve import resolve
@@ -104,7 +104,7 @@ def resolved(root, name, *overlays):
 def at_scale(found, name):
     """As if all of the data set, and the paper's gallery, had been read."""
     classes, train, val, test, rest = SCALE[name]
-    one = Example("x", 0)
+    one = LabelledExample("x", 0)
     task = LabelledSet([str(i) for i in range(classes)], [one] * train, [one] * val, [one] * test, ["x"] * rest)
     return replace(found, task=task, gallery_images=GALLERY)
 

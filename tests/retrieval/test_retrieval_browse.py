@@ -8,7 +8,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from ktray.retrieval.browse import SIDE, Found, Query, choose, page
+from ktray.retrieval.browse import SIDE, Match, Query, choose, page
 
 
 def image(value, height=100, width=50):
@@ -21,7 +21,7 @@ def data_of(html):
 
 def test_it_holds_queries_and_images():
     queries = [Query("a/q.png", 1, image(10)), Query("", None, None)]
-    images = [Found("g/1.jpg", 0, 0.75, image(200)), Found("g/2.jpg", 1, float("nan"), image(90))]
+    images = [Match("g/1.jpg", 0, 0.75, image(200)), Match("g/2.jpg", 1, float("nan"), image(90))]
     html = page("letters", "two", ["x", "y"], queries, images)
     found = data_of(html)
     assert found["classes"] == ["x", "y"]
@@ -36,14 +36,14 @@ def test_it_holds_queries_and_images():
 
 
 def test_it_says_which_strategies_take_an_image():
-    images = [Found("1.jpg", 0, 0.5, image(1), ("diverse", "best_first")), Found("2.jpg", 0, 0.4, image(1))]
+    images = [Match("1.jpg", 0, 0.5, image(1), ("diverse", "best_first")), Match("2.jpg", 0, 0.4, image(1))]
     found = data_of(page("letters", "two", ["x"], [Query("q.png", 0, None)], images))
     assert [i["strategies"] for i in found["images"]] == [["diverse", "best_first"], []]
 
 
 def test_names_cannot_break_out():
     wicked = "</script><script>alert(1)</script>"
-    html = page(wicked, wicked, [wicked], [Query(wicked, 0, None)], [Found(wicked, 0, 0.5, image(1))])
+    html = page(wicked, wicked, [wicked], [Query(wicked, 0, None)], [Match(wicked, 0, 0.5, image(1))])
     assert "<script>alert" not in html
     assert data_of(html)["classes"] == [wicked]
     assert html.count("<script") == 2

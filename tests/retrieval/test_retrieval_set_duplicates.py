@@ -4,7 +4,7 @@ import numpy as np
 
 from ktray.retrieval import set_duplicates as module
 from ktray.retrieval.heldout_duplicates import Fingerprints
-from ktray.retrieval.set_duplicates import Distinct
+from ktray.retrieval.set_duplicates import SetDuplicates
 
 
 def world(n=40, d=8, seed=0):
@@ -47,7 +47,7 @@ def test_equal_to_brute_force_whatever_the_order(monkeypatch):
         monkeypatch.setattr(module, "_VALUES_AT_ONCE", values)
         for seed in range(5):
             order = np.random.default_rng(seed).permutation(40)
-            found = Distinct(look(vectors, prints), 0.95)
+            found = SetDuplicates(look(vectors, prints), 0.95)
             dropped = found(order)
             expected = brute(order.tolist(), vectors, prints, 0.95)
             assert set(dropped.tolist()) == set(expected)
@@ -56,7 +56,7 @@ def test_equal_to_brute_force_whatever_the_order(monkeypatch):
 
 def test_known_pairs():
     vectors, prints = world()
-    found = Distinct(look(vectors, prints), 0.95)
+    found = SetDuplicates(look(vectors, prints), 0.95)
     assert found(np.arange(40)).tolist() == [7, 20, 30, 35]
     assert found.repeats[7] == 3
     assert found.repeats[35] == 11
@@ -65,7 +65,7 @@ def test_known_pairs():
 
 def test_a_selection_that_grows_is_compared_with_what_passed():
     vectors, prints = world()
-    found = Distinct(look(vectors, prints), 0.95)
+    found = SetDuplicates(look(vectors, prints), 0.95)
     assert found(np.arange(0, 10)).tolist() == [7]
     assert found(np.arange(0, 25)[np.arange(0, 25) != 7]).tolist() == [20]
     assert found(np.array([3, 5, 12])).tolist() == []
@@ -73,7 +73,7 @@ def test_a_selection_that_grows_is_compared_with_what_passed():
 
 def test_without_embeddings_only_equal_hashes_count():
     _, prints = world()
-    assert Distinct(look(None, prints), 0.95)(np.arange(40)).tolist() == [30, 35]
+    assert SetDuplicates(look(None, prints), 0.95)(np.arange(40)).tolist() == [30, 35]
 
 
 def test_a_chain_of_slight_changes_keeps_what_repeats_only_dropped_ones():
@@ -81,4 +81,4 @@ def test_a_chain_of_slight_changes_keeps_what_repeats_only_dropped_ones():
     angles = np.array([0.0, 0.3, 0.6])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     prints = Fingerprints(np.zeros(3, np.uint64), np.arange(3, dtype=np.uint64))
-    assert Distinct(look(vectors, prints), 0.9)(np.arange(3)).tolist() == [1]
+    assert SetDuplicates(look(vectors, prints), 0.9)(np.arange(3)).tolist() == [1]

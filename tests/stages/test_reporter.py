@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ktray.accounting.ledger import Entry, Meter
-from ktray.distributed.watchdog import Pulse
+from ktray.distributed.watchdog import Watchdog
 from ktray.stages.base import Reporter
 
 FLOPS, IMAGES = 100, 8
@@ -38,7 +38,7 @@ def made():
         )
         log = SimpleNamespace(append=lambda line: None)
         meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
-        return Reporter(context, "transfer", meter, Pulse("transfer", 1, clock=clock)), clock, said
+        return Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock)), clock, said
 
     return make
 
@@ -92,5 +92,5 @@ def test_states_of_the_controller_are_no_sign_of_life(made):
         clock.now += 30
         reporter.post({"state": state, "why": "timed out" if state == "rescheduling" else ""})
     with pytest.raises(Exception, match=r"last: step 31\).*Ray Train is rescheduling"):
-        reporter.pulse.check()
+        reporter.watchdog.check()
     assert said == ["transfer  lost its workers: worker 1: died", "transfer  could not start its workers: timed out"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Ledger, attempts
 from ktray.recipe.schema import Recipe
-from ktray.stages.base import Context, run_stage
+from ktray.stages.base import RunContext, run_stage
 from ktray.storage import lease
 from ktray.storage.store import Store
 
@@ -17,7 +17,7 @@ def context(store, run, say=lambda text: None):
     """As little of a run as a stage needs."""
     tracker = SimpleNamespace(stage=lambda name: SimpleNamespace(finish=lambda values, status: None))
     plan = SimpleNamespace(least=1, workers=1, worker_gpus=0.0)
-    return Context(
+    return RunContext(
         recipe=Recipe(), store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, task=None,
         class_names=[], prompts=[], fingerprint="", canvas=1.0, run_id=run, say=say,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from ktray.data import filesystem
 from ktray.errors import KtrayError
 from ktray.storage import s3 as module
-from ktray.storage.retry import patience
+from ktray.storage.retry import retry_for
 from ktray.storage.store import Dir, Store
 
 MORE = 3
@@ -77,7 +77,7 @@ def test_a_request_whose_answer_was_lost_counts_once(s3):
 def test_patience_ends_with_the_reason(s3):
     folder = Dir(s3.home)
     s3.fault = "503"
-    with patience(0.3), pytest.raises(KtrayError, match=r"ktray-test does not answer.*SLOW_DOWN"):
+    with retry_for(0.3), pytest.raises(KtrayError, match=r"ktray-test does not answer.*SLOW_DOWN"):
         folder.write("a", b"1")
 
 

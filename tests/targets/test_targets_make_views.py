@@ -8,10 +8,10 @@ from PIL import Image
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy, render, view_from_ints
 from ktray.errors import KtrayError
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 
 POLICY = ViewPolicy(scale=(0.3, 1.0), brightness=0.3, contrast=0.3, saturation=0.3)
-CUT = Cut(POLICY, views=3, seed=4, size=24, max_pixels=10**6, canvas=None)
+CUT = MakeViews(POLICY, views=3, seed=4, size=24, max_pixels=10**6, canvas=None)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_images_that_are_all_gone_end_with_the_reason(item, tmp_path):
 
 def test_a_canvas_is_the_whole_image_once(item):
     canvas = Preprocess((20, 20), (0.5,) * 3, (0.5,) * 3)
-    cut = Cut(POLICY, views=3, seed=4, size=24, max_pixels=10**6, canvas=canvas)
+    cut = MakeViews(POLICY, views=3, seed=4, size=24, max_pixels=10**6, canvas=canvas)
     rows = cut(item)
     assert cut.per_image == 1
     assert rows["pixels"].shape == (5, 3, 20, 20)

@@ -11,15 +11,15 @@ from ktray.data.views import ViewPolicy
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir
-from ktray.training.inputs import Labels, Taught
-from ktray.training.worker import Env
+from ktray.training.inputs import Labels, TargetSet
+from ktray.training.worker import WorkerContext
 
 ROWS, SIDE, SEED = 30, 16, 5
 POLICY = ViewPolicy(scale=(0.3, 1.0), hflip=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
 
 
 def env(rank=0, world=1):
-    return Env(torch.device("cpu"), rank, world, 1.0)
+    return WorkerContext(torch.device("cpu"), rank, world, 1.0)
 
 
 def pictures():
@@ -35,7 +35,7 @@ def cache(folder, cuts, order):
         name = f"{number:05d}.parquet"
         write_rows(directory, name, {"pixels": pixels[first:last], "view_id": ids[first:last]})
         shards.append((name, last - first))
-    return Taught(directory, tuple(shards), 3 * SIDE**2, ())
+    return TargetSet(directory, tuple(shards), 3 * SIDE**2, ())
 
 
 def crops(cache, world, starts, window_bytes=1 << 30):

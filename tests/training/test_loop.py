@@ -11,9 +11,17 @@ from payloads import write_torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ktray.training.loop import Average, Fit, Hooks, Program, Settings, decay_groups, learning_rate
+from ktray.training.loop import (
+    Average,
+    Trainer,
+    TrainerCallbacks,
+    TrainerSettings,
+    TrainingProgram,
+    decay_groups,
+    learning_rate,
+)
 
-SETTINGS = Settings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
+SETTINGS = TrainerSettings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
 
 
 class Regression(nn.Module):
@@ -36,7 +44,7 @@ def program(evaluate=None):
             x = torch.randn(16, 4, generator=g)
             yield {"x": x, "y": x.sum(1, keepdim=True)}
 
-    return Program(
+    return TrainingProgram(
         module=Regression(model),
         model=model,
         groups=decay_groups(model, 0.01),
@@ -70,11 +78,11 @@ class Recorder:
 
     @property
     def hooks(self):
-        return Hooks(save=self.save, progress=self.posts.append, folder=self.folder)
+        return TrainerCallbacks(save=self.save, progress=self.posts.append, folder=self.folder)
 
 
 def test_schedule_is_linear_then_half_cosine():
-    s = Settings(steps=100, lr=1, weight_decay=0, warmup=0.1, ema=0, clip=1, seed=0)
+    s = TrainerSettings(steps=100, lr=1, weight_decay=0, warmup=0.1, ema=0, clip=1, seed=0)
     assert [learning_rate(i, s) for i in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert learning_rate(55, s) == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert learning_rate(100, s) == pytest.approx(0.0)
@@ -111,11 +119,11 @@ class Fitting(nn.Module):
 def test_a_batch_in_parts_trains_as_the_whole(tmp_path, parts):
     found = []
     for count in (1, parts):
-        module, settings = Fitting(), Settings(**{**SETTINGS.__dict__, "accumulate": count})
+        module, settings = Fitting(), TrainerSettings(**{**SETTINGS.__dict__, "accumulate": count})
         p = dataclasses.replace(program(), module=module, model=module.model, groups=decay_groups(module.model, 0.01))
         p.teach = lambda batch: {**batch, "taught": 2 * batch["x"].sum(1, keepdim=True)}
         recorder = Recorder(tmp_path / str(count))
-        state = Fit(p, settings, recorder.hooks).run()
+        state = Trainer(p, settings, recorder.hooks).run()
         assert module.rows == [16 // count] * (count * settings.steps)
         found.append((load_file(recorder.saved[-1] / "weights.safetensors"), [row["loss"] for row in state.curve]))
     for name, value in found[0][0].items():
@@ -126,20 +134,20 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path, parts):
 
 def test_a_batch_that_cannot_be_cut_into_equal_parts_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"'x': 16.* 3 equal parts: see train.accumulate"):
-        Fit(program(), Settings(**{**SETTINGS.__dict__, "accumulate": 3}), Recorder(tmp_path).hooks).run()
+        Trainer(program(), TrainerSettings(**{**SETTINGS.__dict__, "accumulate": 3}), Recorder(tmp_path).hooks).run()
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
-    settings = Settings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
     whole = Recorder(tmp_path / "whole")
-    Fit(program(), settings, whole.hooks).run()
+    Trainer(program(), settings, whole.hooks).run()
     broken = Recorder(tmp_path / "broken", stop_after=13)
     with pytest.raises(InterruptedError):
-        Fit(program(), settings, broken.hooks).run()
+        Trainer(program(), settings, broken.hooks).run()
     half = json.loads((broken.saved[-1] / "outcome.json").read_text())["step"]
     assert 0 < half < settings.steps
     resumed = Recorder(tmp_path / "resumed")
-    state = Fit(program(), settings, resumed.hooks, resume=broken.saved[-1]).run()
+    state = Trainer(program(), settings, resumed.hooks, resume=broken.saved[-1]).run()
     assert state.step == settings.steps
     assert state.finished
     a, b = load_file(whole.saved[-1] / "weights.safetensors"), load_file(resumed.saved[-1] / "weights.safetensors")
@@ -148,7 +156,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
         assert torch.equal(a[name], b[name]), name
     # A finished run is not trained again.
     again = Recorder(tmp_path / "again")
-    assert Fit(program(), settings, again.hooks, resume=resumed.saved[-1]).run().finished
+    assert Trainer(program(), settings, again.hooks, resume=resumed.saved[-1]).run().finished
     assert again.saved == []
 
 
@@ -160,18 +168,18 @@ def test_best_keeps_the_start_when_training_only_hurts(tmp_path):
         start.setdefault("w", weight)
         return (1.0 if torch.equal(weight, start["w"]) else 0.5), {"val_top1": 0.5}
 
-    settings = Settings(**{**SETTINGS.__dict__, "keep": "best"})
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "keep": "best"})
     recorder = Recorder(tmp_path)
-    state = Fit(program(evaluate), settings, recorder.hooks).run()
+    state = Trainer(program(evaluate), settings, recorder.hooks).run()
     assert state.best_step == 0
     assert torch.equal(load_file(recorder.saved[-1] / "weights.safetensors")["0.weight"], start["w"])
 
 
 def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     scores = iter([0.1, 0.9] + [0.2] * 50)
-    settings = Settings(**{**SETTINGS.__dict__, "steps": 400, "evals": 20, "patience": 3})
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "steps": 400, "evals": 20, "patience": 3})
     recorder = Recorder(tmp_path)
-    state = Fit(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
+    state = Trainer(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
     assert state.step == 20 * 4
     assert state.best_step == 20
     assert [post["done"] for post in recorder.posts if "done" in post][-1] == 80, "the last steps are not accounted for"
@@ -181,11 +189,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     p = program()
     p.batches = lambda start, stop: iter([{"x": torch.full((4, 4), torch.nan), "y": torch.zeros(4, 1)}] * 40)
     with pytest.raises(FloatingPointError, match="step"):
-        Fit(p, SETTINGS, Recorder(tmp_path).hooks).run()
+        Trainer(p, SETTINGS, Recorder(tmp_path).hooks).run()
 
 
 def test_slow_steps_are_saved_from_the_start(tmp_path):
-    settings = Settings(**{**SETTINGS.__dict__, "steps": 400, "checkpoint_seconds": 0.1})
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "steps": 400, "checkpoint_seconds": 0.1})
     recorder = Recorder(tmp_path)
     p = program()
     stream = p.batches
@@ -199,7 +207,7 @@ def test_slow_steps_are_saved_from_the_start(tmp_path):
 
     p.batches = slowly
     with pytest.raises(InterruptedError):
-        Fit(p, settings, recorder.hooks).run()
+        Trainer(p, settings, recorder.hooks).run()
     # A checkpoint each two steps of 0.05 s, or each step where the machine is slow.
     steps = [json.loads((folder / "outcome.json").read_text())["step"] for folder in recorder.saved]
     assert steps
@@ -208,12 +216,12 @@ def test_slow_steps_are_saved_from_the_start(tmp_path):
 
 
 def test_a_resumed_checkpoint_runs_no_code(tmp_path):
-    settings = Settings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "checkpoint_seconds": 1e-9})
     recorder = Recorder(tmp_path / "one", stop_after=1)
     with pytest.raises(InterruptedError):
-        Fit(program(), settings, recorder.hooks).run()
+        Trainer(program(), settings, recorder.hooks).run()
     mark, saved = tmp_path / "mark", recorder.saved[0]
     write_torch(saved / "state.pt", mark)
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        Fit(program(), settings, Recorder(tmp_path / "two").hooks, resume=saved).run()
+        Trainer(program(), settings, Recorder(tmp_path / "two").hooks, resume=saved).run()
     assert not mark.exists()

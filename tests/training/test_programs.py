@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ktray.data.preprocess import Preprocess
-from ktray.objectives import Context, build_objective
+from ktray.objectives import ObjectiveContext, build_objective
 from ktray.recipe.schema import ObjectiveConfig
 from ktray.training.programs import Pretrain
 
@@ -27,7 +27,9 @@ class Recorder(nn.Module):
 def test_small_crops_of_dino_reach_the_student_small(size: int) -> None:
     student = Recorder()
     objective = build_objective(ObjectiveConfig(name="dino", prototypes=8, local_crops=3))
-    objective.setup(Context(num_classes=2, student_dim=8, teacher_dim=None, seed=0, student=student, image_size=size))
+    objective.setup(
+        ObjectiveContext(num_classes=2, student_dim=8, teacher_dim=None, seed=0, student=student, image_size=size)
+    )
     preprocess = Preprocess(size=(size, size), mean=(0.5,) * 3, std=(0.5,) * 3)
     module = Pretrain(student, preprocess, objective)
     student.seen.clear()

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from toy_job import FAILS, STEPS, Shared, Toy
 
-from ktray.distributed.mailbox import watch
-from ktray.distributed.watchdog import Pulse, watched
+from ktray.distributed.mailbox import open_mailbox
+from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.store import Stage
 from ktray.training.ray_train import FOLDER, train
@@ -72,7 +72,7 @@ def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(clu
 
     def run(name, plan):
         kept, posts = {}, []
-        with watch(posts.append) as board:
+        with open_mailbox(posts.append) as board:
             outcome = train(
                 Shared(tmp_path / "marker", tmp_path / name),
                 Stage(str(tmp_path / name)),
@@ -106,7 +106,11 @@ def test_workers_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_fr
         return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
 
     plan = replace(cluster, least=2, workers=2, worker_cpus=50.0, worker_gpus=0.0)
-    with watch(lambda post: None) as board, watched(Pulse("transfer", 6 / 60)), pytest.raises(KtrayError) as caught:
+    with (
+        open_mailbox(lambda post: None) as board,
+        watch(Watchdog("transfer", 6 / 60)),
+        pytest.raises(KtrayError) as caught,
+    ):
         train(Toy(tmp_path / "m", ""), Stage(str(tmp_path / "s")), plan, board, max_failures=1, on_weights=print)
     assert "waiting for its training workers" in caught.value.what
     assert "asks for 2 times 50 CPUs" in caught.value.what

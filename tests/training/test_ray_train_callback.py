@@ -9,7 +9,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ktray.errors import KtrayError
-from ktray.training.ray_train_callback import Told, again, reason
+from ktray.training.ray_train_callback import ControllerWatcher, reason, should_restart
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from ktray.training.ray_train_callback import Told, again, reason
     ],
 )
 def test_workers_that_cannot_meet_are_set_up_again_within_bounds(error, failures, limit, expected):
-    assert again(error, failures, limit) is expected
+    assert should_restart(error, failures, limit) is expected
 
 
 def state(name, error=None):
@@ -34,7 +34,7 @@ def state(name, error=None):
 
 @pytest.mark.parametrize(("limit", "survived"), [(0, 0), (2, 2), (-1, 9)])
 def test_failed_set_ups_are_bounded_and_the_end_says_why(limit, survived):
-    told, error = Told(None, limit), ControllerError(WorkerGroupStartupFailedError("a node died"))
+    told, error = ControllerWatcher(None, limit), ControllerError(WorkerGroupStartupFailedError("a node died"))
     for _ in range(survived):
         told.after_controller_state_update(state("Scheduling"), state("Rescheduling", error))
         told.after_controller_state_update(state("Rescheduling"), state("Scheduling"))
@@ -44,7 +44,7 @@ def test_failed_set_ups_are_bounded_and_the_end_says_why(limit, survived):
 
 
 def test_waiting_for_machines_is_no_failure():
-    told, error = Told(None, 0), ControllerError(WorkerGroupStartupTimeoutError(2))
+    told, error = ControllerWatcher(None, 0), ControllerError(WorkerGroupStartupTimeoutError(2))
     for _ in range(9):
         told.after_controller_state_update(state("Scheduling"), state("Rescheduling", error))
         told.after_controller_state_update(state("Rescheduling"), state("Scheduling"))
@@ -55,7 +55,7 @@ def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(mo
     posts, held = [], []
     board = SimpleNamespace(post=SimpleNamespace(remote=posts.append), hold=SimpleNamespace(remote=held.append))
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor="controller"))
-    told = Told(board, 1)
+    told = ControllerWatcher(board, 1)
     died = WorkerGroupError("long", {1: ValueError("bad\n rows"), 3: ValueError("worse")})
     for name in ("Scheduling", "Running", "Running"):
         told.after_controller_state_update(None, state(name))

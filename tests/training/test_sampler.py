@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ktray.training.sampler import Feed, lane_slices
-from ktray.training.virtual_ranks import lanes, share
+from ktray.training.sampler import RowSampler, lane_slices
+from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 SHARDS = [(f"s{i}", rows) for i, rows in enumerate([7, 5, 9, 4, 6, 8, 3, 10])]
 START = dict(zip([n for n, _ in SHARDS], np.cumsum([0] + [r for _, r in SHARDS])[:-1], strict=True))
@@ -24,7 +24,7 @@ def reader(log=None):
 @pytest.mark.parametrize("window_rows", [1, 12, 10_000])
 @pytest.mark.parametrize(("lane", "of"), [(0, 1), (0, 2), (1, 2), (2, 3)])
 def test_every_row_once_per_epoch_and_full_batches(window_rows, lane, of):
-    feed = Feed(SHARDS, reader(), batch=4, lanes=[lane], of=of, seed=3, window_rows=window_rows)
+    feed = RowSampler(SHARDS, reader(), batch=4, lanes=[lane], of=of, seed=3, window_rows=window_rows)
     batches = list(feed.batches(0, 50))
     assert len(batches) == 50
     assert {len(b["id"]) for b in batches} == {4}
@@ -43,7 +43,7 @@ def test_lanes_cover_the_set_without_overlap():
     for of in (1, 2, 3, 5):
         ids = []
         for lane in range(of):
-            feed = Feed(SHARDS, reader(), batch=1, lanes=[lane], of=of)
+            feed = RowSampler(SHARDS, reader(), batch=1, lanes=[lane], of=of)
             rows = sum(s.count for s in lane_slices(SHARDS, lane, of))
             ids += [int(b["id"][0]) for b in feed.batches(0, rows)]
         assert sorted(ids) == list(range(TOTAL))
@@ -54,13 +54,13 @@ def test_lanes_cover_the_set_without_overlap():
 def test_workers_that_come_and_go_feed_the_same_rows_at_each_step(window_rows, shards):
     """From 1 to 3 workers and back, each from where the others stopped: every row as often as with one worker."""
     batch = 24
-    of = lanes(1, 3, batch)
+    of = virtual_ranks(1, 3, batch)
 
     def rows(world, start, stop):
         found: list[list[tuple[int, int]]] = [[] for _ in range(start, stop)]
         for rank in range(world):
-            mine = share(rank, world, of)
-            feed = Feed(shards, reader(), batch=batch // of, lanes=mine, of=of, seed=3, window_rows=window_rows)
+            mine = ranks_of_worker(rank, world, of)
+            feed = RowSampler(shards, reader(), batch=batch // of, lanes=mine, of=of, seed=3, window_rows=window_rows)
             for step, b in enumerate(feed.batches(start, stop)):
                 assert len(b["id"]) == batch // of * len(mine)
                 found[step] += zip(b["id"].tolist(), b["visit"].tolist(), strict=True)
@@ -77,7 +77,7 @@ def test_workers_that_come_and_go_feed_the_same_rows_at_each_step(window_rows, s
 @pytest.mark.parametrize("window_rows", [1, 12, 10_000])
 def test_restart_goes_on_with_the_same_batches_and_reads_only_what_is_left(window_rows):
     def make(log=None):
-        return Feed(SHARDS, reader(log), batch=5, seed=7, window_rows=window_rows)
+        return RowSampler(SHARDS, reader(log), batch=5, seed=7, window_rows=window_rows)
 
     whole = [b["id"] for b in make().batches(0, 30)]
     log: list[str] = []
@@ -90,16 +90,16 @@ def test_restart_goes_on_with_the_same_batches_and_reads_only_what_is_left(windo
 
 def test_resident_feed_reads_once_and_order_differs_by_epoch_and_seed():
     log: list[str] = []
-    feed = Feed(SHARDS, reader(log), batch=TOTAL, seed=1)
+    feed = RowSampler(SHARDS, reader(log), batch=TOTAL, seed=1)
     first, second = [b["id"] for b in feed.batches(0, 2)]
     assert len(log) == len(SHARDS)
     assert not np.array_equal(first, second)
-    other = next(iter(Feed(SHARDS, reader(), batch=TOTAL, seed=2).batches(0, 1)))["id"]
+    other = next(iter(RowSampler(SHARDS, reader(), batch=TOTAL, seed=2).batches(0, 1)))["id"]
     assert not np.array_equal(first, other)
 
 
 def test_batch_larger_than_the_set_spans_epochs():
-    feed = Feed([("s0", 7)], reader(), batch=16, seed=0)
+    feed = RowSampler([("s0", 7)], reader(), batch=16, seed=0)
     batch = next(iter(feed.batches(0, 1)))["id"]
     assert len(batch) == 16
     assert np.bincount(batch, minlength=7).min() >= 2
@@ -107,4 +107,4 @@ def test_batch_larger_than_the_set_spans_epochs():
 
 def test_lane_without_rows_is_refused():
     with pytest.raises(ValueError, match="no rows"):
-        Feed([("s0", 1)], reader(), batch=1, lanes=[1], of=2)
+        RowSampler([("s0", 1)], reader(), batch=1, lanes=[1], of=2)

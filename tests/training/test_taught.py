@@ -17,13 +17,13 @@ from ktray.models.teacher.load import load_teacher
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives.oriented import Oriented
 from ktray.recipe.schema import TrainConfig
-from ktray.stages.teach.shards import Check, ListImages, WithTeacher, sample
+from ktray.stages.teach.shards import CheckTargets, ListImages, WithTeacher, sample
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir, Store
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
-from ktray.training.inputs import Taught
-from ktray.training.worker import Env
+from ktray.training.inputs import TargetSet
+from ktray.training.worker import WorkerContext
 
 CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
 TARGETS = ("embedding", "logits")
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     AdaptedTeacher(teacher, head, CLASSES, temperature=0.1).save(root / "adapted")
     stage = Store(str(root / "store")).stage("teach", "0123456789abcdef")
     spec = AdaptedSpec(Dir(str(root / "adapted")), teacher.preprocess)
-    cut = Cut(ViewPolicy(), VIEWS, 0, 32, 10**6, None)
+    cut = MakeViews(ViewPolicy(), VIEWS, 0, 32, 10**6, None)
     predict = Predict(spec, TARGETS, SIDE, 0, batch=4)
     items = [
         {"name": f"shard-{i}.parquet", "uris": uris[a:b], "beside": {}}
@@ -66,11 +66,11 @@ def taught(world, mode, stage=None):
     made, _, rows, cut, predict = world
     known = {} if mode == "cached" else {"cut": cut, "predict": predict}
     size = 3 * SIDE**2
-    return Taught(stage or made, tuple(rows.items()), size, TARGETS, mode, **known)
+    return TargetSet(stage or made, tuple(rows.items()), size, TARGETS, mode, **known)
 
 
 def batches(source, part, rank=0, of=1, start=0, stop=9, report=lambda values: None):
-    env = Env(torch.device("cpu"), rank, of, 0.5, report=report)
+    env = WorkerContext(torch.device("cpu"), rank, of, 0.5, report=report)
     teacher = source.teacher()
     for batch in source.batches(part, env, BATCH, 7, start, stop):
         yield {**batch, **teacher(batch["pixels"])} if teacher else batch
@@ -110,12 +110,12 @@ def test_all_modes_give_the_same_predictions_where_few_are_kept(cluster, world, 
     for item in items:
         WithTeacher(made, few)()(item, cut(item))
         ListImages(made, VIEWS)(item)
-        assert min(f["cosine"] for f in [Check(made, few)()(item, cut(item))]) > 0.99999
+        assert min(f["cosine"] for f in [CheckTargets(made, few)()(item, cut(item))]) > 0.99999
         assert "logits" not in read_rows(made, item["name"])
 
     def source(mode):
         how = (None, None) if mode == "cached" else (cut, few)
-        return Taught(made, tuple(rows.items()), 3 * SIDE**2, ("logits",), mode, *how, classes=len(CLASSES))
+        return TargetSet(made, tuple(rows.items()), 3 * SIDE**2, ("logits",), mode, *how, classes=len(CLASSES))
 
     full = list(batches(taught(world, "cached"), RESIDENT))
     for mode in MODES:
@@ -134,8 +134,8 @@ def test_views_that_are_stored_as_jpeg_have_the_same_targets(cluster, world, tmp
     made = Store(str(tmp_path)).stage("teach", "00000000000000bb")
     for item in items:
         WithTeacher(made, predict, 95)()(item, cut(item))
-        assert Check(made, predict)()(item, cut(item))["cosine"] > 0.99999
-    source = Taught(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True)
+        assert CheckTargets(made, predict)()(item, cut(item))["cosine"] > 0.99999
+    source = TargetSet(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True)
     for a, b in zip(batches(source, part), batches(taught(world, "cached"), part), strict=True):
         assert torch.equal(a["view_key"], b["view_key"])
         assert torch.equal(a["logits"], b["logits"])
@@ -175,7 +175,7 @@ def test_an_image_that_is_gone_is_told_once_and_others_stand_in(cluster, world, 
 
 def test_what_is_stored_is_compared_with_the_live_teacher(world, tmp_path):
     stage, items, rows, cut, predict = world
-    finish = Check(stage, predict)()
+    finish = CheckTargets(stage, predict)()
     some = sample(items, rows)
     assert [len(item["uris"]) for item in some] == [2, 2]  # four of ten, in the first and the last shard
     found = [finish(item, cut(item)) for item in some]
@@ -202,7 +202,7 @@ def test_a_wrong_cache_is_named(world, tmp_path, what):
         "lost": "lacks view 0",
     }
     with pytest.raises(KtrayError, match=expected[what]) as told:
-        Check(hurt, predict)()(items[0], cut(items[0]))
+        CheckTargets(hurt, predict)()(items[0], cut(items[0]))
     assert name in str(told.value)
     assert hurt.uri in str(told.value)
 

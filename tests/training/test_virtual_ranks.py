@@ -3,20 +3,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ktray.training.virtual_ranks import MOST, lanes, share
-from ktray.training.worker import Env
+from ktray.training.virtual_ranks import MOST, ranks_of_worker, virtual_ranks
+from ktray.training.worker import WorkerContext
 
 
 @pytest.mark.parametrize("of", [1, 2, 5, 8, 12])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_each_lane_has_one_worker_and_workers_share_alike(world, of):
-    shares = [share(rank, world, of) for rank in range(world)]
+    shares = [ranks_of_worker(rank, world, of) for rank in range(world)]
     assert [lane for part in shares for lane in part] == list(range(of))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_fixed_number_of_workers_has_a_lane_each():
-    assert [lanes(n, n, 50) for n in (1, 3, 8)] == [1, 3, 8]
+    assert [virtual_ranks(n, n, 50) for n in (1, 3, 8)] == [1, 3, 8]
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,20 @@ def test_a_fixed_number_of_workers_has_a_lane_each():
     ],
 )
 def test_lanes_divide_the_batches_and_even_out_the_workers(low, high, batches, expected):
-    assert lanes(low, high, *batches) == expected
+    assert virtual_ranks(low, high, *batches) == expected
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 4), (2, 6), (1, 8), (4, 16)])
 @pytest.mark.parametrize("batch", [16, 48, 64, 512])
 def test_every_worker_has_a_lane_and_none_much_more_than_its_share(low, high, batch):
-    of = lanes(low, high, batch)
+    of = virtual_ranks(low, high, batch)
     assert high <= of <= MOST * high
     assert batch % of == 0
     for world in range(low, high + 1):
-        counts = [len(share(rank, world, of)) for rank in range(world)]
+        counts = [len(ranks_of_worker(rank, world, of)) for rank in range(world)]
         assert min(counts) >= 1
         assert max(counts) * world / of < 2
-    assert all(a <= b for a, b in pairwise([share(0, w, of).stop for w in range(high, low - 1, -1)]))
+    assert all(a <= b for a, b in pairwise([ranks_of_worker(0, w, of).stop for w in range(high, low - 1, -1)]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -53,7 +53,7 @@ def test_the_mean_over_workers_of_weighted_losses_is_the_mean_over_the_whole_bat
     losses = []
     rows = 0
     for rank in range(world):
-        env = Env(torch.device("cpu"), rank, world, 1.0, span=(1, 4)).divide(64)
+        env = WorkerContext(torch.device("cpu"), rank, world, 1.0, span=(1, 4)).divide(64)
         mine = batch[env.mine.start * env.rows(64) : env.mine.stop * env.rows(64)]
         losses.append(env.weight * (mine**2).mean())
         rows += len(mine)

@@ -32,7 +32,7 @@ FORMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LabelledRow:
     """One labelled image as it was found.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
     mask: str = field(default="", repr=False)
 
 
-def read_rows(data: str, notes: list[str]) -> list[Row]:
+def read_rows(data: str, notes: list[str]) -> list[LabelledRow]:
     """All labelled images of a folder of class folders or of a list; what was left out goes to ``notes``."""
     path, file = place(data)
     if file is None:
@@ -77,7 +77,7 @@ def place(data: str) -> tuple[str, FileStat | None]:
     return path, file
 
 
-def _folder(path: str, notes: list[str]) -> list[Row]:
+def _folder(path: str, notes: list[str]) -> list[LabelledRow]:
     parts: dict[str, list[str]] = defaultdict(list)
     folders, _ = filesystem.children(path)
     for name in folders:
@@ -102,12 +102,12 @@ def _folder(path: str, notes: list[str]) -> list[Row]:
     return rows
 
 
-def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
+def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[LabelledRow]:
     """Rows of a folder of class folders. Images in folders below a class belong to the class."""
     folder = f"{root}/{inside}" if inside else root
     where = f"{inside}/" if inside else ""
     names, files = filesystem.children(folder)
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     empty: list[str] = []
     counts = {"not images": 0, "named in something else than UTF-8": 0, "in linked or closed folders": 0}
     for name in names:
@@ -121,7 +121,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
             elif not is_image(file.path):
                 counts["not images"] += 1
             else:
-                rows.append(Row(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
+                rows.append(LabelledRow(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
         if len(rows) == before:
             empty.append(filesystem.printable(name))
     for what, number in counts.items():
@@ -136,7 +136,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Row]:
     return rows
 
 
-def _list(file: FileStat, notes: list[str]) -> list[Row]:
+def _list(file: FileStat, notes: list[str]) -> list[LabelledRow]:
     path = file.path
     version = f"{file.size}:{file.mtime_ns}"
     lines = read_csv(path) if is_csv(path) else _parquet_lines(path)
@@ -148,14 +148,14 @@ def _list(file: FileStat, notes: list[str]) -> list[Row]:
             near = difflib.get_close_matches(needed, names, n=1)
             hint = f"rename '{names[near[0]]}'" if near else f"its columns are {', '.join(lines[0])}"
             raise KtrayError(f"List '{path}' has no column '{needed}'", f"Lists have path,label[,split]: {hint}.")
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     for number, line in enumerate(lines, 2 if is_csv(path) else 1):
         name, label = line[names["path"]], nfc(line[names["label"]])
         split = line[names["split"]].lower() if "split" in names else "train"
         if not name or not label or split not in SPLITS:
             what = "no path" if not name else "no label" if not label else f"split '{split}'"
             raise KtrayError(f"List '{path}' has {what} in row {number}", "Splits are train, val and test.")
-        rows.append(Row(resolve(name, path), nfc(name), label, SPLITS[split], version))
+        rows.append(LabelledRow(resolve(name, path), nfc(name), label, SPLITS[split], version))
     if not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
@@ -164,7 +164,7 @@ def _list(file: FileStat, notes: list[str]) -> list[Row]:
     return rows
 
 
-def _reachable(row: Row) -> bool:
+def _reachable(row: LabelledRow) -> bool:
     """False only where it is certain; single files that are missing are quarantined when they are read."""
     container = ImageRef.parse(row.uri).path
     return filesystem.is_remote(container) or filesystem.stat(container) is not None

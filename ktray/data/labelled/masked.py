@@ -14,7 +14,7 @@ from PIL import Image
 from ktray.data import filesystem
 from ktray.data.decode import formats
 from ktray.data.filesystem import FileStat
-from ktray.data.labelled.forms import SPLITS, Row, count, nfc, place, three
+from ktray.data.labelled.forms import SPLITS, LabelledRow, count, nfc, place, three
 from ktray.data.labelled.layouts import distinct
 from ktray.data.labelled.masks import IGNORE, decode_mask
 from ktray.data.labelled.split_lists import choose_lists, read_list
@@ -41,7 +41,7 @@ class Masked:
         offset: class = pixel value - offset.
     """
 
-    rows: list[Row]
+    rows: list[LabelledRow]
     classes: list[str]
     names: list[str]
     offset: int = 0
@@ -89,7 +89,7 @@ def _own(root: str, notes: list[str]) -> Masked:
     if "train" not in parts.values():
         raise KtrayError(f"'{root}' has no train folder", FORMS)
     classes = _class_list(f"{root}/classes.txt")
-    rows: list[Row] = []
+    rows: list[LabelledRow] = []
     for name, split in sorted(parts.items()):
         for needed in ("images", "masks"):
             if not filesystem.is_folder(f"{root}/{name}/{needed}"):
@@ -121,7 +121,7 @@ def _class_list(path: str) -> list[str]:
     return lines
 
 
-def _pair(root: str, images: str, masks: str, split: str, notes: list[str]) -> list[Row]:
+def _pair(root: str, images: str, masks: str, split: str, notes: list[str]) -> list[LabelledRow]:
     """Rows of the images below one folder, each with the mask of its name below the other."""
     found = {kind: _by_stem(folder, notes) for kind, folder in (("image", images), ("mask", masks))}
     missing = {
@@ -141,7 +141,7 @@ def _pair(root: str, images: str, masks: str, split: str, notes: list[str]) -> l
     for stem, image in sorted(found["image"].items()):
         mask = found["mask"][stem]
         version = f"{image.size}:{image.mtime_ns}|{mask.size}:{mask.mtime_ns}"
-        rows.append(Row(image.path, nfc(image.path[len(root) + 1 :]), "", split, version, mask.path))
+        rows.append(LabelledRow(image.path, nfc(image.path[len(root) + 1 :]), "", split, version, mask.path))
     return rows
 
 
@@ -202,7 +202,7 @@ def _ade20k(root: str, splits: str | None, labels: int | None, train_list: str |
     for kind, some in named.items():
         for name in some:
             row = rows[posixpath.basename(name)]
-            out.append(Row(row.uri, row.key, "", kind, row.version, row.mask))
+            out.append(LabelledRow(row.uri, row.key, "", kind, row.version, row.mask))
     return Masked(out, classes, distinct(classes), offset=1)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ktray.data.filesystem import normalise
-from ktray.data.labelled.forms import Row, count, place, read_rows, three
+from ktray.data.labelled.forms import LabelledRow, count, place, read_rows, three
 from ktray.data.labelled.layouts import readable
 from ktray.data.labelled.masked import read_masked
 from ktray.data.labelled.split_lists import read_split_lists
@@ -20,7 +20,7 @@ from ktray.errors import KtrayError
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class LabelledExample:
     """A labelled image.
 
     Attributes:
@@ -47,13 +47,13 @@ class LabelledSet:
         notes: what was decided and why, one sentence each.
         fingerprint: hash of names, labels, splits and, for folders, sizes and modification times.
         names: the classes as text for people and text towers, where something better is known; else empty.
-        mask_offset: see `Example.mask`.
+        mask_offset: see `LabelledExample.mask`.
     """
 
     classes: list[str]
-    train: list[Example]
-    val: list[Example]
-    test: list[Example]
+    train: list[LabelledExample]
+    val: list[LabelledExample]
+    test: list[LabelledExample]
     unlabeled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
@@ -128,9 +128,9 @@ def read_labelled(
     kept, surplus = _budget([r for r in rows if r.split == "train"], seed, budget, notes)
     number = {name: i for i, name in enumerate(classes)} if kind == "classification" else {"": 0}
 
-    def part(chosen: Iterable[Row]) -> list[Example]:
+    def part(chosen: Iterable[LabelledRow]) -> list[LabelledExample]:
         order = sorted(chosen, key=lambda r: (number[r.label], r.key))
-        return [Example(r.uri, number[r.label], r.mask) for r in order]
+        return [LabelledExample(r.uri, number[r.label], r.mask) for r in order]
 
     val, test = ([r for r in rows if r.split == name] for name in ("val", "test"))
     if not val:
@@ -181,9 +181,9 @@ def _check_keys(
         raise KtrayError(f"task.train_list={train_list} is looked for in task.splits, which is not set", "Set it too.")
 
 
-def _without_repeats(rows: Sequence[Row], notes: list[str]) -> list[Row]:
+def _without_repeats(rows: Sequence[LabelledRow], notes: list[str]) -> list[LabelledRow]:
     """One row an image; an image in two splits or with two labels is an error."""
-    seen: dict[str, Row] = {}
+    seen: dict[str, LabelledRow] = {}
     torn: list[str] = []
     between: set[str] = set()
     named_twice: list[str] = []
@@ -216,8 +216,8 @@ def _without_repeats(rows: Sequence[Row], notes: list[str]) -> list[Row]:
 
 
 def _fill_splits(
-    rows: Sequence[Row], seed: int, val_fraction: float, test_fraction: float, notes: list[str]
-) -> list[Row]:
+    rows: Sequence[LabelledRow], seed: int, val_fraction: float, test_fraction: float, notes: list[str]
+) -> list[LabelledRow]:
     have = {r.split for r in rows}
     shares = {"val": val_fraction, "test": test_fraction}
     missing = [name for name in ("test", "val") if name not in have]
@@ -247,7 +247,7 @@ def _fill_splits(
     return out
 
 
-def _classes(rows: Sequence[Row], data: str) -> list[str]:
+def _classes(rows: Sequence[LabelledRow], data: str) -> list[str]:
     names = {r.label for r in rows if r.split == "train"}
     unknown = Counter(r.label for r in rows if r.split in ("val", "test") and r.label not in names)
     if unknown:
@@ -267,13 +267,13 @@ def _classes(rows: Sequence[Row], data: str) -> list[str]:
 
 
 def _budget(
-    train: Sequence[Row], seed: int, labels_per_class: int | None, notes: list[str]
-) -> tuple[list[Row], list[Row]]:
+    train: Sequence[LabelledRow], seed: int, labels_per_class: int | None, notes: list[str]
+) -> tuple[list[LabelledRow], list[LabelledRow]]:
     """Training rows within the label budget, and the rest."""
     if labels_per_class is None:
         return list(train), []
-    kept: list[Row] = []
-    surplus: list[Row] = []
+    kept: list[LabelledRow] = []
+    surplus: list[LabelledRow] = []
     short = []
     for name, group in _by_class(train):
         order = _shuffled(group, "budget", seed)
@@ -290,15 +290,15 @@ def _budget(
     return kept, surplus
 
 
-def _by_class(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
+def _by_class(rows: Iterable[LabelledRow]) -> list[tuple[str, list[LabelledRow]]]:
+    groups: dict[str, list[LabelledRow]] = defaultdict(list)
     for row in rows:
         groups[row.label].append(row)
     return sorted(groups.items())
 
 
-def _shuffled(rows: Iterable[Row], purpose: str, seed: int) -> list[Row]:
-    def draw(row: Row) -> bytes:
+def _shuffled(rows: Iterable[LabelledRow], purpose: str, seed: int) -> list[LabelledRow]:
+    def draw(row: LabelledRow) -> bytes:
         return hashlib.blake2b(f"{purpose}\0{seed}\0{row.key}".encode(), digest_size=16).digest()
 
     return sorted(rows, key=draw)

@@ -12,14 +12,14 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ktray.data import filesystem
-from ktray.data.labelled.forms import SPLITS, Row, count, nfc, three
+from ktray.data.labelled.forms import SPLITS, LabelledRow, count, nfc, three
 from ktray.data.labelled.layouts import LAYOUTS, PLAIN, Layout, Pairs, recognise
 from ktray.errors import KtrayError
 
 
 def read_split_lists(
     root: str, splits: str, budget: int | None, train_list: str | None, layout: str, notes: list[str]
-) -> tuple[list[Row], Layout]:
+) -> tuple[list[LabelledRow], Layout]:
     """Rows of all images that the lists in ``splits`` name, found below ``root``, and the layout they have.
 
     Images of the other train lists that the chosen one does not name are rows of split ``pool``.
@@ -163,7 +163,7 @@ class Files:
                     self._free[name].append(folder)
         self.classes = {label for label, plain in self._plain.items() if plain in self._by_class}
 
-    def row(self, name: str, label: str, split: str) -> Row:
+    def row(self, name: str, label: str, split: str) -> LabelledRow:
         """The image's row; one that is not found is counted for `check`."""
         candidates = self._candidates(name, label)
         key = nfc(f"{label}/{name}")
@@ -172,10 +172,10 @@ class Files:
                 self._twice[f"{name},{label}"] = candidates
             else:
                 self._missing.append(f"{name},{label}")
-            return Row(name, key, label, split)
+            return LabelledRow(name, key, label, split)
         inside = f"{candidates[0]}/{_base(name)}" if candidates[0] else _base(name)
         path = f"{self.root}/{inside}"
-        return Row(path, key, label, split, self._version(path))
+        return LabelledRow(path, key, label, split, self._version(path))
 
     def _candidates(self, name: str, label: str) -> list[str]:
         base = _base(name)

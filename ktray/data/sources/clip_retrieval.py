@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ktray.data import filesystem
 from ktray.data.sources.listing import Shard, fingerprint
 from ktray.data.sources.parquets import read_footer
-from ktray.data.sources.records import Record, is_image, is_tar
+from ktray.data.sources.records import ImageRecord, is_image, is_tar
 from ktray.data.sources.tars import read_tar, sample_key
 from ktray.data.sources.uris import ImageRef
 from ktray.errors import KtrayError
@@ -107,7 +107,7 @@ def read_vectors(shard: Shard) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(-1, width)
 
 
-def read_records(shard: Shard) -> Iterator[tuple[int, Record]]:
+def read_records(shard: Shard) -> Iterator[tuple[int, ImageRecord]]:
     """Each row of a shard, counted from its start, with its image; those of tars in the tars' order."""
     from ktray.data.sources.fetch import fetch  # which reads whole shards through this module
 
@@ -128,7 +128,7 @@ def read_records(shard: Shard) -> Iterator[tuple[int, Record]]:
     for first in range(0, len(others), _TOGETHER):
         part = others[first : first + _TOGETHER]
         for (row, _), (uri, data, error) in zip(part, fetch([path for _, path in part]), strict=True):
-            yield row, Record(uri, data, captions[row], error)
+            yield row, ImageRecord(uri, data, captions[row], error)
     if keys:
         yield from _from_tars(keys, captions, places)
 
@@ -144,7 +144,7 @@ def _placed(name: str, metadata: str, places: Sequence[str]) -> str:
 
 def _from_tars(
     keys: dict[str, int], captions: Sequence[str | None], places: Sequence[str]
-) -> Iterator[tuple[int, Record]]:
+) -> Iterator[tuple[int, ImageRecord]]:
     missing = dict(keys)
     tars = _tars(places)
     # img2dataset's keys begin with the name of their tar, so the others are opened only for what these do not have.
@@ -158,7 +158,7 @@ def _from_tars(
             if row is not None:
                 yield row, replace(record, caption=captions[row] or record.caption)
     for key, row in missing.items():
-        yield row, Record(key, None, error="no tar of gallery.images has a sample of this key")
+        yield row, ImageRecord(key, None, error="no tar of gallery.images has a sample of this key")
 
 
 def _stem(tar: str) -> str:

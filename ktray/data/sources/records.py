@@ -14,7 +14,7 @@ CSV_SUFFIXES = (".csv",)
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image as it was read, or why it was not.
 
     Attributes:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from ktray.data import filesystem
 from ktray.data.filesystem import MAX_FILE_BYTES, why
-from ktray.data.sources.records import Record, is_image
+from ktray.data.sources.records import ImageRecord, is_image
 from ktray.data.sources.uris import ImageRef
 
 MAX_CAPTION_BYTES = 1 << 16
@@ -25,7 +25,7 @@ _BOMB = f"unpacks to more than {MAX_UNPACKED_RATIO} times its size"
 _BLOCK = 512
 
 
-def read_tar(path: str) -> Iterator[Record]:
+def read_tar(path: str) -> Iterator[ImageRecord]:
     """All images of a tar shard in the archive's order.
 
     What is not usable becomes a record with an error: members that are links, devices, sparse, too large, or
@@ -35,7 +35,7 @@ def read_tar(path: str) -> Iterator[Record]:
         with filesystem.open_stream(path) as raw:
             yield from _samples(path, _unpacked(path, raw))
     except Exception as error:  # tarfile, gzip and zlib raise a dozen types on broken archives
-        yield Record(path, None, error=f"tar shard is broken or truncated, what follows is lost: {why(error)}")
+        yield ImageRecord(path, None, error=f"tar shard is broken or truncated, what follows is lost: {why(error)}")
 
 
 def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[bytes | None, str | None]]:
@@ -85,10 +85,10 @@ class _Header(tarfile.TarInfo):
             raise
 
 
-def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
+def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
     """Images with the caption of their sample; a sample ends when the key changes."""
     key, caption = "", None
-    images: list[Record] = []
+    images: list[ImageRecord] = []
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
         broken = None
         try:
@@ -111,15 +111,15 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[Record]:
         _check_end(archive)
 
 
-def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
+def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> ImageRecord:
     uri = str(ImageRef(path, member=member.name, offset=member.offset_data, size=member.size))
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return Record(uri, None, error="unsafe name in a tar shard (absolute or with '..')")
+        return ImageRecord(uri, None, error="unsafe name in a tar shard (absolute or with '..')")
     if not member.isreg() or member.issparse():
-        return Record(uri, None, error="not a regular file in the tar shard (link, device or sparse)")
+        return ImageRecord(uri, None, error="not a regular file in the tar shard (link, device or sparse)")
     if member.size > MAX_FILE_BYTES:
-        return Record(uri, None, error=f"more than {MAX_FILE_BYTES >> 20} MiB")
-    return Record(uri, _content(archive, member))
+        return ImageRecord(uri, None, error=f"more than {MAX_FILE_BYTES >> 20} MiB")
+    return ImageRecord(uri, _content(archive, member))
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -150,8 +150,8 @@ def _skipped(name: str) -> bool:
     return any(filesystem.hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
-def _with(record: Record, caption: str | None) -> Record:
-    return Record(record.uri, record.data, caption, record.error)
+def _with(record: ImageRecord, caption: str | None) -> ImageRecord:
+    return ImageRecord(record.uri, record.data, caption, record.error)
 
 
 class _Limited:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ktray.accounting.device import versions
-from ktray.distributed.allocation import cluster_plan
+from ktray.distributed.allocation import cluster_allocation
 from ktray.distributed.connect import connect
 from ktray.distributed.doctor import checks
-from ktray.distributed.doctor.checks import Check
+from ktray.distributed.doctor.checks import DoctorCheck
 from ktray.distributed.doctor.pairs import meet, pairs
 from ktray.distributed.doctor.probe import Ask, clock, probe
 from ktray.distributed.ray_internals import dashboard_address
@@ -23,7 +23,7 @@ from ktray.storage.store import Store
 _SECONDS = 180.0  # for a node to start a process and import torch
 
 
-def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
+def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
     """The checks, each as soon as it is done.
 
     Args:
@@ -37,7 +37,9 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     try:
         store.write(f"{token}/driver", b"driver")
     except (OSError, KtrayError) as error:
-        yield Check("store", "FAIL", f"the driver cannot write to {recipe.store}: {error}", "Check rights and address.")
+        yield DoctorCheck(
+            "store", "FAIL", f"the driver cannot write to {recipe.store}: {error}", "Check rights and address."
+        )
         return
     try:
         ask = Ask(store.uri, token, names, decode=not quick)
@@ -48,7 +50,9 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
         store.delete(token)
     for node, why in lost.items():
         where = nodes[node]["NodeManagerAddress"]
-        yield Check("nodes", "FAIL", f"{where} runs no task: {why}", "See its logs under /tmp/ray/session_latest/logs.")
+        yield DoctorCheck(
+            "nodes", "FAIL", f"{where} runs no task: {why}", "See its logs under /tmp/ray/session_latest/logs."
+        )
     if not probes:
         return
     yield checks.versions_alike(versions(), probes)
@@ -58,9 +62,9 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[Check]:
     yield checks.clocks_agree(_skews(list(probes)), hosts)
     try:
         part = recipe.cluster
-        yield Check("plan", "ok", cluster_plan(part.span, part.use_gpu, part.jobs).line.split(None, 1)[1])
+        yield DoctorCheck("plan", "ok", cluster_allocation(part.span, part.use_gpu, part.jobs).line.split(None, 1)[1])
     except KtrayError as error:
-        yield Check("plan", "FAIL", error.what, error.remedy)
+        yield DoctorCheck("plan", "FAIL", error.what, error.remedy)
     if quick:
         return
     yield checks.decodes_fast(probes)
@@ -159,16 +163,16 @@ def _dashboard() -> str | None:
     return f"http://{address}" if address else None
 
 
-def _mlflow(recipe: Recipe) -> Check:
+def _mlflow(recipe: Recipe) -> DoctorCheck:
     import mlflow
 
     uri = str(recipe.mlflow.uri or mlflow.get_tracking_uri())
     shown = str(scrub(uri))
     if not uri.startswith(("http://", "https://")):
-        return Check("MLflow", "ok", "a database in the store")
+        return DoctorCheck("MLflow", "ok", "a database in the store")
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
         why = str(scrub(" ".join(str(error).split())))[:200]  # it repeats the address, credentials and all
-        return Check("MLflow", "FAIL", f"{shown}: {why}", "Is the server up, and are its credentials set?")
-    return Check("MLflow", "ok", shown)
+        return DoctorCheck("MLflow", "FAIL", f"{shown}: {why}", "Is the server up, and are its credentials set?")
+    return DoctorCheck("MLflow", "ok", shown)

@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.sources.listing import Shard
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.models.teacher.spec import TeacherSpec, device, tower_flops
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
-from ktray.stages.index.decode import Prepare
+from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.stage import MakeEmbedGallery
 
 SECONDS = 10.0
@@ -54,8 +54,8 @@ def _save_random(library: str, model: str, path: Path) -> None:
 
 
 def embedding(
-    shards: list[Shard], images: int, spec: TeacherSpec, plan: Plan, cores: int, repeats: int, folder: Path
-) -> Row:
+    shards: list[Shard], images: int, spec: TeacherSpec, plan: Allocation, cores: int, repeats: int, folder: Path
+) -> BenchRow:
     """Rates in images a second. On a CPU decoding takes its share of the cores that the encoder has alone in the
     limit: with an encoder that is hardly dearer than decoding, all of it is not to be reached.
 
@@ -72,7 +72,7 @@ def embedding(
         "dimensions": spec.embed_dim,
         "device": str(device()),
     }
-    return Row(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts)
+    return BenchRow(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts)
 
 
 @torch.inference_mode()
@@ -96,12 +96,12 @@ def _finished(out: torch.Tensor) -> None:
     out.sum().item()
 
 
-def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Plan, folder: Path) -> float:
+def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Allocation, folder: Path) -> float:
     """Images a second of INDEX, from the call to the last stored shard."""
     home = folder / "embedded"
     shutil.rmtree(home, ignore_errors=True)
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
-    prepare = Prepare(shards, spec.preprocess, Crops(), MAX_PIXELS)
+    prepare = DecodeGallery(shards, spec.preprocess, Crops(), MAX_PIXELS)
     began = time.perf_counter()
     rows = sum(done["rows"] for done in map_shards(items, prepare, MakeEmbedGallery(IndexDir(str(home)), spec), plan))
     spent = time.perf_counter() - began

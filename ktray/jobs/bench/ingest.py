@@ -15,42 +15,42 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ktray.data.sources.fetch import fetch
-from ktray.distributed.allocation import Plan
-from ktray.jobs.bench.lesson import CASES, FEWER, SHARD, Lesson, ensure_lesson, less
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.distributed.allocation import Allocation
+from ktray.jobs.bench.lesson import CASES, FEWER, SHARD, BenchTargets, ensure_targets, less
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.jobs.bench.training import bare
 from ktray.recipe.schema import TrainConfig
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 from ktray.training.read_windows import listed
-from ktray.training.worker import Env
+from ktray.training.worker import WorkerContext
 
 STUDENT = "mobilenetv3_small_050"
 # Of which the second half counts: processes have started by then, and what is ready ahead is little beside it.
 PASSES = 16
 
 
-def ingest(folder: Path, plan: Plan, cores: int, repeats: int, quick: bool = False) -> Iterator[Row]:
+def ingest(folder: Path, plan: Allocation, cores: int, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
     """Images a second from JPEGs in tars to batches of views, no one consuming them.
 
     Args:
         quick: few images.
     """
-    lesson = ensure_lesson(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
+    lesson = ensure_targets(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
     data = encoded(lesson)
     paths = loose(data, folder / "photos" / "loose")
     what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
     rates = in_turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan), repeats)
-    yield Row(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
+    yield BenchRow(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
     steps = 48 // (FEWER if quick else 1)
     rates = in_turns(lambda: bare(lesson, steps, plan), lambda: by_ray(lesson, plan), repeats, warm=False)
-    yield Row(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
+    yield BenchRow(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
     # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
     in_worker = partial(_in_worker, lesson=lesson, data=data)
     rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
-    yield Row(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
+    yield BenchRow(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 
-def encoded(lesson: Lesson) -> list[tuple[str, bytes]]:
+def encoded(lesson: BenchTargets) -> list[tuple[str, bytes]]:
     """Uris and bytes of the case's images, in memory."""
     uris = [uri for name, _ in lesson.shards for uri in lesson.stage.read_json(listed(name))["uris"]]
     return [(uri, data) for uri, data, _ in fetch(uris) if data is not None]
@@ -65,7 +65,7 @@ def loose(data: list[tuple[str, bytes]], folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def by_ray(lesson: Lesson, plan: Plan) -> float:
+def by_ray(lesson: BenchTargets, plan: Allocation) -> float:
     """Of TRANSFER's own reading of originals in tars, in a worker like TRANSFER's, with all CPUs for its decoders."""
     import ray
 
@@ -74,8 +74,8 @@ def by_ray(lesson: Lesson, plan: Plan) -> float:
     return found
 
 
-def _read(lesson: Lesson, decode_cpus: float) -> float:
-    env = Env(torch.device("cpu"), 0, 1, decode_cpus)
+def _read(lesson: BenchTargets, decode_cpus: float) -> float:
+    env = WorkerContext(torch.device("cpu"), 0, 1, decode_cpus)
     # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
     part = TrainConfig(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
     batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
@@ -87,7 +87,7 @@ def _read(lesson: Lesson, decode_cpus: float) -> float:
 
 
 class _Views(Dataset[np.ndarray]):
-    def __init__(self, paths: list[str], cut: Cut) -> None:
+    def __init__(self, paths: list[str], cut: MakeViews) -> None:
         self.paths, self.cut = paths, cut
 
     def __len__(self) -> int:
@@ -98,13 +98,13 @@ class _Views(Dataset[np.ndarray]):
         return _view(self.cut, path, Path(path).read_bytes())
 
 
-def _view(cut: Cut, uri: str, data: bytes) -> np.ndarray:
+def _view(cut: MakeViews, uri: str, data: bytes) -> np.ndarray:
     pixels = np.empty((1, 3, cut.size, cut.size), np.uint8)
     cut.views_of(uri, data, None, [0], pixels)
     return pixels[0]
 
 
-def by_loader(lesson: Lesson, paths: list[str], cores: int) -> float:
+def by_loader(lesson: BenchTargets, paths: list[str], cores: int) -> float:
     """Of a DataLoader over the images as files, in random order, with a worker for each core."""
     batch = lesson.case.batch
     how: dict[str, Any] = {"shuffle": True, "num_workers": cores, "multiprocessing_context": "fork"}
@@ -116,7 +116,9 @@ def by_loader(lesson: Lesson, paths: list[str], cores: int) -> float:
     return (len(loader) - half) * batch / (time.perf_counter() - began)
 
 
-def _in_worker(work: Callable[[Lesson, list[tuple[str, bytes]]], float], lesson: Lesson, data: Any) -> float:
+def _in_worker(
+    work: Callable[[BenchTargets, list[tuple[str, bytes]]], float], lesson: BenchTargets, data: Any
+) -> float:
     import ray
 
     remote: Any = ray.remote(num_cpus=1)(work)
@@ -124,7 +126,7 @@ def _in_worker(work: Callable[[Lesson, list[tuple[str, bytes]]], float], lesson:
     return found
 
 
-def decoded(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
+def decoded(lesson: BenchTargets, data: list[tuple[str, bytes]]) -> float:
     """Of the decoder alone, on one core."""
     began = time.perf_counter()
     for _, content in data:
@@ -132,7 +134,7 @@ def decoded(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
     return len(data) / (time.perf_counter() - began)
 
 
-def cut(lesson: Lesson, data: list[tuple[str, bytes]]) -> float:
+def cut(lesson: BenchTargets, data: list[tuple[str, bytes]]) -> float:
     """Of decoder and views, on one core."""
     torch.set_num_threads(1)
     began = time.perf_counter()

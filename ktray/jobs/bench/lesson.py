@@ -13,7 +13,7 @@ from ktray.data.decode import MAX_PIXELS
 from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.data.views import ViewPolicy
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.jobs.bench.embedding import encoder
 from ktray.miniverse.photos import ensure_tars
@@ -24,11 +24,11 @@ from ktray.recipe.schema import ObjectiveConfig, TrainConfig
 from ktray.stages.teach.shards import ListImages, WithTeacher
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir, Stage, Store
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
-from ktray.training.inputs import Labels, StudentSpec, Taught
-from ktray.training.loop import Settings
-from ktray.training.programs import TransferJob
+from ktray.training.inputs import Labels, StudentSpec, TargetSet
+from ktray.training.loop import TrainerSettings
+from ktray.training.programs import TransferSpec
 
 CLASSES = 20
 SHARD = 128
@@ -66,31 +66,31 @@ def less(case: Case) -> Case:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class BenchTargets:
     """A case with its rows stored and listed."""
 
     case: Case
     home: Dir
     stage: Stage
     shards: tuple[tuple[str, int], ...]
-    cut: Cut
+    cut: MakeViews
     predict: Predict
 
-    def taught(self, mode: str) -> Taught:
+    def taught(self, mode: str) -> TargetSet:
         """The transfer set in a mode of ``teach.mode``."""
         size = self.cut.size if mode == "live" else self.case.size
         how = (None, None) if mode == "cached" else (self.cut, self.predict)
-        return Taught(self.stage, self.shards, 3 * size**2 + 2 * CLASSES + 16, ("logits",), mode, *how)
+        return TargetSet(self.stage, self.shards, 3 * size**2 + 2 * CLASSES + 16, ("logits",), mode, *how)
 
     @property
     def student(self) -> StudentSpec:
         return StudentSpec(self.case.student, self.case.kwargs, CLASSES, self.case.size)
 
-    def job(self, mode: str, steps: int, part: TrainConfig) -> TransferJob:
+    def job(self, mode: str, steps: int, part: TrainConfig) -> TransferSpec:
         """TRANSFER's job; it is judged on eight images twice, at half and at the end, so that its curve tells the
         seconds of the second half."""
-        return TransferJob(
-            Settings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
+        return TransferSpec(
+            TrainerSettings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
             self.student,
             self.taught(mode),
             Labels(self.home.sub("labels")),
@@ -103,7 +103,7 @@ class Lesson:
         )
 
 
-def ensure_lesson(case: Case, folder: Path, plan: Plan) -> Lesson:
+def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
     """The case's transfer set under ``folder``, made by TEACH's own code if it is not there."""
     spec = encoder(case.teacher, folder)
     home = folder / f"lesson-{case.student}-{case.size}"
@@ -113,7 +113,7 @@ def ensure_lesson(case: Case, folder: Path, plan: Plan) -> Lesson:
         head = LinearHead(torch.randn(CLASSES, teacher.embed_dim))
         AdaptedTeacher(teacher, head, [f"class {i}" for i in range(CLASSES)], 0.1).save(home / "adapted")
     view = max(case.size, *spec.preprocess.size)
-    cut = Cut(ViewPolicy(), 1, 0, view, MAX_PIXELS, None)
+    cut = MakeViews(ViewPolicy(), 1, 0, view, MAX_PIXELS, None)
     predict = Predict(AdaptedSpec(Dir(str(home / "adapted")), spec.preprocess), ("logits",), case.size, 0)
     shards = list_shards(ensure_tars(folder / "photos", case.images))
     uris = [record.uri for shard in shards for record in read_shard(shard)][: case.images]
@@ -132,4 +132,4 @@ def ensure_lesson(case: Case, folder: Path, plan: Plan) -> Lesson:
         "val-00000.parquet",
         {"pixels": np.zeros((8, 3, case.size, case.size), np.uint8), "label": np.arange(8)},
     )
-    return Lesson(case, Dir(str(home)), stage, tuple(rows.items()), cut, predict)
+    return BenchTargets(case, Dir(str(home)), stage, tuple(rows.items()), cut, predict)

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ktray.distributed.allocation import Plan, cluster_plan
+from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.distributed.connect import connect
 from ktray.distributed.ray_internals import spilled_bytes
-from ktray.jobs.bench.lesson import CASES, ensure_lesson
+from ktray.jobs.bench.lesson import CASES, ensure_targets
 from ktray.jobs.bench.machine import held_by_process
-from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.rows import BenchRow
 from ktray.jobs.bench.training import WAYS, run_job
 from ktray.recipe.schema import TrainConfig
-from ktray.training.worker import Env
+from ktray.training.worker import WorkerContext
 
 CASE = "mobilenetv3_small_050"
 EPOCHS = 12
@@ -33,9 +33,9 @@ TIMES = 10  # as large as the object store: what passes through it
 WINDOW_BYTES = 64_000_000
 
 
-def memory(folder: Path, plan: Plan, epochs: int = EPOCHS) -> Iterator[Row]:
+def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[BenchRow]:
     """Memory in the last epochs against that in the second and third, and what the object store spilled."""
-    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    lesson = ensure_targets(CASES[CASE], folder, plan)
     way = next(way for way in WAYS if not way.resident)
     batch = lesson.case.batch
     an_epoch = lesson.case.images // batch
@@ -68,7 +68,7 @@ def memory(folder: Path, plan: Plan, epochs: int = EPOCHS) -> Iterator[Row]:
     }
     name = f"memory of all processes in epochs {epochs - 1} and {epochs}, read from disk"
     sums = ([sum(early[p] for p in both) / 2**20], [sum(late[p] for p in both) / 2**20])
-    yield Row(name, "MiB", "in epochs 2 and 3", *sums, facts)
+    yield BenchRow(name, "MiB", "in epochs 2 and 3", *sums, facts)
     yield passing(folder)
 
 
@@ -81,28 +81,28 @@ def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: fl
     return {pid: sum(found[pid] for found in chosen) / len(chosen) for pid in pids}
 
 
-def passing(folder: Path) -> Row:
+def passing(folder: Path) -> BenchRow:
     """Bytes of rows that training reads through an object store of a tenth of their size."""
     command = [sys.executable, "-m", "ktray.jobs.bench.memory", str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     facts: dict[str, float | int | str] = {"spilled bytes": int(found["spilled"]), "rows": int(found["rows"])}
     sizes = [found["store"] / 1e9], [found["read"] / 1e9]
-    return Row("rows read through a small object store", "GB", "its size", *sizes, facts)
+    return BenchRow("rows read through a small object store", "GB", "its size", *sizes, facts)
 
 
 def main(arguments: list[str]) -> None:
     """Read `TIMES` times the object store's size; prints what was read and what was spilled."""
     connect(object_store=STORE_BYTES)
-    folder, plan = Path(arguments[0]), cluster_plan(1, False)
+    folder, plan = Path(arguments[0]), cluster_allocation(1, False)
     found: dict[str, Any] = read_past(folder, plan, TIMES * STORE_BYTES)
     print(json.dumps({**found, "store": STORE_BYTES, "spilled": spilled_bytes()}))
 
 
-def read_past(folder: Path, plan: Plan, most: int) -> dict[str, int]:
+def read_past(folder: Path, plan: Allocation, most: int) -> dict[str, int]:
     """Stream a set of that many bytes once, as training reads what is not kept in memory. Its shards are the lesson's,
     named again and again."""
-    lesson = ensure_lesson(CASES[CASE], folder, plan)
+    lesson = ensure_targets(CASES[CASE], folder, plan)
     taught = lesson.taught("cached")
     again = -(-most // (taught.row_bytes * lesson.case.images))
     taught = replace(taught, shards=taught.shards * again)
@@ -110,7 +110,7 @@ def read_past(folder: Path, plan: Plan, most: int) -> dict[str, int]:
     batch = lesson.case.batch
     steps = sum(rows for _, rows in taught.shards) // batch
     read = rows = 0
-    for found in taught.batches(part, Env(torch.device("cpu"), 0, 1, plan.decode_cpus), batch, 0, 0, steps):
+    for found in taught.batches(part, WorkerContext(torch.device("cpu"), 0, 1, plan.decode_cpus), batch, 0, 0, steps):
         rows += len(found["pixels"])
         read += sum(value.nbytes for value in found.values() if isinstance(value, torch.Tensor))
     return {"rows": rows, "read": read}

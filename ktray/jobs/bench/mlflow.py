@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.rows import BenchRow
 from ktray.recipe.schema import Recipe
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker
 
 
-def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[BenchRow]) -> dict[str, Any]:
     """Log a bench whose folder lies under ``home``; returns the ``mlflow`` object of its ``result.json``."""
     folder = home / "runs" / result["run_id"]
     tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)

@@ -14,18 +14,18 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image
 from ktray.data.sources.listing import Shard
 from ktray.data.sources.shards import read_shard
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.heldout_duplicates import fingerprint
-from ktray.stages.index.decode import Prepare
+from ktray.stages.index.decode import DecodeGallery
 from ktray.storage.columns import Rows
 
 SIDE = 224
 
 
-def reading(shards: list[Shard], plan: Plan, cores: int, repeats: int) -> Row:
+def reading(shards: list[Shard], plan: Allocation, cores: int, repeats: int) -> BenchRow:
     """INDEX's own way of reading (file to pixels of 224 px and fingerprints, handed to what would embed them) against
     the same functions on bytes in memory, a process for each core and nothing between them."""
     preprocess = Preprocess(size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -34,15 +34,17 @@ def reading(shards: list[Shard], plan: Plan, cores: int, repeats: int) -> Row:
     )
     alone = bare(shards, preprocess, cores, prints=False)
     facts: dict[str, float | int | str] = {"images_per_core_second_without_fingerprints": alone / cores, "side": SIDE}
-    return Row("decode, crop, fingerprint", "images/s", f"the same on {cores} bare processes", limit, reached, facts)
+    return BenchRow(
+        "decode, crop, fingerprint", "images/s", f"the same on {cores} bare processes", limit, reached, facts
+    )
 
 
-def through_ray(shards: list[Shard], preprocess: Preprocess, plan: Plan) -> float:
+def through_ray(shards: list[Shard], preprocess: Preprocess, plan: Allocation) -> float:
     """Images a second, from the call to the last image."""
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     began = time.perf_counter()
     images = sum(
-        done["rows"] for done in map_shards(items, Prepare(shards, preprocess, Crops(), MAX_PIXELS), _Count, plan)
+        done["rows"] for done in map_shards(items, DecodeGallery(shards, preprocess, Crops(), MAX_PIXELS), _Count, plan)
     )
     return images / (time.perf_counter() - began)
 

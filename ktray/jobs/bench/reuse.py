@@ -12,9 +12,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from ktray import recipe as recipes
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.jobs.bench.embedding import encoder
-from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.rows import BenchRow
 from ktray.miniverse import ensure_gallery
 from ktray.pipeline import run as pipeline
 from ktray.recipe.schema import Recipe
@@ -62,8 +62,8 @@ class Sweep:
 
 
 def reuse(
-    folder: Path, plan: Plan, say: Callable[[str], None], trials: int = len(TRIALS), images: int = IMAGES
-) -> Iterator[Row]:
+    folder: Path, plan: Allocation, say: Callable[[str], None], trials: int = len(TRIALS), images: int = IMAGES
+) -> Iterator[BenchRow]:
     """Compute and time of a live teacher, with stored targets as the limit."""
     for pair in PAIRS:
         found = {}
@@ -73,7 +73,7 @@ def reuse(
         yield from compared(pair.name, found["cached"], found["live"])
 
 
-def compared(name: str, cached: Sweep, live: Sweep) -> list[Row]:
+def compared(name: str, cached: Sweep, live: Sweep) -> list[BenchRow]:
     """Two rows, with what else there is to know among the first one's facts."""
     trials = len(live.flops)
     # The first trial of each has adapted the teacher and drawn the set; both did.
@@ -93,12 +93,12 @@ def compared(name: str, cached: Sweep, live: Sweep) -> list[Row]:
     compute = ([sum(cached.flops) / 1e12], [sum(live.flops) / 1e12])
     seconds = ([sum(cached.seconds)], [sum(live.seconds)])
     return [
-        Row(f"compute of {what}", "TFLOP", "stored targets", *compute, facts),
-        Row(f"time of {what}", "s", "stored targets", *seconds),
+        BenchRow(f"compute of {what}", "TFLOP", "stored targets", *compute, facts),
+        BenchRow(f"time of {what}", "s", "stored targets", *seconds),
     ]
 
 
-def sweep(pair: Pair, mode: str, folder: Path, plan: Plan, trials: int, images: int) -> Sweep:
+def sweep(pair: Pair, mode: str, folder: Path, plan: Allocation, trials: int, images: int) -> Sweep:
     """Whole runs in a store of their own, one after the other; the gallery alone is drawn before."""
     home = folder / "reuse" / f"{pair.network or 'own'}-{mode}".replace(":", "-")
     shutil.rmtree(home, ignore_errors=True)

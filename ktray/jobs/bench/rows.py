@@ -11,7 +11,7 @@ Rate = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One comparison.
 
     Attributes:
@@ -47,7 +47,7 @@ def in_turns(limit: Rate, reached: Rate, repeats: int, warm: bool = True) -> tup
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[BenchRow]) -> str:
     """The rows as a table: medians, and the range of the ratios."""
     lines = ["| what | limit | reached | ratio | range |", "|---|---|---|---|---|"]
     for row in rows:

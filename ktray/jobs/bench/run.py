@@ -12,7 +12,7 @@ from typing import Any
 
 from ktray.accounting.device import describe_device, usable_cpus, versions
 from ktray.data.sources.listing import list_shards
-from ktray.distributed.allocation import Plan, cluster_plan
+from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.distributed.connect import connect
 from ktray.errors import KtrayError
 from ktray.jobs.bench.embedding import embedding, encoder
@@ -23,7 +23,7 @@ from ktray.jobs.bench.memory import memory
 from ktray.jobs.bench.mlflow import log
 from ktray.jobs.bench.reading import reading
 from ktray.jobs.bench.reuse import reuse
-from ktray.jobs.bench.rows import Row, markdown
+from ktray.jobs.bench.rows import BenchRow, markdown
 from ktray.jobs.bench.searching import searching
 from ktray.jobs.bench.startup import startup
 from ktray.jobs.bench.training import training
@@ -53,10 +53,10 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     if busy is not None and busy > _CALM:
         say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
     connect(debug)
-    plan = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu)
+    plan = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu)
     say(plan.line)
     began = time.time()
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     with peak_memory() as peak:
         for name in recipe.bench.only:
             say(f"bench     {name}")
@@ -94,14 +94,14 @@ def quick(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
 
 
-def _read(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+def _read(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> list[BenchRow]:
     # As large as a shard that ktray makes of loose files, and at least two for each core.
     a_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
     shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar))
     return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
 
 
-def _embed(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> list[Row]:
+def _embed(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> list[BenchRow]:
     # Small shards: an encoder takes seconds for what a decoder reads at once, and should not wait for much of it.
     images = max(1, recipe.bench.images // (3 if recipe.bench.quick else 1))
     shards = list_shards(ensure_tars(folder / "photos", images, a_tar=50))
@@ -111,36 +111,36 @@ def _embed(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None])
     ]
 
 
-def _search(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _search(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     part = recipe.bench
     return searching(folder, part.vectors, plan, usable_cpus(), part.repeats, say, part.quick)
 
 
-def _ingest(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _ingest(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return ingest(folder, plan, usable_cpus(), recipe.bench.repeats, recipe.bench.quick)
 
 
-def _train(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _train(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return training(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _workers(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _workers(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return workers(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _startup(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _startup(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return startup(folder, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _reuse(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _reuse(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return reuse(folder, plan, say, *((2, 256) if recipe.bench.quick else ()))
 
 
-def _memory(recipe: Recipe, folder: Path, plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
+def _memory(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
     return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
 
 
-_BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterable[Row]]] = {
+_BENCHES: dict[str, Callable[[Recipe, Path, Allocation, Callable[[str], None]], Iterable[BenchRow]]] = {
     "read": _read,
     "embed": _embed,
     "search": _search,
@@ -153,7 +153,7 @@ _BENCHES: dict[str, Callable[[Recipe, Path, Plan, Callable[[str], None]], Iterab
 }
 
 
-def _page(result: dict[str, Any], rows: list[Row], rough: bool) -> str:
+def _page(result: dict[str, Any], rows: list[BenchRow], rough: bool) -> str:
     device = result["device"]
     gpus = ", ".join(gpu["name"] for gpu in device["gpus"]) or "no GPU"
     facts = [f"- {row.name}: {', '.join(f'{k} {_value(v)}' for k, v in row.facts.items())}" for row in rows]

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, cpu_shards
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import GalleryConfig
 from ktray.retrieval.faiss_index import Say
 from ktray.retrieval.index_dir import IndexDir
@@ -34,8 +34,8 @@ _SPREAD = 0.8
 
 
 def searching(
-    folder: Path, rows: int, plan: Plan, cores: int, repeats: int, say: Say, quick: bool = False
-) -> Iterator[Row]:
+    folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, say: Say, quick: bool = False
+) -> Iterator[BenchRow]:
     """Rates in queries a second over a gallery of ``rows`` vectors of 512 dimensions; k is 100.
 
     Args:
@@ -55,7 +55,7 @@ def searching(
         "k": K,
         "table_bytes_per_row": tables / rows,
     }
-    yield Row("exact search", "queries/s", "bare matrix product of the same", limit, reached, facts)
+    yield BenchRow("exact search", "queries/s", "bare matrix product of the same", limit, reached, facts)
     if quick:
         return
     part = GalleryConfig(search="compressed")
@@ -75,10 +75,10 @@ def searching(
         "build_seconds": built,
         "bytes_per_row": home.stat().st_size / rows,
     }
-    yield Row("compressed search", "queries/s", "exact search", limit, reached, {**facts, **more})
+    yield BenchRow("compressed search", "queries/s", "exact search", limit, reached, {**facts, **more})
 
 
-def synthetic(folder: Path, rows: int, plan: Plan) -> Gallery:
+def synthetic(folder: Path, rows: int, plan: Allocation) -> Gallery:
     """An index of ``rows`` unit vectors, part by part through Ray; what is there already is not made again."""
     index = IndexDir(str(folder / f"vectors-{rows}"))
     index.settle({"teacher": "synthetic", "dimensions": DIMENSIONS})

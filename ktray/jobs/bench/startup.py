@@ -11,17 +11,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ktray.distributed.allocation import cluster_plan
+from ktray.distributed.allocation import cluster_allocation
 from ktray.distributed.connect import connect
-from ktray.jobs.bench.lesson import CASES, ensure_lesson, less
-from ktray.jobs.bench.rows import Row
+from ktray.jobs.bench.lesson import CASES, ensure_targets, less
+from ktray.jobs.bench.rows import BenchRow
 from ktray.jobs.bench.training import WAYS, Watched, run_job
 
 AIM = 10.0  # seconds from the start of TRANSFER to its first batch
 CASE = "mobilenetv3_small_050"
 
 
-def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[Row]:
+def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
     """Seconds of fresh processes, with a Ray of their own; the transfer set is there. ``quick``: one of few images.
 
     Raises:
@@ -36,7 +36,9 @@ def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[Row]:
     middle = sorted(turns, key=lambda turn: turn["first batch"])[len(turns) // 2]
     facts: dict[str, float | int | str] = {f"{part} (s)": seconds for part, seconds in middle.items()}
     reached = [turn["first batch"] for turn in turns]
-    yield Row("first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts)
+    yield BenchRow(
+        "first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts
+    )
 
 
 def note(path: Path, step: int) -> None:
@@ -51,9 +53,9 @@ def main(arguments: list[str]) -> None:
     case = replace(CASES[CASE], images=int(arguments[2]))
     imported = time.time()
     connect()
-    plan = cluster_plan(1, "auto")
+    plan = cluster_allocation(1, "auto")
     connected = time.time()
-    lesson = ensure_lesson(case, folder, plan)
+    lesson = ensure_targets(case, folder, plan)
     way, path = WAYS[0], folder / "first-batch"
     path.unlink(missing_ok=True)
     started = time.time()

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktray.distributed.allocation import Plan
-from ktray.distributed.mailbox import watch
-from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, Case, Lesson, ensure_lesson, less
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.distributed.allocation import Allocation
+from ktray.distributed.mailbox import open_mailbox
+from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, BenchTargets, Case, ensure_targets, less
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.store import Store
-from ktray.training.loop import Batch, Program, Settings
+from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
 from ktray.training.programs import settle_precision
 from ktray.training.ray_train import Outcome, train
-from ktray.training.worker import Env, Job
+from ktray.training.worker import TrainingSpec, WorkerContext
 
 PART = TrainConfig()
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """How rows come: ``teach.mode``, and whether they stay in memory after the first pass."""
 
     name: str
@@ -46,16 +46,16 @@ class Way:
 
 
 WAYS = (
-    Way("cached", "cached", True, False),
-    Way("cached, read from disk", "cached", False, False),
-    Way("streamed", "streamed", False, True),
-    Way("live", "live", True, True),
+    Variant("cached", "cached", True, False),
+    Variant("cached, read from disk", "cached", False, False),
+    Variant("streamed", "streamed", False, True),
+    Variant("live", "live", True, True),
 )
 # Steps of a turn, of which the second half counts: some seconds. A teacher in the step makes it several times dearer.
 STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (120, 40)}
 
 
-def training(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iterator[Row]:
+def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
     """Images a second of the steps; start-up, evaluation and checkpoints are not among them.
 
     Args:
@@ -64,12 +64,12 @@ def training(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Ite
     for name, case in CASES.items():
         if quick:
             case = less(case)
-        lesson = ensure_lesson(case, folder, plan)
+        lesson = ensure_targets(case, folder, plan)
         plain, dear = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
         large = case.teacher.startswith("timm:")
         limit_name = "bare step, tensors in memory"
 
-        def limit(lesson: Lesson = lesson, steps: int = plain) -> float:
+        def limit(lesson: BenchTargets = lesson, steps: int = plain) -> float:
             return bare(lesson, steps, plan)
 
         for way in WAYS[:1] if quick and large else WAYS:
@@ -78,13 +78,15 @@ def training(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Ite
             facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
             rates = in_turns(limit, ours, repeats, warm=not quick)
             facts["data_wait"] = max(waits)
-            yield Row(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
+            yield BenchRow(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
         if large and not quick:
             rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
-            yield Row(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
+            yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 
 
-def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path, waits: list[float]) -> float:
+def through_ktray(
+    lesson: BenchTargets, way: Variant, steps: int, plan: Allocation, folder: Path, waits: list[float]
+) -> float:
     """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch;
     of streamed ones of all steps and the wait for the first, since rows that were made ahead cost as much as others.
     ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
@@ -96,12 +98,14 @@ def through_ktray(lesson: Lesson, way: Way, steps: int, plan: Plan, folder: Path
     return _second_half(outcome.state["curve"], batch)
 
 
-def run_job(job: Job, plan: Plan, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[dict[str, Any]]]:
+def run_job(
+    job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int = 0
+) -> tuple[Outcome, list[dict[str, Any]]]:
     """A job of TRANSFER from its start to its end, and what its workers posted."""
     stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
     stage.delete()
     posts: list[dict[str, Any]] = []
-    with watch(posts.append) as board:
+    with open_mailbox(posts.append) as board:
         outcome = train(job, stage, plan, board, max_failures=max_failures, on_weights=lambda path: None)
     return outcome, posts
 
@@ -115,14 +119,14 @@ def _second_half(curve: list[dict[str, float]], batch: int) -> float:
 class Watched:
     """A job with a function (picklable) that is called with the number of each step whose batch is there."""
 
-    job: Job
+    job: TrainingSpec
     see: Callable[[int], None]
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> TrainerSettings:
         return self.job.settings
 
-    def build(self, env: Env) -> Program:
+    def build(self, env: WorkerContext) -> TrainingProgram:
         program = self.job.build(env)
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
@@ -133,13 +137,13 @@ class Watched:
         return replace(program, batches=batches)
 
 
-def bare(lesson: Lesson, steps: int, plan: Plan) -> float:
+def bare(lesson: BenchTargets, steps: int, plan: Allocation) -> float:
     """Images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory, in a
     worker like TRANSFER's."""
     return float(_in_worker(_bare_step, lesson, steps, plan))
 
 
-def _in_worker(work: Any, lesson: Lesson, steps: int, plan: Plan) -> float:
+def _in_worker(work: Any, lesson: BenchTargets, steps: int, plan: Allocation) -> float:
     import ray
 
     how: dict[str, Any] = {"num_cpus": plan.worker_cpus, "num_gpus": plan.worker_gpus}
@@ -148,7 +152,7 @@ def _in_worker(work: Any, lesson: Lesson, steps: int, plan: Plan) -> float:
     return found
 
 
-def _bare_step(lesson: Lesson, steps: int, threads: int) -> float:
+def _bare_step(lesson: BenchTargets, steps: int, threads: int) -> float:
     case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
     batches = _tensors(case, device)
@@ -164,7 +168,7 @@ def _bare_step(lesson: Lesson, steps: int, threads: int) -> float:
     return _rate(step, steps, case.batch, device)
 
 
-def _timm_step(lesson: Lesson, steps: int, threads: int) -> float:
+def _timm_step(lesson: BenchTargets, steps: int, threads: int) -> float:
     """timm's LogitDistillationTask with the teacher's tower as it is, and the same student and optimizer."""
     from timm.task import LogitDistillationTask
 
@@ -190,11 +194,11 @@ def _timm_step(lesson: Lesson, steps: int, threads: int) -> float:
     return _rate(step, steps, case.batch, device)
 
 
-def _student(lesson: Lesson, threads: int) -> Any:
+def _student(lesson: BenchTargets, threads: int) -> Any:
     """The student in the number format and layout that TRANSFER has settled on."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    env = Env(device, 0, 1, 1.0)
+    env = WorkerContext(device, 0, 1, 1.0)
     model, preprocess = lesson.student.build(env, 0)
     precision = settle_precision(
         lesson.home.sub("precision"), lesson.student, model, env, lesson.case.batch, PART.precision

@@ -9,32 +9,34 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ktray.distributed.allocation import Plan, cluster_plan
-from ktray.jobs.bench.lesson import CASES, FEWER, Lesson, ensure_lesson, less
-from ktray.jobs.bench.rows import Row, in_turns
+from ktray.distributed.allocation import Allocation, cluster_allocation
+from ktray.jobs.bench.lesson import CASES, FEWER, BenchTargets, ensure_targets, less
+from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.jobs.bench.training import STEPS, WAYS, Watched, run_job, through_ktray
-from ktray.training.worker import Job
+from ktray.training.worker import TrainingSpec
 
 CASE = "mobilenetv3_small_050"
 CACHED = WAYS[0]
 
 
-def workers(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iterator[Row]:
+def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
     """Two workers of a thread each against one of a thread; a run whose worker is killed half-way against another.
 
     Args:
         quick: few images and steps, no turn to warm up, and no worker killed.
     """
-    lesson = ensure_lesson(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
+    lesson = ensure_targets(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
     steps = STEPS[CASE][0] // (FEWER if quick else 1)
-    one, two = (replace(cluster_plan(count, False), worker_threads=1) for count in (1, 2))
+    one, two = (replace(cluster_allocation(count, False), worker_threads=1) for count in (1, 2))
     rates = in_turns(
         lambda: 2 * through_ktray(lesson, CACHED, steps, one, folder, []),
         lambda: through_ktray(lesson, CACHED, steps, two, folder, []),
         repeats,
         warm=not quick,
     )
-    yield Row(f"train cached, 2 workers of a thread, {lesson.case.name}", "images/s", "twice one of a thread", *rates)
+    yield BenchRow(
+        f"train cached, 2 workers of a thread, {lesson.case.name}", "images/s", "twice one of a thread", *rates
+    )
     if quick:
         return
     whole, broken = in_turns(
@@ -43,27 +45,27 @@ def workers(folder: Path, plan: Plan, repeats: int, quick: bool = False) -> Iter
     lost = [steps * lesson.case.batch * (1 / b - 1 / a) for a, b in zip(whole, broken, strict=True)]
     facts: dict[str, float | int | str] = {"seconds lost": sorted(lost)[len(lost) // 2], "steps": steps}
     name = f"transfer from start to end, its worker killed half-way, {lesson.case.name}"
-    yield Row(name, "images/s", "undisturbed", whole, broken, facts)
+    yield BenchRow(name, "images/s", "undisturbed", whole, broken, facts)
 
 
-def undisturbed(lesson: Lesson, steps: int, plan: Plan, folder: Path) -> float:
+def undisturbed(lesson: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
     """Images a second from the call to the last checkpoint, a checkpoint each second."""
     return _rate(_often(lesson, steps), lesson, plan, folder)
 
 
-def killed(lesson: Lesson, steps: int, plan: Plan, folder: Path) -> float:
+def killed(lesson: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
     """The same where the worker dies half-way and another goes on from its checkpoint."""
     marker = folder / "killed"
     marker.unlink(missing_ok=True)
     return _rate(Watched(_often(lesson, steps), partial(_die, marker, steps // 2)), lesson, plan, folder)
 
 
-def _often(lesson: Lesson, steps: int) -> Job:
+def _often(lesson: BenchTargets, steps: int) -> TrainingSpec:
     job = lesson.job(CACHED.mode, steps, CACHED.part(lesson.case.batch))
     return replace(job, settings=replace(job.settings, checkpoint_seconds=1.0))
 
 
-def _rate(job: Job, lesson: Lesson, plan: Plan, folder: Path) -> float:
+def _rate(job: TrainingSpec, lesson: BenchTargets, plan: Allocation, folder: Path) -> float:
     began = time.perf_counter()
     run_job(job, plan, folder, max_failures=1)
     return job.settings.steps * lesson.case.batch / (time.perf_counter() - began)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ktray.accounting.device import cpu_model
-from ktray.distributed.allocation import Plan
-from ktray.jobs.compare.methods import Ways, recipe_of
+from ktray.distributed.allocation import Allocation
+from ktray.jobs.compare.methods import Methods, recipe_of
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
@@ -23,7 +23,7 @@ SHORT, LONG = 20, 80
 
 
 @dataclass(frozen=True)
-class Speed:
+class MeasuredSpeed:
     """``fixed``: device-seconds of a run that do not grow with its steps; ``step``: those of one step."""
 
     fixed: float
@@ -39,11 +39,11 @@ class Speed:
 
 def measure(
     base: Recipe,
-    ways: Ways,
+    ways: Methods,
     store: Store,
-    plan: Plan,
+    plan: Allocation,
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
-) -> dict[str, Speed]:
+) -> dict[str, MeasuredSpeed]:
     """The speed of each way, from the store or by short runs (with the first seed).
 
     Args:
@@ -52,18 +52,18 @@ def measure(
     directory = store.sub("calibration")
     seed = base.compare.seeds[0]
     devices = plan.workers if plan.worker_gpus else 1
-    found: dict[str, Speed] = {}
+    found: dict[str, MeasuredSpeed] = {}
     for name, way in ways.items():
         recipes = [recipe_of(base, way.keys, seed=seed, train__steps=n) for n in (SHORT, LONG)]
         file = f"{digest(dump(recipes[0]), cpu_model(), plan.workers, plan.worker_gpus)}.json"
         if not directory.exists(file):
             short, long = run([(f"{name}, {r.train.steps} steps", r) for r in recipes])
             directory.write_json(file, asdict(speed(store, short, long, devices)))
-        found[name] = Speed(**directory.read_json(file))
+        found[name] = MeasuredSpeed(**directory.read_json(file))
     return found
 
 
-def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: int) -> Speed:
+def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: int) -> MeasuredSpeed:
     """The speed that two results of one way, with `SHORT` and `LONG` steps, tell.
 
     Training on labels alone may stop early; the steps that it took count then.
@@ -71,7 +71,7 @@ def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: in
     (few, first), (many, second) = (_trained(store, r) for r in (short, long))
     step = (second - first) / (many - few) if many > few and second > first else second / max(1, many)
     total = float(short["cost"]["without_cache"]["device_seconds"])
-    return Speed(fixed=max(0.0, total - devices * few * step), step=devices * step)
+    return MeasuredSpeed(fixed=max(0.0, total - devices * few * step), step=devices * step)
 
 
 def _trained(store: Store, result: dict[str, Any]) -> tuple[int, float]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ktray.accounting.prices import price_table
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
-from ktray.jobs.compare.calibration import Speed
-from ktray.jobs.compare.methods import Ways, list_ways, recipe_of, with_steps
+from ktray.jobs.compare.calibration import MeasuredSpeed
+from ktray.jobs.compare.methods import Methods, list_methods, recipe_of, with_steps
 from ktray.pipeline.plan import RATES, lines, this_machine
 from ktray.pipeline.resolve import resolve
 from ktray.recipe.schema import Recipe
@@ -18,7 +18,7 @@ DEVICES = ("A100", "H100", "L4")
 
 
 @dataclass(frozen=True)
-class Budget:
+class EqualBudget:
     """``steps`` of pretraining, and the ``flops`` that the plan expects of all stages of the way."""
 
     steps: int
@@ -28,7 +28,7 @@ class Budget:
 class _Cost:
     """The planned FLOPs of a way: linear in its steps, so the models are counted twice and not for every number."""
 
-    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+    def __init__(self, recipe: Recipe, plan: Allocation) -> None:
         found = resolve(recipe, plan, lambda text: None)
         self.steps = int(found.recipe.train.steps or 1)
         totals = []
@@ -49,11 +49,11 @@ class _Cost:
 
 def budgets(
     base: Recipe,
-    ways: Ways,
-    plan: Plan,
+    ways: Methods,
+    plan: Allocation,
     say: Callable[[str], None],
-    measure: Callable[[Ways, int], dict[str, Speed]] | None = None,
-) -> dict[str, Budget]:
+    measure: Callable[[Methods, int], dict[str, MeasuredSpeed]] | None = None,
+) -> dict[str, EqualBudget]:
     """The budget of each way. The first one's steps set it for all.
 
     ``compare.equal=steps``: the same pretraining steps; ``own``: those of its own recipe. ``flops``: all stages of a
@@ -85,7 +85,7 @@ def budgets(
     result = {}
     for name, way in ways.items():
         taken = max(1, round(way.share * steps[name]))
-        result[name] = Budget(taken, costs[name](taken))
+        result[name] = EqualBudget(taken, costs[name](taken))
         say(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
     return result
 
@@ -94,7 +94,7 @@ def show(recipe: Recipe, say: Callable[[str], None]) -> None:
     """``--plan`` of a comparison: what each way will cost, stages that are shared or reused counted each time."""
     recipe = with_steps(recipe)
     part = recipe.compare
-    ways = list_ways(recipe, say)
+    ways = list_methods(recipe, say)
     planned = budgets(recipe, ways, this_machine(recipe), say)
     if part.equal == "device_seconds":
         say("the steps of all ways but the first will follow from measured speeds")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.jobs.compare.equal_budget import Budget
-from ktray.jobs.compare.methods import Ways, recipe_of
+from ktray.jobs.compare.equal_budget import EqualBudget
+from ktray.jobs.compare.methods import Methods, recipe_of
 from ktray.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Found:
+class LrSearchResult:
     """What the search gave: the learning rate of each way, each way's trials, and their results."""
 
     lr: dict[str, float]
@@ -28,11 +28,11 @@ class Found:
 
 def search(
     base: Recipe,
-    ways: Ways,
-    budgets: Mapping[str, Budget],
+    ways: Methods,
+    budgets: Mapping[str, EqualBudget],
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
     say: Callable[[str], None],
-) -> Found:
+) -> LrSearchResult:
     """Learning rates by validation. Without ``compare.lr_search`` each way keeps its own, and nothing is run.
 
     Args:
@@ -62,11 +62,11 @@ def search(
     for name in heads if factors else []:
         tried = ", ".join(f"{t['lr']:g}: {t['validation']:.1%}" for t in trials[name])
         say(f"search    {name}: train.lr={chosen[name]:g} (validation: {tried})")
-    return Found(chosen, trials, results)
+    return LrSearchResult(chosen, trials, results)
 
 
 def trial(
-    base: Recipe, ways: Ways, budgets: Mapping[str, Budget], own: Mapping[str, float], name: str, factor: float
+    base: Recipe, ways: Methods, budgets: Mapping[str, EqualBudget], own: Mapping[str, float], name: str, factor: float
 ) -> Recipe:
     """The recipe of one trial: the way at its full budget, with the first seed."""
     more = {"seed": base.compare.seeds[0], "train__steps": budgets[name].steps, "train__lr": own[name] * factor}

@@ -16,7 +16,7 @@ from ktray.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """One way of pretraining.
 
     Attributes:
@@ -30,7 +30,7 @@ class Way:
     share: float = 1.0
 
 
-Ways = dict[str, Way]
+Methods = dict[str, Method]
 
 
 def with_steps(recipe: Recipe) -> Recipe:
@@ -38,7 +38,7 @@ def with_steps(recipe: Recipe) -> Recipe:
     return recipes.override(recipe, {"train.steps": recipe.compare.steps}) if recipe.compare.steps else recipe
 
 
-def list_ways(recipe: Recipe, say: Callable[[str], None]) -> Ways:
+def list_methods(recipe: Recipe, say: Callable[[str], None]) -> Methods:
     """The ways that ``compare`` asks for, with their smaller and shorter runs; default ways that the data does not
     allow are left out, with the reason said.
 
@@ -50,18 +50,18 @@ def list_ways(recipe: Recipe, say: Callable[[str], None]) -> Ways:
     if isinstance(asked, dict) and asked:
         keys = asked
     else:
-        keys, missing = default_ways(recipe)
+        keys, missing = default_methods(recipe)
         for name, reason in missing.items():
             if not asked:
                 say(f"way       {name}: left out, {reason}")
         if isinstance(asked, list) and asked:
             keys = {name: _named(name, keys, missing) for name in asked}
-    found = {name: Way(dict(value), name) for name, value in keys.items()}
+    found = {name: Method(dict(value), name) for name, value in keys.items()}
     for size in recipe.compare.sizes:
         if size < 1:
             raise KtrayError(f"compare.sizes has {size}", "Sizes are numbers of images, from 1.")
         found |= {
-            f"{name}, {size:,} images": Way({**value, "transfer.size": size}, name)
+            f"{name}, {size:,} images": Method({**value, "transfer.size": size}, name)
             for name, value in keys.items()
             if _retrieves(recipe, value)
         }
@@ -69,11 +69,11 @@ def list_ways(recipe: Recipe, say: Callable[[str], None]) -> Ways:
     for budget in recipe.compare.budgets:
         if not 0 < budget < 1:
             raise KtrayError(f"compare.budgets has {budget:g}", "They are shares of the first way's steps, below 1.")
-        found[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Way(dict(keys[first]), first, budget)
+        found[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Method(dict(keys[first]), first, budget)
     return found
 
 
-def default_ways(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Every objective on the transfer sets that suit it: the keys of each way, and the reason for those left out."""
     built_in = recipe.task.data is None
     gallery = built_in or recipe.gallery.data is not None

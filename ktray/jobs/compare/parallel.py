@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-from ktray.distributed.allocation import Plan, plan
+from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 BYTES_A_PIPELINE = 4e9
 
 
-def how_many(wish: int | Literal["auto"], whole: Plan, jobs: int, memory: float) -> tuple[int, str]:
+def how_many(wish: int | Literal["auto"], whole: Allocation, jobs: int, memory: float) -> tuple[int, str]:
     """Pipelines at once, and why so many.
 
     On CPUs one core a training worker does more than several: two workers of a small student with a thread each make
@@ -48,7 +48,7 @@ def how_many(wish: int | Literal["auto"], whole: Plan, jobs: int, memory: float)
     return min(wish, jobs), "compare.parallel"
 
 
-def share(whole: Plan, count: int) -> Plan:
+def share(whole: Allocation, count: int) -> Allocation:
     """The plan of one of ``count`` pipelines that run at once. Side by side they have no room to grow: each has its
     fewest workers.
 
@@ -61,7 +61,7 @@ def share(whole: Plan, count: int) -> Plan:
     if count == 1:
         return whole
     gpus = float(whole.total_gpus // count)
-    return plan(whole.total_cpus / count, gpus, 1, whole.least, whole.worker_gpus > 0)
+    return allocate(whole.total_cpus / count, gpus, 1, whole.least, whole.worker_gpus > 0)
 
 
 def run_all(jobs: Sequence[Callable[[], T]], at_once: int) -> list[T]:

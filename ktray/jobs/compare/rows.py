@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from ktray.jobs.compare import costs
-from ktray.jobs.compare.methods import Ways
+from ktray.jobs.compare.methods import Methods
 from ktray.jobs.compare.statistics import (
     Accuracy,
     MeanClassAccuracy,
     MeanIoU,
-    Scores,
+    TestScores,
     interval,
     pareto,
     reach,
@@ -24,7 +24,7 @@ from ktray.storage.columns import Rows
 from ktray.storage.store import Stage, Store
 
 
-def scores(metric: str, seeds: Sequence[Rows]) -> Scores:
+def scores(metric: str, seeds: Sequence[Rows]) -> TestScores:
     """The test rows of one way, a table for each seed as EVALUATE stores them, ready for the bootstrap."""
     if metric == "miou":
         tp, fp, fn = (np.stack([rows[f"student_{name}"] for rows in seeds]) for name in ("tp", "fp", "fn"))
@@ -35,7 +35,7 @@ def scores(metric: str, seeds: Sequence[Rows]) -> Scores:
     return Accuracy(correct)
 
 
-def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> Scores:
+def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> TestScores:
     """`scores` of one way's results."""
     seeds = []
     for result in results:
@@ -44,7 +44,7 @@ def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> Scores:
     return scores(results[0]["metric"]["name"], seeds)
 
 
-def build(store: Store, ways: Ways, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def build(store: Store, ways: Methods, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A JSON-like row for each way, in order.
 
     ``accuracy``, ``spread`` (standard deviation over seeds, None for one seed), ``low``, ``high``, ``validation``: of

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import ktray
-from ktray.distributed.allocation import cluster_plan
+from ktray.distributed.allocation import cluster_allocation
 from ktray.distributed.autoscale import gathered
 from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.jobs.compare import calibration, costs, page, rows
 from ktray.jobs.compare.equal_budget import budgets
 from ktray.jobs.compare.lr_search import search
-from ktray.jobs.compare.methods import list_ways, recipe_of, with_steps
+from ktray.jobs.compare.methods import list_methods, recipe_of, with_steps
 from ktray.jobs.compare.mlflow import chart, log
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.compare.runner import Runner, open_folder
@@ -56,8 +56,8 @@ def _compare(
     import ray
 
     store = Store(recipe.store)
-    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
-    ways = list_ways(recipe, say)
+    whole = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    ways = list_methods(recipe, say)
     seeds = recipe.compare.seeds
     memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
     at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)

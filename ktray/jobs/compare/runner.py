@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.jobs.compare.parallel import run_all
 from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run_folder import open_run
@@ -42,8 +42,8 @@ class Runner:
 
     store: Store
     folder: Dir
-    whole: Plan
-    share: Plan
+    whole: Allocation
+    share: Allocation
     at_once: int
     say: Callable[[str], None]
     debug: bool = False

@@ -17,7 +17,7 @@ LEVEL = 0.95
 _CHUNK_BYTES = 64_000_000  # of drawn weights held at once
 
 
-class Scores(Protocol):
+class TestScores(Protocol):
     """The test images of one way over its seeds, ready to be scored under any weights of the images."""
 
     @property
@@ -95,13 +95,13 @@ class MeanIoU:
         return np.stack(scores, axis=1)
 
 
-def plain(scores: Scores) -> np.ndarray:
+def plain(scores: TestScores) -> np.ndarray:
     """(S,) scores on the test set as it is."""
     found: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
     return found
 
 
-def resample(ways: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def resample(ways: Sequence[TestScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Bootstrap of each way's mean over seeds: images and seeds are drawn with replacement.
 
     Args:

@@ -21,7 +21,7 @@ PYTORCH = "pytorch"
 
 
 @dataclass
-class Scores:
+class AgreementScores:
     """Logits of several models of the same images.
 
     Attributes:
@@ -37,9 +37,9 @@ class Scores:
     differing: int = 0
 
 
-def score(student: Student, files: Mapping[str, Classifier], batches: Iterable[Batch]) -> Scores:
+def score(student: Student, files: Mapping[str, Classifier], batches: Iterable[Batch]) -> AgreementScores:
     """Run the student on ktray's pixels and each file on those of the shipped preprocessing."""
-    found = Scores()
+    found = AgreementScores()
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (PYTORCH, *files)}
     labels = []
     for batch in batches:
@@ -92,7 +92,7 @@ def require(found: dict[str, Any], what: str) -> None:
         )
 
 
-def metrics(scores: Scores, classes: list[str], metric: str) -> dict[str, Any]:
+def metrics(scores: AgreementScores, classes: list[str], metric: str) -> dict[str, Any]:
     """By model, ``metric``, ``top1`` and ``per_class``, fractions (see `ktray.tasks.classification.metrics`)."""
     found = {name: classification.metrics(rows, scores.labels, classes) for name, rows in scores.logits.items()}
     return {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktray.accounting.device import usable_cpus
-from ktray.data.labelled.read import Example
+from ktray.data.labelled.read import LabelledExample
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
@@ -40,7 +40,7 @@ class Split:
     """
 
     name: str
-    examples: Sequence[Example]
+    examples: Sequence[LabelledExample]
     preprocess: Preprocess
     max_pixels: int
     unusable: int = field(default=0, init=False)
@@ -56,7 +56,7 @@ class Split:
         facts = self.preprocess.to_dict()
 
         def one(
-            item: tuple[Example, tuple[str, bytes | None, str | None]],
+            item: tuple[LabelledExample, tuple[str, bytes | None, str | None]],
         ) -> tuple[np.ndarray, np.ndarray, int] | None:
             example, (uri, data, error) = item
             try:

@@ -16,11 +16,11 @@ import onnx
 
 from ktray import __version__
 from ktray.accounting.device import describe_device, versions
-from ktray.data.labelled.read import Example, LabelledSet
+from ktray.data.labelled.read import LabelledExample, LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
 from ktray.jobs.export import agreement, card, latency, onnx_file, predict, quantise, registry
-from ktray.jobs.export.agreement import PYTORCH, Scores
+from ktray.jobs.export.agreement import PYTORCH, AgreementScores
 from ktray.jobs.export.images import Split
 from ktray.jobs.export.predict import Classifier
 from ktray.jobs.export.run_source import Source, find
@@ -140,7 +140,7 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path, say: Calla
         int8 = _quantised(source, student, task, on_val, folder, scratch, say)
         files["int8"] = Classifier(folder / INT8)
     values: dict[str, Any] = {"name": source.metric, "val": agreement.metrics(on_val, task.classes, source.metric)}
-    on_test: Scores | None = None
+    on_test: AgreementScores | None = None
     if task.test:
         on_test = agreement.score(student, files, test.batches())
         checked["test"] = agreement.compare(on_test.logits[PYTORCH], on_test.logits["onnx"])
@@ -190,7 +190,7 @@ def _quantised(
     source: Source,
     student: Student,
     task: LabelledSet,
-    on_val: Scores,
+    on_val: AgreementScores,
     folder: Path,
     scratch: Path,
     say: Callable[[str], None],
@@ -212,7 +212,7 @@ def _quantised(
     return found
 
 
-def _split(source: Source, student: Student, name: str, examples: list[Example]) -> Split:
+def _split(source: Source, student: Student, name: str, examples: list[LabelledExample]) -> Split:
     return Split(name, examples, student.preprocess, source.recipe.data.max_pixels)
 
 

@@ -31,7 +31,7 @@ CLOSING_LEAST = 8.0  # seconds
 Amounts = dict[str, float]
 
 
-class Spent(KtrayError):
+class BudgetExceeded(KtrayError):
     """A run was stopped, since its allowance is spent."""
 
 
@@ -60,7 +60,7 @@ Seen = tuple[float, float, float]  # FLOPs, wall seconds, device-seconds
 
 
 @dataclass
-class Speed:
+class CostRate:
     """How long runs take, by stage: a fixed part and one for each FLOP, learned from the stages that were made.
 
     Attributes:
@@ -111,7 +111,7 @@ class Speed:
 
 
 @dataclass
-class Purse:
+class SearchBudget:
     """What a search may still spend; safe from any thread.
 
     Attributes:
@@ -127,7 +127,7 @@ class Purse:
     """
 
     limits: Amounts
-    speed: Speed
+    speed: CostRate
     parallel: int = 1
     hourly: float | None = None
     keep: Callable[[dict[str, Any]], None] = lambda state: None
@@ -255,11 +255,13 @@ class Purse:
                 # What is within its plan ends by itself: a stage may begin faster than it goes on.
                 beyond = used > self.planned[name][unit]
                 if beyond and used + LOOKS * now.get(unit, 0.0) / seconds > most:
-                    raise Spent(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
+                    raise BudgetExceeded(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
             if "wall" in self.limits:
                 until = self.limits["wall"] - self.closing("wall") - (0.0 if final else self.reserve.get("wall", 0.0))
                 if self.elapsed > until:
-                    raise Spent(f"stopped after {show('wall', self.elapsed)} of the search, the time that there is")
+                    raise BudgetExceeded(
+                        f"stopped after {show('wall', self.elapsed)} of the search, the time that there is"
+                    )
 
     def settle(self, name: str, entries: list[Entry], run: str, wall: float | None = None) -> Amounts:
         """Charge a run what it spent; returns that.

@@ -23,10 +23,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from ktray.distributed.ray_internals import remember_result
-from ktray.jobs.tune.budget import UNITS, Purse
-from ktray.jobs.tune.records import GIVEN, OPEN, UNPAID, Record, Records
+from ktray.jobs.tune.budget import UNITS, SearchBudget
+from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET, Records, TrialRecord
 from ktray.jobs.tune.space import Plain, Space, flat
-from ktray.jobs.tune.trial_bridge import Ask, Desk, Servers, Trial
+from ktray.jobs.tune.trial_bridge import Ask, Servers, Trial, TrialBridge
 from ktray.recipe.tune import TuneConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ FAILED = 10  # trials one after the other that fail: then something is wrong wit
 STUDY = "ktray"
 
 
-class _Kept:
+class _NotPickled:
     """Stays in this process: Tune copies and pickles what it is given, to restore experiments, which ktray does by its
     own records."""
 
@@ -50,7 +50,7 @@ class _Kept:
         return (object, ())
 
 
-class Proposer(_Kept, Searcher):
+class Proposer(_NotPickled, Searcher):
     """Numbers what the inner search proposes and stops proposing when the search is over.
 
     Args:
@@ -66,7 +66,7 @@ class Proposer(_Kept, Searcher):
         inner: OptunaSearch,
         space: Space,
         records: Records,
-        again: list[Record],
+        again: list[TrialRecord],
         most: int | None,
         over: Callable[[], bool],
     ) -> None:
@@ -83,7 +83,7 @@ class Proposer(_Kept, Searcher):
         if self._over() or (full and not self._again):
             return Searcher.FINISHED
         record = self._again.pop(0) if self._again else None
-        if record is None or record.number != GIVEN:
+        if record is None or record.number != BASELINE:
             params: dict[str, Plain] = dict(self._inner.suggest(trial_id) or {})
             if record is None:
                 record = self._records.begin(params, self._space.keys(params))
@@ -91,13 +91,13 @@ class Proposer(_Kept, Searcher):
         return {"number": record.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._mine.get(trial_id, GIVEN) != GIVEN and not result["ended"]:
+        if self._mine.get(trial_id, BASELINE) != BASELINE and not result["ended"]:
             self._inner.on_trial_result(trial_id, self._seen(result))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._mine.pop(trial_id, GIVEN)
-        if number == GIVEN:
-            record = self._records.trials.get(GIVEN)
+        number = self._mine.pop(trial_id, BASELINE)
+        if number == BASELINE:
+            record = self._records.trials.get(BASELINE)
             if record and (told := study_trial(self._space, record, self._inner.metric)):
                 study: Any = self._inner._ot_study
                 study.add_trial(told)
@@ -119,7 +119,7 @@ class Proposer(_Kept, Searcher):
         return None
 
 
-class _Fair(_Kept):
+class _KeepBaseline(_NotPickled):
     """Trials that ended by themselves and the recipe as given are not stopped; all count."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ class _Fair(_Kept):
         return str(TrialScheduler.CONTINUE) if result["given"] or result["done"] else action
 
 
-class Halving(_Fair, ASHAScheduler):
+class Halving(_KeepBaseline, ASHAScheduler):
     """ASHA with cost as its time."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -140,28 +140,28 @@ class Halving(_Fair, ASHAScheduler):
 
     def remember(self, name: str, cost: float, validation: float) -> None:
         """Count a result of an earlier process of this search."""
-        remember_result(self, _Named(name), cost, validation)
+        remember_result(self, _TrialRef(name), cost, validation)
 
 
-class Median(_Fair, MedianStoppingRule):
+class Median(_KeepBaseline, MedianStoppingRule):
     """The median rule with cost as its time."""
 
 
-class Unstopped(_Fair, FIFOScheduler):
+class NoStopping(_KeepBaseline, FIFOScheduler):
     """Every trial goes through all its rungs."""
 
 
 @dataclass(frozen=True)
-class _Named:
+class _TrialRef:
     trial_id: str
 
 
 @dataclass
-class Watcher(_Kept, Callback):
+class Watcher(_NotPickled, Callback):
     """Keeps the records as trials end, and tells how far the search is."""
 
     records: Records
-    told: Callable[[Record], None]
+    told: Callable[[TrialRecord], None]
     numbers: dict[str, int] = field(default_factory=dict)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -192,11 +192,11 @@ def run(
     part: TuneConfig,
     space: Space,
     records: Records,
-    purse: Purse,
+    purse: SearchBudget,
     answer: Ask,
     at_once: int,
     unit: float,
-    told: Callable[[Record], None],
+    told: Callable[[TrialRecord], None],
     former: Sequence[FrozenTrial] = (),
 ) -> None:
     """Run the search until the budget, the space or `tune.trials` is used up.
@@ -212,7 +212,7 @@ def run(
     _quiet()
     metric: Any = ["validation", "full_cost"] if part.search == "nsga2" else "validation"
     mode: Any = ["max", "min"] if part.search == "nsga2" else "max"
-    if GIVEN not in records.trials:
+    if BASELINE not in records.trials:
         records.begin({}, {})
     begun = [r for r in records.in_order() if r.state == OPEN]
     storage, most = _storage(part, space, records, begun, metric, former)
@@ -221,7 +221,7 @@ def run(
     proposer = Proposer(inner, space, records, begun, most, lambda: _over(records, purse))
     scheduler = _scheduler(part, unit, records)
     node = f"node:{ray.util.get_node_ip_address()}"
-    actor: Any = ray.remote(Desk)
+    actor: Any = ray.remote(TrialBridge)
     desk = actor.options(num_cpus=0, resources={node: 0.001}, max_concurrency=1000).remote()
     with contextlib.ExitStack() as until:
         until.callback(ray.kill, desk)
@@ -250,7 +250,7 @@ def run(
 
     for record in records.in_order():  # begun by an earlier process, and not paid any more
         if record.state == OPEN:
-            records.close(record, UNPAID, "interrupted, and then the budget was used up")
+            records.close(record, OVER_BUDGET, "interrupted, and then the budget was used up")
             told(record)
 
 
@@ -287,7 +287,12 @@ def _sampler(part: TuneConfig, records: Records) -> Any:
 
 
 def _storage(
-    part: TuneConfig, space: Space, records: Records, begun: list[Record], metric: Any, former: Sequence[FrozenTrial]
+    part: TuneConfig,
+    space: Space,
+    records: Records,
+    begun: list[TrialRecord],
+    metric: Any,
+    former: Sequence[FrozenTrial],
 ) -> tuple[BaseStorage, int | None]:
     """A study that knows what is known, with what is to be proposed first; and how many trials there are at most."""
     import optuna
@@ -302,11 +307,11 @@ def _storage(
         if told is not None:
             study.add_trial(told)
     for record in begun:
-        if record.number != GIVEN:
+        if record.number != BASELINE:
             study.enqueue_trial(record.params)
     if part.search != "grid":
         return storage, part.trials
-    known = [r.params for r in records.in_order() if r.number != GIVEN]
+    known = [r.params for r in records.in_order() if r.number != BASELINE]
     grid = space.grid()
     for point in grid:
         if point not in known:
@@ -314,12 +319,12 @@ def _storage(
     return storage, min(len(grid) + 1, part.trials or len(grid) + 1)
 
 
-def study_trial(space: Space, record: Record, metric: Any) -> FrozenTrial | None:
+def study_trial(space: Space, record: TrialRecord, metric: Any) -> FrozenTrial | None:
     """A trial that has ended, as Optuna remembers it; None for one that has not, or that lies outside the space."""
     import optuna
     from optuna.trial import TrialState
 
-    params = space.locate(flat(space.base)) if record.number == GIVEN else record.params
+    params = space.locate(flat(space.base)) if record.number == BASELINE else record.params
     if record.state == OPEN or params is None:
         return None
     state = TrialState.COMPLETE if record.last else TrialState.FAIL
@@ -335,7 +340,7 @@ def study_trial(space: Space, record: Record, metric: Any) -> FrozenTrial | None
 
 def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
     if part.stop == "none" or len(part.rungs) == 1:
-        return Unstopped()
+        return NoStopping()
     if part.stop == "median":
         return Median(time_attr="cost", metric="validation", mode="max", grace_period=0.0, min_samples_required=3)
     halving = Halving(
@@ -353,18 +358,18 @@ def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
     return halving
 
 
-def _over(records: Records, purse: Purse) -> bool:
+def _over(records: Records, purse: SearchBudget) -> bool:
     """Whether the budget is used up: there is nothing left, or no run as cheap as the cheapest first one would fit."""
     ended = [r for r in records.in_order() if r.state != OPEN]
-    if records.trials[GIVEN].state not in (OPEN, "finished"):  # there is nothing to compare with
+    if records.trials[BASELINE].state not in (OPEN, "finished"):  # there is nothing to compare with
         return True
-    for most, state in ((REFUSED, UNPAID), (FAILED, "failed")):
+    for most, state in ((REFUSED, OVER_BUDGET), (FAILED, "failed")):
         if len(ended) >= most and all(r.state == state for r in ended[-most:]):
             return True
     left = purse.left()
     if any(room <= 0 for room in left.values()):
         return True
-    firsts = [r.points[0] for r in records.in_order() if r.points and r.number != GIVEN]
+    firsts = [r.points[0] for r in records.in_order() if r.points and r.number != BASELINE]
     if not firsts:
         return False
     least = {"wall": min(p.seconds for p in firsts)}

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.jobs.tune.budget import Purse
-from ktray.jobs.tune.records import GIVEN, Record
+from ktray.jobs.tune.budget import SearchBudget
+from ktray.jobs.tune.records import BASELINE, TrialRecord
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import WAY, Tracker, tracking_uri
 
 
-def open_run(base: Recipe, store: Store, run_id: str, purse: Purse) -> Tracker:
+def open_run(base: Recipe, store: Store, run_id: str, purse: SearchBudget) -> Tracker:
     """The run of the search, or that of its earlier process. A server that is away stops nothing."""
     home = local_home(store)
     folder = home / "runs" / run_id
@@ -31,9 +31,9 @@ def open_run(base: Recipe, store: Store, run_id: str, purse: Purse) -> Tracker:
     return tracker
 
 
-def trial(tracker: Tracker, base: Recipe, search: str, record: Record) -> None:
+def trial(tracker: Tracker, base: Recipe, search: str, record: TrialRecord) -> None:
     """Log a trial that has ended: its choices, validation and cost at each rung, and why it ended."""
-    name = "as given" if record.number == GIVEN else f"trial {record.number}"
+    name = "as given" if record.number == BASELINE else f"trial {record.number}"
     tags = {"compare": search, WAY: name, "state": record.state, **({"reason": record.reason} if record.reason else {})}
     run = tracker.stage(name, params=record.params, tags=tags)
     for point in record.points:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ktray.jobs.compare.figure import metric_name
 from ktray.jobs.tune import figure
-from ktray.jobs.tune.records import Point
+from ktray.jobs.tune.records import TrialPoint
 from ktray.jobs.tune.winner import title
 from ktray.reporting import page
 
@@ -36,7 +36,7 @@ def write(folder: Path, found: dict[str, Any], files: dict[str, str]) -> list[Pa
         f=found,
         metric=metric_name(found),
         files=files,
-        titles={p["run"]: title(Point(**p)) for p in found["front"]},
+        titles={p["run"]: title(TrialPoint(**p)) for p in found["front"]},
         values=_value,
     )
 

@@ -13,14 +13,15 @@ from ktray.jobs.tune.space import Plain
 from ktray.storage.store import Dir
 
 FOLDER = "trials"
-GIVEN = 0  # number of the trial that is the recipe as given
+BASELINE = 0  # number of the trial that is the recipe as given
 OPEN = "running"
-UNPAID = "unpaid"  # the budget did not suffice for its next run
-DEAR = "dear"  # its model would cost more than the winner may
+OVER_BUDGET = "over_budget"  # the budget did not suffice for its next run
+OVER_COST_LIMIT = "over_cost_limit"  # its model would cost more than the winner may
+EARLIER_STATES = {"unpaid": OVER_BUDGET, "dear": OVER_COST_LIMIT}  # as records of ktray 0.1 name them
 
 
 @dataclass
-class Point:
+class TrialPoint:
     """One run of a trial: a whole recipe, and a model that can be had for its cost.
 
     Attributes:
@@ -51,8 +52,9 @@ class Point:
 
 
 @dataclass
-class Record:
-    """A trial. ``state``: ``running``, ``finished``, ``stopped`` (weak), ``failed``, `UNPAID` or `DEAR`.
+class TrialRecord:
+    """A trial. ``state``: ``running``, ``finished``, ``stopped`` (weak), ``failed``, `OVER_BUDGET`
+    or `OVER_COST_LIMIT`.
 
     Attributes:
         params: Optuna's.
@@ -69,11 +71,11 @@ class Record:
     reason: str = ""
     flops: float | None = None
     planned: float | None = None
-    points: list[Point] = field(default_factory=list)
+    points: list[TrialPoint] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)
 
     @property
-    def last(self) -> Point | None:
+    def last(self) -> TrialPoint | None:
         return self.points[-1] if self.points else None
 
 
@@ -82,7 +84,7 @@ class Records:
     """All trials of a search, kept in ``folder``; safe from any thread."""
 
     folder: Dir
-    trials: dict[int, Record] = field(default_factory=dict)
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
@@ -92,49 +94,50 @@ class Records:
         home = self.folder.sub(FOLDER)
         for name in home.names(".json") if home.exists() else {}:
             raw = home.read_json(name)
-            record = Record(**{**raw, "points": [Point(**p) for p in raw["points"]]})
+            raw["state"] = EARLIER_STATES.get(raw["state"], raw["state"])
+            record = TrialRecord(**{**raw, "points": [TrialPoint(**p) for p in raw["points"]]})
             self.trials[record.number] = record
 
     def reopen(self) -> None:
         """Trials that could not be paid are to go on: there is more to spend."""
         for record in self.in_order():
-            if record.state == UNPAID:
+            if record.state == OVER_BUDGET:
                 self.close(record, OPEN)
 
-    def begin(self, params: dict[str, Plain], keys: dict[str, Any]) -> Record:
+    def begin(self, params: dict[str, Plain], keys: dict[str, Any]) -> TrialRecord:
         with self._lock:
-            record = Record(max(self.trials, default=-1) + 1, params, keys)
+            record = TrialRecord(max(self.trials, default=-1) + 1, params, keys)
             self.trials[record.number] = record
         self.keep(record)
         return record
 
-    def keep(self, record: Record) -> None:
+    def keep(self, record: TrialRecord) -> None:
         self.folder.sub(FOLDER).write_json(f"{record.number:05d}.json", asdict(record))
 
-    def close(self, record: Record, state: str, reason: str = "") -> None:
+    def close(self, record: TrialRecord, state: str, reason: str = "") -> None:
         with self._lock:
             record.state, record.reason = state, reason
         self.keep(record)
 
-    def in_order(self) -> list[Record]:
+    def in_order(self) -> list[TrialRecord]:
         with self._lock:
             return [self.trials[number] for number in sorted(self.trials)]
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> Iterator[TrialPoint]:
         for record in self.in_order():
             yield from list(record.points)
 
-    def given(self) -> Point | None:
+    def given(self) -> TrialPoint | None:
         """The recipe as given, trained to its end; None as long as it is not."""
-        record = self.trials.get(GIVEN)
+        record = self.trials.get(BASELINE)
         return record.points[-1] if record and record.state == "finished" and record.points else None
 
-    def front(self) -> list[Point]:
+    def front(self) -> list[TrialPoint]:
         """The Pareto set of cost and validation, by rising cost."""
         points = [p for p in self.points() if math.isfinite(p.validation)]
         return [points[i] for i in pareto([(p.cost, p.validation) for p in points])]
 
-    def best(self, cost_limit: float | None) -> Point | None:
+    def best(self, cost_limit: float | None) -> TrialPoint | None:
         """The most accurate on validation, of equals the cheapest.
 
         Args:

@@ -14,9 +14,17 @@ from ktray.accounting.device import describe_device, versions
 from ktray.data.labelled.forms import count
 from ktray.errors import KtrayError
 from ktray.jobs.tune import mlflow, page
-from ktray.jobs.tune.budget import Purse
+from ktray.jobs.tune.budget import SearchBudget
 from ktray.jobs.tune.importance import importance, of_transfer_set
-from ktray.jobs.tune.records import GIVEN, OPEN, Point, Record, Records
+from ktray.jobs.tune.records import (
+    BASELINE,
+    OPEN,
+    OVER_BUDGET,
+    OVER_COST_LIMIT,
+    Records,
+    TrialPoint,
+    TrialRecord,
+)
 from ktray.jobs.tune.space import Space, Spec
 from ktray.jobs.tune.trial import recipe_of
 from ktray.jobs.tune.winner import title
@@ -44,25 +52,25 @@ def described(spec: Spec) -> str:
 
 
 @dataclass
-class Teller:
+class SearchReporter:
     """Tells news of a trial, and saves the best so far; called from Tune's loop."""
 
     base: Recipe
     records: Records
-    purse: Purse
+    purse: SearchBudget
     folder: Dir
     say: Callable[[str], None]
-    log: Callable[[Record], None]
+    log: Callable[[TrialRecord], None]
     _told: set[tuple[int, int, str]] = field(default_factory=set)
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: TrialRecord) -> None:
         point = record.last
         news = (record.number, len(record.points), record.state)
         if news in self._told:
             return
         self._told.add(news)
-        name = "as given" if record.number == GIVEN else f"trial {record.number}"
-        if record.state in ("failed", "unpaid", "dear", "stopped"):
+        name = "as given" if record.number == BASELINE else f"trial {record.number}"
+        if record.state in ("failed", OVER_BUDGET, OVER_COST_LIMIT, "stopped"):
             self.say(f"{name:<10}{record.state}: {record.reason}")
         elif point is not None and record.state == OPEN:
             keys = ", ".join(f"{k}={_short(v)}" for k, v in record.params.items())
@@ -90,7 +98,7 @@ class Teller:
             self.folder.write(BEST, dump(recipe_at(self.base, self.records, best)).encode())
 
 
-def progress(base: Recipe, records: Records, purse: Purse) -> str:
+def progress(base: Recipe, records: Records, purse: SearchBudget) -> str:
     """``tune      12 trials, 48% of the budget spent, best 83.1% (trial 5), about 6m10s to go``."""
     ended = sum(r.state != OPEN for r in records.in_order())
     best = records.best(base.tune.cost_limit)
@@ -103,7 +111,7 @@ def progress(base: Recipe, records: Records, purse: Purse) -> str:
 
 def check_given(records: Records) -> None:
     """Raises `KtrayError` where the recipe as given did not come to its end: there is nothing to compare with."""
-    record = records.trials[GIVEN]
+    record = records.trials[BASELINE]
     if record.state == "failed":
         raise KtrayError(f"The recipe as given fails: {record.reason}", "Mend it first: jobs/distill.py tells more.")
     if records.given() is None:
@@ -113,12 +121,12 @@ def check_given(records: Records) -> None:
         )
 
 
-def recipe_at(base: Recipe, records: Records, point: Point) -> Recipe:
+def recipe_at(base: Recipe, records: Records, point: TrialPoint) -> Recipe:
     """The recipe of a point, as it runs again."""
     return recipe_of(base, records.trials[point.trial].keys, point.share)
 
 
-def sharing(records: Records, purse: Purse, results: Sequence[dict[str, Any]]) -> dict[str, float]:
+def sharing(records: Records, purse: SearchBudget, results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """FLOPs and device-seconds that the search spent, and what its runs would have cost without stages in common."""
     found: dict[str, float] = {}
     spent = purse.spent()
@@ -133,10 +141,10 @@ def sharing(records: Records, purse: Purse, results: Sequence[dict[str, Any]]) -
 
 
 def build(
-    base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, purse: Purse, final: dict[str, Any]
+    base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, purse: SearchBudget, final: dict[str, Any]
 ) -> dict[str, Any]:
     """``result.json`` of a search that has come to its end."""
-    point: Point = final["point"]
+    point: TrialPoint = final["point"]
     given = records.given()
     assert given is not None  # see `check_given`
     front = records.front()
@@ -164,7 +172,7 @@ def build(
             **asdict(point),
             "name": title(point),
             "keys": records.trials[point.trial].keys,
-            "is_given": point.trial == GIVEN,
+            "is_given": point.trial == BASELINE,
             "seeds": [r["seed"] for r in results],
             "runs": [r["run_id"] for r in results],
             "validation_seeds": validations,
@@ -212,7 +220,7 @@ def table(found: dict[str, Any]) -> str:
     head = f"{'model':<34}{'validation':>11}{'compute':>14}{'time':>10}{'money':>11}  recipe"
     out = [head, "-" * len(head)]
     for raw in found["front"]:
-        p = Point(**raw)
+        p = TrialPoint(**raw)
         mark = "*" if p.run == found["winner"]["run"] else " "
         w = p.whole
         out.append(
@@ -231,18 +239,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def front_file(point: Point) -> str:
-    return f"front/{'given' if point.trial == GIVEN else f'trial-{point.trial}'}-{point.steps}.yaml"
+def front_file(point: TrialPoint) -> str:
+    return f"front/{'given' if point.trial == BASELINE else f'trial-{point.trial}'}-{point.steps}.yaml"
 
 
 def write(
-    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, purse: Purse, tracker: Tracker
+    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, purse: SearchBudget, tracker: Tracker
 ) -> dict[str, Any]:
     """Write the recipes of the front, the page and ``result.json``, and log them; returns the result."""
     files = {point.run: front_file(point) for point in records.front()}
     for point in records.front():
         folder.write(files[point.run], dump(recipe_at(base, records, point)).encode())
-    winner = Point(**{f.name: content["winner"][f.name] for f in fields(Point)})
+    winner = TrialPoint(**{f.name: content["winner"][f.name] for f in fields(TrialPoint)})
     folder.write(BEST, dump(recipe_at(base, records, winner)).encode())
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         pages = page.write(Path(scratch), content, files)

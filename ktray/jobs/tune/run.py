@@ -19,20 +19,20 @@ from ktray import recipe as recipes
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Entry, attempts
 from ktray.accounting.prices import hourly_price
-from ktray.distributed.allocation import Plan, cluster_plan
+from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.distributed.autoscale import gathered
 from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.tune import mlflow, result
-from ktray.jobs.tune.budget import BEAT, Amounts, Purse, Speed, amounts, limits, show
+from ktray.jobs.tune.budget import BEAT, Amounts, CostRate, SearchBudget, amounts, limits, show
 from ktray.jobs.tune.default_space import default_space
 from ktray.jobs.tune.records import Records
 from ktray.jobs.tune.space import Space, read
-from ktray.jobs.tune.trial import STUDENTS, Rungs, recipe_of
-from ktray.jobs.tune.warm_start import former_trials
-from ktray.jobs.tune.winner import crown
+from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
+from ktray.jobs.tune.warm_start import earlier_trials
+from ktray.jobs.tune.winner import train_winner
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run
@@ -69,7 +69,7 @@ def _tune(
     from ktray.jobs.tune import engine
 
     store = Store(recipe.store)
-    whole = cluster_plan(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    whole = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
     memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
     at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, memory)
     say(f"cluster   {at_once} at once ({why})")
@@ -94,11 +94,11 @@ def _tune(
         records.reopen()
     if records.trials:
         say(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
-    rungs = Rungs(base, store, part, purse, records, run_id, say, debug)
+    rungs = TrialRunner(base, store, part, purse, records, run_id, say, debug)
     tracker = mlflow.open_run(base, store, run_id, purse)
     status = "FAILED"
     try:
-        teller = result.Teller(base, records, purse, folder, say, partial(mlflow.trial, tracker, base, run_id))
+        teller = result.SearchReporter(base, records, purse, folder, say, partial(mlflow.trial, tracker, base, run_id))
         own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
         first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
         with _beating(purse, lambda: keep_for_the_winner(purse, records, base, own, test)):
@@ -108,7 +108,7 @@ def _tune(
         result.check_given(records)
         purse.reserve = {}
         with _beating(purse, lambda: None):
-            final = crown(base, records, purse, rungs, test, at_once, say)
+            final = train_winner(base, records, purse, rungs, test, at_once, say)
         content = result.build(base, run_id, folder, space, records, purse, final)
         content = result.write(content, base, folder, records, purse, tracker)
         status = "FINISHED"
@@ -128,19 +128,19 @@ def _former(base: Recipe, store: Store, space: Space, say: Callable[[str], None]
     if base.tune.warm_start is None:
         return []
     uri = tracking_uri(base.mlflow.uri, local_home(store))
-    found = former_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
+    found = earlier_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
     say(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
     return found
 
 
-def given(recipe: Recipe, plan: Plan, say: Callable[[str], None]) -> Resolved:
+def given(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
     """The recipe as given, resolved, with the search's own number of steps."""
     if recipe.tune.steps:
         recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
     return resolve(recipe, plan, say)
 
 
-def space_of(base: Recipe, plan: Plan) -> Space:
+def space_of(base: Recipe, plan: Allocation) -> Space:
     """The space that a resolved recipe asks for."""
     asked = base.tune.space
     if not asked:
@@ -154,14 +154,14 @@ def _planned(found: Resolved, stages: Sequence[str]) -> dict[str, float]:
     return {line.stage: line.flops for line in planning.lines(found) if line.stage in stages}
 
 
-def _purse(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> Purse:
+def _purse(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:
     device = describe_device()
     if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
         raise KtrayError("tune.cost=usd, and a device of this cluster has no price", "Set prices.NAME (USD an hour).")
     rate, _, _ = planning.machine(base)
-    purse = Purse(
+    purse = SearchBudget(
         limits(base.budget),
-        Speed(rate / at_once),
+        CostRate(rate / at_once),
         at_once,
         hourly_price(device, base.prices),
         lambda state: folder.write_json(PURSE, state),
@@ -189,7 +189,7 @@ def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
 
 
 def keep_for_the_winner(
-    purse: Purse, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
+    purse: SearchBudget, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
 ) -> None:
     """Set aside what the winner needs: its seeds trained, and all of them tested.
 
@@ -210,7 +210,7 @@ def keep_for_the_winner(
 
 
 @contextlib.contextmanager
-def _beating(purse: Purse, reserve: Callable[[], None]) -> Iterator[None]:
+def _beating(purse: SearchBudget, reserve: Callable[[], None]) -> Iterator[None]:
     """Record the time that has passed, and set aside what the winner needs, every few seconds."""
     end = threading.Event()
 

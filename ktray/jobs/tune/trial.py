@@ -11,11 +11,11 @@ from typing import Any
 
 from ktray import recipe as recipes
 from ktray.accounting.ledger import Entry, Ledger
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
-from ktray.jobs.tune.budget import Purse, Spent
-from ktray.jobs.tune.records import DEAR, GIVEN, UNPAID, Point, Record, Records
+from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
+from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, OVER_COST_LIMIT, Records, TrialPoint, TrialRecord
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run as pipeline
@@ -54,15 +54,15 @@ def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int 
     return found
 
 
-class TooDear(KtrayError):
+class CostLimitExceeded(KtrayError):
     """A trial whose model would cost more than the winner may."""
 
 
 @dataclass
-class Tally:
+class RunMeter:
     """The accounts of one run, from its first look on, and what ends it."""
 
-    purse: Purse
+    purse: SearchBudget
     name: str
     final: bool = False
     ledger: Ledger | None = None
@@ -88,7 +88,7 @@ class Tally:
 
 
 @dataclass
-class Rungs:
+class TrialRunner:
     """Runs the trials' recipes.
 
     Attributes:
@@ -99,8 +99,8 @@ class Rungs:
 
     base: Recipe
     store: Store
-    share: Plan
-    purse: Purse
+    share: Allocation
+    purse: SearchBudget
     records: Records
     search: str
     say: Callable[[str], None] = lambda text: None
@@ -115,9 +115,9 @@ class Rungs:
         """What a pipeline says, for who debugs: with several at once nobody can follow it."""
         return partial(_prefixed, self.say, title) if self.debug else lambda text: None
 
-    def shares_of(self, record: Record) -> list[float]:
+    def shares_of(self, record: TrialRecord) -> list[float]:
         """The recipe as given is trained to its end at once: all others are compared with it."""
-        return [1.0] if record.number == GIVEN else self.shares
+        return [1.0] if record.number == BASELINE else self.shares
 
     def answer(self, number: int, rung: int) -> dict[str, Any]:
         """The result of a rung, for Tune; one that was made before is read. Never raises: what goes wrong is the
@@ -128,10 +128,10 @@ class Rungs:
             return self._told(record, record.points[rung], last)
         try:
             point = self._run(record, rung)
-        except TooDear as dear:
-            self.records.close(record, DEAR, dear.what)
-        except Spent as spent:
-            self.records.close(record, UNPAID, spent.what)
+        except CostLimitExceeded as exceeded:
+            self.records.close(record, OVER_COST_LIMIT, exceeded.what)
+        except BudgetExceeded as spent:
+            self.records.close(record, OVER_BUDGET, spent.what)
         except Exception as error:
             self.records.close(record, "failed", explain(error))
         else:
@@ -140,26 +140,26 @@ class Rungs:
             return self._told(record, point, last)
         return {"validation": math.nan, "cost": math.nan, "full_cost": math.nan, "done": True, "ended": record.state}
 
-    def _told(self, record: Record, point: Point, last: bool) -> dict[str, Any]:
+    def _told(self, record: TrialRecord, point: TrialPoint, last: bool) -> dict[str, Any]:
         return {
             "validation": point.validation,
             "cost": point.resource,
             "full_cost": record.planned if record.planned is not None else point.cost,
             "done": last,
             "ended": "",
-            "given": record.number == GIVEN,
+            "given": record.number == BASELINE,
         }
 
-    def _run(self, record: Record, rung: int) -> Point:
+    def _run(self, record: TrialRecord, rung: int) -> TrialPoint:
         share = self.shares_of(record)[rung]
         recipe, to_make = self._plan(record, rung)
         unit = self.base.tune.cost
         name = f"{record.number}/{rung}"
         if refused := self.purse.promise(name, to_make):
-            raise Spent(f"rung {rung + 1} cannot be paid: {refused}")
+            raise BudgetExceeded(f"rung {rung + 1} cannot be paid: {refused}")
         # Without the recipe as given there is nothing to compare with: it may take the time that the winner is kept.
-        tally, begun, made = Tally(self.purse, name, final=record.number == GIVEN), time.monotonic(), False
-        title = "as given" if record.number == GIVEN else f"trial {record.number}"
+        tally, begun, made = RunMeter(self.purse, name, final=record.number == BASELINE), time.monotonic(), False
+        title = "as given" if record.number == BASELINE else f"trial {record.number}"
         tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
         try:
             with hushed(not self.debug):
@@ -175,7 +175,7 @@ class Rungs:
             raise KtrayError(f"validation is {validation}", "A lower learning rate may help.")
         before = record.points[-1].resource if record.points else 0.0
         whole = result["cost"]["without_cache"]
-        return Point(
+        return TrialPoint(
             trial=record.number,
             rung=rung,
             share=share,
@@ -190,7 +190,7 @@ class Rungs:
             seconds=seconds,
         )
 
-    def _plan(self, record: Record, rung: int) -> tuple[Recipe, dict[str, float]]:
+    def _plan(self, record: TrialRecord, rung: int) -> tuple[Recipe, dict[str, float]]:
         """The recipe of a rung, and the FLOPs of the stages that it will make, which the store does not hold."""
         share = self.shares_of(record)[rung]
         if record.number not in self._plans:
@@ -206,10 +206,10 @@ class Rungs:
         found = resolve(recipe, self.share, lambda text: None)
         return {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
 
-    def _fit(self, record: Record) -> None:
+    def _fit(self, record: TrialRecord) -> None:
         """A model that would cost more than the winner may gets so many steps fewer."""
-        stages, first = self._plans[record.number], self.records.trials[GIVEN]
-        if self.base.tune.cost_limit is not None and record.number != GIVEN:
+        stages, first = self._plans[record.number], self.records.trials[BASELINE]
+        if self.base.tune.cost_limit is not None and record.number != BASELINE:
             # Of trials that begin together another one may be planned before the recipe as given.
             given = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
             self._cut(record, stages, given, self.base.tune.cost_limit * given)
@@ -217,13 +217,15 @@ class Rungs:
         record.planned = self.purse.estimate(stages)[self.base.tune.cost]
         self.records.keep(record)
 
-    def _cut(self, record: Record, stages: dict[str, float], given: float, limit: float) -> None:
+    def _cut(self, record: TrialRecord, stages: dict[str, float], given: float, limit: float) -> None:
         whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
         if whole <= limit * (1 + 1e-9):
             return
         share = (limit - (whole - transfer)) / transfer if transfer else 0.0
         if share < LEAST:
-            raise TooDear(f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)")
+            raise CostLimitExceeded(
+                f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)"
+            )
         asked = int(recipe_of(self.base, record.keys).train.steps or 1)
         record.keys["train.steps"] = max(1, int(share * asked))
         stages["transfer"] = transfer * record.keys["train.steps"] / asked

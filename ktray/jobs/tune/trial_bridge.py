@@ -16,7 +16,7 @@ from ray import tune
 Ask = Callable[[int, int], dict[str, Any]]
 
 
-class Desk:
+class TrialBridge:
     """Questions of trials and their answers; an actor."""
 
     def __init__(self) -> None:

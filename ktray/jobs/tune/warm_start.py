@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST = 1000  # runs that are asked for, the newest first
 
 
-def former_trials(uri: str, experiment: str, base: Recipe, space: Space, multi: bool) -> list[FrozenTrial]:
+def earlier_trials(uri: str, experiment: str, base: Recipe, space: Space, multi: bool) -> list[FrozenTrial]:
     """Finished runs on the same task that lie within the space, as Optuna's trials.
 
     Args:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ktray.distributed.explain import explain
 from ktray.jobs.compare.parallel import run_all
-from ktray.jobs.tune.budget import Purse, Spent
-from ktray.jobs.tune.records import Point, Records
-from ktray.jobs.tune.trial import Rungs, Tally, recipe_of
+from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
+from ktray.jobs.tune.records import Records, TrialPoint
+from ktray.jobs.tune.trial import RunMeter, TrialRunner, recipe_of
 from ktray.pipeline.run import run as pipeline
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import hushed
@@ -23,11 +23,11 @@ TITLE = "winner"
 FOLDER = "winner"  # in the search's: the runs of its seeds
 
 
-def crown(
+def train_winner(
     base: Recipe,
     records: Records,
-    purse: Purse,
-    rungs: Rungs,
+    purse: SearchBudget,
+    rungs: TrialRunner,
     test: Mapping[str, float],
     at_once: int,
     say: Callable[[str], None],
@@ -58,7 +58,7 @@ def crown(
         if refused:
             missing[seed] = refused
             return
-        tally, begun, made = Tally(purse, name, final=True), time.monotonic(), False
+        tally, begun, made = RunMeter(purse, name, final=True), time.monotonic(), False
         tags = {"tune": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
         try:
             with hushed(not rungs.debug):
@@ -67,7 +67,7 @@ def crown(
             made = True
             home.write_json(_name(point, seed), {"run": results[seed]["run_id"]})
             say(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
-        except Spent as spent:
+        except BudgetExceeded as spent:
             missing[seed] = spent.what
         except Exception as error:  # another seed may still come to its end
             missing[seed] = explain(error)
@@ -84,11 +84,11 @@ def crown(
     }
 
 
-def _name(point: Point, seed: int) -> str:
+def _name(point: TrialPoint, seed: int) -> str:
     return f"{point.run}-{seed}.json"
 
 
-def _known(store: Store, home: Dir, point: Point, seed: int) -> dict[str, Any] | None:
+def _known(store: Store, home: Dir, point: TrialPoint, seed: int) -> dict[str, Any] | None:
     """What an earlier process of this search has found with a seed of this very winner."""
     if not home.exists(_name(point, seed)):
         return None
@@ -96,7 +96,7 @@ def _known(store: Store, home: Dir, point: Point, seed: int) -> dict[str, Any] |
     return found
 
 
-def title(point: Point) -> str:
+def title(point: TrialPoint) -> str:
     """``trial 3``, with the share of its steps where it is not all of them."""
     name = "the recipe as given" if point.trial == 0 else f"trial {point.trial}"
     return name if point.share == 1 else f"{name} at {point.share:.2g} of its steps"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ktray.data.preprocess import Preprocess
 from ktray.distributed import watchdog
-from ktray.distributed.retried_task import one_task
+from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
 from ktray.models.flops import count_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
@@ -31,18 +31,18 @@ from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tow
 from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
-from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.training.evaluation import class_scores
-from ktray.training.loop import Settings
-from ktray.training.programs import AdaptJob
+from ktray.training.loop import TrainerSettings
+from ktray.training.programs import AdaptSpec
 
 VERSION = 3  # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept
 
 
-def candidates(context: Context, spec: TeacherSpec) -> list[str]:
+def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     """What is tried, in order. An objective that needs no predictions needs no adapted teacher: the probe costs nothing
     beyond the embeddings that retrieval needs, and leaves the tower as it is."""
     part = context.recipe.teacher
@@ -59,7 +59,7 @@ def candidates(context: Context, spec: TeacherSpec) -> list[str]:
     return [name for name in wanted if name != "text" or spec.has_text]
 
 
-def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
+def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResult:
     """The adapted teacher (``adapted/``) and the frozen tower's embeddings of the labelled images."""
     wanted = candidates(context, spec)
     part, dense = context.recipe.teacher, context.recipe.task.kind == "segmentation"
@@ -76,9 +76,9 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
             if dense
             else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
         )
-        watchdog.waits("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
+        watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
         who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
-        found = one_task(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
+        found = run_with_retries(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
         reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
         if reporter.progress:
             reporter.progress.update(found["images"])
@@ -118,25 +118,25 @@ def run(context: Context, spec: TeacherSpec, max_failures: int) -> Done:
     return run_stage(context, "adapt", parts, work)
 
 
-def adapted(context: Context, done: Done, spec: TeacherSpec) -> AdaptedSpec:
+def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> AdaptedSpec:
     """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
     return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), _preprocess(context, spec))
 
 
-def _preprocess(context: Context, spec: TeacherSpec) -> Preprocess:
+def _preprocess(context: RunContext, spec: TeacherSpec) -> Preprocess:
     """The teacher's own; for segmentation whole images are squashed, so that no pixel is left without a class."""
     if context.recipe.task.kind == "segmentation":
         return replace(spec.preprocess, resize_mode="squash", crop_pct=1.0)
     return spec.preprocess
 
 
-def train_embeddings(done: Done) -> tuple[np.ndarray, list[str], np.ndarray]:
+def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Unit embeddings (N, D) float32 by the frozen tower, uris and labels of the labelled images: the queries."""
     rows = read_rows(done.stage, "embedding-train.parquet")
     return rows["embedding"].astype(np.float32), [str(u) for u in rows["uri"]], rows["label"]
 
 
-def frozen_predictions(done: Done) -> Callable[[np.ndarray], np.ndarray]:
+def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     """Class probabilities (N, C) float32 of unit embeddings (N, D) by the frozen tower, under the best of the heads
     that leave the tower as it is: what can be said of gallery images without embedding them again.
 
@@ -221,13 +221,13 @@ def _fit_heads(
 
 
 def _finetune(
-    context: Context, stage: Stage, decoded: Done, start: str, reporter: Reporter, max_failures: int
+    context: RunContext, stage: Stage, decoded: StageResult, start: str, reporter: Reporter, max_failures: int
 ) -> dict[str, float]:
-    from ktray.distributed.mailbox import watch
+    from ktray.distributed.mailbox import open_mailbox
     from ktray.training.ray_train import train
 
     part = context.recipe.teacher.finetune
-    settings = Settings(
+    settings = TrainerSettings(
         steps=part.steps,
         lr=part.lr,
         weight_decay=part.weight_decay,
@@ -239,7 +239,9 @@ def _finetune(
         keep="best",
     )
     base = stage.sub(f"candidate-{start}")
-    job = AdaptJob(settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric)
+    job = AdaptSpec(
+        settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric
+    )
     result: dict[str, float] = {}
 
     def finish(weights: Path) -> None:
@@ -258,7 +260,7 @@ def _finetune(
         result.update(judge(raw / teacher.temperature, label), temperature=teacher.temperature)
         save_candidate(stage, "finetune", teacher)
 
-    with watch(reporter.post) as board:
+    with open_mailbox(reporter.post) as board:
         train(
             job,
             stage,

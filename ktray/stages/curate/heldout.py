@@ -14,14 +14,14 @@ from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import BadImage
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.heldout_duplicates import fingerprint_heldout
-from ktray.stages.base import Context, Reporter, finish_shard, finished_shards, resumed
+from ktray.stages.base import Reporter, RunContext, finish_shard, finished_shards, resumed
 from ktray.stages.index.stage import unit_embedding
 from ktray.stages.labels import SHARD
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 
 
-def heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
+def heldout(context: RunContext, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
     """``uri``, ``hash`` (several each), ``digest`` and with a teacher ``embedding`` of validation and test images;
     nothing else of them is looked at.
 
@@ -33,7 +33,7 @@ def heldout(context: Context, stage: Stage, spec: TeacherSpec | None, reporter: 
 
 
 def embed_images(
-    context: Context,
+    context: RunContext,
     folder: Stage,
     uris: list[str],
     prepare: Callable[[Item], Rows],

@@ -20,7 +20,7 @@ from ktray.models.teacher.heads import text_head
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.retrieval.crops import Crops
 from ktray.stages.adapt import stage as adapt_stage
-from ktray.stages.base import Context, Done, Reporter
+from ktray.stages.base import Reporter, RunContext, StageResult
 from ktray.stages.curate.heldout import embed_images
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
@@ -42,7 +42,7 @@ class Queries:
         return len(self.uris)
 
 
-def queries(context: Context, stage: Stage, adapt: Done, spec: TeacherSpec, reporter: Reporter) -> Queries:
+def queries(context: RunContext, stage: Stage, adapt: StageResult, spec: TeacherSpec, reporter: Reporter) -> Queries:
     """The queries of the recipe.
 
     Raises:
@@ -72,7 +72,7 @@ def queries(context: Context, stage: Stage, adapt: Done, spec: TeacherSpec, repo
     return Queries(mean, [MEAN + context.task.classes[label] for label in present.tolist()], present)
 
 
-def _texts(context: Context, spec: TeacherSpec) -> Queries:
+def _texts(context: RunContext, spec: TeacherSpec) -> Queries:
     if not spec.has_text:
         raise KtrayError(
             f"transfer.queries={context.recipe.transfer.queries}, and teacher '{spec.source.name}' has no text tower",
@@ -84,7 +84,7 @@ def _texts(context: Context, spec: TeacherSpec) -> Queries:
     return Queries(unit, [TEXT + name for name in context.task.classes], np.arange(len(names)))
 
 
-def _crops(context: Context, stage: Stage, images: Queries, spec: TeacherSpec, reporter: Reporter) -> Queries:
+def _crops(context: RunContext, stage: Stage, images: Queries, spec: TeacherSpec, reporter: Reporter) -> Queries:
     crops = Crops(context.recipe.transfer.query_crops, context.recipe.gallery.crop_count)
     prepare = _Crop(crops, spec.preprocess, context.recipe.data.max_pixels)
     rows = embed_images(context, Stage(stage.file("query-crops")), images.uris, prepare, spec, reporter)

@@ -25,10 +25,10 @@ from ktray.retrieval.coverage import coverage, lines
 from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
-from ktray.retrieval.set_duplicates import Distinct
+from ktray.retrieval.set_duplicates import SetDuplicates
 from ktray.retrieval.strategies import NEEDS_PREDICTIONS
 from ktray.stages.adapt import stage as adapt_stage
-from ktray.stages.base import Context, Done, Reporter, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.curate.heldout import heldout
 from ktray.stages.curate.queries import Queries, queries
 from ktray.stages.index import compress
@@ -44,7 +44,9 @@ SHEET_COLUMNS = 12
 REPEATED = "repeated"
 
 
-def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: Done | None) -> Done:
+def run(
+    context: RunContext, spec: TeacherSpec | None, adapt: StageResult | None, index: StageResult | None
+) -> StageResult:
     """``transfer.parquet`` (uri, query, rank, similarity, strategies, perhaps caption or label), ``queries.parquet``,
     ``dropped.parquet``, ``contact_sheet.png``.
 
@@ -119,7 +121,9 @@ def run(context: Context, spec: TeacherSpec | None, adapt: Done | None, index: D
     return run_stage(context, "curate", parts, work)
 
 
-def _copies(context: Context, gallery: Gallery, kept_out: Rows, embedded: bool, reporter: Reporter) -> DuplicateTable:
+def _copies(
+    context: RunContext, gallery: Gallery, kept_out: Rows, embedded: bool, reporter: Reporter
+) -> DuplicateTable:
     embedding = kept_out["embedding"].astype(np.float32) if embedded else None
     prints = Fingerprints(kept_out["hash"], kept_out["digest"])
     found = duplicates(gallery, embedding, prints, context.recipe.transfer.dedup_similarity, context.plan)
@@ -128,7 +132,7 @@ def _copies(context: Context, gallery: Gallery, kept_out: Rows, embedded: bool, 
     return found
 
 
-def _repeats(context: Context, gallery: Gallery, embedded: bool) -> Distinct | None:
+def _repeats(context: RunContext, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
     similarity = context.recipe.transfer.repeat_similarity
     if similarity is None:
         return None
@@ -138,17 +142,17 @@ def _repeats(context: Context, gallery: Gallery, embedded: bool) -> Distinct | N
         vectors = np.stack(gallery.take("embedding", rows)).astype(np.float32) if embedded else None
         return vectors, Fingerprints(*prints)
 
-    return Distinct(look, similarity)
+    return SetDuplicates(look, similarity)
 
 
 def _choose(
-    context: Context,
+    context: RunContext,
     gallery: Gallery,
     asked: Queries,
     nearest: Callable[..., Hits],
-    adapt: Done | None,
+    adapt: StageResult | None,
     exclude: np.ndarray,
-    repeats: Distinct | None,
+    repeats: SetDuplicates | None,
     reporter: Reporter,
 ) -> tuple[Selection, dict[str, np.ndarray]]:
     """The set, and which of it each strategy takes too (`ktray.stages.index.gallery.agreement`)."""
@@ -223,7 +227,7 @@ def _write(
     return uris
 
 
-def _target(context: Context, stage: Stage) -> dict[str, Any]:
+def _target(context: RunContext, stage: Stage) -> dict[str, Any]:
     uris = [e.uri for e in context.task.train] + list(context.task.unlabeled)
     size = context.recipe.transfer.size
     if size is not None and size < len(uris):
@@ -245,7 +249,7 @@ def _target(context: Context, stage: Stage) -> dict[str, Any]:
 
 
 def _sheet(
-    context: Context, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
+    context: RunContext, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
 ) -> None:
     """Queries spread over the classes on the left, what they brought on the right."""
     rng = np.random.default_rng(0)
@@ -287,7 +291,7 @@ def _sheet(
     stage.write("contact_sheet.png", stream.getvalue())
 
 
-def small_images(context: Context, uris: list[str]) -> dict[str, np.ndarray]:
+def small_images(context: RunContext, uris: list[str]) -> dict[str, np.ndarray]:
     """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones (and what is no
     image, such as a class's name) left out."""
     found, limit = {}, context.recipe.data.max_pixels
@@ -299,6 +303,6 @@ def small_images(context: Context, uris: list[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def _caption(context: Context, uri: str, label: int) -> str:
+def _caption(context: RunContext, uri: str, label: int) -> str:
     """A query's class; for segmentation, where it has none, its file name."""
     return uri.rpartition("/")[2] if context.recipe.task.kind == "segmentation" else context.task.classes[label]

@@ -30,7 +30,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Prepare:
+class PrepareMasks:
     """Each image in the geometry of every model, and its mask at full size (flat, as sizes differ)."""
 
     transforms: dict[str, Preprocess]
@@ -67,9 +67,9 @@ class Score:
     """Counts of every model; those of the student also as a confusion matrix of pixels."""
 
     def __init__(self, plan: MakeScore) -> None:
-        from ktray.training.worker import Env
+        from ktray.training.worker import WorkerContext
 
-        env = Env(device(), 0, 1, 1.0)
+        env = WorkerContext(device(), 0, 1, 1.0)
         self.plan = plan
         self.students = {name: spec.build(env, 0) for name, spec in plan.students.items()}
         self.teacher = plan.teacher.load() if plan.teacher else None

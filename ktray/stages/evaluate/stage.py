@@ -17,7 +17,7 @@ from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
-from ktray.stages.base import Context, Done, Reporter, finish_shard, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, finish_shard, finished_shards, resumed, run_stage
 from ktray.stages.evaluate import dense
 from ktray.stages.labels import Masks, decode_examples, shard_items
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -41,9 +41,9 @@ class _Prepare:
 
 class _Score:
     def __init__(self, stage: Stage, students: dict[str, StudentSpec], teacher: AdaptedSpec | None) -> None:
-        from ktray.training.worker import Env
+        from ktray.training.worker import WorkerContext
 
-        env = Env(device(), 0, 1, 1.0)
+        env = WorkerContext(device(), 0, 1, 1.0)
         self.stage = stage
         self.students = {name: spec.build(env, 0) for name, spec in students.items()}
         self.teacher = teacher.load() if teacher else None
@@ -84,8 +84,8 @@ class _MakeScore:
 
 
 def run(
-    context: Context, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None
-) -> Done:
+    context: RunContext, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None
+) -> StageResult:
     """Shards of test logits (or counts of pixels) per model, and ``metrics`` by model in the manifest.
 
     Args:
@@ -110,7 +110,7 @@ def run(
         todo = [i for i in items if i["name"] not in finished]
         names = [*students, *(["teacher"] if teacher else [])]
         if masks:
-            prepare = dense.Prepare(transforms, limit, masks)
+            prepare = dense.PrepareMasks(transforms, limit, masks)
             finish = dense.MakeScore(stage, specs, judge, len(classes))
             reporter.shards(map_shards(todo, prepare, finish, context.plan))
         else:

@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.recipe.schema import GalleryConfig
 from ktray.recipe.section import digest
 from ktray.retrieval import faiss_index
 from ktray.retrieval.search import Hits
-from ktray.stages.base import Context
+from ktray.stages.base import RunContext
 from ktray.stages.index.gallery import Gallery, exact
 
 # Above this, one pass over the embeddings takes longer than all else that is done with them.
 EXACT_ROWS = 100_000_000
 
 
-def wanted(context: Context, rows: int) -> bool:
+def wanted(context: RunContext, rows: int) -> bool:
     """Whether the recipe searches a gallery of so many rows compressed."""
     kind = context.recipe.gallery.search
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 
-def compress(part: GalleryConfig, gallery: Gallery, plan: Plan, say: faiss_index.Say) -> dict[str, Any]:
+def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation, say: faiss_index.Say) -> dict[str, Any]:
     """Build what is missing; returns the manifest's entry (`ktray.retrieval.faiss_index.Compressed`).
 
     Raises:

@@ -11,7 +11,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.sources.clip_retrieval import read_records, read_vectors
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.data.sources.listing import Shard
-from ktray.data.sources.records import Record
+from ktray.data.sources.records import ImageRecord
 from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
 from ktray.distributed.ray_data import Item
@@ -27,7 +27,7 @@ CHECKED = 4
 
 
 @dataclass(frozen=True)
-class Prepare:
+class DecodeGallery:
     """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
 
     shards: list[Shard]
@@ -60,10 +60,10 @@ class Prepare:
                 piece.add(str(ImageRef.parse(uri).crop(box)), record.caption, cut)
         yield piece.columns()
 
-    def _records(self, item: Item) -> Iterator[tuple[Record, np.ndarray | None]]:
+    def _records(self, item: Item) -> Iterator[tuple[ImageRecord, np.ndarray | None]]:
         """Images, and the embedding of those that have one."""
         if "shard" not in item:
-            yield from ((Record(uri, data, error=error), None) for uri, data, error in fetch(item["uris"]))
+            yield from ((ImageRecord(uri, data, error=error), None) for uri, data, error in fetch(item["uris"]))
             return
         shard = self.shards[item["shard"]]
         if shard.kind == "embedded" and self.preprocess:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ktray.distributed.allocation import Plan
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import map_numbered
 from ktray.retrieval.heldout_duplicates import (
     DuplicateTable,
@@ -22,7 +22,7 @@ from ktray.retrieval.index_dir import IndexDir, Part
 from ktray.retrieval.search import Hits, merge, search
 from ktray.retrieval.select import Selection
 from ktray.retrieval.strategies import NEEDS_PREDICTIONS, STRATEGIES, choose
-from ktray.stages.base import Done
+from ktray.stages.base import StageResult
 from ktray.storage.columns import Rows
 
 # Hits a query, for each image of its share: those that others have taken first, and what a strategy may choose among.
@@ -45,7 +45,7 @@ class Gallery:
         self.total = self.offsets[-1]
 
     @classmethod
-    def of(cls, index: Done) -> Gallery:
+    def of(cls, index: StageResult) -> Gallery:
         """The gallery of INDEX's directory; an index in the store is named from the store's root."""
         folder = str(index.manifest["folder"])
         if not folder.startswith("/") and "://" not in folder:
@@ -108,7 +108,7 @@ class GalleryPart:
 
 
 def duplicates(
-    gallery: Gallery, heldout: np.ndarray | None, prints: Fingerprints, similarity: float, plan: Plan
+    gallery: Gallery, heldout: np.ndarray | None, prints: Fingerprints, similarity: float, plan: Allocation
 ) -> DuplicateTable:
     """The gallery's copies of held-out images; ``heldout`` (M, D) unit embeddings, None where there is no encoder."""
     work = partial(_duplicates, heldout=heldout, prints=prints, similarity=similarity)
@@ -129,7 +129,7 @@ def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerpri
     return {**columns, "reason": np.array(found.reason, dtype=str), "similar": np.array([found.similar])}
 
 
-def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Plan) -> Hits:
+def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Allocation) -> Hits:
     """`ktray.retrieval.search.search` over the whole gallery, a task for each block."""
     found: Hits | None = None
     for _, rows in map_numbered(gallery.blocks(), partial(_search, queries=queries, k=k), plan):

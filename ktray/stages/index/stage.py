@@ -24,9 +24,9 @@ from ktray.recipe.schema import index_alone
 from ktray.recipe.section import digest
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir, parts
-from ktray.stages.base import Context, Done, Reporter, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, resumed, run_stage
 from ktray.stages.index.compress import compress, wanted
-from ktray.stages.index.decode import Prepare
+from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
 from ktray.storage.columns import Rows
 
@@ -53,7 +53,7 @@ def _write_part(folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarr
 @dataclass(frozen=True)
 class _WriteFingerprints:
     folder: IndexDir
-    prepare: Prepare
+    prepare: DecodeGallery
 
     def __call__(self, item: Item) -> dict[str, Any]:
         made = [
@@ -114,7 +114,7 @@ def _check_given(given: np.ndarray, made: np.ndarray, source: str, spec: Teacher
         )
 
 
-def run(context: Context, spec: TeacherSpec | None) -> Done:
+def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
     """The gallery's shards in the index: ``uri``, ``caption`` (or empty), ``hash``, ``digest`` and, with a teacher,
     embeddings of the whole gallery."""
     part = context.recipe.gallery
@@ -133,7 +133,7 @@ def run(context: Context, spec: TeacherSpec | None) -> Done:
     return _index(context, spec, shards, items, total, crops, {})
 
 
-def run_labelled(context: Context, source: LabelledSet) -> Done:
+def run_labelled(context: RunContext, source: LabelledSet) -> StageResult:
     """The labelled generic set as a gallery: ``uri``, ``hash``, ``digest`` and ``label`` of all its images."""
     examples = [*source.train, *source.val, *source.test]
     items: list[Item] = []
@@ -146,14 +146,14 @@ def run_labelled(context: Context, source: LabelledSet) -> Done:
 
 
 def _index(
-    context: Context,
+    context: RunContext,
     spec: TeacherSpec | None,
     shards: list[Shard],
     items: list[Item] | None,
     total: int | None,
     crops: Crops,
     more: dict[str, Any],
-) -> Done:
+) -> StageResult:
     recipe = context.recipe
     facts = {
         "teacher": spec.source.name if spec else None,
@@ -170,7 +170,7 @@ def _index(
         names, items = _held(folder, spec), []
     else:
         names = [str(item["name"]) for item in items]
-    prepare = Prepare(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
+    prepare = DecodeGallery(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
 
     def whole(manifest: dict[str, Any]) -> bool:
         return len(folder.shards(names)[0]) == len(names)

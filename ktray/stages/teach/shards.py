@@ -14,8 +14,8 @@ from ktray.errors import KtrayError
 from ktray.stages.base import finish_shard
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
-from ktray.targets.jpeg import squeeze
-from ktray.targets.make_views import Cut
+from ktray.targets.jpeg import encode_views
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.targets.top_k import dense_rows
 from ktray.training.read_windows import listed
@@ -27,17 +27,17 @@ CHECKED_IMAGES = 4, 32
 
 def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | None) -> dict[str, Any]:
     bad, rows = columns.pop("bad").tolist(), len(columns["pixels"])
-    write_rows(stage, item["name"], squeeze(columns, jpeg))
+    write_rows(stage, item["name"], encode_views(columns, jpeg))
     summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "bad": bad, "images": rows}
     return finish_shard(stage, item["name"], {**summary, "flops": flops * rows})
 
 
 @dataclass(frozen=True)
 class WithoutTeacher:
-    """Stores views alone; ``jpeg`` as for `squeeze`."""
+    """Stores views alone; ``jpeg`` as for `encode_views`."""
 
     stage: Stage
-    cut: Cut
+    cut: MakeViews
     jpeg: int | None = None
 
     def __call__(self, item: Item) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class WithoutTeacher:
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """Makes, where it runs, the device half that stores views with the teacher's outputs; ``jpeg`` as for `squeeze`."""
+    """Makes, where it runs, what stores views with the teacher's outputs; ``jpeg`` as for `encode_views`."""
 
     stage: Stage
     predict: Predict
@@ -90,7 +90,7 @@ def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckTargets:
     """Makes, where it runs, the comparison of stored targets with the live teacher's on views that are cut again."""
 
     stage: Stage

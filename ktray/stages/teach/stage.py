@@ -21,30 +21,30 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives import build_objective
 from ktray.objectives.base import TEACHERS
-from ktray.stages.base import Context, Done, Reporter, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, resumed, run_stage
 from ktray.stages.labels import canvas_preprocess
-from ktray.stages.teach.shards import Check, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
-from ktray.targets.make_views import Cut
+from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.targets.top_k import columns, per_prediction
-from ktray.training.inputs import Taught
+from ktray.training.inputs import TargetSet
 
 # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize
 VERSION = 4
 SHARD_BYTES = 64_000_000
-# What the manifest says of the targets' sizes, as `Taught` has it.
+# What the manifest says of the targets' sizes, as `TargetSet` has it.
 SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
 Targets = tuple[str, ...]
 
 
 @dataclass
-class Lesson:
+class TeachResult:
     """TEACH's result, and how its rows are made where they are not stored."""
 
-    done: Done
-    cut: Cut
+    done: StageResult
+    cut: MakeViews
     predict: Predict | None
 
     @property
@@ -56,11 +56,11 @@ class Lesson:
         """Images that training will decode itself."""
         return int(self.done.manifest["images"]) if self.done.manifest["mode"] != "cached" else 0
 
-    def taught(self) -> Taught:
+    def taught(self) -> TargetSet:
         """What training needs to know of a whole TEACH directory."""
         m = self.done.manifest
         mode = str(m["mode"])
-        return Taught(
+        return TargetSet(
             self.done.stage,
             tuple((str(name), int(rows)) for name, rows in m["shards"] if rows),
             int(m["row_bytes"]),
@@ -74,8 +74,13 @@ class Lesson:
 
 
 def run(
-    context: Context, curate: Done, adapt: Done | None, spec: AdaptedSpec | None, student: Preprocess, map_side: int
-) -> Lesson:
+    context: RunContext,
+    curate: StageResult,
+    adapt: StageResult | None,
+    spec: AdaptedSpec | None,
+    student: Preprocess,
+    map_side: int,
+) -> TeachResult:
     """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
     (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
     (int32), ``label`` (int64).
@@ -91,7 +96,7 @@ def run(
     student_size = int(recipe.image_size or 0)
     view_size = max(student_size, *spec.preprocess.size) if spec else student_size
     canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
-    cut = Cut(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
+    cut = MakeViews(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
     asked = tuple(t for t in targets if t in TEACHERS)
     predict = Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None
     patches, cached = "patch_embedding" in targets, part.mode == "cached"
@@ -159,11 +164,11 @@ def run(
         map_side if patches else None,
         canvas.to_dict() if canvas else None,
     ]
-    return Lesson(run_stage(context, "teach", parts, work), cut, predict)
+    return TeachResult(run_stage(context, "teach", parts, work), cut, predict)
 
 
 def _store(
-    context: Context, stage: Stage, reporter: Reporter, items: list[Item], cut: Cut, predict: Predict | None
+    context: RunContext, stage: Stage, reporter: Reporter, items: list[Item], cut: MakeViews, predict: Predict | None
 ) -> dict[str, int]:
     """Rows of every shard, all of them stored."""
     jpeg = context.recipe.teach.jpeg
@@ -178,7 +183,7 @@ def _store(
     )
     rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
     if predict and any(rows.values()):
-        found = reporter.shards(map_shards(sample(items, rows), cut, Check(stage, predict), context.plan))
+        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), context.plan))
         context.say(
             f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
             f"least {min(f['cosine'] for f in found):.5f}"
@@ -186,7 +191,7 @@ def _store(
     return rows
 
 
-def view_policy(context: Context) -> ViewPolicy:
+def view_policy(context: RunContext) -> ViewPolicy:
     """The views of training, from the recipe."""
     part = context.recipe.teach
     return ViewPolicy(

@@ -23,7 +23,7 @@ HALF = Preprocess(size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def test_the_ratio_is_the_median_of_the_turns():
-    row = rows.Row("work", "images/s", "bare", [100.0, 200.0, 50.0], [90.0, 100.0, 49.0])
+    row = rows.BenchRow("work", "images/s", "bare", [100.0, 200.0, 50.0], [90.0, 100.0, 49.0])
     assert row.ratio == 0.9
     assert rows.markdown([row]).splitlines()[-1] == "| work | bare: 100 images/s | 90 images/s | 90% | 50% to 98% |"
     assert row.to_dict()["ratio"] == 0.9

@@ -19,7 +19,7 @@ CASE = lesson.Case("test_resnet", 32, "miniverse", 8, 24, {"output_stride": 16})
 @pytest.fixture(scope="module")
 def made(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lesson")
-    return folder, lesson.ensure_lesson(CASE, folder, cluster)
+    return folder, lesson.ensure_targets(CASE, folder, cluster)
 
 
 def test_a_lesson_is_what_teach_stores(made, cluster):
@@ -29,7 +29,7 @@ def test_a_lesson_is_what_teach_stores(made, cluster):
     assert rows["pixels"].shape == (24, 3, 32, 32)
     assert rows["logits"].shape == (24, lesson.CLASSES)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet") if "teach" in str(p)}
-    lesson.ensure_lesson(CASE, folder, cluster)
+    lesson.ensure_targets(CASE, folder, cluster)
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 

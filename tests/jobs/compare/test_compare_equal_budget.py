@@ -5,18 +5,18 @@ from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
 from ktray.accounting.prices import price_table
-from ktray.distributed.allocation import plan
+from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.jobs.compare import calibration
-from ktray.jobs.compare.calibration import Speed
+from ktray.jobs.compare.calibration import MeasuredSpeed
 from ktray.jobs.compare.equal_budget import budgets, show
-from ktray.jobs.compare.methods import Way, list_ways, recipe_of
+from ktray.jobs.compare.methods import Method, list_methods, recipe_of
 from ktray.pipeline.plan import RATES, lines
 from ktray.pipeline.resolve import resolve
 from ktray.storage.store import Store
 
 WAYS = "compare.ways={mse: {objective.name: agnostic, objective.match: mse}, scratch: {objective.name: scratch}}"
-HERE = plan(2, 0, 1, 1, False)
+HERE = allocate(2, 0, 1, 1, False)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def cost(base, way, steps):
 
 def test_equal_flops_gives_every_way_the_first_ones_cost(given):
     base = recipes.load(None, [*given, "compare.equal=flops", "compare.budgets=[0.25]"])
-    ways = list_ways(base, silent)
+    ways = list_methods(base, silent)
     found = budgets(base, ways, HERE, silent)
     assert found["mse"].steps == 40
     assert found["mse, 1/4 steps"].steps == 10
@@ -50,18 +50,18 @@ def test_equal_flops_gives_every_way_the_first_ones_cost(given):
 
 def test_a_budget_that_a_way_cannot_meet_names_it(given):
     base = recipes.load(None, [*given, "train.steps=1", "compare.equal=flops"])
-    ways = {"scratch": Way({"objective.name": "scratch"}, "scratch"), "dear": Way({}, "dear")}
+    ways = {"scratch": Method({"objective.name": "scratch"}, "scratch"), "dear": Method({}, "dear")}
     with pytest.raises(KtrayError, match="'dear'"):
         budgets(base, ways, HERE, silent)
 
 
 def test_equal_device_seconds_follows_the_measured_speeds(given):
     base = recipes.load(None, [*given, "compare.equal=device_seconds"])
-    ways = list_ways(base, silent)
-    speeds = {"mse": Speed(100.0, 0.5), "scratch": Speed(20.0, 0.25)}
+    ways = list_methods(base, silent)
+    speeds = {"mse": MeasuredSpeed(100.0, 0.5), "scratch": MeasuredSpeed(20.0, 0.25)}
     found = budgets(base, ways, HERE, silent, lambda ways, most: speeds)
     assert {name: b.steps for name, b in found.items()} == {"mse": 40, "scratch": 400}  # 120 s for both
-    speeds["scratch"] = Speed(119.9, 0.25)
+    speeds["scratch"] = MeasuredSpeed(119.9, 0.25)
     with pytest.raises(KtrayError, match="'scratch' costs 120 device-seconds"):
         budgets(base, ways, HERE, silent, lambda ways, most: speeds)
 
@@ -82,7 +82,7 @@ def test_speed_is_the_difference_of_two_runs(tmp_path):
     short = result(store, "transfer", "a", 20, 13.0, 76.0)
     long = result(store, "transfer", "b", 80, 43.0, 136.0)
     found = calibration.speed(store, short, long, devices=2)
-    assert found == Speed(fixed=56.0, step=1.0)
+    assert found == MeasuredSpeed(fixed=56.0, step=1.0)
     assert found.total(20) == 76.0
     assert found.total(80) == 136.0
     assert found.within(136.0) == 80
@@ -100,10 +100,10 @@ def test_what_was_measured_is_kept(given, tmp_path):
         ran.extend(jobs)
         return [result(store, "transfer", f"k{r.train.steps}", r.train.steps, r.train.steps / 4, 30.0) for _, r in jobs]
 
-    ways = {"mse": list_ways(base, silent)["mse"]}
+    ways = {"mse": list_methods(base, silent)["mse"]}
     first = calibration.measure(base, ways, store, HERE, run)
     assert [r.train.steps for _, r in ran] == [calibration.SHORT, calibration.LONG]
-    assert first["mse"] == Speed(30.0 - calibration.SHORT / 4, 0.25)
+    assert first["mse"] == MeasuredSpeed(30.0 - calibration.SHORT / 4, 0.25)
     assert calibration.measure(base, ways, store, HERE, run) == first
     assert len(ran) == 2
 
@@ -112,7 +112,7 @@ def test_a_plan_counts_seeds_and_trials(given):
     base = recipes.load(
         None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"]
     )
-    found, said = budgets(base, list_ways(base, silent), HERE, silent), []
+    found, said = budgets(base, list_methods(base, silent), HERE, silent), []
     show(base, said.append)
     heads = found["mse"].flops + found["scratch"].flops
     title = "all, 2 seeds and 3 learning rates"

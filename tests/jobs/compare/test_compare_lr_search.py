@@ -4,9 +4,9 @@ import pytest
 
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
-from ktray.jobs.compare.equal_budget import Budget
+from ktray.jobs.compare.equal_budget import EqualBudget
 from ktray.jobs.compare.lr_search import search
-from ktray.jobs.compare.methods import list_ways
+from ktray.jobs.compare.methods import list_methods
 
 
 def silent(text):
@@ -25,8 +25,8 @@ def setting(*more):
             *more,
         ],
     )
-    ways = list_ways(base, silent)
-    return base, ways, {name: Budget(round(100 * way.share), 1.0) for name, way in ways.items()}
+    ways = list_methods(base, silent)
+    return base, ways, {name: EqualBudget(round(100 * way.share), 1.0) for name, way in ways.items()}
 
 
 def test_each_way_gets_the_same_trials_and_its_best_on_validation():

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
-from ktray.jobs.compare.methods import default_ways, list_ways, recipe_of, unavailable
+from ktray.jobs.compare.methods import default_methods, list_methods, recipe_of, unavailable
 from ktray.recipe.schema import ObjectiveConfig
 
 
@@ -32,12 +32,12 @@ def silent(text):
 
 
 def test_default_ways_follow_the_data(bare, captioned):
-    keys, missing = default_ways(recipes.load(None, ["task.data=x"]))
+    keys, missing = default_methods(recipes.load(None, ["task.data=x"]))
     assert {"oriented target", "agnostic target", "scratch"} <= set(keys)
     assert not any(k.get("transfer.source") in ("retrieved", "generic") for k in keys.values())
     assert set(missing) == {"agnostic_then_oriented", "clip generic", "supervised generic"}
     plain = recipes.load(None, ["task.data=x", f"gallery.data={bare}"])
-    keys, missing = default_ways(plain)
+    keys, missing = default_methods(plain)
     for objective, sources in {
         "oriented": {"retrieved", "generic", "target"},
         "agnostic": {"retrieved", "generic"},
@@ -49,7 +49,7 @@ def test_default_ways_follow_the_data(bare, captioned):
     assert "captions" in unavailable(plain)["clip"]
     assert "clip" not in unavailable(recipes.load(None, ["task.data=x", f"gallery.data={captioned}"]))
     assert "supervised" not in unavailable(recipes.load(None, ["task.data=x", "supervised.data=y"]))
-    keys, missing = default_ways(recipes.load(None, []))
+    keys, missing = default_methods(recipes.load(None, []))
     assert not missing
     assert {k["objective.name"] for k in keys.values()} == set(
         get_args(ObjectiveConfig.model_fields["name"].annotation)
@@ -58,18 +58,18 @@ def test_default_ways_follow_the_data(bare, captioned):
 
 def test_what_is_left_out_is_said(bare):
     lines = []
-    list_ways(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]), lines.append)
+    list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]), lines.append)
     assert any(line.startswith("way       supervised generic: left out, ") for line in lines)
 
 
 def test_ways_by_name(bare):
     base = recipes.load(None, ["compare.ways=[scratch, oriented retrieved]", "compare.budgets=[]"])
-    assert list(list_ways(base, silent)) == ["scratch", "oriented retrieved"]
+    assert list(list_methods(base, silent)) == ["scratch", "oriented retrieved"]
     with pytest.raises(KtrayError, match="'oriented retrieved'"):
-        list_ways(recipes.load(None, ["compare.ways=[orientd retrieved]"]), silent)
+        list_methods(recipes.load(None, ["compare.ways=[orientd retrieved]"]), silent)
     own = ["task.data=x", f"gallery.data={bare}"]
     with pytest.raises(KtrayError, match=r"supervised generic.*cannot be run"):
-        list_ways(recipes.load(None, [*own, "compare.ways=[supervised generic]"]), silent)
+        list_methods(recipes.load(None, [*own, "compare.ways=[supervised generic]"]), silent)
 
 
 def test_sizes_and_budgets_are_runs_of_their_way():
@@ -81,7 +81,7 @@ def test_sizes_and_budgets_are_runs_of_their_way():
             "compare.budgets=[0.125, 0.5]",
         ],
     )
-    ways = list_ways(base, silent)
+    ways = list_methods(base, silent)
     families = {}
     for name, way in ways.items():
         families.setdefault(way.family, []).append(name)
@@ -95,7 +95,7 @@ def test_sizes_and_budgets_are_runs_of_their_way():
     assert ways["oriented retrieved, 1/8 steps"].share == 0.125
     for wrong in ("compare.budgets=[2]", "compare.sizes=[0]"):
         with pytest.raises(KtrayError, match=wrong.split("=")[0]):
-            list_ways(recipes.load(None, [wrong]), silent)
+            list_methods(recipes.load(None, [wrong]), silent)
 
 
 def test_a_way_with_an_unknown_key_names_its_nearest():

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ktray.distributed.allocation import plan
+from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, run_all, share
 
@@ -39,24 +39,24 @@ def test_after_an_error_no_job_is_begun_and_those_that_run_end():
 
 
 def test_auto_gives_each_worker_a_core_and_memory_and_says_so():
-    count, why = how_many("auto", plan(2, 0, 1, 1, "auto"), 9, 16e9)
+    count, why = how_many("auto", allocate(2, 0, 1, 1, "auto"), 9, 16e9)
     assert count == 2
     assert "2 CPUs" in why
-    assert how_many("auto", plan(32, 0, 1, 1, "auto"), 99, 40e9)[0] == 10
-    assert how_many("auto", plan(2, 0, 1, 2, "auto"), 9, 16e9)[0] == 1
-    assert how_many("auto", plan(8, 0, 1, 1, "auto"), 9, 1e9)[0] == 1
-    assert how_many("auto", plan(32, 8, 1, 2, "auto"), 99, 1e9)[0] == 4
-    assert how_many("auto", plan(32, 8, 1, 1, "auto"), 3, 1e9)[0] == 3
-    assert how_many(2, plan(2, 0, 1, 1, "auto"), 9, 1e9)[0] == 2
+    assert how_many("auto", allocate(32, 0, 1, 1, "auto"), 99, 40e9)[0] == 10
+    assert how_many("auto", allocate(2, 0, 1, 2, "auto"), 9, 16e9)[0] == 1
+    assert how_many("auto", allocate(8, 0, 1, 1, "auto"), 9, 1e9)[0] == 1
+    assert how_many("auto", allocate(32, 8, 1, 2, "auto"), 99, 1e9)[0] == 4
+    assert how_many("auto", allocate(32, 8, 1, 1, "auto"), 3, 1e9)[0] == 3
+    assert how_many(2, allocate(2, 0, 1, 1, "auto"), 9, 1e9)[0] == 2
     with pytest.raises(KtrayError, match="at most 2"):
-        how_many(3, plan(32, 4, 1, 2, "auto"), 9, 1e9)
+        how_many(3, allocate(32, 4, 1, 2, "auto"), 9, 1e9)
 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "workers", "count"), [(2, 0, 1, 2), (32, 0, 2, 4), (64, 8, 2, 4), (16, 3, 1, 2)]
 )
 def test_shares_leave_room_for_a_reader(cpus, gpus, workers, count):
-    one = share(plan(cpus, gpus, 1, workers, "auto"), count)
+    one = share(allocate(cpus, gpus, 1, workers, "auto"), count)
     held = count * max(one.workers * one.worker_cpus, one.actors * one.actor_cpus if one.actor_gpus else 0)
     assert held <= cpus / 2 + 1e-9
     assert one.decode_cpus <= cpus - held

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ktray.data.labelled.read import Example
+from ktray.data.labelled.read import LabelledExample
 from ktray.errors import KtrayError
 from ktray.jobs.export import agreement
 from ktray.jobs.export.images import Split
@@ -41,7 +41,7 @@ def test_more_than_rounding_is_refused(wrong: float) -> None:
 
 def test_student_and_file_on_real_images(student, stripes: Path, onnx_file: Path, monkeypatch) -> None:
     paths = sorted((stripes / "test").glob("*/*"))
-    examples = [Example(str(path), student.classes.index(path.parent.name)) for path in paths]
+    examples = [LabelledExample(str(path), student.classes.index(path.parent.name)) for path in paths]
     model = Classifier(onnx_file)
     split = Split("test", examples, student.preprocess, 10**6)
     scores = agreement.score(student, {"onnx": model}, split.batches())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import Example, LabelledSet
+from ktray.data.labelled.read import LabelledExample, LabelledSet
 from ktray.jobs.export import card
 from ktray.jobs.export.run_source import find
 from ktray.models.student.classifier import build_student
@@ -38,7 +38,7 @@ def test_names_are_not_markup_and_rare_classes_are_said(run: Path, found: dict[s
     (run / "result.json").write_text(json.dumps({**result, "teacher": None}))
     source = find(recipes.load(None, [f"store={run.parents[1]}"]), print)
     classes = [EVIL, "dog", "bird"]
-    train = [Example("x", label) for label in [0] * 2 + [1] * 9 + [2] * 5]
+    train = [LabelledExample("x", label) for label in [0] * 2 + [1] * 9 + [2] * 5]
     task = LabelledSet(classes, train, [], [])
     card.write(tmp_path, source, build_student("test_resnet", {}, 3, 32), task, found)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

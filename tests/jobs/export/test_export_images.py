@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktray.data.labelled.read import Example
+from ktray.data.labelled.read import LabelledExample
 from ktray.errors import KtrayError
 from ktray.jobs.export import images
 from ktray.jobs.export.images import Split
@@ -16,8 +16,8 @@ def test_order_labels_and_unusable_ones(student, stripes: Path, tmp_path: Path, 
     monkeypatch.setattr(images, "BATCH", 8)
     files = sorted((stripes / "test").glob("*/*"))[::3]
     (tmp_path / "bad.png").write_bytes(b"no image")
-    examples = [Example(str(path), i % 3) for i, path in enumerate(files)]
-    examples[5:5] = [Example(str(tmp_path / "bad.png"), 0), Example(str(tmp_path / "gone.png"), 1)]
+    examples = [LabelledExample(str(path), i % 3) for i, path in enumerate(files)]
+    examples[5:5] = [LabelledExample(str(tmp_path / "bad.png"), 0), LabelledExample(str(tmp_path / "gone.png"), 1)]
     split = Split("test", examples, student.preprocess, 10**6)
     batches = list(split.batches())
     assert split.unusable == 2
@@ -34,6 +34,6 @@ def test_order_labels_and_unusable_ones(student, stripes: Path, tmp_path: Path, 
 def test_no_usable_image_at_all(student, tmp_path: Path) -> None:
     (tmp_path / "large.png").touch()
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
-    split = Split("val", [Example(str(tmp_path / "large.png"), 0)], student.preprocess, max_pixels=100)
+    split = Split("val", [LabelledExample(str(tmp_path / "large.png"), 0)], student.preprocess, max_pixels=100)
     with pytest.raises(KtrayError, match="No image of the val split"):
         list(split.batches())

@@ -6,7 +6,7 @@ import pytest
 
 from ktray.accounting.ledger import DirLog, Entry, Ledger
 from ktray.errors import KtrayError
-from ktray.jobs.tune.budget import BEAT, Purse, Speed, Spent, amounts, limits
+from ktray.jobs.tune.budget import BEAT, BudgetExceeded, CostRate, SearchBudget, amounts, limits
 from ktray.jobs.tune.run import keep_for_the_winner
 from ktray.recipe.tune import BudgetConfig
 from ktray.storage.store import Store
@@ -22,7 +22,7 @@ class Clock:
 
 
 def purse(clock=None, hourly=1.0, parallel=1, **given):
-    return Purse(limits(BudgetConfig(**given)), Speed(1e9), parallel, hourly, clock=clock or Clock())
+    return SearchBudget(limits(BudgetConfig(**given)), CostRate(1e9), parallel, hourly, clock=clock or Clock())
 
 
 def entry(flops=0, seconds=0.0, run="a", stage="transfer", **more):
@@ -63,7 +63,7 @@ def test_a_run_is_stopped_before_its_allowance_is_spent():
     one = purse(flops=100e9)
     assert one.promise("a", {"transfer": 20e9}) == ""
     one.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
-    with pytest.raises(Spent, match="of 30 GFLOP that it may cost"):
+    with pytest.raises(BudgetExceeded, match="of 30 GFLOP that it may cost"):
         one.watch("a", [entry(26.5e9, 26.5)], "a")
 
 
@@ -71,7 +71,7 @@ def test_a_run_within_its_plan_is_not_stopped_however_fast_it_begins():
     one = purse(flops=100e9)
     assert one.promise("a", {"transfer": 20e9}) == ""
     one.watch("a", [entry(19e9, 1.0)], "a")
-    with pytest.raises(Spent):
+    with pytest.raises(BudgetExceeded):
         one.watch("a", [entry(21e9, 1.0)], "a")
 
 
@@ -83,11 +83,11 @@ def test_time_ends_trials_before_the_winner():
     clock.now += 600 - 24 - 200 - 1
     one.watch("a", [entry()], "a")
     clock.now += 2
-    with pytest.raises(Spent, match="the time that there is"):
+    with pytest.raises(BudgetExceeded, match="the time that there is"):
         one.watch("a", [entry()], "a")
     one.watch("winner", [entry()], "w", final=True)
     clock.now += 200
-    with pytest.raises(Spent):
+    with pytest.raises(BudgetExceeded):
         one.watch("winner", [entry()], "w", final=True)
     assert one.elapsed < 600
 
@@ -137,7 +137,7 @@ def test_what_was_kept_is_gone_on_with():
 
 
 def test_time_is_learned_by_stage():
-    speed = Speed(1e9)
+    speed = CostRate(1e9)
     assert speed.cost({"transfer": 1e9})[0] == pytest.approx(5 + 5 + 1)
     for flops in (1e9, 2e9, 5e9):  # 3 s and 2 s a GFLOP; 4 s beside
         seconds = 3 + 2 * flops / 1e9

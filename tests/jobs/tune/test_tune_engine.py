@@ -9,7 +9,7 @@ import pytest
 from toy_search import Toy, busy
 
 from ktray.jobs.tune.engine import study_trial
-from ktray.jobs.tune.records import GIVEN, OPEN, UNPAID
+from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET
 
 TOY = Path(__file__).parents[2] / "helpers" / "toy_search.py"
 
@@ -21,9 +21,9 @@ def test_the_recipe_as_given_runs_to_its_end_weak_trials_are_stopped_and_failed_
     assert len(trials) == 14
     assert [t.number for t in trials if t.state == "failed"] == [4, 5]
     assert Toy(tmp_path).records.trials[5].reason == "out of memory"
-    assert [asked for asked in toy.asked if asked[0] == GIVEN] == [(GIVEN, 0)]
-    assert trials[GIVEN].state == "finished"
-    assert [p.share for p in trials[GIVEN].points] == [1.0]
+    assert [asked for asked in toy.asked if asked[0] == BASELINE] == [(BASELINE, 0)]
+    assert trials[BASELINE].state == "finished"
+    assert [p.share for p in trials[BASELINE].points] == [1.0]
     stopped = [t for t in trials if t.state == "stopped"]
     finished = [t for t in trials if t.state == "finished"]
     assert stopped
@@ -31,14 +31,14 @@ def test_the_recipe_as_given_runs_to_its_end_weak_trials_are_stopped_and_failed_
     assert all(len(t.points) < 3 for t in stopped)
     assert toy.most <= 2
     best = max(finished, key=lambda t: t.last.validation)
-    assert best.last.validation > trials[GIVEN].last.validation
+    assert best.last.validation > trials[BASELINE].last.validation
 
 
 def test_nothing_begins_that_cannot_be_paid_and_then_the_search_ends(cluster, tmp_path):
     toy = Toy(tmp_path, limit=200.0, rungs=[0.5, 1.0], search="random")
     trials = toy.run(at_once=1)
     assert 0.5 * 200 < toy.purse.spent()["flops"] <= 200
-    assert {t.state for t in trials} <= {"finished", "stopped", UNPAID}
+    assert {t.state for t in trials} <= {"finished", "stopped", OVER_BUDGET}
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(cluster, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from ktray import recipe as recipes
 from ktray.jobs.tune.importance import SHARE, importance, of_transfer_set
-from ktray.jobs.tune.records import Point, Records
+from ktray.jobs.tune.records import Records, TrialPoint
 from ktray.jobs.tune.space import read
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir
@@ -25,7 +25,7 @@ def searched(folder, points, value):
         record = records.begin(params, params)
         for rung, share in enumerate((0.5, 1.0)):
             run, result = f"{record.number}-{rung}", value(params, share)
-            record.points.append(Point(record.number, rung, share, 1, run, result, 1.0, {}, {}, 1.0, {}, 1.0))
+            record.points.append(TrialPoint(record.number, rung, share, 1, run, result, 1.0, {}, {}, 1.0, {}, 1.0))
     return records
 
 

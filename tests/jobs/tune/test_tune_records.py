@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from ktray.jobs.tune.records import GIVEN, OPEN, UNPAID, Point, Records
+from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET, Records, TrialPoint
 from ktray.storage.store import Dir
 
 
 def point(trial, rung, cost, validation):
     whole = {"flops": cost, "device_seconds": 1.0, "usd": None}
-    return Point(
+    return TrialPoint(
         trial, rung, 1.0, 100, f"run-{trial}-{rung}", validation, cost, whole, {"transfer": cost}, cost, {}, 1.0
     )
 
@@ -61,7 +61,7 @@ def test_another_process_reads_the_same(records):
 
 
 def test_who_could_not_be_paid_goes_on_when_there_is_more(records):
-    records.close(records.trials[3], UNPAID, "planned 1, left 0")
+    records.close(records.trials[3], OVER_BUDGET, "planned 1, left 0")
     records.reopen()
     assert [r.number for r in records.in_order() if r.state == OPEN] == [3]
-    assert records.trials[GIVEN].state == "finished"
+    assert records.trials[BASELINE].state == "finished"

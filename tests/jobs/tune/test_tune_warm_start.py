@@ -7,7 +7,7 @@ import pytest
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.space import read
-from ktray.jobs.tune.warm_start import former_trials, parse, point_of
+from ktray.jobs.tune.warm_start import earlier_trials, parse, point_of
 from ktray.pipeline.run import _flat
 from ktray.recipe.schema import Recipe
 
@@ -81,8 +81,8 @@ def test_from_mlflow(database, tmp_path):
         for at in range(0, len(params), 100):  # MLflow takes no more at once
             client.log_batch(run, params=params[at : at + 100])
         client.set_terminated(run, status)
-    (trial,) = former_trials(uri, "before", BASE, SPACE, multi=True)
+    (trial,) = earlier_trials(uri, "before", BASE, SPACE, multi=True)
     assert trial.params["train.lr"] == 3e-05
     assert trial.values == [0.7, 9.0]
     with pytest.raises(KtrayError, match="has no experiment 'behind'"):
-        former_trials(uri, "behind", BASE, SPACE, multi=False)
+        earlier_trials(uri, "behind", BASE, SPACE, multi=False)

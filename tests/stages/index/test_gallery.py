@@ -12,7 +12,7 @@ from ktray.models.teacher.load import load_teacher
 from ktray.retrieval.index_dir import IndexDir
 from ktray.retrieval.strategies import STRATEGIES, best_first, class_balanced, diverse, informative
 from ktray.stages.adapt.stage import frozen_predictions
-from ktray.stages.base import Done
+from ktray.stages.base import StageResult
 from ktray.stages.index import gallery as gallery_module
 from ktray.stages.index.gallery import CANDIDATES, Gallery, agreement, exact, retrieve
 from ktray.storage.store import Stage
@@ -149,10 +149,10 @@ def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
     stage = Stage(str(tmp_path))
     save_candidate(stage, "probe", adapted)
     embedding = torch.nn.functional.normalize(torch.randn(5, teacher.embed_dim), dim=1)
-    found = frozen_predictions(Done(stage, {"frozen": "candidate-probe"}, True))(embedding.numpy())
+    found = frozen_predictions(StageResult(stage, {"frozen": "candidate-probe"}, True))(embedding.numpy())
     assert found == pytest.approx(adapted.logits_of(embedding).softmax(1).detach().numpy(), abs=1e-6)
 
 
 def test_segmentation_has_no_class_to_ask_for(tmp_path):
     with pytest.raises(KtrayError, match="segmentation"):
-        frozen_predictions(Done(Stage(str(tmp_path)), {"frozen": None}, True))
+        frozen_predictions(StageResult(Stage(str(tmp_path)), {"frozen": None}, True))
