@@ -15,7 +15,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from ktray.distributed.autoscale import bundles
-from ktray.recipe.schema import Cluster
+from ktray.recipe.cluster import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp")
@@ -120,7 +120,7 @@ def test_groups(cloud):
 )
 def test_which_machines_the_autoscaler_starts_for_what_a_job_asks(cloud, cpus, gpus, started):
     settings = AutoscalingConfig(valid(config(cloud)), skip_content_hash=True)
-    asked = [ResourceRequestUtil.make(one) for one in bundles(Cluster(cpus=cpus, gpus=gpus))]
+    asked = [ResourceRequestUtil.make(one) for one in bundles(ClusterConfig(cpus=cpus, gpus=gpus))]
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=settings.get_node_type_configs(),

@@ -9,7 +9,7 @@ from ray.util import placement_group_table
 
 from ktray.distributed import autoscale
 from ktray.errors import KtrayError
-from ktray.recipe.schema import Cluster
+from ktray.recipe.cluster import ClusterConfig
 
 
 def held():
@@ -34,9 +34,9 @@ def node(name, alive=True, **resources):
 
 def test_what_is_there_is_not_waited_for_and_is_kept(cluster):
     told = []
-    with autoscale.gathered(Cluster(), told.append):
+    with autoscale.gathered(ClusterConfig(), told.append):
         assert staying() == []
-    with autoscale.gathered(Cluster(cpus=int(cluster.total_cpus)), told.append):
+    with autoscale.gathered(ClusterConfig(cpus=int(cluster.total_cpus)), told.append):
         assert soon(lambda: len(staying()) == 1)
         assert held() == []
         assert soon(lambda: ray.available_resources()["CPU"] == cluster.total_cpus)  # it takes none
@@ -47,18 +47,18 @@ def test_what_is_there_is_not_waited_for_and_is_kept(cluster):
 def test_as_many_machines_are_kept_as_the_job_asks_for():
     nodes = [node("head"), node("a", CPU=16.0), node("gone", alive=False, CPU=16.0, GPU=8.0), node("b", CPU=16.0)]
     nodes += [node("c", CPU=16.0, GPU=1.0), node("d", CPU=16.0, GPU=1.0)]
-    assert autoscale.wanted(Cluster(), nodes) == []
-    assert autoscale.wanted(Cluster(gpus=1), nodes) == ["c"]
-    assert autoscale.wanted(Cluster(gpus=2, cpus=48), nodes) == ["c", "d", "a"]
-    assert autoscale.wanted(Cluster(cpus=16), nodes[:4]) == ["a"]
-    assert autoscale.wanted(Cluster(cpus=640), nodes) == ["c", "d", "a", "b"]  # what there is
+    assert autoscale.wanted(ClusterConfig(), nodes) == []
+    assert autoscale.wanted(ClusterConfig(gpus=1), nodes) == ["c"]
+    assert autoscale.wanted(ClusterConfig(gpus=2, cpus=48), nodes) == ["c", "d", "a"]
+    assert autoscale.wanted(ClusterConfig(cpus=16), nodes[:4]) == ["a"]
+    assert autoscale.wanted(ClusterConfig(cpus=640), nodes) == ["c", "d", "a", "b"]  # what there is
 
 
 def test_what_does_not_come_is_told_and_let_go_of(cluster):
     told = []
     with (
         pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* asks for 64 CPUs and 1 GPUs"),
-        autoscale.gathered(Cluster(cpus=64, gpus=1, wait_seconds=0.5), told.append),
+        autoscale.gathered(ClusterConfig(cpus=64, gpus=1, wait_seconds=0.5), told.append),
     ):
         raise AssertionError("it was not there")
     assert told == ["cluster   waiting for 64 CPUs and 1 GPUs; there are 2 CPUs and 0 GPUs"]
@@ -81,7 +81,7 @@ def test_the_autoscaler_sees_the_demand_and_the_job_goes_on_when_it_is_met(clust
     monkeypatch.setattr(ray, "cluster_resources", grown)
     monkeypatch.setattr(ray.util, "remove_placement_group", remove)
     began = time.monotonic()
-    with autoscale.gathered(Cluster(cpus=1, gpus=2, wait_seconds=60), print):
+    with autoscale.gathered(ClusterConfig(cpus=1, gpus=2, wait_seconds=60), print):
         assert time.monotonic() - began < 30
     bundles = [group["bundles"] for groups in seen for group in groups]
     assert bundles

@@ -1,0 +1,18 @@
+"""Everything that one file can add to ktray: the folder it goes into, the key that chooses it, the entry point group.
+
+What each registry holds is described by the ``base.py`` of its folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktray.recipe.registry import Registry
+
+OBJECTIVES: Registry[Any] = Registry("objective", "objective.name", "ktray.objectives", "ktray.objectives")
+STRATEGIES: Registry[Any] = Registry("strategy", "transfer.strategy", "ktray.retrieval.strategies", "ktray.strategies")
+TASKS: Registry[Any] = Registry("task kind", "task.kind", "ktray.tasks", "ktray.tasks")
+TEACHERS: Registry[Any] = Registry("teacher family", "teacher.name", "ktray.models.teacher.families", "ktray.teachers")
+SOURCES: Registry[Any] = Registry("source", "gallery.data", "ktray.data.sources", "ktray.sources")
+EXPORTS: Registry[Any] = Registry("export target", "export.targets", "ktray.jobs.export.targets", "ktray.exports")
+TRACKERS: Registry[Any] = Registry("tracker", "mlflow.uri", "ktray.tracking", "ktray.trackers")
