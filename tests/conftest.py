@@ -90,3 +90,11 @@ def database(tmp_path_factory):
     folder = tmp_path_factory.mktemp("empty")
     MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def photo():
+    """(173, 260, 3) uint8, neither square nor a round size."""
+    from photo import make_photo
+
+    return make_photo(173, 260)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import open_clip
 import pytest
 import timm
@@ -55,19 +54,6 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     checkpoint = tmp_path_factory.mktemp("vit") / "test_vit.pth"
     torch.save({"state_dict": model.state_dict()}, checkpoint)
     return SimpleNamespace(checkpoint=str(checkpoint), model=model)
-
-
-@pytest.fixture
-def photo() -> np.ndarray:
-    """(173, 260, 3) uint8: smooth colours with sharp edges and noise, neither square nor a round size."""
-    return make_photo(173, 260)
-
-
-def make_photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    base = np.stack([x / width, y / height, ((x // 9 + y // 7) % 2)], -1) * 255
-    return np.clip(base + rng.normal(0, 12, base.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture

@@ -53,7 +53,9 @@ def test_waiting_for_machines_is_no_failure():
 
 def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(monkeypatch):
     posts, held = [], []
-    board = SimpleNamespace(post=SimpleNamespace(remote=posts.append), hold=SimpleNamespace(remote=held.append))
+    board = SimpleNamespace(
+        post=SimpleNamespace(remote=posts.append), set_controller=SimpleNamespace(remote=held.append)
+    )
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor="controller"))
     told = ControllerWatcher(board, 1)
     died = WorkerGroupError("long", {1: ValueError("bad\n rows"), 3: ValueError("worse")})

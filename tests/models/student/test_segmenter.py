@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import make_photo
+from photo import make_photo
 from PIL import Image
 from torchvision.models.segmentation.lraspp import LRASPP
 
