@@ -9,6 +9,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ktray.errors import KtrayError
+from ktray.training.messages import ControllerState
 from ktray.training.ray_train_callback import ControllerWatcher, reason, should_restart
 
 
@@ -53,7 +54,9 @@ def test_waiting_for_machines_is_no_failure():
 
 def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(monkeypatch):
     posts, held = [], []
-    board = SimpleNamespace(post=SimpleNamespace(remote=posts.append), hold=SimpleNamespace(remote=held.append))
+    board = SimpleNamespace(
+        post=SimpleNamespace(remote=posts.append), set_controller=SimpleNamespace(remote=held.append)
+    )
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor="controller"))
     told = ControllerWatcher(board, 1)
     died = WorkerGroupError("long", {1: ValueError("bad\n rows"), 3: ValueError("worse")})
@@ -62,8 +65,8 @@ def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(mo
     told.after_controller_state_update(None, state("Restarting", died))
     assert held == ["controller"]
     assert posts == [
-        {"state": "scheduling", "why": ""},
-        {"state": "running", "why": ""},
-        {"state": "restarting", "why": "worker 1: ValueError: bad rows"},
+        ControllerState("scheduling"),
+        ControllerState("running"),
+        ControllerState("restarting", "worker 1: ValueError: bad rows"),
     ]
     assert reason(ControllerError(TimeoutError("late"))) == "TimeoutError: late"
