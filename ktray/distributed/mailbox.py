@@ -21,7 +21,7 @@ class ProgressActor:
     """Holds posts until they are read; the oldest go when nobody reads."""
 
     def __init__(self) -> None:
-        self.posts: list[dict[str, Any]] = []
+        self.posts: list[Any] = []
         self.held: list[Any] = []
 
     def set_controller(self, handle: Any) -> None:
@@ -31,25 +31,25 @@ class ProgressActor:
     def controller(self) -> list[Any]:
         return self.held
 
-    def post(self, value: dict[str, Any]) -> None:
-        self.posts.append(value)
+    def post(self, message: Any) -> None:
+        self.posts.append(message)
         del self.posts[:-LIMIT]
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> list[Any]:
         posts, self.posts = self.posts, []
         return posts
 
 
 @contextlib.contextmanager
-def open_mailbox(on_post: Callable[[dict[str, Any]], None], interval: float = 0.5) -> Iterator[Any]:
+def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Iterator[Any]:
     """A board whose posts are handed to ``on_post`` on a thread of the driver. Yields the handle."""
     board = ProgressActor.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            for value in ray.get(board.drain.remote(), timeout=10):
-                on_post(value)
+            for message in ray.get(board.drain.remote(), timeout=10):
+                on_post(message)
 
     problems: list[Exception] = []
 

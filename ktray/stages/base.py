@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
@@ -17,6 +17,8 @@ from ktray.reporting.progress import Progress
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tracking.tracker import Tracker
+from ktray.training import messages
+from ktray.training.messages import BadImages, ControllerState, CurvePoint, Message, Started, TeacherFlops
 
 if TYPE_CHECKING:
     from ktray.data.labelled.read import LabelledSet
@@ -91,7 +93,7 @@ class Reporter:
         self.quarantine = Quarantine()
         self._refused = ""
         self._lock = threading.Lock()
-        self._counted = {"images": 0.0, "flops": 0.0}
+        self._images = self._flops = 0.0  # totals of the training that are counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` None when it is not known beforehand."""
@@ -116,53 +118,54 @@ class Reporter:
             kept.append(s)
         return kept
 
-    def post(self, value: dict[str, Any]) -> None:
-        """A post of a training worker (see `ktray.training.loop`)."""
+    def post(self, message: Message) -> None:
+        """A message of a training worker or of Ray Train's controller."""
         with self._lock:
-            if "bad" in value:
-                for uri, reason in value["bad"]:
-                    self.quarantine.add(uri, reason, self.name)
-                return
-            if "teacher_flops" in value:
-                self.meter.add(flops=value["teacher_flops"])
-                return
-            if "state" in value:
-                self._state(str(value["state"]), str(value["why"]))
-                return
-            self.watchdog.heartbeat(
-                f"step {int(value[n])}" if (n := "done" if "done" in value else "start") in value else ""
-            )
-            if "start" in value:
-                self._start(value)
-                return
-            if "curve" in value:
-                step = int(value["step"])
-                self.run.metrics(step, {k: v for k, v in value.items() if k not in ("curve", "step")})
-                return
-            if self.progress:
-                self.progress.update(int(value["done"]), value.get("data_wait"))
-            for name in ("images", "flops"):
-                more = value[name] - self._counted[name]
-                if more > 0:
-                    self.meter.add(**{name: int(more)})
-                self._counted[name] = value[name]
+            match message:
+                case BadImages(images):
+                    for uri, reason in images:
+                        self.quarantine.add(uri, reason, self.name)
+                case TeacherFlops(flops):
+                    self.meter.add(flops=flops)
+                case ControllerState(state, why):
+                    self._state(state, why)
+                case Started(step):
+                    self.watchdog.heartbeat(f"step {step}")
+                    self._start(message)
+                case CurvePoint(step, values):
+                    self.watchdog.heartbeat()
+                    self.run.metrics(step, dict(values))
+                case messages.Progress(step):
+                    self.watchdog.heartbeat(f"step {step}")
+                    self._advance(message)
+                case _:
+                    assert_never(message)
 
-    def _start(self, value: dict[str, Any]) -> None:
+    def _advance(self, message: messages.Progress) -> None:
+        """Steps are done: what is new in their totals is counted."""
+        if self.progress:
+            self.progress.update(message.step, message.data_wait)
+        self.meter.add(
+            images=max(0, int(message.images - self._images)), flops=max(0, int(message.flops - self._flops))
+        )
+        self._images, self._flops = message.images, message.flops
+
+    def _start(self, message: Started) -> None:
         """Workers begin at a step: what they do again after a checkpoint counts again."""
-        workers = int(value["workers"])
         if not self.starts:
             # The checkpoint of a killed attempt proves steps that its last heartbeat knew nothing of.
             mine = (self.meter.entry.stage, self.meter.entry.key)
             earlier = [e for e in self.context.ledger.entries if (e.stage, e.key) == mine]
-            for name in ("images", "flops"):
-                untold = value[name] - sum(getattr(e, name) for e in earlier)
-                self.meter.add(**{name: max(0, int(untold))})
+            self.meter.add(
+                images=max(0, int(message.images - sum(e.images for e in earlier))),
+                flops=max(0, int(message.flops - sum(e.flops for e in earlier))),
+            )
         else:
-            self.meter.restart(max(0.0, self._counted["flops"] - value["flops"]))
-            self.context.say(f"{self.name:<9} goes on from step {int(value['start'])} with {workers} worker(s)")
-        self.starts.append({"step": int(value["start"]), "workers": workers})
-        self._counted = {name: value[name] for name in ("images", "flops")}
-        self.meter.hold(workers if self.context.plan.worker_gpus else int(value["machines"]))
+            self.meter.restart(max(0.0, self._flops - message.flops))
+            self.context.say(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
+        self.starts.append({"step": message.step, "workers": message.workers})
+        self._images, self._flops = message.images, message.flops
+        self.meter.hold(message.workers if self.context.plan.worker_gpus else message.machines)
 
     def _state(self, state: str, why: str) -> None:
         """What Ray Train's controller does; no sign of life, since it may do so for ever."""

@@ -106,15 +106,15 @@ def fit(context: RunContext, stage: Stage, reporter: Reporter, job: TrainingSpec
             on_weights=keep,
             resize_seconds=cluster.resize_seconds,
         )
-    reporter.meter.add(peak_memory_bytes=int(outcome.report["peak_memory_bytes"]))
-    state = outcome.state
+    state, report = outcome.state, outcome.report
+    reporter.meter.add(peak_memory_bytes=report.peak_memory_bytes)
     return {
-        "steps": state["step"],
-        "seconds": state["seconds"],
-        "best_step": state["best_step"],
-        "curve": state["curve"],
-        "images_per_second": state["step"] * outcome.report["images_per_step"] / max(1e-9, state["seconds"]),
-        "flops_per_step": outcome.report["flops_per_step"],
-        "precision": outcome.report["autocast"],
+        "steps": state.step,
+        "seconds": state.seconds,
+        "best_step": state.best_step,
+        "curve": state.curve,
+        "images_per_second": state.step * report.images_per_step / max(1e-9, state.seconds),
+        "flops_per_step": report.flops_per_step,
+        "precision": report.autocast,
         "starts": reporter.starts,
     }

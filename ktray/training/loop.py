@@ -19,7 +19,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from ktray.training.messages import CurvePoint, LoopMessage, Progress, Started
+
 Batch = dict[str, torch.Tensor]
+STATE = "outcome.json"  # the file in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,16 @@ class TrainingProgram:
 
 @dataclass
 class State:
-    """Where training stands; all of it goes into a checkpoint."""
+    """Where training stands; all of it goes into a checkpoint, as ``outcome.json``.
+
+    Attributes:
+        step: steps that are done.
+        seconds: that they took, over all attempts.
+        best_score, best_step: the best evaluation on validation and the step it was made after.
+        stale: evaluations since then.
+        finished: there is no step left to do.
+        curve: a row for each evaluation: ``step``, ``seconds``, ``loss`` and the metrics of validation.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -86,19 +98,28 @@ class State:
     finished: bool = False
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def load(cls, checkpoint: Path) -> State:
+        """The state in a folder of a checkpoint."""
+        return cls(**json.loads((checkpoint / STATE).read_text()))
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the state into a folder of a checkpoint."""
+        (checkpoint / STATE).write_text(json.dumps(asdict(self)))
+
 
 @dataclass
 class TrainerCallbacks:
     """How the loop talks to whatever runs it.
 
-    ``progress`` gets where the loop stands: at its start ``start`` with what was counted up to there, then ``done``,
-    and rows of the ``curve``. ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank
-    0 (None elsewhere). It may go on with it behind the training, which does not touch the folder again, but for the
+    ``progress`` gets a `Started` when the loop begins, then `Progress` about twice a second, and a `CurvePoint` for
+    each evaluation. ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank 0 (None
+    elsewhere). It may go on with it behind the training, which does not touch the folder again, but for the
     last one.
     """
 
     save: Callable[[Path | None, dict[str, Any], bool], None]
-    progress: Callable[[dict[str, float]], None]
+    progress: Callable[[LoopMessage], None]
     folder: Callable[[], Path]
 
 
@@ -193,7 +214,7 @@ class Trainer:
         if state.finished:
             return state
         images, flops = state.step * self.p.images_per_step, state.step * self.p.flops_per_step
-        self.hooks.progress({"start": state.step, "images": images, "flops": flops})
+        self.hooks.progress(Started(state.step, images, flops))
         eval_every = max(1, s.steps // s.evals)
         save_every: int | None = None
         # The first step, which allocates and compiles, tells nothing. The second look is the better one, but where
@@ -215,7 +236,7 @@ class Trainer:
             state.seconds = before + time.perf_counter() - begun
             now = time.perf_counter()
             if now - since > 0.5:
-                self._tell(first, now - begun, waited)
+                self._tell(waited / (now - begun))
                 since, told = now, state.step
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
@@ -231,24 +252,15 @@ class Trainer:
             if save_every and state.step % save_every == 0 and state.step < s.steps:
                 self._save()
         if told < state.step:  # also of a run that stops early, so that all of its steps are counted
-            self._tell(first, time.perf_counter() - begun, waited)
+            self._tell(waited / (time.perf_counter() - begun))
         state.finished = True
         self._save()
         return state
 
-    def _tell(self, first: int, seconds: float, waited: float) -> None:
-        """Post how far it is: steps since ``first`` took ``seconds``, of which ``waited`` for data."""
-        state, images = self.state, self.p.images_per_step
-        self.hooks.progress(
-            {
-                "done": state.step,
-                "total": self.s.steps,
-                "images": state.step * images,
-                "images_per_s": (state.step - first) * images / seconds,
-                "data_wait": waited / seconds,
-                "flops": state.step * self.p.flops_per_step,
-            }
-        )
+    def _tell(self, data_wait: float) -> None:
+        """Report the steps that are done, and the share of the time that went into waiting for data."""
+        step = self.state.step
+        self.hooks.progress(Progress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait))
 
     def _agree(self, value: int) -> int:
         # Saving is a barrier over all ranks, so all must save at the same steps.
@@ -312,7 +324,7 @@ class Trainer:
             row.update(found)
         if loss is not None or self.p.evaluate is not None:
             state.curve.append(row)
-            self.hooks.progress({"curve": 1.0, **row})
+            self.hooks.progress(CurvePoint(state.step, {k: v for k, v in row.items() if k != "step"}))
 
     def _save(self) -> None:
         if self.rank:
@@ -335,11 +347,11 @@ class Trainer:
                 },
                 folder / "state.pt",
             )
-        (folder / "outcome.json").write_text(json.dumps(asdict(self.state)))
+        self.state.save(folder)
         self.hooks.save(folder, {"step": self.state.step}, self.state.finished)
 
     def _restore(self, folder: Path) -> None:
-        self.state = State(**json.loads((folder / "outcome.json").read_text()))
+        self.state = State.load(folder)
         if self.state.finished:
             return
         saved = torch.load(folder / "state.pt", map_location=self.p.device, weights_only=True)

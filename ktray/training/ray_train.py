@@ -8,14 +8,13 @@ worker without a GPU is a plain Ray task, whose process Ray keeps for the next o
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,13 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.retried_task import run_with_retries
 from ktray.storage.store import Stage, storage_error
 from ktray.training.loop import Trainer, TrainerCallbacks, TrainingProgram
+from ktray.training.messages import LoopMessage, Message, Started
+from ktray.training.outcome import CostReport, Outcome
 from ktray.training.worker import TrainingSpec, WorkerContext
 
 FOLDER = "train"  # in the stage's directory, for checkpoints
 LAST = "last.json"  # names a lone worker's
 MANAGED = "checkpoint_manager_snapshot.json"  # names those of Ray Train's workers; the file is its own
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training run left: state of the loop, and the cost that this attempt really had."""
-
-    state: dict[str, Any]
-    report: dict[str, Any]
 
 
 def train(
@@ -173,7 +166,7 @@ def _end(board: Any) -> None:
 
 def _outcome(folder: Path, on_weights: Callable[[Path], None]) -> Outcome:
     on_weights(folder / "weights.safetensors")
-    return Outcome(*(json.loads((folder / name).read_text()) for name in ("outcome.json", "report.json")))
+    return Outcome.load(folder)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -272,23 +265,24 @@ def _fit(
     board = config["board"]
     torch.manual_seed(job.settings.seed)
 
-    def report(values: dict[str, Any]) -> None:
+    def report(message: Message) -> None:
         if board is not None:
-            board.post.remote(values)
+            board.post.remote(message)
 
     span = _span(config["span"], env.world, resume)
     program = job.build(replace(env, report=report, span=span))
     begun = time.perf_counter()
     machines = _machines(env.world)
 
-    def progress(values: dict[str, float]) -> None:
+    def progress(message: LoopMessage) -> None:
         if env.rank == 0:
-            report({**values, "workers": env.world, "machines": machines} if "start" in values else values)
+            if isinstance(message, Started):  # the loop does not know of the others
+                message = replace(message, workers=env.world, machines=machines)
+            report(message)
 
     def keep(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         if folder is not None:
-            told = {**_report(program, time.perf_counter() - begun), "span": span}
-            (folder / "report.json").write_text(json.dumps(told))
+            _report(program, time.perf_counter() - begun, span).save(folder)
         save(folder, metrics, last)
 
     names = iter(range(1 << 30))
@@ -304,8 +298,7 @@ def _fit(
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:
     """The run's fewest and most workers, by which its rows are ordered: those that it began with, as long as they
     allow for the workers that there are now (the same command may have been given again with another number)."""
-    report = json.loads((resume / "report.json").read_text()) if resume else {}
-    low, high = report.get("span", span)
+    low, high = (CostReport.load(resume).span if resume else None) or span
     return (low, high) if world <= high else span
 
 
@@ -322,15 +315,16 @@ def _machines(world: int) -> int:
     return len(set(here))
 
 
-def _report(program: TrainingProgram, seconds: float) -> dict[str, Any]:
+def _report(program: TrainingProgram, seconds: float, span: tuple[int, int]) -> CostReport:
     from ktray.accounting.device import peak_rss
 
     peak = torch.cuda.max_memory_allocated() if program.device.type == "cuda" else peak_rss()
-    return {
-        "flops_per_step": program.flops_per_step,
-        "images_per_step": program.images_per_step,
-        "autocast": str(program.autocast).replace("torch.", "") if program.autocast else "fp32",
-        "peak_memory_bytes": int(peak),
-        "seconds": seconds,
-        "pid": os.getpid(),
-    }
+    return CostReport(
+        flops_per_step=program.flops_per_step,
+        images_per_step=program.images_per_step,
+        autocast=str(program.autocast).replace("torch.", "") if program.autocast else "fp32",
+        peak_memory_bytes=int(peak),
+        seconds=seconds,
+        pid=os.getpid(),
+        span=span,
+    )

@@ -14,11 +14,12 @@ from ktray.distributed.ray_internals import (
     WorkerGroupStartupTimeoutError,
 )
 from ktray.errors import KtrayError, first_failed
+from ktray.training.messages import ControllerState
 
 
 class ControllerWatcher(ControllerCallback):
-    """Posts the controller's states to the board (``state``, and ``why`` after a failure), and hands it the controller
-    itself, so that the driver can end what hangs.
+    """Posts each new `ControllerState` to the mailbox, and hands it the controller itself, so that the driver can end
+    what hangs.
 
     Args:
         limit: set-ups of workers that may fail; -1: any number. Ray Train itself bounds those together with waits for
@@ -51,7 +52,7 @@ class ControllerWatcher(ControllerCallback):
 
         if not self.known:
             self.board.set_controller.remote(ray.get_runtime_context().current_actor)
-        self.board.post.remote({"state": state, "why": reason(error) if error is not None else ""})
+        self.board.post.remote(ControllerState(state, reason(error) if error is not None else ""))
 
 
 def reason(error: BaseException | None) -> str:

@@ -17,9 +17,10 @@ from ktray.storage.store import Dir
 from ktray.targets.jpeg import decode_views
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
+from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.sampler import Reader, Window
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[BadImages | TeacherFlops], None]
 
 
 def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
@@ -51,7 +52,7 @@ def made_windows(
         predict: without it the views keep the size they were cut at.
         columns: that the rows have.
         crew: who makes them; without ``predict`` only its decoders.
-        report: gets ``bad``, images that could be used no more (each once), and ``teacher_flops``.
+        report: gets `BadImages` (each image once) and `TeacherFlops`.
     """
     cutting = _CutSlice(directory, cut, columns)
     if predict is None:
@@ -83,12 +84,12 @@ class _Streamed:
     def _told(self, rows: Rows) -> Rows:
         bad, flops = rows.pop("bad", None), rows.pop("flops", None)
         if self.report is not None and flops is not None:
-            self.report({"teacher_flops": float(flops.sum())})
+            self.report(TeacherFlops(float(flops.sum())))
         if self.report is not None and bad is not None:
-            new = [pair for pair in bad.tolist() if pair[0] not in self.told]
+            new = tuple((str(uri), str(reason)) for uri, reason in bad.tolist() if uri not in self.told)
             self.told |= {uri for uri, _ in new}
             if new:
-                self.report({"bad": new})
+                self.report(BadImages(new))
         return rows
 
 

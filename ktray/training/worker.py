@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ktray.training.loop import TrainerSettings, TrainingProgram
+from ktray.training.messages import Message
 from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 
@@ -31,7 +32,7 @@ class WorkerContext:
     teachers: int = 1
     teacher_gpus: float = 0.0
     teacher_threads: int = 1
-    report: Callable[[dict[str, Any]], None] = lambda values: None
+    report: Callable[[Message], None] = lambda message: None
     span: tuple[int, int] | None = None
     virtual_ranks: int = 0
 

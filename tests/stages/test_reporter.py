@@ -7,6 +7,7 @@ import pytest
 from ktray.accounting.ledger import Entry, Meter
 from ktray.distributed.watchdog import Watchdog
 from ktray.stages.base import Reporter
+from ktray.training.messages import BadImages, ControllerState, CurvePoint, Progress, Started, TeacherFlops
 
 FLOPS, IMAGES = 100, 8
 
@@ -24,9 +25,9 @@ def made():
     """(reporter, clock, what was said) of an attempt on GPUs; an earlier one was killed after 30 steps were counted."""
 
     def make(earlier=30):
-        said, clock = [], Clock()
+        said, rows, clock = [], [], Clock()
         context = SimpleNamespace(
-            tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda step, values: None)),
+            tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda *row: rows.append(row))),
             ledger=SimpleNamespace(
                 entries=[
                     Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
@@ -38,18 +39,19 @@ def made():
         )
         log = SimpleNamespace(append=lambda line: None)
         meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
-        return Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock)), clock, said
+        reporter = Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock))
+        reporter.rows = rows
+        return reporter, clock, said
 
     return make
 
 
 def start(step, workers):
-    values = {"start": step, "images": step * IMAGES, "flops": step * FLOPS}
-    return {**values, "workers": workers, "machines": workers}
+    return Started(step, step * IMAGES, step * FLOPS, workers, machines=workers)
 
 
 def step(number):
-    return {"done": number, "images": number * IMAGES, "flops": number * FLOPS}
+    return Progress(number, number * IMAGES, number * FLOPS)
 
 
 def test_steps_done_again_count_again_and_are_told_apart(made):
@@ -87,10 +89,39 @@ def test_device_time_is_that_of_as_many_as_there_were(made):
 def test_states_of_the_controller_are_no_sign_of_life(made):
     reporter, clock, said = made()
     reporter.post(step(31))
-    reporter.post({"state": "restarting", "why": "worker 1: died"})
+    reporter.post(ControllerState("restarting", "worker 1: died"))
     for state in ("scheduling", "rescheduling") * 3:
         clock.now += 30
-        reporter.post({"state": state, "why": "timed out" if state == "rescheduling" else ""})
+        reporter.post(ControllerState(state, "timed out" if state == "rescheduling" else ""))
     with pytest.raises(Exception, match=r"last: step 31\).*Ray Train is rescheduling"):
         reporter.watchdog.check()
     assert said == ["transfer  lost its workers: worker 1: died", "transfer  could not start its workers: timed out"]
+
+
+def test_bad_images_teacher_flops_and_the_curve_each_go_where_they_belong(made):
+    reporter, _, _ = made(earlier=0)
+    reporter.post(start(0, 1))
+    reporter.post(BadImages((("a.png", "truncated"), ("b.png", "empty"))))
+    for flops in (3, 4):  # increments, beside the totals of the steps
+        reporter.post(TeacherFlops(flops))
+    reporter.post(CurvePoint(5, {"loss": 0.5}))
+    reporter.post(step(5))
+    assert [(bad.uri, bad.reason, bad.stage) for bad in reporter.quarantine] == [
+        ("a.png", "truncated", "transfer"),
+        ("b.png", "empty", "transfer"),
+    ]
+    assert reporter.meter.now().flops == 3 + 4 + 5 * FLOPS
+    assert reporter.rows == [(5, {"loss": 0.5})]
+
+
+def test_a_message_that_is_lost_loses_no_count(made):
+    reporter, _, _ = made(earlier=0)
+    for post in (start(0, 1), step(5), step(9)):  # step(7) was dropped
+        reporter.post(post)
+    assert (reporter.meter.now().images, reporter.meter.now().flops) == (9 * IMAGES, 9 * FLOPS)
+
+
+def test_what_is_no_message_is_refused(made):
+    reporter, _, _ = made()
+    with pytest.raises(AssertionError):
+        reporter.post({"step": 1})

@@ -20,6 +20,7 @@ from ktray.training.loop import (
     decay_groups,
     learning_rate,
 )
+from ktray.training.messages import Progress
 
 SETTINGS = TrainerSettings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
 
@@ -182,7 +183,9 @@ def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     state = Trainer(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
     assert state.step == 20 * 4
     assert state.best_step == 20
-    assert [post["done"] for post in recorder.posts if "done" in post][-1] == 80, "the last steps are not accounted for"
+    assert [post.step for post in recorder.posts if isinstance(post, Progress)][-1] == 80, (
+        "the last steps are not accounted for"
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):

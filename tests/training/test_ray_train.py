@@ -12,6 +12,7 @@ from ktray.distributed.mailbox import open_mailbox
 from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.store import Stage
+from ktray.training.messages import ControllerState, Started
 from ktray.training.ray_train import FOLDER, train
 
 
@@ -40,10 +41,10 @@ def test_after_a_death_or_a_lost_disk_it_goes_on_and_ends_the_same(run, tmp_path
     whole, expected = run("", name="whole")
     outcome, weights = run(failure)
     assert (tmp_path / "marker-stage").read_text() == "0"
-    assert outcome.state["step"] == whole.state["step"] == STEPS
+    assert outcome.state.step == whole.state.step == STEPS
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert outcome.report["flops_per_step"] == 10
+    assert outcome.report.flops_per_step == 10
 
 
 def test_other_errors_are_not_tried_again_and_the_checkpoint_stays(run, tmp_path):
@@ -51,7 +52,7 @@ def test_other_errors_are_not_tried_again_and_the_checkpoint_stays(run, tmp_path
         run("ValueError", max_failures=3)
     assert list((tmp_path / "stage" / FOLDER).glob("step-*/state.pt"))
     outcome, _ = run("ValueError")  # the next attempt, as the same command would be
-    assert outcome.state["step"] == STEPS
+    assert outcome.state.step == STEPS
 
 
 def test_it_gives_up_when_it_has_died_often_enough(run):
@@ -88,13 +89,13 @@ def test_three_of_one_to_three_workers_train_as_one_does_and_survive_a_death(clu
     # On this one node three fit.
     outcome, weights, posts = run("three", replace(cluster, least=1, workers=3, worker_cpus=0.25, worker_gpus=0.0))
     assert (tmp_path / "marker").read_text() == "3"
-    assert outcome.state["step"] == one.state["step"] == STEPS
+    assert outcome.state.step == one.state.step == STEPS
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
-    starts = [post for post in posts if "start" in post]
-    assert [post["workers"] for post in starts] == [3, 3]
-    assert 0 < starts[1]["start"] <= FAILS, "it did not go on from a checkpoint"
-    states = [post["state"] for post in posts if "state" in post]
+    starts = [post for post in posts if isinstance(post, Started)]
+    assert [post.workers for post in starts] == [3, 3]
+    assert 0 < starts[1].step <= FAILS, "it did not go on from a checkpoint"
+    states = [post.state for post in posts if isinstance(post, ControllerState)]
     assert states.count("restarting") == 1
     assert states[-1] == "finished"
 

@@ -9,6 +9,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ktray.errors import KtrayError
+from ktray.training.messages import ControllerState
 from ktray.training.ray_train_callback import ControllerWatcher, reason, should_restart
 
 
@@ -64,8 +65,8 @@ def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(mo
     told.after_controller_state_update(None, state("Restarting", died))
     assert held == ["controller"]
     assert posts == [
-        {"state": "scheduling", "why": ""},
-        {"state": "running", "why": ""},
-        {"state": "restarting", "why": "worker 1: ValueError: bad rows"},
+        ControllerState("scheduling"),
+        ControllerState("running"),
+        ControllerState("restarting", "worker 1: ValueError: bad rows"),
     ]
     assert reason(ControllerError(TimeoutError("late"))) == "TimeoutError: late"

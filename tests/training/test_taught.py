@@ -23,6 +23,7 @@ from ktray.storage.store import Dir, Store
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.training.inputs import TargetSet
+from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.worker import WorkerContext
 
 CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
@@ -163,9 +164,9 @@ def test_an_image_that_is_gone_is_told_once_and_others_stand_in(cluster, world, 
     told = []
     found = list(batches(taught(world, mode, other), STREAMING, report=told.append))
     assert len(found) == 9
-    bad = [pair for values in told for pair in values.get("bad", [])]
+    bad = [pair for message in told if isinstance(message, BadImages) for pair in message.images]
     assert [uri for uri, _ in bad] == [gone]
-    asked = sum(values.get("teacher_flops", 0) for values in told)
+    asked = sum(message.flops for message in told if isinstance(message, TeacherFlops))
     if mode == "streamed":  # two passes of 20 views and a part of the third are ahead of 54 that were used
         one = predict.load().flops
         assert 54 * one <= asked <= 80 * one

@@ -55,7 +55,7 @@ def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[Ben
         stop.set()
         watcher.join()
     ended = time.time()
-    seconds = float(outcome.state["seconds"])
+    seconds = float(outcome.state.seconds)
     early = _between(samples, ended - seconds * (1 - 1 / epochs), ended - seconds * (1 - 3 / epochs))
     late = _between(samples, ended - seconds * 2 / epochs, ended)
     both = early.keys() & late.keys()

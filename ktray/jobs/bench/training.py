@@ -20,8 +20,10 @@ from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.store import Store
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
+from ktray.training.messages import Message, Progress
+from ktray.training.outcome import Outcome
 from ktray.training.programs import settle_precision
-from ktray.training.ray_train import Outcome, train
+from ktray.training.ray_train import train
 from ktray.training.worker import TrainingSpec, WorkerContext
 
 PART = TrainConfig()
@@ -92,19 +94,17 @@ def through_ktray(
     ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
     batch = lesson.case.batch * plan.workers
     outcome, posts = run_job(lesson.job(way.mode, steps, way.part(batch)), plan, folder)
-    waits.append(next(post["data_wait"] for post in reversed(posts) if "data_wait" in post))
+    waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, Progress) and p.data_wait is not None))
     if way.mode == "streamed":
-        return float(steps * batch / outcome.state["seconds"])
-    return _second_half(outcome.state["curve"], batch)
+        return float(steps * batch / outcome.state.seconds)
+    return _second_half(outcome.state.curve, batch)
 
 
-def run_job(
-    job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int = 0
-) -> tuple[Outcome, list[dict[str, Any]]]:
+def run_job(job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[Message]]:
     """A job of TRANSFER from its start to its end, and what its workers posted."""
     stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
     stage.delete()
-    posts: list[dict[str, Any]] = []
+    posts: list[Message] = []
     with open_mailbox(posts.append) as board:
         outcome = train(job, stage, plan, board, max_failures=max_failures, on_weights=lambda path: None)
     return outcome, posts
