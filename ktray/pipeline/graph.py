@@ -46,23 +46,23 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     if recipe.objective.name == "scratch":
         decoded = labels.run(context, student.preprocess)
         done = finetune.run_scratch(context, decoded, booked="finetune")
-        models = {"student": (transfer.student_spec(context, done.stage), done.key)}
+        models = {"student": done}
         return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), done)
     start: PhaseOutputs | None = None
     for name, phase in phases(recipe):
-        inner = replace(context, recipe=phase, phase=name, read=0)
+        inner = replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0))
         reads_map = build_objective(phase.objective).reads == "map"
         start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
-        context.read += inner.read
+        context.runtime.read += inner.runtime.read
     assert start is not None  # there is at least one phase
     decoded, moved = start.labels, start.transfer
     tuned = finetune.run(context, moved, start.teach, decoded) if recipe.finetune.steps else moved
-    models = {"student": (transfer.student_spec(context, tuned.stage), tuned.key)}
+    models = {"student": tuned}
     floor = None
     if recipe.baselines.scratch:
         floor = finetune.run_scratch(context, decoded, booked=FLOOR)
-        models[FLOOR] = (transfer.student_spec(context, floor.stage), floor.key)
-    judged = (start.spec, start.adapt.key) if start.adapt and start.spec else None
+        models[FLOOR] = floor
+    judged = (start.spec, start.adapt) if start.adapt and start.spec else None
     scored = None if trial else evaluate.run(context, models, judged)
     return StageOutputs(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
 
@@ -95,7 +95,7 @@ def _curate(context: RunContext) -> TransferSetOutputs:
     spec = adapted = model = indexed = None
     if needs_teacher(recipe):
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
-        adapted = adapt.run(context, spec, recipe.cluster.max_failures)
+        adapted = adapt.run(context, spec)
         model = adapt.adapted(context, adapted, spec)
     # A random draw asks the teacher for nothing.
     encoder = spec if recipe.transfer.source in ("retrieved", "list") or index_alone(recipe) else None

@@ -22,7 +22,7 @@ from ktray.reporting.report import WorstError, write_report
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import dense
 from ktray.stages.evaluate import stage as evaluate
-from ktray.stages.transfer import student_spec
+from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows
 from ktray.storage.store import Dir
 from ktray.tasks.classification import confusion_matrix, softmax
@@ -45,7 +45,7 @@ def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, An
         local = Path(scratch)
         student, example = _student(context, made, local / "student")
         folder.put(local / "student", "student")
-        context.quarantine.write(str(local / "quarantine.parquet"))
+        context.runtime.quarantine.write(str(local / "quarantine.parquet"))
         folder.put(local / "quarantine.parquet")
         report = _report(context, made, result, local)
         folder.put(report)
@@ -83,9 +83,9 @@ def build(context: RunContext, made: StageOutputs, folder: Dir) -> dict[str, Any
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
         "data": {
-            "read": context.read,
-            "quarantined": context.quarantine.images(),
-            "reasons": dict(Counter(bad.reason for bad in context.quarantine)),
+            "read": context.runtime.read,
+            "quarantined": context.runtime.quarantine.images(),
+            "reasons": dict(Counter(bad.reason for bad in context.runtime.quarantine)),
             "quarantine_list": folder.file("quarantine.parquet"),
         },
         "mlflow": context.tracker.info(),
@@ -139,7 +139,7 @@ def best_validation(manifest: dict[str, Any], metric: str) -> float:
 
 
 def _student(context: RunContext, made: StageOutputs, folder: Path) -> tuple[Any, Any]:
-    spec = student_spec(context, made.student.stage)
+    spec = starting_at(student_spec(context), made.student)
     model, preprocess = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())

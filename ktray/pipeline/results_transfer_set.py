@@ -57,7 +57,7 @@ def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, 
 def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begun: float) -> dict[str, Any]:
     """The same for jobs/index.py: what the index holds and what it cost."""
     folder, facts = context.store.run(context.run_id), index.manifest
-    context.quarantine.write(folder.file("quarantine.parquet"))
+    context.runtime.quarantine.write(folder.file("quarantine.parquet"))
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": context.run_id,
@@ -75,8 +75,8 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
         "data": {
-            "read": context.read,
-            "quarantined": context.quarantine.images(),
+            "read": context.runtime.read,
+            "quarantined": context.runtime.quarantine.images(),
             "quarantine_list": folder.file("quarantine.parquet"),
         },
         "mlflow": context.tracker.info(),
@@ -124,7 +124,8 @@ def _page(context: RunContext, curated: StageResult) -> str:
     number = {uri: i for i, uri in enumerate(order)}
     query = np.array([number[uri] for uri in brought_by], dtype=np.int64)
     shown = choose(query)
-    images = small_images(context, [*uris[shown].tolist(), *(uri for uri in order if uri)])
+    wanted = [*uris[shown].tolist(), *(uri for uri in order if uri)]
+    images = small_images(wanted, context.recipe.data.max_pixels)
     part, dropped = context.recipe.transfer, curated.manifest["dropped"]
     again = dropped.get(REPEATED, 0)
     return page(

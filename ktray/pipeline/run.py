@@ -30,7 +30,7 @@ from ktray.pipeline.run_folder import open_run
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
-from ktray.stages.base import RunContext
+from ktray.stages.base import RunContext, Runtime
 from ktray.stages.index import stage as index
 from ktray.storage.store import Store, local_home
 from ktray.tracking.tags import run_tags
@@ -84,7 +84,7 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
 
     def work(context: RunContext) -> dict[str, Any]:
         name, phase = phases(context.recipe)[-1]
-        made = _curate(replace(context, recipe=phase, phase=name, read=0))
+        made = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
         return results_transfer_set.write(context, made.curate, begun)
 
     return _logged(recipe, say, debug, None, {"job": "curate"}, work)
@@ -162,9 +162,10 @@ def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, b
     device = describe_device()
     silent = cast(Tracker, None)  # no stage is run, so nothing is logged
     context = _context(store, found, plan, lambda text: None, Ledger(device), silent, "plan")
-    context.planned = {}
+    planned: dict[str, bool] = {}
+    context.runtime.planned = planned
     stages(context)
-    return context.planned
+    return planned
 
 
 def _open(
@@ -211,20 +212,25 @@ def _context(
     tracker: Tracker,
     run_id: str,
 ) -> RunContext:
+    recipe = found.recipe
     return RunContext(
-        recipe=found.recipe,
-        store=store,
-        plan=plan,
-        ledger=ledger,
-        tracker=tracker,
+        recipe=recipe,
+        runtime=Runtime(
+            store=store,
+            plan=plan,
+            ledger=ledger,
+            tracker=tracker,
+            run_id=run_id,
+            say=say,
+            cluster=recipe.cluster,
+            max_bad_fraction=recipe.data.max_bad_fraction,
+        ),
         task=found.task,
         class_names=found.class_names,
         prompts=found.prompts,
         fingerprint=found.fingerprint,
         canvas=found.canvas,
-        run_id=run_id,
-        say=say,
-        metric=str(found.recipe.task.metric),
+        metric=str(recipe.task.metric),
         source=found.source,
     )
 

@@ -14,7 +14,7 @@ from ktray.reporting.report import WorstError
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.labels import Masks, read_examples
-from ktray.stages.transfer import student_spec
+from ktray.stages.transfer import starting_at, student_spec
 from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def worst_masks(context: RunContext, made: StageOutputs) -> list[WorstError]:
     iou = np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0)
     mean = np.array([np.nanmean(row) if np.isfinite(row).any() else 1.0 for row in iou])
     chosen = np.argsort(mean, kind="stable")[:WORST].tolist()
-    spec = student_spec(context, made.student.stage)
+    spec = starting_at(student_spec(context), made.student)
     model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     assert isinstance(student, DenseStudent)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
+from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
-from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
+from ktray.stages.inputs import StageInputs
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tracking.tracker import Tracker
@@ -25,39 +26,83 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Runtime:
+    """The services that a stage works with. Nothing in it says what a stage is to make: that is in its inputs.
+
+    Attributes:
+        plan: which part of the cluster the run has.
+        cluster: how failures, missing machines and hangs are met.
+        max_bad_fraction: of unusable images, above which a stage fails.
+        say: prints one line for the person who watches.
+        phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
+        read, quarantine: images that the run has read, and those of them that cannot be used.
+        planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
+    """
+
+    store: Store
+    plan: Allocation
+    ledger: Ledger
+    tracker: Tracker
+    run_id: str
+    say: Callable[[str], None]
+    cluster: ClusterConfig
+    max_bad_fraction: float
+    phase: str = ""
+    read: int = 0
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    planned: dict[str, bool] | None = None
+
+
+@dataclass
 class RunContext:
-    """One run: what the stages read and report to.
+    """One run: what the stages' inputs are taken from, and the services that the stages work with.
 
     Attributes:
         recipe: fully resolved.
         task: labels, splits and class names; ``prompts`` are the text head's templates.
         fingerprint: of the labelled set (which image has which label in which split).
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
-        say: prints one line for the person who watches.
         metric: what models are chosen by and judged on: a key of the task's metrics.
-        source: the labelled generic set of objective.name=supervised.
-        phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
-        planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
+        source: the labelled generic set of an objective that learns from one.
     """
 
     recipe: Recipe
-    store: Store
-    plan: Allocation
-    ledger: Ledger
-    tracker: Tracker
+    runtime: Runtime
     task: LabelledSet
     class_names: list[str]
     prompts: list[str]
     fingerprint: str
     canvas: float
-    run_id: str
-    say: Callable[[str], None]
-    quarantine: Quarantine = field(default_factory=Quarantine)
-    read: int = 0
-    planned: dict[str, bool] | None = None
     metric: str = "top1"
-    phase: str = ""
     source: LabelledSet | None = None
+
+    @property
+    def store(self) -> Store:
+        return self.runtime.store
+
+    @property
+    def plan(self) -> Allocation:
+        return self.runtime.plan
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.runtime.ledger
+
+    @property
+    def tracker(self) -> Tracker:
+        return self.runtime.tracker
+
+    @property
+    def run_id(self) -> str:
+        return self.runtime.run_id
+
+    def say(self, text: str) -> None:
+        self.runtime.say(text)
+
+    @property
+    def names(self) -> list[str]:
+        """The classes as text for a text tower."""
+        return self.class_names if len(self.class_names) == len(self.task.classes) else self.task.classes
 
 
 @dataclass
@@ -78,16 +123,16 @@ class Reporter:
 
     def __init__(
         self,
-        context: RunContext,
+        runtime: Runtime,
         name: str,
         meter: Meter,
         watchdog: Watchdog | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.context, self.name, self.meter, self.check = context, name, meter, check
-        self.watchdog = watchdog or Watchdog(name, context.recipe.cluster.stall_minutes)
+        self.runtime, self.name, self.meter, self.check = runtime, name, meter, check
+        self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
         self.starts: list[dict[str, int]] = []  # of the training workers: at which step, how many
-        self.run = context.tracker.stage(name)
+        self.run = runtime.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
@@ -155,17 +200,17 @@ class Reporter:
         if not self.starts:
             # The checkpoint of a killed attempt proves steps that its last heartbeat knew nothing of.
             mine = (self.meter.entry.stage, self.meter.entry.key)
-            earlier = [e for e in self.context.ledger.entries if (e.stage, e.key) == mine]
+            earlier = [e for e in self.runtime.ledger.entries if (e.stage, e.key) == mine]
             self.meter.add(
                 images=max(0, int(message.images - sum(e.images for e in earlier))),
                 flops=max(0, int(message.flops - sum(e.flops for e in earlier))),
             )
         else:
             self.meter.restart(max(0.0, self._flops - message.flops))
-            self.context.say(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
+            self.runtime.say(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
-        self.meter.hold(message.workers if self.context.plan.worker_gpus else message.machines)
+        self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)
 
     def _state(self, state: str, why: str) -> None:
         """What Ray Train's controller does; no sign of life, since it may do so for ever."""
@@ -174,20 +219,20 @@ class Reporter:
         else:
             self.watchdog.waits("the steps of its training workers")
         if why and state == "restarting":
-            self.context.say(f"{self.name:<9} lost its workers: {why}")
+            self.runtime.say(f"{self.name:<9} lost its workers: {why}")
         elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
-            self.context.say(f"{self.name:<9} could not start its workers: {why}")
+            self.runtime.say(f"{self.name:<9} could not start its workers: {why}")
             self._refused = why
 
 
-Work = Callable[[Stage, Reporter], dict[str, Any]]
+Inputs = TypeVar("Inputs", bound=StageInputs)
+Work = Callable[[Inputs, Runtime, Stage, "Reporter"], dict[str, Any]]
 
 
 def run_stage(
-    context: RunContext,
-    name: str,
-    key_parts: Any,
-    work: Work,
+    runtime: Runtime,
+    inputs: Inputs,
+    work: Work[Inputs],
     *,
     ledger_name: str | None = None,
     whole: Callable[[dict[str, Any]], bool] | None = None,
@@ -195,55 +240,56 @@ def run_stage(
     """Reuse the stage's directory when it is whole, else do the work under a lease and commit it.
 
     Args:
-        key_parts: JSON-like; everything that goes into the result, the stage's own version included.
-        work: does the stage in its directory and returns the manifest's own entries.
-        ledger_name: the name that the cost is booked under, where it is not ``name``.
+        inputs: all that the stage may read; their key names the directory.
+        work: does the stage in its directory and returns the manifest's own entries. It is a plain function, not a
+            closure, so that it reads nothing but what it is given.
+        ledger_name: the name that the cost is booked under, where it is not the stage's.
         whole: asked of the manifest of a finished stage, whether what it names outside its directory still stands;
             where it does not, the work is done again.
     """
-    key = digest(name, key_parts)
-    stage = context.store.stage(name, key)
-    booked = ledger_name or name
-    shown = f"{name}-{context.phase}" if context.phase else name
+    key, stage_name = inputs.key, inputs.stage
+    stage = runtime.store.stage(stage_name, key)
+    booked = ledger_name or stage_name
+    shown = f"{stage_name}-{runtime.phase}" if runtime.phase else stage_name
 
     def made() -> dict[str, Any] | None:
         found = stage.manifest()
         return None if found is None or (whole and not whole(found)) else found
 
     manifest = made()
-    if context.planned is not None:
-        context.planned[booked] = manifest is not None and context.planned.get(booked, True)
+    if runtime.planned is not None:
+        runtime.planned[booked] = manifest is not None and runtime.planned.get(booked, True)
         return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
         check_limit()
         try:
-            with stage.lease(context.say) as lease:
+            with stage.lease(runtime.say) as lease:
                 manifest = made()  # another job may have finished it while this one waited
                 if manifest is None:
                     check_limit()
-                    return _attempt(context, stage, lease, (name, shown, booked), key, key_parts, work)
+                    return _attempt(runtime, stage, lease, (shown, booked), inputs, work)
         except LeaseLost as lost:
-            context.say(f"{shown:<9} {lost.what}; going on with what it makes")
-    context.ledger.reuse(DirLog(stage), booked, key)
-    _count(context, manifest)
-    again = " (made earlier in this run)" if manifest.get("run") == context.run_id else ""
-    context.say(f"{shown:<9} reused {key}{again}")
+            runtime.say(f"{shown:<9} {lost.what}; going on with what it makes")
+    runtime.ledger.reuse(DirLog(stage), booked, key)
+    _count(runtime, manifest)
+    again = " (made earlier in this run)" if manifest.get("run") == runtime.run_id else ""
+    runtime.say(f"{shown:<9} reused {key}{again}")
     return StageResult(stage, manifest, cached=True)
 
 
 def _attempt(
-    context: RunContext, stage: Stage, lease: Lease, names: tuple[str, str, str], key: str, key_parts: Any, work: Work
+    runtime: Runtime, stage: Stage, lease: Lease, names: tuple[str, str], inputs: Inputs, work: Work[Inputs]
 ) -> StageResult:
-    name, shown, booked = names
-    devices = context.plan.least if context.plan.worker_gpus else 1
-    watchdog = Watchdog(shown, context.recipe.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with context.ledger.attempt(DirLog(stage), booked, key, devices) as meter:
-        reporter = Reporter(context, shown, meter, watchdog, lease.check)
+    shown, booked = names
+    devices = runtime.plan.least if runtime.plan.worker_gpus else 1
+    watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
+    with runtime.ledger.attempt(DirLog(stage), booked, inputs.key, devices) as meter:
+        reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
             with watch(watchdog):
-                found = work(stage, reporter)
-            reporter.quarantine.check(reporter.read, context.recipe.data.max_bad_fraction)
+                found = work(inputs, runtime, stage, reporter)
+            reporter.quarantine.check(reporter.read, runtime.max_bad_fraction)
             status = "FINISHED"
         finally:
             if reporter.progress:
@@ -252,19 +298,19 @@ def _attempt(
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
             )
-    found.update(key=key, stage=name, inputs=key_parts, run=context.run_id, read=reporter.read)
+    found.update(key=inputs.key, stage=inputs.stage, inputs=inputs.key_parts(), run=runtime.run_id, read=reporter.read)
     found["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(found, lease)
-    _count(context, manifest)
+    _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
 
 
-def _count(context: RunContext, manifest: dict[str, Any]) -> None:
+def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     bad = Quarantine(Bad(uri, reason, stage) for uri, reason, stage in manifest.get("quarantine", []))
     # Also of a reused stage: the limit is this recipe's, the stage may have been made under a laxer one.
-    bad.check(int(manifest.get("read", 0)), context.recipe.data.max_bad_fraction)
-    context.read += int(manifest.get("read", 0))
-    context.quarantine.merge(bad)
+    bad.check(int(manifest.get("read", 0)), runtime.max_bad_fraction)
+    runtime.read += int(manifest.get("read", 0))
+    runtime.quarantine.merge(bad)
 
 
 def finished_shards(stage: Stage) -> dict[str, dict[str, Any]]:

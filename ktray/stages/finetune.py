@@ -6,57 +6,111 @@ finetuning can destroy what was transferred, and then it is skipped.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from ktray.recipe.schema import ObjectiveConfig
-from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.data.views import ViewPolicy
+from ktray.recipe.schema import FinetuneConfig, ObjectiveConfig, TrainConfig
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
+from ktray.stages.inputs import StageInputs
 from ktray.stages.labels import labels_of
-from ktray.stages.teach import stage as teach_stage
-from ktray.stages.transfer import fit, student_spec
+from ktray.stages.teach.stage import TeachResult, view_policy
+from ktray.stages.transfer import HOW, fit, starting_at, student_spec
 from ktray.storage.store import Stage
+from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import FinetuneSpec
 
-VERSION = 2  # 2: views keyed by image
+
+@dataclass(frozen=True)
+class FinetuneInputs(StageInputs):
+    """What FINETUNE reads.
+
+    Attributes:
+        kind: of the task.
+        train: how replayed images are read, and the largest gradient norm.
+    """
+
+    stage = "finetune"
+    version = 3  # 2: views keyed by image; 3: an objective's own fields alone
+
+    transfer: StageResult
+    targets: TeachResult
+    labels: StageResult
+    kind: str
+    student: StudentSpec
+    objective: ObjectiveConfig
+    finetune: FinetuneConfig
+    views: ViewPolicy
+    metric: str
+    seed: int
+    train: Annotated[TrainConfig, HOW]
 
 
-def run(context: RunContext, transfer: StageResult, teach: teach_stage.TeachResult, labels: StageResult) -> StageResult:
+def run(context: RunContext, transfer: StageResult, targets: TeachResult, labels: StageResult) -> StageResult:
     """``weights.safetensors`` of the finetuned student."""
     recipe = context.recipe
-    part = recipe.finetune
+    inputs = FinetuneInputs(
+        transfer=transfer,
+        targets=targets,
+        labels=labels,
+        kind=recipe.task.kind,
+        student=student_spec(context),
+        objective=recipe.objective,
+        finetune=recipe.finetune,
+        views=view_policy(recipe.teach),
+        metric=context.metric,
+        seed=recipe.seed,
+        train=recipe.train,
+    )
+    return run_stage(context.runtime, inputs, work)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=part.steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
-            clip=recipe.train.clip,
-            seed=recipe.seed,
-            evals=part.evals,
-            checkpoint_seconds=recipe.train.checkpoint_seconds,
-            keep="best",
-        )
-        job = FinetuneSpec(
-            settings,
-            student_spec(context, transfer.stage),
-            labels_of(context, labels),
-            teach_stage.view_policy(context),
-            part.batch_size,
-            recipe.objective,
-            recipe.train,
-            context.metric,
-            context.store.sub("precision"),
-            teach.taught(),
-            part.replay,
-        )
-        return fit(context, stage, reporter, job, part.steps)
 
-    parts = [VERSION, transfer.key, labels.key, part.model_dump(), recipe.objective.model_dump(), recipe.seed]
-    parts.append(context.metric)
-    return run_stage(context, "finetune", parts, work)
+def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    part = inputs.finetune
+    settings = TrainerSettings(
+        steps=part.steps,
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        warmup=part.warmup,
+        ema=part.ema,
+        clip=inputs.train.clip,
+        seed=inputs.seed,
+        evals=part.evals,
+        checkpoint_seconds=inputs.train.checkpoint_seconds,
+        keep="best",
+    )
+    job = FinetuneSpec(
+        settings,
+        starting_at(inputs.student, inputs.transfer),
+        labels_of(inputs.labels, inputs.kind),
+        inputs.views,
+        part.batch_size,
+        inputs.objective,
+        inputs.train,
+        inputs.metric,
+        runtime.store.sub("precision"),
+        inputs.targets.taught(),
+        part.replay,
+    )
+    return fit(runtime, stage, reporter, job, part.steps)
+
+
+@dataclass(frozen=True)
+class ScratchInputs(StageInputs):
+    """What the scratch floor reads; ``steps`` win over ``train.steps``."""
+
+    stage = "scratch"
+    version = 3  # 2: views keyed by image; 3: declared inputs
+
+    labels: StageResult
+    kind: str
+    student: StudentSpec
+    steps: int
+    views: ViewPolicy
+    metric: str
+    seed: int
+    train: Annotated[TrainConfig, HOW]
 
 
 def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> StageResult:
@@ -65,39 +119,44 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
     It stops when validation has not improved for a third of the evaluations: more steps would only cost.
     """
     recipe = context.recipe
-    part = recipe.train
-    steps = int(recipe.baselines.scratch_steps or part.steps or 1)
+    inputs = ScratchInputs(
+        labels=labels,
+        kind=recipe.task.kind,
+        student=student_spec(context),
+        steps=int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
+        views=view_policy(recipe.teach),
+        metric=context.metric,
+        seed=recipe.seed,
+        train=recipe.train,
+    )
+    return run_stage(context.runtime, inputs, work_scratch, ledger_name=booked)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
-            clip=part.clip,
-            seed=recipe.seed,
-            evals=15,
-            accumulate=part.accumulate,
-            patience=5,
-            checkpoint_seconds=part.checkpoint_seconds,
-            keep="best",
-        )
-        job = FinetuneSpec(
-            settings,
-            student_spec(context),
-            labels_of(context, labels),
-            teach_stage.view_policy(context),
-            int(part.batch_size or 1),
-            ObjectiveConfig(name="scratch"),
-            part,
-            context.metric,
-            context.store.sub("precision"),
-        )
-        return fit(context, stage, reporter, job, steps)
 
-    optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
-    views = asdict(teach_stage.view_policy(context))
-    parts = [VERSION, "scratch", labels.key, optimising, steps, recipe.student.model_dump(), views, recipe.seed]
-    parts.append(context.metric)
-    return run_stage(context, "scratch", parts, work, ledger_name=booked)
+def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    part = inputs.train
+    settings = TrainerSettings(
+        steps=inputs.steps,
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        warmup=part.warmup,
+        ema=part.ema,
+        clip=part.clip,
+        seed=inputs.seed,
+        evals=15,
+        accumulate=part.accumulate,
+        patience=5,
+        checkpoint_seconds=part.checkpoint_seconds,
+        keep="best",
+    )
+    job = FinetuneSpec(
+        settings,
+        inputs.student,
+        labels_of(inputs.labels, inputs.kind),
+        inputs.views,
+        int(part.batch_size or 1),
+        ObjectiveConfig(name="scratch"),
+        part,
+        inputs.metric,
+        runtime.store.sub("precision"),
+    )
+    return fit(runtime, stage, reporter, job, inputs.steps)

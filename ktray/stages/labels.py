@@ -7,29 +7,29 @@ the device) and in the evaluation view; validation images in the evaluation view
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ktray.data.labelled.masks import check_mask, decode_mask, eval_mask
-from ktray.data.labelled.read import LabelledExample
+from ktray.data.labelled.read import LabelledExample, LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import BadImage, KtrayError
-from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
+from ktray.stages.inputs import StageInputs
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
 from ktray.training.inputs import Labels
 
-VERSION = 1
 SHARD = 256
 
 
-def labels_of(context: RunContext, done: StageResult) -> Labels:
-    """What training needs to know of a whole directory."""
-    return Labels(done.stage, context.recipe.task.kind == "segmentation")
+def labels_of(done: StageResult, kind: str) -> Labels:
+    """What training needs to know of a whole directory; ``kind`` is the task's."""
+    return Labels(done.stage, kind == "segmentation")
 
 
 def canvas_preprocess(preprocess: Preprocess, factor: float) -> Preprocess:
@@ -131,32 +131,53 @@ class _Decode:
         return {"name": item["name"], "read": len(item["examples"]), "bad": bad, "counts": counts}
 
 
+@dataclass(frozen=True)
+class LabelsInputs(StageInputs):
+    """What LABELS reads.
+
+    Attributes:
+        preprocess: of the model that will see the images.
+        canvas: geometry of what finetuning cuts its views from.
+        masks: how label maps are read; None where an image has one label.
+    """
+
+    stage = "labels"
+    version = 2  # 2: declared inputs
+
+    task: LabelledSet
+    preprocess: Preprocess
+    canvas: Preprocess
+    max_pixels: int
+    masks: Masks | None
+
+
 def run(context: RunContext, preprocess: Preprocess) -> StageResult:
     """The labelled images, and for segmentation their label maps, for a model with this preprocessing."""
-    masks = Masks.of(context)
-    canvas = canvas_preprocess(preprocess, context.canvas)
+    inputs = LabelsInputs(
+        task=context.task,
+        preprocess=preprocess,
+        canvas=canvas_preprocess(preprocess, context.canvas),
+        max_pixels=context.recipe.data.max_pixels,
+        masks=Masks.of(context),
+    )
+    return run_stage(context.runtime, inputs, work)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        items = shard_items("train", context.task.train) + shard_items("val", context.task.val)
-        reporter.expect(sum(len(i["examples"]) for i in items))
-        decode = _Decode(stage, preprocess, canvas, context.recipe.data.max_pixels, masks)
-        kept = reporter.shards(cpu_shards(items, decode, context.plan))
-        for split in ("train", "val"):
-            if not any(sum(s["counts"]) for s in kept if s["name"].startswith(split)):
-                raise KtrayError(
-                    f"No image of the {split} split can be used", "Check the files named in the quarantine list."
-                )
-        return {"canvas": canvas.size, "size": preprocess.size, "shards": sorted(stage.names(".parquet"))}
 
-    parts = [
-        VERSION,
-        context.fingerprint,
-        preprocess.to_dict(),
-        canvas.to_dict(),
-        context.recipe.data.max_pixels,
-        asdict(masks) if masks else None,
-    ]
-    return run_stage(context, "labels", parts, work)
+def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    items = shard_items("train", inputs.task.train) + shard_items("val", inputs.task.val)
+    reporter.expect(sum(len(i["examples"]) for i in items))
+    decode = _Decode(stage, inputs.preprocess, inputs.canvas, inputs.max_pixels, inputs.masks)
+    kept = reporter.shards(cpu_shards(items, decode, runtime.plan))
+    for split in ("train", "val"):
+        if not any(sum(s["counts"]) for s in kept if s["name"].startswith(split)):
+            raise KtrayError(
+                f"No image of the {split} split can be used", "Check the files named in the quarantine list."
+            )
+    return {
+        "canvas": inputs.canvas.size,
+        "size": inputs.preprocess.size,
+        "shards": sorted(stage.names(".parquet")),
+    }
 
 
 def shard_items(split: str, examples: list[LabelledExample]) -> list[Item]:

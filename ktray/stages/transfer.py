@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ktray.data.views import ViewPolicy
 from ktray.distributed.mailbox import open_mailbox
 from ktray.objectives import build_objective
-from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.recipe.schema import ObjectiveConfig, TrainConfig
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
+from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import labels_of
-from ktray.stages.teach import stage as teach_stage
+from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -18,93 +21,123 @@ from ktray.training.programs import TransferSpec
 from ktray.training.ray_train import train
 from ktray.training.worker import TrainingSpec
 
-VERSION = 2  # 2: views keyed by image
 WEIGHTS = "weights.safetensors"
+HOW = NotInKey(
+    "how often is saved, how rows are read, and passes that are counted as steps",
+    ("checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"),
+)
+
+
+@dataclass(frozen=True)
+class TransferInputs(StageInputs):
+    """What TRANSFER reads.
+
+    Attributes:
+        kind: of the task.
+        start: an earlier part of the pretraining that this one continues.
+        label_batch: labelled images a step, for an objective that learns from them too; 0 for others.
+        views: for those that cut views while they train.
+    """
+
+    stage = "transfer"
+    version = 3  # 2: views keyed by image; 3: an objective's own fields alone
+
+    targets: TeachResult
+    labels: StageResult
+    kind: str
+    student: StudentSpec
+    objective: ObjectiveConfig
+    start: StageResult | None
+    label_batch: int
+    views: ViewPolicy
+    metric: str
+    seed: int
+    train: Annotated[TrainConfig, HOW]
+
+    @classmethod
+    def of(
+        cls, context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None
+    ) -> TransferInputs:
+        recipe = context.recipe
+        labelled = build_objective(recipe.objective).labelled
+        return cls(
+            targets=targets,
+            labels=labels,
+            kind=recipe.task.kind,
+            student=student_spec(context),
+            objective=recipe.objective,
+            start=start,
+            label_batch=recipe.finetune.batch_size if labelled else 0,
+            views=view_policy(recipe.teach),
+            metric=context.metric,
+            seed=recipe.seed,
+            train=recipe.train,
+        )
 
 
 def run(
-    context: RunContext, teach: teach_stage.TeachResult, labels: StageResult, start: StageResult | None = None
+    context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None = None
 ) -> StageResult:
-    """``weights.safetensors`` of the pretrained student; the curve is in the manifest.
-
-    Args:
-        start: an earlier part of the pretraining that this one goes on from.
-    """
-    recipe = context.recipe
-    part = recipe.train
-    steps = int(part.steps or 1)
-    policy = teach_stage.view_policy(context)
-
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
-            clip=part.clip,
-            seed=recipe.seed,
-            evals=5,
-            checkpoint_seconds=part.checkpoint_seconds,
-            accumulate=part.accumulate,
-        )
-        reporter.read = teach.images
-        job = TransferSpec(
-            settings,
-            student_spec(context, start.stage if start else None),
-            teach.taught(),
-            labels_of(context, labels),
-            policy,
-            recipe.finetune.batch_size,
-            recipe.objective,
-            part,
-            context.metric,
-            context.store.sub("precision"),
-        )
-        return fit(context, stage, reporter, job, steps)
-
-    optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
-    objective = build_objective(recipe.objective)
-    parts = [
-        VERSION,
-        teach.key,
-        labels.key,
-        recipe.objective.model_dump(exclude={"generic_share"}),
-        optimising,
-        recipe.student.model_dump(),
-        recipe.task.kind,
-        recipe.seed,
-        context.metric,
-        start.key if start else None,
-        recipe.finetune.batch_size if objective.labelled else None,
-        # Those who cut views while they train; the others' are in TEACH's key.
-        asdict(policy) if objective.labelled or objective.views == "canvas" else None,
-    ]
-    return run_stage(context, "transfer", parts, work)
+    """``weights.safetensors`` of the pretrained student; the curve is in the manifest."""
+    return run_stage(context.runtime, TransferInputs.of(context, targets, labels, start), work)
 
 
-def student_spec(context: RunContext, start: Stage | None = None) -> StudentSpec:
-    """The recipe's student, from its initial weights or from a stage's ``weights.safetensors``."""
-    return StudentSpec.of(context.recipe, len(context.task.classes), (start, WEIGHTS) if start is not None else None)
+def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    part = inputs.train
+    settings = TrainerSettings(
+        steps=int(part.steps or 1),
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        warmup=part.warmup,
+        ema=part.ema,
+        clip=part.clip,
+        seed=inputs.seed,
+        evals=5,
+        checkpoint_seconds=part.checkpoint_seconds,
+        accumulate=part.accumulate,
+    )
+    reporter.read = inputs.targets.images
+    job = TransferSpec(
+        settings,
+        starting_at(inputs.student, inputs.start),
+        inputs.targets.taught(),
+        labels_of(inputs.labels, inputs.kind),
+        inputs.views,
+        inputs.label_batch,
+        inputs.objective,
+        part,
+        inputs.metric,
+        runtime.store.sub("precision"),
+    )
+    return fit(runtime, stage, reporter, job, settings.steps)
 
 
-def fit(context: RunContext, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> dict[str, Any]:
+def student_spec(context: RunContext) -> StudentSpec:
+    """The recipe's student, from its initial weights."""
+    return StudentSpec.of(context.recipe, len(context.task.classes))
+
+
+def starting_at(student: StudentSpec, made: StageResult | None) -> StudentSpec:
+    """The student from the ``weights.safetensors`` of a stage; from its initial weights where there is none."""
+    return student if made is None else replace(student, start=(made.stage, WEIGHTS))
+
+
+def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> dict[str, Any]:
     """Run a student's job and keep its final weights in the stage."""
     reporter.expect(steps, "step")
 
     def keep(weights: Path) -> None:
         stage.write(WEIGHTS, weights.read_bytes())
 
-    cluster = context.recipe.cluster
     with open_mailbox(reporter.post) as board:
         outcome = train(
             job,
             stage,
-            context.plan,
+            runtime.plan,
             board,
-            max_failures=cluster.max_failures,
+            max_failures=runtime.cluster.max_failures,
             on_weights=keep,
-            resize_seconds=cluster.resize_seconds,
+            resize_seconds=runtime.cluster.resize_seconds,
         )
     state, report = outcome.state, outcome.report
     reporter.meter.add(peak_memory_bytes=report.peak_memory_bytes)

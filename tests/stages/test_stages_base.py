@@ -3,23 +3,33 @@
 import json
 import multiprocessing
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Ledger, attempts
-from ktray.recipe.schema import Recipe
-from ktray.stages.base import RunContext, run_stage
+from ktray.recipe.cluster import ClusterConfig
+from ktray.stages.base import Runtime, run_stage
+from ktray.stages.inputs import StageInputs
 from ktray.storage import lease
 from ktray.storage.store import Store
 
 
-def context(store, run, say=lambda text: None):
+@dataclass(frozen=True)
+class Tiny(StageInputs):
+    stage = "tiny"
+    version = 1
+
+    value: int = 1
+
+
+def runtime(store, run, say=lambda text: None):
     """As little of a run as a stage needs."""
     tracker = SimpleNamespace(stage=lambda name: SimpleNamespace(finish=lambda values, status: None))
     plan = SimpleNamespace(least=1, workers=1, worker_gpus=0.0)
-    return RunContext(
-        recipe=Recipe(), store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, task=None,
-        class_names=[], prompts=[], fingerprint="", canvas=1.0, run_id=run, say=say,
+    return Runtime(
+        store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, run_id=run, say=say,
+        cluster=ClusterConfig(), max_bad_fraction=0.1,
     )  # fmt: skip
 
 
@@ -28,13 +38,13 @@ def _job(uris, run, ready, out):
     for uri in uris:
         store = Store(uri)
 
-        def work(stage, reporter):
+        def work(inputs, services, stage, reporter):
             stage.write("made", run.encode())
             time.sleep(1.0)
             return {"by": run}
 
         ready.wait(120)
-        done = run_stage(context(store, run), "tiny", [1], work)
+        done = run_stage(runtime(store, run), Tiny(), work)
         out.put((uri, run, done.cached, done.manifest["by"]))
 
 
@@ -64,7 +74,7 @@ def test_a_job_that_lost_its_stage_goes_on_with_what_the_other_made(tmp_path, mo
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
     store, told, tries = Store(str(tmp_path)), [], []
 
-    def work(stage, reporter):
+    def work(inputs, services, stage, reporter):
         tries.append(1)
         # Another job thought this one dead, took over, made the stage and is gone.
         folder = stage.sub("lease")
@@ -73,7 +83,7 @@ def test_a_job_that_lost_its_stage_goes_on_with_what_the_other_made(tmp_path, mo
         assert folder.create("00000003.json", json.dumps({"free": True, "by": "other"}).encode())
         return {"by": "me"}
 
-    done = run_stage(context(store, "mine", told.append), "tiny", [1], work)
+    done = run_stage(runtime(store, "mine", told.append), Tiny(), work)
     assert done.cached
     assert done.manifest["by"] == "other"
     assert len(tries) == 1

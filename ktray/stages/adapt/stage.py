@@ -9,16 +9,17 @@ teach with otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ktray.data.preprocess import Preprocess
+from ktray.data.views import ViewPolicy
 from ktray.distributed import watchdog
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
@@ -29,9 +30,11 @@ from ktray.models.teacher.dense_head import fit_map_temperature
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
 from ktray.objectives import build_objective
+from ktray.recipe.schema import TeacherFinetuneConfig
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
-from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
+from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Stage
@@ -39,7 +42,57 @@ from ktray.training.evaluation import class_scores
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import AdaptSpec
 
-VERSION = 3  # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept
+
+@dataclass(frozen=True)
+class AdaptInputs(StageInputs):
+    """What ADAPT reads.
+
+    Attributes:
+        labels: the labelled images in the teacher's geometry.
+        wanted: candidates, in the order in which they are tried.
+        names, prompts: the classes as text, and the templates they are put into.
+        finetune, views, seed: of the candidate ``finetune``; None where it is not tried.
+        levels: last blocks that a head on maps reads; None where the head reads one embedding.
+    """
+
+    stage = "adapt"
+    # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept; 4: declared inputs
+    version = 4
+
+    labels: StageResult
+    teacher: TeacherSpec
+    kind: str
+    wanted: list[str]
+    classes: list[str]
+    names: list[str]
+    prompts: list[str]
+    finetune: TeacherFinetuneConfig | None
+    views: ViewPolicy | None
+    seed: int | None
+    metric: str
+    levels: int | None
+    images: Annotated[int, NotInKey("how many are labelled, for the progress line")]
+
+    @classmethod
+    def of(cls, context: RunContext, spec: TeacherSpec) -> AdaptInputs:
+        recipe = context.recipe
+        wanted, dense = candidates(context, spec), recipe.task.kind == "segmentation"
+        tuned = "finetune" in wanted
+        return cls(
+            labels=labels_stage.run(context, _preprocess(context, spec)),
+            teacher=spec,
+            kind=recipe.task.kind,
+            wanted=wanted,
+            classes=context.task.classes,
+            names=context.names,
+            prompts=context.prompts,
+            finetune=recipe.teacher.finetune if tuned else None,
+            views=view_policy(recipe.teach) if tuned else None,
+            seed=recipe.seed if tuned else None,
+            metric=context.metric,
+            levels=recipe.teacher.levels if dense else None,
+            images=len(context.task.train) + len(context.task.val),
+        )
 
 
 def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
@@ -59,63 +112,44 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     return [name for name in wanted if name != "text" or spec.has_text]
 
 
-def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResult:
+def run(context: RunContext, spec: TeacherSpec) -> StageResult:
     """The adapted teacher (``adapted/``) and the frozen tower's embeddings of the labelled images."""
-    wanted = candidates(context, spec)
-    part, dense = context.recipe.teacher, context.recipe.task.kind == "segmentation"
-    decoded = labels_stage.run(context, _preprocess(context, spec))
-    metric = context.metric
+    return run_stage(context.runtime, AdaptInputs.of(context, spec), work)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        plan = context.plan
-        reporter.expect(len(context.task.train) + len(context.task.val))
-        names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
-        given = (stage, decoded.stage, spec, context.task.classes)
-        fit: Callable[[], dict[str, Any]] = (
-            partial(fit_heads, *given, part.levels, plan.worker_threads)
-            if dense
-            else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
-        )
-        watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-        who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
-        found = run_with_retries(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
-        reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
-        if reporter.progress:
-            reporter.progress.update(found["images"])
-        scores: dict[str, dict[str, float]] = found["scores"]
-        if "finetune" in wanted:
-            scores["finetune"] = _finetune(context, stage, decoded, found["start"], reporter, max_failures)
-        chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
-        for name in stage.children():
-            if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
-                stage.delete(name)
-        listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
-        context.say(
-            f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}"
-        )
-        return {
-            "chosen": chosen,
-            "scores": scores,
-            "val": scores[chosen][metric],
-            "embed_dim": spec.embed_dim,
-            "patch_dim": spec.patch_dim,
-            "directory": f"candidate-{chosen}",
-            "frozen": None if dense else f"candidate-{found['start']}",
-        }
 
-    finetuning = [part.finetune.model_dump(), context.recipe.seed, asdict(view_policy(context))]
-    parts = [
-        VERSION,
-        decoded.key,
-        spec.fingerprint,
-        wanted,
-        context.class_names,
-        context.prompts,
-        finetuning if "finetune" in wanted else None,
-        metric,
-        part.levels if dense else None,
-    ]
-    return run_stage(context, "adapt", parts, work)
+def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    plan, spec, metric, wanted = runtime.plan, inputs.teacher, inputs.metric, inputs.wanted
+    reporter.expect(inputs.images)
+    given = (stage, inputs.labels.stage, spec, inputs.classes)
+    fit: Callable[[], dict[str, Any]] = (
+        partial(fit_heads, *given, inputs.levels, plan.worker_threads)
+        if inputs.levels is not None
+        else partial(_fit_heads, *given, inputs.names, inputs.prompts, wanted, metric, plan.worker_threads)
+    )
+    watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
+    who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
+    found = run_with_retries(fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
+    reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
+    if reporter.progress:
+        reporter.progress.update(found["images"])
+    scores: dict[str, dict[str, float]] = found["scores"]
+    if "finetune" in wanted:
+        scores["finetune"] = _finetune(inputs, runtime, stage, found["start"], reporter)
+    chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
+    for name in stage.children():
+        if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
+            stage.delete(name)
+    listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
+    runtime.say(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
+    return {
+        "chosen": chosen,
+        "scores": scores,
+        "val": scores[chosen][metric],
+        "embed_dim": spec.embed_dim,
+        "patch_dim": spec.patch_dim,
+        "directory": f"candidate-{chosen}",
+        "frozen": None if inputs.levels is not None else f"candidate-{found['start']}",
+    }
 
 
 def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> AdaptedSpec:
@@ -220,13 +254,13 @@ def _fit_heads(
     return {"scores": scores, "start": start, "images": images, "flops": flops}
 
 
-def _finetune(
-    context: RunContext, stage: Stage, decoded: StageResult, start: str, reporter: Reporter, max_failures: int
-) -> dict[str, float]:
+def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, reporter: Reporter) -> dict[str, float]:
     from ktray.distributed.mailbox import open_mailbox
     from ktray.training.ray_train import train
 
-    part = context.recipe.teacher.finetune
+    part, views = inputs.finetune, inputs.views
+    assert part is not None  # asked for with the candidate
+    assert views is not None
     settings = TrainerSettings(
         steps=part.steps,
         lr=part.lr,
@@ -234,14 +268,13 @@ def _finetune(
         warmup=0.1,
         ema=part.ema,
         clip=1.0,
-        seed=context.recipe.seed,
+        seed=int(inputs.seed or 0),
         evals=5,
         keep="best",
     )
     base = stage.sub(f"candidate-{start}")
-    job = AdaptSpec(
-        settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric
-    )
+    labels = labels_stage.labels_of(inputs.labels, inputs.kind)
+    job = AdaptSpec(settings, base, labels, views, part, inputs.metric)
     result: dict[str, float] = {}
 
     def finish(weights: Path) -> None:
@@ -251,7 +284,7 @@ def _finetune(
             teacher = load_adapted(folder)
         teacher.load_state_dict(load_file(str(weights)))
         teacher.finetuned = True
-        pixels, label = labels_stage.labels_of(context, decoded).load("val", "pixels")
+        pixels, label = labels.load("val", "pixels")
         with torch.inference_mode():
             raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
         raw = raw * teacher.temperature
@@ -264,11 +297,11 @@ def _finetune(
         train(
             job,
             stage,
-            context.plan,
+            runtime.plan,
             board,
-            max_failures=max_failures,
+            max_failures=runtime.cluster.max_failures,
             on_weights=finish,
-            resize_seconds=context.recipe.cluster.resize_seconds,
+            resize_seconds=runtime.cluster.resize_seconds,
         )
     return result
 

@@ -8,32 +8,35 @@ from typing import Any
 
 import numpy as np
 
+from ktray.data.labelled.read import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import BadImage
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.heldout_duplicates import fingerprint_heldout
-from ktray.stages.base import Reporter, RunContext, finish_shard, finished_shards, resumed
+from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards, resumed
 from ktray.stages.index.stage import unit_embedding
 from ktray.stages.labels import SHARD
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 
 
-def heldout(context: RunContext, stage: Stage, spec: TeacherSpec | None, reporter: Reporter) -> Rows:
+def heldout(
+    task: LabelledSet, spec: TeacherSpec | None, max_pixels: int, runtime: Runtime, stage: Stage, reporter: Reporter
+) -> Rows:
     """``uri``, ``hash`` (several each), ``digest`` and with a teacher ``embedding`` of validation and test images;
     nothing else of them is looked at.
 
     With a teacher each image has two rows, its own and its mirror image's: few encoders take the two for alike.
     """
-    uris = [e.uri for e in [*context.task.val, *context.task.test]]
-    prepare = _Heldout(spec.preprocess if spec else None, context.recipe.data.max_pixels)
-    return embed_images(context, Stage(stage.file("heldout")), uris, prepare, spec, reporter)
+    uris = [e.uri for e in [*task.val, *task.test]]
+    prepare = _Heldout(spec.preprocess if spec else None, max_pixels)
+    return embed_images(runtime, Stage(stage.file("heldout")), uris, prepare, spec, reporter)
 
 
 def embed_images(
-    context: RunContext,
+    runtime: Runtime,
     folder: Stage,
     uris: list[str],
     prepare: Callable[[Item], Rows],
@@ -50,9 +53,9 @@ def embed_images(
     reporter.shards({**resumed(s), "bad": []} for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
     reporter.shards(
-        map_shards(todo, prepare, _MakeEmbedder(folder, spec), context.plan)
+        map_shards(todo, prepare, _MakeEmbedder(folder, spec), runtime.plan)
         if spec
-        else cpu_shards(todo, _Write(folder, prepare), context.plan)
+        else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
     reporter.read = 0  # counted where they are used
     shards = [read_rows(folder, str(item["name"])) for item in items]

@@ -18,9 +18,10 @@ from ktray.distributed.ray_data import Item
 from ktray.errors import BadImage, KtrayError
 from ktray.models.teacher.heads import text_head
 from ktray.models.teacher.spec import TeacherSpec
+from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.crops import Crops
 from ktray.stages.adapt import stage as adapt_stage
-from ktray.stages.base import Reporter, RunContext, StageResult
+from ktray.stages.base import Reporter, Runtime, StageResult
 from ktray.stages.curate.heldout import embed_images
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
@@ -42,21 +43,44 @@ class Queries:
         return len(self.uris)
 
 
-def queries(context: RunContext, stage: Stage, adapt: StageResult, spec: TeacherSpec, reporter: Reporter) -> Queries:
+@dataclass(frozen=True)
+class QueryInputs:
+    """What the queries are made of; a part of CURATE's inputs.
+
+    Attributes:
+        adapt: holds the embeddings of the labelled images.
+        encoder: the frozen teacher.
+        kind: of the task.
+        classes, names: of the task; ``names`` as text.
+        crop_count: crops of a labelled image; None where there are none.
+    """
+
+    transfer: TransferConfig
+    adapt: StageResult
+    encoder: TeacherSpec
+    kind: str
+    classes: list[str]
+    names: list[str]
+    prompts: list[str]
+    crop_count: int | None
+    max_pixels: int
+
+
+def queries(asked: QueryInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> Queries:
     """The queries of the recipe.
 
     Raises:
         KtrayError: text queries for a teacher without a text tower, or classes of segmentation's images.
     """
-    part = context.recipe.transfer
+    part = asked.transfer
     found = []
     if part.queries != "text":
-        images = Queries(*adapt_stage.train_embeddings(adapt))
+        images = Queries(*adapt_stage.train_embeddings(asked.adapt))
         found.append(images)
         if part.query_crops != "none":
-            found.append(_crops(context, stage, images, spec, reporter))
+            found.append(_crops(asked, runtime, stage, images, reporter))
     if part.queries != "images":
-        found.append(_texts(context, spec))
+        found.append(_texts(asked))
     every = Queries(
         np.concatenate([q.embedding for q in found]),
         [uri for q in found for uri in q.uris],
@@ -64,30 +88,30 @@ def queries(context: RunContext, stage: Stage, adapt: StageResult, spec: Teacher
     )
     if part.per == "query":
         return every
-    if context.recipe.task.kind == "segmentation" and part.queries != "text":
+    if asked.kind == "segmentation" and part.queries != "text":
         raise KtrayError("transfer.per=class, and a picture to segment has no one class", "Set transfer.per=query.")
     present = np.unique(every.labels)
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-    return Queries(mean, [MEAN + context.task.classes[label] for label in present.tolist()], present)
+    return Queries(mean, [MEAN + asked.classes[label] for label in present.tolist()], present)
 
 
-def _texts(context: RunContext, spec: TeacherSpec) -> Queries:
+def _texts(asked: QueryInputs) -> Queries:
+    spec = asked.encoder
     if not spec.has_text:
         raise KtrayError(
-            f"transfer.queries={context.recipe.transfer.queries}, and teacher '{spec.source.name}' has no text tower",
+            f"transfer.queries={asked.transfer.queries}, and teacher '{spec.source.name}' has no text tower",
             "Set transfer.queries=images, or name an open_clip teacher.",
         )
-    names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
-    weight = text_head(spec.load(), names, context.prompts).weight.detach().float().cpu().numpy()
+    weight = text_head(spec.load(), asked.names, asked.prompts).weight.detach().float().cpu().numpy()
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
-    return Queries(unit, [TEXT + name for name in context.task.classes], np.arange(len(names)))
+    return Queries(unit, [TEXT + name for name in asked.classes], np.arange(len(asked.names)))
 
 
-def _crops(context: RunContext, stage: Stage, images: Queries, spec: TeacherSpec, reporter: Reporter) -> Queries:
-    crops = Crops(context.recipe.transfer.query_crops, context.recipe.gallery.crop_count)
-    prepare = _Crop(crops, spec.preprocess, context.recipe.data.max_pixels)
-    rows = embed_images(context, Stage(stage.file("query-crops")), images.uris, prepare, spec, reporter)
+def _crops(asked: QueryInputs, runtime: Runtime, stage: Stage, images: Queries, reporter: Reporter) -> Queries:
+    crops, spec = Crops(asked.transfer.query_crops, int(asked.crop_count or 1)), asked.encoder
+    prepare = _Crop(crops, spec.preprocess, asked.max_pixels)
+    rows = embed_images(runtime, Stage(stage.file("query-crops")), images.uris, prepare, spec, reporter)
     label = dict(zip(images.uris, images.labels.tolist(), strict=True))
     uris = rows["uri"].astype(str).tolist()
     labels = np.array([label[whole] for whole in rows["whole"].astype(str).tolist()], dtype=np.int64)

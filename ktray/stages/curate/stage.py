@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ktray.data.labelled.read import LabelledSet
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.objectives import build_objective
+from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
 from ktray.retrieval.coverage import coverage, lines
 from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
@@ -28,20 +31,67 @@ from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.set_duplicates import SetDuplicates
 from ktray.retrieval.strategies import NEEDS_PREDICTIONS
 from ktray.stages.adapt import stage as adapt_stage
-from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.curate.heldout import heldout
-from ktray.stages.curate.queries import Queries, queries
+from ktray.stages.curate.queries import Queries, QueryInputs, queries
 from ktray.stages.index import compress
 from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, retrieve
+from ktray.stages.inputs import StageInputs
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 
-# 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same;
-# 5: which other strategies take an image too
-VERSION = 5
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
 REPEATED = "repeated"
+
+
+@dataclass(frozen=True)
+class CurateInputs(StageInputs):
+    """What CURATE reads.
+
+    Attributes:
+        beside: columns of the index that go along with an image: its caption, its label.
+        index: None for ``target``.
+        encoder: of the index; None where it holds fingerprints alone.
+        adapt: gives the queries of ``retrieved``.
+        kind: of the task.
+        names, prompts: the classes as text; empty where no query is text.
+        crop_count: crops of a labelled image; None where there are none.
+    """
+
+    stage = "curate"
+    # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same;
+    # 5: which other strategies take an image too; 6: declared inputs
+    version = 6
+
+    transfer: TransferConfig
+    beside: list[str]
+    index: StageResult | None
+    encoder: TeacherSpec | None
+    adapt: StageResult | None
+    task: LabelledSet
+    kind: str
+    names: list[str]
+    prompts: list[str]
+    crop_count: int | None
+    max_pixels: int
+
+    @property
+    def asks(self) -> QueryInputs | None:
+        """What the queries are made of; None where nothing is searched."""
+        if self.transfer.source != "retrieved" or self.adapt is None or self.encoder is None:
+            return None
+        return QueryInputs(
+            self.transfer,
+            self.adapt,
+            self.encoder,
+            self.kind,
+            self.task.classes,
+            self.names,
+            self.prompts,
+            self.crop_count,
+            self.max_pixels,
+        )
 
 
 def run(
@@ -55,85 +105,88 @@ def run(
         adapt: gives the queries of ``retrieved``.
         index: None for ``target``.
     """
-    part = context.recipe.transfer
-    needs = build_objective(context.recipe.objective).targets_needed
-    beside = [name for column, name in (("text", "caption"), ("label", "label")) if column in needs]
+    recipe, part = context.recipe, context.recipe.transfer
+    needs = build_objective(recipe.objective).targets_needed
+    text = part.queries != "images"
+    inputs = CurateInputs(
+        transfer=part,
+        beside=[name for column, name in (("text", "caption"), ("label", "label")) if column in needs],
+        index=index,
+        encoder=spec if index else None,
+        adapt=adapt if part.source == "retrieved" else None,
+        task=context.task,
+        kind=recipe.task.kind,
+        names=context.names if text else [],
+        prompts=context.prompts if text else [],
+        crop_count=recipe.gallery.crop_count if part.query_crops != "none" else None,
+        max_pixels=recipe.data.max_pixels,
+    )
+    return run_stage(context.runtime, inputs, work)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        if index is None:
-            return _target(context, stage)
-        gallery = Gallery.of(index)
-        kept_out = heldout(context, stage, spec, reporter)
-        copies = _copies(context, gallery, kept_out, spec is not None, reporter)
-        repeats = _repeats(context, gallery, spec is not None)
-        exclude = copies.gallery
-        if "caption" in beside:
-            silent = np.flatnonzero(np.concatenate(gallery.columns("caption")) == "")
-            exclude = np.union1d(exclude, silent)
-            if len(silent) == gallery.total:
-                raise KtrayError(
-                    "No gallery image has a caption, and objective.name=clip learns from captions",
-                    "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
-                )
-        asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
-        if part.source == "retrieved" and adapt is not None and spec is not None:
-            asked = queries(context, stage, adapt, spec, reporter)
-            write_rows(stage, "queries.parquet", {"uri": np.array(asked.uris, dtype=str), "label": asked.labels})
-        if index.manifest.get("search"):
-            nearest = compress.nearest(index.manifest["search"], gallery)
-        else:
-            nearest = partial(exact, gallery=gallery, plan=context.plan)
-        chosen, agreed = _choose(context, gallery, asked, nearest, adapt, exclude, repeats, reporter)
-        if chosen.missing and part.source != "list":
-            context.say(
-                f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
+
+def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    part, index, embedded = inputs.transfer, inputs.index, inputs.encoder is not None
+    if index is None:
+        return _target(inputs, stage)
+    gallery = Gallery.of(index)
+    kept_out = heldout(inputs.task, inputs.encoder, inputs.max_pixels, runtime, stage, reporter)
+    copies = _copies(part, gallery, kept_out, embedded, runtime, reporter)
+    repeats = _repeats(part, gallery, embedded)
+    exclude = copies.gallery
+    if "caption" in inputs.beside:
+        silent = np.flatnonzero(np.concatenate(gallery.columns("caption")) == "")
+        exclude = np.union1d(exclude, silent)
+        if len(silent) == gallery.total:
+            raise KtrayError(
+                "No gallery image has a caption, and objective.name=clip learns from captions",
+                "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
             )
-        found = repeats.repeats if repeats else {}
-        uris = _write(stage, gallery, chosen, asked, beside, agreed, copies, kept_out, found)
-        dropped = {**copies.counts(), REPEATED: len(found)}
-        covered = None
-        if len(asked) and len(chosen):
-            classes = [] if context.recipe.task.kind == "segmentation" else context.task.classes
-            covered = coverage(chosen, asked.labels, classes)
-            for line in lines(covered):
-                context.say(f"curate    {line}")
-        _sheet(context, stage, chosen, uris, asked, dropped)
-        return {
-            "kept": len(uris),
-            "dropped": dropped,
-            "gallery": gallery.total,
-            "similar_kept": copies.similar,
-            "coverage": covered,
-            "agreement": {name: float(also.mean()) for name, also in agreed.items()} if len(chosen) else {},
-        }
-
-    parts = [
-        VERSION,
-        part.model_dump(),
-        beside,
-        index.key if index else None,
-        adapt.manifest["key"] if part.source == "retrieved" and adapt else None,
-        context.fingerprint,
-        spec.fingerprint if index and spec else None,
-        [context.class_names, context.prompts] if part.queries != "images" else None,
-        context.recipe.gallery.crop_count if part.query_crops != "none" else None,
-    ]
-    return run_stage(context, "curate", parts, work)
+    asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
+    if inputs.asks is not None:
+        asked = queries(inputs.asks, runtime, stage, reporter)
+        write_rows(stage, "queries.parquet", {"uri": np.array(asked.uris, dtype=str), "label": asked.labels})
+    if index.manifest.get("search"):
+        nearest = compress.nearest(index.manifest["search"], gallery)
+    else:
+        nearest = partial(exact, gallery=gallery, plan=runtime.plan)
+    chosen, agreed = _choose(inputs, gallery, asked, nearest, exclude, repeats, reporter)
+    if chosen.missing and part.source != "list":
+        runtime.say(
+            f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
+        )
+    found = repeats.repeats if repeats else {}
+    uris = _write(stage, gallery, chosen, asked, inputs.beside, agreed, copies, kept_out, found)
+    dropped = {**copies.counts(), REPEATED: len(found)}
+    covered = None
+    if len(asked) and len(chosen):
+        classes = [] if inputs.kind == "segmentation" else inputs.task.classes
+        covered = coverage(chosen, asked.labels, classes)
+        for line in lines(covered):
+            runtime.say(f"curate    {line}")
+    _sheet(inputs, stage, chosen, uris, asked, dropped)
+    return {
+        "kept": len(uris),
+        "dropped": dropped,
+        "gallery": gallery.total,
+        "similar_kept": copies.similar,
+        "coverage": covered,
+        "agreement": {name: float(also.mean()) for name, also in agreed.items()} if len(chosen) else {},
+    }
 
 
 def _copies(
-    context: RunContext, gallery: Gallery, kept_out: Rows, embedded: bool, reporter: Reporter
+    part: TransferConfig, gallery: Gallery, kept_out: Rows, embedded: bool, runtime: Runtime, reporter: Reporter
 ) -> DuplicateTable:
     embedding = kept_out["embedding"].astype(np.float32) if embedded else None
     prints = Fingerprints(kept_out["hash"], kept_out["digest"])
-    found = duplicates(gallery, embedding, prints, context.recipe.transfer.dedup_similarity, context.plan)
+    found = duplicates(gallery, embedding, prints, part.dedup_similarity, runtime.plan)
     if embedding is not None:
         reporter.meter.add(flops=2 * gallery.total * embedding.size)
     return found
 
 
-def _repeats(context: RunContext, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
-    similarity = context.recipe.transfer.repeat_similarity
+def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
+    similarity = part.repeat_similarity
     if similarity is None:
         return None
 
@@ -146,17 +199,16 @@ def _repeats(context: RunContext, gallery: Gallery, embedded: bool) -> SetDuplic
 
 
 def _choose(
-    context: RunContext,
+    inputs: CurateInputs,
     gallery: Gallery,
     asked: Queries,
     nearest: Callable[..., Hits],
-    adapt: StageResult | None,
     exclude: np.ndarray,
     repeats: SetDuplicates | None,
     reporter: Reporter,
 ) -> tuple[Selection, dict[str, np.ndarray]]:
     """The set, and which of it each strategy takes too (`ktray.stages.index.gallery.agreement`)."""
-    part, total = context.recipe.transfer, gallery.total
+    part, adapt, total = inputs.transfer, inputs.adapt, gallery.total
     if part.source != "retrieved" or adapt is None:
         while True:
             chosen = (
@@ -177,7 +229,7 @@ def _choose(
         last = nearest(asked.embedding, k=k)
         return last
 
-    able = part.strategy in NEEDS_PREDICTIONS or context.recipe.task.kind == "classification"
+    able = part.strategy in NEEDS_PREDICTIONS or inputs.kind == "classification"
     predict = adapt_stage.frozen_predictions(adapt) if able else None
     chosen = retrieve(part.strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
@@ -227,11 +279,11 @@ def _write(
     return uris
 
 
-def _target(context: RunContext, stage: Stage) -> dict[str, Any]:
-    uris = [e.uri for e in context.task.train] + list(context.task.unlabeled)
-    size = context.recipe.transfer.size
+def _target(inputs: CurateInputs, stage: Stage) -> dict[str, Any]:
+    uris = [e.uri for e in inputs.task.train] + list(inputs.task.unlabeled)
+    size = inputs.transfer.size
     if size is not None and size < len(uris):
-        order = np.random.default_rng(context.recipe.transfer.seed).permutation(len(uris))[:size]
+        order = np.random.default_rng(inputs.transfer.seed).permutation(len(uris))[:size]
         uris = [uris[i] for i in sorted(order.tolist())]
     n = len(uris)
     write_rows(
@@ -249,7 +301,7 @@ def _target(context: RunContext, stage: Stage) -> dict[str, Any]:
 
 
 def _sheet(
-    context: RunContext, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
+    inputs: CurateInputs, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
 ) -> None:
     """Queries spread over the classes on the left, what they brought on the right."""
     rng = np.random.default_rng(0)
@@ -266,11 +318,11 @@ def _sheet(
         first = [q for q in order if not (int(labels[q]) in seen or seen.add(int(labels[q])))]  # type: ignore[func-returns-value]
         rows = (first + [q for q in order if q not in first])[:SHEET_ROWS]
         groups = [
-            (asked.uris[q], _caption(context, asked.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
+            (asked.uris[q], _caption(inputs, asked.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
             for q in sorted(rows, key=lambda q: (int(labels[q]), q))
         ]
     wanted = [u for u, _, _ in groups if u] + [uris[i] for _, _, hits in groups for i in hits]
-    images = small_images(context, wanted)
+    images = small_images(wanted, inputs.max_pixels)
     sheet = [
         SheetRow(
             images.get(query) if query else None,
@@ -279,7 +331,7 @@ def _sheet(
         )
         for query, label, hits in groups
     ]
-    part = context.recipe.transfer
+    part = inputs.transfer
     title = f"Transfer set, {part.source}: queries (left) and the nearest images they fetched (right)"
     copied = sum(count for reason, count in dropped.items() if reason != REPEATED)
     counts = (
@@ -291,18 +343,18 @@ def _sheet(
     stage.write("contact_sheet.png", stream.getvalue())
 
 
-def small_images(context: RunContext, uris: list[str]) -> dict[str, np.ndarray]:
+def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
     """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones (and what is no
     image, such as a class's name) left out."""
-    found, limit = {}, context.recipe.data.max_pixels
+    found = {}
     for uri, data, error in fetch(list(dict.fromkeys(uris))):
         try:
-            found[uri] = decode_image(uri, data, error, max_pixels=limit, enough=lambda *sides: min(sides) / 128)
+            found[uri] = decode_image(uri, data, error, max_pixels=max_pixels, enough=lambda *sides: min(sides) / 128)
         except BadImage:
             continue
     return found
 
 
-def _caption(context: RunContext, uri: str, label: int) -> str:
+def _caption(inputs: CurateInputs, uri: str, label: int) -> str:
     """A query's class; for segmentation, where it has none, its file name."""
-    return uri.rpartition("/")[2] if context.recipe.task.kind == "segmentation" else context.task.classes[label]
+    return uri.rpartition("/")[2] if inputs.kind == "segmentation" else inputs.task.classes[label]

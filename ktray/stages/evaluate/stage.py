@@ -6,26 +6,36 @@ the number of workers nor on how images were cut into shards. Unusable test imag
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from ktray.data.labelled.read import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
-from ktray.stages.base import Reporter, RunContext, StageResult, finish_shard, finished_shards, resumed, run_stage
+from ktray.stages.base import (
+    Reporter,
+    RunContext,
+    Runtime,
+    StageResult,
+    finish_shard,
+    finished_shards,
+    resumed,
+    run_stage,
+)
 from ktray.stages.evaluate import dense
+from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import Masks, decode_examples, shard_items
+from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks import classification, segmentation
 from ktray.training.inputs import StudentSpec
-
-VERSION = 2  # 2: masks
 
 
 @dataclass(frozen=True)
@@ -83,61 +93,78 @@ class _MakeScore:
         return _Score(self.stage, self.students, self.teacher)
 
 
+@dataclass(frozen=True)
+class EvaluateInputs(StageInputs):
+    """What EVALUATE reads.
+
+    Attributes:
+        weights: by student, the stage that made its weights.
+        adapt: made the teacher.
+        masks: how label maps are read; None where an image has one label.
+    """
+
+    stage = "evaluate"
+    version = 3  # 2: masks; 3: declared inputs
+
+    task: LabelledSet
+    weights: dict[str, StageResult]
+    student: StudentSpec
+    adapt: StageResult | None
+    max_pixels: int
+    masks: Masks | None
+    teacher: Annotated[AdaptedSpec | None, NotInKey("it is what ADAPT has made")]
+
+
 def run(
-    context: RunContext, students: dict[str, tuple[StudentSpec, str]], teacher: tuple[AdaptedSpec, str] | None
+    context: RunContext, weights: dict[str, StageResult], teacher: tuple[AdaptedSpec, StageResult] | None
 ) -> StageResult:
     """Shards of test logits (or counts of pixels) per model, and ``metrics`` by model in the manifest.
 
     Args:
-        students: name to (student, key of the stage that made its weights).
-        teacher: (adapted teacher, key of ADAPT), or None.
+        weights: by name of a student, the stage that made its weights.
+        teacher: (adapted teacher, ADAPT), or None.
     """
+    inputs = EvaluateInputs(
+        task=context.task,
+        weights=weights,
+        student=student_spec(context),
+        adapt=teacher[1] if teacher else None,
+        max_pixels=context.recipe.data.max_pixels,
+        masks=Masks.of(context),
+        teacher=teacher[0] if teacher else None,
+    )
+    return run_stage(context.runtime, inputs, work)
 
-    recipe, classes = context.recipe, context.task.classes
-    masks = Masks.of(context)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        spec = next(iter(students.values()))[0]
-        transforms = {"student": spec.make(bare=True).preprocess}
-        if teacher:
-            transforms["teacher"] = teacher[0].preprocess
-        items = shard_items("test", context.task.test)
-        finished = finished_shards(stage)
-        reporter.expect(len(context.task.test))
-        reporter.shards(resumed(s) for s in finished.values())
-        specs, judge = {n: s for n, (s, _) in students.items()}, teacher[0] if teacher else None
-        limit = recipe.data.max_pixels
-        todo = [i for i in items if i["name"] not in finished]
-        names = [*students, *(["teacher"] if teacher else [])]
-        if masks:
-            prepare = dense.PrepareMasks(transforms, limit, masks)
-            finish = dense.MakeScore(stage, specs, judge, len(classes))
-            reporter.shards(map_shards(todo, prepare, finish, context.plan))
-        else:
-            reporter.shards(
-                map_shards(todo, _Prepare(transforms, limit), _MakeScore(stage, specs, judge), context.plan)
-            )
-        rows = load(stage)
-        if not len(rows["uri"]):
-            raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
-        if masks:
-            return {
-                "metrics": {
-                    n: segmentation.metrics(rows[f"{n}_tp"], rows[f"{n}_fp"], rows[f"{n}_fn"], classes) for n in names
-                }
+def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    classes, teacher, masks = inputs.task.classes, inputs.teacher, inputs.masks
+    transforms = {"student": inputs.student.make(bare=True).preprocess}
+    if teacher:
+        transforms["teacher"] = teacher.preprocess
+    items = shard_items("test", inputs.task.test)
+    finished = finished_shards(stage)
+    reporter.expect(len(inputs.task.test))
+    reporter.shards(resumed(s) for s in finished.values())
+    specs = {name: starting_at(inputs.student, made) for name, made in inputs.weights.items()}
+    todo = [i for i in items if i["name"] not in finished]
+    names = [*specs, *(["teacher"] if teacher else [])]
+    if masks:
+        prepare = dense.PrepareMasks(transforms, inputs.max_pixels, masks)
+        finish = dense.MakeScore(stage, specs, teacher, len(classes))
+        reporter.shards(map_shards(todo, prepare, finish, runtime.plan))
+    else:
+        made = _MakeScore(stage, specs, teacher)
+        reporter.shards(map_shards(todo, _Prepare(transforms, inputs.max_pixels), made, runtime.plan))
+    rows = load(stage)
+    if not len(rows["uri"]):
+        raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
+    if masks:
+        return {
+            "metrics": {
+                n: segmentation.metrics(rows[f"{n}_tp"], rows[f"{n}_fp"], rows[f"{n}_fn"], classes) for n in names
             }
-        return {"metrics": {n: classification.metrics(rows[n], rows["label"], classes) for n in names}}
-
-    parts = [
-        VERSION,
-        context.fingerprint,
-        {name: key for name, (_, key) in students.items()},
-        teacher[1] if teacher else None,
-        recipe.image_size,
-        recipe.data.max_pixels,
-        asdict(masks) if masks else None,
-    ]
-    return run_stage(context, "evaluate", parts, work)
+        }
+    return {"metrics": {n: classification.metrics(rows[n], rows["label"], classes) for n in names}}
 
 
 def load(stage: Stage) -> Rows:

@@ -15,16 +15,14 @@ from ktray.recipe.schema import GalleryConfig
 from ktray.recipe.section import digest
 from ktray.retrieval import faiss_index
 from ktray.retrieval.search import Hits
-from ktray.stages.base import RunContext
 from ktray.stages.index.gallery import Gallery, exact
 
 # Above this, one pass over the embeddings takes longer than all else that is done with them.
 EXACT_ROWS = 100_000_000
 
 
-def wanted(context: RunContext, rows: int) -> bool:
-    """Whether the recipe searches a gallery of so many rows compressed."""
-    kind = context.recipe.gallery.search
+def wanted(kind: str, rows: int) -> bool:
+    """Whether a gallery of so many rows is searched compressed, by ``gallery.search``."""
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 

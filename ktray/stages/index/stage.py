@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -20,17 +20,19 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec, embed_numpy, tower_flops
-from ktray.recipe.schema import index_alone
+from ktray.recipe.schema import GalleryConfig, index_alone
 from ktray.recipe.section import digest
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir, parts
-from ktray.stages.base import Reporter, RunContext, StageResult, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, resumed, run_stage
 from ktray.stages.index.compress import compress, wanted
 from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
+from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.storage.columns import Rows
+from ktray.storage.store import Stage
 
-VERSION = 3  # 2: captions; 3: shards shared among galleries, crops
+SHARDS_VERSION = 3  # of the shards in a gallery's folder; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
 # The least cosine of embeddings that others have made with the teacher's own: half precision and another JPEG decoder
 # cost some thousandths, another encoder has nothing in common.
@@ -119,7 +121,7 @@ def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
     embeddings of the whole gallery."""
     part = context.recipe.gallery
     if index_alone(context.recipe):
-        return _index(context, spec, [], None, None, Crops(part.crops, part.crop_count), {})
+        return _index(context, spec, [], None, None, Crops(part.crops, part.crop_count))
     shards = gallery_shards(part.data, part.column, context.recipe.transfer.list, part.images)
     items = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     counts = [s.count for s in shards]
@@ -130,7 +132,7 @@ def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
             f"gallery.crops={crops.kind} needs crops embedded, and gallery.data has embeddings of whole images",
             "Set gallery.crops=none, or name the images themselves.",
         )
-    return _index(context, spec, shards, items, total, crops, {})
+    return _index(context, spec, shards, items, total, crops)
 
 
 def run_labelled(context: RunContext, source: LabelledSet) -> StageResult:
@@ -142,7 +144,36 @@ def run_labelled(context: RunContext, source: LabelledSet) -> StageResult:
         uris, labels = [e.uri for e in part], [e.label for e in part]
         name = digest("labelled", [source.fingerprint, i, uris, labels])
         items.append({"name": name, "source": uris[0], "uris": uris, "labels": labels})
-    return _index(context, None, [], items, len(examples), Crops(), {"classes": source.classes})
+    return _index(context, None, [], items, len(examples), Crops(), source.classes)
+
+
+@dataclass(frozen=True)
+class IndexInputs(StageInputs):
+    """What INDEX reads.
+
+    Attributes:
+        names: of the shards, which are hashes of what is in them.
+        facts: by what shards are made: encoder, preprocessing, crops, limits.
+        own: the folder that the user names, where it is not one in the store.
+        classes: of the labelled generic set; None for a gallery.
+        search: how the gallery will be searched; None where there is nothing to search with.
+    """
+
+    stage = "index"
+    version = 4  # 2: captions; 3: shards shared among galleries, crops; 4: declared inputs
+
+    names: list[str]
+    facts: dict[str, Any]
+    own: str | None
+    classes: list[str] | None
+    search: dict[str, Any] | None
+    gallery: Annotated[GalleryConfig, NotInKey("what of it counts stands in `search`, `facts` and `names`")]
+    encoder: Annotated[TeacherSpec | None, NotInKey("its fingerprint stands in `facts`")]
+    items: Annotated[list[Item], NotInKey("where the images of `names` are")]
+    prepare: Annotated[DecodeGallery, NotInKey("reads `items` as `facts` say")]
+    total: Annotated[int | None, NotInKey("images of `items`, for the progress line")]
+    folder: Annotated[IndexDir, NotInKey("named by `facts`, or `own`")]
+    shared: Annotated[str, NotInKey("the folder's name in the store, by `facts`")]
 
 
 def _index(
@@ -152,9 +183,9 @@ def _index(
     items: list[Item] | None,
     total: int | None,
     crops: Crops,
-    more: dict[str, Any],
+    classes: list[str] | None = None,
 ) -> StageResult:
-    recipe = context.recipe
+    recipe, g = context.recipe, context.recipe.gallery
     facts = {
         "teacher": spec.source.name if spec else None,
         "encoder": spec.fingerprint if spec else None,
@@ -163,65 +194,79 @@ def _index(
         "max_pixels": recipe.data.max_pixels,
     }
     # Named from the store's root, so that a store can be moved.
-    shared = f"galleries/{digest('gallery', [VERSION, facts])}"
-    own = recipe.gallery.index if spec else None
+    shared = f"galleries/{digest('gallery', [SHARDS_VERSION, facts])}"
+    own = g.index if spec else None
     folder = IndexDir(own or f"{context.store.uri}/{shared}")
     if items is None:
         names, items = _held(folder, spec), []
     else:
         names = [str(item["name"]) for item in items]
-    prepare = DecodeGallery(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels)
 
     def whole(manifest: dict[str, Any]) -> bool:
         return len(folder.shards(names)[0]) == len(names)
 
-    def work(stage: Any, reporter: Reporter) -> dict[str, Any]:
-        folder.settle(facts)
-        finished, broken = folder.shards(names)
-        sources = {str(item["name"]): item["source"] for item in items}
-        for name, problem in broken.items():
-            context.say(f"index     {problem}: {sources[name]} is indexed again")
-            folder.forget(name)
-        if items:
-            folder.begin(digest(names), len(names))
-        reporter.expect(total)
-        reporter.shards(resumed(s) for s in finished.values())
-        if finished and len(finished) < len(names):
-            context.say(f"index     {len(finished):,} of {len(names):,} shards are there")
-        todo = [item for item in items if item["name"] not in finished]
-        found = (
-            map_shards(todo, prepare, MakeEmbedGallery(folder, spec), context.plan)
-            if spec
-            else _each(cpu_shards(todo, _WriteFingerprints(folder, prepare), context.plan))
-        )
-        for summary in _gathered(found, reporter, sources):
-            folder.finish(summary["shard"], summary)
-            finished[summary["shard"]] = summary
-        folder.copy_summaries()
-        folder.end(digest(names))
-        listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
-        if not sum(rows for _, rows in listed):
-            raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
-        gallery = Gallery(folder, listed)
-        shrunk = bool(spec) and wanted(context, gallery.total)
-        return {
-            "search": compress(recipe.gallery, gallery, context.plan, context.say) if shrunk else None,
-            "rows": gallery.total,
-            "folder": folder.uri if own else shared,
-            "shards": listed,
-            "shard_count": len(names),
-            "images": sum(s["read"] - len(s["bad"]) for s in finished.values()),
-            **more,
-        }
-
-    if recipe.gallery.verify and context.planned is None:
+    if g.verify and context.runtime.planned is None:
         for summary in folder.shards(names)[0].values():
             for part in parts(summary):
                 folder.check(part)
-    g = recipe.gallery
-    search = None if g.search == "exact" else [g.search, g.factory, g.search_gb, g.recall]
-    inputs = [VERSION, names, facts, own, search if spec else None, more]
-    return run_stage(context, "index", inputs, work, whole=whole)
+    compressed = {"search": g.search, "factory": g.factory, "search_gb": g.search_gb, "recall": g.recall}
+    inputs = IndexInputs(
+        names=names,
+        facts=facts,
+        own=own,
+        classes=classes,
+        search=compressed if spec and g.search != "exact" else None,
+        gallery=g,
+        encoder=spec,
+        items=items,
+        prepare=DecodeGallery(shards, spec.preprocess if spec else None, crops, recipe.data.max_pixels),
+        total=total,
+        folder=folder,
+        shared=shared,
+    )
+    return run_stage(context.runtime, inputs, work, whole=whole)
+
+
+def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    folder, names, spec = inputs.folder, inputs.names, inputs.encoder
+    folder.settle(inputs.facts)
+    finished, broken = folder.shards(names)
+    sources = {str(item["name"]): item["source"] for item in inputs.items}
+    for name, problem in broken.items():
+        runtime.say(f"index     {problem}: {sources[name]} is indexed again")
+        folder.forget(name)
+    if inputs.items:
+        folder.begin(digest(names), len(names))
+    reporter.expect(inputs.total)
+    reporter.shards(resumed(s) for s in finished.values())
+    if finished and len(finished) < len(names):
+        runtime.say(f"index     {len(finished):,} of {len(names):,} shards are there")
+    todo = [item for item in inputs.items if item["name"] not in finished]
+    found = (
+        map_shards(todo, inputs.prepare, MakeEmbedGallery(folder, spec), runtime.plan)
+        if spec
+        else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
+    )
+    for summary in _gathered(found, reporter, sources):
+        folder.finish(summary["shard"], summary)
+        finished[summary["shard"]] = summary
+    folder.copy_summaries()
+    folder.end(digest(names))
+    listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
+    if not sum(rows for _, rows in listed):
+        raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
+    gallery = Gallery(folder, listed)
+    shrunk = bool(spec) and wanted(inputs.gallery.search, gallery.total)
+    more = {} if inputs.classes is None else {"classes": inputs.classes}
+    return {
+        "search": compress(inputs.gallery, gallery, runtime.plan, runtime.say) if shrunk else None,
+        "rows": gallery.total,
+        "folder": folder.uri if inputs.own else inputs.shared,
+        "shards": listed,
+        "shard_count": len(names),
+        "images": sum(s["read"] - len(s["bad"]) for s in finished.values()),
+        **more,
+    }
 
 
 def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:

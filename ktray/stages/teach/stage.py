@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
@@ -21,7 +21,9 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives import build_objective
 from ktray.objectives.base import TEACHERS
-from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, resumed, run_stage
+from ktray.recipe.schema import TeachConfig
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, resumed, run_stage
+from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
 from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
@@ -31,8 +33,6 @@ from ktray.targets.predict import Predict
 from ktray.targets.top_k import columns, per_prediction
 from ktray.training.inputs import TargetSet
 
-# 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize
-VERSION = 4
 SHARD_BYTES = 64_000_000
 # What the manifest says of the targets' sizes, as `TargetSet` has it.
 SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
@@ -73,6 +73,37 @@ class TeachResult:
         )
 
 
+@dataclass(frozen=True)
+class TeachInputs(StageInputs):
+    """What TEACH reads.
+
+    Attributes:
+        adapt: the adapted teacher; None where the objective needs none.
+        targets: what the objective needs with each view.
+        cut: how views are cut, or whole images for an objective that cuts its own.
+        student_size: side of the student's input, pixels.
+        map_side: side of the student's last map, to which patch embeddings are fitted; 0 where there are none.
+        classes: of the task.
+        positions: predictions of a view, as a guess of a row's size where nothing is stored.
+    """
+
+    stage = "teach"
+    # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize;
+    # 5: declared inputs
+    version = 5
+
+    curate: StageResult
+    adapt: StageResult | None
+    targets: Targets
+    teach: TeachConfig
+    cut: MakeViews
+    student_size: int
+    map_side: int
+    classes: int
+    positions: int
+    predict: Annotated[Predict | None, NotInKey("it asks the teacher of ADAPT for the targets, at the sizes above")]
+
+
 def run(
     context: RunContext,
     curate: StageResult,
@@ -96,104 +127,103 @@ def run(
     student_size = int(recipe.image_size or 0)
     view_size = max(student_size, *spec.preprocess.size) if spec else student_size
     canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
-    cut = MakeViews(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
+    map_side = map_side if "patch_embedding" in targets else 0
     asked = tuple(t for t in targets if t in TEACHERS)
-    predict = Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None
-    patches, cached = "patch_embedding" in targets, part.mode == "cached"
-    facts = adapt.manifest if adapt else {}
+    inputs = TeachInputs(
+        curate=curate,
+        adapt=adapt,
+        targets=targets,
+        teach=part,
+        cut=MakeViews(view_policy(part), part.views, part.seed, view_size, recipe.data.max_pixels, canvas),
+        student_size=student_size,
+        map_side=map_side,
+        classes=len(context.task.classes),
+        positions=(view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1,
+        predict=Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None,
+    )
+    return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        wanted = [column for name, column in (("text", "caption"), ("label", "label")) if name in targets]
-        table = read_rows(curate.stage, "transfer.parquet", ["uri", *wanted])
-        uris = table["uri"].tolist()
-        tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
-        beside = {"text": tokens, "label": table.get("label")}
-        per_shard = int(max(1, min(512, SHARD_BYTES // (part.views * 3 * view_size**2), -(-len(uris) // 8))))
-        items = []
-        for i in range(0, len(uris), per_shard):
-            span = slice(i, i + per_shard)
-            along = {name: values[span].tolist() for name, values in beside.items() if values is not None}
-            items.append({"name": f"shard-{i // per_shard:06d}.parquet", "uris": uris[span], "beside": along})
-        if cached:
-            rows = _store(context, stage, reporter, items, cut, predict)
-        else:
-            rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
-        if not sum(rows.values()):
-            raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
-        known = {
-            "classes": len(context.task.classes) if part.top_k and "logits" in targets else 0,
-            "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
-            "patch_dim": int(facts.get("patch_dim") or 0) if patches else 0,
-            "vocabulary": vocabulary,
-            "text_length": tokens.shape[1] if tokens is not None else 0,
-            "source_classes": int(table["label"].max()) + 1 if "label" in targets else 0,
-        }
-        logits = 0
-        if "logits" in targets and cached:
-            stored = columns(("logits",), int(part.top_k))
-            first = read_rows(stage, next(name for name in rows if rows[name]), stored)
-            logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
-        elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
-            positions = (view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1
-            logits = per_prediction(len(context.task.classes), int(part.top_k)) * positions
-        halves = logits + known["embed_dim"] + known["patch_dim"] * map_side**2
-        side = canvas.size[0] if canvas else student_size
-        if part.mode == "live":
-            side, halves = view_size, 0
-        halves += 2 * known["text_length"]
-        return {
-            "mode": part.mode,
-            "jpeg": part.jpeg,
-            "images": len(uris),
-            "rows": sum(rows.values()),
-            "row_bytes": 3 * side**2 + 2 * halves + 16,
-            "targets": list(targets),
-            "view_size": view_size,
-            "shards": [[name, rows[name]] for name in sorted(rows)],
-            **known,
-        }
 
-    parts = [
-        VERSION,
-        curate.key,
-        adapt.key if adapt else None,
-        part.model_dump(),
-        targets,
-        student_size,
-        recipe.data.max_pixels,
-        map_side if patches else None,
-        canvas.to_dict() if canvas else None,
-    ]
-    return TeachResult(run_stage(context, "teach", parts, work), cut, predict)
+def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    part, targets, cut = inputs.teach, inputs.targets, inputs.cut
+    cached, view_size = part.mode == "cached", cut.size
+    facts = inputs.adapt.manifest if inputs.adapt else {}
+    wanted = [column for name, column in (("text", "caption"), ("label", "label")) if name in targets]
+    table = read_rows(inputs.curate.stage, "transfer.parquet", ["uri", *wanted])
+    uris = table["uri"].tolist()
+    tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
+    beside = {"text": tokens, "label": table.get("label")}
+    per_shard = int(max(1, min(512, SHARD_BYTES // (part.views * 3 * view_size**2), -(-len(uris) // 8))))
+    items = []
+    for i in range(0, len(uris), per_shard):
+        span = slice(i, i + per_shard)
+        along = {name: values[span].tolist() for name, values in beside.items() if values is not None}
+        items.append({"name": f"shard-{i // per_shard:06d}.parquet", "uris": uris[span], "beside": along})
+    if cached:
+        rows = _store(inputs, runtime, stage, reporter, items)
+    else:
+        rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
+    if not sum(rows.values()):
+        raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
+    known = {
+        "classes": inputs.classes if part.top_k and "logits" in targets else 0,
+        "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
+        "patch_dim": int(facts.get("patch_dim") or 0) if "patch_embedding" in targets else 0,
+        "vocabulary": vocabulary,
+        "text_length": tokens.shape[1] if tokens is not None else 0,
+        "source_classes": int(table["label"].max()) + 1 if "label" in targets else 0,
+    }
+    logits = 0
+    if "logits" in targets and cached:
+        stored = columns(("logits",), int(part.top_k))
+        first = read_rows(stage, next(name for name in rows if rows[name]), stored)
+        logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
+    elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
+        logits = per_prediction(inputs.classes, int(part.top_k)) * inputs.positions
+    halves = logits + known["embed_dim"] + known["patch_dim"] * inputs.map_side**2
+    side = cut.canvas.size[0] if cut.canvas else inputs.student_size
+    if part.mode == "live":
+        side, halves = view_size, 0
+    halves += 2 * known["text_length"]
+    return {
+        "mode": part.mode,
+        "jpeg": part.jpeg,
+        "images": len(uris),
+        "rows": sum(rows.values()),
+        "row_bytes": 3 * side**2 + 2 * halves + 16,
+        "targets": list(targets),
+        "view_size": view_size,
+        "shards": [[name, rows[name]] for name in sorted(rows)],
+        **known,
+    }
 
 
 def _store(
-    context: RunContext, stage: Stage, reporter: Reporter, items: list[Item], cut: MakeViews, predict: Predict | None
+    inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter, items: list[Item]
 ) -> dict[str, int]:
     """Rows of every shard, all of them stored."""
-    jpeg = context.recipe.teach.jpeg
+    cut, predict, jpeg = inputs.cut, inputs.predict, inputs.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
     before = reporter.shards(resumed(s) for s in finished.values())
     todo = [item for item in items if item["name"] not in finished]
     summaries = (
-        map_shards(todo, cut, WithTeacher(stage, predict, jpeg), context.plan)
+        map_shards(todo, cut, WithTeacher(stage, predict, jpeg), runtime.plan)
         if predict
-        else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), context.plan)
+        else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), runtime.plan)
     )
     rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
     if predict and any(rows.values()):
-        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), context.plan))
-        context.say(
+        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan))
+        runtime.say(
             f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
             f"least {min(f['cosine'] for f in found):.5f}"
         )
     return rows
 
 
-def view_policy(context: RunContext) -> ViewPolicy:
-    """The views of training, from the recipe."""
-    part = context.recipe.teach
+def view_policy(part: TeachConfig) -> ViewPolicy:
+    """The views of training."""
     return ViewPolicy(
         scale=(part.crop_min, 1.0),
         hflip=part.hflip,
