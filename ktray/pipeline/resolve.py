@@ -314,7 +314,7 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
     if name not in TASKS and name in PAPER_TASKS:
         raise KtrayError(
             f"Task '{name}' is a published data set, and task.data is not set",
-            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/paper-tasks.md says where they come from.",
+            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md says where they come from.",
         )
     if name not in TASKS:
         import difflib

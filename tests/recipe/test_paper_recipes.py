@@ -217,7 +217,7 @@ def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_page_on_compute_tells_what_the_plan_counts(tmp_path):
-    page = (recipes.BUILTIN.parents[2] / "docs" / "compute.md").read_text(encoding="utf-8")
+    page = (recipes.BUILTIN.parents[2] / "docs" / "measured" / "compute.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| ([a-z ]+) \| [^|]+ \| ([\d,]+ \| [\d,]+) \|", page, re.M))
     data, lists, gallery = small_copy(tmp_path, "eurosat")
     keys = [f"task.data={data}", f"task.splits={lists}", f"gallery.data={gallery}"]
