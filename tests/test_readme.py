@@ -218,8 +218,8 @@ def test_the_layers_of_the_architecture_are_those_that_are_tested() -> None:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LAYERS"
     )
     rows = re.findall(r"^\| \d+ \| (.+) \|$", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
-    told = [tuple(INLINE.findall(row)) for row in rows]
-    assert [sorted(layer) for layer in reversed(told)] == [sorted(layer) for layer in pinned]
+    listed = [tuple(INLINE.findall(row)) for row in rows]
+    assert [sorted(layer) for layer in reversed(listed)] == [sorted(layer) for layer in pinned]
 
 
 def places() -> list[str]:
