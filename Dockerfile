@@ -38,13 +38,14 @@ RUN if getent passwd 1000 > /dev/null; then userdel --remove "$(getent passwd 10
 FROM base AS builder
 
 RUN python3 -m venv /opt/venv
-COPY constraints.txt constraints-gcp.txt /tmp/
-# As ktray/bootstrap.py installs them. Both secrets are optional, and neither stays in the image: "ca" is a CA file to
-# trust besides pip's own setting, "pipconf" a pip.conf with the address of a mirror.
+COPY requirements/constraints.txt requirements/constraints-gcp.txt /tmp/requirements/
+# The options are those of ktray/bootstrap.py. Both secrets are optional, and neither stays in the image: "ca" is a CA
+# file to trust in addition to pip's own setting, "pipconf" is a pip.conf with the address of a mirror.
 RUN --mount=type=secret,id=ca,target=/run/secrets/ca --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
  && /opt/venv/bin/pip install --no-input --no-cache-dir --progress-bar off --disable-pip-version-check \
-        --require-hashes --only-binary :all: -r /tmp/constraints.txt -r /tmp/constraints-gcp.txt
+        --require-hashes --only-binary :all: \
+        -r /tmp/requirements/constraints.txt -r /tmp/requirements/constraints-gcp.txt
 
 # ---------------------------------------------------------------- the image
 FROM base
