@@ -18,11 +18,13 @@ FROM ${BASE_IMAGE} AS base
 
 # The base's own Python serves where it is 3.10 or newer and complete. rsync and ssh are for `ray up`: it copies files
 # into the container by rsync, and the head starts the workers by ssh. wget is for KubeRay's probes and for HEALTHCHECK.
+# EXTRA_PACKAGES adds Debian packages; .devcontainer/ uses it for git.
+ARG EXTRA_PACKAGES=
 RUN apt-get update \
  && python=$(python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
              || echo python3 python3-venv) \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        bash ca-certificates openssh-client rsync wget ${python} \
+        bash ca-certificates openssh-client rsync wget ${python} ${EXTRA_PACKAGES} \
  && rm -rf /var/lib/apt/lists/*
 
 # The uid is fixed, so that volumes and Kubernetes can name it; Ubuntu's images give 1000 to a user of theirs. The
