@@ -1,13 +1,14 @@
-"""Known vulnerabilities of the pinned dependencies, and secrets in the tracked files.
+"""Find known vulnerabilities of the pinned dependencies, and secrets in the tracked files.
 
     python3 .ci/audit.py [--history] [--tools FOLDER]
 
-Its tools (pip-audit, detect-secrets) are installed into a throw-away environment; ``--tools`` names one that has them.
-``--history`` looks at every version of every file that any branch or tag has had.
+The script installs its tools (pip-audit, detect-secrets) into a temporary environment; ``--tools`` names an
+environment that already has them. ``--history`` checks every version of every file on any branch or tag.
 
-Dependencies are those that the locks name for this Python and platform.
+The dependencies checked are those that the lock files name for this Python and platform.
 
-Exit code: 0 nothing found, 1 something found, 2 something could not be checked (and nothing was found).
+Exit code: 0 if nothing was found, 1 if something was found, 2 if something could not be checked (and nothing was
+found).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("pip-audit==2.10.1", "detect-secrets==1.5.0")
-LOCKS = ("constraints.txt", "constraints-dev.txt", "constraints-gcp.txt")
+LOCKS = tuple(f"requirements/{name}.txt" for name in ("constraints", "constraints-dev", "constraints-gcp"))
 SERVICES = ("pypi", "osv")
-# A release with published advisories (CVE-2021-33503 among them). A mirror that has none does not make things clean,
-# though pip-audit ends with 0 there and says that it knows of no vulnerability.
+# A release with published advisories (CVE-2021-33503 among them). With a mirror that has no advisories, pip-audit exits
+# with 0 and reports no vulnerability for any package, so a source that knows nothing about this release is not trusted.
 CANARY = "urllib3==1.26.4"
-# Locks are hashes; a test checks that they name no registry. What the tests show as secrets, and a name of an image:
+# Lock files contain only hashes (a test checks that they name no registry).
 _NO_FILES = r"constraints[\w-]*\.txt$"
+# The allow-list: fake secrets in tests, and the name of an image.
 _NO_SECRETS = (
     r"^(hunter22.*|pass1234word|pass-?(word)?|p%40ss|test|([a-z0-9]+-)?secret(-key|-token)?|S3CR3TVALUE|tok-tok-tok|"
     r"very-private-value|AKIAABCDEFGHIJKLMNOP|\w*projects/.*|.*0123456789abcdef)$"
@@ -36,44 +38,44 @@ _NO_SECRETS = (
 
 
 def vulnerabilities(tools: Path) -> tuple[list[str], list[str]]:
-    """(what was found, what could not be checked)."""
+    """(findings, reasons why something could not be checked)."""
     with tempfile.TemporaryDirectory() as scratch:
         canary = Path(scratch) / "canary.txt"
         canary.write_text(CANARY + "\n")
         service = next((s for s in SERVICES if any(_audit(tools, canary, s).values())), None)
     if service is None:
-        return [], [f"dependencies: no advisories can be had ({', '.join(SERVICES)}); {CANARY} is not known for any"]
+        return [], [f"dependencies: no advisories are available ({', '.join(SERVICES)}); none of them reports {CANARY}"]
     found, unchecked = [], []
     for lock in LOCKS:
         known = _audit(tools, ROOT / lock, service)
         if not known:
-            unchecked.append(f"{lock}: pip-audit ended without an answer")
+            unchecked.append(f"{lock}: pip-audit gave no result")
         for package, advisories in known.items():
             if advisories is None:
-                unchecked.append(f"{lock}: {package} is not known to {service}")
+                unchecked.append(f"{lock}: {service} does not know {package}")
             else:
                 found += [f"{lock}: {package}: {one}" for one in advisories]
     return found, unchecked
 
 
 def _audit(tools: Path, lock: Path, service: str) -> dict[str, list[str] | None]:
-    """By package its advisories, None where it was skipped; empty where there was no answer."""
+    """The advisories of each package, None for a skipped one; empty if pip-audit gave no result."""
     command = [tools / "bin" / "pip-audit", "-r", lock, "--no-deps", "--disable-pip", "--progress-spinner=off"]
     done = subprocess.run([*command, f"--vulnerability-service={service}", "--format=json"], capture_output=True)
     try:
-        told = json.loads(done.stdout)["dependencies"]
+        rows = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
         return {}
     return {
         f"{one['name']} {one.get('version', '')}".strip(): None
         if "skip_reason" in one
-        else [f"{v['id']} (mended in {', '.join(v['fix_versions']) or 'no version'})" for v in one["vulns"]]
-        for one in told
+        else [f"{v['id']} (fixed in {', '.join(v['fix_versions']) or 'no version'})" for v in one["vulns"]]
+        for one in rows
     }
 
 
 def secrets(tools: Path, history: bool) -> list[str]:
-    """Where a tracked file, or any version of one, holds what looks like a secret."""
+    """Places in tracked files, or in any version of them, that look like a secret."""
     if not history:
         return _scan(tools, ROOT, [])
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +83,7 @@ def secrets(tools: Path, history: bool) -> list[str]:
         blobs = _git("rev-list", "--all", "--objects", "--filter=object:type=blob", "--filter-provided-objects")
         for line in blobs.decode().splitlines():
             blob, _, path = line.partition(" ")
-            copy = Path(scratch) / blob / Path(path).name  # rules go by a file's name and suffix
+            copy = Path(scratch) / blob / Path(path).name  # some rules depend on the name and suffix of the file
             copy.parent.mkdir()
             copy.write_bytes(_git("cat-file", "blob", blob))
             where[blob] = f"{path} of blob {blob[:12]}"
@@ -103,8 +105,8 @@ def _git(*words: str) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--history", action="store_true", help="every version of every file, too")
-    parser.add_argument("--tools", type=Path, help="environment that has pip-audit and detect-secrets")
+    parser.add_argument("--history", action="store_true", help="also check every version of every file")
+    parser.add_argument("--tools", type=Path, help="an environment that has pip-audit and detect-secrets")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         tools = asked.tools
@@ -120,7 +122,7 @@ def main() -> int:
     for one in unchecked:
         print(f"NOT CHECKED {one}")
     if not found and not unchecked:
-        print("clean: no known vulnerability, nothing that looks like a secret")
+        print("clean: no known vulnerability, and nothing looks like a secret")
     return 1 if found else 2 if unchecked else 0
 
 

@@ -1,14 +1,14 @@
-"""Install what ktray needs into ``.venv`` beside ``pyproject.toml``: ``python3 -m ktray.bootstrap [--dev]``.
+"""Install the packages that ktray needs into ``.venv``: ``python3 -m ktray.bootstrap [--dev]``.
 
-It needs nothing but Python 3.10 or newer and a package registry, so it imports the standard library only.
-What it installs is pinned by version and hash in ``constraints.txt`` (``--dev`` adds ``constraints-dev.txt``);
-outside the platforms of that lock it takes the ranges of ``pyproject.toml`` and says so. A second call that
-finds nothing to do returns at once. An interrupted call is completed by the next one, and two calls at once
-take turns.
+The installer needs Python 3.10 or newer and a package registry, and imports only the standard library.
+Versions and hashes are pinned in ``requirements/constraints.txt``; ``--dev`` adds
+``requirements/constraints-dev.txt``. On platforms that these lock files do not cover, the installer uses the
+version ranges of ``pyproject.toml`` and prints a message. If everything is up to date, it returns at once. After an
+interruption, run it again to finish the installation. Two calls at the same time wait for each other.
 """
 
-# No `from __future__ import annotations`: a Python too old for it would fail before it could say why, so the few
-# annotations that old Pythons cannot evaluate are quoted.
+# No `from __future__ import annotations`: an old Python would fail on it before the message about the version. The
+# few annotations that old Pythons cannot evaluate are quoted instead.
 import argparse
 import contextlib
 import hashlib
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 LOCKED_PYTHONS = ((3, 10), (3, 14))
 LOCKED_MACHINES = {("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")}
-LOCK = "constraints.txt"
-LOCK_DEV = "constraints-dev.txt"
-# Linux wheels bring CUDA along: about 7 GB unpacked, and pip keeps a download and its unpacked copy at once.
+LOCK = "requirements/constraints.txt"
+LOCK_DEV = "requirements/constraints-dev.txt"
+# Linux wheels include CUDA: about 7 GB unpacked, and pip keeps a download and its unpacked copy at the same time.
 NEEDED_BYTES = {"linux": 10_000_000_000, "darwin": 3_000_000_000}
 LOG_TAIL_LINES = 15
 
@@ -39,38 +39,38 @@ CAUSES = (
     ),
     (
         ("THESE PACKAGES DO NOT MATCH THE HASHES",),
-        "a mirror serves a file other than the verified one: check `pip config list` (index-url, find-links)",
+        "a mirror serves a file that differs from the verified one: check `pip config list` (index-url, find-links)",
     ),
     (
         ("Read timed out", "NewConnectionError", "Temporary failure in name resolution", "ConnectTimeout"),
-        "the package registry was not reached: check the network or proxy (HTTPS_PROXY), "
-        "or name your mirror (PIP_INDEX_URL), and run the same command again",
+        "the package registry could not be reached: check the network or proxy (HTTPS_PROXY), "
+        "or set your mirror (PIP_INDEX_URL), and run the same command again",
     ),
     (
         ("No matching distribution found",),
-        "the registry that pip is set up for (`pip config list`) lacks this version for your Python: "
-        "use the public registry or a complete mirror, and a Python from 3.10 to 3.14",
+        "the registry that pip uses (`pip config list`) does not have this version for your Python: "
+        "use the public registry or a complete mirror, and Python 3.10 to 3.14",
     ),
     (("Permission denied",), "make the checkout writable for this user"),
 )
 
 
 class BootstrapError(Exception):
-    """What went wrong and what to do, in one line."""
+    """The problem and its remedy, in one line."""
 
 
 # ---------------------------------------------------------------------------------------------- decisions
 
 
 def locked(version: "Sequence[int]", system: str, machine: str, implementation: str) -> bool:
-    """Whether ``constraints.txt`` covers an interpreter (`sys.platform`, ``uname -m``, `sys.implementation`)."""
+    """Whether ``LOCK`` covers an interpreter (`sys.platform`, ``uname -m``, `sys.implementation`)."""
     low, high = LOCKED_PYTHONS
     covered = implementation == "cpython" and (system, machine) in LOCKED_MACHINES
     return covered and low <= tuple(version[:2]) <= high
 
 
 def stamp_of(root: Path, dev: bool) -> str:
-    """Fingerprint of what decides what is installed: the lock, the environment's Python, the checkout's place."""
+    """Hash of everything that decides what is installed: lock files, the environment's Python, the checkout's path."""
     digest = hashlib.sha256()
     for name in ("pyproject.toml", LOCK, *((LOCK_DEV,) if dev else ()), ".venv/pyvenv.cfg"):
         path = root / name
@@ -80,24 +80,27 @@ def stamp_of(root: Path, dev: bool) -> str:
 
 
 def install_steps(root: Path, dev: bool, use_lock: bool) -> "list[tuple[str, list[str]]]":
-    """The pip calls to make, as (what a person reads, arguments after ``pip install``)."""
+    """The pip calls to make, as (description for the user, arguments after ``pip install``)."""
     if not use_lock:
         target = ".[dev]" if dev else "."
-        return [("packages within the ranges of pyproject.toml", ["-e", target])]
+        return [("packages within the version ranges of pyproject.toml", ["-e", target])]
     files = ["-r", LOCK] + (["-r", LOCK_DEV] if dev else [])
     return [
-        ("the verified packages (some GB on Linux; minutes)", ["--require-hashes", "--only-binary", ":all:", *files]),
+        (
+            "the verified packages (several GB on Linux)",
+            ["--require-hashes", "--only-binary", ":all:", *files],
+        ),
         # No build isolation: the isolated build would fetch whatever setuptools is newest, unpinned.
         ("ktray itself", ["--no-deps", "--no-build-isolation", "--no-index", "-e", "."]),
     ]
 
 
 def remedy_for(log_text: str) -> str:
-    """The line of advice that fits what pip printed."""
+    """The advice that matches the output of pip."""
     for needles, advice in CAUSES:
         if any(needle in log_text for needle in needles):
             return advice
-    return "read the log, mend what it names, and run the same command again"
+    return "read the log, fix the problem that it names, and run the same command again"
 
 
 # ------------------------------------------------------------------------------------------------ effects
@@ -116,9 +119,9 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def only_one(root: Path) -> "Iterator[None]":
-    """Let one installation at a time into a checkout; the system frees the lock however the process ends.
+    """Allow one installation at a time in a checkout; the system frees the lock however the process ends.
 
-    The lock lies on ``pyproject.toml`` (never written to), since whatever is in ``.venv`` may be replaced.
+    The lock is held on ``pyproject.toml`` (which is never written), since any file in ``.venv`` may be replaced.
     """
     import fcntl
 
@@ -126,7 +129,7 @@ def only_one(root: Path) -> "Iterator[None]":
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say("another installation into this checkout is under way; waiting for it")
+            say("another installation into this checkout is running; waiting for it to finish")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -148,32 +151,32 @@ def probe(root: Path) -> "tuple[tuple[int, int], str, str, str] | None":
 
 
 def create_venv(root: Path) -> None:
-    """Make ``.venv`` unless a usable one is there; one that is unusable is replaced.
+    """Create ``.venv`` unless a usable one exists; an unusable one is replaced.
 
     Raises:
-        BootstrapError: this Python cannot make one.
+        BootstrapError: this Python cannot create virtual environments.
     """
     folder = root / ".venv"
     if probe(root) is not None:
         return
-    say("creating .venv" if not folder.exists() else ".venv is unfinished or its Python is gone: creating it anew")
+    say("creating .venv" if not folder.exists() else ".venv is incomplete or its Python is missing: creating it again")
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], capture_output=True, text=True)
     if made.returncode == 0:
         return
     said = (made.stdout + made.stderr).strip()
     if "ensurepip" in said or "No module named venv" in said:
         raise BootstrapError(
-            "this Python cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv; "
-            "elsewhere use a Python with its standard modules venv and ensurepip"
+            "this Python cannot create virtual environments. On Debian or Ubuntu: apt install python3-venv; "
+            "on other systems use a Python that has the standard modules venv and ensurepip"
         )
     last = said.splitlines()[-1] if said else "no message"
     raise BootstrapError(f"`python3 -m venv .venv` failed ({last}): {remedy_for(said)}")
 
 
-def mend(root: Path) -> None:
-    """Make pip see packages that a killed pip left half-installed as missing.
+def remove_incomplete(root: Path) -> None:
+    """Remove packages that a killed pip left incomplete, so that pip installs them again.
 
-    pip writes a package's RECORD last, yet takes any ``.dist-info`` folder for an installed package.
+    pip writes a package's RECORD last, but counts any ``.dist-info`` folder as an installed package.
     """
     for site in (root / ".venv" / "lib").glob("python*/site-packages"):
         halves = [info for info in site.glob("*.dist-info") if not (info / "RECORD").exists()]
@@ -182,16 +185,16 @@ def mend(root: Path) -> None:
 
 
 def pip_install(root: Path, what: str, arguments: "Sequence[str]", log: Path) -> None:
-    """One pip call; its output goes to ``log`` alone.
+    """Run pip once; its output goes to ``log`` only.
 
     Raises:
-        BootstrapError: pip failed; the message ends with the remedy, the log's tail is printed before.
+        BootstrapError: pip failed. The message ends with the remedy; the last lines of the log are printed first.
     """
     say(f"installing {what}")
     began = time.monotonic()
     command = [str(venv_python(root)), "-m", "pip", "install", "--no-input", "--progress-bar", "off", *arguments]
     environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONUNBUFFERED="1")
-    # Settings that would move the installation elsewhere or hide it; index, certificate and proxy settings stay.
+    # These settings would install into another place. Settings for index, certificate and proxy stay.
     for name in ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_CONSTRAINT", "PYTHONPATH", "PYTHONHOME"):
         environment.pop(name, None)
     with log.open("a", encoding="utf-8") as sink:
@@ -212,10 +215,10 @@ def pip_install(root: Path, what: str, arguments: "Sequence[str]", log: Path) ->
 
 
 def check_torchvision() -> "str | None":
-    """What is wrong with the torch/torchvision pair of *this* interpreter, with its remedy; None if nothing is.
+    """The problem with torch and torchvision in *this* interpreter, with a remedy; None if they work together.
 
-    torchvision's compiled operators are built for one build of torch; beside another (typically a CPU-only torch
-    wheel) importing it fails with ``operator torchvision::nms does not exist``.
+    The compiled operators of torchvision work with one build of torch only. With another (typically a CPU-only
+    torch wheel) the import fails with ``operator torchvision::nms does not exist``.
     """
     try:
         import torchvision  # noqa: F401
@@ -229,17 +232,17 @@ def check_torchvision() -> "str | None":
 def _pair_problem(error: str) -> str:
     first = error.strip().splitlines()[0] if error.strip() else "unknown error"
     return (
-        f"torch and torchvision are not of one build ({first}): a CPU-only torch beside the registry's torchvision "
-        "does this. Use the pair of the lock: remove .venv and run `python3 -m ktray.bootstrap`, with no torch of "
-        "your own in pip's find-links or extra index (`pip config list`)"
+        f"torch and torchvision come from different builds ({first}), for example a CPU-only torch with the "
+        "registry's torchvision. Install the locked pair: remove .venv and run `python3 -m ktray.bootstrap`, without "
+        "a separate torch in pip's find-links or extra index (`pip config list`)"
     )
 
 
 def check(root: Path) -> None:
-    """Import what only a matching pair of wheels can import, in the environment just made.
+    """Import torch and torchvision in the new environment; this works only if the two builds match.
 
     Raises:
-        BootstrapError: with the remedy.
+        BootstrapError: the import failed; the message names the remedy.
     """
     code = (
         "import sys; from ktray.bootstrap import check_torchvision; "
@@ -257,7 +260,7 @@ def check(root: Path) -> None:
 
 
 def current(root: Path, dev: bool) -> bool:
-    """Whether ``.venv`` holds what these files ask for. The runtime packages alone do not satisfy ``dev``."""
+    """Whether ``.venv`` is up to date with the lock files. The runtime packages alone do not satisfy ``dev``."""
     wanted = {stamp_of(root, True)} if dev else {stamp_of(root, True), stamp_of(root, False)}
     try:
         stamp = (root / ".venv" / "ktray-stamp").read_text().split()
@@ -267,26 +270,26 @@ def current(root: Path, dev: bool) -> bool:
 
 
 def bootstrap(root: Path, dev: bool = False) -> bool:
-    """Bring ``root/.venv`` to what ``root`` asks for.
+    """Install into ``root/.venv`` what the files of ``root`` require.
 
     Args:
         root: the checkout, the folder of ``pyproject.toml``.
-        dev: also what the tests, the linter and the type checker need.
+        dev: also install the packages for the tests, the linter and the type checker.
 
     Returns:
-        True if something was installed, False if nothing was to do.
+        True if something was installed, False if ``.venv`` was up to date.
 
     Raises:
-        BootstrapError: with cause and remedy in one line.
+        BootstrapError: cause and remedy in one line.
     """
     if current(root, dev):
         return False
     if not (root / "pyproject.toml").exists():
-        raise BootstrapError(f"there is no pyproject.toml in {root}: run this from a checkout of ktray")
+        raise BootstrapError(f"there is no pyproject.toml in {root}: run this command from a checkout of ktray")
     if not os.access(root, os.W_OK):
-        raise BootstrapError(f"{root} is not writable for this user: clone ktray into a folder of your own")
+        raise BootstrapError(f"{root} is not writable for this user: clone ktray into a folder that you can write to")
     with only_one(root):
-        if current(root, dev):  # the call that we waited for did it
+        if current(root, dev):  # another call has finished the installation meanwhile
             return False
         create_venv(root)
         python = probe(root)
@@ -297,16 +300,16 @@ def bootstrap(root: Path, dev: bool = False) -> bool:
             (major, minor), system, machine, implementation = python
             say(
                 f"{implementation} {major}.{minor} on {system}/{machine} is outside the verified set (CPython 3.10 to "
-                "3.14; Linux x86-64 and aarch64, macOS arm64): taking the version ranges of pyproject.toml"
+                "3.14; Linux x86-64 and aarch64, macOS arm64): installing within the version ranges of pyproject.toml"
             )
         stamp, log = root / ".venv" / "ktray-stamp", root / ".venv" / "bootstrap.log"
         had_dev = stamp.exists() and stamp.read_text().endswith("dev\n")
         free, needed = shutil.disk_usage(root).free, NEEDED_BYTES.get(sys.platform, NEEDED_BYTES["darwin"])
         if not stamp.exists() and free < needed:
             say(f"note: {free / 1e9:.0f} GB free on this disk; a first installation may need {needed / 1e9:.0f} GB")
-        stamp.unlink(missing_ok=True)  # until all is done, this environment counts as unfinished
-        mend(root)
-        dev = dev or had_dev  # an environment of a developer stays one when the lock moves
+        stamp.unlink(missing_ok=True)  # until the end, this environment counts as incomplete
+        remove_incomplete(root)
+        dev = dev or had_dev  # a developer's environment keeps the extra packages when the lock changes
         for what, arguments in install_steps(root, dev, use_lock):
             pip_install(root, what, arguments, log)
         say("checking torch and torchvision")
@@ -321,7 +324,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
         sys.stderr.write("ktray needs Python 3.10 or newer; this is {}.{}\n".format(*sys.version_info[:2]))
         return 2
     parser = argparse.ArgumentParser(prog="python3 -m ktray.bootstrap", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--dev", action="store_true", help="also install what the tests and linters need")
+    parser.add_argument("--dev", action="store_true", help="also install the packages for tests and linters")
     dev = parser.parse_args(arguments).dev
     root = Path(__file__).resolve().parent.parent
     try:
@@ -331,7 +334,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
         sys.stderr.write(f"ktray: error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("ktray: interrupted; the same command goes on from here\n")
+        sys.stderr.write("ktray: interrupted; run the same command again to continue\n")
         return 130
     return 0
 

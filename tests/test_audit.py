@@ -27,12 +27,12 @@ def tool(folder, name, canary, other):
     ("canary", "other", "secrets", "code", "told"),
     [
         ([BAD], [GOOD], {}, 0, "clean"),
-        ([BAD], [GOOD, BAD], {}, 1, "FOUND       constraints.txt: urllib3 1: CVE-1 (mended in 2)"),
+        ([BAD], [GOOD, BAD], {}, 1, "FOUND       requirements/constraints.txt: urllib3 1: CVE-1 (fixed in 2)"),
         ([BAD], [GOOD], {"a.py": [{"line_number": 3, "type": "AWS Access Key"}]}, 1, "secret? a.py:3: AWS Access Key"),
         ([SKIPPED], [GOOD], {}, 2, "NOT CHECKED dependencies: no advisories"),
         (None, None, {}, 2, "NOT CHECKED dependencies: no advisories"),
-        ([BAD], [SKIPPED], {}, 2, "NOT CHECKED constraints.txt: numpy is not known"),
-        ([BAD], None, {}, 2, "NOT CHECKED constraints.txt: pip-audit ended"),
+        ([BAD], [SKIPPED], {}, 2, "NOT CHECKED requirements/constraints.txt: pypi does not know numpy"),
+        ([BAD], None, {}, 2, "NOT CHECKED requirements/constraints.txt: pip-audit gave no result"),
     ],
 )
 def test_clean_found_and_not_checked_are_three_ends(canary, other, secrets, code, told, tmp_path):

@@ -37,8 +37,9 @@ esac
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    (tmp_path / "constraints.txt").write_text("a==1 --hash=sha256:00\n")
-    (tmp_path / "constraints-dev.txt").write_text("b==1 --hash=sha256:00\n")
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / bootstrap.LOCK).write_text("a==1 --hash=sha256:00\n")
+    (tmp_path / bootstrap.LOCK_DEV).write_text("b==1 --hash=sha256:00\n")
     (tmp_path / "probe").write_text("3 11 linux x86_64 cpython\n")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "pyvenv.cfg").write_text("version = 3.11.7\n")
@@ -57,7 +58,7 @@ def test_installs_the_lock_with_hashes_and_then_ktray_without_the_index(checkout
     assert bootstrap.bootstrap(checkout)
     packages, itself = calls(checkout)
     assert "--require-hashes" in packages
-    assert "-r constraints.txt" in packages
+    assert "-r requirements/constraints.txt" in packages
     assert "constraints-dev" not in packages
     assert {"--no-deps", "--no-build-isolation", "--no-index", "-e"} <= set(itself.split())
 
@@ -66,7 +67,7 @@ def test_a_second_call_does_nothing_until_something_changes(checkout: Path) -> N
     assert bootstrap.bootstrap(checkout)
     assert not bootstrap.bootstrap(checkout)
     assert len(calls(checkout)) == 2
-    (checkout / "constraints.txt").write_text("a==2 --hash=sha256:00\n")
+    (checkout / bootstrap.LOCK).write_text("a==2 --hash=sha256:00\n")
     assert bootstrap.bootstrap(checkout)
     assert len(calls(checkout)) == 4
 
@@ -74,14 +75,14 @@ def test_a_second_call_does_nothing_until_something_changes(checkout: Path) -> N
 def test_dev_contains_run_but_not_the_other_way_round(checkout: Path) -> None:
     assert bootstrap.bootstrap(checkout)
     assert bootstrap.bootstrap(checkout, dev=True)
-    assert "-r constraints.txt -r constraints-dev.txt" in calls(checkout)[2]
+    assert "-r requirements/constraints.txt -r requirements/constraints-dev.txt" in calls(checkout)[2]
     assert not bootstrap.bootstrap(checkout)
     assert not bootstrap.bootstrap(checkout, dev=True)
 
 
 def test_a_developers_environment_stays_one_when_the_lock_moves(checkout: Path) -> None:
     bootstrap.bootstrap(checkout, dev=True)
-    (checkout / "constraints.txt").write_text("a==2 --hash=sha256:00\n")
+    (checkout / bootstrap.LOCK).write_text("a==2 --hash=sha256:00\n")
     bootstrap.bootstrap(checkout)
     assert "constraints-dev.txt" in calls(checkout)[2]
 
@@ -223,7 +224,7 @@ def lock(name: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("constraints.txt", 40), ("constraints-dev.txt", 40), ("constraints-gcp.txt", 1)]
+    ("name", "least"), [(bootstrap.LOCK, 40), (bootstrap.LOCK_DEV, 40), ("requirements/constraints-gcp.txt", 1)]
 )
 def test_the_lock_pins_every_line_by_hash_and_names_no_registry(name: str, least: int) -> None:
     rows = lock(name)
@@ -233,7 +234,7 @@ def test_the_lock_pins_every_line_by_hash_and_names_no_registry(name: str, least
 
 
 def test_both_locks_agree_and_cover_pyproject() -> None:
-    run, dev = lock("constraints.txt"), lock("constraints-dev.txt")
+    run, dev = lock(bootstrap.LOCK), lock(bootstrap.LOCK_DEV)
     pins = [Requirement(row) for row in [*run, *dev]]
     here = {p.name: str(p.specifier) for p in pins if p.marker is None or p.marker.evaluate()}
     assert all(here[p.name] == str(p.specifier) for p in pins if p.marker is None or p.marker.evaluate())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a command to the cluster of this folder and follow its output: cluster/local/job.sh python jobs/distill.py ...
 #
-# It runs the code of the image. Ctrl-C leaves the job running; `cluster/local/job.sh` alone lists the jobs.
+# The job runs the code of the image. Ctrl-C leaves the job running. Without arguments, the script lists the jobs.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/tool.sh"

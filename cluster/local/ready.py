@@ -1,4 +1,4 @@
-"""Wait until a cluster is whole; runs in the head's container: ``python - WORKERS < ready.py``."""
+"""Wait until the cluster is complete; runs in the head's container: ``python - WORKERS < ready.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WAIT_S = 240.0
 
 
 def missing(workers: int) -> str:
-    """What is not there yet; "" when all is."""
+    """The part that is not ready yet; "" if the cluster is complete."""
     try:
         if not ray.is_initialized():
             ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
@@ -22,7 +22,7 @@ def missing(workers: int) -> str:
             return f"{workers - there} of {workers} workers"
         urllib.request.urlopen("http://mlflow:5000/health", timeout=5).close()
         boto3.client("s3").head_bucket(Bucket="ktray")
-    except Exception as error:  # whatever a service that is half up answers
+    except Exception as error:  # a service that is starting may answer in any way
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 
@@ -31,7 +31,7 @@ def main() -> None:
     deadline, told = time.monotonic() + WAIT_S, ""
     while said := missing(int(sys.argv[1])):
         if time.monotonic() > deadline:
-            sys.exit(f"the cluster is not whole after {WAIT_S:.0f} s; missing: {said}")
+            sys.exit(f"the cluster is not complete after {WAIT_S:.0f} s; missing: {said}")
         if said != told:
             print(f"waiting for {said}", flush=True)
         told = said

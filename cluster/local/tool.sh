@@ -1,4 +1,4 @@
-# For the scripts beside it: $tool, `compose`, and `in_head` to run a command in the head's container.
+# For the other scripts here: $tool, `compose`, and `in_head` to run a command in the head's container.
 if docker compose version >/dev/null 2>&1; then
   tool=docker
   compose() { docker compose --project-directory "$here" --file "$here/compose.yaml" "$@"; }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Start the cluster of this folder: cluster/local/up.sh [--build]
 #
-# The first call makes the secrets (.env, readable by you alone) and builds the images that are missing (the largest
-# holds CUDA's libraries: some GB and minutes); --build builds all anew, from what has changed on. It takes docker
-# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each; an
-# equal part of this machine's: those that claim more than there is slow each other down several times),
+# The first call creates the secrets (.env, readable by you only) and builds the missing images (the largest contains
+# CUDA's libraries: several GB and minutes); --build builds all of them again, from the first change on. It needs docker
+# compose, or podman and podman-compose. Settings, as environment variables: WORKERS (2), WORKER_CPUS (of each worker;
+# by default an equal part of this machine: workers that claim more CPUs than exist slow each other down several times),
 # DASHBOARD_PORT, MLFLOW_PORT, S3_PORT, BASE_IMAGE (of what is built here), and the images themselves: KTRAY_IMAGE,
 # MLFLOW_IMAGE, S3_IMAGE, POSTGRES_IMAGE.
 set -euo pipefail

@@ -1,9 +1,9 @@
-"""Start the MLflow server of this image once its database and its bucket are there.
+"""Start the MLflow server of this image after its database and its bucket are available.
 
-Settings, all from the environment: ``DATABASE_URI`` (``postgresql+psycopg2://user:password@host/name``), ``BUCKET``
-(made if it is not there; artifacts go under ``mlflow/`` in it), and what MLflow and boto3 read themselves:
+All settings come from the environment: ``DATABASE_URI`` (``postgresql+psycopg2://user:password@host/name``), ``BUCKET``
+(created if it does not exist; artifacts are under ``mlflow/`` in it), and the variables of MLflow and boto3:
 ``MLFLOW_AUTH_ADMIN_USERNAME``, ``MLFLOW_AUTH_ADMIN_PASSWORD``, ``MLFLOW_FLASK_SERVER_SECRET_KEY``,
-``MLFLOW_SERVER_ALLOWED_HOSTS`` (names by which clients may call it, with ports), ``AWS_*``.
+``MLFLOW_SERVER_ALLOWED_HOSTS`` (names that clients may use for the server, with ports), ``AWS_*``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WAIT_S = 180.0
 
 
 def wait_for(what: str, there: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
-    """Call ``there`` until it raises none of ``errors``; the last one, when the time is up."""
+    """Call ``there`` until it raises none of ``errors``; raise the last error when the time is up."""
     deadline, told = time.monotonic() + WAIT_S, False
     while True:
         try:
@@ -52,13 +52,13 @@ def main() -> None:
         lambda: ensure_bucket(bucket),
         (botocore.exceptions.EndpointConnectionError, botocore.exceptions.ClientError),
     )
-    # The log-in keeps its users in the same database; its settings are read from a file and nowhere else.
+    # The log-in keeps its users in the same database; MLflow reads these settings from a file only.
     settings = Path(tempfile.mkdtemp()) / "auth.ini"
     settings.touch(mode=0o600)
     escaped = database.replace("%", "%%")
     settings.write_text(f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {escaped}\n")
     os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(settings)
-    # By the environment, so that no password stands in the list of processes.
+    # In the environment, so that the list of processes shows no password.
     os.environ["MLFLOW_BACKEND_STORE_URI"] = database
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # evaluation jobs of its UI; 230 MB and seven processes
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]

@@ -14,11 +14,13 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
+from ktray.bootstrap import LOCK, install_steps
 from ktray.distributed.autoscale import bundles
 from ktray.recipe.cluster import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp")
+LOCK_GCP = "requirements/constraints-gcp.txt"
 DIGEST = re.compile(r"^\S+@sha256:[0-9a-f]{64}$")
 
 
@@ -221,8 +223,6 @@ def test_image_uses_nothing_that_some_builders_refuse():
 
 
 def test_image_installs_the_lock_as_bootstrap_does():
-    from ktray.bootstrap import install_steps
-
     runs = [rest for word, rest in instructions() if word == "RUN"]
     (packages,) = [rest for rest in runs if "constraints.txt" in rest]
     (_, locked), (_, itself) = install_steps(ROOT, dev=False, use_lock=True)
@@ -239,12 +239,12 @@ def test_image_installs_the_lock_as_bootstrap_does():
 def test_lock_for_google_cloud_adds_to_the_lock_and_contradicts_nothing():
     pins = {
         name: dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (ROOT / name).read_text(), re.M))
-        for name in ("constraints.txt", "constraints-gcp.txt")
+        for name in (LOCK, LOCK_GCP)
     }
-    assert "google-api-python-client" in pins["constraints-gcp.txt"]
-    assert not set(pins["constraints-gcp.txt"]) & set(pins["constraints.txt"])
-    text = (ROOT / "constraints-gcp.txt").read_text()
-    assert text.count("--hash=sha256:") >= len(pins["constraints-gcp.txt"])
+    assert "google-api-python-client" in pins[LOCK_GCP]
+    assert not set(pins[LOCK_GCP]) & set(pins[LOCK])
+    text = (ROOT / LOCK_GCP).read_text()
+    assert text.count("--hash=sha256:") >= len(pins[LOCK_GCP])
     assert "://" not in text
 
 
@@ -254,12 +254,13 @@ def test_what_the_image_copies_is_there_and_not_ignored():
     for word, rest in instructions():
         if word == "COPY" and "--from=" not in rest:
             copied += rest.split()[:-1]
-    assert {"constraints.txt", "ktray", "jobs"} <= set(copied)
+    assert {LOCK, LOCK_GCP, "ktray", "jobs"} <= set(copied)
     for source in copied:
         assert (ROOT / source).exists(), source
         assert not ignored(source, patterns), source
         inside = [path for path in (ROOT / source).rglob("*.yaml") if path.is_file()]
         assert not any(ignored(path.relative_to(ROOT), patterns) for path in inside)
+    assert ignored("requirements/constraints-dev.txt", patterns)  # a change of it builds no new layers
     for private in (".git/config", ".env", "ktray-store/mlflow.db", "photos/a.jpg", "ktray/__pycache__/a.pyc"):
         assert ignored(private, patterns), private
     assert ignored("ktray", [one for one in patterns if one != "!ktray"])

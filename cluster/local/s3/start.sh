@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Ceph's monitor, one disk and the gateway on port 9000, all kept in /data. The keys are AWS_ACCESS_KEY_ID and
-# AWS_SECRET_ACCESS_KEY. Ends when one of the three ends, so that the container is started anew.
+# Start Ceph's monitor, one disk and the gateway on port 9000, with data in /data. The keys are AWS_ACCESS_KEY_ID and
+# AWS_SECRET_ACCESS_KEY. The script ends when one of the three ends, so that the container is restarted.
 set -euo pipefail
 : "${AWS_ACCESS_KEY_ID:?}" "${AWS_SECRET_ACCESS_KEY:?}"
 cd /data
 conf=/data/ceph.conf
 
-# A first start that was cut short is begun anew.
+# A first start that was interrupted begins again.
 if [[ ! -e whole ]]; then
   rm -rf mon osd keyring monmap && mkdir mon osd
   cat /proc/sys/kernel/random/uuid >fsid
