@@ -27,15 +27,10 @@ def run(context: RunContext, transfer: StageResult, teach: teach_stage.TeachResu
     part = recipe.finetune
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=part.steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
+        settings = TrainerSettings.of(
+            part,
             clip=recipe.train.clip,
             seed=recipe.seed,
-            evals=part.evals,
             checkpoint_seconds=recipe.train.checkpoint_seconds,
             keep="best",
         )
@@ -69,20 +64,7 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
     steps = int(recipe.baselines.scratch_steps or part.steps or 1)
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
-            clip=part.clip,
-            seed=recipe.seed,
-            evals=15,
-            accumulate=part.accumulate,
-            patience=5,
-            checkpoint_seconds=part.checkpoint_seconds,
-            keep="best",
-        )
+        settings = TrainerSettings.of(part, steps=steps, seed=recipe.seed, evals=15, patience=5, keep="best")
         job = FinetuneSpec(
             settings,
             student_spec(context),

@@ -36,18 +36,7 @@ def run(
     policy = teach_stage.view_policy(context)
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
-        settings = TrainerSettings(
-            steps=steps,
-            lr=part.lr,
-            weight_decay=part.weight_decay,
-            warmup=part.warmup,
-            ema=part.ema,
-            clip=part.clip,
-            seed=recipe.seed,
-            evals=5,
-            checkpoint_seconds=part.checkpoint_seconds,
-            accumulate=part.accumulate,
-        )
+        settings = TrainerSettings.of(part, steps=steps, seed=recipe.seed, evals=5)
         reporter.read = teach.images
         job = TransferSpec(
             settings,

@@ -227,17 +227,7 @@ def _finetune(
     from ktray.training.ray_train import train
 
     part = context.recipe.teacher.finetune
-    settings = TrainerSettings(
-        steps=part.steps,
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=0.1,
-        ema=part.ema,
-        clip=1.0,
-        seed=context.recipe.seed,
-        evals=5,
-        keep="best",
-    )
+    settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=context.recipe.seed, evals=5, keep="best")
     base = stage.sub(f"candidate-{start}")
     job = AdaptSpec(
         settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric
