@@ -26,9 +26,9 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
+from ktray.reporting.result import SCHEMA, CompareResult, write_result
 from ktray.storage.store import local_home
 
-SCHEMA = 1
 TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
 
 
@@ -91,7 +91,7 @@ def _compare(
     any_result = done[0]
     teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
     unique = {r["run_id"]: r for r in done}.values()
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": run_id,
         "folder": folder.uri,
@@ -124,7 +124,7 @@ def _compare(
         for file in files:
             folder.put(file)
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
-    folder.write_json("result.json", content)
+    content = write_result(folder, CompareResult(**content))
     folder.delete(RUNNING)
     say("")
     say(page.table(content))

@@ -17,12 +17,12 @@ from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
+from ktray.reporting.result.tune import Plain
 from ktray.reporting.units import flatten
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Plain = str | int | float | bool | None
 GRID_MOST = 10_000  # points of a grid that anybody would run
 FORMS = "Write [a, b], {low: 1, high: 9}, or {choices: [a, b], when: {other.key: [x]}}."
 NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench", "tune", "budget", "prices")
