@@ -19,6 +19,7 @@ from ktray.models.student.segmenter import DenseStudent
 from ktray.models.student.segmenter_io import save_dense_student
 from ktray.recipe.schema import Recipe
 from ktray.reporting.report import WorstError, write_report
+from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import dense
 from ktray.stages.evaluate import stage as evaluate
@@ -32,15 +33,14 @@ from ktray.training.worker import WorkerContext
 if TYPE_CHECKING:
     from ktray.pipeline.graph import StageOutputs
 
-SCHEMA = 1
 WORST = 24
 
 
 def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder = context.store.run(context.run_id)
-    result = build(context, made, folder)
-    result["wall_seconds"] = round(time.time() - begun, 2)
+    found = build(context, made, folder, begun)
+    result = found.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
         student, example = _student(context, made, local / "student")
@@ -49,7 +49,7 @@ def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, An
         folder.put(local / "quarantine.parquet")
         report = _report(context, made, result, local)
         folder.put(report)
-    folder.write_json("result.json", result)
+    write_result(folder, found)
     _log(context, made, result, folder, student, example)
     folder.delete("running.json")
     return result
@@ -58,15 +58,14 @@ def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, An
 def write_trial(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
     """Write and log what a trial found: ``result.json`` with what validation says and what it cost."""
     folder = context.store.run(context.run_id)
-    result = {**build(context, made, folder), "wall_seconds": round(time.time() - begun, 2)}
-    folder.write_json("result.json", result)
+    result = write_result(folder, build(context, made, folder, begun))
     context.tracker.final(stable_metrics(result))
     folder.delete("running.json")
     return result
 
 
-def build(context: RunContext, made: StageOutputs, folder: Dir) -> dict[str, Any]:
-    """``result.json``: see the README for its keys. A trial has none of the test split."""
+def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
+    """What goes into ``result.json``; of a trial, nothing of the test split."""
     recipe = context.recipe
     metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
     found: dict[str, Any] = {
@@ -96,6 +95,7 @@ def build(context: RunContext, made: StageOutputs, folder: Dir) -> dict[str, Any
             "cpus": context.plan.total_cpus,
             "gpus": context.plan.total_gpus,
         },
+        "wall_seconds": round(time.time() - begun, 2),
     }
     if metrics:
         student = metrics["student"]
@@ -114,7 +114,7 @@ def build(context: RunContext, made: StageOutputs, folder: Dir) -> dict[str, Any
         found["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
     if made.curate:
         found["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
-    return found
+    return DistillResult(**found) if metrics else TrialResult(**found)
 
 
 def transfer_set(recipe: Recipe, curated: dict[str, Any], folder: Dir) -> dict[str, Any]:

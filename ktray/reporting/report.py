@@ -23,7 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
-from ktray.reporting.units import aligned, count, flat, flops, percent, seconds, size, usd
+from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
 
 # Above this a matrix is no longer legible, and above the second its numbers are not.
 _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
@@ -275,4 +275,4 @@ def _data_uri(png: bytes) -> str:
 
 
 def _texts(value: Any) -> list[tuple[str, str]]:
-    return [(name, "–" if leaf is None else str(leaf)) for name, leaf in flat(value)]
+    return [(name, "–" if leaf is None else str(leaf)) for name, leaf in flatten(value).items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
@@ -184,7 +184,7 @@ class Reporter:
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
                 case _:
-                    assert_never(message)
+                    raise TypeError(f"no message: {message!r}")
 
     def _advance(self, message: messages.Progress) -> None:
         """Steps are done: what is new in their totals is counted."""

@@ -84,18 +84,7 @@ def run(
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
     part = inputs.train
-    settings = TrainerSettings(
-        steps=int(part.steps or 1),
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=part.warmup,
-        ema=part.ema,
-        clip=part.clip,
-        seed=inputs.seed,
-        evals=5,
-        checkpoint_seconds=part.checkpoint_seconds,
-        accumulate=part.accumulate,
-    )
+    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, evals=5)
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,

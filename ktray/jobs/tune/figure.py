@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ktray.jobs.compare.figure import FAINT, METRICS, SOFT, _finish, _log_axis, _png
-from ktray.reporting.units import flat, flops, percent, seconds, usd
+from ktray.reporting.units import flatten, flops, percent, seconds, usd
 
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
@@ -183,7 +183,7 @@ def _keys(choice: Any) -> dict[str, Any]:
         content = json.loads(choice)
     except (TypeError, ValueError):
         return {}
-    return dict(flat(content)) if isinstance(content, dict) else {}
+    return flatten(content) if isinstance(content, dict) else {}
 
 
 def _lines(keys: dict[str, Any]) -> str:

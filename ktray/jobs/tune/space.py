@@ -17,11 +17,12 @@ from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
+from ktray.reporting.result.tune import Plain
+from ktray.reporting.units import flatten
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Plain = str | int | float | bool | None
 GRID_MOST = 10_000  # points of a grid that anybody would run
 FORMS = "Write [a, b], {low: 1, high: 9}, or {choices: [a, b], when: {other.key: [x]}}."
 NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench", "tune", "budget", "prices")
@@ -179,7 +180,7 @@ class Space:
     def _counts(self, spec: Spec, keys: Mapping[str, Any]) -> bool:
         if not spec.when:
             return True
-        given = flat(self.base)
+        given = values_of(self.base)
         return all(keys.get(key, given.get(key)) in values for key, values in spec.when)
 
 
@@ -190,16 +191,10 @@ def label(choice: Any) -> Plain:
     return json.dumps(choice, sort_keys=True)
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def values_of(recipe: Recipe) -> dict[str, Any]:
     """Every key of the recipe with its value, dotted."""
-    raw = recipe.model_dump(mode="json")
-    found = {}
-    for key, *_ in recipes.schema():
-        node: Any = raw
-        for part in key.split("."):
-            node = node[part]
-        found[key] = node
-    return found
+    known = {key for key, *_ in recipes.schema()}
+    return flatten(recipe.model_dump(mode="json"), keep=lambda name, value: name in known)
 
 
 def read(base: Recipe, given: Mapping[str, Any]) -> Space:

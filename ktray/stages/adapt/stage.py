@@ -261,17 +261,7 @@ def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, r
     part, views = inputs.finetune, inputs.views
     assert part is not None  # asked for with the candidate
     assert views is not None
-    settings = TrainerSettings(
-        steps=part.steps,
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=0.1,
-        ema=part.ema,
-        clip=1.0,
-        seed=int(inputs.seed or 0),
-        evals=5,
-        keep="best",
-    )
+    settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=5, keep="best")
     base = stage.sub(f"candidate-{start}")
     labels = labels_stage.labels_of(inputs.labels, inputs.kind)
     job = AdaptSpec(settings, base, labels, views, part, inputs.metric)

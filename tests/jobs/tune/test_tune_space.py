@@ -8,7 +8,7 @@ import pytest
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.default_space import default_space
-from ktray.jobs.tune.space import flat, read
+from ktray.jobs.tune.space import read, values_of
 from ktray.recipe.schema import Recipe
 
 BASE = recipes.override(
@@ -64,7 +64,7 @@ def test_a_key_counts_only_under_its_condition():
         assert keys["student.kwargs"] == ({"output_stride": 8} if keys["student.name"] == "test_resnet" else {})
         seen.add((keys["objective.name"], keys["student.name"], keys["train.steps"]))
         recipe = recipes.override(BASE, keys)
-        assert space.keys(space.locate(flat(recipe))) == keys, "the recipe lies where it was drawn"
+        assert space.keys(space.locate(values_of(recipe))) == keys, "the recipe lies where it was drawn"
     assert len(seen) == 2 * 2 * 3
 
 
@@ -91,11 +91,11 @@ def test_the_grid_is_every_combination_that_counts():
 
 def test_a_recipe_outside_the_space_is_nowhere():
     space = read(BASE, GIVEN)
-    assert space.locate(flat(BASE)) is None, "its student has no such arguments"
+    assert space.locate(values_of(BASE)) is None, "its student has no such arguments"
     inside = recipes.override(BASE, {"student.kwargs": {"output_stride": 8}})
-    assert space.locate(flat(inside))["train.lr"] == BASE.train.lr
-    assert space.locate(flat(recipes.override(inside, {"train.lr": 0.5}))) is None
-    assert space.locate(flat(recipes.override(inside, {"train.steps": 60}))) is None
+    assert space.locate(values_of(inside))["train.lr"] == BASE.train.lr
+    assert space.locate(values_of(recipes.override(inside, {"train.lr": 0.5}))) is None
+    assert space.locate(values_of(recipes.override(inside, {"train.steps": 60}))) is None
 
 
 @pytest.mark.parametrize("gallery", [None, "images"])
@@ -113,4 +113,4 @@ def test_the_recipe_that_ships_with_a_space_lies_in_it():
     base = recipes.load("letters", [])
     space = read(base, base.tune.space)
     start = recipes.override(base, {"train.steps": base.tune.steps})
-    assert space.keys(space.locate(flat(start)))["student.kwargs"] == base.student.kwargs
+    assert space.keys(space.locate(values_of(start)))["student.kwargs"] == base.student.kwargs
