@@ -6,14 +6,16 @@ reason, and written to the run folder's ``recipe.yaml``, which runs again as ``-
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny
 
 from ktray.recipe.bench import BenchConfig
+from ktray.recipe.choice import default_objective, validated
 from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
+from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.section import Section
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
@@ -183,26 +185,6 @@ class TeachConfig(Section):
     seed: int = Field(0, description="seed of the views")
 
 
-class ObjectiveConfig(Section):
-    name: Literal["oriented", "dual", "agnostic", "agnostic_then_oriented", "clip", "supervised", "dino", "scratch"] = (
-        Field("oriented", description="way of pretraining")
-    )
-    match: Literal["cosine", "mse", "contrastive"] = Field(
-        "cosine", description="agnostic: how the teacher's features are matched"
-    )
-    patches: float = Field(0.0, ge=0, description="agnostic: weight of the patch features; 0 matches the pooled alone")
-    generic_share: float = Field(
-        0.5, gt=0, lt=1, description="agnostic_then_oriented: share of the steps that go to the generic part"
-    )
-    label_weight: float = Field(0.5, gt=0, lt=1, description="dual: weight of the labels' loss beside the teacher's")
-    mix: float = Field(0.5, ge=0, le=1, description="dual: share of the label head in the student's predictions")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="supervised: smoothing of the generic labels")
-    prototypes: int = Field(1024, ge=2, description="dino: outputs of the projection head")
-    local_crops: int = Field(6, ge=0, description="dino: small crops beside the two large ones")
-    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
-
-
 class TrainConfig(Section):
     """Pretraining on the transfer set (and the scratch floor)."""
 
@@ -264,7 +246,9 @@ class Recipe(Section):
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
     teach: TeachConfig = TeachConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(validated)] = Field(
+        default_factory=default_objective
+    )
     supervised: SupervisedConfig = SupervisedConfig()
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()

@@ -33,7 +33,7 @@ class RunContext:
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
         say: prints one line for the person who watches.
         metric: what models are chosen by and judged on: a key of the task's metrics.
-        source: the labelled generic set of objective.name=supervised.
+        source: the labelled generic set (``supervised.data``) of an objective that learns from one.
         phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
         planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ktray.recipe.schema import ObjectiveConfig
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
 from ktray.stages.teach import stage as teach_stage
@@ -89,7 +88,7 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
             labels_of(context, labels),
             teach_stage.view_policy(context),
             int(part.batch_size or 1),
-            ObjectiveConfig(name="scratch"),
+            None,
             part,
             context.metric,
             context.store.sub("precision"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ktray.distributed.mailbox import open_mailbox
-from ktray.objectives import build_objective
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
 from ktray.stages.teach import stage as teach_stage
@@ -64,21 +63,21 @@ def run(
         return fit(context, stage, reporter, job, steps)
 
     optimising = part.model_dump(exclude={"checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"})
-    objective = build_objective(recipe.objective)
+    traits = recipe.objective.traits
     parts = [
         VERSION,
         teach.key,
         labels.key,
-        recipe.objective.model_dump(exclude={"generic_share"}),
+        recipe.objective.model_dump(),
         optimising,
         recipe.student.model_dump(),
         recipe.task.kind,
         recipe.seed,
         context.metric,
         start.key if start else None,
-        recipe.finetune.batch_size if objective.labelled else None,
+        recipe.finetune.batch_size if traits.labelled else None,
         # Those who cut views while they train; the others' are in TEACH's key.
-        asdict(policy) if objective.labelled or objective.views == "canvas" else None,
+        asdict(policy) if traits.labelled or traits.views == "canvas" else None,
     ]
     return run_stage(context, "transfer", parts, work)
 

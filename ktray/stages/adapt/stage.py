@@ -28,7 +28,6 @@ from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
 from ktray.models.teacher.dense_head import fit_map_temperature
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
-from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
@@ -46,7 +45,7 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     """What is tried, in order. An objective that needs no predictions needs no adapted teacher: the probe costs nothing
     beyond the embeddings that retrieval needs, and leaves the tower as it is."""
     part = context.recipe.teacher
-    if "logits" not in build_objective(context.recipe.objective).targets_needed:
+    if "logits" not in context.recipe.objective.traits.targets_needed:
         return ["probe"]
     wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
     if context.recipe.task.kind == "segmentation":

@@ -19,7 +19,6 @@ import numpy as np
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.teacher.spec import TeacherSpec
-from ktray.objectives import build_objective
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
 from ktray.retrieval.coverage import coverage, lines
 from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
@@ -56,7 +55,8 @@ def run(
         index: None for ``target``.
     """
     part = context.recipe.transfer
-    needs = build_objective(context.recipe.objective).targets_needed
+    objective = context.recipe.objective
+    needs = objective.traits.targets_needed
     beside = [name for column, name in (("text", "caption"), ("label", "label")) if column in needs]
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def run(
             exclude = np.union1d(exclude, silent)
             if len(silent) == gallery.total:
                 raise KtrayError(
-                    "No gallery image has a caption, and objective.name=clip learns from captions",
+                    f"No gallery image has a caption, and objective.name={objective.name} learns from captions",
                     "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
                 )
         asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))

@@ -19,8 +19,7 @@ from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.objectives import build_objective
-from ktray.objectives.base import TEACHERS
+from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, resumed, run_stage
 from ktray.stages.labels import canvas_preprocess
 from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
@@ -91,13 +90,13 @@ def run(
         map_side: side of its last map, to which patch embeddings are fitted.
     """
     recipe, part = context.recipe, context.recipe.teach
-    objective = build_objective(recipe.objective)
-    targets: Targets = tuple(sorted(objective.targets_needed))
+    traits = recipe.objective.traits
+    targets: Targets = tuple(sorted(traits.targets_needed))
     student_size = int(recipe.image_size or 0)
     view_size = max(student_size, *spec.preprocess.size) if spec else student_size
-    canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
+    canvas = canvas_preprocess(student, context.canvas) if traits.views == "canvas" else None
     cut = MakeViews(view_policy(context), part.views, part.seed, view_size, recipe.data.max_pixels, canvas)
-    asked = tuple(t for t in targets if t in TEACHERS)
+    asked = tuple(t for t in targets if t in TEACHER_TARGETS)
     predict = Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None
     patches, cached = "patch_embedding" in targets, part.mode == "cached"
     facts = adapt.manifest if adapt else {}
