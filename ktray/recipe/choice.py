@@ -1,4 +1,6 @@
-"""The section ``objective`` as a union: which of the registered objectives it is, and which keys it has.
+"""What a recipe chooses by name: the section ``objective``, and ``transfer.strategy``.
+
+The section ``objective`` is a union: which of the registered objectives it is decides which keys it has.
 
 A recipe holds the keys of one objective. The rules for keys of the others:
 
@@ -9,6 +11,8 @@ A recipe holds the keys of one objective. The rules for keys of the others:
   file may serve several objectives, of which the command line chooses one.
 - When ``objective.name`` changes on a recipe, the keys that have been set and that the new objective also has keep
   their values; the others are dropped.
+
+``transfer.strategy`` is a name, or ``{name: NAME, KEY: VALUE, ...}`` for a strategy with keys of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from pydantic import ValidationError
 
 from ktray.errors import KtrayError
 from ktray.recipe.objective import ObjectiveConfig
-from ktray.recipe.registries import OBJECTIVES
+from ktray.recipe.registries import OBJECTIVES, STRATEGIES
+from ktray.recipe.strategy import StrategyConfig
 
 DEFAULT_OBJECTIVE = "oriented"
+DEFAULT_STRATEGY = "query_balanced"
 
 
 def objectives() -> list[type[ObjectiveConfig]]:
@@ -96,8 +102,41 @@ def validated(raw: Any) -> Any:
     try:
         return chosen(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ValueError(_first(error)) from error
+
+
+def strategies() -> list[type[StrategyConfig]]:
+    """All that are registered, in their order."""
+    return sorted((config for _, config in STRATEGIES), key=lambda c: (c.order, c.strategy_name()))
+
+
+def strategy_of(value: Any) -> StrategyConfig:
+    """The strategy that a value of ``transfer.strategy`` names.
+
+    Raises:
+        KtrayError: no such strategy.
+        ValueError: neither a name nor a mapping with a name; a key or a value that the strategy does not take.
+    """
+    given = value if isinstance(value, Mapping) else {"name": value}
+    name = given.get("name")
+    if not isinstance(name, str):
+        raise ValueError("it is a strategy's name, or {name: NAME, ...}")
+    try:
+        return STRATEGIES.get(name).model_validate(dict(given))
+    except ValidationError as error:
+        raise ValueError(_first(error)) from error
+
+
+def strategy_value(value: Any) -> str | dict[str, Any]:
+    """A value of ``transfer.strategy`` as a recipe holds it: the name, with all keys of a strategy that has some."""
+    found = strategy_of(value)
+    keys = found.model_dump(mode="json")
+    return keys if len(keys) > 1 else found.name
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def objective_rows() -> list[tuple[str, Any, Any, str]]:

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from ktray.errors import KtrayError
-from ktray.recipe.choice import DEFAULT_OBJECTIVE, chosen, fitting, objective_rows, objectives, owners
+from ktray.recipe.choice import DEFAULT_OBJECTIVE, chosen, fitting, objective_rows, objectives, owners, strategies
 from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.registries import STRATEGIES
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
 from ktray.redact import credential_in
@@ -21,6 +22,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 DEFAULT = "letters"
+WHOLE = ("kwargs", "strategy")  # mappings that are replaced, not merged
 
 
 def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
@@ -37,7 +39,9 @@ def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, A
             rows += schema(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            rows.append((prefix + name, default, _type_name(kind), field.description or ""))
+            known = "|".join(config.strategy_name() for config in strategies())
+            shown = known if prefix + name == STRATEGIES.key else _type_name(kind)
+            rows.append((prefix + name, default, shown, field.description or ""))
     return rows
 
 
@@ -74,7 +78,7 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
 def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
     """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
     for key, value in more.items():
-        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key != "kwargs":
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key not in WHOLE:
             if key == "student" and "name" in value:
                 raw[key].pop("kwargs", None)
             _merge(raw[key], value)

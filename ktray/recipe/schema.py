@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny
 
 from ktray.recipe.bench import BenchConfig
-from ktray.recipe.choice import default_objective, validated
+from ktray.recipe.choice import DEFAULT_STRATEGY, default_objective, strategy_of, strategy_value, validated
 from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.section import Section
+from ktray.recipe.strategy import StrategyConfig
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
 
@@ -130,8 +131,8 @@ class TransferConfig(Section):
         "auto",
         description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
     )
-    strategy: Literal["query_balanced", "class_balanced", "best_first", "diverse", "informative"] = Field(
-        "query_balanced", description="which of the images that the queries find are taken"
+    strategy: Annotated[str | dict[str, Any], BeforeValidator(strategy_value)] = Field(
+        DEFAULT_STRATEGY, description=StrategyConfig.model_fields["name"].description
     )
     size: int | None = Field(None, ge=1, description="images in the transfer set; null: from gallery and machine")
     queries: Literal["images", "text", "both"] = Field(
@@ -153,6 +154,11 @@ class TransferConfig(Section):
         None, description="source=list: Parquet, CSV or text file of the images' paths or uris, local or s3://"
     )
     seed: int = Field(0, description="seed of source=generic")
+
+    @property
+    def chosen_strategy(self) -> StrategyConfig:
+        """The strategy, with its own keys."""
+        return strategy_of(self.strategy)
 
 
 class SupervisedConfig(Section):

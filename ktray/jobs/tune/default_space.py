@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ktray.recipe.choice import objectives
+from ktray.recipe.choice import objectives, strategies
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import Recipe
 
@@ -29,7 +29,7 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
         drawn = {"transfer.source": ["retrieved"]}
         found["transfer.source"] = ["retrieved", "generic"]
         found["transfer.strategy"] = {
-            "choices": ["query_balanced", "class_balanced", "best_first", "diverse", "informative"],
+            "choices": [config.strategy_name() for config in strategies() if config.searched],
             "when": drawn,
         }
         found["transfer.size"] = sorted({max(1, size // 2), size})

@@ -28,6 +28,7 @@ from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
 from ktray.models.teacher.dense_head import fit_map_temperature
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
+from ktray.recipe.choice import strategies
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
@@ -145,9 +146,10 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     from safetensors.torch import load
 
     if not done.manifest["frozen"]:
+        able = [config.strategy_name() for config in strategies() if not config.needs_predictions]
         raise KtrayError(
             "This transfer.strategy asks the teacher for an image's class, and segmentation has none",
-            "Set transfer.strategy=query_balanced, diverse or best_first.",
+            f"Set transfer.strategy to one of: {', '.join(able)}.",
         )
     folder = done.stage.sub(done.manifest["frozen"])
     weights = load(folder.read("head.safetensors"))

@@ -25,7 +25,6 @@ from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.set_duplicates import SetDuplicates
-from ktray.retrieval.strategies import NEEDS_PREDICTIONS
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.curate.heldout import heldout
@@ -177,11 +176,12 @@ def _choose(
         last = nearest(asked.embedding, k=k)
         return last
 
-    able = part.strategy in NEEDS_PREDICTIONS or context.recipe.task.kind == "classification"
+    strategy = part.chosen_strategy
+    able = strategy.needs_predictions or context.recipe.task.kind == "classification"
     predict = adapt_stage.frozen_predictions(adapt) if able else None
-    chosen = retrieve(part.strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
+    chosen = retrieve(strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
-    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict)
+    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict, strategy)
 
 
 def _write(
