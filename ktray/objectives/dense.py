@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from ktray.models.maps import resize_map
-
 
 def by_position(student_out: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A student's logits and its targets as rows to be compared one by one.
@@ -27,6 +25,8 @@ def by_position(student_out: torch.Tensor, targets: torch.Tensor) -> tuple[torch
     """
     if student_out.ndim == 2:
         return student_out, targets
+    from ktray.models.maps import resize_map  # slow to import, and every recipe loads this file
+
     resized = resize_map(student_out.float(), (targets.shape[2], targets.shape[3]))
     return _rows(resized), _rows(targets)
 

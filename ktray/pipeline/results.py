@@ -122,7 +122,7 @@ def transfer_set(recipe: Recipe, curated: dict[str, Any], folder: Dir) -> dict[s
     part = recipe.transfer
     return {
         "source": part.source,
-        "strategy": part.strategy,
+        "strategy": part.chosen_strategy.name,
         "size": part.size,
         "kept": curated["kept"],
         "dropped": curated["dropped"],

@@ -127,7 +127,7 @@ def _page(context: RunContext, curated: StageResult) -> str:
     again = dropped.get(REPEATED, 0)
     return page(
         f"Transfer set of {context.recipe.task.name or context.recipe.task.data}: {part.source}"
-        + (f", {part.strategy}" if part.source == "retrieved" else ""),
+        + (f", {part.chosen_strategy.name}" if part.source == "retrieved" else ""),
         f"{len(uris):,} images, {len(shown):,} of them here; left out were {sum(dropped.values()) - again} copies of "
         f"held-out images and {again} that show the same as another",
         context.task.classes,

@@ -76,8 +76,8 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
     """
     from ktray.pipeline import results_transfer_set
 
-    if recipe.objective.name == "scratch":
-        raise KtrayError("objective.name=scratch has no transfer set", "Choose another objective.")
+    if not recipe.objective.has_transfer_set():
+        raise KtrayError(f"objective.name={recipe.objective.name} has no transfer set", "Choose another objective.")
     begun = time.time()
 
     def work(context: RunContext) -> dict[str, Any]:

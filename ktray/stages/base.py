@@ -63,7 +63,7 @@ class RunContext:
         fingerprint: of the labelled set (which image has which label in which split).
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
         metric: what models are chosen by and judged on: a key of the task's metrics.
-        source: the labelled generic set of an objective that learns from one.
+        source: the labelled generic set (``supervised.data``) of an objective that learns from one.
     """
 
     recipe: Recipe

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ktray.data.views import ViewPolicy
-from ktray.recipe.schema import FinetuneConfig, ObjectiveConfig, TrainConfig
+from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.schema import FinetuneConfig, TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs
 from ktray.stages.labels import labels_of
@@ -136,7 +137,7 @@ def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         int(part.batch_size or 1),
-        ObjectiveConfig(name="scratch"),
+        None,
         part,
         inputs.metric,
         runtime.store.sub("precision"),

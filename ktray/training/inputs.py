@@ -17,7 +17,7 @@ from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
 from ktray.models.student.classifier import Student, build_student
 from ktray.models.student.segmenter import DenseStudent, Head, build_dense_student
-from ktray.objectives.base import TEACHERS
+from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
@@ -153,7 +153,7 @@ class TargetSet:
 
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:
         live = self.mode == "live"
-        wanted = tuple(t for t in self.targets if not (live and t in TEACHERS))
+        wanted = tuple(t for t in self.targets if not (live and t in TEACHER_TARGETS))
         columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(wanted, self.classes)]
         if self.cut is None:
             return (
@@ -173,7 +173,7 @@ class TargetSet:
         self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
         """Batches on the device, ``batch`` rows of each of the worker's lanes, as
-        `ktray.objectives.base.ObjectiveConfig.step` takes them."""
+        `ktray.objectives.base.Objective.step` takes them."""
         for rows in self.feed(part, env, batch, seed).batches(start, stop):
             keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
             found = {

@@ -22,8 +22,8 @@ from ktray.models.flops import forward_flops, train_flops
 from ktray.models.maps import label_loss
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Objective, ObjectiveContext, build_objective
-from ktray.recipe.schema import ObjectiveConfig, TeacherFinetuneConfig, TrainConfig
+from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
+from ktray.recipe.schema import TeacherFinetuneConfig, TrainConfig
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
 from ktray.training.evaluation import evaluator
@@ -50,9 +50,13 @@ class Pretrain(nn.Module):
 
 
 class Supervise(nn.Module):
-    """Student on labels, with the distillation term on replayed transfer images where there are any."""
+    """Student on labels, with the distillation term on replayed transfer images where there are any.
 
-    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective) -> None:
+    Args:
+        objective: gives that term; None where nothing is replayed.
+    """
+
+    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective | None) -> None:
         super().__init__()
         self.student, self.objective = student, objective
         self.preprocess = preprocess
@@ -60,13 +64,13 @@ class Supervise(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         images, labels = batch["images"], batch["label"]
         replay: Batch = {}
-        if "replay_pixels" in batch:
+        if self.objective is not None and "replay_pixels" in batch:
             replay = {"images": batch["replay_pixels"].float(), "logits": batch["replay_logits"]}
             replay = self.objective.prepare(replay, generator)
             images = torch.cat([images, replay["images"]])
         out = self.student(self.preprocess.normalise(images)).float()
         loss = label_loss(out[: len(labels)], labels)
-        if replay:
+        if self.objective is not None and replay:
             loss = loss + self.objective.loss(out[len(labels) :], replay)["loss"]
         return {"loss": loss}
 
@@ -147,20 +151,21 @@ class TransferSpec:
     def build(self, env: WorkerContext) -> TrainingProgram:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
-        labelled = build_objective(self.objective).labelled
+        traits = self.objective.traits
+        labelled = traits.labelled
         env = env.divide(int(self.part.batch_size or 1), *([self.label_batch] if labelled else []))
         batch = env.rows(int(self.part.batch_size or 1))
         precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
-        objective = build_objective(self.objective, hflip=self.policy.hflip)
+        objective: Objective = self.objective.build(hflip=self.policy.hflip)
         forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
-        student = forms[objective.reads](model) if objective.reads in forms else model
+        student = forms[traits.reads](model) if traits.reads in forms else model
         size = preprocess.size[0]
         freeze_idle(model, student, size)
         objective.setup(
             ObjectiveContext(
                 num_classes=self.student.num_classes,
                 student_dim=feature_dim(trunk(model)),
-                student_map_dim=map_shape(model, size)[0] if objective.reads == "map" else 0,
+                student_map_dim=map_shape(model, size)[0] if traits.reads == "map" else 0,
                 teacher_dim=taught.embed_dim or None,
                 teacher_patch_dim=taught.patch_dim or None,
                 seed=s.seed,
@@ -186,7 +191,7 @@ class TransferSpec:
                 yield {**views, "label_images": more["images"], "label_of": more["label"]}
 
         evaluate = None
-        if objective.reads == "logits" or labelled:
+        if traits.reads == "logits" or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             classes = self.student.num_classes
             evaluate = evaluator(pixels, labels, _predict(preprocess), env, classes, self.metric)
@@ -217,14 +222,19 @@ class TransferSpec:
 
 @dataclass(frozen=True)
 class FinetuneSpec:
-    """Finetuning on the labels; from random weights it is the scratch floor."""
+    """Finetuning on the labels; from random weights it is the scratch floor.
+
+    Attributes:
+        objective: of the pretraining that came before; None without one.
+        taught, replay: its transfer set, and the images of it for each labelled one.
+    """
 
     settings: TrainerSettings
     student: StudentSpec
     labels: Labels
     policy: ViewPolicy
     batch: int
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig | None
     part: TrainConfig
     metric: str
     directory: Dir
@@ -236,15 +246,15 @@ class FinetuneSpec:
         model, preprocess = self.student.build(env, s.seed)
         env = env.divide(self.batch)
         batch = env.rows(self.batch)
-        objective = build_objective(self.objective)
-        if self.student.start is not None and objective.reads != "logits" and not self.student.head:
+        traits = self.objective.traits if self.objective else Traits()
+        if self.student.start is not None and traits.reads != "logits" and not self.student.head:
             _fit_classifier(model, preprocess, self.labels, env)
-        # The distillation term reads predictions; after other pretraining there is none to keep.
-        keeps = "logits" in objective.targets_needed and objective.reads == "logits"
-        extra = round(batch * self.replay) if self.taught and keeps else 0
+        # After a pretraining that compares no predictions there is no distillation term to keep.
+        extra = round(batch * self.replay) if self.taught and traits.replays else 0
         precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         freeze_idle(model, model, preprocess.size[0])
-        module = Supervise(model, preprocess, objective).to(env.device)
+        module = Supervise(model, preprocess, self.objective.build() if self.objective and extra else None)
+        module = module.to(env.device)
         pixels, val_labels = self.labels.load("val", "pixels")
         size = preprocess.size[0]
 

@@ -20,7 +20,8 @@ from ktray.miniverse.photos import ensure_tars
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.recipe.schema import ObjectiveConfig, TrainConfig
+from ktray.recipe.choice import default_objective
+from ktray.recipe.schema import TrainConfig
 from ktray.stages.teach.shards import ListImages, WithTeacher
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir, Stage, Store
@@ -96,7 +97,7 @@ class BenchTargets:
             Labels(self.home.sub("labels")),
             ViewPolicy(),
             0,
-            ObjectiveConfig(),
+            default_objective(),
             part,
             "top1",
             self.home.sub("precision"),

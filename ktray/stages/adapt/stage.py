@@ -29,7 +29,7 @@ from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
 from ktray.models.teacher.dense_head import fit_map_temperature
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
-from ktray.objectives import build_objective
+from ktray.recipe.choice import strategies
 from ktray.recipe.schema import TeacherFinetuneConfig
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
@@ -99,7 +99,7 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     """What is tried, in order. An objective that needs no predictions needs no adapted teacher: the probe costs nothing
     beyond the embeddings that retrieval needs, and leaves the tower as it is."""
     part = context.recipe.teacher
-    if "logits" not in build_objective(context.recipe.objective).targets_needed:
+    if "logits" not in context.recipe.objective.traits.targets_needed:
         return ["probe"]
     wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
     if context.recipe.task.kind == "segmentation":
@@ -180,9 +180,10 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     from safetensors.torch import load
 
     if not done.manifest["frozen"]:
+        able = [config.strategy_name() for config in strategies() if not config.needs_predictions]
         raise KtrayError(
             "This transfer.strategy asks the teacher for an image's class, and segmentation has none",
-            "Set transfer.strategy=query_balanced, diverse or best_first.",
+            f"Set transfer.strategy to one of: {', '.join(able)}.",
         )
     folder = done.stage.sub(done.manifest["frozen"])
     weights = load(folder.read("head.safetensors"))
