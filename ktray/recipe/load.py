@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ktray.errors import KtrayError
 from ktray.recipe.choice import DEFAULT_OBJECTIVE, chosen, fitting, objective_rows, objectives, owners, strategies
 from ktray.recipe.objective import ObjectiveConfig
-from ktray.recipe.registries import STRATEGIES
+from ktray.recipe.registries import OBJECTIVES, STRATEGIES
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
 from ktray.redact import credential_in
@@ -159,6 +159,8 @@ def _parse_value(text: str) -> Any:
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
+    if key == OBJECTIVES.key and isinstance(value, str):
+        OBJECTIVES.get(value)  # before its keys: without its package nobody has them
     known = {row[0] for row in schema()}
     if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
@@ -171,6 +173,8 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str = "") -> None:
+    if model is ObjectiveConfig and isinstance(raw.get("name"), str):
+        OBJECTIVES.get(raw["name"])  # before its keys: without its package nobody has them
     for name, value in raw.items():
         field = model.model_fields.get(name)
         if field is None and not (model is ObjectiveConfig and owners(name)):
