@@ -51,10 +51,12 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
     Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
     recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
     (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types.
+    ``gallery.data=[a,b]`` have their types. A file's keys of objectives other than the chosen one are dropped
+    (`ktray.recipe.choice` has the rules).
 
     Raises:
-        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
+        KtrayError: no such recipe, unknown key (the nearest is named), a value of the wrong type, or an override of an
+            objective that is not the chosen one.
     """
     wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
     raw: dict[str, Any] = {}
