@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ktray.data.decode import MAX_PIXELS
-from ktray.data.sources.listing import Shard
+from ktray.data.sources.base import Shard
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
