@@ -17,7 +17,7 @@ from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.sources.lists import embedded_only, gallery_shards
-from ktray.data.sources.tars import read_tar
+from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 from ktray.models.features import Features, feature_dim, map_shape, trunk
@@ -210,11 +210,12 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
         return found.gallery_images, f"{found.gallery_images:,}"
     recipe, g = found.recipe, found.recipe.gallery
     shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
-    tars = [s.paths[0] for s in shards if s.count is None]
-    if not all(os.path.isfile(p) for p in tars):
+    unknown = [s for s in shards if s.count is None]
+    sizes = [os.path.getsize(s.paths[0]) for s in unknown if os.path.isfile(s.paths[0])]
+    if len(sizes) < len(unknown):
         return 0, "an unknown number of"
-    images = sum(record.error is None for record in read_tar(tars[0]))
-    guess = images * sum(os.path.getsize(p) for p in tars) / max(1, os.path.getsize(tars[0]))
+    images = sum(record.error is None for record in read_shard(unknown[0]))
+    guess = images * sum(sizes) / max(1, sizes[0])
     total = round(guess) + sum(s.count or 0 for s in shards)
     return total, f"about {total:,}"
 

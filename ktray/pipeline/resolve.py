@@ -14,8 +14,8 @@ from PIL import Image
 
 from ktray.data.decode import formats
 from ktray.data.labelled.read import LabelledSet, read_labelled
+from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
-from ktray.data.sources.listing import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError

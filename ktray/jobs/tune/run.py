@@ -29,6 +29,7 @@ from ktray.jobs.tune.space import Space, read
 from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
 from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
+from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
@@ -137,7 +138,7 @@ def space_of(base: Recipe, plan: Allocation) -> Space:
     """The space that a resolved recipe asks for."""
     asked = base.tune.space
     if not asked:
-        text = str(base.teacher.name).startswith(("open_clip:", "miniverse"))
+        text = base.teacher.name is not None and family_of(base.teacher.name).has_text
         asked = default_space(base, text, plan.worker_gpus > 0)
     return read(recipe_of(base, {}), asked)
 
