@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ktray.objectives.matching import ClassMatching, Matching
+
 # logits, embedding and patch_embedding are the teacher's; text (the caption's tokens) and label (the class in a
 # labelled generic set) come with the image.
 Target = Literal["logits", "embedding", "patch_embedding", "text", "label"]
@@ -66,6 +68,7 @@ class Objective(nn.Module):
         views: ``fixed`` takes the views that TEACH has cut, ``canvas`` takes whole images and cuts its own.
         labelled: the task's own labelled images ride in every batch (``label_images`` (B, 3, H, W) uint8 and
             ``label_of`` (B,) int64), and no FINETUNE follows.
+        matching: how predictions are matched, for an objective that learns from the teacher's.
     """
 
     name: str
@@ -73,6 +76,11 @@ class Objective(nn.Module):
     reads: Reads = "logits"
     views: Literal["fixed", "canvas"] = "fixed"
     labelled: bool = False
+    matching: Matching = ClassMatching()
+
+    def match_with(self, matching: Matching) -> None:
+        """Match predictions as the task kind says."""
+        self.matching = matching
 
     def setup(self, context: ObjectiveContext) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""

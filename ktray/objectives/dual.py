@@ -25,6 +25,7 @@ from torch import nn
 
 from ktray.models.student.classifier import classifier_of
 from ktray.objectives.base import Batch, Normalise, Objective, ObjectiveContext, Reads, Target
+from ktray.objectives.matching import Matching
 from ktray.objectives.oriented import Oriented
 
 
@@ -54,6 +55,10 @@ class Dual(Objective):
         super().__init__()
         self.distil = Oriented(temperature, mixup)
         self.label_weight, self.mix, self.mix_temperature = label_weight, mix, mix_temperature
+
+    def match_with(self, matching: Matching) -> None:
+        super().match_with(matching)
+        self.distil.match_with(matching)
 
     def setup(self, context: ObjectiveContext) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -25,9 +25,14 @@ class TaskConfig(Section):
         description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list; for "
         "segmentation train/images + train/masks (and val, test) + classes.txt",
     )
-    kind: Literal["classification", "segmentation"] = Field("classification", description="what is predicted")
-    metric: Literal["auto", "top1", "mean_class_accuracy", "miou"] = Field(
-        "auto", description="what models are chosen by and judged on; auto: top1, or miou for segmentation"
+    kind: str = Field(
+        "classification",
+        description="what is predicted: classification, segmentation, or the name of a task kind of another package",
+    )
+    metric: str = Field(
+        "auto",
+        description="what models are chosen by and judged on: top1 or mean_class_accuracy; miou or mean_class_accuracy "
+        "for segmentation; auto: the first of these",
     )
     labels_per_class: int | None = Field(None, ge=1, description="label budget per class; null uses all of train")
     labels: int | None = Field(None, ge=1, description="label budget in images, for segmentation; null uses all")

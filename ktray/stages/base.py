@@ -16,10 +16,11 @@ from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from ktray.data.labelled.read import LabelledSet
+    from ktray.data.labelled.labelled_set import LabelledSet
 
 
 @dataclass
@@ -56,6 +57,11 @@ class RunContext:
     metric: str = "top1"
     phase: str = ""
     source: LabelledSet | None = None
+
+    @property
+    def kind(self) -> TaskKind:
+        """The task kind of the recipe."""
+        return task_kind(self.recipe.task.kind)
 
 
 @dataclass

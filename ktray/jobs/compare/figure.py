@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from ktray.accounting.ledger import STAGES
+from ktray.tasks.base import metric_label
 
 # Colour-blind safe (Okabe and Ito); an objective's colour, the transfer set's marker.
 COLOURS = {
@@ -30,7 +31,6 @@ OTHER = "#000000"
 MARKERS = {"retrieved": "o", "generic": "s", "target": "^", "none": "X"}
 SPARE = "DvP*hpd<>8"
 SOFT, FAINT = "#57606a", "#e3e6ea"
-METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
 SHADES = {
     "adapt": "#f0c27b",
     "index": "#e69f00",
@@ -44,7 +44,7 @@ SHADES = {
 
 def metric_name(found: dict[str, Any]) -> str:
     """The task's metric for a reader."""
-    return METRICS.get(found["metric"], str(found["metric"]))
+    return metric_label(str(found["metric"]))
 
 
 def styles(ways: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:

@@ -9,33 +9,28 @@ teach with otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ktray.data.preprocess import Preprocess
 from ktray.distributed import watchdog
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
-from ktray.models.flops import count_flops
-from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
-from ktray.models.teacher.dense_head import fit_map_temperature
-from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
-from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
+from ktray.models.teacher.adapted import save_candidate
+from ktray.models.teacher.heads import LinearHead
+from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
-from ktray.stages.adapt.dense import fit_heads, score_maps
+from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.teach.stage import view_policy
-from ktray.storage.columns import read_rows, write_rows
+from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
-from ktray.training.evaluation import class_scores
+from ktray.tasks.base import HeadSettings
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import AdaptSpec
 
@@ -48,34 +43,22 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     part = context.recipe.teacher
     if "logits" not in build_objective(context.recipe.objective).targets_needed:
         return ["probe"]
-    wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
-    if context.recipe.task.kind == "segmentation":
-        # There is no text head of pixels.
-        if wanted == ["text"]:
-            raise KtrayError("teacher.adapt=text is for classification", "Set teacher.adapt=probe.")
-        return [name for name in wanted if name != "text"]
-    if wanted == ["text"] and not spec.has_text:
-        raise KtrayError(f"Teacher '{spec.source.name}' has no text tower", "Set teacher.adapt=probe.")
-    return [name for name in wanted if name != "text" or spec.has_text]
+    return context.kind.candidates(part, spec.has_text)
 
 
 def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResult:
     """The adapted teacher (``adapted/``) and the frozen tower's embeddings of the labelled images."""
     wanted = candidates(context, spec)
-    part, dense = context.recipe.teacher, context.recipe.task.kind == "segmentation"
-    decoded = labels_stage.run(context, _preprocess(context, spec))
+    part, kind = context.recipe.teacher, context.kind
+    decoded = labels_stage.run(context, kind.teacher_preprocess(spec.preprocess))
     metric = context.metric
 
     def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
         plan = context.plan
         reporter.expect(len(context.task.train) + len(context.task.val))
         names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes
-        given = (stage, decoded.stage, spec, context.task.classes)
-        fit: Callable[[], dict[str, Any]] = (
-            partial(fit_heads, *given, part.levels, plan.worker_threads)
-            if dense
-            else partial(_fit_heads, *given, names, context.prompts, wanted, metric, plan.worker_threads)
-        )
+        heads = HeadSettings(context.task.classes, names, context.prompts, wanted, part.levels)
+        fit = partial(fit_heads, stage, decoded.stage, spec, kind, heads, metric, plan.worker_threads)
         watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
         who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
         found = run_with_retries(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
@@ -100,7 +83,7 @@ def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResul
             "embed_dim": spec.embed_dim,
             "patch_dim": spec.patch_dim,
             "directory": f"candidate-{chosen}",
-            "frozen": None if dense else f"candidate-{found['start']}",
+            "frozen": f"candidate-{found['start']}" if kind.image_classes else None,
         }
 
     finetuning = [part.finetune.model_dump(), context.recipe.seed, asdict(view_policy(context))]
@@ -113,21 +96,15 @@ def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResul
         context.prompts,
         finetuning if "finetune" in wanted else None,
         metric,
-        part.levels if dense else None,
+        kind.head_key(part),
     ]
     return run_stage(context, "adapt", parts, work)
 
 
 def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> AdaptedSpec:
     """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
-    return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), _preprocess(context, spec))
-
-
-def _preprocess(context: RunContext, spec: TeacherSpec) -> Preprocess:
-    """The teacher's own; for segmentation whole images are squashed, so that no pixel is left without a class."""
-    if context.recipe.task.kind == "segmentation":
-        return replace(spec.preprocess, resize_mode="squash", crop_pct=1.0)
-    return spec.preprocess
+    folder, kind = done.stage.sub(done.manifest.get("directory", "unmade")), context.kind
+    return AdaptedSpec(folder, kind.teacher_preprocess(spec.preprocess), kind.teacher_form)
 
 
 def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -147,7 +124,7 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
 
     if not done.manifest["frozen"]:
         raise KtrayError(
-            "This transfer.strategy asks the teacher for an image's class, and segmentation has none",
+            "This transfer.strategy asks the teacher for an image's class, and this task kind has none",
             "Set transfer.strategy=query_balanced, diverse or best_first.",
         )
     folder = done.stage.sub(done.manifest["frozen"])
@@ -161,63 +138,6 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
         return logits.softmax(1).numpy()
 
     return predict
-
-
-@dataclass(frozen=True)
-class _Split:
-    embedding: torch.Tensor
-    label: torch.Tensor
-
-
-def _fit_heads(
-    stage: Stage,
-    decoded: Stage,
-    spec: TeacherSpec,
-    classes: list[str],
-    names: list[str],
-    prompts: list[str],
-    wanted: list[str],
-    metric: str,
-    threads: int,
-) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    teacher = spec.load()
-    data: dict[str, _Split] = {}
-    images = 0
-    for split in ("train", "val"):
-        shards = [
-            read_rows(decoded, n, ["uri", "pixels", "label"]) for n in decoded.names(".parquet") if n.startswith(split)
-        ]
-        pixels, label = np.concatenate([s["pixels"] for s in shards]), np.concatenate([s["label"] for s in shards])
-        uri = np.concatenate([s["uri"] for s in shards]).astype(str)
-        embedding = embed_numpy(teacher, pixels, 256)
-        unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
-        write_rows(
-            stage, f"embedding-{split}.parquet", {"uri": uri, "label": label, "embedding": unit.astype(np.float16)}
-        )
-        data[split] = _Split(torch.from_numpy(embedding), torch.from_numpy(label.astype(np.int64)))
-        images += len(label)
-    flops = tower_flops(teacher) * images
-    heads: dict[str, LinearHead] = {}
-    train, val = data["train"], data["val"]
-
-    def fit() -> None:
-        if teacher.has_text and ("text" in wanted or "probe" in wanted or "finetune" in wanted):
-            heads["text"] = text_head(teacher, names, prompts)
-        if "probe" in wanted or "finetune" in wanted:
-            heads["probe"] = probe_head(
-                train.embedding, train.label, len(classes), val=(val.embedding, val.label), start=heads.get("text")
-            )
-
-    flops += count_flops(fit)
-    scores = {}
-    for name, head in heads.items():
-        raw = head(val.embedding).detach()
-        temperature = fit_temperature(raw, val.label)
-        scores[name] = {**_score(raw / temperature, val.label), "temperature": temperature}
-        save_candidate(stage, name, AdaptedTeacher(teacher, head, classes, temperature))
-    start = max(scores, key=lambda n: (scores[n][metric], -scores[n]["loss"]))
-    return {"scores": scores, "start": start, "images": images, "flops": flops}
 
 
 def _finetune(
@@ -238,26 +158,22 @@ def _finetune(
         evals=5,
         keep="best",
     )
-    base = stage.sub(f"candidate-{start}")
-    job = AdaptSpec(
-        settings, base, labels_stage.labels_of(context, decoded), view_policy(context), part, context.metric
-    )
+    base, labels = stage.sub(f"candidate-{start}"), labels_stage.labels_of(context, decoded)
+    job = AdaptSpec(settings, base, labels, view_policy(context), part, context.metric)
     result: dict[str, float] = {}
 
     def finish(weights: Path) -> None:
         from safetensors.torch import load_file
 
         with base.local() as folder:
-            teacher = load_adapted(folder)
+            teacher = labels.kind.teacher_form.load(folder)
         teacher.load_state_dict(load_file(str(weights)))
         teacher.finetuned = True
-        pixels, label = labels_stage.labels_of(context, decoded).load("val", "pixels")
+        pixels, label = labels.load("val", "pixels")
         with torch.inference_mode():
             raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
-        raw = raw * teacher.temperature
-        fit, judge = (fit_map_temperature, score_maps) if label.ndim == 3 else (fit_temperature, _score)
-        teacher.temperature = fit(raw, label)
-        result.update(judge(raw / teacher.temperature, label), temperature=teacher.temperature)
+        teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
+        result.update(scores, temperature=teacher.temperature)
         save_candidate(stage, "finetune", teacher)
 
     with open_mailbox(reporter.post) as board:
@@ -271,10 +187,3 @@ def _finetune(
             resize_seconds=context.recipe.cluster.resize_seconds,
         )
     return result
-
-
-def _score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    classes = logits.shape[1]
-    right = torch.bincount(labels[logits.argmax(1) == labels], minlength=classes).double()
-    found = class_scores(right, torch.bincount(labels, minlength=classes).double())
-    return {**found, "loss": float(F.cross_entropy(logits, labels))}

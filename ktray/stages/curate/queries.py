@@ -46,7 +46,7 @@ def queries(context: RunContext, stage: Stage, adapt: StageResult, spec: Teacher
     """The queries of the recipe.
 
     Raises:
-        KtrayError: text queries for a teacher without a text tower, or classes of segmentation's images.
+        KtrayError: text queries for a teacher without a text tower, or classes of images that have none.
     """
     part = context.recipe.transfer
     found = []
@@ -64,8 +64,11 @@ def queries(context: RunContext, stage: Stage, adapt: StageResult, spec: Teacher
     )
     if part.per == "query":
         return every
-    if context.recipe.task.kind == "segmentation" and part.queries != "text":
-        raise KtrayError("transfer.per=class, and a picture to segment has no one class", "Set transfer.per=query.")
+    if not context.kind.image_classes and part.queries != "text":
+        raise KtrayError(
+            f"transfer.per=class, and an image of task.kind={context.recipe.task.kind} has no one class",
+            "Set transfer.per=query.",
+        )
     present = np.unique(every.labels)
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)

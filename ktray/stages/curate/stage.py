@@ -93,7 +93,7 @@ def run(
         dropped = {**copies.counts(), REPEATED: len(found)}
         covered = None
         if len(asked) and len(chosen):
-            classes = [] if context.recipe.task.kind == "segmentation" else context.task.classes
+            classes = context.task.classes if context.kind.image_classes else []
             covered = coverage(chosen, asked.labels, classes)
             for line in lines(covered):
                 context.say(f"curate    {line}")
@@ -177,7 +177,7 @@ def _choose(
         last = nearest(asked.embedding, k=k)
         return last
 
-    able = part.strategy in NEEDS_PREDICTIONS or context.recipe.task.kind == "classification"
+    able = part.strategy in NEEDS_PREDICTIONS or context.kind.image_classes
     predict = adapt_stage.frozen_predictions(adapt) if able else None
     chosen = retrieve(part.strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
@@ -304,5 +304,5 @@ def small_images(context: RunContext, uris: list[str]) -> dict[str, np.ndarray]:
 
 
 def _caption(context: RunContext, uri: str, label: int) -> str:
-    """A query's class; for segmentation, where it has none, its file name."""
-    return uri.rpartition("/")[2] if context.recipe.task.kind == "segmentation" else context.task.classes[label]
+    """A query's class; its file name where it has none."""
+    return context.task.classes[label] if context.kind.image_classes else uri.rpartition("/")[2]

@@ -82,7 +82,7 @@ def run(
     map_side: int,
 ) -> TeachResult:
     """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
-    (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
+    (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
     (int32), ``label`` (int64).
 
     Args:
@@ -134,7 +134,7 @@ def run(
             first = read_rows(stage, next(name for name in rows if rows[name]), stored)
             logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
         elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
-            positions = (view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1
+            positions = context.kind.positions(view_size)
             logits = per_prediction(len(context.task.classes), int(part.top_k)) * positions
         halves = logits + known["embed_dim"] + known["patch_dim"] * map_side**2
         side = canvas.size[0] if canvas else student_size

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from ktray.errors import KtrayError
-from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import save_candidate
+from ktray.models.teacher.adapted import AdaptedTeacher, save_candidate
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
 from ktray.retrieval.index_dir import IndexDir
