@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 
 from ktray.recipe.bench import BenchConfig
 from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
+from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
@@ -47,6 +48,13 @@ class TaskConfig(Section):
     prompts: list[str] | None = Field(
         None, description="templates with {} for the text head; null: the task's own or ktray's"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != cls.model_fields["kind"].default:  # the default is there, and its imports take seconds
+            TASKS.get(value)
+        return value
 
 
 class GalleryConfig(Section):

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from outside import write_package
 from PIL import Image
 
 MODULE = '''
@@ -114,13 +115,11 @@ TASKS.register("regression")(Regression())
 '''
 
 
-def install(folder: Path) -> None:
-    """The package and its entry point, in a folder for the path."""
-    (folder / "outside_regression.py").write_text(MODULE)
-    info = folder / "outside_regression-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-regression\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[ktray.tasks]\nregression = outside_regression\n")
+def write_regression(folder: Path) -> Path:
+    """The package and its entry point; returns ``folder``, which goes on the path."""
+    return write_package(
+        folder, "toyvalue", {"regression.py": MODULE}, {"ktray.tasks": {"regression": "toyvalue.regression"}}
+    )
 
 
 def write_lights(folder: Path, labelled: int = 60, gallery: int = 60) -> tuple[Path, Path]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe.registries import TASKS
 from ktray.recipe.schema import TaskConfig
@@ -72,6 +73,8 @@ def test_a_kind_travels_to_workers_and_its_scores_are_its_metrics(name):
 def test_an_unknown_kind_is_named_with_the_nearest():
     with pytest.raises(KtrayError, match=r"No task kind is named 'segmentatoin' \(task\.kind\).*'segmentation'\?"):
         task_kind("segmentatoin")
+    with pytest.raises(KtrayError, match=r"No task kind is named 'segmentatoin' \(task\.kind\)"):
+        recipes.load(None, ["task.kind=segmentatoin"])
 
 
 def test_metrics_have_words_and_unknown_ones_keep_their_name():
