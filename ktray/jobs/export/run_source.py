@@ -16,6 +16,7 @@ from ktray.pipeline.resolve import labelled_task
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
 from ktray.tasks.base import task_kind
+from ktray.tasks.students import marked_kinds
 
 _NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.safetensors")
 
@@ -100,8 +101,10 @@ def find(asked: Recipe, say: Callable[[str], None]) -> Source:
         raise KtrayError(f"'{folder.uri}/result.json' is damaged: {error}", "Run jobs/distill.py again.") from error
     with folder.local("recipe.yaml") as path:
         recipe = recipes.load(str(path), [])
-    if (refused := task_kind(recipe.task.kind).no_export) is not None:
-        raise KtrayError(f"Run '{result['run_id']}' {refused[0]}", refused[1])
+    for kind in (task_kind(recipe.task.kind), *marked_kinds(lambda name: folder.exists(f"student/{name}"))):
+        if kind.no_export is not None:
+            what, remedy = kind.no_export
+            raise KtrayError(f"Run '{result['run_id']}' {what}", remedy)
     home, _, last = folder.uri.rpartition("/")[0].rpartition("/")
     store = Store(home if last == "runs" else asked.store)
     recipe.store, recipe.export = store.uri, asked.export
