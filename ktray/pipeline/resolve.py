@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import math
 import statistics
@@ -13,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.decode import formats
-from ktray.data.labelled.read import LabelledSet, read_labelled
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
 from ktray.data.sources.lists import gallery_shards
@@ -27,6 +29,7 @@ from ktray.storage.store import Dir
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.top_k import per_prediction
+from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
 
 DEFAULT_TASK = "letters"
@@ -214,23 +217,17 @@ def labelled_task(
     if root is None:
         root, names, own_prompts = _builtin(recipe, choose, say)
         prompts = list(recipe.task.prompts or own_prompts)
-    part = recipe.task
+    part, kind = recipe.task, task_kind(recipe.task.kind)
     if part.metric == "auto":
-        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
-        choose("task.metric", metric, why)
-    task = read_labelled(
-        root,
-        kind=part.kind,
-        layout=part.layout,
-        train_list=part.train_list,
-        labels=part.labels,
-        splits=part.splits,
-        seed=part.split_seed,
-        val_fraction=part.val_fraction,
-        test_fraction=part.test_fraction,
-        labels_per_class=part.labels_per_class,
-    )
-    return task, names, prompts
+        choose("task.metric", next(iter(kind.metrics)), part.kind)
+    if part.metric not in kind.metrics:
+        near = difflib.get_close_matches(part.metric, kind.metrics, n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(
+            f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
+            f"{hint}Known are auto, {', '.join(kind.metrics)}.",
+        )
+    return kind.read(root, part), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
@@ -321,8 +318,6 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
             "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md says where they come from.",
         )
     if name not in TASKS:
-        import difflib
-
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
@@ -331,10 +326,12 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
     home = _home(recipe, say)
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
+    kind = facts.get("kind", recipe.task.kind)
+    usual = next(iter(task_kind(kind).metrics))
+    metric = facts.get("metric", usual)
     if recipe.task.kind != kind:
         choose("task.kind", kind, "the built-in task's")
-    if recipe.task.metric == "auto" and metric != "top1":
+    if recipe.task.metric == "auto" and metric != usual:
         choose("task.metric", metric, "the built-in task's")
     if "label" in recipe.objective.traits.targets_needed and recipe.supervised.data is None:
         recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))

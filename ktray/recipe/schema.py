@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny
+from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, field_validator
 
 from ktray.recipe.bench import BenchConfig
 from ktray.recipe.choice import DEFAULT_STRATEGY, default_objective, strategy_of, strategy_value, validated
@@ -16,6 +16,7 @@ from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
 from ktray.recipe.tune import BudgetConfig, TuneConfig
@@ -28,9 +29,14 @@ class TaskConfig(Section):
         description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list; for "
         "segmentation train/images + train/masks (and val, test) + classes.txt",
     )
-    kind: Literal["classification", "segmentation"] = Field("classification", description="what is predicted")
-    metric: Literal["auto", "top1", "mean_class_accuracy", "miou"] = Field(
-        "auto", description="what models are chosen by and judged on; auto: top1, or miou for segmentation"
+    kind: str = Field(
+        "classification",
+        description="what is predicted: classification, segmentation, or the name of a task kind of another package",
+    )
+    metric: str = Field(
+        "auto",
+        description="what models are chosen by and judged on: top1 or mean_class_accuracy; miou or mean_class_accuracy "
+        "for segmentation; auto: the first of these",
     )
     labels_per_class: int | None = Field(None, ge=1, description="label budget per class; null uses all of train")
     labels: int | None = Field(None, ge=1, description="label budget in images, for segmentation; null uses all")
@@ -45,6 +51,13 @@ class TaskConfig(Section):
     prompts: list[str] | None = Field(
         None, description="templates with {} for the text head; null: the task's own or ktray's"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != cls.model_fields["kind"].default:  # the default is there, and its imports take seconds
+            TASKS.get(value)
+        return value
 
 
 class GalleryConfig(Section):

@@ -17,12 +17,13 @@ from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.tracking.tracker import Tracker
 from ktray.training import messages
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Message, Started, TeacherFlops
 
 if TYPE_CHECKING:
-    from ktray.data.labelled.read import LabelledSet
+    from ktray.data.labelled.labelled_set import LabelledSet
 
 
 @dataclass
@@ -103,6 +104,11 @@ class RunContext:
     def names(self) -> list[str]:
         """The classes as text for a text tower."""
         return self.class_names if len(self.class_names) == len(self.task.classes) else self.task.classes
+
+    @property
+    def kind(self) -> TaskKind:
+        """The task kind of the recipe."""
+        return task_kind(self.recipe.task.kind)
 
 
 @dataclass

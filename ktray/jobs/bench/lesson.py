@@ -21,17 +21,19 @@ from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.recipe.choice import default_objective
-from ktray.recipe.schema import TrainConfig
+from ktray.recipe.schema import TaskConfig, TrainConfig
 from ktray.stages.teach.shards import ListImages, WithTeacher
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir, Stage, Store
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
+from ktray.tasks.base import task_kind
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import TransferSpec
 
 CLASSES = 20
+KIND = task_kind(TaskConfig().kind)
 SHARD = 128
 
 
@@ -87,7 +89,7 @@ class BenchTargets:
 
     @property
     def student(self) -> StudentSpec:
-        return StudentSpec(self.case.student, self.case.kwargs, CLASSES, self.case.size)
+        return StudentSpec(KIND, self.case.student, self.case.kwargs, CLASSES, self.case.size)
 
     def job(self, mode: str, steps: int, part: TrainConfig) -> TransferSpec:
         """TRANSFER's job; it is judged on eight images twice, at half and at the end, so that its curve tells the
@@ -96,7 +98,7 @@ class BenchTargets:
             TrainerSettings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
             self.student,
             self.taught(mode),
-            Labels(self.home.sub("labels")),
+            Labels(self.home.sub("labels"), KIND),
             ViewPolicy(),
             0,
             default_objective(),

@@ -16,7 +16,7 @@ import onnx
 
 from ktray import __version__
 from ktray.accounting.device import describe_device, versions
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
 from ktray.jobs.export import agreement, card, latency, onnx_file, predict, quantise, registry

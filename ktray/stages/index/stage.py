@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.base import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards

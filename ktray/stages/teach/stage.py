@@ -112,7 +112,7 @@ def run(
     map_side: int,
 ) -> TeachResult:
     """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
-    (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
+    (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
     (int32), ``label`` (int64).
 
     Args:
@@ -137,7 +137,7 @@ def run(
         student_size=student_size,
         map_side=map_side,
         classes=len(context.task.classes),
-        positions=(view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1,
+        positions=context.kind.positions(view_size),
         predict=Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None,
     )
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)

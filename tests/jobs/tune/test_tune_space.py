@@ -82,7 +82,7 @@ def test_a_key_of_some_objectives_counts_under_those_alone():
     assert found == [("oriented", None), ("agnostic", "cosine"), ("agnostic", "mse")]
     for point in space.grid():
         recipe = recipes.override(BASE, space.keys(point))
-        assert space.locate(flat(recipe)) == point
+        assert space.locate(values_of(recipe)) == point
     assert read(BASE, {"objective.match": ["cosine", "mse"]}).grid() == [{}]
     both = {"objective.name": ["oriented", "dual"], "objective.mixup": [0.0, 0.2]}
     assert all(not spec.when for spec in read(BASE, both).specs)
