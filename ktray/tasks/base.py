@@ -137,6 +137,11 @@ class TaskKind(ABC):
         "ktray.load_student(FOLDER) loads it.",
     )
 
+    @property
+    def key(self) -> str:
+        """The name that it is registered under. It stands for the kind in a stage's key: a kind has no state."""
+        return next(name for name, kind in TASKS if type(kind) is type(self))
+
     # Labels.
 
     @abstractmethod
