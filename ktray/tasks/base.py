@@ -200,9 +200,10 @@ class TaskKind(ABC):
         Raises:
             KtrayError: teacher.adapt asks for what this kind or teacher does not have.
         """
-        if part.adapt == "text":
+        wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
+        if wanted == ["text"]:
             raise KtrayError("teacher.adapt=text is for classification", "Set teacher.adapt=probe.")
-        return [name for name in (part.candidates if part.adapt == "auto" else [part.adapt]) if name != "text"]
+        return [name for name in wanted if name != "text"]
 
     def teacher_preprocess(self, preprocess: Preprocess) -> Preprocess:
         """How the teacher sees the task's images; by default as it sees any."""

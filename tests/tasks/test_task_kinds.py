@@ -11,7 +11,7 @@ import torch
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.recipe.registries import TASKS
-from ktray.recipe.schema import TaskConfig
+from ktray.recipe.schema import TaskConfig, TeacherConfig
 from ktray.tasks.base import metric_label, task_kind
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ktray"
@@ -80,3 +80,13 @@ def test_an_unknown_kind_is_named_with_the_nearest():
 def test_metrics_have_words_and_unknown_ones_keep_their_name():
     assert metric_label("miou") == "mean IoU"
     assert metric_label("r2") == "r2"
+
+
+@pytest.mark.parametrize("keys", [{"adapt": "text"}, {"adapt": "auto", "candidates": ["text"]}])
+def test_a_head_from_class_names_is_for_classification(keys):
+    with pytest.raises(KtrayError, match=r"teacher\.adapt=text is for classification"):
+        task_kind("segmentation").candidates(TeacherConfig(**keys), has_text=True)
+    assert task_kind("classification").candidates(TeacherConfig(**keys), has_text=True) == ["text"]
+    with pytest.raises(KtrayError, match="'timm:x' has no text tower"):
+        task_kind("classification").candidates(TeacherConfig(name="timm:x", **keys), has_text=False)
+    assert task_kind("segmentation").candidates(TeacherConfig(), has_text=True) == ["probe", "finetune"]
