@@ -13,13 +13,13 @@ from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.jobs.export.run_source import Source
+from ktray.jobs.export.targets.base import all_targets
 from ktray.redact import scrub
 from ktray.storage.store import local_home
 from ktray.tracking.mlflow_server import Server, is_transient
 from ktray.tracking.tracker import tracking_uri
 
 MODEL, TAG = "export", "ktray.export"
-FILES = {"float": "student.onnx", "int8": "student.int8.onnx"}
 # What the model's own code imports; without these pins MLflow would find them by loading it in a new process.
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
@@ -111,6 +111,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Map
 
+    served = next(target.file for _, target in all_targets() if target.serves == serve)
     model = None
     if entry is not None:
         model = Model(
@@ -121,7 +122,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"model": str(folder / FILES[serve]), "predict": str(folder / "predict.py")},
+            artifacts={"model": str(folder / served), "predict": str(folder / "predict.py")},
             mlflow_model=model,
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image")]),
@@ -144,9 +145,9 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
         values[f"export.{name}.val"] = found["metric"]["val"][name]["metric"]
         for row in one["rows"]:
             values[f"export.{name}.median_ms_batch{row['batch']}_threads{row['threads']}"] = row["median_ms"]
-    for name, file in (("onnx", "student.onnx"), ("int8", "student.int8.onnx")):
-        if file in found["files"]:
-            values[f"export.{name}.bytes"] = float(found["files"][file]["bytes"])
+    for name, target in all_targets():
+        if target.file in found["files"]:
+            values[f"export.{name}.bytes"] = float(found["files"][target.file]["bytes"])
     return values
 
 

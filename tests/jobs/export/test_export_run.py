@@ -44,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def written(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's exporter, which takes seconds, has its own tests; this is what it wrote there."""
-    monkeypatch.setattr(module.onnx_file, "write", lambda student, path: shutil.copyfile(onnx_file, path))
+    monkeypatch.setattr("ktray.jobs.export.onnx_file.write", lambda student, path: shutil.copyfile(onnx_file, path))
 
 
 def test_all_that_is_left_and_a_second_call(run: Path, stripes: Path, student, monkeypatch) -> None:
