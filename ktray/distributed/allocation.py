@@ -151,6 +151,13 @@ def cluster_allocation(workers: int | tuple[int, int], use_gpu: bool | str, jobs
     return allocate(cpus / jobs, gpus // jobs, max(1, working // jobs), workers, use_gpu, memory / jobs)
 
 
+def cluster_memory(jobs: int = 1) -> float:
+    """Bytes of memory that each of ``jobs`` has on the cluster that Ray is connected to; 0 where Ray does not know."""
+    import ray
+
+    return float(ray.cluster_resources().get("memory", 0.0)) / jobs
+
+
 def others(jobs: int) -> str | None:
     """A hint where other jobs hold a part of the cluster and this one plans with all of it."""
     import ray

@@ -26,6 +26,7 @@ from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
 from ktray.miniverse.tasks import TASKS
 from ktray.miniverse.vocabulary import SUBJECTS
+from ktray.recipe.choice import DEFAULT_STRATEGY
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6a00", "#56b4e9", "#4a5560")
 MARKERS = "osD^vPX"
@@ -68,7 +69,7 @@ def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> l
     for way in found["ways"]:
         keys = {key: value for key, value in way["keys"].items() if key != "transfer.size"}
         drawn = keys.get("transfer.source") == "generic"
-        group = "random" if drawn else str(keys.get("transfer.strategy", "query_balanced"))
+        group = "random" if drawn else str(keys.get("transfer.strategy", DEFAULT_STRATEGY))
         run = json.loads((store / "runs" / way["runs"][0] / "result.json").read_text())
         uris = pq.read_table(run["transfer_set"]["path"], columns=["uri"])["uri"].to_pylist()
         share = on_task(uris, captions, names)

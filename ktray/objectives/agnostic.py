@@ -26,17 +26,49 @@ when it can: matching all that the teacher sees spends the small model's capacit
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
-from ktray.objectives.base import Batch, Objective, ObjectiveContext, Reads, Target
+from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig, ObjectiveContext, Traits
 
 Match = Literal["cosine", "mse", "contrastive"]
 # CLIP's start and limit of the inverse temperature.
 _START, _LIMIT = 1 / 0.07, 100.0
+
+
+@OBJECTIVES.register("agnostic")
+class AgnosticConfig(ObjectiveConfig):
+    """Task-agnostic transfer: the student matches the frozen teacher's features, whatever the task. Use it when one
+    pretrained student is to serve many tasks, or when the teacher cannot tell the task's classes. Do not use it when
+    the teacher can: the small model then spends capacity on what the task does not need."""
+
+    name: Literal["agnostic"] = "agnostic"
+    match: Match = Field("cosine", description="how the teacher's features are matched")
+    patches: float = Field(0.0, ge=0, description="weight of the patch features; 0 matches the pooled alone")
+
+    # Features of a handful of images are the weakest of all sets; without a gallery there is nothing else to match on.
+    compared: ClassVar[int] = 2
+    compared_by_size: ClassVar[bool] = True
+    searched: ClassVar[bool] = True
+    order: ClassVar[int] = 30
+    colour: ClassVar[str] = "#d55e00"
+
+    @property
+    def traits(self) -> Traits:
+        if self.patches:
+            return Traits(frozenset({"embedding", "patch_embedding"}), reads="map")
+        return Traits(frozenset({"embedding"}), reads="features")
+
+    def build(self, *, hflip: float = 0.5) -> Agnostic:
+        return Agnostic(self.match, self.patches)
+
+    @classmethod
+    def search_space(cls) -> dict[str, Any]:
+        return {"match": ["cosine", "mse"]}
 
 
 class Agnostic(Objective):
@@ -48,14 +80,9 @@ class Agnostic(Objective):
         patches: weight of the patch term; 0 leaves it out.
     """
 
-    name = "agnostic"
-
     def __init__(self, match: Match = "cosine", patches: float = 0.0) -> None:
         super().__init__()
         self.match, self.patches = match, patches
-        needed: set[Target] = {"embedding", "patch_embedding"} if patches else {"embedding"}
-        self.targets_needed: frozenset[Target] = frozenset(needed)
-        self.reads: Reads = "map" if patches else "features"
 
     def setup(self, context: ObjectiveContext) -> None:
         """Raises ValueError when a width of the teacher's that is needed is not known."""

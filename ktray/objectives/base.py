@@ -1,28 +1,41 @@
-"""What a way of pretraining is.
+"""What an objective is: how the student is pretrained.
 
-An objective says what it needs of the teacher and of the images (`targets_needed`, stored by TEACH), turns the
-student's output and a batch into a loss, and owns whatever else it trains; those modules never enter the student.
-It must not import Ray: it runs in a notebook as in a worker.
+A file of this folder (or a module of another package, named by the entry point group ``ktray.objectives``) holds
+
+- a subclass of `ObjectiveConfig` with the recipe keys of the objective, registered by
+  ``@OBJECTIVES.register(NAME)``: `Traits` (what it needs of the teacher and of the images, stored by TEACH), its place
+  in comparisons, searches and pictures, and ``build``, which makes
+- a subclass of `Objective`: turns the student's output and a batch into a loss, and owns whatever else it trains; those
+  modules never enter the student. It must not import Ray: it runs in a notebook as in a worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-# logits, embedding and patch_embedding are the teacher's; text (the caption's tokens) and label (the class in a
-# labelled generic set) come with the image.
-Target = Literal["logits", "embedding", "patch_embedding", "text", "label"]
-Reads = Literal["logits", "features", "map"]
+from ktray.objectives.matching import ClassMatching, Matching
+from ktray.recipe.objective import NO_SOURCE, ObjectiveConfig, Reads, Target, Traits
+from ktray.recipe.registries import OBJECTIVES
+
+__all__ = [
+    "NO_SOURCE",
+    "OBJECTIVES",
+    "Batch",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveContext",
+    "Reads",
+    "Target",
+    "Traits",
+]
+
 Batch = dict[str, torch.Tensor]
 Normalise = Callable[[torch.Tensor], torch.Tensor]
 FlopsOf = Callable[[int], float]
-
-TEACHERS: frozenset[Target] = frozenset({"logits", "embedding", "patch_embedding"})
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class ObjectiveContext:
     Attributes:
         num_classes: of the target task.
         student_dim, student_map_dim: widths of the student's pooled features and of its last map (they differ where a
-            layer stands between them); the latter only where ``reads`` is ``map``.
+            layer stands between them); the latter only where the traits' ``reads`` is ``map``.
         teacher_dim, teacher_patch_dim: widths of the teacher's embedding and of its patch embeddings; None where TEACH
             stores none.
         seed: of everything random in the objective's own modules.
@@ -56,23 +69,17 @@ class ObjectiveContext:
 
 
 class Objective(nn.Module):
-    """A way of pretraining. Parameters of this module that require gradients are trained beside the student's.
+    """The loss of an objective, and what is trained beside the student. Its `Traits` say what a batch has.
 
     Attributes:
-        targets_needed: columns that a batch has beside ``pixels``: ``logits`` (N, C), ``embedding`` (N, D),
-            ``patch_embedding`` (N, D, h, w), ``text`` (N, L) int64, ``label`` (N,) int64.
-        reads: what the student gives: ``logits`` (N, C); ``features`` (N, F), pooled, before the classifier, which then
-            stays as it was; or ``map``, the pair of pooled features and the last map (N, F, h, w).
-        views: ``fixed`` takes the views that TEACH has cut, ``canvas`` takes whole images and cuts its own.
-        labelled: the task's own labelled images ride in every batch (``label_images`` (B, 3, H, W) uint8 and
-            ``label_of`` (B,) int64), and no FINETUNE follows.
+        matching: how predictions are matched, for an objective that learns from the teacher's.
     """
 
-    name: str
-    targets_needed: frozenset[Target]
-    reads: Reads = "logits"
-    views: Literal["fixed", "canvas"] = "fixed"
-    labelled: bool = False
+    matching: Matching = ClassMatching()
+
+    def match_with(self, matching: Matching) -> None:
+        """Match predictions as the task kind says."""
+        self.matching = matching
 
     def setup(self, context: ObjectiveContext) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""
@@ -91,7 +98,7 @@ class Objective(nn.Module):
         """One batch through the student to the loss; for those that call it otherwise than once.
 
         Args:
-            student: gives what ``reads`` says.
+            student: gives what the traits' ``reads`` says.
             normalise: images of 0..255 (N, 3, H, W), uint8 or float, to the student's input; resizes nothing.
             batch: ``pixels`` (N, 3, H, W) uint8, ``view_key`` (N,) int64 (the same for an image at its n-th visit,
                 whatever the worker, the order and the restart; see `ktray.data.augment.random_views`), the targets.

@@ -18,17 +18,37 @@ teacher already knows: the student learns from thousands of pairs what the teach
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ktray.objectives.base import Batch, FlopsOf, Objective, ObjectiveContext, Reads, Target
+from ktray.objectives.base import OBJECTIVES, Batch, FlopsOf, Objective, ObjectiveConfig, ObjectiveContext, Traits
 
 # CLIP's start and limit of the inverse temperature.
 _START, _LIMIT = 1 / 0.07, 100.0
 # CLIP's attention heads are this wide.
 _HEAD_WIDTH = 64
+
+
+@OBJECTIVES.register("clip")
+class ClipConfig(ObjectiveConfig):
+    """Contrastive image-text pretraining of the student on captioned images (CLIP). Use it where captions are many and
+    nothing better is known of the images. Do not use it for a task that a text-trained teacher already knows."""
+
+    name: Literal["clip"] = "clip"
+
+    sources: ClassVar[tuple[str, ...]] = ("generic", "retrieved")  # the task's own images have no captions
+    order: ClassVar[int] = 50
+    colour: ClassVar[str] = "#8a6a00"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(frozenset({"text"}), reads="features")
+
+    def build(self, *, hflip: float = 0.5) -> Clip:
+        return Clip()
 
 
 class Clip(Objective):
@@ -40,10 +60,6 @@ class Clip(Objective):
         width, layers: of the text transformer.
         dim: of the common space.
     """
-
-    name = "clip"
-    targets_needed: frozenset[Target] = frozenset({"text"})
-    reads: Reads = "features"
 
     def __init__(self, width: int = 128, layers: int = 2, dim: int = 128) -> None:
         super().__init__()

@@ -32,21 +32,54 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ktray.data.augment import random_views
 from ktray.data.views import ViewPolicy
-from ktray.objectives.base import Batch, FlopsOf, Normalise, Objective, ObjectiveContext, Reads, Target
+from ktray.objectives.base import (
+    OBJECTIVES,
+    Batch,
+    FlopsOf,
+    Normalise,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    Traits,
+)
 
 _STUDENT_TEMPERATURE = 0.1
 _CENTRE_MOMENTUM = 0.9
 # Shares of the steps: the teacher's temperature rises over the first, the prototypes rest over the second.
 _WARM, _REST = 0.1, 0.01
+
+
+@OBJECTIVES.register("dino")
+class DinoConfig(ObjectiveConfig):
+    """Self-supervised pretraining of the student by self-distillation (DINO), from images alone. Use it when nothing
+    but images can be had. Do not use it when any teacher can be had: it needs many times the steps, and
+    self-supervision gives small models little."""
+
+    name: Literal["dino"] = "dino"
+    prototypes: int = Field(1024, ge=2, description="outputs of the projection head")
+    local_crops: int = Field(6, ge=0, description="small crops beside the two large ones")
+
+    sources: ClassVar[tuple[str, ...]] = ("generic", "target", "retrieved")
+    order: ClassVar[int] = 70
+    colour: ClassVar[str] = "#8250a0"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reads="features", views="canvas")
+
+    def build(self, *, hflip: float = 0.5) -> Dino:
+        return Dino(self.prototypes, self.local_crops, hflip=hflip)
 
 
 class Head(nn.Module):
@@ -90,10 +123,6 @@ class Dino(Objective):
         teacher_temperature: at the start and after a tenth of the steps.
     """
 
-    name = "dino"
-    targets_needed: frozenset[Target] = frozenset()
-    reads: Reads = "features"
-    views = "canvas"
     center: torch.Tensor
     progress: torch.Tensor
 

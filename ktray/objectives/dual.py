@@ -19,13 +19,44 @@ transfer. Do not where the labels come later, or are many: then train on them.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
-from ktray.models.student.classifier import classifier_of
-from ktray.objectives.base import Batch, Normalise, Objective, ObjectiveContext, Reads, Target
-from ktray.objectives.oriented import Oriented
+from ktray.objectives.base import OBJECTIVES, Batch, Normalise, Objective, ObjectiveConfig, ObjectiveContext, Traits
+from ktray.objectives.matching import Matching
+from ktray.objectives.oriented import Oriented, OrientedConfig
+
+
+@OBJECTIVES.register("dual")
+class DualConfig(ObjectiveConfig):
+    """Two heads in one stage: the labels and the teacher's predictions each have a linear head on the student's
+    features. Use it with few labels and a teacher that knows the task: there is no FINETUNE that could undo the
+    transfer. Do not use it where the labels come later, or are many."""
+
+    name: Literal["dual"] = "dual"
+    label_weight: float = Field(0.5, gt=0, lt=1, description="weight of the labels' loss beside the teacher's")
+    mix: float = Field(0.5, ge=0, le=1, description="share of the label head in the student's predictions")
+    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+
+    searched: ClassVar[bool] = True
+    order: ClassVar[int] = 20
+    colour: ClassVar[str] = "#009e73"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(frozenset({"logits"}), reads="features", labelled=True)
+
+    def build(self, *, hflip: float = 0.5) -> Dual:
+        return Dual(self.temperature, self.mixup, self.label_weight, self.mix)
+
+    @classmethod
+    def search_space(cls) -> dict[str, Any]:
+        return {**OrientedConfig.search_space(), "label_weight": [0.25, 0.5]}
 
 
 class Dual(Objective):
@@ -38,11 +69,6 @@ class Dual(Objective):
         mix_temperature: b, of the distillation head when it predicts.
     """
 
-    name = "dual"
-    targets_needed: frozenset[Target] = frozenset({"logits"})
-    reads: Reads = "features"
-    labelled = True
-
     def __init__(
         self,
         temperature: float = 1.0,
@@ -54,6 +80,10 @@ class Dual(Objective):
         super().__init__()
         self.distil = Oriented(temperature, mixup)
         self.label_weight, self.mix, self.mix_temperature = label_weight, mix, mix_temperature
+
+    def match_with(self, matching: Matching) -> None:
+        super().match_with(matching)
+        self.distil.match_with(matching)
 
     def setup(self, context: ObjectiveContext) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -83,6 +113,8 @@ class Dual(Objective):
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
         """Write the mixed heads into the classifier; ``softmax`` of its output is the geometric mixture."""
+        from ktray.models.student.classifier import classifier_of  # slow to import, and every recipe loads this file
+
         classifier = classifier_of(model)
         own, other = self.mix, (1 - self.mix) / self.mix_temperature
         weight = own * self.label_head.weight + other * self.distil_head.weight

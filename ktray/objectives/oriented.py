@@ -16,26 +16,53 @@ are near chance on validation: its features may still be good, its predictions a
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import Any, ClassVar, Literal
 
-from ktray.objectives.base import Batch, Objective, Target
-from ktray.objectives.dense import by_position
+import torch
+from pydantic import Field
+
+from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig, Traits
+
+
+@OBJECTIVES.register("oriented")
+class OrientedConfig(ObjectiveConfig):
+    """Task-oriented transfer: the student matches the adapted teacher's predictions for the task. Use it when the
+    teacher knows the task, by its labels or by its text. Do not use it when the teacher's predictions are near chance
+    on validation."""
+
+    name: Literal["oriented"] = "oriented"
+    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+
+    compared: ClassVar[int] = 3
+    compared_by_size: ClassVar[bool] = True
+    searched: ClassVar[bool] = True
+    order: ClassVar[int] = 10
+    colour: ClassVar[str] = "#0072b2"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(frozenset({"logits"}))
+
+    def build(self, *, hflip: float = 0.5) -> Oriented:
+        return Oriented(self.temperature, self.mixup)
+
+    @classmethod
+    def search_space(cls) -> dict[str, Any]:
+        return {"temperature": {"low": 1.0, "high": 4.0, "log": True}, "mixup": [0.0, 0.2]}
 
 
 class Oriented(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits`` (N, C) calibrated teacher logits, or for
-    segmentation maps of them (N, C, h, w); then the mean is over all positions (see `ktray.objectives.dense`)."""
-
-    name = "oriented"
-    targets_needed: frozenset[Target] = frozenset({"logits"})
+    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits``, the teacher's calibrated predictions:
+    (N, C), maps (N, C, h, w), or what else the task kind predicts. The task kind says how predictions are matched; the
+    formula is that of classes, see `ktray.objectives.matching` for the others."""
 
     def __init__(self, temperature: float = 1.0, mixup: float = 0.0) -> None:
         super().__init__()
         self.temperature, self.mixup = temperature, mixup
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        targets = F.softmax(batch["logits"].float() / self.temperature, dim=1)
+        targets = self.matching.targets(batch["logits"].float(), self.temperature)
         images = batch["images"]
         if self.mixup > 0:
             from ktray.data.augment import mixup
@@ -44,8 +71,4 @@ class Oriented(Objective):
         return {**batch, "images": images, "targets": targets}
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        rows, targets = by_position(student_out, batch["targets"])
-        log_q = F.log_softmax(rows.float() / self.temperature, dim=1)
-        kl = F.kl_div(log_q, targets, reduction="batchmean")
-        agree = (rows.detach().argmax(1) == targets.argmax(1)).float().mean()
-        return {"loss": kl * self.temperature**2, "agreement": agree}
+        return self.matching.loss(student_out, batch["targets"], self.temperature)

@@ -14,20 +14,41 @@ the task's, and every image of it had to be labelled.
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from ktray.data.augment import mixup
-from ktray.objectives.base import Batch, Objective, ObjectiveContext, Reads, Target
+from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig, ObjectiveContext, Traits
+
+
+@OBJECTIVES.register("supervised")
+class SupervisedConfig(ObjectiveConfig):
+    """Supervised pretraining on a labelled generic set, the baseline that most published weights are. Use it where a
+    labelled set near the task exists. Do not use it in place of a teacher that knows the task: its classes are not the
+    task's, and every image of it had to be labelled."""
+
+    name: Literal["supervised"] = "supervised"
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="smoothing of the generic labels")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+
+    sources: ClassVar[tuple[str, ...]] = ("generic",)  # supervised.data is its generic set
+    order: ClassVar[int] = 60
+    colour: ClassVar[str] = "#56b4e9"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(frozenset({"label"}), reads="features")
+
+    def build(self, *, hflip: float = 0.5) -> Supervised:
+        return Supervised(self.label_smoothing, self.mixup)
 
 
 class Supervised(Objective):
     """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``label`` (N,) int64 of the generic set."""
-
-    name = "supervised"
-    targets_needed: frozenset[Target] = frozenset({"label"})
-    reads: Reads = "features"
 
     def __init__(self, label_smoothing: float = 0.1, mixup: float = 0.0) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ from ktray.data.preprocess import Preprocess
 from ktray.models.features import map_shape
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
-from ktray.objectives import build_objective
 from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.recipe.schema import index_alone
 from ktray.stages import finetune, labels, transfer
@@ -43,7 +42,7 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     student = transfer.student_spec(context).make()
     for warning in student.warnings:
         context.say(f"student   {warning}")
-    if recipe.objective.name == "scratch":
+    if not recipe.objective.has_transfer_set():
         decoded = labels.run(context, student.preprocess)
         done = finetune.run_scratch(context, decoded, booked="finetune")
         models = {"student": done}
@@ -51,7 +50,7 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     start: PhaseOutputs | None = None
     for name, phase in phases(recipe):
         inner = replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0))
-        reads_map = build_objective(phase.objective).reads == "map"
+        reads_map = phase.objective.traits.reads == "map"
         start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
         context.runtime.read += inner.runtime.read
     assert start is not None  # there is at least one phase

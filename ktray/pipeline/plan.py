@@ -17,14 +17,14 @@ from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.sources.lists import embedded_only, gallery_shards
-from ktray.data.sources.tars import read_tar
+from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 from ktray.models.features import Features, feature_dim, map_shape, trunk
 from ktray.models.flops import forward_flops, on_meta, train_flops
 from ktray.models.teacher.load import build_teacher
 from ktray.models.teacher.teacher import TeacherSource
-from ktray.objectives import ObjectiveContext, build_objective
+from ktray.objectives.base import Objective, ObjectiveContext
 from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery, transfer_images
 from ktray.recipe.schema import Recipe
@@ -63,7 +63,7 @@ def lines(found: Resolved) -> list[Line]:
     cost = _Student(student, size)
     batch = int(recipe.train.batch_size or 1)
     floor = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
-    if recipe.objective.name == "scratch":
+    if not recipe.objective.has_transfer_set():
         return [
             Line("finetune", cost.train(size) * floor * batch, 0, f"at most {floor} steps of {batch} labelled images"),
             Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
@@ -82,7 +82,7 @@ def lines(found: Resolved) -> list[Line]:
     f = recipe.finetune
     if f.steps:
         last = phases(recipe)[-1][1]
-        replay = f.replay if build_objective(last.objective).reads == "logits" else 0.0
+        replay = f.replay if last.objective.traits.replays else 0.0
         tuned = cost.train(size) * f.steps * f.batch_size * (1 + replay)
         if teacher and last.teach.mode != "cached" and taught(last):
             tuned += teacher.tower * f.steps * f.batch_size * replay
@@ -124,8 +124,9 @@ def _teacher(recipe: Recipe) -> _Teacher:
 def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Iterator[Line]:
     task, t = found.task, recipe.teacher
     size, classes = int(recipe.image_size or 32), len(task.classes)
-    objective = build_objective(recipe.objective)
-    needs = objective.targets_needed
+    objective: Objective = recipe.objective.build()
+    traits = recipe.objective.traits
+    needs = traits.targets_needed
     tower, width = (teacher.tower, teacher.width) if teacher and needs_teacher(recipe) else (0.0, 0)
     predicts = "logits" in needs
     if tower:
@@ -152,12 +153,12 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
             f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else ""),
         )
         yield Line("curate", found_by, images * 100, f"{recipe.transfer.source}, {images:,} images")
-    views = images * (1 if objective.views == "canvas" else recipe.teach.views)
+    views = images * (1 if traits.views == "canvas" else recipe.teach.views)
     halves = per_prediction(classes, int(recipe.teach.top_k)) if predicts else 0
     halves += width if "embedding" in needs else 0
     if "patch_embedding" in needs and teacher:
         halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
-    what = f"{recipe.teach.views} views of {images:,} images" if objective.views == "fixed" else f"{images:,} images"
+    what = f"{recipe.teach.views} views of {images:,} images" if traits.views == "fixed" else f"{images:,} images"
     stored, asked = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
     if not stored:
         what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher works while the student trains)"
@@ -168,7 +169,7 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
     objective.setup(_sizes(found, recipe, cost, teacher))
     per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else asked)) * batch
     beside = ""
-    if objective.labelled:
+    if traits.labelled:
         per_step += cost.train(size) * recipe.finetune.batch_size
         beside = f" and {recipe.finetune.batch_size} labelled"
     yield Line("transfer", per_step * steps, 0, f"{steps} steps of {batch}{beside}")
@@ -177,7 +178,7 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
 def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> ObjectiveContext:
     size = int(recipe.image_size or 32)
     vocabulary, text_length = 2, 1
-    if "text" in build_objective(recipe.objective).targets_needed and recipe.gallery.data is not None:
+    if "text" in recipe.objective.traits.targets_needed and recipe.gallery.data is not None:
         tokens, vocabulary = tokenise(first_captions(recipe.gallery.data, recipe.gallery.column))
         text_length = tokens.shape[1]
     return ObjectiveContext(
@@ -209,11 +210,12 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
         return found.gallery_images, f"{found.gallery_images:,}"
     recipe, g = found.recipe, found.recipe.gallery
     shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
-    tars = [s.paths[0] for s in shards if s.count is None]
-    if not all(os.path.isfile(p) for p in tars):
+    unknown = [s for s in shards if s.count is None]
+    sizes = [os.path.getsize(s.paths[0]) for s in unknown if os.path.isfile(s.paths[0])]
+    if len(sizes) < len(unknown):
         return 0, "an unknown number of"
-    images = sum(record.error is None for record in read_tar(tars[0]))
-    guess = images * sum(os.path.getsize(p) for p in tars) / max(1, os.path.getsize(tars[0]))
+    images = sum(record.error is None for record in read_shard(unknown[0]))
+    guess = images * sum(sizes) / max(1, sizes[0])
     total = round(guess) + sum(s.count or 0 for s in shards)
     return total, f"about {total:,}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import math
 import statistics
@@ -13,20 +14,22 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.decode import formats
-from ktray.data.labelled.read import LabelledSet, read_labelled
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.read import read_labelled
+from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
-from ktray.data.sources.listing import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
-from ktray.objectives import build_objective
+from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.top_k import per_prediction
+from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
 
 DEFAULT_TASK = "letters"
@@ -100,38 +103,42 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
             choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
         else:
             choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    if recipe.transfer.source == "none" and recipe.objective.has_transfer_set():
+        recipe.objective = without_transfer_set()
+    if not recipe.objective.has_transfer_set():
+        recipe.transfer.source = "none"
     name = recipe.objective.name
-    source = _source(recipe) if name == "supervised" else None
+    traits = recipe.objective.traits
+    source = _source(recipe) if "label" in traits.targets_needed else None
     if source is not None:
         gallery_images = len(source.train) + len(source.val) + len(source.test)
         if recipe.transfer.source not in ("auto", "generic"):
             raise KtrayError(
-                f"objective.name=supervised learns from supervised.data, not from transfer.source="
-                f"{recipe.transfer.source}",
+                f"objective.name={name} learns from supervised.data, not from transfer.source={recipe.transfer.source}",
                 "Leave transfer.source out.",
             )
     count = recipe.gallery.crop_count
     if "grid" in (recipe.gallery.crops, recipe.transfer.query_crops) and math.isqrt(count) ** 2 != count:
         raise KtrayError(f"gallery.crop_count={count} cells make no square grid", "Set gallery.crop_count=4, 9 or 16.")
     if recipe.transfer.source == "auto":
-        if name in ("clip", "dino", "supervised") and (has_gallery or source):
-            choose("transfer.source", "generic", f"{name} has no teacher that could retrieve")
-        elif has_gallery:
-            choose("transfer.source", "retrieved", "there is a gallery")
+        possible = ["retrieved", "generic", "target"] if has_gallery or source else ["target"]
+        best = next((one for one in recipe.objective.sources if one in possible), "target")
+        if "retrieved" not in possible:
+            choose("transfer.source", best, "no gallery.data: the task's own images are the transfer set")
+        elif best == "retrieved":
+            choose("transfer.source", best, "there is a gallery")
+        elif not traits.taught:
+            choose("transfer.source", best, f"{name} has no teacher that could retrieve")
         else:
-            choose("transfer.source", "target", "no gallery.data: the task's own images are the transfer set")
-    if recipe.transfer.source == "target" and name in ("clip", "agnostic_then_oriented"):
-        need = "captions" if name == "clip" else "a generic set"
+            choose("transfer.source", best, f"it suits {name} best")
+    if recipe.transfer.source == "target" and "target" not in recipe.objective.sources:
+        need = "captions" if "text" in traits.targets_needed else "a generic set"
         raise KtrayError(f"objective.name={name} needs {need}, and transfer.source=target", "Set gallery.data=DIR.")
     if recipe.transfer.source in ("generic", "retrieved") and not has_gallery and source is None:
         raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
-    if recipe.objective.name == "scratch" or recipe.transfer.source == "none":
-        recipe.objective.name = "scratch"
-        recipe.transfer.source = "none"
-    objective = build_objective(recipe.objective)
-    if objective.labelled and recipe.finetune.steps:
+    if traits.labelled and recipe.finetune.steps:
         choose("finetune.steps", 0, f"{name} learns from the labels while it is pretrained")
-    if objective.reads != "logits" and not objective.labelled and not recipe.finetune.steps:
+    if traits.reads != "logits" and not traits.labelled and not recipe.finetune.steps:
         raise KtrayError(
             f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
             "Set finetune.steps to at least 1; its classifier is fitted there.",
@@ -149,14 +156,14 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
     if recipe.train.batch_size is None:
         choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
-    labelled = [recipe.finetune.batch_size] if objective.labelled else []
+    labelled = [recipe.finetune.batch_size] if traits.labelled else []
     of = virtual_ranks(plan.least, plan.workers, batch, *labelled)
     each = -(-batch // of)
     if each % recipe.train.accumulate or any(rows % recipe.train.accumulate for rows in labelled):
         raise KtrayError(
             f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a "
             f"{'worker' if of == plan.workers else f'share (of {of}, for {plan.least} to {plan.workers} workers)'} "
-            "into equal parts" + (f" (and {recipe.finetune.batch_size} labelled ones)" if objective.labelled else ""),
+            "into equal parts" + (f" (and {recipe.finetune.batch_size} labelled ones)" if traits.labelled else ""),
             "Choose one that divides them, or another train.batch_size.",
         )
     if recipe.train.steps is None:
@@ -179,7 +186,7 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
     elif recipe.teach.top_k >= classes:
         choose("teach.top_k", 0, f"there are {classes:,} classes")
     if recipe.teach.mode == "auto":
-        rows = images * (recipe.teach.views if objective.views == "fixed" else 1)
+        rows = images * (recipe.teach.views if traits.views == "fixed" else 1)
         drawn = int(recipe.train.steps or 1) * batch
         row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
         beside = plan.streaming if on_gpu else 0  # on CPUs a teacher beside the training takes its cores
@@ -210,23 +217,17 @@ def labelled_task(
     if root is None:
         root, names, own_prompts = _builtin(recipe, choose, say)
         prompts = list(recipe.task.prompts or own_prompts)
-    part = recipe.task
+    part, kind = recipe.task, task_kind(recipe.task.kind)
     if part.metric == "auto":
-        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
-        choose("task.metric", metric, why)
-    task = read_labelled(
-        root,
-        kind=part.kind,
-        layout=part.layout,
-        train_list=part.train_list,
-        labels=part.labels,
-        splits=part.splits,
-        seed=part.split_seed,
-        val_fraction=part.val_fraction,
-        test_fraction=part.test_fraction,
-        labels_per_class=part.labels_per_class,
-    )
-    return task, names, prompts
+        choose("task.metric", next(iter(kind.metrics)), part.kind)
+    if part.metric not in kind.metrics:
+        near = difflib.get_close_matches(part.metric, kind.metrics, n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(
+            f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
+            f"{hint}Known are auto, {', '.join(kind.metrics)}.",
+        )
+    return kind.read(root, part), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
@@ -294,10 +295,10 @@ def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> str:
 
 
 def _source(recipe: Recipe) -> LabelledSet:
-    """The labelled generic set of objective.name=supervised."""
+    """The labelled generic set of an objective that learns from one."""
     if recipe.supervised.data is None:
         raise KtrayError(
-            "objective.name=supervised needs a labelled generic set, and supervised.data is not set",
+            f"objective.name={recipe.objective.name} needs a labelled generic set, and supervised.data is not set",
             "Set supervised.data=DIR (class folders), or choose another objective.",
         )
     return read_labelled(recipe.supervised.data, seed=0)
@@ -317,8 +318,6 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
             "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md says where they come from.",
         )
     if name not in TASKS:
-        import difflib
-
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
@@ -327,12 +326,14 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
     home = _home(recipe, say)
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
+    kind = facts.get("kind", recipe.task.kind)
+    usual = next(iter(task_kind(kind).metrics))
+    metric = facts.get("metric", usual)
     if recipe.task.kind != kind:
         choose("task.kind", kind, "the built-in task's")
-    if recipe.task.metric == "auto" and metric != "top1":
+    if recipe.task.metric == "auto" and metric != usual:
         choose("task.metric", metric, "the built-in task's")
-    if recipe.objective.name == "supervised" and recipe.supervised.data is None:
+    if "label" in recipe.objective.traits.targets_needed and recipe.supervised.data is None:
         recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))
     wanted = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
     if recipe.gallery.data is None and wanted:

@@ -11,13 +11,14 @@ import numpy as np
 from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.pipeline.results import transfer_set
+from ktray.reporting.result import SCHEMA, CurateResult, IndexResult, write_result
 from ktray.retrieval.browse import Match, Query, choose, page
 from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate.stage import REPEATED, small_images
 from ktray.stages.index.gallery import Gallery
 from ktray.storage.columns import read_rows
+from ktray.storage.store import Dir
 
-SCHEMA = 1
 LISTED = ("transfer.parquet", "dropped.parquet", "contact_sheet.png")
 
 
@@ -28,24 +29,13 @@ def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, 
     for name in LISTED:
         if curated.stage.exists(name):
             folder.write(name, curated.stage.read(name))
-    result = {
-        "schema": SCHEMA,
-        "run_id": context.run_id,
-        "folder": folder.uri,
-        "task": recipe.task.name or recipe.task.data,
-        "transfer_set": {
-            **transfer_set(recipe, facts, folder),
-            "gallery": facts["gallery"],
-            "coverage": facts.get("coverage"),
-        },
-        "cost": context.ledger.summary(),
-        "stages": context.ledger.stages(),
-        "mlflow": context.tracker.info(),
-        "versions": versions(),
-        "device": dict(context.ledger.device),
-        "wall_seconds": round(time.time() - begun, 2),
+    chosen = {
+        **transfer_set(recipe, facts, folder),
+        "gallery": facts["gallery"],
+        "coverage": facts.get("coverage"),
     }
-    folder.write_json("result.json", result)
+    found = {"task": recipe.task.name or recipe.task.data, "transfer_set": chosen, **_shared(context, folder, begun)}
+    result = write_result(folder, CurateResult(**found))
     context.tracker.final(metrics(result))
     for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
         if folder.exists(name):
@@ -58,10 +48,7 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
     """The same for jobs/index.py: what the index holds and what it cost."""
     folder, facts = context.store.run(context.run_id), index.manifest
     context.runtime.quarantine.write(folder.file("quarantine.parquet"))
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "run_id": context.run_id,
-        "folder": folder.uri,
+    found = {
         "teacher": context.recipe.teacher.name,
         "index": {
             "folder": Gallery.of(index).folder.uri,
@@ -72,19 +59,14 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
             "crops": context.recipe.gallery.crops,
             "search": facts["search"],
         },
-        "cost": context.ledger.summary(),
-        "stages": context.ledger.stages(),
         "data": {
             "read": context.runtime.read,
             "quarantined": context.runtime.quarantine.images(),
             "quarantine_list": folder.file("quarantine.parquet"),
         },
-        "mlflow": context.tracker.info(),
-        "versions": versions(),
-        "device": dict(context.ledger.device),
-        "wall_seconds": round(time.time() - begun, 2),
+        **_shared(context, folder, begun),
     }
-    folder.write_json("result.json", result)
+    result = write_result(folder, IndexResult(**found))
     cost = result["cost"]
     context.tracker.final(
         {
@@ -96,6 +78,21 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
     )
     folder.delete("running.json")
     return result
+
+
+def _shared(context: RunContext, folder: Dir, begun: float) -> dict[str, Any]:
+    """What both results have in common."""
+    return {
+        "schema": SCHEMA,
+        "run_id": context.run_id,
+        "folder": folder.uri,
+        "cost": context.ledger.summary(),
+        "stages": context.ledger.stages(),
+        "mlflow": context.tracker.info(),
+        "versions": versions(),
+        "device": dict(context.ledger.device),
+        "wall_seconds": round(time.time() - begun, 2),
+    }
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
@@ -116,7 +113,7 @@ def _page(context: RunContext, curated: StageResult) -> str:
     taken = [tuple(name for name in str(names).split(",") if name) for names in rows["strategies"]]
     uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
     labels: dict[str, int] = {}
-    if any(brought_by) and context.recipe.task.kind != "segmentation":
+    if any(brought_by) and context.kind.image_classes:
         asked = read_rows(curated.stage, "queries.parquet")
         labels = dict(zip(asked["uri"].astype(str).tolist(), asked["label"].tolist(), strict=True))
     # Queries in the order of their classes; "" stands for a draw without query.
@@ -130,7 +127,7 @@ def _page(context: RunContext, curated: StageResult) -> str:
     again = dropped.get(REPEATED, 0)
     return page(
         f"Transfer set of {context.recipe.task.name or context.recipe.task.data}: {part.source}"
-        + (f", {part.strategy}" if part.source == "retrieved" else ""),
+        + (f", {part.chosen_strategy.name}" if part.source == "retrieved" else ""),
         f"{len(uris):,} images, {len(shown):,} of them here; left out were {sum(dropped.values()) - again} copies of "
         f"held-out images and {again} that show the same as another",
         context.task.classes,

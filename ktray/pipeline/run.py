@@ -8,16 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from ktray.accounting.device import describe_device
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
-from ktray.distributed.allocation import Allocation, cluster_allocation, others
-from ktray.distributed.autoscale import gathered
-from ktray.distributed.connect import connect
-from ktray.distributed.doctor.run import require
+from ktray.distributed.allocation import Allocation
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
@@ -26,10 +22,12 @@ from ktray.pipeline import results
 from ktray.pipeline.graph import _curate, stages
 from ktray.pipeline.phases import phases
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
-from ktray.pipeline.run_folder import open_run
+from ktray.pipeline.run_folder import open_run, task_title
+from ktray.pipeline.session import open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
+from ktray.reporting.units import flatten
 from ktray.stages.base import RunContext, Runtime
 from ktray.stages.index import stage as index
 from ktray.storage.store import Store, local_home
@@ -78,8 +76,8 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
     """
     from ktray.pipeline import results_transfer_set
 
-    if recipe.objective.name == "scratch":
-        raise KtrayError("objective.name=scratch has no transfer set", "Choose another objective.")
+    if not recipe.objective.has_transfer_set():
+        raise KtrayError(f"objective.name={recipe.objective.name} has no transfer set", "Choose another objective.")
     begun = time.time()
 
     def work(context: RunContext) -> dict[str, Any]:
@@ -115,32 +113,13 @@ def _logged(
     settle: Callable[[Recipe, Allocation, Callable[[str], None]], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Work in a run's folder, logged to MLflow whatever comes of it."""
-    Store(recipe.store).check_writable()
-    connect(debug)
-    if plan is not None:
-        return _planned(recipe, say, plan, tags, work, settle)
-    with gathered(recipe.cluster, say):
-        require(recipe, say)
-        plan = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
-        if hint := others(recipe.cluster.jobs):
-            say(f"cluster   {hint}")
-        return _planned(recipe, say, plan, tags, work, settle)
-
-
-def _planned(
-    recipe: Recipe,
-    say: Callable[[str], None],
-    plan: Allocation,
-    tags: Mapping[str, str],
-    work: Callable[[RunContext], dict[str, Any]],
-    settle: Callable[[Recipe, Allocation, Callable[[str], None]], Resolved],
-) -> dict[str, Any]:
-    store = Store(recipe.store)
-    say(plan.line)
-    found = settle(recipe, plan, say)
-    for reason in found.reasons:
-        say(f"recipe    {reason}")
     with contextlib.ExitStack() as until:
+        session = until.enter_context(open_session(recipe, say, debug, plan))
+        store, plan = session.store, session.allocation
+        say(plan.line)
+        found = settle(recipe, plan, say)
+        for reason in found.reasons:
+            say(f"recipe    {reason}")
         context = _open(store, found, plan, say, tags, until)
         status = "FAILED"
         try:
@@ -189,10 +168,9 @@ def _open(
         local / "runs" / run_id / "mlflow.json",
         local,
     )
-    flat = {k: v for k, v in _flat(recipe.model_dump(mode="json")).items() if v is not None}
     tracker.start(
         run_id,
-        params=flat,
+        params=logged_params(recipe),
         tags=run_tags(
             recipe.mlflow,
             {"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
@@ -236,17 +214,14 @@ def _context(
 
 
 def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
-    if tags.get("job") == "index":
-        return "index"
-    task = recipe.task.name or Path(str(recipe.task.data)).stem
-    return f"{''.join(c if c.isalnum() else '-' for c in task)[:24]}-{recipe.objective.name}"
+    return "index" if tags.get("job") == "index" else f"{task_title(recipe)}-{recipe.objective.name}"
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict) and item and key not in ("kwargs",):
-            out.update(_flat(item, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = json.dumps(item) if isinstance(item, dict | list) else item
-    return out
+def logged_params(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as parameters of an MLflow run, by dotted key; lists and keyword arguments as JSON."""
+    whole = flatten(
+        recipe.model_dump(mode="json"),
+        keep=lambda name, value: isinstance(value, list) or not value or name.endswith(".kwargs"),
+    )
+    found = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in whole.items()}
+    return {key: value for key, value in found.items() if value is not None}

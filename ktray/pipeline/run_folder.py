@@ -6,12 +6,21 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import ktray
+from ktray.recipe.load import DEFAULT
+from ktray.recipe.schema import Recipe
 from ktray.storage.lease import FOLDER, Lease
 from ktray.storage.store import Dir, Store
 
 RUNNING = "running.json"
+
+
+def task_title(recipe: Recipe) -> str:
+    """The recipe's task in a run's id: its name or the stem of its data, 24 letters, digits and dashes at most."""
+    task = recipe.task.name or Path(str(recipe.task.data or DEFAULT)).stem
+    return "".join(c if c.isalnum() else "-" for c in task)[:24]
 
 
 def open_run(

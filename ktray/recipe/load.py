@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,6 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from ktray.errors import KtrayError
+from ktray.recipe.choice import DEFAULT_OBJECTIVE, chosen, fitting, objective_rows, objectives, owners, strategies
+from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.registries import OBJECTIVES, STRATEGIES
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
 from ktray.redact import credential_in
@@ -18,6 +22,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 DEFAULT = "letters"
+WHOLE = ("kwargs", "strategy")  # mappings that are replaced, not merged
 
 
 def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
@@ -25,11 +30,18 @@ def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, A
     rows: list[tuple[str, Any, str, str]] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if kind is ObjectiveConfig:
+            names = "|".join(config.objective_name() for config in objectives())
+            text = ObjectiveConfig.model_fields["name"].description or ""
+            rows.append((f"{prefix}{name}.name", DEFAULT_OBJECTIVE, names, text))
+            rows += [(f"{prefix}{name}.{key}", default, _type_name(k), t) for key, default, k, t in objective_rows()]
+        elif isinstance(kind, type) and issubclass(kind, Section):
             rows += schema(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            rows.append((prefix + name, default, _type_name(kind), field.description or ""))
+            known = "|".join(config.strategy_name() for config in strategies())
+            shown = known if prefix + name == STRATEGIES.key else _type_name(kind)
+            rows.append((prefix + name, default, shown, field.description or ""))
     return rows
 
 
@@ -39,10 +51,12 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
     Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
     recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
     (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types.
+    ``gallery.data=[a,b]`` have their types. A file's keys of objectives other than the chosen one are dropped
+    (`ktray.recipe.choice` has the rules).
 
     Raises:
-        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
+        KtrayError: no such recipe, unknown key (the nearest is named), a value of the wrong type, or an override of an
+            objective that is not the chosen one.
     """
     wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
     raw: dict[str, Any] = {}
@@ -60,13 +74,13 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
         if not sign:
             raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
         _set(raw, key.strip(), _parse_value(value))
-    return _validate(raw)
+    return _validate(raw, [text.partition("=")[0].strip() for text in overrides])
 
 
 def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
     """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
     for key, value in more.items():
-        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key != "kwargs":
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and key not in WHOLE:
             if key == "student" and "name" in value:
                 raw[key].pop("kwargs", None)
             _merge(raw[key], value)
@@ -75,25 +89,36 @@ def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
-    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does."""
+    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does.
+
+    A new ``objective.name`` keeps those of the objective's keys that have been set and that the new objective has too.
+    """
     raw = recipe.model_dump(mode="json")
+    # Without defaults: those of the new objective count, not those of the old one.
+    raw["objective"] = {"name": recipe.objective.name, **recipe.objective.model_dump(mode="json", exclude_unset=True)}
     for key, value in keys.items():
         _set(raw, key, value)
-    return _validate(raw)
+    return _validate(raw, keys)
 
 
-def _validate(raw: dict[str, Any]) -> Recipe:
+def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
+    """The recipe of merged keys; ``explicit`` are those of the command line, of a method or of a trial."""
     _check_keys(raw)
     _check_secrets(raw)
+    part = raw.get("objective")
+    where: list[str] = []
     try:
+        if isinstance(part, dict):
+            where = ["objective"]
+            asked = [key.partition(".")[2] for key in explicit if key.startswith("objective.")]
+            raw = {**raw, "objective": chosen(fitting(part, asked))}
+            where = []
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(
-            str(part) for part in first["loc"] if not str(part).startswith(("function", "literal", "bool"))
-        )
+        where += [str(one) for one in first["loc"] if not str(one).startswith(("function", "literal", "bool"))]
         raise KtrayError(
-            f"Recipe key '{where}' does not accept {first.get('input')!r}: {first['msg']}",
+            f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: {first['msg']}",
             "See --help for each key's type.",
         ) from error
 
@@ -136,6 +161,8 @@ def _parse_value(text: str) -> Any:
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
+    if key == OBJECTIVES.key and isinstance(value, str):
+        OBJECTIVES.get(value)  # before its keys: without its package nobody has them
     known = {row[0] for row in schema()}
     if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
@@ -148,11 +175,13 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str = "") -> None:
+    if model is ObjectiveConfig and isinstance(raw.get("name"), str):
+        OBJECTIVES.get(raw["name"])  # before its keys: without its package nobody has them
     for name, value in raw.items():
         field = model.model_fields.get(name)
-        if field is None:
+        if field is None and not (model is ObjectiveConfig and owners(name)):
             raise _unknown(f"{prefix}{name}")
-        kind = field.annotation
+        kind = field.annotation if field else None
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
             _check_keys(value, kind, f"{prefix}{name}.")
 

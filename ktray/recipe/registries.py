@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.registry import Registry
+from ktray.recipe.strategy import StrategyConfig
 
-OBJECTIVES: Registry[Any] = Registry("objective", "objective.name", "ktray.objectives", "ktray.objectives")
-STRATEGIES: Registry[Any] = Registry("strategy", "transfer.strategy", "ktray.retrieval.strategies", "ktray.strategies")
+OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry(
+    "objective", "objective.name", "ktray.objectives", "ktray.objectives"
+)
+STRATEGIES: Registry[type[StrategyConfig]] = Registry(
+    "strategy", "transfer.strategy", "ktray.retrieval.strategies", "ktray.strategies"
+)
 TASKS: Registry[Any] = Registry("task kind", "task.kind", "ktray.tasks", "ktray.tasks")
 TEACHERS: Registry[Any] = Registry("teacher family", "teacher.name", "ktray.models.teacher.families", "ktray.teachers")
 SOURCES: Registry[Any] = Registry("source", "gallery.data", "ktray.data.sources", "ktray.sources")

@@ -6,15 +6,19 @@ reason, and written to the run folder's ``recipe.yaml``, which runs again as ``-
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, field_validator
 
 from ktray.recipe.bench import BenchConfig
+from ktray.recipe.choice import DEFAULT_STRATEGY, default_objective, strategy_of, strategy_value, validated
 from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
+from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
+from ktray.recipe.strategy import StrategyConfig
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
 
@@ -25,9 +29,14 @@ class TaskConfig(Section):
         description="labelled images: folder with train/ val/ test/, folder of class folders, or CSV/Parquet list; for "
         "segmentation train/images + train/masks (and val, test) + classes.txt",
     )
-    kind: Literal["classification", "segmentation"] = Field("classification", description="what is predicted")
-    metric: Literal["auto", "top1", "mean_class_accuracy", "miou"] = Field(
-        "auto", description="what models are chosen by and judged on; auto: top1, or miou for segmentation"
+    kind: str = Field(
+        "classification",
+        description="what is predicted: classification, segmentation, or the name of a task kind of another package",
+    )
+    metric: str = Field(
+        "auto",
+        description="what models are chosen by and judged on: top1 or mean_class_accuracy; miou or mean_class_accuracy "
+        "for segmentation; auto: the first of these",
     )
     labels_per_class: int | None = Field(None, ge=1, description="label budget per class; null uses all of train")
     labels: int | None = Field(None, ge=1, description="label budget in images, for segmentation; null uses all")
@@ -42,6 +51,13 @@ class TaskConfig(Section):
     prompts: list[str] | None = Field(
         None, description="templates with {} for the text head; null: the task's own or ktray's"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != cls.model_fields["kind"].default:  # the default is there, and its imports take seconds
+            TASKS.get(value)
+        return value
 
 
 class GalleryConfig(Section):
@@ -128,8 +144,8 @@ class TransferConfig(Section):
         "auto",
         description="where the transfer set comes from; auto: retrieved when there is a gallery, else target",
     )
-    strategy: Literal["query_balanced", "class_balanced", "best_first", "diverse", "informative"] = Field(
-        "query_balanced", description="which of the images that the queries find are taken"
+    strategy: Annotated[str | dict[str, Any], BeforeValidator(strategy_value)] = Field(
+        DEFAULT_STRATEGY, description=StrategyConfig.model_fields["name"].description
     )
     size: int | None = Field(None, ge=1, description="images in the transfer set; null: from gallery and machine")
     queries: Literal["images", "text", "both"] = Field(
@@ -151,6 +167,11 @@ class TransferConfig(Section):
         None, description="source=list: Parquet, CSV or text file of the images' paths or uris, local or s3://"
     )
     seed: int = Field(0, description="seed of source=generic")
+
+    @property
+    def chosen_strategy(self) -> StrategyConfig:
+        """The strategy, with its own keys."""
+        return strategy_of(self.strategy)
 
 
 class SupervisedConfig(Section):
@@ -181,26 +202,6 @@ class TeachConfig(Section):
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     jitter: float = Field(0.2, ge=0, lt=1, description="strength of brightness, contrast and saturation changes")
     seed: int = Field(0, description="seed of the views")
-
-
-class ObjectiveConfig(Section):
-    name: Literal["oriented", "dual", "agnostic", "agnostic_then_oriented", "clip", "supervised", "dino", "scratch"] = (
-        Field("oriented", description="way of pretraining")
-    )
-    match: Literal["cosine", "mse", "contrastive"] = Field(
-        "cosine", description="agnostic: how the teacher's features are matched"
-    )
-    patches: float = Field(0.0, ge=0, description="agnostic: weight of the patch features; 0 matches the pooled alone")
-    generic_share: float = Field(
-        0.5, gt=0, lt=1, description="agnostic_then_oriented: share of the steps that go to the generic part"
-    )
-    label_weight: float = Field(0.5, gt=0, lt=1, description="dual: weight of the labels' loss beside the teacher's")
-    mix: float = Field(0.5, ge=0, le=1, description="dual: share of the label head in the student's predictions")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="supervised: smoothing of the generic labels")
-    prototypes: int = Field(1024, ge=2, description="dino: outputs of the projection head")
-    local_crops: int = Field(6, ge=0, description="dino: small crops beside the two large ones")
-    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
 
 
 class TrainConfig(Section):
@@ -264,7 +265,9 @@ class Recipe(Section):
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
     teach: TeachConfig = TeachConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(validated)] = Field(
+        default_factory=default_objective
+    )
     supervised: SupervisedConfig = SupervisedConfig()
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()

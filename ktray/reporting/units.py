@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -70,12 +70,22 @@ def aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> 
     return "\n".join(lines)
 
 
-def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings and lists as rows of a dotted name and what stands there."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = list(enumerate(value))
-    else:
-        return [(prefix, value)]
-    return [row for key, part in items for row in flat(part, f"{prefix}.{key}" if prefix else str(key))]
+def flatten(value: Any, keep: Callable[[str, Any], bool] = lambda name, value: False) -> dict[str, Any]:
+    """Nested mappings and lists as one dictionary from dotted names (``a.b.0``) to values, in order.
+
+    Args:
+        keep: given a dotted name and the mapping or list that stands there; True: it becomes a value as it is. Empty
+            ones that are not kept vanish.
+    """
+    found: dict[str, Any] = {}
+
+    def visit(name: str, node: Any) -> None:
+        nested = isinstance(node, Mapping | list | tuple)
+        if not nested or (name and keep(name, node)):
+            found[name] = node
+            return
+        for key, part in node.items() if isinstance(node, Mapping) else enumerate(node):
+            visit(f"{name}.{key}" if name else str(key), part)
+
+    visit("", value)
+    return found

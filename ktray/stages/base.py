@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
@@ -17,12 +17,13 @@ from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.tracking.tracker import Tracker
 from ktray.training import messages
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Message, Started, TeacherFlops
 
 if TYPE_CHECKING:
-    from ktray.data.labelled.read import LabelledSet
+    from ktray.data.labelled.labelled_set import LabelledSet
 
 
 @dataclass
@@ -63,7 +64,7 @@ class RunContext:
         fingerprint: of the labelled set (which image has which label in which split).
         canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
         metric: what models are chosen by and judged on: a key of the task's metrics.
-        source: the labelled generic set of an objective that learns from one.
+        source: the labelled generic set (``supervised.data``) of an objective that learns from one.
     """
 
     recipe: Recipe
@@ -103,6 +104,11 @@ class RunContext:
     def names(self) -> list[str]:
         """The classes as text for a text tower."""
         return self.class_names if len(self.class_names) == len(self.task.classes) else self.task.classes
+
+    @property
+    def kind(self) -> TaskKind:
+        """The task kind of the recipe."""
+        return task_kind(self.recipe.task.kind)
 
 
 @dataclass
@@ -184,7 +190,7 @@ class Reporter:
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
                 case _:
-                    assert_never(message)
+                    raise TypeError(f"no message: {message!r}")
 
     def _advance(self, message: messages.Progress) -> None:
         """Steps are done: what is new in their totals is counted."""

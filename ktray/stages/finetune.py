@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ktray.data.views import ViewPolicy
-from ktray.recipe.schema import FinetuneConfig, ObjectiveConfig, TrainConfig
+from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.schema import FinetuneConfig, TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs
 from ktray.stages.labels import labels_of
@@ -68,15 +69,10 @@ def run(context: RunContext, transfer: StageResult, targets: TeachResult, labels
 
 def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
     part = inputs.finetune
-    settings = TrainerSettings(
-        steps=part.steps,
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=part.warmup,
-        ema=part.ema,
+    settings = TrainerSettings.of(
+        part,
         clip=inputs.train.clip,
         seed=inputs.seed,
-        evals=part.evals,
         checkpoint_seconds=inputs.train.checkpoint_seconds,
         keep="best",
     )
@@ -134,27 +130,14 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
 
 def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
     part = inputs.train
-    settings = TrainerSettings(
-        steps=inputs.steps,
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=part.warmup,
-        ema=part.ema,
-        clip=part.clip,
-        seed=inputs.seed,
-        evals=15,
-        accumulate=part.accumulate,
-        patience=5,
-        checkpoint_seconds=part.checkpoint_seconds,
-        keep="best",
-    )
+    settings = TrainerSettings.of(part, steps=inputs.steps, seed=inputs.seed, evals=15, patience=5, keep="best")
     job = FinetuneSpec(
         settings,
         inputs.student,
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         int(part.batch_size or 1),
-        ObjectiveConfig(name="scratch"),
+        None,
         part,
         inputs.metric,
         runtime.store.sub("precision"),

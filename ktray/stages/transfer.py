@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from ktray.data.views import ViewPolicy
 from ktray.distributed.mailbox import open_mailbox
-from ktray.objectives import build_objective
-from ktray.recipe.schema import ObjectiveConfig, TrainConfig
+from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.schema import TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import labels_of
@@ -59,7 +59,7 @@ class TransferInputs(StageInputs):
         cls, context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None
     ) -> TransferInputs:
         recipe = context.recipe
-        labelled = build_objective(recipe.objective).labelled
+        labelled = recipe.objective.traits.labelled
         return cls(
             targets=targets,
             labels=labels,
@@ -84,18 +84,7 @@ def run(
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
     part = inputs.train
-    settings = TrainerSettings(
-        steps=int(part.steps or 1),
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        warmup=part.warmup,
-        ema=part.ema,
-        clip=part.clip,
-        seed=inputs.seed,
-        evals=5,
-        checkpoint_seconds=part.checkpoint_seconds,
-        accumulate=part.accumulate,
-    )
+    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, evals=5)
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,

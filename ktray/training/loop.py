@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from ktray.recipe.section import Section
 from ktray.training.messages import CurvePoint, LoopMessage, Progress, Started
 
 Batch = dict[str, torch.Tensor]
@@ -41,6 +42,12 @@ class TrainerSettings:
     keep: str = "last"  # or "best": the weights with the best validation score, the starting ones included
     accumulate: int = 1  # parts of a step's batch, one after the other
     patience: int = 0  # evaluations without a better score after which training stops; 0: never
+
+    @classmethod
+    def of(cls, part: Section, **others: Any) -> TrainerSettings:
+        """Those of a recipe's section, by their names there, and ``others``, which also win over the section's."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{name: value for name, value in part if name in names}, **others})
 
 
 @dataclass

@@ -9,8 +9,9 @@ import torch
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Agnostic, ObjectiveContext, build_objective
-from ktray.recipe.schema import ObjectiveConfig
+from ktray.objectives.agnostic import Agnostic
+from ktray.objectives.base import ObjectiveContext
+from ktray.recipe.choice import chosen
 
 N, F, D = 6, 5, 7
 
@@ -148,7 +149,8 @@ def test_gradient_of_the_patch_term_reaches_its_own_projection_and_the_map():
     objective.loss((features, last), batch)["loss"].backward()
     assert (last.grad.abs().sum(1) > 0).all()
     assert all(p.grad is not None for p in objective.parameters())
-    assert (objective.reads, objective.targets_needed) == ("map", {"embedding", "patch_embedding"})
+    traits = chosen({"name": "agnostic", "patches": 0.5}).traits
+    assert (traits.reads, traits.targets_needed) == ("map", {"embedding", "patch_embedding"})
 
 
 def test_patches_need_both_widths():
@@ -158,6 +160,7 @@ def test_patches_need_both_widths():
 
 
 def test_build_follows_the_recipe():
-    built = build_objective(ObjectiveConfig(name="agnostic", match="mse"))
+    section = chosen({"name": "agnostic", "match": "mse"})
+    built = section.build()
     assert isinstance(built, Agnostic)
-    assert (built.match, built.reads, built.targets_needed) == ("mse", "features", {"embedding"})
+    assert (built.match, section.traits.reads, section.traits.targets_needed) == ("mse", "features", {"embedding"})

@@ -10,7 +10,8 @@ from scipy.special import log_softmax
 from ktray.models.features import Features
 from ktray.models.flops import count_flops
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Clip, ObjectiveContext
+from ktray.objectives.base import ObjectiveContext
+from ktray.objectives.clip import Clip
 
 N, F, VOCABULARY, LENGTH = 6, 5, 12, 7
 END = VOCABULARY - 1

@@ -11,8 +11,8 @@ from scipy.special import log_softmax, softmax
 from ktray.data.augment import random_views, view_keys
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Dino, ObjectiveContext
-from ktray.objectives.dino import Head, local_side
+from ktray.objectives.base import ObjectiveContext
+from ktray.objectives.dino import Dino, Head, local_side
 
 N, K = 4, 16
 

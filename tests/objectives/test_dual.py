@@ -10,7 +10,8 @@ from sklearn.metrics import log_loss
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import Dual, ObjectiveContext
+from ktray.objectives.base import ObjectiveContext
+from ktray.objectives.dual import Dual
 
 N, B, C, F = 6, 4, 3, 5
 

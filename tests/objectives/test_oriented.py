@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from ktray.objectives import ObjectiveContext, Oriented, Scratch, build_objective
-from ktray.recipe.schema import ObjectiveConfig
+from ktray.objectives.base import ObjectiveContext
+from ktray.objectives.oriented import Oriented
+from ktray.objectives.scratch import Scratch
+from ktray.recipe.choice import chosen
 
 
 def closed_form(teacher, student, t):
@@ -58,13 +60,12 @@ def test_scratch_is_cross_entropy_and_needs_no_targets():
     logits, label = torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 0, 1, 2])
     expected = -torch.log_softmax(logits.double(), 1)[torch.arange(7), label].mean()
     assert float(Scratch().loss(logits, {"label": label})["loss"]) == pytest.approx(float(expected), rel=1e-5)
-    assert Scratch().targets_needed == frozenset()
+    assert chosen({"name": "scratch"}).traits.targets_needed == frozenset()
 
 
 def test_build_follows_the_recipe():
-    part = ObjectiveConfig(name="oriented", temperature=3.0, mixup=0.2)
-    built = build_objective(part)
+    built = chosen({"name": "oriented", "temperature": 3.0, "mixup": 0.2}).build()
     built.setup(ObjectiveContext(3, 8, None, 0))
     assert isinstance(built, Oriented)
     assert (built.temperature, built.mixup) == (3.0, 0.2)
-    assert isinstance(build_objective(ObjectiveConfig(name="scratch")), Scratch)
+    assert isinstance(chosen({"name": "scratch"}).build(), Scratch)

@@ -9,7 +9,8 @@ from sklearn.metrics import log_loss
 
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
-from ktray.objectives import ObjectiveContext, Supervised
+from ktray.objectives.base import ObjectiveContext
+from ktray.objectives.supervised import Supervised
 
 N, F, K = 8, 5, 4
 LABEL = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from results import check_result
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
@@ -51,6 +52,7 @@ def folder(world):
 
 def test_the_job_says_what_the_index_holds(world, folder):
     place, result = folder
+    check_result("index", world / "store" / "runs" / result["run_id"] / "result.json")
     assert result["index"]["rows"] == result["index"]["images"] == ROWS
     assert result["index"]["folder"] == str(place)
     assert result["cost"]["flops"]["index"] > 0

@@ -11,6 +11,7 @@ import timm
 import torch
 from image_zoo import write_zoo
 from PIL import Image
+from results import check_result
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
 import ktray
@@ -48,7 +49,7 @@ def first(cluster, world, tmp_path_factory):
 
 def test_result_holds_the_contract_and_the_student_learned(first):
     store, _, result, _, _ = first
-    on_disk = json.loads((store / "runs" / result["run_id"] / "result.json").read_text())
+    on_disk = check_result("distill", store / "runs" / result["run_id"] / "result.json")
     assert on_disk == json.loads(json.dumps(result))
     assert result["metric"]["test_images"] == 45
     assert set(result["metric"]["per_class"]) == set(CLASSES)

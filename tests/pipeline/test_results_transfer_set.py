@@ -6,6 +6,7 @@ import sqlite3
 
 import pyarrow.parquet as pq
 import pytest
+from results import check_result
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
@@ -53,7 +54,7 @@ def test_the_set_is_listed_counted_and_shown(world, balanced):
     page = (folder / "transfer.html").read_text()
     assert all(row["uri"].rpartition("/")[2] in page for row in rows)
     assert (folder / "contact_sheet.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert check_result("curate", folder / "result.json") == json.loads(json.dumps(result))
     assert not (folder / "running.json").exists()
 
 
@@ -94,6 +95,7 @@ def test_random_draws_and_the_tasks_own_images_have_a_page_too(world):
     for source in ("generic", "target"):
         result = curate_only(keys(world, f"transfer.source={source}"), lambda text: None)
         assert result["transfer_set"]["coverage"] is None
+        check_result("curate", world / "store" / "runs" / result["run_id"] / "result.json")
         shown = data_of((world / "store" / "runs" / result["run_id"] / "transfer.html").read_text())
         assert shown["queries"] == [{"uri": "", "class": None, "thumb": None}]
         assert len(shown["images"]) == result["transfer_set"]["kept"]

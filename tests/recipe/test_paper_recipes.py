@@ -11,7 +11,7 @@ from PIL import Image
 from small_task import write_generic
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.distributed.allocation import allocate as share_out
 from ktray.jobs.compare.methods import recipe_of
 from ktray.pipeline.plan import RATES, lines

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ktray.retrieval.search import search
-from ktray.retrieval.select import query_balanced, random_selection
+from ktray.retrieval.select import random_selection
+from ktray.retrieval.strategies.base import in_turn
 
 
 def reference(index: np.ndarray, size: int, exclude: set[int]) -> list[tuple[int, int, int]]:
@@ -37,14 +38,14 @@ def test_agrees_with_the_reference(seed: int) -> None:
     k, size = int(rng.integers(1, gallery + 1)), int(rng.integers(0, 70))
     similarity, index = hits(rng, queries, gallery, k)
     exclude = {int(i) for i in rng.integers(0, gallery, size=int(rng.integers(0, 6)))}
-    got = query_balanced(similarity, index, size, exclude=exclude)
+    got = in_turn(similarity, index, size, exclude=exclude)
     expected = reference(index, size, exclude)
     columns = zip(got.gallery.tolist(), got.query.tolist(), got.rank.tolist(), strict=True)
     assert list(columns) == expected
     assert got.similarity.tolist() == [similarity[q, r] for _, q, r in expected]
     assert len(set(got.gallery.tolist())) == len(got) == size - got.missing
     assert not set(got.gallery.tolist()) & exclude
-    array = query_balanced(similarity, index, size, exclude=np.array(sorted(exclude), dtype=np.int64))
+    array = in_turn(similarity, index, size, exclude=np.array(sorted(exclude), dtype=np.int64))
     np.testing.assert_array_equal(array.gallery, got.gallery)
 
 
@@ -53,7 +54,7 @@ def test_arithmetic_of_the_released_lists() -> None:
     queries, quota = 1200, 128 - 1
     similarity = np.linspace(1, 0, 400, dtype=np.float32)[None].repeat(queries, 0)
     index = (np.arange(queries)[:, None] * 160 + np.arange(400)) % (queries * 160)  # neighbours share hits
-    got = query_balanced(similarity, index, queries * quota)
+    got = in_turn(similarity, index, queries * quota)
     assert len(got) == 152_400
     assert (np.bincount(got.query) == 127).all()
     assert (got.missing, got.shortfall, got.retry_k) == (0, 0, 0)
@@ -61,15 +62,15 @@ def test_arithmetic_of_the_released_lists() -> None:
 
 def test_first_queries_have_one_more_and_a_smaller_size_is_a_prefix() -> None:
     similarity, index = hits(np.random.default_rng(0), 5, 100, 60)
-    got = query_balanced(similarity, index, 23)
+    got = in_turn(similarity, index, 23)
     assert np.bincount(got.query).tolist() == [5, 5, 5, 4, 4]
-    smaller = query_balanced(similarity, index, 11)
+    smaller = in_turn(similarity, index, 11)
     np.testing.assert_array_equal(smaller.gallery, got.gallery[:11])
 
 
 def test_hits_that_were_not_needed_change_nothing() -> None:
     similarity, index = hits(np.random.default_rng(1), 6, 200, 200)
-    few, all_ = query_balanced(similarity[:, :60], index[:, :60], 48), query_balanced(similarity, index, 48)
+    few, all_ = in_turn(similarity[:, :60], index[:, :60], 48), in_turn(similarity, index, 48)
     assert few.shortfall == 0
     np.testing.assert_array_equal(few.gallery, all_.gallery)
 
@@ -78,7 +79,7 @@ def test_a_query_without_hits_left_passes_its_share_on_and_says_so() -> None:
     # Both queries want the same three images first; the second has nothing else.
     index = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]])
     similarity = np.where(index >= 0, 1 - index / 10, -np.inf).astype(np.float32)
-    got = query_balanced(similarity, index, 6)
+    got = in_turn(similarity, index, 6)
     assert got.gallery.tolist() == [0, 1, 2, 3, 4, 5]
     assert got.query.tolist() == [0, 1, 0, 0, 0, 0]
     assert got.rank.tolist() == [0, 1, 2, 3, 4, 5]
@@ -93,7 +94,7 @@ def test_searching_again_with_retry_k_ends_without_shortfall() -> None:
     exclude = search(queries, [(0, gallery)], 4)[1][0]
     k, tried = 20, []
     while True:
-        got = query_balanced(*search(queries, [(0, gallery)], k), 200, exclude=exclude)
+        got = in_turn(*search(queries, [(0, gallery)], k), 200, exclude=exclude)
         tried.append(k)
         if not got.retry_k:
             break
@@ -107,16 +108,16 @@ def test_searching_again_with_retry_k_ends_without_shortfall() -> None:
 
 def test_a_gallery_that_is_too_small_is_taken_whole() -> None:
     similarity, index = hits(np.random.default_rng(3), 3, 20, 20)
-    got = query_balanced(similarity, index, 30, exclude={4})
+    got = in_turn(similarity, index, 30, exclude={4})
     assert sorted(got.gallery.tolist()) == [i for i in range(20) if i != 4]
     assert got.missing == 11
 
 
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="not both"):
-        query_balanced(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.int64), 1)
+        in_turn(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.int64), 1)
     with pytest.raises(ValueError, match="size is -1"):
-        query_balanced(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int64), -1)
+        in_turn(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int64), -1)
 
 
 def test_random_selection() -> None:

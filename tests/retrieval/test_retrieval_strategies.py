@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from ktray.retrieval.search import search
-from ktray.retrieval.select import query_balanced
-from ktray.retrieval.strategies import best_first, class_balanced, diverse, farthest_points, informative
+from ktray.retrieval.strategies.base import in_turn
+from ktray.retrieval.strategies.best_first import best_first
+from ktray.retrieval.strategies.class_balanced import class_balanced
+from ktray.retrieval.strategies.diverse import diverse, farthest_points
+from ktray.retrieval.strategies.informative import informative
 
 Q, N, K, D = 5, 60, 24, 8
 
@@ -89,7 +92,7 @@ def test_diverse_keeps_the_shares_and_takes_farthest_points(given):
         own = gallery[selection.gallery[selection.query == 0]]
         return (own @ own.T)[np.triu_indices(len(own), 1)].max()
 
-    assert spread(chosen) < spread(query_balanced(similarity, index, 20))
+    assert spread(chosen) < spread(in_turn(similarity, index, 20))
 
 
 def test_farthest_points_of_a_line():
@@ -107,7 +110,7 @@ def test_informative_takes_the_least_decided_of_each_query(given):
     alone = informative(similarity[:1], index[:1], margin[index[:1]], 5)
     assert alone.gallery.tolist() == sorted(index[0].tolist(), key=lambda i: margin[i])[:5]
     assert informative(similarity, index, np.ones((Q, K)), 10).gallery.tolist() == (
-        query_balanced(similarity, index, 10).gallery.tolist()
+        in_turn(similarity, index, 10).gallery.tolist()
     )
 
 

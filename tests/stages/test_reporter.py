@@ -123,5 +123,5 @@ def test_a_message_that_is_lost_loses_no_count(made):
 
 def test_what_is_no_message_is_refused(made):
     reporter, _, _ = made()
-    with pytest.raises(AssertionError):
+    with pytest.raises(TypeError, match="step"):
         reporter.post({"step": 1})

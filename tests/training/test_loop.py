@@ -11,6 +11,7 @@ from payloads import write_torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ktray.recipe.schema import FinetuneConfig
 from ktray.training.loop import (
     Average,
     Trainer,
@@ -80,6 +81,15 @@ class Recorder:
     @property
     def hooks(self):
         return TrainerCallbacks(save=self.save, progress=self.posts.append, folder=self.folder)
+
+
+def test_settings_take_a_section_by_name_and_other_values_win():
+    part = FinetuneConfig(steps=7, lr=0.25, evals=3)
+    found = TrainerSettings.of(part, steps=9, clip=2.0, seed=4, keep="best")
+    assert (found.steps, found.lr, found.evals, found.ema) == (9, 0.25, 3, part.ema)
+    assert (found.clip, found.seed, found.keep) == (2.0, 4, "best")
+    with pytest.raises(TypeError, match="clip"):
+        TrainerSettings.of(part, seed=4)
 
 
 def test_schedule_is_linear_then_half_cosine():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ktray.data.preprocess import Preprocess
-from ktray.objectives import ObjectiveContext, build_objective
-from ktray.recipe.schema import ObjectiveConfig
+from ktray.objectives.base import ObjectiveContext
+from ktray.recipe.choice import chosen
 from ktray.training.programs import Pretrain
 
 
@@ -26,7 +26,7 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("size", [32, 64])
 def test_small_crops_of_dino_reach_the_student_small(size: int) -> None:
     student = Recorder()
-    objective = build_objective(ObjectiveConfig(name="dino", prototypes=8, local_crops=3))
+    objective = chosen({"name": "dino", "prototypes": 8, "local_crops": 3}).build()
     objective.setup(
         ObjectiveContext(num_classes=2, student_dim=8, teacher_dim=None, seed=0, student=student, image_size=size)
     )

@@ -31,6 +31,7 @@ from ktray.jobs.bench.workers import workers
 from ktray.miniverse.photos import ensure_tars
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
+from ktray.reporting.result import SCHEMA, BenchResult, write_result
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
 
@@ -65,8 +66,8 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
                 say(markdown([row]).splitlines()[-1])
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-bench-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
-    result = {
-        "schema": 1,
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
         "run_id": run_id,
         "rows": [row.to_dict() for row in rows],
         "peak_memory_bytes": peak.bytes,
@@ -79,7 +80,7 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     folder.write("recipe.yaml", dump(recipe).encode())
     folder.write("bench.md", _page(result, rows, recipe.bench.quick).encode())
     result["mlflow"] = log(recipe, Path(store.path), result, rows)
-    folder.write_json("result.json", result)
+    result = write_result(folder, BenchResult(**result))
     if recipe.bench.json_file:
         target = Path(recipe.bench.json_file)
         target.parent.mkdir(parents=True, exist_ok=True)

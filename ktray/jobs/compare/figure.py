@@ -14,23 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from ktray.accounting.ledger import STAGES
+from ktray.recipe.registries import OBJECTIVES
+from ktray.tasks.base import metric_label
 
-# Colour-blind safe (Okabe and Ito); an objective's colour, the transfer set's marker.
-COLOURS = {
-    "oriented": "#0072b2",
-    "agnostic": "#d55e00",
-    "dual": "#009e73",
-    "agnostic_then_oriented": "#cc79a7",
-    "clip": "#8a6a00",
-    "supervised": "#56b4e9",
-    "dino": "#8250a0",
-    "scratch": "#4a5560",
-}
+# Of an objective that is not installed here. Colours are the objectives' own; the marker is the transfer set's.
 OTHER = "#000000"
 MARKERS = {"retrieved": "o", "generic": "s", "target": "^", "none": "X"}
 SPARE = "DvP*hpd<>8"
 SOFT, FAINT = "#57606a", "#e3e6ea"
-METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
 SHADES = {
     "adapt": "#f0c27b",
     "index": "#e69f00",
@@ -44,7 +35,7 @@ SHADES = {
 
 def metric_name(found: dict[str, Any]) -> str:
     """The task's metric for a reader."""
-    return METRICS.get(found["metric"], str(found["metric"]))
+    return metric_label(str(found["metric"]))
 
 
 def styles(ways: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:
@@ -53,7 +44,8 @@ def styles(ways: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:
     for way in ways:
         if way["family"] in heads:
             continue
-        colour = COLOURS.get(way["objective"], OTHER)
+        known = way["objective"] in OBJECTIVES
+        colour = OBJECTIVES.get(way["objective"]).colour if known else OTHER
         wish = MARKERS.get(way["source"], "o")
         taken = {m for c, m in heads.values() if c == colour}
         heads[way["family"]] = (colour, next((m for m in (wish, *SPARE) if m not in taken), wish))

@@ -11,7 +11,9 @@ from typing import Any
 from ktray import recipe as recipes
 from ktray.data.captions import first_captions
 from ktray.errors import KtrayError
+from ktray.recipe.choice import objectives
 from ktray.recipe.compare import CompareConfig
+from ktray.recipe.registries import OBJECTIVES
 from ktray.recipe.schema import Recipe
 
 
@@ -77,20 +79,8 @@ def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str
     """Every objective on the transfer sets that suit it: the keys of each way, and the reason for those left out."""
     built_in = recipe.task.data is None
     gallery = built_in or recipe.gallery.data is not None
-    sources = ["retrieved", "generic", "target"] if gallery else ["target"]
-    best = sources[0]
-    # Features of a handful of images are the weakest of all; without a gallery there is nothing else to match on.
-    wanted = [
-        *(("oriented", source) for source in sources),
-        ("dual", best),
-        *(("agnostic", source) for source in sources[:2]),
-    ]
-    found = {f"{objective} {source}": _keys(objective, source) for objective, source in wanted}
-    found["agnostic_then_oriented"] = _keys("agnostic_then_oriented", best)
-    found |= {f"{objective} generic": _keys(objective, "generic") for objective in ("clip", "supervised")}
-    spread = "generic" if gallery else "target"
-    found[f"dino {spread}"] = _keys("dino", spread)
-    found["scratch"] = {"objective.name": "scratch"}
+    possible = ["retrieved", "generic", "target"] if gallery else ["target"]
+    found = {name: keys for config in objectives() for name, keys in config.comparisons(possible).items()}
     reasons = unavailable(recipe)
     missing = {name: reasons[k["objective.name"]] for name, k in found.items() if k["objective.name"] in reasons}
     return {name: keys for name, keys in found.items() if name not in missing}, missing
@@ -101,12 +91,16 @@ def unavailable(recipe: Recipe) -> dict[str, str]:
     if recipe.task.data is None:
         return {}
     reasons = {}
-    if recipe.gallery.data is None:
-        reasons["agnostic_then_oriented"] = "there is no gallery"
-    if recipe.gallery.data is None or not first_captions(recipe.gallery.data, recipe.gallery.column):
-        reasons["clip"] = "there is no gallery with captions"
-    if recipe.supervised.data is None:
-        reasons["supervised"] = "no labelled generic set is named (supervised.data)"
+    captions = recipe.gallery.data is not None and bool(first_captions(recipe.gallery.data, recipe.gallery.column))
+    for config in objectives():
+        name, needs = config.objective_name(), config().traits.targets_needed
+        own = "label" in needs and recipe.supervised.data is not None
+        if "text" in needs and not captions:
+            reasons[name] = "there is no gallery with captions"
+        elif "label" in needs and recipe.supervised.data is None:
+            reasons[name] = "no labelled generic set is named (supervised.data)"
+        elif recipe.gallery.data is None and not own and config.has_transfer_set() and "target" not in config.sources:
+            reasons[name] = "there is no gallery"
     return reasons
 
 
@@ -126,10 +120,6 @@ def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
     return recipes.override(plain, {**wanted, **fixed})
 
 
-def _keys(objective: str, source: str) -> dict[str, Any]:
-    return {"objective.name": objective, "transfer.source": source}
-
-
 def _named(name: str, known: dict[str, dict[str, Any]], missing: dict[str, str]) -> dict[str, Any]:
     if name in missing:
         raise KtrayError(f"Way '{name}' cannot be run: {missing[name]}", "Leave it out of compare.ways.")
@@ -141,6 +131,6 @@ def _named(name: str, known: dict[str, dict[str, Any]], missing: dict[str, str])
 
 
 def _retrieves(recipe: Recipe, keys: dict[str, Any]) -> bool:
-    objective = keys.get("objective.name", recipe.objective.name)
+    objective = OBJECTIVES.get(keys.get("objective.name", recipe.objective.name))
     source = keys.get("transfer.source", recipe.transfer.source)
-    return objective in ("oriented", "agnostic") and source in ("retrieved", "auto") and "transfer.size" not in keys
+    return objective.compared_by_size and source in ("retrieved", "auto") and "transfer.size" not in keys

@@ -25,7 +25,7 @@ def write(folder: Path, found: dict[str, Any]) -> list[Path]:
         "ktray.jobs.compare",
         {"compare": figure.compute(found), "sizes": figure.sizes(found), "shares": figure.shares(found)},
         COLUMNS,
-        (_flat(way) for way in found["ways"]),
+        (_csv_row(way) for way in found["ways"]),
         {"accuracy": accuracy},
         f=found,
         metric=figure.metric_name(found),
@@ -104,7 +104,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def _flat(way: dict[str, Any]) -> dict[str, Any]:
+def _csv_row(way: dict[str, Any]) -> dict[str, Any]:
+    """A way as a row of the CSV: the interval of its lead and what reached it in columns of their own."""
     lead, reach = way["lead"] or (None, None, None), way["reach"] or {}
     more = {"reached_by": reach.get("name"), "times_less": reach.get("times")}
     more |= {"times_low": reach.get("low"), "times_high": reach.get("high")}

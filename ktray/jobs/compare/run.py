@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ktray
-from ktray.distributed.allocation import cluster_allocation
-from ktray.distributed.autoscale import gathered
-from ktray.distributed.connect import connect
-from ktray.distributed.doctor.run import require
 from ktray.jobs.compare import calibration, costs, page, rows
 from ktray.jobs.compare.equal_budget import budgets
 from ktray.jobs.compare.lr_search import search
@@ -27,11 +23,12 @@ from ktray.jobs.compare.mlflow import chart, log
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.compare.runner import Runner, open_folder
 from ktray.pipeline.run_folder import RUNNING
+from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
-from ktray.storage.store import Store, local_home
+from ktray.reporting.result import SCHEMA, CompareResult, write_result
+from ktray.storage.store import local_home
 
-SCHEMA = 1
 TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
 
 
@@ -43,24 +40,22 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     """
     begun = time.time()
     recipe = with_steps(recipe)
-    Store(recipe.store).check_writable()
-    connect(debug)
-    with gathered(recipe.cluster, say), contextlib.ExitStack() as until:
-        require(recipe, say)
-        return _compare(recipe, say, debug, begun, until)
+    with open_session(recipe, say, debug) as session, contextlib.ExitStack() as until:
+        return _compare(recipe, say, debug, begun, session, until)
 
 
 def _compare(
-    recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float, until: contextlib.ExitStack
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool,
+    begun: float,
+    session: Session,
+    until: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    import ray
-
-    store = Store(recipe.store)
-    whole = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
+    store, whole = session.store, session.allocation
     ways = list_methods(recipe, say)
     seeds = recipe.compare.seeds
-    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
-    at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), memory)
+    at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), session.memory)
     say(f"cluster   {at_once} at once ({why})")
     run_id, folder = open_folder(store, recipe, say, until)
     say(f"compare   {folder.uri}")
@@ -96,7 +91,7 @@ def _compare(
     any_result = done[0]
     teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
     unique = {r["run_id"]: r for r in done}.values()
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": run_id,
         "folder": folder.uri,
@@ -129,7 +124,7 @@ def _compare(
         for file in files:
             folder.put(file)
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
-    folder.write_json("result.json", content)
+    content = write_result(folder, CompareResult(**content))
     folder.delete(RUNNING)
     say("")
     say(page.table(content))

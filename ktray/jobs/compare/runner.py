@@ -6,16 +6,16 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ktray.distributed.allocation import Allocation
 from ktray.jobs.compare.parallel import run_all
 from ktray.pipeline.run import run as pipeline
-from ktray.pipeline.run_folder import open_run
+from ktray.pipeline.run_folder import open_run, task_title
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
+from ktray.reporting.progress import prefixed
 from ktray.storage.store import Dir, Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
@@ -25,10 +25,7 @@ def open_folder(
     store: Store, recipe: Recipe, say: Callable[[str], None], until: contextlib.ExitStack
 ) -> tuple[str, Dir]:
     """The folder of this comparison: that of an unfinished one of the same recipe, else a new one."""
-    same = digest("compare", dump(recipe))
-    task = recipe.task.name or Path(str(recipe.task.data or "letters")).stem
-    safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
-    return open_run(store, same, f"compare-{safe}", say, until)
+    return open_run(store, digest("compare", dump(recipe)), f"compare-{task_title(recipe)}", say, until)
 
 
 @dataclass
@@ -74,7 +71,7 @@ class Runner:
 
     def _one(self, key: str, title: str, recipe: Recipe, width: int, trial: bool) -> None:
         name = title.partition(": ")[2]
-        say = self.say if width <= 1 else partial(_prefixed, self.say, name)
+        say = self.say if width <= 1 else partial(prefixed, self.say, name)
         self.say(f"\ncompare   {title}, seed {recipe.seed}")
         comparison = self.folder.uri.rstrip("/").rpartition("/")[2]
         tags = {"compare": comparison, WAY: name, RUN_NAME: f"{name}, seed {recipe.seed}"}
@@ -90,8 +87,3 @@ class Runner:
             return False
         self.results[key] = run.read_json("result.json")
         return True
-
-
-def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:
-    for line in text.splitlines():
-        say(f"[{title}] {line}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.jobs.export import licences
 from ktray.jobs.export.run_source import Source
 from ktray.models.student.classifier import Student

@@ -16,7 +16,7 @@ import onnx
 
 from ktray import __version__
 from ktray.accounting.device import describe_device, versions
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
 from ktray.jobs.export import agreement, card, latency, onnx_file, predict, quantise, registry
@@ -28,12 +28,13 @@ from ktray.models.flops import forward_flops
 from ktray.models.student.classifier import Student
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
+from ktray.reporting.result import SCHEMA, ExportResult, write_result
 from ktray.storage.lease import Lease
 from ktray.storage.store import Dir
 from ktray.tasks import classification
 
-SCHEMA, VERSION = 1, 1
-FOLDER = "export"
+VERSION = 1
+FOLDER, RESULT = "export", "export.json"
 ONNX, INT8 = "student.onnx", "student.int8.onnx"
 LIBRARIES = ("onnx", "onnxruntime", "onnxscript", "torch", "timm", "numpy", "pillow")
 # A metric on the same images may differ by this from what the run found (another device, another precision).
@@ -66,12 +67,11 @@ def export(asked: Recipe, say: Callable[[str], None], debug: bool = False) -> di
                 found = _make(source, task, key, Path(scratch), say)
                 target.delete()
                 target.put(Path(scratch) / FOLDER)
-            target.write_json("export.json", found)
+            found = write_result(target, ExportResult(**found), RESULT)
         with target.local() as folder:
             logged = registry.log(source, folder, found, say)
         if logged != found.get("mlflow"):
-            found["mlflow"] = logged
-            target.write_json("export.json", found)
+            found = write_result(target, ExportResult(**{**found, "mlflow": logged}), RESULT)
     return {**found, "folder": target.uri}
 
 
@@ -112,7 +112,7 @@ def _key(source: Source, task: LabelledSet) -> str:
 def _whole(target: Dir, key: str) -> dict[str, Any] | None:
     """``export.json`` of an export with this key whose files are all there, else None."""
     try:
-        found: dict[str, Any] = target.read_json("export.json")
+        found: dict[str, Any] = target.read_json(RESULT)
         sizes = target.names()
         same = found["key"] == key and all(sizes.get(n) == f["bytes"] for n, f in found["files"].items())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

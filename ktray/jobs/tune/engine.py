@@ -25,7 +25,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ktray.distributed.ray_internals import remember_result
 from ktray.jobs.tune.budget import UNITS, SearchBudget
 from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET, Records, TrialRecord
-from ktray.jobs.tune.space import Plain, Space, flat
+from ktray.jobs.tune.space import Plain, Space, values_of
 from ktray.jobs.tune.trial_bridge import Ask, Servers, Trial, TrialBridge
 from ktray.recipe.tune import TuneConfig
 
@@ -324,7 +324,7 @@ def study_trial(space: Space, record: TrialRecord, metric: Any) -> FrozenTrial |
     import optuna
     from optuna.trial import TrialState
 
-    params = space.locate(flat(space.base)) if record.number == BASELINE else record.params
+    params = space.locate(values_of(space.base)) if record.number == BASELINE else record.params
     if record.state == OPEN or params is None:
         return None
     state = TrialState.COMPLETE if record.last else TrialState.FAIL

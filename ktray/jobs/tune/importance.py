@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from ktray.jobs.tune.records import Records
-from ktray.jobs.tune.space import Space, Spec, flat
+from ktray.jobs.tune.space import Space, Spec, values_of
 
 SHARE = "share of the steps"
 ABSENT = "(does not count)"
@@ -26,7 +26,7 @@ def importance(space: Space, records: Records, seed: int = 0) -> dict[str, float
 
     rows: list[tuple[dict[str, Any], float]] = []
     for record in records.in_order():
-        params = record.params if record.params else space.locate(flat(space.base))
+        params = record.params if record.params else space.locate(values_of(space.base))
         if params is not None:
             rows += [({**params, SHARE: p.share}, p.validation) for p in record.points]
     if len(rows) < LEAST or len({value for _, value in rows}) < 2:

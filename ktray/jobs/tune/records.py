@@ -9,74 +9,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ktray.jobs.compare.statistics import pareto
-from ktray.jobs.tune.space import Plain
+from ktray.reporting.result.tune import RUNNING, Plain, TrialPoint, TrialRecord
 from ktray.storage.store import Dir
 
 FOLDER = "trials"
 BASELINE = 0  # number of the trial that is the recipe as given
-OPEN = "running"
+OPEN = RUNNING
 OVER_BUDGET = "over_budget"  # the budget did not suffice for its next run
 OVER_COST_LIMIT = "over_cost_limit"  # its model would cost more than the winner may
 EARLIER_STATES = {"unpaid": OVER_BUDGET, "dear": OVER_COST_LIMIT}  # as records of ktray 0.1 name them
-
-
-@dataclass
-class TrialPoint:
-    """One run of a trial: a whole recipe, and a model that can be had for its cost.
-
-    Attributes:
-        trial, rung: whose, and which of its runs.
-        share, steps: of the trial's steps.
-        run: id of its run folder, whose ``recipe.yaml`` runs again.
-        validation: the task's metric, 0..1.
-        cost: of all stages that the model needs, made here or before, in the search's unit of cost.
-        whole: the same in all units.
-        own: FLOPs of the stages that train the student.
-        resource: the cost of the trial's students up to here; what those who stop trials count in.
-        spent: what the run spent, in all units.
-        seconds: by the clock.
-    """
-
-    trial: int
-    rung: int
-    share: float
-    steps: int
-    run: str
-    validation: float
-    cost: float
-    whole: dict[str, float | None]
-    own: dict[str, float]
-    resource: float
-    spent: dict[str, float]
-    seconds: float
-
-
-@dataclass
-class TrialRecord:
-    """A trial. ``state``: ``running``, ``finished``, ``stopped`` (weak), ``failed``, `OVER_BUDGET`
-    or `OVER_COST_LIMIT`.
-
-    Attributes:
-        params: Optuna's.
-        keys: of the recipe; ``train.steps`` may be fewer than in ``params``, where the cost limit asks for it.
-        reason: why it ended, where it did not come to its end.
-        flops, planned: of the whole recipe by the plan, and the same in the search's unit of cost.
-        lost: what its run that failed or was stopped had spent.
-    """
-
-    number: int
-    params: dict[str, Plain]
-    keys: dict[str, Any]
-    state: str = OPEN
-    reason: str = ""
-    flops: float | None = None
-    planned: float | None = None
-    points: list[TrialPoint] = field(default_factory=list)
-    lost: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def last(self) -> TrialPoint | None:
-        return self.points[-1] if self.points else None
 
 
 @dataclass

@@ -22,8 +22,6 @@ from ktray.jobs.tune.records import (
     OVER_BUDGET,
     OVER_COST_LIMIT,
     Records,
-    TrialPoint,
-    TrialRecord,
 )
 from ktray.jobs.tune.space import Space, Spec
 from ktray.jobs.tune.trial import recipe_of
@@ -32,11 +30,12 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import humanise
+from ktray.reporting.result import SCHEMA, TuneProgress, TuneResult, write_result
+from ktray.reporting.result.tune import Spending, TrialPoint, TrialRecord
 from ktray.reporting.units import flops, percent, seconds, usd
 from ktray.storage.store import Dir
 from ktray.tracking.tracker import Tracker
 
-SCHEMA = 1
 BEST = "best.yaml"
 
 
@@ -85,15 +84,15 @@ class SearchReporter:
     def save(self) -> None:
         """The best so far, as `result.json` and a recipe."""
         best = self.records.best(self.base.tune.cost_limit)
-        content = {
-            "schema": SCHEMA,
-            "state": "running",
-            "budget": {"limits": self.purse.limits, "spent": self.purse.spent()},
-            "best": asdict(best) if best else None,
-            "front": [asdict(p) for p in self.records.front()],
-            "trials": [asdict(r) for r in self.records.in_order()],
-        }
-        self.folder.write_json("result.json", content)
+        found = TuneProgress(
+            schema=SCHEMA,
+            state="running",
+            budget=Spending(limits=self.purse.limits, spent=self.purse.spent()),
+            best=best,
+            front=self.records.front(),
+            trials=self.records.in_order(),
+        )
+        write_result(self.folder, found)
         if best is not None:
             self.folder.write(BEST, dump(recipe_at(self.base, self.records, best)).encode())
 
@@ -258,7 +257,7 @@ def write(
             folder.put(file)
         content["mlflow"] = mlflow.close(tracker, content, folder, [file.name for file in pages], purse.rest())
     content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(purse.elapsed, 2)
-    folder.write_json("result.json", content)
+    content = write_result(folder, TuneResult(**content))
     folder.delete(RUNNING)
     return content
 

@@ -12,17 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ktray import recipe as recipes
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Entry, attempts
 from ktray.accounting.prices import hourly_price
-from ktray.distributed.allocation import Allocation, cluster_allocation
-from ktray.distributed.autoscale import gathered
-from ktray.distributed.connect import connect
-from ktray.distributed.doctor.run import require
+from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.tune import mlflow, result
@@ -33,9 +29,11 @@ from ktray.jobs.tune.space import Space, read
 from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
 from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
+from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import Resolved, resolve
-from ktray.pipeline.run_folder import open_run
+from ktray.pipeline.run_folder import open_run, task_title
+from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
@@ -54,24 +52,22 @@ def tune(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dic
         KtrayError: a space or a budget that makes no sense; the recipe as given cannot be paid, or fails.
     """
     begun = time.monotonic()
-    Store(recipe.store).check_writable()
-    connect(debug)
-    with gathered(recipe.cluster, say), contextlib.ExitStack() as until:
-        require(recipe, say)
-        return _tune(recipe, say, debug, begun, until)
+    with open_session(recipe, say, debug) as session, contextlib.ExitStack() as until:
+        return _tune(recipe, say, debug, begun, session, until)
 
 
 def _tune(
-    recipe: Recipe, say: Callable[[str], None], debug: bool, begun: float, until: contextlib.ExitStack
+    recipe: Recipe,
+    say: Callable[[str], None],
+    debug: bool,
+    begun: float,
+    session: Session,
+    until: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    import ray
-
     from ktray.jobs.tune import engine
 
-    store = Store(recipe.store)
-    whole = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu, recipe.cluster.jobs)
-    memory = float(ray.cluster_resources().get("memory", 0.0)) / recipe.cluster.jobs
-    at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, memory)
+    store, whole = session.store, session.allocation
+    at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, session.memory)
     say(f"cluster   {at_once} at once ({why})")
     part = share(whole, at_once)
     found = given(recipe, part, say)
@@ -81,9 +77,7 @@ def _tune(
         say(f"space     {result.described(spec)}")
     # A larger budget goes on with the search; all else makes another one.
     same = digest("tune", dump(recipe.model_copy(update={"budget": BudgetConfig()})))
-    task = base.task.name or Path(str(base.task.data)).stem
-    safe = "".join(c if c.isalnum() else "-" for c in task)[:24]
-    run_id, folder = open_run(store, same, f"tune-{safe}", say, until)
+    run_id, folder = open_run(store, same, f"tune-{task_title(base)}", say, until)
     folder.write("recipe.yaml", dump(base).encode())
     say(f"tune      {folder.uri}")
     records = Records(folder)
@@ -144,7 +138,7 @@ def space_of(base: Recipe, plan: Allocation) -> Space:
     """The space that a resolved recipe asks for."""
     asked = base.tune.space
     if not asked:
-        text = str(base.teacher.name).startswith(("open_clip:", "miniverse"))
+        text = base.teacher.name is not None and family_of(base.teacher.name).has_text
         asked = default_space(base, text, plan.worker_gpus > 0)
     return read(recipe_of(base, {}), asked)
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
+from ktray.recipe.choice import owners
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
+from ktray.reporting.result.tune import Plain
+from ktray.reporting.units import flatten
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Plain = str | int | float | bool | None
 GRID_MOST = 10_000  # points of a grid that anybody would run
 FORMS = "Write [a, b], {low: 1, high: 9}, or {choices: [a, b], when: {other.key: [x]}}."
+NAME = "objective.name"
 NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench", "tune", "budget", "prices")
 
 
@@ -179,7 +182,7 @@ class Space:
     def _counts(self, spec: Spec, keys: Mapping[str, Any]) -> bool:
         if not spec.when:
             return True
-        given = flat(self.base)
+        given = values_of(self.base)
         return all(keys.get(key, given.get(key)) in values for key, values in spec.when)
 
 
@@ -190,20 +193,16 @@ def label(choice: Any) -> Plain:
     return json.dumps(choice, sort_keys=True)
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def values_of(recipe: Recipe) -> dict[str, Any]:
     """Every key of the recipe with its value, dotted."""
-    raw = recipe.model_dump(mode="json")
-    found = {}
-    for key, *_ in recipes.schema():
-        node: Any = raw
-        for part in key.split("."):
-            node = node[part]
-        found[key] = node
-    return found
+    known = {key for key, *_ in recipes.schema()}
+    return flatten(recipe.model_dump(mode="json"), keep=lambda name, value: name in known)
 
 
 def read(base: Recipe, given: Mapping[str, Any]) -> Space:
     """The space that a mapping such as ``tune.space`` describes.
+
+    A key of some objectives counts under those alone, whether or not a condition says so.
 
     Raises:
         KtrayError: a key that the recipe has not or that no search may change, a value that the key does not take, a
@@ -212,20 +211,44 @@ def read(base: Recipe, given: Mapping[str, Any]) -> Space:
     specs: list[Spec] = []
     later = list(given)
     for key, value in given.items():
-        spec = _spec(key, value)
+        spec = _under_its_objectives(_spec(key, value), base, given)
         for name, values in spec.when:
             _check_condition(key, name, values, later)
         later.remove(key)
         specs.append(spec)
         for keys in map(spec.keys_of, spec.choices) if spec.choices else ({key: spec.low}, {key: spec.high}):
             try:
-                recipes.override(base, {k: int(v) if spec.whole else v for k, v in keys.items()})
+                for under in _chosen_by(spec):
+                    recipes.override(base, {**under, **{k: int(v) if spec.whole else v for k, v in keys.items()}})
             except KtrayError as error:
                 raise KtrayError(f"tune.space: {error.what}", error.remedy) from error
     names = [name for spec in specs for name in _names(spec)]
     if len(set(names)) < len(names):
         raise KtrayError(f"tune.space has '{max(names, key=names.count)}' twice", "Leave it in one place.")
     return Space(base, tuple(specs))
+
+
+def _under_its_objectives(spec: Spec, base: Recipe, given: Mapping[str, Any]) -> Spec:
+    """The spec of an objective's key with the condition that the objective has it."""
+    section, _, name = spec.key.partition(".")
+    if section != "objective" or name in ("", "name") or any(key == NAME for key, _ in spec.when):
+        return spec
+    having = owners(name)
+    possible = {base.objective.name}
+    if NAME in given:
+        possible = set(_spec(NAME, given[NAME]).choices)
+    elif section in given:
+        possible = {choice.get("name", base.objective.name) for choice in _spec(section, given[section]).choices}
+    return spec if possible <= set(having) else replace(spec, when=(*spec.when, (NAME, tuple(having))))
+
+
+def _chosen_by(spec: Spec) -> list[dict[str, Any]]:
+    """The objectives under which a key counts, which decide whether there is such a key."""
+    if spec.key.startswith("objective."):
+        for key, values in spec.when:
+            if key == NAME:
+                return [{NAME: value} for value in values]
+    return [{}]
 
 
 def _names(spec: Spec) -> set[str]:

@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ktray import recipe as recipes
 from ktray.accounting.ledger import Entry, Ledger
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
+from ktray.jobs.compare import methods
 from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
 from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, OVER_COST_LIMIT, Records, TrialPoint, TrialRecord
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run import whole_stages
-from ktray.recipe.compare import CompareConfig
 from ktray.recipe.schema import Recipe
 from ktray.recipe.tune import BudgetConfig, TuneConfig
-from ktray.reporting.progress import hushed
+from ktray.reporting.progress import hushed, prefixed
 from ktray.storage.store import Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
@@ -39,15 +38,8 @@ def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int 
     Args:
         base: with ``train.steps`` set.
     """
-    plain = base.model_copy(
-        update={"compare": CompareConfig(), "tune": TuneConfig(), "budget": BudgetConfig()}, deep=True
-    )
-    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
-    if base.teach.mode == "auto" and "teach.mode" not in keys:
-        fixed["teach.mode"] = "cached"  # trials share what is stored
-    if seed is not None:
-        fixed["seed"] = seed
-    found = recipes.override(plain, {**keys, **fixed})
+    plain = base.model_copy(update={"tune": TuneConfig(), "budget": BudgetConfig()}, deep=True)
+    found = methods.recipe_of(plain, keys, **({} if seed is None else {"seed": seed}))
     if share < 1:
         found.train.steps = max(1, round(share * int(found.train.steps or 1)))
         found.finetune.steps = max(1, round(share * found.finetune.steps)) if found.finetune.steps else 0
@@ -113,7 +105,7 @@ class TrialRunner:
 
     def said(self, title: str) -> Callable[[str], None]:
         """What a pipeline says, for who debugs: with several at once nobody can follow it."""
-        return partial(_prefixed, self.say, title) if self.debug else lambda text: None
+        return partial(prefixed, self.say, title) if self.debug else lambda text: None
 
     def shares_of(self, record: TrialRecord) -> list[float]:
         """The recipe as given is trained to its end at once: all others are compared with it."""
@@ -229,8 +221,3 @@ class TrialRunner:
         asked = int(recipe_of(self.base, record.keys).train.steps or 1)
         record.keys["train.steps"] = max(1, int(share * asked))
         stages["transfer"] = transfer * record.keys["train.steps"] / asked
-
-
-def _prefixed(say: Callable[[str], None], title: str, text: str) -> None:
-    for line in text.splitlines():
-        say(f"[{title}] {line}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards

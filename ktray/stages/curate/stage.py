@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.teacher.spec import TeacherSpec
-from ktray.objectives import build_objective
 from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
 from ktray.retrieval.coverage import coverage, lines
@@ -29,7 +28,6 @@ from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.set_duplicates import SetDuplicates
-from ktray.retrieval.strategies import NEEDS_PREDICTIONS
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.curate.heldout import heldout
@@ -39,6 +37,7 @@ from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, re
 from ktray.stages.inputs import StageInputs
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
+from ktray.tasks.base import task_kind
 
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
@@ -106,7 +105,7 @@ def run(
         index: None for ``target``.
     """
     recipe, part = context.recipe, context.recipe.transfer
-    needs = build_objective(recipe.objective).targets_needed
+    needs = recipe.objective.traits.targets_needed
     text = part.queries != "images"
     inputs = CurateInputs(
         transfer=part,
@@ -138,7 +137,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         exclude = np.union1d(exclude, silent)
         if len(silent) == gallery.total:
             raise KtrayError(
-                "No gallery image has a caption, and objective.name=clip learns from captions",
+                "No gallery image has a caption, and the objective learns from captions",
                 "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
             )
     asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
@@ -159,7 +158,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     dropped = {**copies.counts(), REPEATED: len(found)}
     covered = None
     if len(asked) and len(chosen):
-        classes = [] if inputs.kind == "segmentation" else inputs.task.classes
+        classes = inputs.task.classes if task_kind(inputs.kind).image_classes else []
         covered = coverage(chosen, asked.labels, classes)
         for line in lines(covered):
             runtime.say(f"curate    {line}")
@@ -229,11 +228,12 @@ def _choose(
         last = nearest(asked.embedding, k=k)
         return last
 
-    able = part.strategy in NEEDS_PREDICTIONS or inputs.kind == "classification"
+    strategy = part.chosen_strategy
+    able = strategy.needs_predictions or task_kind(inputs.kind).image_classes
     predict = adapt_stage.frozen_predictions(adapt) if able else None
-    chosen = retrieve(part.strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
+    chosen = retrieve(strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
-    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict)
+    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict, strategy)
 
 
 def _write(
@@ -356,5 +356,5 @@ def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
 
 
 def _caption(inputs: CurateInputs, uri: str, label: int) -> str:
-    """A query's class; for segmentation, where it has none, its file name."""
-    return uri.rpartition("/")[2] if inputs.kind == "segmentation" else inputs.task.classes[label]
+    """A query's class; its file name where it has none."""
+    return inputs.task.classes[label] if task_kind(inputs.kind).image_classes else uri.rpartition("/")[2]

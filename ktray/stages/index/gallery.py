@@ -11,6 +11,7 @@ import numpy as np
 
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import map_numbered
+from ktray.recipe.choice import strategies
 from ktray.retrieval.heldout_duplicates import (
     DuplicateTable,
     Fingerprints,
@@ -21,7 +22,7 @@ from ktray.retrieval.heldout_duplicates import (
 from ktray.retrieval.index_dir import IndexDir, Part
 from ktray.retrieval.search import Hits, merge, search
 from ktray.retrieval.select import Selection
-from ktray.retrieval.strategies import NEEDS_PREDICTIONS, STRATEGIES, choose
+from ktray.retrieval.strategies.base import Candidates, StrategyConfig
 from ktray.stages.base import StageResult
 from ktray.storage.columns import Rows
 
@@ -145,7 +146,7 @@ def _search(part: GalleryPart, queries: np.ndarray, k: int) -> Rows:
 
 
 def retrieve(
-    strategy: str,
+    strategy: StrategyConfig,
     hits: Callable[[int], Hits],
     queries: int,
     gallery: Gallery,
@@ -157,18 +158,18 @@ def retrieve(
     """``size`` gallery images for the queries.
 
     Args:
-        strategy: ``transfer.strategy``.
+        strategy: of ``transfer.strategy``.
         hits: k to the k nearest of each query.
         queries: how many they are.
         exclude: gallery rows that must not be taken.
-        predict: unit embeddings to class probabilities, for the strategies that ask (`NEEDS_PREDICTIONS`).
+        predict: unit embeddings to class probabilities, for a strategy with ``needs_predictions``.
         repeats: of chosen rows, in their order, those that show what an earlier one shows; others take their places.
     """
     total = gallery.total
     k = min(total, CANDIDATES * -(-size // queries) + 8)
-    similarity, found = hits(k)
+    candidates = Candidates(*hits(k), gallery.embeddings, predict)
     while True:
-        chosen = choose(strategy, similarity, found, gallery.embeddings, size, exclude, predict)
+        chosen = strategy.select(candidates, size, exclude)
         again = repeats(chosen.gallery) if repeats else NO_ROWS
         if len(again):
             exclude = np.union1d(exclude, again)
@@ -178,7 +179,7 @@ def retrieve(
             return chosen
         else:
             k = min(total, chosen.retry_k)
-            similarity, found = hits(k)
+            candidates = Candidates(*hits(k), gallery.embeddings, predict)
 
 
 def agreement(
@@ -187,18 +188,24 @@ def agreement(
     gallery: Gallery,
     exclude: np.ndarray,
     predict: Callable[[np.ndarray], np.ndarray] | None,
+    own: StrategyConfig | None = None,
 ) -> dict[str, np.ndarray]:
     """By strategy, (n,) whether it takes each chosen image too, of the same candidates and as many in all.
 
     Args:
         found: the candidates.
         exclude, predict: as for `retrieve`; without ``predict`` the strategies that need it are left out.
+        own: the strategy that has chosen; held against the others with its own keys.
 
     Returns:
         Nothing where there are more than `COMPARED` candidates.
     """
     if found[1].size > COMPARED:
         return {}
-    able = [name for name in STRATEGIES if predict is not None or name not in NEEDS_PREDICTIONS]
-    others = {name: choose(name, *found, gallery.embeddings, len(chosen), exclude, predict).gallery for name in able}
+    candidates = Candidates(*found, gallery.embeddings, predict)
+    # Those of other packages only where they are chosen: what is stored must not depend on what else is installed.
+    asked = {config.strategy_name(): config() for config in strategies() if config.compared}
+    asked |= {own.name: own} if own else {}
+    able = {name: one for name, one in asked.items() if predict is not None or not one.needs_predictions}
+    others = {name: one.select(candidates, len(chosen), exclude).gallery for name, one in able.items()}
     return {name: np.isin(chosen.gallery, taken) for name, taken in others.items()}

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
-from ktray.data.sources.listing import Shard
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.sources.base import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
@@ -127,7 +127,7 @@ def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
     counts = [s.count for s in shards]
     total = sum(c or 0 for c in counts) if None not in counts else None
     crops = Crops(part.crops, part.crop_count) if spec else Crops()
-    if crops.kind != "none" and any(s.kind == "embedded" for s in shards):
+    if crops.kind != "none" and any(s.source.has_embeddings for s in shards):
         raise KtrayError(
             f"gallery.crops={crops.kind} needs crops embedded, and gallery.data has embeddings of whole images",
             "Set gallery.crops=none, or name the images themselves.",

@@ -19,8 +19,7 @@ from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.objectives import build_objective
-from ktray.objectives.base import TEACHERS
+from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, resumed, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
@@ -113,7 +112,7 @@ def run(
     map_side: int,
 ) -> TeachResult:
     """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
-    (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
+    (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
     (int32), ``label`` (int64).
 
     Args:
@@ -122,13 +121,13 @@ def run(
         map_side: side of its last map, to which patch embeddings are fitted.
     """
     recipe, part = context.recipe, context.recipe.teach
-    objective = build_objective(recipe.objective)
-    targets: Targets = tuple(sorted(objective.targets_needed))
+    traits = recipe.objective.traits
+    targets: Targets = tuple(sorted(traits.targets_needed))
     student_size = int(recipe.image_size or 0)
     view_size = max(student_size, *spec.preprocess.size) if spec else student_size
-    canvas = canvas_preprocess(student, context.canvas) if objective.views == "canvas" else None
+    canvas = canvas_preprocess(student, context.canvas) if traits.views == "canvas" else None
     map_side = map_side if "patch_embedding" in targets else 0
-    asked = tuple(t for t in targets if t in TEACHERS)
+    asked = tuple(t for t in targets if t in TEACHER_TARGETS)
     inputs = TeachInputs(
         curate=curate,
         adapt=adapt,
@@ -138,7 +137,7 @@ def run(
         student_size=student_size,
         map_side=map_side,
         classes=len(context.task.classes),
-        positions=(view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1,
+        positions=context.kind.positions(view_size),
         predict=Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None,
     )
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)

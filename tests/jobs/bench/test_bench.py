@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from results import check_result
 
 from ktray import recipe as recipes
 from ktray.data.preprocess import Preprocess
@@ -147,7 +148,7 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
     told = []
     result = bench(recipe, told.append)
     folder = Path(result["folder"])
-    assert json.loads((folder / "result.json").read_text())["rows"][0]["ratio"] == result["rows"][0]["ratio"]
+    assert {**check_result("bench", folder / "result.json"), "folder": str(folder)} == json.loads(json.dumps(result))
     row = result["rows"][0]
     assert min(row["reached"]) / max(row["limit"]) <= row["ratio"] <= max(row["reached"]) / min(row["limit"])
     assert "| embed, timm:test_vit | bare encoder:" in (folder / "bench.md").read_text()

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from results import check_result
 from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
@@ -48,7 +49,7 @@ def done(cluster, given):
 
 
 def results(store, way):
-    return [json.loads((store / "runs" / r / "result.json").read_text()) for r in way["runs"]]
+    return [check_result("distill", store / "runs" / r / "result.json") for r in way["runs"]]
 
 
 def test_an_interrupted_comparison_goes_on_in_its_folder(done):
@@ -101,7 +102,7 @@ def test_what_was_spent_is_the_sum_of_the_runs(done):
 def test_files_hold_the_same_numbers(done):
     store, _, found, _, _ = done
     folder = store / "runs" / found["run_id"]
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(found))
+    assert check_result("compare", folder / "result.json") == json.loads(json.dumps(found))
     with open(folder / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(r["accuracy"]) for r in rows] == [w["accuracy"] for w in found["ways"]]
@@ -166,6 +167,7 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
     tried = [r for r in ended if "ways" not in r and "test" not in r["metric"]]
     assert len(tried) == 8
     for trial in tried:
+        check_result("trial", trial)
         assert not any(stage["name"] == "evaluate" for stage in trial["stages"])
         assert not (folders[trial["run_id"]] / "student").exists()
     again = compare(recipes.load(None, [*keys, *more]), lines.append)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.jobs.export import card
 from ktray.jobs.export.run_source import find
 from ktray.models.student.classifier import build_student

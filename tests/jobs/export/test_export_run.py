@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from results import check_result
 from safetensors.torch import load_file, save_file
 
 import ktray
@@ -59,7 +60,7 @@ def test_all_that_is_left_and_a_second_call(run: Path, stripes: Path, student, m
     lines: list[str] = []
     found = export(run, "export.int8=true", "export.calibration=6", "export.register_as=stripes", lines=lines)
     folder = run / "export"
-    on_disk = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    on_disk = check_result("export", folder / "export.json")
     assert {**on_disk, "folder": str(folder)} == json.loads(json.dumps(found))
     assert sorted(p.name for p in folder.iterdir()) == sorted([*found["files"], "export.json"])
     assert set(found["files"]) == {

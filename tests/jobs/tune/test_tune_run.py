@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from results import check_result
 from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
@@ -44,7 +45,7 @@ def done(cluster, given):
         raise KtrayError("pulled the plug")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "crown", pulled)
+        patch.setattr(runs, "train_winner", pulled)
         with pytest.raises(KtrayError, match="plug"):
             tune(recipes.load(None, keys), lines.append)
     (folder,) = (store.run(name) for name in store.sub("runs").children() if "-tune-" in name)
@@ -62,7 +63,7 @@ def test_trials_that_have_ended_are_not_done_again(given, done):
     folder, found, (before, tested, runs_before), lines = done
     assert found["run_id"] == folder.uri.rpartition("/")[2]
     assert not tested, "no trial reads the test split"
-    assert before["state"] == "running"
+    assert check_result("tune-running", before)["state"] == "running"
     assert before["trials"] == found["trials"]
     assert before["best"]["run"] == found["winner"]["run"]
     assert len(store.sub("runs").children()) == runs_before + 2, "the winner's seeds alone are new"
@@ -111,7 +112,7 @@ def test_the_winner_is_tested_with_each_seed_and_stands_beside_the_recipe_as_giv
     assert any(found["says"] in line for line in lines)
     over = [percent(sum(winner[name]) / 2) for name in ("validation_seeds", "test_seeds")]
     assert f"over 2 seeds {over[0]} on validation, {over[1]} ± " in found["says"]
-    assert json.loads(folder.read("result.json")) == json.loads(json.dumps(found))
+    assert check_result("tune", json.loads(folder.read("result.json"))) == json.loads(json.dumps(found))
     assert not folder.exists("running.json")
 
 

@@ -8,7 +8,7 @@ import pytest
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.default_space import default_space
-from ktray.jobs.tune.space import flat, read
+from ktray.jobs.tune.space import read, values_of
 from ktray.recipe.schema import Recipe
 
 BASE = recipes.override(
@@ -64,7 +64,7 @@ def test_a_key_counts_only_under_its_condition():
         assert keys["student.kwargs"] == ({"output_stride": 8} if keys["student.name"] == "test_resnet" else {})
         seen.add((keys["objective.name"], keys["student.name"], keys["train.steps"]))
         recipe = recipes.override(BASE, keys)
-        assert space.keys(space.locate(flat(recipe))) == keys, "the recipe lies where it was drawn"
+        assert space.keys(space.locate(values_of(recipe))) == keys, "the recipe lies where it was drawn"
     assert len(seen) == 2 * 2 * 3
 
 
@@ -73,6 +73,26 @@ def test_a_condition_on_a_key_that_is_not_searched_looks_at_the_recipe():
     assert read(BASE, given).grid() == [{}]
     agnostic = recipes.override(BASE, {"objective.name": "agnostic"})
     assert read(agnostic, given).grid() == [{"objective.match": "cosine"}, {"objective.match": "mse"}]
+
+
+def test_a_key_of_some_objectives_counts_under_those_alone():
+    given = {"objective.name": ["oriented", "agnostic"], "objective.match": ["cosine", "mse"]}
+    space = read(BASE, given)
+    found = [(p["objective.name"], p.get("objective.match")) for p in space.grid()]
+    assert found == [("oriented", None), ("agnostic", "cosine"), ("agnostic", "mse")]
+    for point in space.grid():
+        recipe = recipes.override(BASE, space.keys(point))
+        assert space.locate(values_of(recipe)) == point
+    assert read(BASE, {"objective.match": ["cosine", "mse"]}).grid() == [{}]
+    both = {"objective.name": ["oriented", "dual"], "objective.mixup": [0.0, 0.2]}
+    assert all(not spec.when for spec in read(BASE, both).specs)
+    wrong = {**given, "objective.match": {"choices": ["mse"], "when": {"objective.name": ["agnostic", "oriented"]}}}
+    with pytest.raises(KtrayError, match=r"tune\.space: objective\.match belongs to agnostic"):
+        read(BASE, wrong)
+    with pytest.raises(KtrayError, match="comes after"):
+        read(BASE, dict(reversed(list(given.items()))))
+    section = {"objective": [{"name": "oriented"}, {"name": "agnostic"}], "objective.match": ["mse"]}
+    assert len(read(BASE, section).grid()) == 2
 
 
 def test_the_grid_is_every_combination_that_counts():
@@ -91,11 +111,11 @@ def test_the_grid_is_every_combination_that_counts():
 
 def test_a_recipe_outside_the_space_is_nowhere():
     space = read(BASE, GIVEN)
-    assert space.locate(flat(BASE)) is None, "its student has no such arguments"
+    assert space.locate(values_of(BASE)) is None, "its student has no such arguments"
     inside = recipes.override(BASE, {"student.kwargs": {"output_stride": 8}})
-    assert space.locate(flat(inside))["train.lr"] == BASE.train.lr
-    assert space.locate(flat(recipes.override(inside, {"train.lr": 0.5}))) is None
-    assert space.locate(flat(recipes.override(inside, {"train.steps": 60}))) is None
+    assert space.locate(values_of(inside))["train.lr"] == BASE.train.lr
+    assert space.locate(values_of(recipes.override(inside, {"train.lr": 0.5}))) is None
+    assert space.locate(values_of(recipes.override(inside, {"train.steps": 60}))) is None
 
 
 @pytest.mark.parametrize("gallery", [None, "images"])
@@ -113,4 +133,4 @@ def test_the_recipe_that_ships_with_a_space_lies_in_it():
     base = recipes.load("letters", [])
     space = read(base, base.tune.space)
     start = recipes.override(base, {"train.steps": base.tune.steps})
-    assert space.keys(space.locate(flat(start)))["student.kwargs"] == base.student.kwargs
+    assert space.keys(space.locate(values_of(start)))["student.kwargs"] == base.student.kwargs

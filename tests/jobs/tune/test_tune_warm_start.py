@@ -8,7 +8,7 @@ from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.tune.space import read
 from ktray.jobs.tune.warm_start import earlier_trials, parse, point_of
-from ktray.pipeline.run import _flat
+from ktray.pipeline.run import logged_params
 from ktray.recipe.schema import Recipe
 
 BASE = recipes.override(
@@ -35,7 +35,7 @@ SPACE = read(
 
 def logged(recipe):
     """The parameters of its run, as the pipeline logs them and MLflow gives them back."""
-    return {k: str(v) for k, v in _flat(recipe.model_dump(mode="json")).items() if v is not None}
+    return {k: str(v) for k, v in logged_params(recipe).items()}
 
 
 def test_a_parameter_is_read_as_it_was():

@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from ktray.errors import KtrayError
-from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import save_candidate
+from ktray.models.teacher.adapted import AdaptedTeacher, save_candidate
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
+from ktray.recipe.choice import strategies
+from ktray.recipe.registries import STRATEGIES
 from ktray.retrieval.index_dir import IndexDir
-from ktray.retrieval.strategies import STRATEGIES, best_first, class_balanced, diverse, informative
+from ktray.retrieval.strategies.best_first import best_first
+from ktray.retrieval.strategies.class_balanced import class_balanced
+from ktray.retrieval.strategies.diverse import diverse
+from ktray.retrieval.strategies.informative import informative
 from ktray.stages.adapt.stage import frozen_predictions
 from ktray.stages.base import StageResult
 from ktray.stages.index import gallery as gallery_module
@@ -18,6 +22,7 @@ from ktray.stages.index.gallery import CANDIDATES, Gallery, agreement, exact, re
 from ktray.storage.store import Stage
 
 N, Q, D, SIZE = 90, 4, 16, 12
+NAMES = ["query_balanced", "class_balanced", "best_first", "diverse", "informative"]
 NONE = np.zeros(0, np.int64)
 
 
@@ -73,7 +78,7 @@ def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, plan, strateg
         "diverse": lambda: diverse(similarity, index, vectors, index, SIZE),
         "informative": lambda: informative(similarity, index, (ordered[:, -1] - ordered[:, -2])[index], SIZE),
     }[strategy]()
-    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE, predict)
+    chosen = retrieve(STRATEGIES.get(strategy)(), hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE, predict)
     assert chosen.gallery.tolist() == expected.gallery.tolist()
     assert chosen.query.tolist() == expected.query.tolist()
     assert gallery.take("uri", chosen.gallery) == [f"i{i}" for i in expected.gallery]
@@ -83,7 +88,7 @@ def test_a_strategy_over_shards_is_the_strategy_on_all_rows(world, plan, strateg
 def test_asked_for_more_than_there_is_it_takes_all_but_the_excluded(world, plan, strategy):
     gallery, _, queries = world
     banned = np.array([3, 50])
-    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, N, banned, predict)
+    chosen = retrieve(STRATEGIES.get(strategy)(), hits_of(queries, gallery, plan), Q, gallery, N, banned, predict)
     assert sorted(chosen.gallery.tolist()) == [i for i in range(N) if i not in (3, 50)]
     assert chosen.missing == 2
 
@@ -92,7 +97,7 @@ def test_asked_for_more_than_there_is_it_takes_all_but_the_excluded(world, plan,
 def test_it_searches_on_while_images_are_missing(world, plan, strategy):
     gallery, _, queries = world
     same = np.repeat(queries[:1], Q, axis=0)  # all queries find the same images
-    chosen = retrieve(strategy, hits_of(same, gallery, plan), Q, gallery, 80, NONE, predict)
+    chosen = retrieve(STRATEGIES.get(strategy)(), hits_of(same, gallery, plan), Q, gallery, 80, NONE, predict)
     assert chosen.missing == 0
     assert len(set(chosen.gallery.tolist())) == 80
 
@@ -110,26 +115,32 @@ def test_blocks_in_tasks_find_what_brute_force_finds(world, plan, monkeypatch, r
 def test_what_repeats_gives_its_place_to_another(world, plan):
     gallery, _, queries = world
     ask = hits_of(queries, gallery, plan)
-    before = retrieve("query_balanced", ask, Q, gallery, SIZE, NONE).gallery.tolist()
+    before = retrieve(STRATEGIES.get("query_balanced")(), ask, Q, gallery, SIZE, NONE).gallery.tolist()
     banned = set(before[1:3])
     chosen = retrieve(
-        "query_balanced", ask, Q, gallery, SIZE, NONE, repeats=lambda rows: rows[np.isin(rows, list(banned))]
+        STRATEGIES.get("query_balanced")(),
+        ask,
+        Q,
+        gallery,
+        SIZE,
+        NONE,
+        repeats=lambda rows: rows[np.isin(rows, list(banned))],
     )
     assert len(chosen) == SIZE
     assert not banned & set(chosen.gallery.tolist())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_agreement_says_what_each_strategy_would_take(world, plan, strategy):
     gallery, vectors, queries = world
     banned = np.array([int(np.argmax(vectors @ queries[0]))])
-    chosen = retrieve(strategy, hits_of(queries, gallery, plan), Q, gallery, SIZE, banned, predict)
+    chosen = retrieve(STRATEGIES.get(strategy)(), hits_of(queries, gallery, plan), Q, gallery, SIZE, banned, predict)
     found = hits(vectors, queries)
     agreed = agreement(chosen, found, gallery, banned, predict)
-    assert list(agreed) == list(STRATEGIES)
+    assert list(agreed) == NAMES == [config.strategy_name() for config in strategies()]
     assert agreed[strategy].all()
     for other, also in agreed.items():
-        theirs = retrieve(other, lambda k: found, Q, gallery, SIZE, banned, predict).gallery.tolist()
+        theirs = retrieve(STRATEGIES.get(other)(), lambda k: found, Q, gallery, SIZE, banned, predict).gallery.tolist()
         assert also.tolist() == [image in theirs for image in chosen.gallery.tolist()]
     assert list(agreement(chosen, found, gallery, banned, None)) == ["query_balanced", "best_first", "diverse"]
 
@@ -137,7 +148,7 @@ def test_agreement_says_what_each_strategy_would_take(world, plan, strategy):
 def test_agreement_is_not_asked_of_very_many_candidates(world, plan, monkeypatch):
     gallery, vectors, queries = world
     monkeypatch.setattr(gallery_module, "COMPARED", 10)
-    chosen = retrieve("best_first", hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE)
+    chosen = retrieve(STRATEGIES.get("best_first")(), hits_of(queries, gallery, plan), Q, gallery, SIZE, NONE)
     assert agreement(chosen, hits(vectors, queries), gallery, NONE, predict) == {}
 
 
@@ -153,6 +164,6 @@ def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
     assert found == pytest.approx(adapted.logits_of(embedding).softmax(1).detach().numpy(), abs=1e-6)
 
 
-def test_segmentation_has_no_class_to_ask_for(tmp_path):
-    with pytest.raises(KtrayError, match="segmentation"):
+def test_a_task_without_classes_of_images_has_no_class_to_ask_for(tmp_path):
+    with pytest.raises(KtrayError, match="asks the teacher for an image's class, and this task kind has none"):
         frozen_predictions(StageResult(Stage(str(tmp_path)), {"frozen": None}, True))

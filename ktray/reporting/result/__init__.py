@@ -1,0 +1,23 @@
+"""The files that jobs leave as their results: a class for each, one function that writes them, and their schema."""
+
+from ktray.reporting.result.bench import BenchResult
+from ktray.reporting.result.compare import CompareResult
+from ktray.reporting.result.export import ExportResult
+from ktray.reporting.result.parts import SCHEMA, Result, write_result
+from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
+from ktray.reporting.result.tune import TuneProgress, TuneResult
+
+__all__ = [
+    "SCHEMA",
+    "BenchResult",
+    "CompareResult",
+    "CurateResult",
+    "DistillResult",
+    "ExportResult",
+    "IndexResult",
+    "Result",
+    "TrialResult",
+    "TuneProgress",
+    "TuneResult",
+    "write_result",
+]

@@ -1,0 +1,134 @@
+"""The result of jobs/export.py, which it leaves as ``export.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ktray.reporting.result.parts import Device, Number, Result, ResultPart
+
+
+class ExportedStudent(ResultPart):
+    name: str
+    kwargs: dict[str, Any]
+    parameters: int
+    size: list[int] = Field(description="height and width of the input, pixels")
+    classes: int
+
+
+class Tensor(ResultPart):
+    name: str
+    dtype: str
+    shape: list[int | None] = Field(description="null: any")
+
+
+class Agreement(ResultPart):
+    """How far the logits of two models of the same images lie apart."""
+
+    images: int
+    max_difference: Number
+    largest_logit: Number
+    top1_equal: Number
+    top1_differs: int
+    widest_margin: Number
+
+
+class OnnxFile(ResultPart):
+    opset: int
+    input: Tensor
+    output: Tensor
+    agreement: dict[str, Agreement] = Field(description="with PyTorch, by split")
+
+
+class PreprocessingCheck(ResultPart):
+    levels: int = Field(description="largest difference of a pixel, of 255")
+    images: int = Field(description="that differ at all")
+
+
+class QuantiseSetting(ResultPart):
+    ranges: str
+    keep: str
+    narrow: bool
+
+
+class ChosenSetting(QuantiseSetting):
+    text: str
+
+
+class TriedSetting(QuantiseSetting):
+    val: Number = Field(0, description="the metric on validation; left out where it failed")
+    error: str = Field("", description="why it failed; left out where it did not")
+
+
+class Int8File(ResultPart):
+    setting: ChosenSetting
+    drop: Number = Field(description="of the metric on validation")
+    images: int = Field(description="training images that the ranges were measured on")
+    tried: list[TriedSetting]
+
+
+class ModelScore(ResultPart):
+    metric: Number
+    top1: Number
+    per_class: dict[str, Number | None]
+
+
+class ExportMetric(ResultPart):
+    name: str
+    val: dict[str, ModelScore] = Field(description="by model: pytorch, onnx, int8")
+    test: dict[str, ModelScore] | None = Field(description="null without a test split")
+
+
+class LatencyRow(ResultPart):
+    batch: int
+    threads: int
+    median_ms: Number
+    p90_ms: Number
+    runs: int
+
+
+class ModelLatency(ResultPart):
+    rows: list[LatencyRow]
+    memory_bytes: int
+
+
+class Latency(ResultPart):
+    batch: int
+    busy_cores: Number | None
+    models: dict[str, ModelLatency]
+
+
+class ShippedFile(ResultPart):
+    bytes: int
+    sha256: str
+
+
+class LoggedModel(ResultPart):
+    """The export in MLflow; name, version and alias where it is registered."""
+
+    model_uri: str | None = Field(description="null where the server did not answer")
+    name: str = ""
+    version: str = ""
+    alias: str = ""
+
+
+class ExportResult(Result):
+    """jobs/export.py."""
+
+    key: str = Field(description="of all that the export is made of")
+    time: Number = Field(description="seconds since 1970")
+    date: str
+    run_id: str = Field(description="of the run whose student this is")
+    student: ExportedStudent
+    onnx: OnnxFile
+    preprocessing: PreprocessingCheck
+    int8: Int8File | None
+    metric: ExportMetric
+    unusable: dict[str, int] = Field(description="images that could not be used, by split")
+    latency: Latency
+    device: Device
+    versions: dict[str, str]
+    mlflow: LoggedModel | None
+    notes: list[str]
+    files: dict[str, ShippedFile]
