@@ -19,6 +19,7 @@ from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import BadImage, KtrayError
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
 from ktray.training.inputs import Labels
@@ -113,6 +114,13 @@ def decode_examples(
     return columns, bad
 
 
+@dataclass(frozen=True)
+class LabelShard(ShardSummary):
+    """``counts``: images by class; one number of all where an image has a mask in place of a class."""
+
+    counts: tuple[int, ...] = ()
+
+
 class _Decode:
     def __init__(
         self, stage: Stage, preprocess: Preprocess, canvas: Preprocess, max_pixels: int, masks: Masks | None
@@ -128,7 +136,8 @@ class _Decode:
         columns, bad = decode_examples(examples, self.max_pixels, transforms, self.masks)
         write_rows(self.stage, item["name"], columns)
         counts = np.bincount(columns["label"]).tolist() if len(columns["label"]) else []
-        return {"name": item["name"], "read": len(item["examples"]), "bad": bad, "counts": counts}
+        read = len(item["examples"])
+        return LabelShard(item["name"], len(columns["label"]), read, pairs(bad), counts=tuple(counts)).to_json()
 
 
 def run(context: RunContext, preprocess: Preprocess) -> StageResult:
@@ -140,9 +149,9 @@ def run(context: RunContext, preprocess: Preprocess) -> StageResult:
         items = shard_items("train", context.task.train) + shard_items("val", context.task.val)
         reporter.expect(sum(len(i["examples"]) for i in items))
         decode = _Decode(stage, preprocess, canvas, context.recipe.data.max_pixels, masks)
-        kept = reporter.shards(cpu_shards(items, decode, context.plan))
+        kept = reporter.shards(LabelShard.each(cpu_shards(items, decode, context.plan)))
         for split in ("train", "val"):
-            if not any(sum(s["counts"]) for s in kept if s["name"].startswith(split)):
+            if not any(sum(s.counts) for s in kept if s.name.startswith(split)):
                 raise KtrayError(
                     f"No image of the {split} split can be used", "Check the files named in the quarantine list."
                 )

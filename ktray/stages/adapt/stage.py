@@ -32,6 +32,7 @@ from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Stage
@@ -79,7 +80,7 @@ def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResul
         watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
         who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
         found = run_with_retries(fit, who, remedy, max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
-        reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
+        reporter.shards([ShardSummary("heads", images=found["images"], flops=found["flops"])])
         if reporter.progress:
             reporter.progress.update(found["images"])
         scores: dict[str, dict[str, float]] = found["scores"]

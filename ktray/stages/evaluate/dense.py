@@ -20,6 +20,7 @@ from ktray.models.maps import resize_map
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.stages.base import finish_shard
 from ktray.stages.labels import Masks, read_examples
+from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.segmentation import pixel_counts
@@ -103,9 +104,9 @@ class Score:
         write_rows(self.plan.stage, item["name"], out)
         n = len(out["uri"])
         self.plan.stage.write_json(f"{item['name']}.confusion", confusion.tolist())
-        bad = columns["bad"].tolist()
-        summary = {"name": item["name"], "rows": n, "read": len(item["examples"]), "bad": bad, "images": n}
-        return finish_shard(self.plan.stage, item["name"], {**summary, "flops": self.flops * n})
+        bad = pairs(columns["bad"].tolist())
+        summary = ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=self.flops * n)
+        return finish_shard(self.plan.stage, summary)
 
     def _logits(self, name: str, columns: Rows) -> np.ndarray:
         """(N, C, h, w) float32."""

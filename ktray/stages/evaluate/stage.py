@@ -17,9 +17,10 @@ from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
-from ktray.stages.base import Reporter, RunContext, StageResult, finish_shard, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, finish_shard, finished_shards, run_stage
 from ktray.stages.evaluate import dense
 from ktray.stages.labels import Masks, decode_examples, shard_items
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks import classification, segmentation
@@ -62,15 +63,9 @@ class _Score:
             out["teacher"] = predict_numpy(self.teacher, columns["teacher"], 256)
         write_rows(self.stage, item["name"], out)
         n = len(out["label"])
-        summary = {
-            "name": item["name"],
-            "rows": n,
-            "read": len(item["examples"]),
-            "bad": columns["bad"].tolist(),
-            "images": n,
-            "flops": self.flops * n,
-        }
-        return finish_shard(self.stage, item["name"], summary)
+        bad = pairs(columns["bad"].tolist())
+        summary = ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=self.flops * n)
+        return finish_shard(self.stage, summary)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def run(
         items = shard_items("test", context.task.test)
         finished = finished_shards(stage)
         reporter.expect(len(context.task.test))
-        reporter.shards(resumed(s) for s in finished.values())
+        reporter.shards(s.resumed() for s in finished.values())
         specs, judge = {n: s for n, (s, _) in students.items()}, teacher[0] if teacher else None
         limit = recipe.data.max_pixels
         todo = [i for i in items if i["name"] not in finished]
@@ -112,11 +107,10 @@ def run(
         if masks:
             prepare = dense.PrepareMasks(transforms, limit, masks)
             finish = dense.MakeScore(stage, specs, judge, len(classes))
-            reporter.shards(map_shards(todo, prepare, finish, context.plan))
+            reporter.shards(ShardSummary.each(map_shards(todo, prepare, finish, context.plan)))
         else:
-            reporter.shards(
-                map_shards(todo, _Prepare(transforms, limit), _MakeScore(stage, specs, judge), context.plan)
-            )
+            found = map_shards(todo, _Prepare(transforms, limit), _MakeScore(stage, specs, judge), context.plan)
+            reporter.shards(ShardSummary.each(found))
         rows = load(stage)
         if not len(rows["uri"]):
             raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")

@@ -21,9 +21,10 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives import build_objective
 from ktray.objectives.base import TEACHERS
-from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, run_stage
 from ktray.stages.labels import canvas_preprocess
-from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.targets.make_views import MakeViews
@@ -117,7 +118,7 @@ def run(
         if cached:
             rows = _store(context, stage, reporter, items, cut, predict)
         else:
-            rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
+            rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
         if not sum(rows.values()):
             raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
         known = {
@@ -174,19 +175,20 @@ def _store(
     jpeg = context.recipe.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
-    before = reporter.shards(resumed(s) for s in finished.values())
+    before = reporter.shards(s.resumed() for s in finished.values())
     todo = [item for item in items if item["name"] not in finished]
     summaries = (
         map_shards(todo, cut, WithTeacher(stage, predict, jpeg), context.plan)
         if predict
         else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), context.plan)
     )
-    rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
+    rows = {s.name: s.rows for s in [*before, *reporter.shards(ShardSummary.each(summaries))]}
     if predict and any(rows.values()):
-        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), context.plan))
+        checks = map_shards(sample(items, rows), cut, CheckTargets(stage, predict), context.plan)
+        found = reporter.shards(CheckedShard.each(checks))
         context.say(
-            f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
-            f"least {min(f['cosine'] for f in found):.5f}"
+            f"teach     {sum(f.checked for f in found)} stored targets compared with the live teacher's: cosine at "
+            f"least {min(f.cosine for f in found):.5f}"
         )
     return rows
 
