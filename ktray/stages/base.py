@@ -15,6 +15,7 @@ from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
+from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -150,20 +151,18 @@ class Reporter:
         """Start a progress line; ``total`` None when it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
 
-    def shards(self, summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Consume shard summaries: ``read``, ``bad`` [(uri, reason)], ``images``, ``flops``, ``peak``."""
+    def shards(self, summaries: Iterable[S]) -> list[S]:
+        """Count shards as they are finished; returns their summaries."""
         kept = []
         for s in summaries:
             self.check()
             check_limit()
-            self.done += int(s.get("read", 0))
-            self.read += int(s.get("read", 0))
+            self.done += s.read
+            self.read += s.read
             self.watchdog.heartbeat(f"{self.done:,} images")
-            for uri, reason in s.get("bad", []):
+            for uri, reason in s.bad:
                 self.quarantine.add(uri, reason, self.name)
-            self.meter.add(
-                flops=s.get("flops", 0), images=int(s.get("images", 0)), peak_memory_bytes=int(s.get("peak", 0))
-            )
+            self.meter.add(flops=s.flops, images=s.images)
             if self.progress:
                 self.progress.update(self.done)
             kept.append(s)
@@ -319,17 +318,20 @@ def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     runtime.quarantine.merge(bad)
 
 
-def finished_shards(stage: Stage) -> dict[str, dict[str, Any]]:
+def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
     """Summaries of the shards that an earlier attempt has finished, by shard name."""
-    return {name.removesuffix(".json"): stage.read_json(name) for name in stage.names(".parquet.json")}
+    return {
+        name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
+        for name in stage.names(".parquet.json")
+    }
 
 
-def finish_shard(stage: Stage, name: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """Declare a shard finished: its summary is written after its data, so that a restart counts it once."""
-    stage.write_json(f"{name}.json", summary)
-    return summary
+def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:
+    """Declare a shard finished: its summary is written after its data, so that a restart counts it once.
 
-
-def resumed(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a shard from an earlier attempt, without the work: that attempt was charged for it."""
-    return {**summary, "flops": 0, "images": 0}
+    Returns:
+        `ShardSummary.to_json`, for `ktray.distributed.ray_data.map_shards`.
+    """
+    content = summary.to_json()
+    stage.write_json(f"{summary.name}.json", content)
+    return content

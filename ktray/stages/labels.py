@@ -16,6 +16,7 @@ from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import KtrayError
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import task_kind
@@ -49,7 +50,7 @@ class _Decode:
         examples = [tuple(e) for e in item["examples"]]
         columns, bad = decode_examples(examples, self.max_pixels, transforms, self.reader)
         write_rows(self.stage, item["name"], columns)
-        return {"name": item["name"], "read": len(item["examples"]), "bad": bad, "rows": len(columns["uri"])}
+        return ShardSummary(item["name"], len(columns["uri"]), len(item["examples"]), pairs(bad)).to_json()
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     items = shard_items("train", inputs.task.train) + shard_items("val", inputs.task.val)
     reporter.expect(sum(len(i["examples"]) for i in items))
     decode = _Decode(stage, inputs.preprocess, inputs.canvas, inputs.max_pixels, inputs.reader)
-    kept = reporter.shards(cpu_shards(items, decode, runtime.plan))
+    kept = reporter.shards(ShardSummary.each(cpu_shards(items, decode, runtime.plan)))
     for split in ("train", "val"):
-        if not any(s["rows"] for s in kept if s["name"].startswith(split)):
+        if not any(s.rows for s in kept if s.name.startswith(split)):
             raise KtrayError(
                 f"No image of the {split} split can be used", "Check the files named in the quarantine list."
             )

@@ -18,7 +18,7 @@ from small_task import SMALL, picture, write_task
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.pipeline.run import curate_only, index_only
-from ktray.retrieval.index_dir import IndexDir, parts
+from ktray.retrieval.index_dir import IndexDir
 
 ROOT = Path(__file__).resolve().parents[2]
 TARS, A_TAR = 10, 40
@@ -68,8 +68,8 @@ def table(folder):
     index, found, count = IndexDir(str(folder)), {}, Counter()
     whole, broken = index.shards()
     assert not broken
-    for summary in whole.values():
-        for part in parts(summary):
+    for shard in whole.values():
+        for part in shard.parts:
             uris = index.rows(part, ["uri"])["uri"].tolist()
             count.update(uris)
             found.update(zip(uris, index.embedding(part), strict=True))

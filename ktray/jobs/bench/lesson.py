@@ -127,7 +127,7 @@ def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
         {"name": f"{first // SHARD:05d}.parquet", "uris": uris[first : first + SHARD], "beside": {}}
         for first in range(0, len(uris), SHARD)
     ]
-    rows = {item["name"]: ListImages(stage, 1)(item)["rows"] for item in items}
+    rows = {item["name"]: ListImages(stage, 1)(item) for item in items}
     todo = [item for item in items if not stage.exists(f"{item['name']}.json")]
     for _ in map_shards(todo, cut, WithTeacher(stage, predict), plan):
         pass

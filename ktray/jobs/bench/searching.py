@@ -20,7 +20,7 @@ from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import GalleryConfig
 from ktray.retrieval.faiss_index import Say
-from ktray.retrieval.index_dir import IndexDir
+from ktray.retrieval.index_dir import IndexDir, IndexedShard
 from ktray.stages.index.compress import compress, nearest
 from ktray.stages.index.gallery import Gallery, exact
 
@@ -89,7 +89,7 @@ def synthetic(folder: Path, rows: int, plan: Allocation) -> Gallery:
     whole, _ = index.shards([item["name"] for item in items])
     todo = [item for item in items if item["name"] not in whole]
     for made in cpu_shards(todo, _Synthesise(index, rows, DIMENSIONS), plan):
-        index.finish(made["shard"], made)
+        index.finish(IndexedShard.from_json(made))
     return Gallery(index, [(f"{item['name']}-00000", item["rows"]) for item in items])
 
 
@@ -112,7 +112,7 @@ class _Synthesise:
         prints = rng.integers(0, 2**64, (2, item["rows"]), dtype=np.uint64)
         columns = {"uri": uris, "caption": np.full(item["rows"], ""), "hash": prints[0], "digest": prints[1]}
         part = self.index.write_part(f"{item['name']}-00000", columns, vectors)
-        return {"shard": item["name"], "rows": item["rows"], "read": item["rows"], "bad": [], "parts": [part]}
+        return IndexedShard(item["name"], (part,), item["rows"], item["rows"]).to_json()
 
 
 def _timed(search: Callable[[], object]) -> float:

@@ -30,6 +30,7 @@ from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
@@ -115,7 +116,7 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
     who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
     found = run_with_retries(fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
-    reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
+    reporter.shards([ShardSummary("heads", images=found["images"], flops=found["flops"])])
     if reporter.progress:
         reporter.progress.update(found["images"])
     scores: dict[str, dict[str, float]] = found["scores"]

@@ -26,11 +26,11 @@ from ktray.stages.base import (
     StageResult,
     finish_shard,
     finished_shards,
-    resumed,
     run_stage,
 )
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import shard_items
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
@@ -81,9 +81,9 @@ class _Score:
                 plan.stage.write_json(f"{item['name']}{CONFUSION}", counts)
         write_rows(plan.stage, item["name"], out)
         n = len(out["uri"])
-        bad = columns["bad"].tolist()
-        summary = {"name": item["name"], "rows": n, "read": len(item["examples"]), "bad": bad, "images": n}
-        return finish_shard(plan.stage, item["name"], {**summary, "flops": self.flops * n})
+        bad = pairs(columns["bad"].tolist())
+        summary = ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=self.flops * n)
+        return finish_shard(plan.stage, summary)
 
     def _predictions(self, name: str, columns: Rows) -> np.ndarray:
         """(N, ...) float32, the model's output."""
@@ -168,12 +168,12 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
     items = shard_items("test", inputs.task.test)
     finished = finished_shards(stage)
     reporter.expect(len(inputs.task.test))
-    reporter.shards(resumed(s) for s in finished.values())
+    reporter.shards(s.resumed() for s in finished.values())
     students = {name: starting_at(inputs.student, made) for name, made in inputs.weights.items()}
     todo = [i for i in items if i["name"] not in finished]
     prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
     finish = _MakeScore(stage, kind, students, teacher, len(classes))
-    reporter.shards(map_shards(todo, prepare, finish, runtime.plan))
+    reporter.shards(ShardSummary.each(map_shards(todo, prepare, finish, runtime.plan)))
     rows = load(stage)
     if not len(rows["uri"]):
         raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")

@@ -21,10 +21,11 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
-from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
-from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.targets.make_views import MakeViews
@@ -161,7 +162,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     if cached:
         rows = _store(inputs, runtime, stage, reporter, items)
     else:
-        rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
+        rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
     if not sum(rows.values()):
         raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
     known = {
@@ -204,19 +205,20 @@ def _store(
     cut, predict, jpeg = inputs.cut, inputs.predict, inputs.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
-    before = reporter.shards(resumed(s) for s in finished.values())
+    before = reporter.shards(s.resumed() for s in finished.values())
     todo = [item for item in items if item["name"] not in finished]
     summaries = (
         map_shards(todo, cut, WithTeacher(stage, predict, jpeg), runtime.plan)
         if predict
         else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), runtime.plan)
     )
-    rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
+    rows = {s.name: s.rows for s in [*before, *reporter.shards(ShardSummary.each(summaries))]}
     if predict and any(rows.values()):
-        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan))
+        checks = map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan)
+        found = reporter.shards(CheckedShard.each(checks))
         runtime.say(
-            f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
-            f"least {min(f['cosine'] for f in found):.5f}"
+            f"teach     {sum(f.checked for f in found)} stored targets compared with the live teacher's: cosine at "
+            f"least {min(f.cosine for f in found):.5f}"
         )
     return rows
 

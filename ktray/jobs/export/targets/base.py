@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.jobs.export import latency
 from ktray.jobs.export.agreement import AgreementScores, Scorer
 from ktray.jobs.export.images import Split
