@@ -29,6 +29,7 @@ from ktray.jobs.compare.runner import Runner, open_folder
 from ktray.pipeline.run_folder import RUNNING
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
+from ktray.reporting.log import ending
 from ktray.storage.store import Store, local_home
 
 SCHEMA = 1
@@ -131,9 +132,10 @@ def _compare(
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
     folder.write_json("result.json", content)
     folder.delete(RUNNING)
-    say("")
-    say(page.table(content))
-    say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
-    say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
-    say(f"chart     {chart(recipe, store, content)}")
+    with ending():
+        say("")
+        say(page.table(content))
+        say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
+        say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+        say(f"chart     {chart(recipe, store, content)}")
     return content
