@@ -131,11 +131,14 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
 
 
 def parse(argv: Sequence[str], options: Mapping[str, str] | None = None) -> Arguments:
-    """Raises `KtrayError` for an unknown option, or one without its value.
+    """The words of a command line, sorted.
 
     Args:
         argv: the words after the job's name.
         options: a job's own: each stands for an override, in which ``{}`` is the word that follows the option.
+
+    Raises:
+        KtrayError: an unknown option, or one without its value.
     """
     reader = parser("JOB", "", options)
     known, rest = reader.parse_known_args(list(argv))
