@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -214,6 +214,8 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind))
     args = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _type_name(args[0])
     if args and get_origin(kind) not in (list, dict):
         return "|".join("null" if a is type(None) else _type_name(a) for a in args)
     if args:

@@ -1,6 +1,7 @@
 """One line of progress per running stage: done/total, rate, time left, and the share of time spent on waiting.
 
-On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds.
+On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds. With
+``--quiet`` there are none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TextIO
+
+from ktray.reporting.log import is_quiet
 
 _hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
@@ -83,7 +86,7 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self._began, done)])
         self._shown_at: float | None = None
         self._closed = False
-        self._silent = _hushed.get()
+        self._silent = _hushed.get() or is_quiet()
         self._show()
 
     def update(

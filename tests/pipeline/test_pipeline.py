@@ -17,6 +17,7 @@ from small_task import CLASSES, SMALL, write_gallery, write_task
 import ktray
 from ktray import cli
 from ktray import recipe as recipes
+from ktray.jobs.definitions import Job
 from ktray.models.student.classifier import build_student
 from ktray.pipeline.run import run
 from ktray.stages.evaluate import stage as evaluate
@@ -201,7 +202,7 @@ def test_mistakes_end_with_one_line(first, capsys, overrides, message):
         run(recipe, say)
 
     argv = [f"store={store}", *SMALL, *data, "train.steps=5", "teach.seed=9", *overrides]
-    assert cli.main("distill", "", job, lambda r, s: None, argv) == 1
+    assert cli.main(Job("distill", "", job, lambda r, s: None), argv) == 1
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1
     import re

@@ -26,6 +26,7 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
+from ktray.reporting.log import ending
 from ktray.reporting.result import SCHEMA, CompareResult, write_result
 from ktray.storage.store import local_home
 
@@ -126,9 +127,10 @@ def _compare(
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
     content = write_result(folder, CompareResult(**content))
     folder.delete(RUNNING)
-    say("")
-    say(page.table(content))
-    say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
-    say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
-    say(f"chart     {chart(recipe, store, content)}")
+    with ending():
+        say("")
+        say(page.table(content))
+        say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
+        say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+        say(f"chart     {chart(recipe, store, content)}")
     return content

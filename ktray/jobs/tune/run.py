@@ -38,6 +38,7 @@ from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.recipe.tune import BudgetConfig
+from ktray.reporting.log import ending
 from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tracker import tracking_uri
 
@@ -109,11 +110,12 @@ def _tune(
     finally:
         tracker.finish(status)
         tracker.close(20)
-    say("")
-    say(result.table(content))
-    say(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
-    say(f"student   {content['winner']['student']}")
-    say(f"chart     {mlflow.chart(base, store, run_id)}")
+    with ending():
+        say("")
+        say(result.table(content))
+        say(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
+        say(f"student   {content['winner']['student']}")
+        say(f"chart     {mlflow.chart(base, store, run_id)}")
     return content
 
 

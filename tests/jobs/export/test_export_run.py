@@ -15,10 +15,10 @@ from PIL import Image
 from results import check_result
 from safetensors.torch import load_file, save_file
 
-import ktray
 from ktray import cli
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
+from ktray.jobs.definitions import JOBS, Job
 from ktray.jobs.export import card, latency, quantise
 from ktray.jobs.export import run as module
 from ktray.jobs.export.onnx_file import OPSET
@@ -179,14 +179,9 @@ def test_int8_cannot_be_served_without_being_made(run: Path) -> None:
 
 
 def test_the_command_line(run: Path, quick, written, capsys, monkeypatch) -> None:
-    import runpy
-
-    jobs = Path(ktray.__file__).parents[1] / "jobs" / "export.py"
-    job = runpy.run_path(str(jobs))
-
     def main(*words: str) -> int:
         argv = [f"store={run.parents[1]}", *words]
-        return cli.main("export", "purpose", job["run"], job["plan"], argv=argv)
+        return cli.main(JOBS["export"], argv)
 
     assert main("--plan", "export.int8=true", "export.register_as=stripes") == 0
     planned = capsys.readouterr().out
@@ -214,8 +209,8 @@ def test_a_full_disk(run: Path, quick, written, monkeypatch, capsys) -> None:
     def job(recipe: recipes.Recipe, say: Any, debug: bool) -> None:
         module.export(recipe, say)
 
-    assert cli.main("export", "", job, print, argv=keys) == 1
+    assert cli.main(Job("export", "", job, print), keys) == 1
     assert "error: No space is left on the disk" in capsys.readouterr().err
     assert not (run / "export" / "export.json").exists()  # what is there is not taken for an export
     monkeypatch.setattr(store, "_aside", real)
-    assert cli.main("export", "", job, print, argv=keys) == 0
+    assert cli.main(Job("export", "", job, print), keys) == 0
