@@ -259,12 +259,15 @@ def _main(job: Job, words: list[str]) -> None:
         log.logger.debug(f"recipe    {line}")
     store = lasting_store(recipe.store)
     if store != recipe.store:
-        log.say(f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)")
+        log.logger.info(
+            f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)"
+        )
         recipe.store = store
     if arguments.plan:
-        job.plan(recipe, log.result)
+        with log.ending():
+            job.plan(recipe)
     else:
-        job.run(recipe, log.say, arguments.debug)
+        job.run(recipe, arguments.debug)
     log.logger.debug(f"{job.name:<9} ended after {humanise(time.monotonic() - begun)}")
 
 

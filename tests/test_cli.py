@@ -32,14 +32,14 @@ def test_help_lists_every_key(capsys):
 
 def test_recipe_and_overrides_reach_the_job():
     seen = []
-    assert command(["--recipe", "digits", "seed=7"], lambda r, s, d: seen.append(r)) == 0
+    assert command(["--recipe", "digits", "seed=7"], lambda r, d: seen.append(r)) == 0
     assert (seen[0].task.name, seen[0].seed) == ("digits", 7)
-    assert command(["--plan", "seed=1"], plan=lambda r, s: seen.append(r)) == 0
+    assert command(["--plan", "seed=1"], plan=lambda r: seen.append(r)) == 0
     assert seen[1].seed == 1
 
 
 def test_an_error_is_one_line_with_cause_and_remedy_and_no_traceback(capsys):
-    def fail(recipe, say, debug):
+    def fail(recipe, debug):
         raise KtrayError("The disk is full", "Free space.")
 
     assert command([], fail) == 1
@@ -79,7 +79,7 @@ def test_bad_command_lines_exit_1(argv, message, capsys):
 
 
 def test_ctrl_c_exits_130(capsys):
-    def interrupted(recipe, say, debug):
+    def interrupted(recipe, debug):
         raise KeyboardInterrupt
 
     assert command([], interrupted) == 130
@@ -176,7 +176,7 @@ def test_an_option_without_its_value_or_of_another_job_is_refused():
 def test_an_error_shows_no_credentials(capsys, monkeypatch):
     monkeypatch.setenv("SOME_PASSWORD", "hunter22hunter")
 
-    def fail(recipe, say, debug):
+    def fail(recipe, debug):
         raise OSError("no answer from http://user:hunter22@host, hunter22hunter was refused")
 
     assert command([], fail) == 1
@@ -194,15 +194,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == shown
 
 
-def lines(recipe, say, debug):
-    say("step 1")
+def lines(recipe, debug):
+    log.logger.info("step 1")
     logging.getLogger("ktray.training").info("of the library")
     logging.getLogger("ktray.training").debug("in detail")
     logging.getLogger("ktray.training").warning("careful")
     with Progress("train", 10):
         pass
     with log.ending():
-        say("folder    here")
+        log.logger.info("folder    here")
     log.result("100% correct %s")
 
 
@@ -218,13 +218,13 @@ def test_quiet_shows_only_warnings_and_the_result(capsys):
     assert command(["--quiet"], lines) == 0
     assert capsys.readouterr() == ("folder    here\n100% correct %s\n", "careful\n")
 
-    def fail(recipe, say, debug):
-        say("step 1")
+    def fail(recipe, debug):
+        log.logger.info("step 1")
         raise KtrayError("The disk is full", "Free space.")
 
     assert command(["--quiet"], fail) == 1
     assert capsys.readouterr() == ("", "error: The disk is full. Free space.\n")
-    assert command(["--quiet", "--plan"], plan=lambda recipe, say: say("costs nothing")) == 0
+    assert command(["--quiet", "--plan"], plan=lambda recipe: log.logger.info("costs nothing")) == 0
     assert capsys.readouterr().out == "costs nothing\n"
     assert command([], lines) == 0  # nothing of it is left for the next
     assert "step 1" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_handlers_of_libraries_do_not_double_lines(capsys, caplog):
         root.removeHandler(handler)
     assert capsys.readouterr().out.count("step 1") == 1
     with caplog.at_level(logging.INFO, "ktray"):  # outside a job, pytest and other programs see the records
-        log.say("seen")
+        log.logger.info("seen")
     assert caplog.messages == ["seen"]
 
 

@@ -11,19 +11,22 @@ of them, which holds nothing and does nothing, keeps them while the job lasts.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.recipe.cluster import ClusterConfig
 
+logger = logging.getLogger("ktray")
+
 _TELL = 30.0  # seconds between lines while it waits
 
 
 @contextmanager
-def gathered(part: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
+def gathered(part: ClusterConfig) -> Iterator[None]:
     """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep as many while the block runs.
 
     Raises:
@@ -33,14 +36,14 @@ def gathered(part: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
 
     kept: dict[str, Any] = {}
     try:
-        _wait(part, say, kept)
+        _wait(part, kept)
         yield
     finally:
         for one in kept.values():
             ray.kill(one)
 
 
-def _wait(part: ClusterConfig, say: Callable[[str], None], kept: dict[str, Any]) -> None:
+def _wait(part: ClusterConfig, kept: dict[str, Any]) -> None:
     from ray.util import placement_group, remove_placement_group
 
     group: Any = None if _enough(part) else placement_group(bundles(part), strategy="PACK")
@@ -58,7 +61,7 @@ def _wait(part: ClusterConfig, say: Callable[[str], None], kept: dict[str, Any])
                     "or set cluster.cpus and cluster.gpus to what there is.",
                 )
             if (now - told >= _TELL or told == began) and not _enough(part):
-                say(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; there are {_there()}")
+                logger.info(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; there are {_there()}")
                 told = now
             time.sleep(min(1.0, part.wait_seconds))
     finally:

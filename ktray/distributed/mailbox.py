@@ -7,6 +7,7 @@ reads in its own time and turns posts into the progress line, MLflow steps and t
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,7 +61,8 @@ def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Itera
         except Exception as error:  # e.g. no space for the log; raised where the training ends
             problems.append(error)
 
-    thread = threading.Thread(target=follow, daemon=True)
+    # In this context: what is logged on the thread belongs to the run that is logged here.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
     thread.start()
     try:
         yield board

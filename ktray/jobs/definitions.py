@@ -6,13 +6,14 @@ and a mistake in the command line need no torch and no Ray.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ktray.recipe.schema import Recipe
-from ktray.reporting.log import result
+from ktray.reporting.log import ending, result
 
-Say = Callable[[str], None]
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,23 @@ class Job:
     Args:
         name: the word after ``ktray``, and the file in ``jobs/``.
         purpose: one line for ``--help``.
-        run: does the job; gets the recipe, where to write lines, and whether ``--debug`` was given.
+        run: does the job; gets the recipe, and whether ``--debug`` was given.
         plan: writes what the job would do and cost.
         options: short options, each with the override that it stands for, in which ``{}`` is the word that follows it.
     """
 
     name: str
     purpose: str
-    run: Callable[[Recipe, Say, bool], None]
-    plan: Callable[[Recipe, Say], None]
+    run: Callable[[Recipe, bool], None]
+    plan: Callable[[Recipe], None]
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-def _distill(recipe: Recipe, say: Say, debug: bool) -> None:
+def _distill(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import run
     from ktray.reporting.report import closing_table
 
-    found = run(recipe, say, debug)
+    found = run(recipe, debug)
     folder, uri = found["folder"], found["mlflow"]["tracking_uri"]
     result("")
     result(closing_table(found))
@@ -46,16 +47,16 @@ def _distill(recipe: Recipe, say: Say, debug: bool) -> None:
     result(f"runs      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"runs      {uri}")
 
 
-def _plan_distill(recipe: Recipe, say: Say) -> None:
+def _plan_distill(recipe: Recipe) -> None:
     from ktray.pipeline.plan import show
 
-    show(recipe, say)
+    show(recipe)
 
 
-def _index(recipe: Recipe, say: Say, debug: bool) -> None:
+def _index(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import index_only
 
-    found = index_only(recipe, say, debug)
+    found = index_only(recipe, debug)
     held = found["index"]
     result(
         f"\nindex     {held['folder']}: {held['images']:,} images, {held['rows']:,} rows in {held['shards']:,} shards"
@@ -63,16 +64,16 @@ def _index(recipe: Recipe, say: Say, debug: bool) -> None:
     result(f"result    {found['folder']}/result.json")
 
 
-def _plan_index(recipe: Recipe, say: Say) -> None:
+def _plan_index(recipe: Recipe) -> None:
     from ktray.pipeline.plan import show_index
 
-    show_index(recipe, say)
+    show_index(recipe)
 
 
-def _curate(recipe: Recipe, say: Say, debug: bool) -> None:
+def _curate(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import curate_only
 
-    found = curate_only(recipe, say, debug)
+    found = curate_only(recipe, debug)
     folder, chosen = found["folder"], found["transfer_set"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in chosen["dropped"].items()) or "none"
     result(
@@ -81,69 +82,72 @@ def _curate(recipe: Recipe, say: Say, debug: bool) -> None:
     result(f"list      {chosen['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
 
 
-def _plan_curate(recipe: Recipe, say: Say) -> None:
+def _plan_curate(recipe: Recipe) -> None:
     from ktray.pipeline.plan import show
 
-    show(recipe, say, until="curate")
+    show(recipe, until="curate")
 
 
-def _compare(recipe: Recipe, say: Say, debug: bool) -> None:
+def _compare(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.compare import compare
 
-    compare(recipe, say, debug)
+    compare(recipe, debug)
 
 
-def _plan_compare(recipe: Recipe, say: Say) -> None:
+def _plan_compare(recipe: Recipe) -> None:
     from ktray.jobs.compare.equal_budget import show
 
-    show(recipe, say)
+    show(recipe)
 
 
-def _tune(recipe: Recipe, say: Say, debug: bool) -> None:
+def _tune(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.tune.run import tune
 
-    tune(recipe, say, debug)
+    tune(recipe, debug)
 
 
-def _plan_tune(recipe: Recipe, say: Say) -> None:
+def _plan_tune(recipe: Recipe) -> None:
     from ktray.jobs.tune.plan import report
 
-    report(recipe, say)
+    report(recipe)
 
 
-def _export(recipe: Recipe, say: Say, debug: bool) -> None:
+def _export(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.export.card import closing
     from ktray.jobs.export.run import export
 
-    found = export(recipe, say, debug)
+    found = export(recipe, debug)
     result(f"\n{closing(found)}\n\nexport    {found['folder']}\ncard      {found['folder']}/README.md")
 
 
-def _plan_export(recipe: Recipe, say: Say) -> None:
+def _plan_export(recipe: Recipe) -> None:
     from ktray.jobs.export.run import show
 
-    show(recipe, say)
+    show(recipe)
 
 
-def _bench(recipe: Recipe, say: Say, debug: bool) -> None:
+def _bench(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.bench.run import bench
 
-    found = bench(recipe, say, debug)
+    found = bench(recipe, debug)
     result(f"\ntable     {found['folder']}/bench.md\nresult    {found['folder']}/result.json")
 
 
-def _plan_bench(recipe: Recipe, say: Say) -> None:
-    say(f"bench     {', '.join(recipe.bench.only)}: {recipe.bench.repeats} turns each, some minutes in all")
+def _plan_bench(recipe: Recipe) -> None:
+    logger.info(f"bench     {', '.join(recipe.bench.only)}: {recipe.bench.repeats} turns each, some minutes in all")
 
 
-def _doctor(recipe: Recipe, say: Say, debug: bool) -> None:
+def _doctor(recipe: Recipe, debug: bool) -> None:
     from ktray.distributed.doctor.run import show
 
-    show(recipe, result, debug)  # its checks are its result
+    with ending():  # its checks are its result
+        show(recipe, debug)
 
 
-def _plan_doctor(recipe: Recipe, say: Say) -> None:
-    say("Checks versions, store, checkpoints, GPUs, clocks, plan, decoding, network, token and MLflow; costs nothing.")
+def _plan_doctor(recipe: Recipe) -> None:
+    logger.info(
+        "Checks versions, store, checkpoints, GPUs, clocks, plan, decoding, network, token and MLflow; costs nothing."
+    )
 
 
 JOBS: Mapping[str, Job] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from ktray.targets.top_k import per_prediction
 from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
 
+logger = logging.getLogger("ktray")
+
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
@@ -58,7 +61,7 @@ class Resolved:
     reasons: list[str]
 
 
-def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
+def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     """Read the labels, then close every open key. The given recipe is not changed."""
     recipe = recipe.model_copy(deep=True)
     reasons: list[str] = []
@@ -72,7 +75,7 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
         shown = f"{value:g}" if isinstance(value, float) else value
         reasons.append(f"{key}={shown} ({why})")
 
-    task, names, prompts = labelled_task(recipe, choose, say)
+    task, names, prompts = labelled_task(recipe, choose)
     reasons += list(task.notes)
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
         raise KtrayError(
@@ -204,7 +207,7 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
 
 
 def labelled_task(
-    recipe: Recipe, choose: Callable[[str, Any, str], None], say: Callable[[str], None]
+    recipe: Recipe, choose: Callable[[str, Any, str], None]
 ) -> tuple[LabelledSet, list[str] | None, list[str]]:
     """The task's labelled images, a built-in task's names of the classes, and the prompts.
 
@@ -215,7 +218,7 @@ def labelled_task(
     prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
     root = recipe.task.data
     if root is None:
-        root, names, own_prompts = _builtin(recipe, choose, say)
+        root, names, own_prompts = _builtin(recipe, choose)
         prompts = list(recipe.task.prompts or own_prompts)
     part, kind = recipe.task, task_kind(recipe.task.kind)
     if part.metric == "auto":
@@ -236,7 +239,7 @@ def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
     return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
 
 
-def resolve_gallery(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
+def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
     """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
     reasons: list[str] = []
 
@@ -246,7 +249,7 @@ def resolve_gallery(recipe: Recipe, plan: Allocation, say: Callable[[str], None]
 
     recipe.transfer.source, recipe.transfer.list = "retrieved", None
     if recipe.gallery.data is None:
-        recipe.gallery.data = _own_gallery(recipe, say)
+        recipe.gallery.data = _own_gallery(recipe)
         reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
         if recipe.teacher.name is None:
             choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
@@ -269,10 +272,10 @@ def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], N
     choose("teacher.name", name, "published model for own data; fetched from its hub")
 
 
-def _home(recipe: Recipe, say: Callable[[str], None]) -> Path:
+def _home(recipe: Recipe) -> Path:
     home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
     if not home.exists():
-        say("miniverse drawing the small world (once, some seconds)")
+        logger.info("miniverse drawing the small world (once, some seconds)")
     return home
 
 
@@ -288,10 +291,10 @@ def _shared(recipe: Recipe, folder: Path) -> str:
     return copy.uri
 
 
-def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> str:
+def _own_gallery(recipe: Recipe) -> str:
     from ktray.miniverse import ensure_gallery
 
-    return _shared(recipe, ensure_gallery(_home(recipe, say)))
+    return _shared(recipe, ensure_gallery(_home(recipe)))
 
 
 def _source(recipe: Recipe) -> LabelledSet:
@@ -304,7 +307,7 @@ def _source(recipe: Recipe) -> LabelledSet:
     return read_labelled(recipe.supervised.data, seed=0)
 
 
-def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[str, list[str], list[str]]:
+def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
     import json
 
     from ktray.miniverse import TASKS, ensure_gallery, ensure_generic_labels, ensure_task
@@ -323,7 +326,7 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
         raise KtrayError(
             f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
         )
-    home = _home(recipe, say)
+    home = _home(recipe)
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     kind = facts.get("kind", recipe.task.kind)

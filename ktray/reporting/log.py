@@ -18,7 +18,7 @@ logger = logging.getLogger("ktray")
 RESULT = 25  # between INFO and WARNING: the lines that a job ends with, which --quiet shows too
 logging.addLevelName(RESULT, "RESULT")
 
-_ending: ContextVar[bool] = ContextVar("ktray-ending", default=False)
+_context: ContextVar[tuple[str | None, bool]] = ContextVar("ktray-log", default=(None, False))
 _quiet = False
 
 
@@ -66,21 +66,52 @@ def is_quiet() -> bool:
     return _quiet
 
 
-def say(text: str) -> None:
-    """One line at INFO, or at RESULT within `ending`."""
-    logger.log(RESULT if _ending.get() else logging.INFO, text)
-
-
 def result(text: str) -> None:
-    """One line that belongs to what a job ends with."""
+    """Write one line that belongs to what a job ends with."""
     logger.log(RESULT, text)
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Within it, on this thread, what `say` writes belongs to what a job ends with."""
-    token = _ending.set(True)
+    """Within it, all lines belong to what a job ends with: ``--quiet`` shows them too."""
+    before = logger.level
+    if _quiet:
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        _ending.reset(token)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def titled(title: str | None, muted: bool = False) -> Iterator[None]:
+    """Within it, on this thread, each line begins with a title, so that the lines of several runs at once can be told
+    apart.
+
+    Args:
+        title: None: lines stay as they are.
+        muted: lines below WARNING are dropped.
+    """
+    token = _context.set((title, muted))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def muted() -> contextlib.AbstractContextManager[None]:
+    """Within it, on this thread, lines below WARNING are dropped."""
+    return titled(None, muted=True)
+
+
+def _mark(record: logging.LogRecord) -> bool:
+    title, muted = _context.get()
+    if muted and record.levelno < logging.WARNING:
+        return False
+    if title is not None:
+        record.msg = "\n".join(f"[{title}] {line}" for line in record.getMessage().splitlines())
+        record.args = None
+    return True
+
+
+logger.addFilter(_mark)

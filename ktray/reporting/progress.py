@@ -47,12 +47,6 @@ def hushed(silent: bool = True) -> Iterator[None]:
         _hushed.reset(token)
 
 
-def prefixed(say: Callable[[str], None], title: str, text: str) -> None:
-    """Say each line with a title before it, so that lines of several runs at once can be told apart."""
-    for line in text.splitlines():
-        say(f"[{title}] {line}")
-
-
 class Progress:
     """The progress line of one stage; a context manager, safe to update from any thread.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from ktray.training.messages import BadImages, ControllerState, CurvePoint, Mess
 
 if TYPE_CHECKING:
     from ktray.data.labelled.labelled_set import LabelledSet
+logger = logging.getLogger("ktray")
 
 
 @dataclass
@@ -35,7 +37,6 @@ class Runtime:
         plan: which part of the cluster the run has.
         cluster: how failures, missing machines and hangs are met.
         max_bad_fraction: of unusable images, above which a stage fails.
-        say: prints one line for the person who watches.
         phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
         read, quarantine: images that the run has read, and those of them that cannot be used.
         planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
@@ -46,7 +47,6 @@ class Runtime:
     ledger: Ledger
     tracker: Tracker
     run_id: str
-    say: Callable[[str], None]
     cluster: ClusterConfig
     max_bad_fraction: float
     phase: str = ""
@@ -97,9 +97,6 @@ class RunContext:
     @property
     def run_id(self) -> str:
         return self.runtime.run_id
-
-    def say(self, text: str) -> None:
-        self.runtime.say(text)
 
     @property
     def names(self) -> list[str]:
@@ -212,7 +209,7 @@ class Reporter:
             )
         else:
             self.meter.restart(max(0.0, self._flops - message.flops))
-            self.runtime.say(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
+            logger.info(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
         self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)
@@ -224,9 +221,9 @@ class Reporter:
         else:
             self.watchdog.waits("the steps of its training workers")
         if why and state == "restarting":
-            self.runtime.say(f"{self.name:<9} lost its workers: {why}")
+            logger.info(f"{self.name:<9} lost its workers: {why}")
         elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
-            self.runtime.say(f"{self.name:<9} could not start its workers: {why}")
+            logger.info(f"{self.name:<9} could not start its workers: {why}")
             self._refused = why
 
 
@@ -268,17 +265,17 @@ def run_stage(
     while manifest is None:
         check_limit()
         try:
-            with stage.lease(runtime.say) as lease:
+            with stage.lease() as lease:
                 manifest = made()  # another job may have finished it while this one waited
                 if manifest is None:
                     check_limit()
                     return _attempt(runtime, stage, lease, (shown, booked), inputs, work)
         except LeaseLost as lost:
-            runtime.say(f"{shown:<9} {lost.what}; going on with what it makes")
+            logger.info(f"{shown:<9} {lost.what}; going on with what it makes")
     runtime.ledger.reuse(DirLog(stage), booked, key)
     _count(runtime, manifest)
     again = " (made earlier in this run)" if manifest.get("run") == runtime.run_id else ""
-    runtime.say(f"{shown:<9} reused {key}{again}")
+    logger.info(f"{shown:<9} reused {key}{again}")
     return StageResult(stage, manifest, cached=True)
 
 

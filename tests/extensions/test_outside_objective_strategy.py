@@ -159,10 +159,8 @@ def transfer_key(store: Path, *overrides: str) -> str:
     """The key of TRANSFER under a recipe; nothing is run."""
     recipe = recipes.load(None, [f"store={store}", *SMALL, "train.steps=8", "baselines.scratch=false", *overrides])
     plan = this_machine(recipe)
-    found = resolve(recipe, plan, lambda text: None)
-    context = pipeline._context(
-        Store(str(store)), found, plan, lambda text: None, Ledger(describe_device()), None, "plan"
-    )
+    found = resolve(recipe, plan)
+    context = pipeline._context(Store(str(store)), found, plan, Ledger(describe_device()), None, "plan")
     context.planned = {}
     made = stages(context).transfer
     assert made is not None

@@ -103,7 +103,7 @@ def test_a_new_name_keeps_what_was_set_and_the_new_objective_has():
 
 def test_a_key_of_the_recipe_reaches_every_compared_method_that_has_it():
     base = recipes.load(None, ["task.data=x", "objective.mixup=0.2"])
-    found = {name: recipe_of(base, way.keys).objective for name, way in list_methods(base, lambda text: None).items()}
+    found = {name: recipe_of(base, way.keys).objective for name, way in list_methods(base).items()}
     assert {name: one.mixup for name, one in found.items() if "mixup" in one.own_fields()} == {
         "oriented target": 0.2,
         "dual target": 0.2,
@@ -113,7 +113,7 @@ def test_a_key_of_the_recipe_reaches_every_compared_method_that_has_it():
 
 def test_the_shipped_comparison_of_maps_matches_maps():
     base = recipes.load("shapes", [])
-    ways = list_methods(base, lambda text: None)
+    ways = list_methods(base)
     assert list(ways) == ["oriented retrieved", "agnostic retrieved", "scratch"]
     assert recipe_of(base, ways["agnostic retrieved"].keys).objective.patches == 1.0
 

@@ -56,7 +56,7 @@ def seen(cluster, tmp_path_factory) -> dict[str, StageInputs]:
     with pytest.MonkeyPatch.context() as patch:
         key = StageInputs.key.fget
         patch.setattr(StageInputs, "key", property(lambda self: found.setdefault(self.stage, self) and key(self)))
-        whole_stages(Store(folder), resolve(recipe, cluster, lambda text: None), cluster)
+        whole_stages(Store(folder), resolve(recipe, cluster), cluster)
     return found
 
 

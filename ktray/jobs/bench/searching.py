@@ -19,7 +19,6 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import GalleryConfig
-from ktray.retrieval.faiss_index import Say
 from ktray.retrieval.index_dir import IndexDir, IndexedShard
 from ktray.stages.index.compress import compress, nearest
 from ktray.stages.index.gallery import Gallery, exact
@@ -34,7 +33,7 @@ _SPREAD = 0.8
 
 
 def searching(
-    folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, say: Say, quick: bool = False
+    folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, quick: bool = False
 ) -> Iterator[BenchRow]:
     """Rates in queries a second over a gallery of ``rows`` vectors of 512 dimensions; k is 100.
 
@@ -61,7 +60,7 @@ def searching(
     part = GalleryConfig(search="compressed")
     shutil.rmtree(Path(gallery.folder.path) / "search", ignore_errors=True)  # of an earlier bench: it is built anew
     began = time.perf_counter()
-    made = compress(part, gallery, plan, say)
+    made = compress(part, gallery, plan)
     built = time.perf_counter() - began
     search = nearest(made, gallery)
     limit, reached = in_turns(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ktray.reporting.result import SCHEMA, ExportResult, write_result
 from ktray.storage.lease import Lease
 from ktray.storage.store import Dir
 
+logger = logging.getLogger("ktray")
+
 VERSION = 1
 FOLDER, RESULT = "export", "export.json"
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
@@ -36,7 +38,7 @@ LIBRARIES = ("torch", "timm", "numpy", "pillow")
 _SAME = 0.005
 
 
-def export(asked: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def export(asked: Recipe, debug: bool = False) -> dict[str, Any]:
     """Export a run's student into its folder; returns the content of ``export.json``, and ``folder``.
 
     The same call again reuses what is there; other options, another machine or other versions make it anew.
@@ -45,7 +47,7 @@ def export(asked: Recipe, say: Callable[[str], None], debug: bool = False) -> di
         KtrayError: there is no such run, its student or images are damaged, PyTorch's and ONNX's predictions differ,
             or MLflow could not register it (the export is whole then).
     """
-    source = find(asked, say)
+    source = find(asked)
     part = source.recipe.export
     served = serving(part)
     if served is None or not served.wanted(part):
@@ -53,45 +55,45 @@ def export(asked: Recipe, say: Callable[[str], None], debug: bool = False) -> di
             f"export.serve={part.serve} needs {served.file if served else 'a file'}, which this export does not have",
             f"Set {served.asked_by} too." if served else "Set export.serve=float.",
         )
-    task = source.task(say)
+    task = source.task()
     key = _key(source, task)
     target = source.folder.sub(FOLDER)
     # One job at a time; it is the run's folder that is held, since what is in the export's own is shipped.
-    with Lease(source.folder, say):
+    with Lease(source.folder):
         found = _whole(target, key)
         if found is not None:
-            say(f"export    reused {target.uri}")
+            logger.info(f"export    reused {target.uri}")
         else:
             with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
-                found = _make(source, task, key, Path(scratch), say)
+                found = _make(source, task, key, Path(scratch))
                 target.delete()
                 target.put(Path(scratch) / FOLDER)
             found = write_result(target, ExportResult(**found), RESULT)
         with target.local() as folder:
-            logged = registry.log(source, folder, found, say)
+            logged = registry.log(source, folder, found)
         if logged != found.get("mlflow"):
             found = write_result(target, ExportResult(**{**found, "mlflow": logged}), RESULT)
     return {**found, "folder": target.uri}
 
 
-def show(asked: Recipe, say: Callable[[str], None]) -> None:
+def show(asked: Recipe) -> None:
     """``--plan``: which run would be exported, what is there, and how much is computed."""
-    source = find(asked, say)
-    task, student, part = source.task(say), source.student(), source.recipe.export
+    source = find(asked)
+    task, student, part = source.task(), source.student(), source.recipe.export
     there = _whole(source.folder.sub(FOLDER), _key(source, task)) is not None
-    say(f"run       {source.folder.uri}")
-    say(f"student   {student.name}, {_parameters(student):,} parameters, {len(task.classes)} classes")
-    say(f"export    {'in the store' if there else 'to be made'}: {source.folder.uri}/{FOLDER}")
+    logger.info(f"run       {source.folder.uri}")
+    logger.info(f"student   {student.name}, {_parameters(student):,} parameters, {len(task.classes)} classes")
+    logger.info(f"export    {'in the store' if there else 'to be made'}: {source.folder.uri}/{FOLDER}")
     targets = [target for _, target in wanted_targets(part)]
     passes = len(task.val) + len(task.test) + sum(target.passes(part, task) for target in targets)
     flops = forward_flops(student.model, (3, *student.preprocess.size)) * passes
     more = "".join(target.plan(part) for target in targets)
-    say(
+    logger.info(
         f"          {len(task.val):,} validation and {len(task.test):,} test images{more}: at most {flops / 1e12:.3g} "
         "TFLOP on this machine's processor, and a minute for latencies"
     )
     if part.register_as:
-        say(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
+        logger.info(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
 
 
 def _key(source: Source, task: LabelledSet) -> str:
@@ -123,7 +125,7 @@ def _whole(target: Dir, key: str) -> dict[str, Any] | None:
     return found if same else None
 
 
-def _make(source: Source, task: LabelledSet, key: str, scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _make(source: Source, task: LabelledSet, key: str, scratch: Path) -> dict[str, Any]:
     folder = scratch / FOLDER
     part, student = source.recipe.export, source.student()
     with source.folder.local("student") as weights:
@@ -131,7 +133,7 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path, say: Calla
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(weights / name, folder / name)
     shutil.copyfile(predict.__file__, folder / "predict.py")
-    work = ExportWork(source, student, task, folder, scratch, say)
+    work = ExportWork(source, student, task, folder, scratch)
     targets = wanted_targets(part)
     exact = [(name, target) for name, target in targets if target.exact]
     facts, files = {name: target.write(work) for name, target in exact}, _opened(folder, exact)
@@ -150,7 +152,7 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path, say: Calla
         for name, target in exact:
             checked[name]["test"] = _checked(on_test, name, target)
     values["test"] = agreement.metrics(on_test, task.classes, source.metric) if on_test else None
-    say(f"export    latency and memory of {', '.join((PYTORCH, *files))}")
+    logger.info(f"export    latency and memory of {', '.join((PYTORCH, *files))}")
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "key": key,
@@ -186,7 +188,7 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path, say: Calla
     text = (folder / "README.md").read_bytes()
     found["files"]["README.md"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     for line in found["notes"]:
-        say(f"note      {line}")
+        logger.info(f"note      {line}")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
 from ktray.tasks.base import task_kind
 from ktray.tasks.students import marked_kinds
+
+logger = logging.getLogger("ktray")
 
 _NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.safetensors")
 
@@ -54,14 +56,14 @@ class Source:
         with self.folder.local("student") as path:
             return load_student(path)
 
-    def task(self, say: Callable[[str], None]) -> LabelledSet:
+    def task(self) -> LabelledSet:
         """The labelled images of the run.
 
         Raises:
             KtrayError: they are not where they were, or their classes are others.
         """
         try:
-            found = labelled_task(self.recipe, lambda key, value, why: None, say)[0]
+            found = labelled_task(self.recipe, lambda key, value, why: None)[0]
         except KtrayError as error:
             raise KtrayError(
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
@@ -78,7 +80,7 @@ class Source:
         return found
 
 
-def find(asked: Recipe, say: Callable[[str], None]) -> Source:
+def find(asked: Recipe) -> Source:
     """The run that ``export.run`` names.
 
     Args:
@@ -112,7 +114,7 @@ def find(asked: Recipe, say: Callable[[str], None]) -> Source:
     if asked.task.data:
         recipe.task.data = asked.task.data
     if not asked.export.run:
-        say(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
+        logger.info(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
     return Source(store, folder, recipe, result)
 
 

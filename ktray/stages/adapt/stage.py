@@ -8,6 +8,7 @@ teach with otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ from ktray.storage.store import Stage
 from ktray.tasks.base import HeadSettings, task_kind
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import AdaptSpec
+
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
             stage.delete(name)
     listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
-    runtime.say(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
+    logger.info(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
     return {
         "chosen": chosen,
         "scores": scores,

@@ -10,6 +10,7 @@ an image and the objective needs (its caption, its generic label) goes along.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ from ktray.stages.inputs import StageInputs
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import task_kind
+
+logger = logging.getLogger("ktray")
 
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
@@ -150,7 +153,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         nearest = partial(exact, gallery=gallery, plan=runtime.plan)
     chosen, agreed = _choose(inputs, gallery, asked, nearest, exclude, repeats, reporter)
     if chosen.missing and part.source != "list":
-        runtime.say(
+        logger.info(
             f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
         )
     found = repeats.repeats if repeats else {}
@@ -161,7 +164,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         classes = inputs.task.classes if task_kind(inputs.kind).image_classes else []
         covered = coverage(chosen, asked.labels, classes)
         for line in lines(covered):
-            runtime.say(f"curate    {line}")
+            logger.info(f"curate    {line}")
     _sheet(inputs, stage, chosen, uris, asked, dropped)
     return {
         "kept": len(uris),

@@ -8,6 +8,7 @@ the labelled generic set.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
+
+logger = logging.getLogger("ktray")
 
 SHARDS_VERSION = 3  # of the shards in a gallery's folder; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
@@ -249,14 +252,14 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     finished, broken = folder.shards(names)
     sources = {str(item["name"]): item["source"] for item in inputs.items}
     for name, problem in broken.items():
-        runtime.say(f"index     {problem}: {sources[name]} is indexed again")
+        logger.info(f"index     {problem}: {sources[name]} is indexed again")
         folder.forget(name)
     if inputs.items:
         folder.begin(digest(names), len(names))
     reporter.expect(inputs.total)
     reporter.shards(ShardSummary(s.shard, s.rows, s.read, s.bad) for s in finished.values())
     if finished and len(finished) < len(names):
-        runtime.say(f"index     {len(finished):,} of {len(names):,} shards are there")
+        logger.info(f"index     {len(finished):,} of {len(names):,} shards are there")
     todo = [item for item in inputs.items if item["name"] not in finished]
     found = (
         map_shards(todo, inputs.prepare, MakeEmbedGallery(folder, spec), runtime.plan)
@@ -275,7 +278,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     shrunk = bool(spec) and wanted(inputs.gallery.search, gallery.total)
     more = {} if inputs.classes is None else {"classes": inputs.classes}
     return {
-        "search": compress(inputs.gallery, gallery, runtime.plan, runtime.say) if shrunk else None,
+        "search": compress(inputs.gallery, gallery, runtime.plan) if shrunk else None,
         "rows": gallery.total,
         "folder": folder.uri if inputs.own else inputs.shared,
         "shards": listed,

@@ -9,6 +9,7 @@ them. An objective that cuts its own views gets one whole image in place of K vi
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.targets.top_k import columns, per_prediction
 from ktray.training.inputs import TargetSet
+
+logger = logging.getLogger("ktray")
 
 SHARD_BYTES = 64_000_000
 # What the manifest says of the targets' sizes, as `TargetSet` has it.
@@ -216,7 +219,7 @@ def _store(
     if predict and any(rows.values()):
         checks = map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan)
         found = reporter.shards(CheckedShard.each(checks))
-        runtime.say(
+        logger.info(
             f"teach     {sum(f.checked for f in found)} stored targets compared with the live teacher's: cosine at "
             f"least {min(f.cosine for f in found):.5f}"
         )

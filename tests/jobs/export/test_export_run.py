@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from heard import heard
 from PIL import Image
 from results import check_result
 from safetensors.torch import load_file, save_file
@@ -27,9 +28,8 @@ from ktray.storage.store import Dir
 
 
 def export(run: Path, *overrides: str, lines: list[str] | None = None) -> dict[str, Any]:
-    say = lines.append if lines is not None else lambda text: None
     keys = [f"store={run.parents[1]}", f"export.run={run.name}", "export.batch=4", *overrides]
-    return module.export(recipes.load(None, keys), say)
+    return heard(lines if lines is not None else [], module.export, recipes.load(None, keys))
 
 
 @pytest.fixture
@@ -167,10 +167,10 @@ def test_what_a_person_should_know(run: Path, quick, written) -> None:
 def test_on_s3(s3, run: Path, quick, written) -> None:
     Dir(s3.home).sub(f"runs/{run.name}").put(run)
     keys = [f"store={s3.home}", f"mlflow.uri=sqlite:///{run.parents[1]}/mlflow.db"]
-    found = module.export(recipes.load(None, keys), print)
+    found = module.export(recipes.load(None, keys))
     there = Dir(f"{s3.home}/runs/{run.name}/export")
     assert set(there.names()) == {*found["files"], "export.json"}
-    assert module.export(recipes.load(None, keys), print) == found
+    assert module.export(recipes.load(None, keys)) == found
 
 
 def test_int8_cannot_be_served_without_being_made(run: Path) -> None:
@@ -206,8 +206,8 @@ def test_a_full_disk(run: Path, quick, written, monkeypatch, capsys) -> None:
     monkeypatch.setattr(store, "_aside", full)
     keys = [f"store={run.parents[1]}", f"export.run={run.name}"]
 
-    def job(recipe: recipes.Recipe, say: Any, debug: bool) -> None:
-        module.export(recipe, say)
+    def job(recipe: recipes.Recipe, debug: bool) -> None:
+        module.export(recipe)
 
     assert cli.main(Job("export", "", job, print), keys) == 1
     assert "error: No space is left on the disk" in capsys.readouterr().err

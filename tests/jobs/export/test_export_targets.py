@@ -85,7 +85,7 @@ def test_the_targets_that_ship_are_in_order() -> None:
 def test_one_of_another_package_is_written_checked_measured_and_described(
     run: Path, toy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = module.export(asked(run), print)
+    found = module.export(asked(run))
     assert found["copy"]["copied"]
     assert [found["copy"]["agreement"][split]["images"] for split in ("val", "test")] == [18, 60]
     assert found["files"]["student.copy.onnx"]["sha256"] == found["files"]["student.onnx"]["sha256"]
@@ -97,7 +97,7 @@ def test_one_of_another_package_is_written_checked_measured_and_described(
     assert "student.copy.onnx" in card.closing(found)
     assert registry.metrics(found)["export.copy.bytes"] == found["files"]["student.copy.onnx"]["bytes"]
     monkeypatch.delenv("TOY_TARGET")
-    without = module.export(asked(run), print)
+    without = module.export(asked(run))
     assert without["key"] != found["key"]
     assert "student.copy.onnx" not in without["files"]
 
@@ -107,5 +107,5 @@ def test_one_that_says_other_things_than_the_student_ends_the_export(
 ) -> None:
     monkeypatch.setenv("TOY_TARGET", "lies")
     with pytest.raises(KtrayError, match=r"student\.copy\.onnx does not say what the PyTorch model says"):
-        module.export(asked(run), print)
+        module.export(asked(run))
     assert not (run / "export").exists()

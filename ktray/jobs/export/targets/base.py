@@ -9,7 +9,6 @@ the recipe decides `ExportTarget.wanted` by itself, for example by a variable of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,6 @@ class ExportWork:
         task: its labelled images.
         folder: where the files of the export are written; those of targets that come before are there.
         scratch: folder for what is not kept.
-        say: prints a line.
         on_val: scores on validation of the student and of the targets with ``exact``; empty while these are written.
     """
 
@@ -47,7 +45,6 @@ class ExportWork:
     task: LabelledSet
     folder: Path
     scratch: Path
-    say: Callable[[str], None]
     on_val: AgreementScores = field(default_factory=AgreementScores)
 
     def split(self, name: str, examples: list[LabelledExample]) -> Split:

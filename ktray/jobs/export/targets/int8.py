@@ -49,7 +49,7 @@ class Int8Target(ExportTarget):
 
         full = classification.metrics(work.on_val.logits["onnx"], work.on_val.labels, task.classes)
         source, target = work.folder / onnx.FILE, work.folder / self.file
-        return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]), work.say)
+        return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
 
     def notes(self, name: str, found: dict[str, Any], split: str, what: str) -> list[str]:
         values = found["metric"][split] or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import onnx
@@ -10,6 +11,8 @@ from ktray.jobs.export import onnx_file
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.registries import EXPORTS
+
+logger = logging.getLogger("ktray")
 
 FILE = "student.onnx"
 
@@ -24,7 +27,7 @@ class OnnxTarget(ExportTarget):
         return True
 
     def write(self, work: ExportWork) -> dict[str, Any]:
-        work.say(f"export    {work.student.name} of {work.source.run_id} to ONNX, opset {onnx_file.OPSET}")
+        logger.info(f"export    {work.student.name} of {work.source.run_id} to ONNX, opset {onnx_file.OPSET}")
         path = work.folder / FILE
         onnx_file.write(work.student, path)
         return onnx_file.signature(onnx.load(str(path)))
