@@ -5,17 +5,11 @@ Use it to learn what pretraining is worth. It needs no teacher, no transfer set 
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-
-from ktray.objectives.base import Batch, Objective, Target
+from ktray.objectives.base import Objective, Target
 
 
 class Scratch(Objective):
-    """Cross-entropy on labels. Batch: ``images`` (N, 3, H, W) float, ``label`` (N,) int64."""
+    """Nothing to pretrain with: FINETUNE trains by the loss of the labels alone (`ktray.models.maps.label_loss`)."""
 
     name = "scratch"
     targets_needed: frozenset[Target] = frozenset()
-
-    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": F.cross_entropy(student_out.float(), batch["label"])}

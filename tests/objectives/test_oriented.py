@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ktray.models.maps import label_loss
 from ktray.objectives import ObjectiveContext, Oriented, Scratch, build_objective
 from ktray.recipe.schema import ObjectiveConfig
 
@@ -54,10 +55,10 @@ def test_mixup_mixes_images_and_probabilities_of_the_same_pair():
         assert found, f"row {i} is no mixture of one pair"
 
 
-def test_scratch_is_cross_entropy_and_needs_no_targets():
+def test_scratch_needs_no_targets_and_its_labels_are_learned_by_cross_entropy():
     logits, label = torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 0, 1, 2])
     expected = -torch.log_softmax(logits.double(), 1)[torch.arange(7), label].mean()
-    assert float(Scratch().loss(logits, {"label": label})["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(label_loss(logits, label)) == pytest.approx(float(expected), rel=1e-5)
     assert Scratch().targets_needed == frozenset()
 
 

@@ -148,10 +148,6 @@ class DenseStudent(nn.Module):
         """(N, 3, h, w) normalised float to the backbone's pooled features (N, feature_dim)."""
         return pooled_features(self.model.backbone, x)
 
-    def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The backbone's weights under the names of ``timm.create_model(name, num_classes=0, **kwargs)``."""
-        return self.model.backbone.state_dict()
-
     @torch.inference_mode()
     def predict(
         self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 16

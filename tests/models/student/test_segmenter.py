@@ -55,7 +55,7 @@ def test_published_backbones_give_maps_of_logits_and_train(name, kwargs, size, h
 def test_lraspp_equals_torchvisions_own_on_the_same_levels():
     student = small().eval()
     levels = timm.create_model("test_resnet", output_stride=8, num_classes=0, features_only=True, out_indices=(0, 4))
-    wanted = {k: v for k, v in student.backbone_state().items() if k in levels.state_dict()}
+    wanted = {k: v for k, v in student.model.backbone.state_dict().items() if k in levels.state_dict()}
     levels.load_state_dict(wanted)
 
     class Backbone(torch.nn.Module):
@@ -86,7 +86,7 @@ def test_rates_of_deeplabv3_are_the_published_ones_at_the_published_sizes():
 def test_the_backbone_loads_in_plain_timm(tmp_path: Path):
     student = build_dense_student("vit_small_patch16_224", {"depth": 2}, 3, 64).eval()
     plain = timm.create_model("vit_small_patch16_224", num_classes=0, **student.kwargs)
-    plain.load_state_dict(student.backbone_state())
+    plain.load_state_dict(student.model.backbone.state_dict())
     save_dense_student(student, tmp_path, NAMES)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -141,7 +141,7 @@ def test_it_starts_from_a_backbones_checkpoint(tmp_path: Path):
     torch.save(plain.state_dict(), tmp_path / "w.pth")
     student = build_dense_student("test_resnet", {"output_stride": 8}, 3, 32, checkpoint=str(tmp_path / "w.pth"))
     own = plain.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in student.backbone_state().items())
+    assert all(torch.equal(v, own[k]) for k, v in student.model.backbone.state_dict().items())
     assert not student.warnings
 
 
