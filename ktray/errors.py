@@ -1,13 +1,13 @@
-"""The one error type that a user is meant to see."""
+"""The errors of ktray: one for the user to fix, one for an image that cannot be used."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-MARK = "ktray.errors.KtrayError:"  # before its text, where an error comes as text
-# What workers see when another has died.
-_ECHO = re.compile(
+MARK = "ktray.errors.KtrayError:"  # precedes the message where Ray passes an error on as text
+# Messages of the errors that workers see after another worker has died.
+_CONSEQUENCE = re.compile(
     r"gloo|nccl|process ?group|collective|all_?(reduce|gather)|broadcast|barrier|rendezvous|tcpstore|"
     r"connection (reset|closed|refused)|broken pipe|socket|timed out",
     re.IGNORECASE,
@@ -15,14 +15,14 @@ _ECHO = re.compile(
 
 
 class KtrayError(Exception):
-    """Something that the user can mend: what is wrong, and what to change.
+    """An error that the user can fix. It says what is wrong and what to change.
 
     `str(error)` is one line, ``what. remedy``; the command line prints it without a traceback
     (``--debug`` shows the traceback).
 
     Args:
         what: what is wrong and where, as a sentence without the final period.
-        remedy: what to change, naming keys of the recipe where there are any.
+        remedy: what to change, with the names of the recipe's keys if any are involved.
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
@@ -31,12 +31,12 @@ class KtrayError(Exception):
         super().__init__(f"{self.what}. {remedy}".strip())
 
     def __reduce__(self) -> tuple[type[KtrayError], tuple[str, str]]:
-        # Exceptions cross Ray process borders; the default would drop the second argument.
+        # Ray passes exceptions between processes, and the default method would lose the second argument.
         return (type(self), (self.what, self.remedy))
 
 
 class BadImage(Exception):
-    """One image that cannot be used. It is counted and quarantined, never fatal by itself."""
+    """An image that cannot be used. It is counted and quarantined; a single one never ends a job."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -47,10 +47,12 @@ class BadImage(Exception):
 
 
 def first_failed(failures: Mapping[int, BaseException]) -> int:
-    """Of workers that failed, by rank, the one that comes first in the order of causes; Ray tells no times.
+    """The rank of the worker that caused the failures, of the workers that failed.
 
-    A user's error stands before any other of a worker's own, both before the death of a process, and all of them before
-    what others then see: their collective operation breaks off. Among equals it is the lowest rank.
+    Ray does not report when each worker failed, so the kinds of errors are put into the order of cause and consequence:
+    first a `KtrayError`, then any other error in a worker's own work, then the death of a process, and last the errors
+    that the other workers see when their collective operation breaks off. Among equal kinds, the lowest rank is
+    returned.
     """
 
     def order(rank: int) -> tuple[int, int]:
@@ -61,6 +63,6 @@ def first_failed(failures: Mapping[int, BaseException]) -> int:
             return 0, rank
         if "HealthCheck" in name or "Actor" in name:
             return 2, rank
-        return 3 if isinstance(failure, ConnectionError | TimeoutError) or _ECHO.search(text) else 1, rank
+        return 3 if isinstance(failure, ConnectionError | TimeoutError) or _CONSEQUENCE.search(text) else 1, rank
 
     return min(failures, key=order)

@@ -1,4 +1,4 @@
-"""Secrets, taken out of what is logged, printed and saved."""
+"""Removal of secrets from everything that is logged, printed and saved."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SECRET_TEXT = (
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:ghp|gho|hf|glpat|sk)[_-][A-Za-z0-9_-]{16,}\b"), HIDDEN),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
 )
-# Forms that are nothing else, so that a recipe which holds one can be refused. A user's name alone
-# (postgresql://ktray@host/runs) is no secret.
+# Forms that can only be secrets, so that a recipe that contains one can be rejected. The name of a user without a
+# password (postgresql://ktray@host/runs) is not a secret.
 _CERTAIN = {
     "a password": re.compile(r"://[^/\s@:]*:[^/\s]+@"),
-    "a signed address": _SECRET_TEXT[1][0],
+    "a signed URL": _SECRET_TEXT[1][0],
     "a key or token": re.compile(
         r"\b((AKIA|ASIA)[0-9A-Z]{16}|gh[opsur]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|glpat-[\w-]{20,})\b"
     ),
@@ -29,12 +29,16 @@ _CERTAIN = {
 
 
 def scrub(value: Any, key: str = "") -> Any:
-    """``value`` without secrets: under telling keys, in URLs, known token forms, values of secret variables."""
+    """``value`` with its secrets replaced by `HIDDEN`.
+
+    Secrets are texts under keys with a telling name ("password"), parts of URLs, texts in a known form of token, and
+    the values of environment variables with a telling name.
+    """
     if isinstance(value, Mapping):
         return {str(k): scrub(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [scrub(v, key) for v in value]
-    # A switch or a number under such a name ("class_token: true") is no secret; a number as password is.
+    # A switch or a number under such a name ("class_token: true") is not a secret, except a number as a password.
     if value is not None and _SECRET_KEY.search(key) and (isinstance(value, str) or "passw" in key.lower()):
         return HIDDEN
     if not isinstance(value, str):
@@ -42,15 +46,19 @@ def scrub(value: Any, key: str = "") -> Any:
     for name, secret in os.environ.items():
         if len(secret) >= 8 and _SECRET_VARIABLE.search(name) and not name.upper().endswith(("_FILE", "_PATH")):
             value = value.replace(secret, HIDDEN)
-    for pattern, instead in _SECRET_TEXT:
-        value = pattern.sub(instead, value)
+    for pattern, replacement in _SECRET_TEXT:
+        value = pattern.sub(replacement, value)
     return value
 
 
 def credential_in(value: Any) -> str:
-    """What secret a text, or one in a list or mapping, holds by its form alone; empty if none."""
+    """The kind of secret that a text contains, judged by its form alone; empty if there is none.
+
+    Args:
+        value: a text, or a list or mapping whose texts are searched.
+    """
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return next((found for one in value if (found := credential_in(one))), "")
-    return next((what for what, form in _CERTAIN.items() if isinstance(value, str) and form.search(value)), "")
+        return next((kind for item in value if (kind := credential_in(item))), "")
+    return next((kind for kind, form in _CERTAIN.items() if isinstance(value, str) and form.search(value)), "")

@@ -11,7 +11,7 @@ from ktray.redact import HIDDEN, credential_in, scrub
         ("http://user:pass@host:5000", "a password"),
         ("postgresql+psycopg2://u:p%40ss@h/db", "a password"),
         ("s3://key:secret@bucket/prefix", "a password"),
-        (["a", "https://h/x.tar?X-Amz-Signature=abcdef&y=1"], "a signed address"),
+        (["a", "https://h/x.tar?X-Amz-Signature=abcdef&y=1"], "a signed URL"),
         ({"kwargs": {"x": "hf_" + "a" * 34}}, "a key or token"),
         ("AKIA" + "A" * 16, "a key or token"),
     ],

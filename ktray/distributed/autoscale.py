@@ -1,12 +1,12 @@
-"""Machines that a job asks an autoscaling cluster for, before it plans with what is there.
+"""Requests for the machines of an autoscaling cluster, before a job plans with the machines that are there.
 
-A cluster that grows on demand may be empty when a job starts, and ktray divides what it sees. So a job that says how
-much it wants holds a placement group of that size until the machines are up, lets go of it, and plans. It is not
-``request_resources``: that is one request for the whole cluster, which a second job would overwrite and which outlives
-a job that dies; a placement group is its job's own.
+A cluster that grows on demand may be empty when a job starts, and ktray divides only what it sees. A job that states
+its needs therefore creates a placement group of that size, waits until the machines are up, removes the group, and then
+plans. ``request_resources`` would not do: it is one request for the whole cluster, which a second job would overwrite
+and which outlives a job that dies. A placement group belongs to its job.
 
-The machines would be given back again while the driver works alone for longer than their idle timeout. An actor on each
-of them, which holds nothing and does nothing, keeps them while the job lasts.
+The autoscaler would remove the machines while the driver works alone for longer than their idle timeout. An actor on
+each machine, which holds nothing and does nothing, keeps the machines until the job ends.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ktray.recipe.cluster import ClusterConfig
 
 logger = logging.getLogger("ktray")
 
-_TELL = 30.0  # seconds between lines while it waits
+_REPORT_S = 30.0  # seconds between two lines while the job waits
 
 
 @contextmanager
 def gathered(part: ClusterConfig) -> Iterator[None]:
-    """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep as many while the block runs.
+    """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep these machines while the block runs.
 
     Raises:
-        KtrayError: it has not after ``cluster.wait_seconds``; with what there is.
+        KtrayError: the cluster does not have them after ``cluster.wait_seconds``; the message says what it has.
     """
     import ray
 
@@ -39,30 +39,31 @@ def gathered(part: ClusterConfig) -> Iterator[None]:
         _wait(part, kept)
         yield
     finally:
-        for one in kept.values():
-            ray.kill(one)
+        for actor in kept.values():
+            ray.kill(actor)
 
 
 def _wait(part: ClusterConfig, kept: dict[str, Any]) -> None:
     from ray.util import placement_group, remove_placement_group
 
     group: Any = None if _enough(part) else placement_group(bundles(part), strategy="PACK")
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     try:
-        # By what the cluster has, not by whether the group is placed: others may use some of it. The group goes last:
-        # a machine has been idle since it came up, and would be taken away with what it was started for.
+        # The test is what the cluster has, not whether the group is placed: other jobs may use a part of it. The group
+        # is removed last: the machines have been idle since they came up, and without the group the autoscaler would
+        # remove them before the actors run.
         while not (_enough(part) and _keep(part, kept)):
             now = time.monotonic()
             if now - began > part.wait_seconds:
                 raise KtrayError(
-                    f"The cluster has {_there()} after {part.wait_seconds:g} s, and the job asks for {part.cpus} CPUs "
+                    f"The cluster has {_there()} after {part.wait_seconds:g} s, but the job requests {part.cpus} CPUs "
                     f"and {part.gpus} GPUs",
-                    "See `ray status` for what the autoscaler says (max_workers, quota, no spot machine to be had?), "
-                    "or set cluster.cpus and cluster.gpus to what there is.",
+                    "Look for the autoscaler's reason in `ray status` (max_workers, quota, no spot machine available?),"
+                    " or set cluster.cpus and cluster.gpus to what the cluster has.",
                 )
-            if (now - told >= _TELL or told == began) and not _enough(part):
-                logger.info(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; there are {_there()}")
-                told = now
+            if (now - reported >= _REPORT_S or reported == began) and not _enough(part):
+                logger.info(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; the cluster has {_there()}")
+                reported = now
             time.sleep(min(1.0, part.wait_seconds))
     finally:
         if group is not None:
@@ -70,43 +71,44 @@ def _wait(part: ClusterConfig, kept: dict[str, Any]) -> None:
 
 
 def _keep(part: ClusterConfig, kept: dict[str, Any]) -> bool:
-    """Put an actor on each machine that the job needs and that has none; whether all of them run."""
+    """Start an actor on each machine that the job needs and that has none. Returns whether all of them run."""
     import ray
 
     needed = wanted(part, ray.nodes())
     kept.update({node: _stay(node) for node in needed if node not in kept})
-    asked = [kept[node].here.remote() for node in needed]
-    return not asked or len(ray.wait(asked, num_returns=len(asked), timeout=5.0)[0]) == len(asked)
+    calls = [kept[node].here.remote() for node in needed]
+    return not calls or len(ray.wait(calls, num_returns=len(calls), timeout=5.0)[0]) == len(calls)
 
 
 def bundles(part: ClusterConfig) -> list[dict[str, float]]:
-    """What is asked for: single CPUs and GPUs, so that machines of any size will do."""
+    """The bundles of the placement group: single CPUs and GPUs, so that machines of any size fit."""
     return [{"GPU": 1.0}] * part.gpus + [{"CPU": 1.0}] * part.cpus
 
 
 def wanted(part: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of Ray's nodes, by name, as many as hold ``part.gpus`` and ``part.cpus``; what has GPUs first."""
-    cpus, gpus, found = float(part.cpus), float(part.gpus), []
+    """Ids of as many of Ray's nodes as are needed for ``part.gpus`` and ``part.cpus``; nodes with GPUs come first."""
+    cpus, gpus, chosen = float(part.cpus), float(part.gpus), []
     for node in sorted((n for n in nodes if n["Alive"]), key=lambda n: -n["Resources"].get("GPU", 0.0)):
         has = node["Resources"]
         if (gpus > 0 and has.get("GPU")) or (cpus > 0 and has.get("CPU")):
-            found.append(node["NodeID"])
+            chosen.append(node["NodeID"])
             cpus, gpus = cpus - has.get("CPU", 0.0), gpus - has.get("GPU", 0.0)
-    return found
+    return chosen
 
 
 class _Stay:
-    """A machine on which an actor lives is not idle."""
+    """An actor that keeps its machine: the autoscaler does not count a machine with an actor as idle."""
 
     def here(self) -> None:
-        """Returns once it lives."""
+        """Return once the actor runs."""
 
 
 def _stay(node: str) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Of no CPU, so that the stages have all of them; not started again elsewhere when its machine is gone.
+    # The actor takes no CPU, so that the stages have all of them. It is not restarted elsewhere when its machine is
+    # gone.
     remote: Any = ray.remote(num_cpus=0, max_restarts=0)(_Stay)
     return remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
 

@@ -1,4 +1,4 @@
-"""Connecting to Ray: settings of processes, authentication, what a job's workers are given."""
+"""The connection to Ray: settings of its processes, authentication, and the environment of a job's workers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import ktray
 
-# What worker processes are started with: glibc gives a large tensor's memory back to the kernel when it is freed, and a
-# training step then waits for some 5,000 page faults. With these it keeps and reuses it: a step of the default student
-# takes 15% less time on two cores.
+# Environment of the worker processes. By default glibc returns the memory of a large tensor to the kernel when the
+# tensor is freed, and a training step then waits for some 5,000 page faults. With these settings glibc keeps and reuses
+# the memory: a step of the default student takes 15% less time on two cores.
 TUNED = {
     "MALLOC_TOP_PAD_": str(1 << 26),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -22,7 +22,7 @@ TUNED = {
 }
 
 
-# How data is reached, and where it may be read from (`ktray.data.filesystem.ROOTS`).
+# Variables that say how data is reached, and from where it may be read (`ktray.data.filesystem.ROOTS`).
 DATA_SETTINGS = (
     "KTRAY_DATA_ROOTS",
     "AWS_ENDPOINT_URL",
@@ -38,12 +38,13 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (``ray job submit`` sets it), or start Ray on this machine.
 
     Args:
-        object_store: bytes for the objects of a Ray that is started here; None: from the memory.
+        debug: show Ray's log and its progress bars.
+        object_store: size in bytes of the object store of a Ray that is started here; None: derived from the memory.
     """
     for name, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # Between two looks at how many workers there is room for, after one that found less than it had thought.
+        # After a start of workers that did not find the room it expected, Ray Train checks again after this time.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -65,7 +66,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     common: dict[str, Any] = {"log_to_driver": debug, "logging_level": level, "ignore_reinit_error": True}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        # A job's workers already run in its working directory; a bare driver must bring the package along.
+        # The workers of a submitted job already run in its working directory; other drivers must send the package.
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(ktray.__file__).parent)]}
         env["env_vars"] = worker_settings()
         ray.init(address=address, runtime_env=env, **common)
@@ -73,18 +74,18 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         from ktray.accounting.device import memory_bytes, usable_cpus
 
         cores = max(2, int(usable_cpus()))
-        # Ray ends idle worker processes after a second, and a new one imports for 5 to 10.
+        # Ray ends idle worker processes after one second, and a new process needs 5 to 10 seconds for its imports.
         idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
         for name, value in (TUNED | idle).items():  # the workers are started from here
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
-            include_dashboard=False,  # a tenth of one of two cores; `ray start --head` has one
+            include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
             num_cpus=cores,
             object_store_memory=object_store or int(min(2_000_000_000, memory_bytes() * 0.15)),
             **common,
         )
-    # Ray Data logs an error with its traceback and raises it too; the command line tells it in one line.
+    # Ray Data logs an error with its traceback and also raises it; the command line prints it in one line.
     for name, quiet in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
         logging.getLogger(name).setLevel(logging.INFO if debug else quiet)
     context = ray.data.DataContext.get_current()
@@ -93,47 +94,50 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
 
 
 def authentication(address: str | None) -> dict[str, str]:
-    """Variables that say what Ray would guess otherwise; none where ``RAY_AUTH_MODE`` and a token are given.
+    """Environment variables that make Ray's authentication explicit; none if ``RAY_AUTH_MODE`` and a token are set.
 
-    A Ray that is started here asks for a token, since its ports are open to the network and to every user of the
-    machine. Without one at hand it gets one that lives as long as this process: Ray itself would write one to
-    ``~/.ray/auth_token``, readable by all, and from then on that file would decide how other clusters start. A cluster
-    that is joined has been started by somebody else: as Ray does, a token that is at hand is sent to one that Ray finds
-    on this machine (``auto``), and to an address only where ``RAY_AUTH_MODE=token`` says so.
+    A Ray that is started here requires a token, because its ports are open to the network and to every user of the
+    machine. If there is no token, a new one is made that is valid as long as this process runs. Ray itself would write
+    a token to ``~/.ray/auth_token``, readable by all, and from then on that file would decide how other clusters start.
+
+    A cluster that is joined was started by somebody else. As Ray does, ktray sends an existing token to a cluster that
+    Ray finds on this machine (``auto``), and to an address only if ``RAY_AUTH_MODE=token`` is set.
     """
     joins = bool(address) and address != "local"
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    at_hand = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
-    found = {}
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or (file.is_file() and file.stat().st_size > 0)
+    variables = {}
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
-        joined = "token" if address == "auto" and at_hand else "disabled"
-        mode = found["RAY_AUTH_MODE"] = joined if joins else "token"
-    if mode.lower() == "token" and not joins and not at_hand:
-        found["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    return found
+        joined_mode = "token" if address == "auto" and has_token else "disabled"
+        mode = variables["RAY_AUTH_MODE"] = joined_mode if joins else "token"
+    if mode.lower() == "token" and not joins and not has_token:
+        variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return variables
 
 
 def _authenticate(address: str | None) -> None:
     ray = sys.modules.get("ray")
-    if ray and ray.is_initialized():  # by somebody else, and as it is it works
+    if ray and ray.is_initialized():  # other code has connected, so its authentication works
         return
-    found = authentication(address)
-    os.environ |= found
-    if found and ray:  # it read the environment when it was imported
+    variables = authentication(address)
+    os.environ |= variables
+    if variables and ray:  # Ray read the environment when it was imported
         from ktray.distributed.ray_internals import reload_authentication
 
         reload_authentication()
 
 
 def worker_settings() -> dict[str, str]:
-    """Variables for workers on other nodes: `TUNED`, and how this process reaches data, without credentials, which all
-    could read there."""
-    wanted = TUNED | {name: os.environ[name] for name in (*TUNED, *DATA_SETTINGS) if os.environ.get(name)}
-    # What the job was submitted with reaches the workers by itself, and Ray takes no name twice.
+    """Environment variables for workers on other nodes: `TUNED` and `DATA_SETTINGS`, with this process's values.
+
+    Credentials are not among them: everyone who sees the cluster could read them.
+    """
+    settings = TUNED | {name: os.environ[name] for name in (*TUNED, *DATA_SETTINGS) if os.environ.get(name)}
+    # Ray passes the variables that the job was submitted with to the workers, and refuses a name that is set twice.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    known = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
-    return {name: value for name, value in wanted.items() if name not in known}
+    submitted = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    return {name: value for name, value in settings.items() if name not in submitted}
 
 
 def inside_job() -> bool:
@@ -142,13 +146,17 @@ def inside_job() -> bool:
 
 
 def job_id() -> str | None:
-    """Ray's id of this driver's job; None where Ray is not connected."""
+    """Ray's id of this driver's job; None if Ray is not connected."""
     import ray
 
     return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else None
 
 
 def lasting_store(store: str) -> str:
-    """Where a relative store lies: in the home folder inside a job, whose working directory Ray deletes after it."""
+    """The path of the store that outlives the job.
+
+    Inside a submitted job, a relative path is relative to the home folder, because Ray deletes the job's working
+    directory after the job. Other paths are returned unchanged.
+    """
     relative = "://" not in store and not Path(store).expanduser().is_absolute()
     return str(Path.home() / store) if relative and inside_job() else store

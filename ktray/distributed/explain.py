@@ -1,4 +1,4 @@
-"""One line for a failure, whatever Ray wrapped around it."""
+"""One line that explains a failure, without the errors that Ray wraps around it."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from ktray.errors import MARK, KtrayError, first_failed
 
 
 def explain(error: BaseException) -> str:
-    """One line: the user's error somewhere in a chain of Ray's wrappers, or the innermost cause.
+    """One line: the `KtrayError` in the chain of Ray's wrappers if there is one, else the innermost cause.
 
-    Of several training workers that failed, the one that the others failed by (see `first_failed`).
+    If several training workers failed, it is the error of the worker that caused the others to fail (`first_failed`).
     """
     chain: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
-        one = todo.pop(0)
-        if one is None or one in chain:
+        link = todo.pop(0)
+        if link is None or link in chain:
             continue
-        chain.append(one)
-        todo += [one.__cause__, *(getattr(one, name, None) for name in _INNER), one.__context__]
-    for one in chain:
-        # Ray's wrapper is a KtrayError too, with the worker's traceback as its text.
-        if isinstance(one, KtrayError) and MARK not in str(one):
-            return str(one)
-    for one in chain:
-        failures = getattr(one, "worker_failures", None)
+        chain.append(link)
+        todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
+    for link in chain:
+        # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
+        if isinstance(link, KtrayError) and MARK not in str(link):
+            return str(link)
+    for link in chain:
+        failures = getattr(link, "worker_failures", None)
         if failures:
             rank = first_failed(failures)
             return f"rank {rank} of the training workers: {explain(failures[rank])}"
-    for one in chain:
-        # Ray re-raises errors of workers as text when they do not pickle.
-        text = str(one)
+    for link in chain:
+        # Ray re-raises errors of workers as text if they cannot be pickled.
+        text = str(link)
         if MARK in text:
             return text.rsplit(MARK, 1)[1].strip().splitlines()[0]
-    for one in chain:
-        if isinstance(one, OSError) and one.errno:
+    for link in chain:
+        if isinstance(link, OSError) and link.errno:
             from ktray.storage.store import storage_error
 
-            return str(storage_error(one, str(one.filename or "store")))
+            return str(storage_error(link, str(link.filename or "store")))
     last = chain[-1]
     text = " ".join(str(last).split()) or type(last).__name__
     where = next(
-        (f"on {one.ip}, process {one.pid}; " for one in chain if hasattr(one, "ip") and hasattr(one, "pid")), ""
+        (f"on {link.ip}, process {link.pid}; " for link in chain if hasattr(link, "ip") and hasattr(link, "pid")), ""
     )
-    return f"{type(last).__name__}: {text[-400:]} ({where}--debug shows where)"
+    return f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
 
 
-_INNER = ("cause", "controller_failure", "health_check_failure")  # where Ray's errors keep what they wrap
+_INNER = ("cause", "controller_failure", "health_check_failure")  # attributes in which Ray's errors keep their causes

@@ -1,7 +1,8 @@
-"""The board: where workers post how far they are, and the driver reads it.
+"""The mailbox: workers post their progress to an actor, and the driver reads it there.
 
-Workers run on other machines and must never wait for the driver, so a post is fire-and-forget; the driver
-reads in its own time and turns posts into the progress line, MLflow steps and the ledger's heartbeat.
+Workers run on other machines and must never wait for the driver, so they do not wait for the result of a post. The
+driver reads the messages at regular intervals and turns them into the progress line, steps in MLflow and the ledger's
+heartbeats.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from typing import Any
 
 import ray
 
-LIMIT = 10_000
+LIMIT = 10_000  # messages
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ProgressActor:
-    """Holds posts until they are read; the oldest go when nobody reads."""
+    """Keeps messages until the driver reads them. Beyond `LIMIT`, the oldest messages are dropped."""
 
     def __init__(self) -> None:
         self.posts: list[Any] = []
-        self.held: list[Any] = []
+        self.controllers: list[Any] = []
 
     def set_controller(self, handle: Any) -> None:
-        """Keep who runs the training, for those who may have to end it; the last one counts."""
-        self.held = [handle]
+        """Keep the handle of Ray Train's controller, so that the driver can end the training; the last one counts."""
+        self.controllers = [handle]
 
     def controller(self) -> list[Any]:
-        return self.held
+        """The controller's handle in a list, which is empty before `set_controller`."""
+        return self.controllers
 
     def post(self, message: Any) -> None:
         self.posts.append(message)
@@ -43,13 +45,20 @@ class ProgressActor:
 
 @contextlib.contextmanager
 def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Iterator[Any]:
-    """A board whose posts are handed to ``on_post`` on a thread of the driver. Yields the handle."""
-    board = ProgressActor.remote()  # type: ignore[attr-defined]
+    """Start a mailbox, and call ``on_post`` with each message on a thread of the driver. Yields the actor's handle.
+
+    Args:
+        interval: seconds between two reads.
+
+    Raises:
+        Exception: what ``on_post`` raised, when the block ends.
+    """
+    mailbox = ProgressActor.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            for message in ray.get(board.drain.remote(), timeout=10):
+            for message in ray.get(mailbox.drain.remote(), timeout=10):
                 on_post(message)
 
     problems: list[Exception] = []
@@ -58,19 +67,19 @@ def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Itera
         try:
             while not stop.wait(interval):
                 drain()
-        except Exception as error:  # e.g. no space for the log; raised where the training ends
+        except Exception as error:  # e.g. no space for the log; raised when the block ends
             problems.append(error)
 
     # In this context: what is logged on the thread belongs to the run that is logged here.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
     thread.start()
     try:
-        yield board
+        yield mailbox
     finally:
         stop.set()
         thread.join(timeout=15)
         if not problems:
             drain()
-        ray.kill(board)
+        ray.kill(mailbox)
     if problems:
         raise problems[0]

@@ -1,12 +1,12 @@
-"""Ray Data shells: shards through a CPU decode pool into one pool of device workers, and shards back out.
+"""Maps over shards with Ray Data: CPU tasks prepare the shards, and a pool of device workers finishes them.
 
-One shard is one unit: it is prepared on a CPU, finished by a device worker that writes its result, and is done once
-that file stands in the store. A killed stage therefore goes on with the shards that are missing.
+A shard is one unit of work. It is prepared on a CPU and finished by a device worker that writes its result; the shard
+is done once that file is in the store. A killed stage therefore resumes with the missing shards.
 
-A device worker on a GPU is an actor, fed by tasks that decode. Without GPUs one task does both, since pixels that are
-handed to another process cost copies, and two kinds of tasks that share few CPUs leave some of them idle. Its process
-keeps the model between tasks: Ray hands the same processes to the next stage too, which spares it some seconds of
-imports.
+A device worker on a GPU is an actor that gets its input from decode tasks. Without GPUs, one task does both: passing
+pixels to another process would copy them, and two kinds of tasks that share few CPUs leave some CPUs idle. The process
+of such a task keeps the model for the next task. Ray also gives the same processes to the next stage, which saves some
+seconds of imports.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ktray.storage.columns import Rows
 
 Item = dict[str, Any]
 Prepare = Callable[[Item], Rows | Iterator[Rows]]
-# What a device worker found for an item, as a table of one row.
-Give = Callable[[Item, Any], pa.Table]
-# The device half of a stage, made once per process and then called for every shard: takes the item and its prepared
-# columns, writes what the stage stores, and returns a summary (JSON-able).
+# Turns a device worker's result for an item into a table with one row.
+ToTable = Callable[[Item, Any], pa.Table]
+# The part of a stage that runs on the device. It is created once per process and then called for every shard, with the
+# item and its prepared columns; it writes what the stage stores, and returns a summary (JSON-able).
 Finish = Callable[[Item, Rows], dict[str, Any]]
 
 
@@ -39,14 +39,14 @@ def map_shards(
     finish: Callable[[], Finish],
     plan: Allocation,
 ) -> Iterator[dict[str, Any]]:
-    """Run every item through ``prepare`` (CPU task) and ``finish`` (device worker); yields summaries as they come.
+    """Run every item through ``prepare`` (CPU task) and ``finish`` (device worker). Yields summaries as they arrive.
 
     Args:
         items: JSON-able descriptions of shards.
-        prepare: item to columns of equal length; runs anywhere. Where an item is too much for the memory at once it
-            gives an iterator of pieces: each is finished by itself, its item then has its number as ``piece``, and
-            ``pieces``, how many there are, in the last.
-        finish: makes the worker's callable; runs once per process.
+        prepare: turns an item into columns of equal length; it runs on any node. For an item that is too large for the
+            memory, it returns an iterator of pieces. Each piece is finished separately: its item has the number of the
+            piece as ``piece``, and the item of the last piece has the number of pieces as ``pieces``.
+        finish: creates the worker's callable; it runs once per process.
     """
     import ray
 
@@ -54,23 +54,26 @@ def map_shards(
         return
     rows = [{"item": json.dumps(item)} for item in items]
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
-    # What tasks give is to come as it is made: a piece of a shard goes on, or is reported, while the next is read.
+    # Ray Data passes each result on as soon as it is there: a piece of a shard is finished or reported while the next
+    # piece is read.
     dataset.context.target_max_block_size = 1
-    crew = WorkerPool(
+    pool = WorkerPool(
         min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads
     )
     waiting_for(
         "its tasks",
-        f"{crew.gpus:g} GPUs and {crew.cpus:g} CPUs each"
-        + (f", {crew.decode_cpus:g} CPUs to decode" if crew.gpus else ""),
+        f"{pool.gpus:g} GPUs and {pool.cpus:g} CPUs each"
+        + (f", {pool.decode_cpus:g} CPUs to decode" if pool.gpus else ""),
     )
-    yield from _summaries(map_items(dataset, prepare, finish, crew, _tell))
+    yield from _summaries(map_items(dataset, prepare, finish, pool, _summary_table))
 
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """Who finishes: ``size`` device workers of ``cpus``, ``gpus`` and ``threads`` each; on GPUs fed by decode tasks of
-    ``decode_cpus``."""
+    """The device workers: ``size`` workers with ``cpus``, ``gpus`` and ``threads`` each.
+
+    On GPUs, they get their input from decode tasks with ``decode_cpus`` each.
+    """
 
     size: int
     decode_cpus: float
@@ -79,31 +82,31 @@ class WorkerPool:
     threads: int
 
 
-def map_items(dataset: Any, prepare: Prepare, finish: Callable[[], Any], crew: WorkerPool, give: Give) -> Any:
-    """The dataset's items through both halves."""
+def map_items(dataset: Any, prepare: Prepare, finish: Callable[[], Any], pool: WorkerPool, to_table: ToTable) -> Any:
+    """Run the dataset's items through ``prepare`` and ``finish``; returns the dataset of the tables of ``to_table``."""
     from ray import cloudpickle
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    how: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    if crew.gpus:
-        return dataset.map_batches(_Prepare(prepare), num_cpus=crew.decode_cpus, **how).map_batches(
+    options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    if pool.gpus:
+        return dataset.map_batches(_Prepare(prepare), num_cpus=pool.decode_cpus, **options).map_batches(
             _Actor,
-            fn_constructor_args=(finish, crew.threads, give),
-            # Fewer will do while the decoders are behind, or while a machine of the cluster is gone.
-            compute=ActorPoolStrategy(min_size=1, max_size=crew.size),
-            num_gpus=crew.gpus,
-            num_cpus=crew.cpus,
-            **how,
+            fn_constructor_args=(finish, pool.threads, to_table),
+            # Fewer actors are enough while the decode tasks are slower, or while a machine of the cluster is missing.
+            compute=ActorPoolStrategy(min_size=1, max_size=pool.size),
+            num_gpus=pool.gpus,
+            num_cpus=pool.cpus,
+            **options,
         )
-    both = _Both(prepare, cloudpickle.dumps(finish), crew.threads, give)
-    # No more tasks than models that the memory bears.
-    return dataset.map_batches(both, compute=TaskPoolStrategy(size=crew.size), num_cpus=crew.cpus, **how)
+    both = _PrepareAndFinish(prepare, cloudpickle.dumps(finish), pool.threads, to_table)
+    # Each task holds a model, so the memory limits their number.
+    return dataset.map_batches(both, compute=TaskPoolStrategy(size=pool.size), num_cpus=pool.cpus, **options)
 
 
 def cpu_shards(
     items: Sequence[Item], work: Callable[[Item], dict[str, Any]], plan: Allocation
 ) -> Iterator[dict[str, Any]]:
-    """`map_shards` for work without a model: every item through ``work`` in CPU tasks."""
+    """Run every item through ``work`` in CPU tasks. Yields the summaries that ``work`` returns, as they arrive."""
     import ray
 
     if not items:
@@ -117,8 +120,10 @@ def cpu_shards(
 
 
 def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Allocation) -> Iterator[tuple[int, Rows]]:
-    """``work`` on every item (picklable) in parallel tasks, each with a device where the plan gives its workers one;
-    yields (number of the item, columns) as they come. A single item is done in this process."""
+    """Run ``work`` on every item (picklable) in parallel tasks. Yields (number of the item, columns) as they arrive.
+
+    Each task has a device if the plan gives its device workers one. A single item is processed in this process.
+    """
     if len(items) < 2:
         yield from ((number, work(item)) for number, item in enumerate(items))
         return
@@ -126,13 +131,13 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Alloca
     from ray.data import TaskPoolStrategy
 
     rows = [{"number": number} for number in range(len(items))]
-    how: dict[str, Any]
+    options: dict[str, Any]
     if plan.actor_gpus:
-        how = {"num_gpus": plan.actor_gpus, "num_cpus": plan.actor_cpus, "compute": TaskPoolStrategy(plan.actors)}
+        options = {"num_gpus": plan.actor_gpus, "num_cpus": plan.actor_cpus, "compute": TaskPoolStrategy(plan.actors)}
     else:
-        how = {"num_cpus": plan.decode_cpus}
+        options = {"num_cpus": plan.decode_cpus}
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Numbered(list(items), work), batch_size=1, batch_format="pyarrow", **how
+        _NumberedWork(list(items), work), batch_size=1, batch_format="pyarrow", **options
     )
     waiting_for(
         "its tasks",
@@ -143,7 +148,7 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Alloca
             yield batch.column("number")[i].as_py(), unpack(batch.column("columns"), i)
 
 
-class _Numbered:
+class _NumberedWork:
     def __init__(self, items: list[Any], work: Callable[[Any], Rows]) -> None:
         self.items, self.work = items, work
 
@@ -154,21 +159,21 @@ class _Numbered:
 
 
 def _batches(dataset: Any) -> Iterator[pa.Table]:
-    """What the dataset gives, under the eyes of the watchdog."""
+    """The dataset's batches, read under the stage's watchdog."""
 
-    begun: list[Any] = []
-    capture_executor(dataset, begun.append)
+    executors: list[Any] = []
+    capture_executor(dataset, executors.append)
 
     def end() -> None:
-        for executor in begun:
+        for executor in executors:
             executor.shutdown(force=True)
 
-    how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
-    return iterate_watched(lambda: dataset.iter_batches(**how), end)
+    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
+    return iterate_watched(lambda: dataset.iter_batches(**options), end)
 
 
 def ordered(rows: Sequence[dict[str, Any]]) -> Any:
-    """A dataset of one block for each row, whose blocks come in the order of the rows."""
+    """A dataset with one block for each row, whose blocks arrive in the order of the rows."""
     import ray
 
     dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
@@ -193,19 +198,19 @@ class _Work:
 
 
 def _pieces(item: Item, prepare: Prepare) -> Iterator[tuple[Item, Rows]]:
-    """What ``prepare`` gives, with its number among the pieces where they are several."""
-    found = prepare(item)
-    if isinstance(found, dict):
-        yield item, found
+    """The columns that ``prepare`` returns. If they are pieces, each item has the number of its piece."""
+    prepared = prepare(item)
+    if isinstance(prepared, dict):
+        yield item, prepared
         return
-    number, held = 0, next(found)  # one piece is held back, to know which is the last
-    for columns in found:
+    number, held = 0, next(prepared)  # one piece is held back, to know which one is the last
+    for columns in prepared:
         yield {**item, "piece": number}, held
         number, held = number + 1, columns
     yield {**item, "piece": number, "pieces": number + 1}, held
 
 
-def _tell(item: Item, summary: dict[str, Any]) -> pa.Table:
+def _summary_table(item: Item, summary: dict[str, Any]) -> pa.Table:
     return pa.table({"summary": [json.dumps(summary, default=float)]})
 
 
@@ -219,42 +224,43 @@ class _Prepare:
 
 
 class _Actor:
-    def __init__(self, finish: Callable[[], Any], threads: int, give: Give) -> None:
+    def __init__(self, finish: Callable[[], Any], threads: int, to_table: ToTable) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.finish, self.give = finish(), give
+        self.finish, self.to_table = finish(), to_table
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.finished(json.loads(batch.column("item")[0].as_py()), unpack(batch.column("columns")))
 
     def finished(self, item: Item, columns: Rows) -> pa.Table:
-        return self.give(item, self.finish(item, columns))
+        return self.to_table(item, self.finish(item, columns))
 
 
-class _Both:
-    """`_Prepare` and `_Actor` in a task: the process keeps the last actor that was made, for the tasks that follow."""
+class _PrepareAndFinish:
+    """`_Prepare` and `_Actor` in one task. The process keeps the last actor for the tasks that follow."""
 
     kept: tuple[bytes, _Actor] | None = None
 
-    def __init__(self, prepare: Prepare, finish: bytes, threads: int, give: Give) -> None:
-        self.prepare, self.finish, self.threads, self.give = prepare, finish, threads, give
+    def __init__(self, prepare: Prepare, finish: bytes, threads: int, to_table: ToTable) -> None:
+        self.prepare, self.finish, self.threads, self.to_table = prepare, finish, threads, to_table
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         from ray import cloudpickle
 
-        kept = _Both.kept
+        kept = _PrepareAndFinish.kept
         if kept is None or kept[0] != self.finish:
-            _Both.kept = None  # before the next model is loaded
-            kept = _Both.kept = self.finish, _Actor(cloudpickle.loads(self.finish), self.threads, self.give)
+            _PrepareAndFinish.kept = None  # dropped before the next model is loaded
+            actor = _Actor(cloudpickle.loads(self.finish), self.threads, self.to_table)
+            kept = _PrepareAndFinish.kept = self.finish, actor
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
             yield kept[1].finished(item, columns)
 
 
 def pack(columns: Rows) -> pa.Array:
-    """An array of one row: names, dtypes and shapes as JSON, and then each column's bytes, copied once.
+    """An array with one row: names, dtypes and shapes as JSON, followed by the bytes of each column, copied once.
 
-    One row a shard, since Ray Data may cut or merge blocks of rows and a shard must stay whole.
+    A shard is a single row, because Ray Data may split or merge blocks of rows and a shard must stay whole.
     """
     flat = [np.ascontiguousarray(value) for value in columns.values()]
     head = json.dumps([[name, v.dtype.str, v.shape] for name, v in zip(columns, flat, strict=True)]).encode()
@@ -271,12 +277,12 @@ def pack(columns: Rows) -> pa.Array:
 
 
 def unpack(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
-    """Inverse of `pack`; the arrays are the caller's own."""
+    """Inverse of `pack`. The arrays are copies that the caller may change."""
     return {name: value.copy() for name, value in views(packed, row).items()}
 
 
 def views(packed: pa.ChunkedArray | pa.Array, row: int = 0) -> Rows:
-    """`unpack` without the copy: arrays that cannot be written to, and that hold the block they lie in."""
+    """`unpack` without a copy: the arrays are read-only, and each keeps its whole block in memory."""
     head, *content = packed[row].values
     return {
         name: np.frombuffer(value.as_buffer(), dtype=dtype).reshape(shape)

@@ -1,6 +1,7 @@
-"""Everything private of Ray that ktray uses; verified with Ray 2.60 (``pyproject.toml`` allows no other).
+"""The private names of Ray that ktray uses, all in this file. They were verified with Ray 2.60.
 
-An upgrade of Ray starts here: what each name is for, and what ktray would lose without it, stands beside it.
+``pyproject.toml`` allows no other version of Ray. An upgrade of Ray starts with this file: each function says what its
+names are for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def dashboard_address() -> str | None:
-    """``host:port`` of the cluster's dashboard; None where there is none. Ray must be connected."""
+    """``host:port`` of the cluster's dashboard; None if it has no dashboard. Ray must be connected."""
     from ray._private.services import get_webui_url_from_internal_kv
 
     return get_webui_url_from_internal_kv() or None
@@ -49,7 +50,7 @@ def spilled_bytes() -> int:
 
 
 def reload_authentication() -> None:
-    """Let a Ray that is imported already read ``RAY_AUTH_MODE`` and the token from the environment again."""
+    """Make Ray, which is already imported, read ``RAY_AUTH_MODE`` and the token from the environment again."""
     raylet: Any = sys.modules["ray._raylet"]
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
@@ -75,12 +76,13 @@ def hide_log_level_line() -> None:
 def capture_executor(dataset: Any, created: Callable[[Any], None]) -> None:
     """Call ``created`` with the executor of a Ray Data dataset as soon as its execution begins.
 
-    The dataset itself knows its executor from the first block on, and tasks that nobody has room for give none.
+    The dataset itself knows its executor only from the first block on, and tasks for which the cluster has no room
+    never return a block.
     """
     create = dataset._create_executor
 
     def capture() -> Any:
-        del dataset._create_executor  # or the two would hold each other
+        del dataset._create_executor  # otherwise this function and the dataset would keep each other alive
         executor = create()
         created(executor)
         return executor
@@ -89,5 +91,5 @@ def capture_executor(dataset: Any, created: Callable[[Any], None]) -> None:
 
 
 def remember_result(scheduler: Any, trial: Any, time: float, metric: float) -> None:
-    """Count a result of an earlier process in Ray Tune's ASHA, which has no public way to be told of one."""
+    """Add a result of an earlier process to Ray Tune's ASHA, which has no public method for this."""
     scheduler._brackets[0].on_result(trial, time, metric)

@@ -1,4 +1,4 @@
-"""One Ray task that is tried again within bounds: Ray's own retries have none where a worker runs out of memory."""
+"""A Ray task with a limited number of retries. Ray's own retries are unlimited if a worker runs out of memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ def run_with_retries(
     gpus: float = 0.0,
     also: tuple[type[Exception], ...] = (),
 ) -> T:
-    """What ``work`` gives, called in a Ray worker; waited for under the stage's watchdog.
+    """Call ``work`` in a Ray worker, and wait for its result under the stage's watchdog.
 
-    It is called again, at most ``max_failures`` times, where its worker dies or runs out of memory.
+    If the worker dies or runs out of memory, ``work`` is called again, at most ``max_failures`` times.
 
     Args:
-        work: picklable.
-        what, remedy: who does it ("the training worker") and what helps where its memory is short, for the message.
-        also: errors of ``work`` after which it is called again too.
+        work: the function; picklable.
+        what: name of the worker for the error message ("the training worker").
+        remedy: what to change if the worker runs out of memory, for the error message.
+        max_failures: number of failures after which ``work`` is called again.
+        cpus, gpus: resources of the task.
+        also: errors of ``work`` after which it is also called again.
 
     Raises:
-        KtrayError: it ran out of memory each time, or the stage's watchdog has stopped.
-        ray.exceptions.RayError: its worker died each time.
-        Exception: what ``work`` raised.
+        KtrayError: the last attempt ran out of memory, or the stage's watchdog ended the work.
+        ray.exceptions.RayError: the worker of the last attempt died.
+        Exception: any other error that ``work`` raised.
     """
     import ray
 
@@ -57,8 +60,8 @@ def run_with_retries(
             if isinstance(error, errors.OutOfMemoryError):
                 used = re.search(r"was (\S+ used / \S+) limit", str(error))
                 raise KtrayError(
-                    f"{what[0].upper()}{what[1:]} ran out of memory, tried {failures} time{'s'[: failures > 1]} "
-                    f"({used[1] if used else 'all'} on its machine)",
+                    f"{what[0].upper()}{what[1:]} ran out of memory in {failures} "
+                    f"{'attempts' if failures > 1 else 'attempt'} ({used[1] if used else 'all'} on its machine)",
                     remedy,
                 ) from error
             raise

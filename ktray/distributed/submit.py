@@ -1,4 +1,4 @@
-"""The ``ray job submit`` that runs a job's command on a cluster, in words for a shell."""
+"""The command line for a shell that runs a job on a cluster with ``ray job submit``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ktray.recipe.schema import Recipe
 from ktray.redact import HIDDEN, scrub
 from ktray.tracking.tags import ROOT, commit, user
 
-# What decides on the cluster where a job reads and logs; handed over where it is set here.
-HANDED = (
+# Variables that decide where a job reads and logs. Those that are set here are passed on to the cluster.
+PASSED_ON = (
     *DATA_SETTINGS,
     "MLFLOW_TRACKING_URI",
     "GLOO_SOCKET_IFNAME",
@@ -25,7 +25,7 @@ HANDED = (
     "HF_HUB_OFFLINE",
     "KTRAY_INSTANCE",
 )
-# A job's environment can be read by all who reach the dashboard, so these have to be on the nodes.
+# Everyone who can reach the dashboard can read a job's environment, so these variables must be set on the nodes.
 SECRET = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -36,21 +36,22 @@ SECRET = (
     "MLFLOW_TRACKING_TOKEN",
     "HF_TOKEN",
 )
-CLIENT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # of the command itself; the nodes have their own
-# Beside those that .gitignore names and those that Ray leaves out by itself (.git, .venv, venv, __pycache__).
+CLIENT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # variables for the command itself; the nodes have their own values
+# Folders that are not sent, in addition to those in .gitignore and those that Ray excludes (.git, .venv, venv,
+# __pycache__).
 EXCLUDES = ("/ktray-store/", "/mlruns/", "/.pytest_cache/", "/.mypy_cache/", "/.ruff_cache/")
 
 
 def lines(
     program: str, argv: Sequence[str], recipe: Recipe, environment: Mapping[str, str], here: Path | None = None
 ) -> list[str]:
-    """Comments and, last, the command.
+    """Lines with comments and, as the last line, the command.
 
     Args:
-        program: the job's name, of ``jobs/<program>.py``.
+        program: the job's name, as in ``jobs/<program>.py``.
         argv: the job's arguments.
-        environment: variables of the shell that would submit.
-        here: the folder that it would be in; None: the current one.
+        environment: variables of the shell that the command would run in.
+        here: the folder that the command would run in; None: the current one.
 
     Raises:
         KtrayError: an argument holds a secret, which everyone would see in the list of jobs, or names a recipe outside
@@ -64,11 +65,11 @@ def lines(
         )
     for word in argv:
         key, _, value = word.partition("=")
-        switch = value.lower() in ("true", "false", "null")  # class_token=true is no secret
+        switch = value.lower() in ("true", "false", "null")  # class_token=true is not a secret
         if HIDDEN in str(scrub(word)) or (HIDDEN in str(scrub(value, key)) and not switch):
             raise KtrayError(
-                f"'{key}' holds a secret, and a job's command is shown to all who see the cluster's list of jobs",
-                f"Leave it out and set it on the nodes ({', '.join(SECRET)}).",
+                f"'{key}' holds a secret, and everyone who sees the cluster's list of jobs can read a job's command",
+                f"Remove it from the command and set it on the nodes ({', '.join(SECRET)}).",
             )
     comments, variables = _environment(environment, recipe)
     metadata = {"job_name": recipe.mlflow.run_name or program, "owner": user(), "commit": commit()}
@@ -85,37 +86,41 @@ def lines(
         *("--", "python", f"jobs/{program}.py", *_sent(argv, here)),
     ]
     if not address:
-        comments.append("neither RAY_API_SERVER_ADDRESS nor RAY_ADDRESS is set: it goes to a Ray on this machine")
+        comments.append(
+            "neither RAY_API_SERVER_ADDRESS nor RAY_ADDRESS is set: the job is submitted to a Ray on this machine"
+        )
     return [*(f"# {text}" for text in comments), _shell(words)]
 
 
 def _environment(environment: Mapping[str, str], recipe: Recipe) -> tuple[list[str], dict[str, str]]:
     comments, variables = [], {}
-    for name in HANDED:
+    for name in PASSED_ON:
         value = environment.get(name)
         if not value:
             continue
         parts = urlsplit(value)
         if name == "MLFLOW_TRACKING_URI" and parts.scheme not in ("http", "https"):
-            # A file of this machine is not the cluster's, and a database's address holds its password.
-            comments.append(f"{name} is no server's address and is left out; on the nodes it may be set")
+            # The cluster does not have this machine's files, and the address of a database holds its password.
+            comments.append(
+                f"{name} is not the address of a server and is not passed on; set it on the nodes if needed"
+            )
             continue
         if "@" in parts.netloc:
-            comments.append(f"{name} goes without its user and password; they have to be on the nodes")
+            comments.append(f"{name} is passed on without user and password; set them on the nodes")
             value = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         variables[name] = str(scrub(value))
     held = [name for name in SECRET if environment.get(name)]
     if held:
-        comments.append(f"not in the command, to be set on the nodes (or roles in place of keys): {', '.join(held)}")
+        comments.append(f"not passed on; set on the nodes, or use roles instead of keys: {', '.join(held)}")
     if environment.get("RAY_AUTH_TOKEN"):
-        comments.append("RAY_AUTH_TOKEN has to be set in the shell that runs it")
+        comments.append("RAY_AUTH_TOKEN must be set in the shell that runs the command")
     if "://" not in recipe.store and not Path(recipe.store).expanduser().is_absolute():
-        comments.append(f"store={recipe.store} is relative: on the cluster it lies in the home folder of the head")
+        comments.append(f"store={recipe.store} is relative: on the cluster it is in the home folder of the head node")
     return comments, variables
 
 
 def _inside(store: str) -> list[str]:
-    """A store in the checkout is not to be sent along."""
+    """The pattern that excludes a store inside the checkout from what is sent; empty for a store elsewhere."""
     if "://" in store:
         return []
     path = (ROOT / Path(store).expanduser()).resolve()
@@ -126,24 +131,25 @@ def _inside(store: str) -> list[str]:
 
 
 def _sent(argv: Sequence[str], here: Path) -> list[str]:
-    """The arguments as they hold in the folder that is sent: recipe files by their path in it."""
-    out, recipe_follows = [], False
+    """The arguments for the folder that is sent: paths of recipe files become relative to it."""
+    sent, recipe_follows = [], False
     for word in argv:
         name = word.removeprefix("--recipe=") if word.startswith("--recipe=") else word if recipe_follows else ""
         if name.endswith((".yaml", ".yml")):
             path = (here / name).resolve()
             if not path.is_relative_to(ROOT):
                 raise KtrayError(
-                    f"Recipe '{name}' lies outside {ROOT}, the folder that is sent to the cluster", "Copy it there."
+                    f"Recipe '{name}' is outside {ROOT}, the folder that is sent to the cluster",
+                    "Copy the recipe into that folder.",
                 )
             word = word[: len(word) - len(name)] + os.fspath(path.relative_to(ROOT))
-        out.append(word)
+        sent.append(word)
         recipe_follows = word == "--recipe"
-    return out
+    return sent
 
 
 def _shell(words: Sequence[str]) -> str:
-    """`shlex.join`, but settings of variables before the command stay such."""
+    """`shlex.join`, except that variables that are set before the command are still recognised by the shell."""
     count = next(i for i, word in enumerate(words) if word == "ray")
     before = [f"{name}={shlex.quote(value)}" for name, _, value in (word.partition("=") for word in words[:count])]
     return " ".join([*before, shlex.join(words[count:])])

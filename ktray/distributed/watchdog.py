@@ -1,8 +1,9 @@
-"""The watchdog: a stage that shows no sign of life for `cluster.stall_minutes` ends, and says what it waited for.
+"""The watchdog: it ends a stage without a heartbeat for `cluster.stall_minutes`, and says what the stage waited for.
 
-Ray never gives up: a task that asks for a CPU that nobody has, a store that does not answer, a worker that waits for a
-dead one, all look the same from the driver, which blocks. So what may block for ever runs on a thread of its own, and
-the driver waits for it with one eye on the stage's watchdog, which everything that reports progress beats.
+Ray never gives up. A task that requests a CPU that does not exist, a store that does not answer, a worker that waits
+for a dead one: for the driver, which blocks, they all look the same. Calls that may block for ever therefore run on a
+thread of their own. While the driver waits for them, it checks the stage's watchdog; all code that reports progress
+sends a heartbeat to the watchdog.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from ktray.errors import KtrayError
 from ktray.reporting.progress import humanise
 
 T = TypeVar("T")
-_LOOK = 1.0  # seconds between looks at the watchdog
-_ANSWER = 20.0  # seconds that the cluster and the store have to answer when they are asked what is wrong
+_CHECK_S = 1.0  # seconds between two checks of the watchdog
+_ANSWER_S = 20.0  # seconds within which the cluster and the store must answer when the cause of a stall is looked for
 _current: ContextVar[Watchdog | None] = ContextVar("ktray-watchdog", default=None)
 _limit: ContextVar[Callable[[], None] | None] = ContextVar("ktray-limit", default=None)
 
 
 class Watchdog:
-    """Of a stage; safe from any thread.
+    """The watchdog of one stage. Its methods may be called from any thread.
 
     Args:
-        stage: its name.
-        minutes: without a beat after which it counts as dead.
-        store: asks the store for something small; raises or hangs where it does not answer.
-        clock: seconds, monotonic.
+        stage: name of the stage.
+        minutes: minutes without a heartbeat after which the stage counts as stalled.
+        store: makes a small request to the store; it raises or hangs if the store does not answer.
+        clock: returns seconds; monotonic.
     """
 
     def __init__(
@@ -44,43 +45,51 @@ class Watchdog:
     ) -> None:
         self.stage, self.seconds, self._store, self._clock = stage, 60 * minutes, store, clock
         self._last, self._progress = clock(), "none yet"
-        self._waits, self._asks = "", ""
+        self._waits, self._requested = "", ""
 
     def heartbeat(self, progress: str = "") -> None:
-        """There is life, and perhaps progress that can be named."""
+        """Record that the stage works; ``progress`` describes how far it is, if that is known."""
         self._last = self._clock()
         self._progress = progress or self._progress
 
     def waits(self, what: str, asks: str = "") -> None:
-        """What the stage waits for from now on, and what it asks of the cluster for it; no sign of life by itself."""
-        self._waits, self._asks = what, asks or self._asks
+        """Record what the stage waits for from now on, and what it requests from the cluster. This is no heartbeat."""
+        self._waits, self._requested = what, asks or self._requested
 
     @property
     def silent(self) -> float:
-        """Seconds since the last beat."""
+        """Seconds since the last heartbeat."""
         return self._clock() - self._last
 
     def check(self) -> None:
-        """Raises `KtrayError` once the stage counts as dead."""
+        """Check for a stall.
+
+        Raises:
+            KtrayError: the last heartbeat is too long ago.
+        """
         if self.silent > self.seconds:
             raise self._error()
 
     def _error(self) -> KtrayError:
         silent = humanise(self.silent)
-        causes = _within(_ANSWER, _nodes, "Ray's head does not answer: is its machine up?")
-        causes += _within(_ANSWER, lambda: _answers(self._store), "The store does not answer: network, or its server?")
-        asked = f", which asks for {self._asks}" if self._asks else ""
+        causes = _within(_ANSWER_S, _nodes, "Ray's head node does not answer: check that its machine is up.")
+        causes += _within(
+            _ANSWER_S, lambda: _answers(self._store), "The store does not answer: check the network and its server."
+        )
+        requested = f" (requested: {self._requested})" if self._requested else ""
         return KtrayError(
             f"{self.stage}: no progress for {silent} (last: {self._progress}) while waiting for "
-            f"{self._waits or 'its tasks'}{asked}",
-            f"{' '.join(causes)} The same command goes on from what is stored; cluster.stall_minutes sets the limit.",
+            f"{self._waits or 'its tasks'}{requested}",
+            f"{' '.join(causes)} The same command resumes from what is stored; cluster.stall_minutes sets the limit.",
         )
 
 
 @contextlib.contextmanager
 def limited(check: Callable[[], None] | None) -> Iterator[None]:
-    """Within it, whatever a stage waits for on this thread is ended by what ``check`` raises; it is asked every second
-    of waiting, between the shards of a stage, and before each stage."""
+    """Within this context, an error that ``check`` raises ends the stage that runs on this thread.
+
+    ``check`` is called every second while a stage waits, between the shards of a stage, and before each stage.
+    """
     token = _limit.set(check)
     try:
         yield
@@ -89,7 +98,7 @@ def limited(check: Callable[[], None] | None) -> Iterator[None]:
 
 
 def check_limit() -> None:
-    """Raises what the limit of this thread's run raises, if it has one."""
+    """Call the check of `limited` for this thread, if there is one; its error is passed on."""
     check = _limit.get()
     if check is not None:
         check()
@@ -97,7 +106,7 @@ def check_limit() -> None:
 
 @contextlib.contextmanager
 def watch(watchdog: Watchdog) -> Iterator[Watchdog]:
-    """Within it, `run_watched` and `iterate_watched` on this thread mind the watchdog."""
+    """Within this context, `run_watched` and `iterate_watched` on this thread check the watchdog."""
     token = _current.set(watchdog)
     try:
         yield watchdog
@@ -106,90 +115,90 @@ def watch(watchdog: Watchdog) -> Iterator[Watchdog]:
 
 
 def waiting_for(what: str, asks: str = "") -> None:
-    """`Watchdog.waiting_for` of the stage that runs on this thread, if any."""
+    """`Watchdog.waits` of the stage that runs on this thread, if any."""
     watchdog = _current.get()
     if watchdog is not None:
         watchdog.waits(what, asks)
 
 
 def run_watched(work: Callable[[], T], cancel: Callable[[], object]) -> T:
-    """What ``work`` gives; it runs on a thread of its own.
+    """Run ``work`` on a thread of its own and return its result.
 
     Args:
-        cancel: ends the work; called when the stage's watchdog stops or the wait is broken off.
+        cancel: ends the work; it is called when the watchdog finds a stall or the wait is interrupted.
 
     Raises:
-        KtrayError: the stage's watchdog has stopped.
+        KtrayError: the stage's watchdog found a stall.
     """
-    (found,) = iterate_watched(lambda: (work(),), cancel)
-    return found
+    (result,) = iterate_watched(lambda: (work(),), cancel)
+    return result
 
 
 def iterate_watched(items: Callable[[], Iterable[T]], cancel: Callable[[], object]) -> Iterator[T]:
-    """The items, which are made on a thread of their own, one ahead; see `run_watched`."""
+    """Iterate over the items, which are computed one ahead on a thread of their own; see `run_watched`."""
     watchdog = _current.get()
-    box: queue.Queue[tuple[bool, Any]] = queue.Queue(1)
-    gone = threading.Event()
+    box: queue.Queue[tuple[bool, Any]] = queue.Queue(1)  # (True, item), then (False, error or None)
+    stopped = threading.Event()
 
-    def put(found: tuple[bool, Any]) -> None:
-        while not gone.is_set():
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
             with contextlib.suppress(queue.Full):
-                box.put(found, timeout=_LOOK)
+                box.put(entry, timeout=_CHECK_S)
                 return
 
-    def make() -> None:
+    def compute() -> None:
         try:
             for item in items():
                 put((True, item))
-                if gone.is_set():
+                if stopped.is_set():
                     return
             put((False, None))
         except BaseException as error:
             put((False, error))
 
-    threading.Thread(target=copy_context().run, args=(make,), name="ktray-work", daemon=True).start()
-    whole = False
+    threading.Thread(target=copy_context().run, args=(compute,), name="ktray-work", daemon=True).start()
+    complete = False
     try:
         while True:
             if watchdog:
-                watchdog.heartbeat()  # the stage was at its own work until now
-            more, found = _next(box, watchdog)
-            if not more:
-                whole = True
-                if found is not None:
-                    raise found
+                watchdog.heartbeat()  # until now the stage did its own work
+            is_item, value = _next(box, watchdog)
+            if not is_item:
+                complete = True
+                if value is not None:
+                    raise value
                 return
-            yield found
+            yield value
     finally:
-        gone.set()
-        if not whole:
-            _within(_ANSWER, lambda: [str(cancel())], "")
+        stopped.set()
+        if not complete:
+            _within(_ANSWER_S, lambda: [str(cancel())], "")
 
 
 def _next(box: queue.Queue[tuple[bool, Any]], watchdog: Watchdog | None) -> tuple[bool, Any]:
     while True:
         try:
-            return box.get(timeout=_LOOK)
+            return box.get(timeout=_CHECK_S)
         except queue.Empty:
             check_limit()
             if watchdog:
                 watchdog.check()
 
 
-def _within(seconds: float, ask: Callable[[], list[str]], otherwise: str) -> list[str]:
-    """What ``ask`` says, or ``otherwise`` where it takes longer; asking must not hang too."""
-    said: list[str] = []
-    thread = threading.Thread(target=lambda: said.extend(_asked(ask)), daemon=True)
+def _within(seconds: float, request: Callable[[], list[str]], otherwise: str) -> list[str]:
+    """The lines of ``request``, or ``otherwise`` if it takes longer, so that the request cannot hang the job."""
+    lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(_answer(request)), daemon=True)
     thread.start()
     thread.join(seconds)
-    return [otherwise] if thread.is_alive() else said
+    return [otherwise] if thread.is_alive() else lines
 
 
-def _asked(ask: Callable[[], list[str]]) -> list[str]:
+def _answer(request: Callable[[], list[str]]) -> list[str]:
     try:
-        return ask()
-    except Exception as error:  # whatever is wrong with it is what we want to know
-        return [f"Asking failed: {' '.join(str(error).split())[:200]}."]
+        return request()
+    except Exception as error:  # the error may be the cause of the stall
+        return [f"A request failed: {' '.join(str(error).split())[:200]}."]
 
 
 def _answers(store: Callable[[], Any]) -> list[str]:
@@ -204,7 +213,7 @@ def _nodes() -> list[str]:
     dead = [n["NodeManagerAddress"] for n in nodes if not n["Alive"]]
     total, free = ray.cluster_resources(), ray.available_resources()
     counts = [f"{free.get(name, 0.0):g} of {total[name]:g} {name}s" for name in ("CPU", "GPU") if total.get(name)]
-    said = [f"Free are {' and '.join(counts) or 'no CPUs'} on {len(nodes) - len(dead)} nodes."]
+    lines = [f"Free now: {' and '.join(counts) or 'no CPUs'} on {len(nodes) - len(dead)} nodes."]
     if dead:
-        said.append(f"Nodes that have died: {', '.join(dead)}.")
-    return said
+        lines.append(f"Nodes that have died: {', '.join(dead)}.")
+    return lines

@@ -69,7 +69,7 @@ def test_on_cpus_there_is_a_teacher_for_each_with_memory_and_all_threads_are_use
 
 def test_what_cannot_fit_ends_with_the_arithmetic():
     with pytest.raises(
-        KtrayError, match=r"3 training workers need 3 GPUs and the cluster has 1\. Set cluster\.workers=1"
+        KtrayError, match=r"3 training workers need 3 GPUs, but the cluster has 1\. Set cluster\.workers=1"
     ):
         allocate(8, 1, 1, 3, True)
     with pytest.raises(KtrayError, match="do not fit on 1 CPUs"):
@@ -112,9 +112,9 @@ def test_workers_that_come_and_go_have_a_gpu_each(cpus, gpus):
 
 
 def test_a_range_that_nothing_can_start_ends_with_the_arithmetic():
-    with pytest.raises(KtrayError, match=r"one worker a node, and the cluster has 1 of at least 2.*workers=1\.\.4"):
+    with pytest.raises(KtrayError, match=r"at least 2 nodes, but the cluster has 1\. .*workers=1\.\.4"):
         allocate(8, 0, 1, (2, 4), "auto")
-    with pytest.raises(KtrayError, match="2 training workers need 2 GPUs and the cluster has 1"):
+    with pytest.raises(KtrayError, match="2 training workers need 2 GPUs, but the cluster has 1"):
         allocate(8, 1, 1, (2, 4), "auto")
 
 

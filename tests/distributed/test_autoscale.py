@@ -58,12 +58,12 @@ def test_as_many_machines_are_kept_as_the_job_asks_for():
 def test_what_does_not_come_is_told_and_let_go_of(cluster):
     told = []
     with (
-        pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* asks for 64 CPUs and 1 GPUs"),
+        pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* requests 64 CPUs and 1 GPUs"),
         hearing(told),
         autoscale.gathered(ClusterConfig(cpus=64, gpus=1, wait_seconds=0.5)),
     ):
         raise AssertionError("it was not there")
-    assert told == ["cluster   waiting for 64 CPUs and 1 GPUs; there are 2 CPUs and 0 GPUs"]
+    assert told == ["cluster   waiting for 64 CPUs and 1 GPUs; the cluster has 2 CPUs and 0 GPUs"]
     assert held() == []
 
 

@@ -176,7 +176,7 @@ def test_an_actor_gets_what_a_decode_task_gave():
     def keep():
         return lambda item, columns: got.append((item, columns)) or {"n": len(columns["id"])}
 
-    actor = ray_data._Actor(keep, torch.get_num_threads(), ray_data._tell)
+    actor = ray_data._Actor(keep, torch.get_num_threads(), ray_data._summary_table)
     told = [json.loads(actor(table)["summary"][0].as_py()) for table in both_halves({"name": "s"}, rows)]
     assert told == [{"n": 2}, {"n": 0}, {"n": 5}]
     assert [item.get("piece") for item, _ in got] == [0, 1, 2]
@@ -228,6 +228,6 @@ def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free
     with watch(Watchdog("index", 4 / 60)), pytest.raises(KtrayError) as caught:
         list(cpu_shards([{"name": "a"}], lambda item: {}, plan))
     assert caught.value.what.startswith("index: no progress for")
-    assert caught.value.what.endswith("while waiting for its tasks, which asks for 50 CPUs each")
+    assert caught.value.what.endswith("while waiting for its tasks (requested: 50 CPUs each)")
     assert f"of {cluster.total_cpus:g} CPUs" in caught.value.remedy
     assert executors() == before, "its tasks would begin once there is room"

@@ -38,6 +38,6 @@ def test_other_errors_and_one_failure_too_many_are_raised(cluster, tmp_path, how
 
 
 def test_running_out_of_memory_is_told_with_what_was_used(cluster, tmp_path):
-    with pytest.raises(KtrayError, match=r"The task ran out of memory, tried 2 times \(4.95GB.*Add some"):
+    with pytest.raises(KtrayError, match=r"The task ran out of memory in 2 attempts \(4.95GB.*Add some"):
         run_with_retries(partial(fails, tmp_path, 9, "memory"), "the task", "Add some.", 1, cpus=1)
     assert len(os.listdir(tmp_path)) == 2

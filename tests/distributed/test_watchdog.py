@@ -43,13 +43,13 @@ def test_work_that_hangs_is_cancelled_and_the_error_says_what_is_free(cluster):
     assert cancelled.is_set()
     assert "transfer: no progress for" in caught.value.what
     assert "(last: step 7)" in caught.value.what
-    assert caught.value.what.endswith("waiting for its training workers, which asks for 3 times 50 CPUs")
+    assert caught.value.what.endswith("waiting for its training workers (requested: 3 times 50 CPUs)")
     assert f"of {cluster.total_cpus:g} CPUs on 1 nodes" in caught.value.remedy
     assert "store" not in caught.value.remedy.split("The same command")[0]
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch, cluster):
-    monkeypatch.setattr("ktray.distributed.watchdog._ANSWER", 0.5)
+    monkeypatch.setattr("ktray.distributed.watchdog._ANSWER_S", 0.5)
     never, broken = threading.Event(), OSError("no route to host")
 
     def refuse():

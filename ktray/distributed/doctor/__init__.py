@@ -1,1 +1,1 @@
-"""What can be wrong with a cluster, found out before money is spent: one line a check, with cause and remedy."""
+"""Checks of a cluster before money is spent on it. Each check prints one line, with cause and remedy."""

@@ -1,4 +1,4 @@
-"""Whether nodes can train together: an all-reduce between two of them, as DDP does it."""
+"""The check whether two nodes can train together: an all-reduce between them, as DDP does it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-_SECONDS = 30
-_PARTNER = 5.0  # seconds that one of two has left to end when the other failed
+_SECONDS = 30  # time limit of each step
+_PARTNER = 5.0  # seconds within which the other rank should end after one rank has failed
 _NUMBERS = 1 << 20  # 4 MB
 
 
 def pairs(nodes: list[str], every: bool) -> list[tuple[str, str]]:
-    """All pairs, or each node with the next."""
+    """All pairs of nodes, or, without ``every``, each node with the next one."""
     if every:
         return list(itertools.combinations(nodes, 2))
     return [(nodes[i], nodes[i + 1]) for i in range(len(nodes) - 1)]
 
 
 def meeting_place() -> tuple[str, int]:
-    """An address and a free port of this node, for the two to meet at."""
+    """An address and a free port of this node, where the two ranks can connect."""
     import ray
 
     with socket.socket() as free:
@@ -29,7 +29,11 @@ def meeting_place() -> tuple[str, int]:
 
 
 def all_reduce(rank: int, place: tuple[str, int], backend: str) -> float:
-    """One of two ranks; the mean of what both gave, which is 1.5. Raises whatever the backend does."""
+    """Take part in an all-reduce as one of two ranks. Returns the mean of both ranks' numbers, which should be 1.5.
+
+    Raises:
+        Exception: any error of the backend.
+    """
     import torch
     import torch.distributed as dist
 
@@ -45,10 +49,12 @@ def all_reduce(rank: int, place: tuple[str, int], backend: str) -> float:
 
 
 def meet(left: str, right: str, on: Any, gpus: bool) -> str | None:
-    """None where two nodes can; else why not.
+    """None if the two nodes can all-reduce, else the reason why they cannot.
 
     Args:
-        on: (function, node, gpus) -> a remote function that runs there.
+        left, right: ids of the nodes.
+        on: (function, node, gpus) -> a remote function that runs on the node.
+        gpus: whether to use NCCL and one GPU of each node; otherwise gloo.
     """
     import ray
 
@@ -57,12 +63,13 @@ def meet(left: str, right: str, on: Any, gpus: bool) -> str | None:
         place = ray.get(on(meeting_place, left).remote(), timeout=_SECONDS)
         backend = "nccl" if gpus else "gloo"
         refs = [on(all_reduce, n, float(gpus)).remote(r, place, backend) for r, n in enumerate((left, right))]
-        found = ray.get(refs, timeout=3 * _SECONDS)
-    except Exception as error:  # whatever NCCL, gloo or Ray say
-        # When one fails the other ends soon after, and Ray's driver dies of a task that ends while it is cancelled.
+        means = ray.get(refs, timeout=3 * _SECONDS)
+    except Exception as error:  # NCCL, gloo and Ray have many kinds of errors
+        # After one rank fails, the other ends soon. Wait for it, because Ray's driver dies if a task ends while it is
+        # being cancelled.
         for ref in ray.wait(refs, num_returns=len(refs), timeout=_PARTNER)[1] if refs else ():
             ray.cancel(ref, force=True)
         if isinstance(error, ray.exceptions.GetTimeoutError):
-            return "no answer in time" + (" (has each a free GPU?)" if gpus else "")
+            return "no answer in time" + (" (check that each node has a free GPU)" if gpus else "")
         return " ".join(str(error).split())[-300:] or type(error).__name__
-    return None if found == [1.5, 1.5] else f"the sum came out as {found}"
+    return None if means == [1.5, 1.5] else f"the means should be 1.5 and are {means}"

@@ -1,4 +1,4 @@
-"""What is found out on a node, by a task that runs there."""
+"""The probe: a task that runs on a node and reports its versions, GPUs, files and speed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DECODE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What to look at.
+class ProbeRequest:
+    """What a probe checks.
 
     Attributes:
         store: folder or address of the store.
-        token: name of the file there that the driver has written, and of the folder for the node's own.
-        files: that have to be there, such as the teacher's checkpoint.
-        decode: also measure how fast a core decodes.
+        token: name of a folder in the store that holds the driver's file, and into which the node writes its own.
+        files: files that the node must be able to read, such as the teacher's checkpoint.
+        decode: whether to measure how fast a core decodes images.
     """
 
     store: str
@@ -30,35 +30,39 @@ class Ask:
     decode: bool = True
 
 
-def probe(ask: Ask, node: str) -> dict[str, Any]:
-    """``versions``, ``gpus`` that torch sees, ``store`` and ``files`` (None, or what is wrong), ``decode`` (JPEGs of
-    500 x 375 a second and core)."""
+def probe(request: ProbeRequest, node: str) -> dict[str, Any]:
+    """Probe the node that this function runs on.
+
+    Returns:
+        ``host``; ``versions``; ``gpus``: the number that torch sees; ``store`` and, for each file, ``files``: None, or
+        what is wrong; ``decode``: JPEGs of 500 x 375 per second and core.
+    """
     import torch
 
     from ktray.accounting.device import versions
 
-    found: dict[str, Any] = {"host": socket.gethostname(), "versions": versions()}
-    found["versions"].pop("platform")
-    found["gpus"] = torch.cuda.device_count()
-    found["store"] = _store(ask, node)
-    found["files"] = {path: _file(path) for path in ask.files}
-    if ask.decode:
-        found["decode"] = _decode_rate()
-    return found
+    report: dict[str, Any] = {"host": socket.gethostname(), "versions": versions()}
+    report["versions"].pop("platform")
+    report["gpus"] = torch.cuda.device_count()
+    report["store"] = _store(request, node)
+    report["files"] = {path: _file(path) for path in request.files}
+    if request.decode:
+        report["decode"] = _decode_rate()
+    return report
 
 
 def clock() -> float:
-    """The node's time."""
+    """The node's time, in seconds since 1970."""
     return time.time()
 
 
-def _store(ask: Ask, node: str) -> str | None:
-    """Read what the driver wrote, write something for it to read."""
-    folder = Dir(ask.store)
+def _store(request: ProbeRequest, node: str) -> str | None:
+    """Look for the driver's file, and write a file for the driver to look for."""
+    folder = Dir(request.store)
     try:
-        if not folder.exists(f"{ask.token}/driver"):
-            return "cannot see what the driver wrote there: it is not the same place"
-        folder.write(f"{ask.token}/{node}", node.encode())
+        if not folder.exists(f"{request.token}/driver"):
+            return "this node cannot see the driver's file, so it is not the same place"
+        folder.write(f"{request.token}/{node}", node.encode())
     except Exception as error:
         return filesystem.why(error)
     return None
@@ -66,7 +70,7 @@ def _store(ask: Ask, node: str) -> str | None:
 
 def _file(path: str) -> str | None:
     try:
-        return None if filesystem.stat(path) else "is not there"
+        return None if filesystem.stat(path) else "does not exist"
     except Exception as error:
         return filesystem.why(error)
 

@@ -1,4 +1,4 @@
-"""All checks of a recipe on the cluster that Ray is connected to."""
+"""The doctor: it runs all checks of a recipe on the cluster that Ray is connected to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ktray.distributed.connect import connect
 from ktray.distributed.doctor import checks
 from ktray.distributed.doctor.checks import DoctorCheck
 from ktray.distributed.doctor.pairs import meet, pairs
-from ktray.distributed.doctor.probe import Ask, clock, probe
+from ktray.distributed.doctor.probe import ProbeRequest, clock, probe
 from ktray.distributed.ray_internals import dashboard_address
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
@@ -23,14 +23,14 @@ from ktray.storage.store import Store
 
 logger = logging.getLogger("ktray")
 
-_SECONDS = 180.0  # for a node to start a process and import torch
+_SECONDS = 180.0  # time limit for a node to start a process and import torch
 
 
 def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
-    """The checks, each as soon as it is done.
+    """Run the checks. Yields each result as soon as it is there.
 
     Args:
-        quick: what takes a second once processes run: no all-reduce, no decoding, no MLflow.
+        quick: run only checks that take about a second once processes run: no all-reduce, no decoding, no MLflow.
     """
     import ray
 
@@ -41,20 +41,20 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
         store.write(f"{token}/driver", b"driver")
     except (OSError, KtrayError) as error:
         yield DoctorCheck(
-            "store", "FAIL", f"the driver cannot write to {recipe.store}: {error}", "Check rights and address."
+            "store", "FAIL", f"the driver cannot write to {recipe.store}: {error}", "Check the address and the rights."
         )
         return
     try:
-        ask = Ask(store.uri, token, names, decode=not quick)
-        probes, lost = _everywhere(nodes, lambda node: _on(probe, node).remote(ask, node))
-        hosts = {node: found["host"] for node, found in probes.items()}
+        request = ProbeRequest(store.uri, token, names, decode=not quick)
+        probes, lost = _everywhere(nodes, lambda node: _on(probe, node).remote(request, node))
+        hosts = {node: report["host"] for node, report in probes.items()}
         missing = [hosts[node] for node in probes if not store.exists(f"{token}/{node}")]
     finally:
         store.delete(token)
     for node, why in lost.items():
         where = nodes[node]["NodeManagerAddress"]
         yield DoctorCheck(
-            "nodes", "FAIL", f"{where} runs no task: {why}", "See its logs under /tmp/ray/session_latest/logs."
+            "nodes", "FAIL", f"{where} cannot run tasks: {why}", "See its logs under /tmp/ray/session_latest/logs."
         )
     if not probes:
         return
@@ -73,8 +73,8 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
     yield checks.decodes_fast(probes)
     workers, gpus = trainers(nodes, probes, recipe.cluster.use_gpu)
     tried = pairs(workers, every=len(workers) <= 8) or [(node, node) for node in workers[:1] if not gpus]
-    apart = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
-    yield checks.network(apart, len(tried))
+    failures = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
+    yield checks.network(failures, len(tried))
     yield checks.guarded(_dashboard())
     yield _mlflow(recipe)
 
@@ -82,15 +82,18 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
 def trainers(
     nodes: Mapping[str, Mapping[str, Any]], probes: checks.Probes, use_gpu: bool | str
 ) -> tuple[list[str], bool]:
-    """The nodes that would train together, and whether on GPUs: those with GPUs that torch sees, or all with CPUs."""
-    found = [node for node in probes if nodes[node]["Resources"].get("GPU") and probes[node]["gpus"]]
-    if found and use_gpu:
-        return found, True
+    """The nodes that would train together, and whether they would train on GPUs.
+
+    They are the nodes with GPUs that torch sees, or, if there are none, all nodes with CPUs.
+    """
+    with_gpus = [node for node in probes if nodes[node]["Resources"].get("GPU") and probes[node]["gpus"]]
+    if with_gpus and use_gpu:
+        return with_gpus, True
     return [node for node in probes if nodes[node]["Resources"].get("CPU")], False
 
 
 def require(recipe: Recipe) -> None:
-    """The quick form, before a job on several nodes.
+    """Run the quick checks before a job on several nodes; on a single node, do nothing.
 
     Raises:
         KtrayError: a check failed.
@@ -107,10 +110,10 @@ def require(recipe: Recipe) -> None:
 
 
 def show(recipe: Recipe, debug: bool = False) -> None:
-    """Print every check.
+    """Run all checks and print their results.
 
     Raises:
-        KtrayError: some failed.
+        KtrayError: at least one check failed.
     """
     connect(debug)
     failed = []
@@ -126,39 +129,39 @@ def _on(work: Callable[..., Any], node: str, gpus: float = 0.0) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    how: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}
-    return ray.remote(**how)(work).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}
+    return ray.remote(**options)(work).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
 
 
 def _everywhere(nodes: Any, start: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """By node, what its task gave, or why it gave nothing."""
+    """Start a task on each node. Returns the results by node, and for the nodes without a result the reason."""
     import ray
 
     refs = {node: start(node) for node in nodes}
     ray.wait(list(refs.values()), num_returns=len(refs), timeout=_SECONDS)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     lost: dict[str, str] = {}
     for node, ref in refs.items():
         try:
-            found[node] = ray.get(ref, timeout=0.1)
+            results[node] = ray.get(ref, timeout=0.1)
         except Exception as error:  # a node that died, a process that cannot import ktray, a timeout
-            lost[node] = " ".join(str(error).split())[-200:] or f"no answer in {_SECONDS:g} s"
-    return found, lost
+            lost[node] = " ".join(str(error).split())[-200:] or f"no answer within {_SECONDS:g} s"
+    return results, lost
 
 
 def _skews(nodes: list[str]) -> dict[str, tuple[float, float]]:
-    """By node, seconds that its clock is ahead, and half of the time that asking took."""
+    """For each node, how many seconds its clock is ahead, and half of the time that the request took."""
     import ray
 
-    found = {}
+    skews = {}
     for node in nodes:
-        asked = _on(clock, node)
-        ray.get(asked.remote(), timeout=_SECONDS)  # so that a process is there
+        remote_clock = _on(clock, node)
+        ray.get(remote_clock.remote(), timeout=_SECONDS)  # starts a process on the node
         before = time.time()
-        there = ray.get(asked.remote(), timeout=_SECONDS)
+        node_time = ray.get(remote_clock.remote(), timeout=_SECONDS)
         after = time.time()
-        found[node] = there - (before + after) / 2, (after - before) / 2
-    return found
+        skews[node] = node_time - (before + after) / 2, (after - before) / 2
+    return skews
 
 
 def _dashboard() -> str | None:
@@ -176,6 +179,8 @@ def _mlflow(recipe: Recipe) -> DoctorCheck:
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
-        why = str(scrub(" ".join(str(error).split())))[:200]  # it repeats the address, credentials and all
-        return DoctorCheck("MLflow", "FAIL", f"{shown}: {why}", "Is the server up, and are its credentials set?")
+        why = str(scrub(" ".join(str(error).split())))[:200]  # the error repeats the address with its credentials
+        return DoctorCheck(
+            "MLflow", "FAIL", f"{shown}: {why}", "Check that the server is up and its credentials are set."
+        )
     return DoctorCheck("MLflow", "ok", shown)

@@ -10,7 +10,7 @@ from heard import heard
 from ktray import recipe as recipes
 from ktray.accounting.device import versions
 from ktray.distributed.doctor import checks, pairs, run
-from ktray.distributed.doctor.probe import Ask, probe
+from ktray.distributed.doctor.probe import ProbeRequest, probe
 from ktray.errors import KtrayError
 
 NAMES = ["versions", "store", "checkpoints", "GPUs", "clocks", "plan", "decoding", "network", "token", "MLflow"]
@@ -36,7 +36,7 @@ def test_the_quick_form_and_a_single_node(cluster, tmp_path):
     recipe = recipes.load(None, [f"store={tmp_path}", "teacher.checkpoint=/nowhere/x.pt", "cluster.workers=500"])
     found = {check.name: check for check in run.examine(recipe, quick=True)}
     assert list(found) == NAMES[:6]
-    assert "'/nowhere/x.pt' is not there" in found["checkpoints"].found
+    assert "'/nowhere/x.pt' does not exist" in found["checkpoints"].found
     assert "500 training workers do not fit" in found["plan"].found
     assert "cluster.workers" in found["plan"].remedy
     told = []
@@ -48,11 +48,11 @@ def test_the_quick_form_and_a_single_node(cluster, tmp_path):
 
 
 def test_a_node_that_sees_another_store_is_told(tmp_path):
-    found = probe(Ask(str(tmp_path), "token", decode=False), "node")
+    found = probe(ProbeRequest(str(tmp_path), "token", decode=False), "node")
     assert "not the same place" in found["store"]
     (tmp_path / "token").mkdir()
     (tmp_path / "token" / "driver").write_text("driver")
-    assert probe(Ask(str(tmp_path), "token", decode=False), "node")["store"] is None
+    assert probe(ProbeRequest(str(tmp_path), "token", decode=False), "node")["store"] is None
     assert (tmp_path / "token" / "node").read_text() == "node"
 
 
@@ -85,7 +85,7 @@ def test_gpus_that_torch_does_not_see_are_told():
 def test_clocks(skew, state):
     found = checks.clocks_agree({"1": (0.0, 0.0), "2": skew}, {"1": "a", "2": "b"})
     assert found.state == state
-    assert state == "ok" or found.found.startswith("b is")
+    assert state == "ok" or found.found.startswith("b differs by")
 
 
 def test_a_slow_node_is_named():
@@ -138,7 +138,7 @@ def test_a_dashboard_without_a_token_is_told(code, state):
         server.shutdown()
     assert found.state == state
     assert checks.guarded(None).state == "ok"
-    assert "not reached" in checks.guarded(f"http://127.0.0.1:{server.server_port}").found  # it is closed by now
+    assert "cannot be reached" in checks.guarded(f"http://127.0.0.1:{server.server_port}").found  # it is closed by now
 
 
 def test_an_mlflow_server_that_is_away_is_told(monkeypatch):
