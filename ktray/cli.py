@@ -1,130 +1,292 @@
-"""The command line that all jobs share: recipe, overrides, help from the schema, one clear line per error."""
+"""The command line that all jobs share: options, recipe, overrides, help from the schema, one clear line per error."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
 import sys
+import textwrap
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
 
+import ktray
 from ktray import recipe as recipes
 from ktray.distributed.connect import lasting_store
 from ktray.distributed.explain import explain
 from ktray.errors import KtrayError
+from ktray.jobs.definitions import JOBS, Job
+from ktray.recipe.help import READ_BY, keys, shown, width
 from ktray.recipe.schema import Recipe
 from ktray.redact import scrub
+from ktray.reporting import log
+from ktray.reporting.progress import humanise
 
-DRY_SUBMIT = "prints the `ray job submit` that does this on a cluster, and does nothing"
-USAGE = "[--recipe NAME|FILE.yaml ...] [key.path=value ...] [--plan] [--dry-submit] [--debug] [--help]"
+USAGE = "[options] [--recipe NAME|FILE.yaml ...] [key.path=value ...]"
+CHART = "Cost against accuracy in MLflow's own pages, for the runs of an experiment."
 
 
 @dataclass
 class Arguments:
-    """A parsed command line."""
+    """A parsed command line.
+
+    Args:
+        recipes: names and files after ``--recipe``, in order.
+        overrides: ``key=value``: first those that the job's short options stand for, then those of the command line,
+            in order. The last one counts.
+    """
 
     recipes: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     plan: bool = False
     dry_submit: bool = False
     debug: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    version: bool = False
     help: bool = False
 
 
-def parse(argv: list[str], options: Mapping[str, str] | None = None) -> Arguments:
-    """Raises `KtrayError` for an unknown option.
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as `KtrayError`."""
+
+    def error(self, message: str) -> NoReturn:
+        option, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem == "expected one argument":
+            raise _without_value(option, next(a for a in self._actions if option in a.option_strings))
+        raise KtrayError(message[:1].upper() + message[1:], f"Usage: {USAGE}")
+
+
+class _Collected(argparse.Action):
+    """An option that may be given several times. Of a job's own option, ``const`` is the override it stands for."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.nargs is None and not values:
+            raise _without_value(str(option_string), self)
+        value = values if self.const is None else str(self.const).format(values)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), value])
+
+
+def _without_value(option: str, action: argparse.Action) -> KtrayError:
+    if action.const is None:
+        return KtrayError(f"{option} needs a name or a file", f"Usage: {USAGE}")
+    return KtrayError(f"{option} needs a value", f"It stands for {str(action.const).format('VALUE')}.")
+
+
+def parser(program: str, purpose: str, options: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """The options of a job. Words without a dash are overrides, which argparse leaves over (`parse`)."""
+    made = _Parser(
+        prog=f"python jobs/{program}.py",
+        usage=f"python jobs/{program}.py {USAGE}\n       ktray {program} ...  (the same, where ktray is installed)",
+        description=purpose,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width()),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    group = made.add_argument_group("Options")
+    group.add_argument(
+        "--recipe",
+        action=_Collected,
+        dest="recipes",
+        default=[],
+        metavar="NAME|FILE.yaml",
+        help="a built-in recipe or a file; may be given several times, and the keys of later ones win",
+    )
+    group.add_argument("--plan", action="store_true", help="show what would be done and what it costs, and do nothing")
+    group.add_argument(
+        "--dry-submit",
+        action="store_true",
+        help="print the `ray job submit` that runs this command on a cluster, and do nothing",
+    )
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument("--quiet", action="store_true", help="show only warnings, errors and the final result")
+    amount.add_argument(
+        "--verbose", action="store_true", help="show more detail, such as all keys that differ from the defaults"
+    )
+    group.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error and what Ray and its workers log"
+    )
+    group.add_argument("--version", action="store_true", help="show the version of ktray, and the commit in a checkout")
+    group.add_argument("-h", "--help", action="store_true", help="show this text")
+    made.set_defaults(overrides=[])
+    if options:
+        own = made.add_argument_group(f"Options of {program} (a key that is written as key.path=value wins over them)")
+        for name, pattern in options.items():
+            takes = "{}" in pattern
+            own.add_argument(
+                name,
+                action=_Collected,
+                dest="overrides",
+                const=pattern,
+                nargs=None if takes else 0,
+                metavar="VALUE" if takes else None,
+                default=argparse.SUPPRESS,
+                help=f"stands for {pattern.format('VALUE')}",
+            )
+    return made
+
+
+def parse(argv: Sequence[str], options: Mapping[str, str] | None = None) -> Arguments:
+    """The words of a command line, sorted.
 
     Args:
+        argv: the words after the job's name.
         options: a job's own: each stands for an override, in which ``{}`` is the word that follows the option.
+
+    Raises:
+        KtrayError: an unknown option, or one without its value.
     """
-    found, own = Arguments(), options or {}
-    rest = iter(argv)
+    reader = parser("JOB", "", options)
+    known, rest = reader.parse_known_args(list(argv))
     for word in rest:
-        if word in ("--help", "-h"):
-            found.help = True
-        elif word == "--plan":
-            found.plan = True
-        elif word == "--dry-submit":
-            found.dry_submit = True
-        elif word == "--debug":
-            found.debug = True
-        elif word == "--recipe" or word.startswith("--recipe="):
-            value = word.partition("=")[2] or next(rest, "")
-            if not value:
-                raise KtrayError("--recipe needs a name or a file", f"Usage: {USAGE}")
-            found.recipes.append(value)
-        elif word.partition("=")[0] in own:
-            name, _, value = word.partition("=")
-            value = value or (next(rest, "") if "{}" in own[name] else "")
-            if "{}" in own[name] and not value:
-                raise KtrayError(f"{name} needs a value", f"It stands for {own[name].format('VALUE')}.")
-            found.overrides.append(own[name].format(value))
-        elif word.startswith("-"):
-            raise KtrayError(f"Unknown option '{word}'", f"Usage: {USAGE}; keys are given as key.path=value.")
+        if word.startswith("-"):
+            raise _unknown(word, reader)
+    return Arguments(**{**vars(known), "overrides": [*known.overrides, *rest]})
+
+
+def _unknown(word: str, reader: argparse.ArgumentParser) -> KtrayError:
+    options = [option for action in reader._actions for option in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return KtrayError(f"Unknown option '{word}'", f"{hint}Usage: {USAGE}; keys are given as key.path=value.")
+
+
+def help_text(job: Job) -> str:
+    """Usage, options, and the keys of the recipe in groups, each with default, type and meaning."""
+    recipe_names = ", ".join(sorted(path.stem for path in recipes.BUILTIN.glob("*.yaml")))
+    return "\n\n".join(
+        (
+            parser(job.name, job.purpose, job.options).format_help().rstrip(),
+            textwrap.fill(f"Built-in recipes: {recipe_names}", width(), subsequent_indent="  ", break_on_hyphens=False),
+            "Keys of the recipe, each as key=default  (type):",
+            keys(job.name),
+        )
+    )
+
+
+def version() -> str:
+    """``ktray 0.1.0``, with the commit where ktray runs from a checkout."""
+    from ktray.tracking.tags import commit
+
+    found = commit()
+    return f"ktray {ktray.__version__}" + (f" (commit {found[:12]})" if found else "")
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    """``ktray JOB ...``; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    name, *rest = words or [""]
+    if name in JOBS:
+        return main(JOBS[name], rest)
+    if name == "chart":
+        from ktray.jobs import chart
+
+        return chart.main(rest, "ktray chart")
+    top = _Parser(
+        prog="ktray",
+        usage="ktray JOB [options] [key.path=value ...]",
+        description=f"{ktray.__doc__}\n\n`ktray JOB --help` lists the options and keys of a job.",
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width()),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    jobs = top.add_subparsers(title="Jobs", metavar="JOB", dest="job")
+    for job in JOBS.values():
+        jobs.add_parser(job.name, help=job.purpose, add_help=False)
+    jobs.add_parser("chart", help=CHART, add_help=False)
+    group = top.add_argument_group("Options")
+    group.add_argument("--version", action="store_true", help="show the version of ktray, and the commit in a checkout")
+    group.add_argument("-h", "--help", action="store_true", help="show this text")
+    with log.console():
+        if name == "--version":
+            _show(version())
+        elif name in ("--help", "-h", ""):
+            _show(top.format_help().rstrip())
         else:
-            found.overrides.append(word)
-    return found
+            near = difflib.get_close_matches(name, [*JOBS, "chart"], n=1)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            what = f"Unknown option '{name}' before the job's name" if name[:1] == "-" else f"No job is named '{name}'"
+            log.logger.error(f"error: {KtrayError(what, f'{hint}`ktray --help` lists the jobs.')}")
+            return 1
+    return 0 if name else 1
 
 
-def help_text(program: str, purpose: str, options: Mapping[str, str] | None = None) -> str:
-    """Usage and every key of the recipe with type, default and meaning."""
-    lines = [f"python jobs/{program}.py {USAGE}", "", purpose, ""]
-    lines += ["  --plan  says what would be done and what it costs", f"  --dry-submit  {DRY_SUBMIT}"]
-    lines += [f"  {name}  stands for  {key.format('VALUE')}" for name, key in (options or {}).items()]
-    lines += [f"Recipes: {', '.join(sorted(p.stem for p in recipes.BUILTIN.glob('*.yaml'))) or 'none'}", "", "Keys:"]
-    for key, default, kind, text in recipes.schema():
-        shown = "null" if default is None else default
-        lines.append(f"  {key}={shown}  ({kind})\n      {text}")
-    return "\n".join(lines)
-
-
-def main(
-    program: str,
-    purpose: str,
-    run: Callable[[Recipe, Callable[[str], None], bool], None],
-    plan: Callable[[Recipe, Callable[[str], None]], None],
-    argv: list[str] | None = None,
-    options: Mapping[str, str] | None = None,
-) -> int:
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Parse, build the recipe, run or plan. Returns the exit code: 0 only if the result was written."""
-    words = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in words
-    try:
-        arguments = parse(words, options)
-        if arguments.help:
-            say(help_text(program, purpose, options))
-            return 0
-        recipe = recipes.load(arguments.recipes, arguments.overrides)
-        if arguments.dry_submit:
-            from ktray.distributed import submit
-
-            for line in submit.lines(program, [w for w in words if w != "--dry-submit"], recipe, os.environ):
-                say(line)
-            return 0
-        from ktray.bootstrap import check_torchvision
-
-        problem = check_torchvision()
-        if problem:
-            raise KtrayError(problem)
-        store = lasting_store(recipe.store)
-        if store != recipe.store:
-            say(f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)")
-            recipe.store = store
-        if arguments.plan:
-            plan(recipe, say)
-        else:
-            run(recipe, say, arguments.debug)
-    except KeyboardInterrupt:
-        print("stopped by the keyboard; the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {scrub(explain(error))}", file=sys.stderr)
-        return 1
+    words = sys.argv[1:] if argv is None else list(argv)
+    with log.console():
+        try:
+            _main(job, words)
+        except KeyboardInterrupt:
+            log.logger.warning("interrupted; the same command resumes this job")
+            return 130
+        except Exception as error:
+            if "--debug" in words:
+                traceback.print_exc()
+            log.logger.error(f"error: {scrub(explain(error))}")
+            return 1
     return 0
 
 
-def say(text: str) -> None:
-    """One line for the person who watches, at once."""
-    print(text, flush=True)
+def _main(job: Job, words: list[str]) -> None:
+    begun = time.monotonic()
+    arguments = parse(words, job.options)
+    log.verbosity(arguments.quiet, arguments.verbose or arguments.debug)
+    if arguments.help:
+        _show(help_text(job))
+        return
+    if arguments.version:
+        _show(version())
+        return
+    recipe = recipes.load(arguments.recipes, arguments.overrides)
+    if arguments.dry_submit:
+        from ktray.distributed import submit
+
+        for line in submit.lines(job.name, [w for w in words if w != "--dry-submit"], recipe, os.environ):
+            log.result(line)
+        return
+    from ktray.bootstrap import check_torchvision
+
+    problem = check_torchvision()
+    if problem:
+        raise KtrayError(problem)
+    log.logger.debug(version())
+    for line in _changed(recipe, job.name):
+        log.logger.debug(f"recipe    {line}")
+    store = lasting_store(recipe.store)
+    if store != recipe.store:
+        log.logger.info(
+            f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)"
+        )
+        recipe.store = store
+    if arguments.plan:
+        with log.ending():
+            job.plan(recipe)
+    else:
+        job.run(recipe, arguments.debug)
+    log.logger.debug(f"{job.name:<9} ended after {humanise(time.monotonic() - begun)}")
+
+
+def _show(text: str) -> None:
+    """Write a text that a person may read with ``| head``."""
+    try:
+        log.result(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the end
+
+
+def _changed(recipe: Recipe, job: str) -> Iterator[str]:
+    """The keys of a recipe that differ from the defaults, without those that other jobs alone read."""
+    for key, default, *_ in recipes.schema():
+        first, *rest = key.split(".")
+        if READ_BY.get(first, job) != job:
+            continue
+        value: Any = getattr(recipe, first)
+        for part in rest:
+            value = getattr(value, part, default)
+        if value != default:
+            yield f"{key}={scrub(shown(value), key)} (default {shown(default)})"

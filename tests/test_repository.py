@@ -1,10 +1,13 @@
-"""The files around the code: CI, hooks, dev container, issue forms, and rules for every tracked file."""
+"""The files around the code: CI, hooks, dev container, issue forms, CONTRIBUTING, and rules for every tracked file."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,52 @@ def test_a_faulty_form_is_found() -> None:
         "the id a is used twice",
         "the label A is used twice",
     ]
+
+
+# -------------------------------------------------------------------------------------- the walk-through
+
+
+def walk_through() -> list[tuple[str, str]]:
+    """(language, content) of the blocks of CONTRIBUTING.md that are marked for this test, in their order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.findall(r"^<!-- test: objective -->\n```(\w+)\n(.*?)^```$", text, re.M | re.S)
+
+
+@pytest.fixture
+def fresh_checkout(tmp_path: Path) -> Path:
+    """A checkout with an environment of its own, which reads the packages of this one: nothing is installed here."""
+    checkout = tmp_path / "ktray"
+    checkout.mkdir()
+    for name in ("ktray", "jobs"):
+        (checkout / name).symlink_to(ROOT / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
+    (site,) = (checkout / ".venv" / "lib").glob("python*/site-packages")
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return checkout
+
+
+@pytest.mark.slow
+def test_an_objective_is_added_as_the_text_says(fresh_checkout: Path) -> None:
+    blocks = walk_through()
+    assert [language for language, _ in blocks] == ["toml", "python", "python", "bash", "bash"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    printed = ""
+    for language, content in blocks:
+        if language == "bash":
+            command = ["bash", "-euo", "pipefail", "-c", content]
+            done = subprocess.run(command, cwd=fresh_checkout, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{content}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            printed += done.stdout
+        else:
+            path = fresh_checkout / content.splitlines()[0].removeprefix("# ")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    assert "1 passed" in printed
+    (folder,) = (fresh_checkout / "ktray-store" / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["objective"] == "logits_mse"
+    assert 0.3 < result["metric"]["test"] <= 1  # ten classes: chance is 0.1
 
 
 # ------------------------------------------------------------------------------------------- tracked files

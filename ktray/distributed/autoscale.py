@@ -11,19 +11,22 @@ each machine, which holds nothing and does nothing, keeps the machines until the
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.recipe.cluster import ClusterConfig
 
+logger = logging.getLogger("ktray")
+
 _REPORT_S = 30.0  # seconds between two lines while the job waits
 
 
 @contextmanager
-def gathered(part: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
+def gathered(part: ClusterConfig) -> Iterator[None]:
     """Wait until the cluster has ``cluster.cpus`` and ``cluster.gpus``, and keep these machines while the block runs.
 
     Raises:
@@ -33,14 +36,14 @@ def gathered(part: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
 
     kept: dict[str, Any] = {}
     try:
-        _wait(part, say, kept)
+        _wait(part, kept)
         yield
     finally:
         for actor in kept.values():
             ray.kill(actor)
 
 
-def _wait(part: ClusterConfig, say: Callable[[str], None], kept: dict[str, Any]) -> None:
+def _wait(part: ClusterConfig, kept: dict[str, Any]) -> None:
     from ray.util import placement_group, remove_placement_group
 
     group: Any = None if _enough(part) else placement_group(bundles(part), strategy="PACK")
@@ -59,7 +62,7 @@ def _wait(part: ClusterConfig, say: Callable[[str], None], kept: dict[str, Any])
                     " or set cluster.cpus and cluster.gpus to what the cluster has.",
                 )
             if (now - reported >= _REPORT_S or reported == began) and not _enough(part):
-                say(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; the cluster has {_there()}")
+                logger.info(f"cluster   waiting for {part.cpus} CPUs and {part.gpus} GPUs; the cluster has {_there()}")
                 reported = now
             time.sleep(min(1.0, part.wait_seconds))
     finally:

@@ -58,6 +58,10 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    if not debug:
+        from ktray.distributed.ray_internals import hide_log_level_line
+
+        hide_log_level_line()
     level = logging.INFO if debug else logging.ERROR
     common: dict[str, Any] = {"log_to_driver": debug, "logging_level": level, "ignore_reinit_error": True}
     address = os.environ.get("RAY_ADDRESS")

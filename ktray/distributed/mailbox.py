@@ -8,6 +8,7 @@ heartbeats.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,7 +70,8 @@ def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Itera
         except Exception as error:  # e.g. no space for the log; raised when the block ends
             problems.append(error)
 
-    thread = threading.Thread(target=follow, daemon=True)
+    # In this context: what is logged on the thread belongs to the run that is logged here.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
     thread.start()
     try:
         yield mailbox

@@ -6,6 +6,8 @@ names are for.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,7 @@ __all__ = [
     "WorkerGroupStartupTimeoutError",
     "capture_executor",
     "dashboard_address",
+    "hide_log_level_line",
     "reload_authentication",
     "remember_result",
     "spilled_bytes",
@@ -51,6 +54,23 @@ def reload_authentication() -> None:
     raylet: Any = sys.modules["ray._raylet"]
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def hide_log_level_line() -> None:
+    """Keep Ray's C++ core quiet about the level that ``RAY_BACKEND_LOG_LEVEL`` sets. To be called before `ray.init`.
+
+    ``ray.init`` reads the variable and first prints, at INFO, that it did (``logging.cc: Set ray log level from
+    environment variable ...``); only then does the level hold. So the level at which the core starts is raised from
+    INFO to WARNING. Where the library has no such symbol, nothing happens, and the line is printed.
+    """
+    import ray._raylet
+
+    info, warning = 0, 1  # of the C++ enumeration RayLogLevel
+    with contextlib.suppress(OSError, ValueError):
+        library = ctypes.CDLL(ray._raylet.__file__)
+        level = ctypes.c_int.in_dll(library, "_ZN3ray6RayLog19severity_threshold_E")
+        if level.value == info:
+            level.value = warning
 
 
 def capture_executor(dataset: Any, created: Callable[[Any], None]) -> None:

@@ -55,9 +55,14 @@ def lines(
 
     Raises:
         KtrayError: an argument holds a secret, which everyone would see in the list of jobs, or names a recipe outside
-            the folder that is sent.
+            the folder that is sent; or ktray does not run from a checkout.
     """
     here = here or Path.cwd()
+    if not (ROOT / "jobs" / f"{program}.py").is_file():
+        raise KtrayError(
+            f"--dry-submit sends a checkout of ktray, and {ROOT} has no jobs/{program}.py",
+            "Run it from a checkout: python jobs/NAME.py ... --dry-submit.",
+        )
     for word in argv:
         key, _, value = word.partition("=")
         switch = value.lower() in ("true", "false", "null")  # class_token=true is not a secret

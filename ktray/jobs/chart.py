@@ -1,6 +1,6 @@
 """Cost against accuracy in MLflow's own pages: a view of an experiment that opens with the chart drawn.
 
-    python -m ktray.jobs.chart [EXPERIMENT] [--uri URI]
+    ktray chart [EXPERIMENT] [--uri URI]          (or: python -m ktray.jobs.chart ...)
 
 MLflow keeps a view that a user shares as a tag of the experiment, and its pages open it by the tag's name; this writes
 such a tag. Its form is no public interface (``tests/test_chart_page.py`` looks at the page with a browser); a server
@@ -151,8 +151,9 @@ def where_to_look(uri: str, experiment_id: str, key: str) -> str:
     return f"mlflow ui --backend-store-uri {scrub(uri)}, then http://127.0.0.1:{PORT}{page}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ktray.jobs.chart", description="Cost against accuracy in MLflow.")
+def main(argv: Sequence[str] | None = None, program: str = "python -m ktray.jobs.chart") -> int:
+    """The command line; returns the exit code. ``program`` is how it was called, for the usage line."""
+    parser = argparse.ArgumentParser(prog=program, description="Cost against accuracy in MLflow.")
     parser.add_argument("experiment", nargs="?", default="ktray", help="its name (default: ktray)")
     parser.add_argument("--uri", help="tracking server or database (default: MLFLOW_TRACKING_URI, else ./ktray-store)")
     arguments = parser.parse_args(argv)

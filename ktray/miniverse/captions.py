@@ -29,14 +29,6 @@ class Facts:
             self.background if detail in ("background", "all") else None,
         )
 
-    def true_of(self, picture: Facts) -> bool:
-        """Whether a caption that tells these facts is true of `picture`."""
-        return (
-            self.name == picture.name
-            and self.colour in (None, picture.colour)
-            and self.background in (None, picture.background)
-        )
-
 
 def caption(facts: Facts) -> str:
     """One English phrase, for example ``the capital letter K in red on a striped background``."""

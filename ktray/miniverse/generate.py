@@ -137,7 +137,7 @@ def ensure_task(root: Path, name: str) -> Path:
 
     def write(folder: Path) -> None:
         for split, examples in task.splits().items():
-            for part in ("images", "masks") if task.kind == "segmentation" else task.classes:
+            for part in ("images", "masks") if task.masks else task.classes:
                 (folder / split / part).mkdir(parents=True)
             for number, example in enumerate(examples):
                 image = Image.fromarray(example.image)
@@ -146,7 +146,7 @@ def ensure_task(root: Path, name: str) -> Path:
                 else:
                     image.save(folder / split / "images" / f"{number:05d}.png")
                     Image.fromarray(example.mask).save(folder / split / "masks" / f"{number:05d}.png")
-        if task.kind == "segmentation":
+        if task.masks:
             (folder / "classes.txt").write_text("\n".join(task.classes) + "\n", encoding="utf-8")
         about = {
             "name": task.name,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +53,7 @@ class MiniverseTask:
         counterpart: which task of the paper it stands for, and in what; empty if for none.
         kind: what is predicted.
         metric: what it is judged on.
+        masks: pictures have label maps in place of class folders.
         prompts: templates with one ``{}`` for a class's noun phrase.
     """
 
@@ -65,8 +65,9 @@ class MiniverseTask:
     about: str
     kinds: tuple[str, ...]
     counterpart: str = ""
-    kind: Literal["classification", "segmentation"] = "classification"
-    metric: Literal["top1", "mean_class_accuracy", "miou"] = "top1"
+    kind: str = "classification"
+    metric: str = "top1"
+    masks: bool = False
     prompts: tuple[str, ...] = tuple(prompt_templates())
 
 
@@ -203,6 +204,7 @@ _ALL = (
         counterpart="ADE20K: a class for every pixel, and few labelled pictures",
         kind="segmentation",
         metric="miou",
+        masks=True,
     ),
 )
 TASKS: dict[str, MiniverseTask] = {task.name: task for task in _ALL}

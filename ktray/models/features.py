@@ -1,4 +1,4 @@
-"""What is read of a student before its classifier or its segmentation head: pooled features, and the last map."""
+"""What is read of a student before its classifier or its own head: pooled features, and the last map."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ktray.errors import KtrayError
 
 
 def trunk(model: nn.Module) -> Any:
-    """The plain timm model in a student: the backbone under a segmentation head, else the student itself."""
-    return model.backbone if getattr(model, "is_dense", False) else model
+    """The plain timm model in a student's network: its ``timm_model`` where it has one under a head of its own, else
+    the network itself."""
+    return getattr(model, "timm_model", model)
 
 
 def feature_dim(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Maps of logits or features: resizing, and the loss on label maps."""
+"""Maps of logits or features: resizing, rows of positions, and the loss on label maps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ def resize_map(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over images, or over labelled pixels.
+def map_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over labelled pixels.
 
     Logits are compared at the resolution of the labels (as in DeepLabV3, arXiv 1706.05587, section 4.1).
 
     Args:
-        logits: (N, C), or (N, C, h, w).
-        labels: (N,) int64, or (N, H, W) uint8 or int64 with 255 where a pixel is to be ignored.
+        logits: (N, C, h, w).
+        labels: (N, H, W) uint8 or int64, 255 where a pixel is to be ignored.
 
     Returns:
         A scalar; 0, with gradients of 0, where every pixel is to be ignored.
     """
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, labels)
     resized = resize_map(logits.float(), (labels.shape[1], labels.shape[2]))
     total = F.cross_entropy(resized, labels.long(), ignore_index=IGNORE, reduction="sum")
     # Not reduction="mean", which is not a number without labelled pixels.

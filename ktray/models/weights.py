@@ -160,6 +160,24 @@ def wrong_keys(path: Path, why: str, key: str = "teacher.checkpoint") -> KtrayEr
     )
 
 
+def plain(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as they can be saved: on the CPU, contiguous, and none sharing memory, which safetensors refuses."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Load the weights of a safetensors file into the module.
+
+    Raises:
+        KtrayError: they cannot be read, or belong to another architecture.
+    """
+    with weight_errors(path):
+        state = load_file(str(path))
+    if why := mismatch(module, state):
+        raise wrong_keys(path, why)
+    module.load_state_dict(state)
+
+
 def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool = False) -> bool:
     """Load a weight file into a timm model, strictly.
 

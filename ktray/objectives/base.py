@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ktray.objectives.matching import ClassMatching, Matching
 from ktray.recipe.objective import NO_SOURCE, ObjectiveConfig, Reads, Target, Traits
 from ktray.recipe.registries import OBJECTIVES
 
@@ -68,7 +69,17 @@ class ObjectiveContext:
 
 
 class Objective(nn.Module):
-    """The loss of an objective, and what is trained beside the student. Its `Traits` say what a batch has."""
+    """The loss of an objective, and what is trained beside the student. Its `Traits` say what a batch has.
+
+    Attributes:
+        matching: how predictions are matched, for an objective that learns from the teacher's.
+    """
+
+    matching: Matching = ClassMatching()
+
+    def match_with(self, matching: Matching) -> None:
+        """Match predictions as the task kind says."""
+        self.matching = matching
 
     def setup(self, context: ObjectiveContext) -> None:
         """Create the modules that depend on sizes. Called once, before the optimizer is made."""

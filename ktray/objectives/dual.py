@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import nn
 
 from ktray.objectives.base import OBJECTIVES, Batch, Normalise, Objective, ObjectiveConfig, ObjectiveContext, Traits
+from ktray.objectives.matching import Matching
 from ktray.objectives.oriented import Oriented, OrientedConfig
 
 
@@ -79,6 +80,10 @@ class Dual(Objective):
         super().__init__()
         self.distil = Oriented(temperature, mixup)
         self.label_weight, self.mix, self.mix_temperature = label_weight, mix, mix_temperature
+
+    def match_with(self, matching: Matching) -> None:
+        super().match_with(matching)
+        self.distil.match_with(matching)
 
     def setup(self, context: ObjectiveContext) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -19,11 +19,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig, Traits
-from ktray.objectives.dense import by_position
 
 
 @OBJECTIVES.register("oriented")
@@ -55,15 +53,16 @@ class OrientedConfig(ObjectiveConfig):
 
 
 class Oriented(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits`` (N, C) calibrated teacher logits, or for
-    segmentation maps of them (N, C, h, w); then the mean is over all positions (see `ktray.objectives.dense`)."""
+    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits``, the teacher's calibrated predictions:
+    (N, C), maps (N, C, h, w), or what else the task kind predicts. The task kind says how predictions are matched; the
+    formula is that of classes, see `ktray.objectives.matching` for the others."""
 
     def __init__(self, temperature: float = 1.0, mixup: float = 0.0) -> None:
         super().__init__()
         self.temperature, self.mixup = temperature, mixup
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        targets = F.softmax(batch["logits"].float() / self.temperature, dim=1)
+        targets = self.matching.targets(batch["logits"].float(), self.temperature)
         images = batch["images"]
         if self.mixup > 0:
             from ktray.data.augment import mixup
@@ -72,8 +71,4 @@ class Oriented(Objective):
         return {**batch, "images": images, "targets": targets}
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        rows, targets = by_position(student_out, batch["targets"])
-        log_q = F.log_softmax(rows.float() / self.temperature, dim=1)
-        kl = F.kl_div(log_q, targets, reduction="batchmean")
-        agree = (rows.detach().argmax(1) == targets.argmax(1)).float().mean()
-        return {"loss": kl * self.temperature**2, "agreement": agree}
+        return self.matching.loss(student_out, batch["targets"], self.temperature)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-
-from ktray.objectives.base import NO_SOURCE, OBJECTIVES, Batch, Objective, ObjectiveConfig, Traits
+from ktray.objectives.base import NO_SOURCE, OBJECTIVES, Objective, ObjectiveConfig, Traits
 
 
 @OBJECTIVES.register("scratch")
@@ -37,7 +34,4 @@ class ScratchConfig(ObjectiveConfig):
 
 
 class Scratch(Objective):
-    """Cross-entropy on labels. Batch: ``images`` (N, 3, H, W) float, ``label`` (N,) int64."""
-
-    def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": F.cross_entropy(student_out.float(), batch["label"])}
+    """Nothing to pretrain with: FINETUNE trains on the labels alone, with the loss of the task kind."""

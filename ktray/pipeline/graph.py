@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from ktray.data.preprocess import Preprocess
@@ -17,6 +18,8 @@ from ktray.stages.curate import stage as curate
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.index import stage as index
 from ktray.stages.teach import stage as teach
+
+logger = logging.getLogger("ktray")
 
 FLOOR = "scratch"
 
@@ -41,7 +44,7 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     recipe, size = context.recipe, int(context.recipe.image_size or 0)
     student = transfer.student_spec(context).make()
     for warning in student.warnings:
-        context.say(f"student   {warning}")
+        logger.info(f"student   {warning}")
     if not recipe.objective.has_transfer_set():
         decoded = labels.run(context, student.preprocess)
         done = finetune.run_scratch(context, decoded, booked="finetune")

@@ -6,8 +6,9 @@ Time and money divide them by a stated rate, so they are no better than that rat
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
 from ktray.data.sources.lists import embedded_only, gallery_shards
-from ktray.data.sources.tars import read_tar
+from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 from ktray.models.features import Features, feature_dim, map_shape, trunk
@@ -34,6 +35,8 @@ from ktray.storage.store import Store
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.top_k import per_prediction
 from ktray.training.inputs import StudentSpec
+
+logger = logging.getLogger("ktray")
 
 # Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
 RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
@@ -210,11 +213,12 @@ def _gallery_images(found: Resolved) -> tuple[int, str]:
         return found.gallery_images, f"{found.gallery_images:,}"
     recipe, g = found.recipe, found.recipe.gallery
     shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
-    tars = [s.paths[0] for s in shards if s.count is None]
-    if not all(os.path.isfile(p) for p in tars):
+    unknown = [s for s in shards if s.count is None]
+    sizes = [os.path.getsize(s.paths[0]) for s in unknown if os.path.isfile(s.paths[0])]
+    if len(sizes) < len(unknown):
         return 0, "an unknown number of"
-    images = sum(record.error is None for record in read_tar(tars[0]))
-    guess = images * sum(os.path.getsize(p) for p in tars) / max(1, os.path.getsize(tars[0]))
+    images = sum(record.error is None for record in read_shard(unknown[0]))
+    guess = images * sum(sizes) / max(1, sizes[0])
     total = round(guess) + sum(s.count or 0 for s in shards)
     return total, f"about {total:,}"
 
@@ -229,18 +233,18 @@ def this_machine(recipe: Recipe) -> Allocation:
     return allocate(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
 
 
-def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -> None:
+def show(recipe: Recipe, until: str | None = None) -> None:
     """Print the plan of this machine, to the end or ``until`` a stage; with ``RAY_ADDRESS`` set it is still this
     machine that is described."""
     local = this_machine(recipe)
-    say(local.line)
-    found = resolve(recipe, local, say)
+    logger.info(local.line)
+    found = resolve(recipe, local)
     for reason in found.reasons:
-        say(f"recipe    {reason}")
+        logger.info(f"recipe    {reason}")
     rate, price, kind = machine(recipe)
     store = Store(found.recipe.store)
     whole, unknown = _whole(store, found, local)
-    say(HEAD)
+    logger.info(HEAD)
     total = saved = 0.0
     planned = lines(found)
     last = next((i for i, line in enumerate(planned) if line.stage == until), len(planned) - 1)
@@ -249,29 +253,31 @@ def show(recipe: Recipe, say: Callable[[str], None], until: str | None = None) -
         total += line.flops
         saved += line.flops if there else 0.0
         state = "reused" if there else "to make"
-        say(_row(line.stage, state, line.flops, rate, price, line.store_bytes, line.what))
-    say(_row("total", "", total, rate, price, 0, ""))
+        logger.info(_row(line.stage, state, line.flops, rate, price, line.store_bytes, line.what))
+    logger.info(_row("total", "", total, rate, price, 0, ""))
     if saved:
-        say(_row("to spend", "", total - saved, rate, price, 0, "without the stages that are reused"))
-    say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
-    say(f"store     {store.uri}; {unknown or 'stages that it holds whole are reused at no cost'}")
+        logger.info(_row("to spend", "", total - saved, rate, price, 0, "without the stages that are reused"))
+    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
+    logger.info(f"store     {store.uri}; {unknown or 'stages that it holds whole are reused at no cost'}")
 
 
-def show_index(recipe: Recipe, say: Callable[[str], None]) -> None:
+def show_index(recipe: Recipe) -> None:
     """Print what embedding the gallery takes; nothing is run."""
-    found = resolve_gallery(recipe, this_machine(recipe), say)
+    found = resolve_gallery(recipe, this_machine(recipe))
     for reason in found.reasons:
-        say(f"recipe    {reason}")
+        logger.info(f"recipe    {reason}")
     rate, price, kind = machine(recipe)
     teacher = _teacher(found.recipe)
     images, known = _gallery_images(found)
     crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most
     rows = images * crops
-    say(HEAD)
+    logger.info(HEAD)
     what = f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else "")
-    say(_row("index", "", teacher.tower * (rows - _given(recipe)), rate, price, rows * (teacher.width * 2 + 100), what))
-    say(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding comes on top")
-    say("shards that the index holds already cost nothing")
+    logger.info(
+        _row("index", "", teacher.tower * (rows - _given(recipe)), rate, price, rows * (teacher.width * 2 + 100), what)
+    )
+    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding comes on top")
+    logger.info("shards that the index holds already cost nothing")
 
 
 def machine(recipe: Recipe) -> tuple[float, float | None, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -13,9 +15,10 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.decode import formats
-from ktray.data.labelled.read import LabelledSet, read_labelled
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.read import read_labelled
+from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
-from ktray.data.sources.listing import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
@@ -27,7 +30,10 @@ from ktray.storage.store import Dir
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.top_k import per_prediction
+from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
+
+logger = logging.getLogger("ktray")
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
@@ -55,7 +61,7 @@ class Resolved:
     reasons: list[str]
 
 
-def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
+def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     """Read the labels, then close every open key. The given recipe is not changed."""
     recipe = recipe.model_copy(deep=True)
     reasons: list[str] = []
@@ -69,7 +75,7 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
         shown = f"{value:g}" if isinstance(value, float) else value
         reasons.append(f"{key}={shown} ({why})")
 
-    task, names, prompts = labelled_task(recipe, choose, say)
+    task, names, prompts = labelled_task(recipe, choose)
     reasons += list(task.notes)
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
         raise KtrayError(
@@ -201,7 +207,7 @@ def resolve(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Res
 
 
 def labelled_task(
-    recipe: Recipe, choose: Callable[[str, Any, str], None], say: Callable[[str], None]
+    recipe: Recipe, choose: Callable[[str, Any, str], None]
 ) -> tuple[LabelledSet, list[str] | None, list[str]]:
     """The task's labelled images, a built-in task's names of the classes, and the prompts.
 
@@ -212,25 +218,19 @@ def labelled_task(
     prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
     root = recipe.task.data
     if root is None:
-        root, names, own_prompts = _builtin(recipe, choose, say)
+        root, names, own_prompts = _builtin(recipe, choose)
         prompts = list(recipe.task.prompts or own_prompts)
-    part = recipe.task
+    part, kind = recipe.task, task_kind(recipe.task.kind)
     if part.metric == "auto":
-        metric, why = ("miou", "segmentation") if part.kind == "segmentation" else ("top1", "classification")
-        choose("task.metric", metric, why)
-    task = read_labelled(
-        root,
-        kind=part.kind,
-        layout=part.layout,
-        train_list=part.train_list,
-        labels=part.labels,
-        splits=part.splits,
-        seed=part.split_seed,
-        val_fraction=part.val_fraction,
-        test_fraction=part.test_fraction,
-        labels_per_class=part.labels_per_class,
-    )
-    return task, names, prompts
+        choose("task.metric", next(iter(kind.metrics)), part.kind)
+    if part.metric not in kind.metrics:
+        near = difflib.get_close_matches(part.metric, kind.metrics, n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise KtrayError(
+            f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
+            f"{hint}Known are auto, {', '.join(kind.metrics)}.",
+        )
+    return kind.read(root, part), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
@@ -239,7 +239,7 @@ def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
     return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
 
 
-def resolve_gallery(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
+def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
     """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
     reasons: list[str] = []
 
@@ -249,7 +249,7 @@ def resolve_gallery(recipe: Recipe, plan: Allocation, say: Callable[[str], None]
 
     recipe.transfer.source, recipe.transfer.list = "retrieved", None
     if recipe.gallery.data is None:
-        recipe.gallery.data = _own_gallery(recipe, say)
+        recipe.gallery.data = _own_gallery(recipe)
         reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
         if recipe.teacher.name is None:
             choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
@@ -272,10 +272,10 @@ def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], N
     choose("teacher.name", name, "published model for own data; fetched from its hub")
 
 
-def _home(recipe: Recipe, say: Callable[[str], None]) -> Path:
+def _home(recipe: Recipe) -> Path:
     home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
     if not home.exists():
-        say("miniverse drawing the small world (once, some seconds)")
+        logger.info("miniverse drawing the small world (once, some seconds)")
     return home
 
 
@@ -291,10 +291,10 @@ def _shared(recipe: Recipe, folder: Path) -> str:
     return copy.uri
 
 
-def _own_gallery(recipe: Recipe, say: Callable[[str], None]) -> str:
+def _own_gallery(recipe: Recipe) -> str:
     from ktray.miniverse import ensure_gallery
 
-    return _shared(recipe, ensure_gallery(_home(recipe, say)))
+    return _shared(recipe, ensure_gallery(_home(recipe)))
 
 
 def _source(recipe: Recipe) -> LabelledSet:
@@ -307,7 +307,7 @@ def _source(recipe: Recipe) -> LabelledSet:
     return read_labelled(recipe.supervised.data, seed=0)
 
 
-def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[str, list[str], list[str]]:
+def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
     import json
 
     from ktray.miniverse import TASKS, ensure_gallery, ensure_generic_labels, ensure_task
@@ -321,20 +321,20 @@ def _builtin(recipe: Recipe, choose: Any, say: Callable[[str], None]) -> tuple[s
             "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md says where they come from.",
         )
     if name not in TASKS:
-        import difflib
-
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
             f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
         )
-    home = _home(recipe, say)
+    home = _home(recipe)
     folder = ensure_task(home, name)
     facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    kind, metric = facts.get("kind", "classification"), facts.get("metric", "top1")
+    kind = facts.get("kind", recipe.task.kind)
+    usual = next(iter(task_kind(kind).metrics))
+    metric = facts.get("metric", usual)
     if recipe.task.kind != kind:
         choose("task.kind", kind, "the built-in task's")
-    if recipe.task.metric == "auto" and metric != "top1":
+    if recipe.task.metric == "auto" and metric != usual:
         choose("task.metric", metric, "the built-in task's")
     if "label" in recipe.objective.traits.targets_needed and recipe.supervised.data is None:
         recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +13,20 @@ import numpy as np
 import torch
 
 from ktray.accounting.device import versions
-from ktray.data.sources.fetch import decode_image, fetch
-from ktray.errors import BadImage
-from ktray.models.student.classifier_io import save_student
-from ktray.models.student.segmenter import DenseStudent
-from ktray.models.student.segmenter_io import save_dense_student
+from ktray.models.student.classifier import Student
 from ktray.recipe.schema import Recipe
-from ktray.reporting.report import WorstError, write_report
+from ktray.reporting.report import write_report
 from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
 from ktray.stages.base import RunContext
-from ktray.stages.evaluate import dense
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.transfer import starting_at, student_spec
-from ktray.storage.columns import Rows
 from ktray.storage.store import Dir
-from ktray.tasks.classification import confusion_matrix, softmax
+from ktray.tasks.base import TestSet
 from ktray.tracking.metrics import stable_metrics
 from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
     from ktray.pipeline.graph import StageOutputs
-
-WORST = 24
 
 
 def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
@@ -139,29 +132,26 @@ def best_validation(manifest: dict[str, Any], metric: str) -> float:
 
 
 def _student(context: RunContext, made: StageOutputs, folder: Path) -> tuple[Any, Any]:
-    spec = starting_at(student_spec(context), made.student)
-    model, preprocess = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
-    student = spec.make(bare=True)
-    student.model.load_state_dict(model.state_dict())
-    student.eval()
-    if isinstance(student, DenseStudent):
-        save_dense_student(student, folder, context.task.classes)
-    else:
-        save_student(student, folder, context.task.classes)
-    example = np.zeros((2, 3, *preprocess.size), np.float32)
+    student = _trained(context, made)
+    context.kind.save_student(student, folder, context.task.classes)
+    example = np.zeros((2, 3, *student.preprocess.size), np.float32)
     return student.model, example
 
 
-def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
-    classes = context.task.classes
-    assert made.evaluate is not None  # a trial has no report
-    if context.recipe.task.kind == "segmentation":
-        from ktray.pipeline.worst_masks import worst_masks
+def _trained(context: RunContext, made: StageOutputs) -> Student:
+    """The run's student, in evaluation mode on the CPU."""
+    spec = starting_at(student_spec(context), made.student)
+    model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
+    student = spec.make(bare=True)
+    student.model.load_state_dict(model.state_dict())
+    return student.eval()
 
-        confusion = dense.confusion(made.evaluate.stage, len(classes))
-        worst = worst_masks(context, made)
-    else:
-        confusion, worst = _worst_errors(context, evaluate.load(made.evaluate.stage))
+
+def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
+    classes, kind = context.task.classes, context.kind
+    assert made.evaluate is not None  # a trial has no report
+    rows, reader = evaluate.load(made.evaluate.stage), kind.reader(context.task, whole=True)
+    tested = TestSet(rows, context.task, reader, partial(_trained, context, made), context.recipe.data.max_pixels)
     curves = {
         name: done.manifest["curve"]
         for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
@@ -175,31 +165,13 @@ def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], fol
         folder,
         {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
         curves=curves,
-        confusion=confusion,
+        confusion=evaluate.confusion(context, made.evaluate.stage),
         classes=classes,
         contact_sheet=sheet,
-        worst=worst,
+        worst=kind.worst(tested),
+        worst_title=kind.worst_title,
+        worst_value=kind.worst_value,
     )
-
-
-def _worst_errors(context: RunContext, rows: Rows) -> tuple[np.ndarray, list[WorstError]]:
-    """The confusion matrix, and the errors that the student was surest of."""
-    logits, labels = rows["student"], rows["label"].astype(np.int64)
-    probability = softmax(logits)
-    predicted = probability.argmax(1)
-    wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
-    worst = []
-    uris = [str(rows["uri"][i]) for i in wrong]
-    for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
-        try:
-            image = decode_image(uri, data, error, max_pixels=context.recipe.data.max_pixels)
-        except BadImage:
-            continue
-        names = context.task.classes
-        confidence = float(probability[i, predicted[i]])
-        worst.append(WorstError(image, names[labels[i]], names[predicted[i]], confidence, uri))
-    return confusion_matrix(predicted, labels, len(context.task.classes)), worst
 
 
 def _log(

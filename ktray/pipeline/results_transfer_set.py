@@ -113,7 +113,7 @@ def _page(context: RunContext, curated: StageResult) -> str:
     taken = [tuple(name for name in str(names).split(",") if name) for names in rows["strategies"]]
     uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
     labels: dict[str, int] = {}
-    if any(brought_by) and context.recipe.task.kind != "segmentation":
+    if any(brought_by) and context.kind.image_classes:
         asked = read_rows(curated.stage, "queries.parquet")
         labels = dict(zip(asked["uri"].astype(str).tolist(), asked["label"].tolist(), strict=True))
     # Queries in the order of their classes; "" stands for a draw without query.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from ktray.pipeline.session import open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
+from ktray.reporting.log import muted
 from ktray.reporting.units import flatten
 from ktray.stages.base import RunContext, Runtime
 from ktray.stages.index import stage as index
@@ -34,10 +36,11 @@ from ktray.storage.store import Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker, catch_up
 
+logger = logging.getLogger("ktray")
+
 
 def run(
     recipe: Recipe,
-    say: Callable[[str], None],
     debug: bool = False,
     plan: Allocation | None = None,
     tags: Mapping[str, str] | None = None,
@@ -64,10 +67,10 @@ def run(
             made = stages(context, trial)
         return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
 
-    return _logged(recipe, say, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
+    return _logged(recipe, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
 
 
-def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """The transfer set of a recipe and nothing after it; returns the content of ``result.json``. A later run of the
     recipe reuses it. Of a way that has several phases it is the last one's set.
 
@@ -85,10 +88,10 @@ def curate_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False)
         made = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
         return results_transfer_set.write(context, made.curate, begun)
 
-    return _logged(recipe, say, debug, None, {"job": "curate"}, work)
+    return _logged(recipe, debug, None, {"job": "curate"}, work)
 
 
-def index_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """The gallery's index and nothing after it; returns the content of ``result.json``. Runs with the same gallery,
     teacher and crops search it."""
     from ktray.pipeline import results_transfer_set
@@ -100,27 +103,26 @@ def index_only(recipe: Recipe, say: Callable[[str], None], debug: bool = False) 
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
         return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
 
-    return _logged(recipe, say, debug, None, {"job": "index"}, work, resolve_gallery)
+    return _logged(recipe, debug, None, {"job": "index"}, work, resolve_gallery)
 
 
 def _logged(
     recipe: Recipe,
-    say: Callable[[str], None],
     debug: bool,
     plan: Allocation | None,
     tags: Mapping[str, str],
     work: Callable[[RunContext], dict[str, Any]],
-    settle: Callable[[Recipe, Allocation, Callable[[str], None]], Resolved] = resolve,
+    settle: Callable[[Recipe, Allocation], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Work in a run's folder, logged to MLflow whatever comes of it."""
     with contextlib.ExitStack() as until:
-        session = until.enter_context(open_session(recipe, say, debug, plan))
+        session = until.enter_context(open_session(recipe, debug, plan))
         store, plan = session.store, session.allocation
-        say(plan.line)
-        found = settle(recipe, plan, say)
+        logger.info(plan.line)
+        found = settle(recipe, plan)
         for reason in found.reasons:
-            say(f"recipe    {reason}")
-        context = _open(store, found, plan, say, tags, until)
+            logger.info(f"recipe    {reason}")
+        context = _open(store, found, plan, tags, until)
         status = "FAILED"
         try:
             result = work(context)
@@ -130,7 +132,7 @@ def _logged(
             context.tracker.finish(status)
             pending = context.tracker.close(timeout=60)
             if pending:
-                say(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
+                logger.info(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
             else:
                 home = local_home(store)
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
@@ -140,25 +142,21 @@ def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, b
     """For a plan: by the name in the ledger, whether the store holds the stage whole. Runs and writes nothing."""
     device = describe_device()
     silent = cast(Tracker, None)  # no stage is run, so nothing is logged
-    context = _context(store, found, plan, lambda text: None, Ledger(device), silent, "plan")
+    context = _context(store, found, plan, Ledger(device), silent, "plan")
     planned: dict[str, bool] = {}
     context.runtime.planned = planned
-    stages(context)
+    with muted():
+        stages(context)
     return planned
 
 
 def _open(
-    store: Store,
-    found: Resolved,
-    plan: Allocation,
-    say: Callable[[str], None],
-    tags: Mapping[str, str],
-    until: contextlib.ExitStack,
+    store: Store, found: Resolved, plan: Allocation, tags: Mapping[str, str], until: contextlib.ExitStack
 ) -> RunContext:
     recipe = found.recipe
     text = dump(recipe)
     same = digest(text, found.fingerprint, tags.get("job"))
-    run_id, folder = open_run(store, same, _title(recipe, tags), say, until)
+    run_id, folder = open_run(store, same, _title(recipe, tags), until)
     folder.write("recipe.yaml", text.encode())
     local = local_home(store)
     tracker = Tracker(
@@ -176,19 +174,13 @@ def _open(
             {"task": str(recipe.task.name or recipe.task.data), "objective": recipe.objective.name, **tags},
         ),
     )
-    say(f"run       {folder.uri}")
+    logger.info(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
-    return _context(store, found, plan, say, ledger, tracker, run_id)
+    return _context(store, found, plan, ledger, tracker, run_id)
 
 
 def _context(
-    store: Store,
-    found: Resolved,
-    plan: Allocation,
-    say: Callable[[str], None],
-    ledger: Ledger,
-    tracker: Tracker,
-    run_id: str,
+    store: Store, found: Resolved, plan: Allocation, ledger: Ledger, tracker: Tracker, run_id: str
 ) -> RunContext:
     recipe = found.recipe
     return RunContext(
@@ -199,7 +191,6 @@ def _context(
             ledger=ledger,
             tracker=tracker,
             run_id=run_id,
-            say=say,
             cluster=recipe.cluster,
             max_bad_fraction=recipe.data.max_bad_fraction,
         ),

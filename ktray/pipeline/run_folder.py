@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import ktray
@@ -23,9 +22,7 @@ def task_title(recipe: Recipe) -> str:
     return "".join(c if c.isalnum() else "-" for c in task)[:24]
 
 
-def open_run(
-    store: Store, same: str, title: str, say: Callable[[str], None], until: contextlib.ExitStack
-) -> tuple[str, Dir]:
+def open_run(store: Store, same: str, title: str, until: contextlib.ExitStack) -> tuple[str, Dir]:
     """Id and folder of a run, which is this job's until the stack is closed. Who ends the run deletes `RUNNING`.
 
     Args:
@@ -34,13 +31,13 @@ def open_run(
     """
     for name in reversed(store.sub("runs").children()):
         folder = store.run(name)
-        if _recipe(folder) == same and _take(folder, say, until, wait=False):
+        if _recipe(folder) == same and _take(folder, until, wait=False):
             if _recipe(folder) == same:
                 return name, folder
             _give_back(folder)  # it was finished just now
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
-    _take(folder, say, until, wait=True)
+    _take(folder, until, wait=True)
     folder.write_json(RUNNING, {"recipe": same, "ktray": ktray.__version__})
     return run_id, folder
 
@@ -52,8 +49,8 @@ def _recipe(folder: Dir) -> str | None:
         return None
 
 
-def _take(folder: Dir, say: Callable[[str], None], until: contextlib.ExitStack, wait: bool) -> bool:
-    lease = Lease(folder, say)
+def _take(folder: Dir, until: contextlib.ExitStack, wait: bool) -> bool:
+    lease = Lease(folder)
     if not lease.acquire(wait):
         return False
     until.callback(_give_back, folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ktray.distributed.allocation import Allocation, cluster_allocation, cluster_memory, others
@@ -12,6 +13,8 @@ from ktray.distributed.connect import connect
 from ktray.distributed.doctor.run import require
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Store
+
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(
-    recipe: Recipe, say: Callable[[str], None], debug: bool = False, allocation: Allocation | None = None
-) -> Iterator[Session]:
+def open_session(recipe: Recipe, debug: bool = False, allocation: Allocation | None = None) -> Iterator[Session]:
     """Connect, wait for the machines that the recipe asks for, and keep them while the block runs.
 
     Args:
-        say: prints one line for the person who watches.
         allocation: the part that a job which runs this one has given it; it has gathered and checked the cluster.
 
     Raises:
@@ -54,9 +54,9 @@ def open_session(
     if allocation is not None:
         yield Session(store, allocation, part.jobs)
         return
-    with gathered(part, say):
-        require(recipe, say)
+    with gathered(part):
+        require(recipe)
         whole = cluster_allocation(part.span, part.use_gpu, part.jobs)
         if hint := others(part.jobs):
-            say(f"cluster   {hint}")
+            logger.info(f"cluster   {hint}")
         yield Session(store, whole, part.jobs)

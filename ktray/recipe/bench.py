@@ -13,14 +13,19 @@ class BenchConfig(Section):
     only: list[Literal["read", "embed", "search", "ingest", "train", "workers", "startup", "reuse", "memory"]] = Field(
         ["read", "embed", "search", "ingest", "train", "workers", "startup"],
         min_length=1,
-        description="what jobs/bench.py measures; reuse and memory, which take long, where they are named",
+        description="parts that are measured; reuse and memory take long and are measured only where this list names "
+        "them",
     )
-    quick: bool = Field(False, description="one turn of each on few images and vectors: rough")
-    json_file: str | None = Field(None, description="file that gets a copy of the result")
-    repeats: int = Field(3, ge=1, description="turns of each comparison; the median counts")
-    images: int = Field(4000, ge=1, description="photo-like JPEGs of 500 x 375 to read and embed")
+    quick: bool = Field(False, description="measure each part once, on few images and vectors, for a rough result")
+    json_file: str | None = Field(None, description="file that receives a copy of result.json; null: no copy")
+    repeats: int = Field(
+        3, ge=1, description="number of repetitions of each measurement, of which the median is reported"
+    )
+    images: int = Field(
+        4000, ge=1, description="number of photo-like JPEGs, 500 x 375 pixels each, that are read and embedded"
+    )
     encoders: list[str] = Field(
         ["open_clip:ViT-B-32", "miniverse"],
-        description="architectures to embed with, with random weights: open_clip:<model>, timm:<model>, miniverse",
+        description="encoders that embed, with random weights: open_clip:<model>, timm:<model> or miniverse",
     )
-    vectors: int = Field(1_000_000, ge=1000, description="rows of the synthetic gallery to search in")
+    vectors: int = Field(1_000_000, ge=1000, description="number of rows of the synthetic gallery that is searched")

@@ -12,27 +12,43 @@ from ktray.recipe.section import Section
 class ClusterConfig(Section):
     workers: int | str = Field(
         1,
-        description="training workers (DDP): a number, or min..max (1..4), of which there are as many as the cluster "
-        "has GPUs for (on CPUs: nodes) while it runs",
+        description="number of training workers (DDP), or a range min..max such as 1..4, within which training "
+        "follows the number of GPUs of the cluster (without GPUs: of nodes)",
     )
     resize_seconds: float = Field(
-        60.0, gt=0, description="seconds between looks for machines that have joined, where workers is min..max"
+        60.0,
+        gt=0,
+        description="seconds between two checks for machines that have joined, where cluster.workers is a range",
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has GPUs")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="use GPUs; auto: where the cluster has any")
     cpus: int = Field(
-        0, ge=0, description="CPUs that an autoscaling cluster is asked for before the job plans; 0: what is there"
+        0,
+        ge=0,
+        description="number of CPUs that the job requests from an autoscaling cluster before it starts; 0: it uses "
+        "those that are there",
     )
-    gpus: int = Field(0, ge=0, description="GPUs likewise")
-    jobs: int = Field(1, ge=1, description="jobs that share the cluster at once: each plans with its part")
-    wait_seconds: float = Field(1200.0, gt=0, description="how long to wait for them")
+    gpus: int = Field(
+        0,
+        ge=0,
+        description="number of GPUs that the job requests from an autoscaling cluster before it starts; 0: it uses "
+        "those that are there",
+    )
+    jobs: int = Field(
+        1, ge=1, description="number of jobs that share the cluster at the same time; each uses an equal part of it"
+    )
+    wait_seconds: float = Field(
+        1200.0, gt=0, description="seconds to wait for the CPUs and GPUs that cluster.cpus and cluster.gpus request"
+    )
     max_failures: int = Field(
         3,
         ge=-1,
-        description="failures of workers survived per stage, and as many of their set-up; -1: any number. Machines "
-        "that are taken away with notice do not count",
+        description="failures of workers, and of the start of workers, after which a stage gives up; -1: it never "
+        "gives up; machines that announce their end (spot instances) do not count",
     )
     stall_minutes: float = Field(
-        30.0, gt=0, description="minutes without any progress after which a stage ends and says what it waited for"
+        30.0,
+        gt=0,
+        description="minutes without progress after which a stage ends with an error that names what it waited for",
     )
 
     @field_validator("workers", mode="plain")
@@ -41,10 +57,10 @@ class ClusterConfig(Section):
         low, dots, high = str(value).partition("..")
         parts = [low, high] if dots else [low]
         if isinstance(value, bool) or not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError("it is a number, or min..max such as 1..4")
+            raise ValueError("must be a number, or a range min..max such as 1..4")
         first, last = int(low), int(high or low)
         if not 1 <= first <= last:
-            raise ValueError("there is at least one worker, and min is not above max")
+            raise ValueError("must be at least one worker, with min not above max")
         return first if first == last else f"{first}..{last}"
 
     @property
@@ -57,10 +73,11 @@ class ClusterConfig(Section):
 class MLflowConfig(Section):
     uri: str | None = Field(
         None,
-        description="tracking server, without credentials; null: MLFLOW_TRACKING_URI, else sqlite in the store",
+        description="address of the MLflow tracking server, without credentials; null: MLFLOW_TRACKING_URI, else an "
+        "SQLite file in the store",
     )
-    experiment: str = Field("ktray", description="experiment that the run is logged under")
-    run_name: str | None = Field(None, description="the run's name there; null: that of its folder")
+    experiment: str = Field("ktray", description="MLflow experiment that the run belongs to")
+    run_name: str | None = Field(None, description="name of the run in MLflow; null: the name of the run folder")
     tags: dict[str, str | int | float | bool] = Field(
-        default_factory=dict, description="tags of the run there, such as mlflow.tags={team: vision}"
+        default_factory=dict, description="tags of the run in MLflow, such as {team: vision}"
     )

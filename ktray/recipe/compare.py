@@ -14,26 +14,34 @@ class CompareConfig(Section):
 
     ways: dict[str, dict[str, Any]] | list[str] = Field(
         default_factory=dict,
-        description="name of a way: its recipe keys, e.g. {mine: {objective.name: agnostic, objective.match: mse}}; "
-        "or names of the default ways, e.g. [oriented retrieved, scratch]; empty: all default ways",
+        description="compared methods, as names with recipe keys, such as {mine: {objective.name: agnostic, "
+        "objective.match: mse}}, or names of default methods, such as [oriented retrieved, scratch]; empty: all "
+        "default methods",
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="each way is run with each seed")
-    steps: int | None = Field(None, ge=1, description="pretraining steps of the first way; null: the recipe's")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds with which each method is run")
+    steps: int | None = Field(None, ge=1, description="pretraining steps of the first method; null: train.steps")
     equal: Literal["steps", "flops", "device_seconds", "own"] = Field(
         "steps",
-        description="what all ways have alike: pretraining steps, or the FLOPs or the device time of all their stages; "
-        "own: nothing, each has the steps of its keys",
+        description="budget that is equal for all methods: steps (pretraining steps), flops or device_seconds (FLOPs "
+        "or device time of all stages), or own (no equal budget: each method has its own train.steps)",
     )
     lr_search: list[float] = Field(
         default_factory=list,
-        description="factors on train.lr that each way tries on one seed, best on validation; empty: no search",
+        description="factors on train.lr that each method tries with one seed, of which the best on validation is "
+        "used; empty: no search",
     )
     sizes: list[int] = Field(
-        default_factory=list, description="further transfer set sizes of oriented and agnostic on the retrieved set"
+        default_factory=list,
+        description="further transfer set sizes with which the methods 'oriented retrieved' and 'agnostic retrieved' "
+        "are run",
     )
     budgets: list[float] = Field(
-        default_factory=list, description="further, shorter runs of the first way: shares of its pretraining steps"
+        default_factory=list,
+        description="shares of the pretraining steps of the first method with which further, shorter runs of that "
+        "method are made",
     )
     parallel: int | Literal["auto"] = Field(
-        "auto", description="ways that run at once, each on its share of the cluster; auto: as many as keep it busy"
+        "auto",
+        description="number of runs at the same time, each on a share of the cluster; auto: as many as keep the "
+        "cluster busy",
     )

@@ -12,14 +12,24 @@ from ktray.recipe.section import Section
 class ExportConfig(Section):
     run: str | None = Field(
         None,
-        description="the run to export: its id in the store, or its folder, local or s3://; null: the newest run that "
-        "left a student",
+        description="run whose student is exported: its id in the store, or its folder, local or s3://; null: the "
+        "newest run in the store that has a student",
     )
-    int8: bool = Field(False, description="also quantise to 8 bits, with settings chosen on validation")
+    int8: bool = Field(
+        False, description="also export an 8-bit model, quantised with the settings that are best on validation"
+    )
     calibration: int = Field(
-        256, ge=1, description="labelled training images that the ranges of the 8-bit activations are measured on"
+        256,
+        ge=1,
+        description="number of labelled training images on which the value ranges of the 8-bit model are measured",
     )
-    batch: int = Field(32, ge=2, description="the larger of the two batches whose latency is measured; the other is 1")
-    register_as: str | None = Field(None, description="name of a model in MLflow's registry that gets a new version")
-    alias: str = Field("champion", min_length=1, description="alias that the new version gets")
-    serve: Literal["float", "int8"] = Field("float", description="which of the files the model in MLflow runs")
+    batch: int = Field(
+        32, ge=2, description="batch size at which latency is measured, in addition to a batch of one image"
+    )
+    register_as: str | None = Field(
+        None, description="name of the model in MLflow's registry that receives the export as a new version; null: none"
+    )
+    alias: str = Field("champion", min_length=1, description="alias of the new version in MLflow's registry")
+    serve: Literal["float", "int8"] = Field(
+        "float", description="file that the model in MLflow runs: the float or the 8-bit one"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ktray.errors import KtrayError
 from ktray.recipe.choice import DEFAULT_OBJECTIVE, chosen, fitting, objective_rows, objectives, owners, strategies
 from ktray.recipe.objective import ObjectiveConfig
-from ktray.recipe.registries import STRATEGIES
+from ktray.recipe.registries import OBJECTIVES, STRATEGIES
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
 from ktray.redact import credential_in
@@ -51,10 +51,12 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
     Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
     recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
     (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types.
+    ``gallery.data=[a,b]`` have their types. A file's keys of objectives other than the chosen one are dropped
+    (`ktray.recipe.choice` has the rules).
 
     Raises:
-        KtrayError: no such recipe, unknown key (the nearest is named), or a value of the wrong type.
+        KtrayError: no such recipe, unknown key (the nearest is named), a value of the wrong type, or an override of an
+            objective that is not the chosen one.
     """
     wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
     raw: dict[str, Any] = {}
@@ -159,6 +161,8 @@ def _parse_value(text: str) -> Any:
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
+    if key == OBJECTIVES.key and isinstance(value, str):
+        OBJECTIVES.get(value)  # before its keys: without its package nobody has them
     known = {row[0] for row in schema()}
     if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
@@ -171,6 +175,8 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str = "") -> None:
+    if model is ObjectiveConfig and isinstance(raw.get("name"), str):
+        OBJECTIVES.get(raw["name"])  # before its keys: without its package nobody has them
     for name, value in raw.items():
         field = model.model_fields.get(name)
         if field is None and not (model is ObjectiveConfig and owners(name)):
@@ -208,6 +214,8 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind))
     args = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _type_name(args[0])
     if args and get_origin(kind) not in (list, dict):
         return "|".join("null" if a is type(None) else _type_name(a) for a in args)
     if args:

@@ -1,6 +1,7 @@
 """One line of progress per running stage: done/total, rate, time left, and the share of time spent on waiting.
 
-On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds.
+On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds. With
+``--quiet`` there are none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TextIO
+
+from ktray.reporting.log import is_quiet
 
 _hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
@@ -42,12 +45,6 @@ def hushed(silent: bool = True) -> Iterator[None]:
         yield
     finally:
         _hushed.reset(token)
-
-
-def prefixed(say: Callable[[str], None], title: str, text: str) -> None:
-    """Say each line with a title before it, so that lines of several runs at once can be told apart."""
-    for line in text.splitlines():
-        say(f"[{title}] {line}")
 
 
 class Progress:
@@ -83,7 +80,7 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self._began, done)])
         self._shown_at: float | None = None
         self._closed = False
-        self._silent = _hushed.get()
+        self._silent = _hushed.get() or is_quiet()
         self._show()
 
     def update(

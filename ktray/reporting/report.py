@@ -11,7 +11,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from PIL import Image
 
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
 from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
+from ktray.reporting.worst import WorstError
 
 # Above this a matrix is no longer legible, and above the second its numbers are not.
 _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
@@ -31,17 +31,6 @@ _PAIRS = 12
 _LISTED = 20
 _PICTURE_PIXELS = 192
 _METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
-
-
-@dataclass(frozen=True)
-class WorstError:
-    """A test image that the student got wrong: uint8 (H, W, 3), names, its confidence 0..1, and where it is."""
-
-    image: np.ndarray
-    true: str
-    predicted: str
-    confidence: float
-    uri: str
 
 
 def write_report(
@@ -53,6 +42,8 @@ def write_report(
     classes: Sequence[str],
     contact_sheet: Path | None,
     worst: Sequence[WorstError],
+    worst_title: str = "",
+    worst_value: str = "",
     comparisons: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write ``report.html`` into the run folder; it holds its images and styles, and loads nothing.
@@ -65,6 +56,8 @@ def write_report(
         classes: C names.
         contact_sheet: PNG of the curate stage.
         worst: errors, worst first.
+        worst_title: a sentence above them; "": the errors that the student was surest of.
+        worst_value: what their ``confidence`` is, in words; "": the student's confidence.
         comparisons: more rows for the accuracy table and the cost plot, each ``name`` and, where known, ``val``,
             ``test`` (fractions) and ``flops``; a name that the result knows too replaces its row.
 
@@ -88,7 +81,8 @@ def write_report(
     page = template.render(
         r=result,
         metric=metric,
-        metric_name=str((result.get("metric") or {}).get("name")),
+        worst_title=worst_title,
+        worst_value=worst_value,
         cost=result.get("cost") or {},
         tiles=_tiles(result, rows, metric),
         stages=result.get("stages") or [],

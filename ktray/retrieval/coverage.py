@@ -22,7 +22,7 @@ def coverage(chosen: Selection, labels: np.ndarray, classes: Sequence[str]) -> d
 
     Args:
         labels: (Q,) class of each query.
-        classes: names in the order of the labels; none for segmentation, where a query has no class.
+        classes: names in the order of the labels; none where a query has no class.
     """
     brought = np.bincount(chosen.query, minlength=len(labels))
     of_each = labels[chosen.query]

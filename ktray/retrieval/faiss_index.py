@@ -11,6 +11,7 @@ codes its new blocks alone), merged into one file of inverted lists.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ import numpy as np
 
 from ktray.errors import KtrayError
 from ktray.retrieval.search import Hits, top
+
+logger = logging.getLogger("ktray")
 
 # Bytes of a code that are tried, most first.
 CODES = (64, 48, 32, 24, 16, 8)
@@ -86,7 +89,6 @@ def build(
     read: Callable[[int], np.ndarray],
     sample: Callable[[int], np.ndarray],
     factory: str,
-    say: Say,
 ) -> tuple[Any, int]:
     """Train and fill; what an earlier call has done is not done again.
 
@@ -113,7 +115,7 @@ def build(
         _write_index(index[0], trained)
         known = {"factory": factory, "rows": rows, "trained_on": index[1]}
         _replace(facts, json.dumps(known).encode())
-        say(f"search    trained {factory} on {known['trained_on']:,} vectors")
+        logger.info(f"search    trained {factory} on {known['trained_on']:,} vectors")
     files = []
     for number, (key, count) in enumerate(blocks):
         files.append(home / f"block-{key}.index")

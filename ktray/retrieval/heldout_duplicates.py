@@ -130,22 +130,18 @@ def _cosines(size: int) -> np.ndarray:
 _DCT = _cosines(_GRID)
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """64-bit hash of what a picture looks like in grey: similar pictures differ in few bits.
-
-    The common "pHash" (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010): the
-    8 x 8 lowest frequencies of the DCT of the 32 x 32 grey image, each compared with their median. The constant
-    term is left out (its bit is 0), so brightness does not count.
-    """
-    return int(_hashes([_small(image.convert("L"), (0, 0, *image.size))])[0])
-
-
 def _small(grey: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
     return np.asarray(grey.resize((_GRID, _GRID), Image.Resampling.BILINEAR, box=box))
 
 
 def _hashes(small: Sequence[np.ndarray]) -> np.ndarray:
-    """(n, `_GRID`, `_GRID`) grey pictures to (n,) uint64."""
+    """(n, `_GRID`, `_GRID`) grey pictures to (n,) uint64: 64 bits of what each looks like, few of which differ between
+    similar pictures.
+
+    The common "pHash" (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010): the
+    8 x 8 lowest frequencies of the DCT of the 32 x 32 grey image, each compared with their median. The constant
+    term is left out (its bit is 0), so brightness does not count.
+    """
     # Rounded, so that a frequency that a plain image does not have is 0 and not the noise of the sum.
     grids = np.asarray(small, dtype=np.float64).reshape(-1, _GRID, _GRID)
     low = np.round(_DCT @ grids @ _DCT.T, 6).reshape(len(small), _LOW * _LOW)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,50 @@ class Part:
     name: str
     rows: int
     files: dict[str, tuple[int, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "rows": self.rows, "files": {s: list(facts) for s, facts in self.files.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Part:
+        files = {suffix: (int(size), str(checksum)) for suffix, (size, checksum) in content["files"].items()}
+        return cls(content["name"], content["rows"], files)
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """The file ``shards/ID.json``.
+
+    Attributes:
+        shard: its id.
+        parts: what is stored of it, in order.
+        rows: of all parts.
+        read: images that were looked at.
+        bad: those that could not be used, as (uri, reason).
+        source: where its images were read from when it was made.
+    """
+
+    shard: str
+    parts: tuple[Part, ...]
+    rows: int
+    read: int
+    bad: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "parts": [part.to_json() for part in self.parts], "bad": [list(one) for one in self.bad]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> IndexedShard:
+        """Raises KeyError, TypeError or ValueError: the content is not a shard's."""
+        return cls(
+            content["shard"],
+            tuple(Part.from_json(part) for part in content["parts"]),
+            content["rows"],
+            content["read"],
+            tuple((uri, reason) for uri, reason in content["bad"]),
+            content.get("source", ""),
+        )
 
 
 class IndexDir(Dir):
@@ -98,8 +142,8 @@ class IndexDir(Dir):
         folder = self.sub(_UNFINISHED)
         return [int(folder.read_json(name)["shards"]) for name in folder.names(".json")]
 
-    def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
-        """Write a part; returns what its shard's summary says of it."""
+    def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> Part:
+        """Write a part's files; it counts once its shard is finished."""
         files = {".parquet": pack_rows(columns)}
         if embedding is not None:
             stream = io.BytesIO()
@@ -108,34 +152,36 @@ class IndexDir(Dir):
         for suffix, data in files.items():
             self.write(f"{_SHARDS}/{name}{suffix}", data)
         rows = len(next(iter(columns.values())))
-        return {"name": name, "rows": rows, "files": {s: [len(d), _checksum(d)] for s, d in files.items()}}
+        return Part(name, rows, {suffix: (len(data), _checksum(data)) for suffix, data in files.items()})
 
-    def finish(self, shard: str, summary: dict[str, Any]) -> None:
-        """Declare a shard whole. ``summary`` holds ``parts`` as `write_part` gave them."""
-        self.write_json(f"{_SHARDS}/{shard}.json", summary)
+    def finish(self, shard: IndexedShard) -> None:
+        """Declare a shard whole, whose parts are written."""
+        self.write_json(f"{_SHARDS}/{shard.shard}.json", shard.to_json())
 
-    def shards(self, wanted: Sequence[str] | None = None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Summaries of the whole shards by id, and of the broken ones what is wrong with them.
+    def shards(self, wanted: Sequence[str] | None = None) -> tuple[dict[str, IndexedShard], dict[str, str]]:
+        """The whole shards by id, and of the broken ones what is wrong with them.
 
         Args:
             wanted: ids; None for all.
         """
         sizes = self.sub(_SHARDS).names()
         known = self._copied()
-        whole, broken = {}, {}
+        whole: dict[str, IndexedShard] = {}
+        broken: dict[str, str] = {}
         ids = wanted if wanted is not None else [name[:-5] for name in sizes if name.endswith(".json")]
         for shard in ids:
             if f"{shard}.json" not in sizes:
                 continue
             try:
-                summary = known.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json")
-                problem = _problem(summary, sizes)
+                found = IndexedShard.from_json(known.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json"))
             except (ValueError, KeyError, TypeError) as error:
-                problem = f"its summary cannot be read ({error})"
+                broken[shard] = f"its summary cannot be read ({error})"
+                continue
+            problem = _problem(found, sizes)
             if problem:
                 broken[shard] = problem
             else:
-                whole[shard] = summary
+                whole[shard] = found
         return whole, broken
 
     def forget(self, shard: str) -> None:
@@ -205,17 +251,9 @@ class IndexDir(Dir):
         return found
 
 
-def parts(summary: dict[str, Any]) -> list[Part]:
-    """The parts of a shard's summary."""
-    return [
-        Part(p["name"], p["rows"], {suffix: (size, checksum) for suffix, (size, checksum) in p["files"].items()})
-        for p in summary["parts"]
-    ]
-
-
-def _problem(summary: dict[str, Any], sizes: dict[str, int]) -> str:
+def _problem(shard: IndexedShard, sizes: dict[str, int]) -> str:
     """What is wrong with a shard's files; empty if nothing is."""
-    for part in parts(summary):
+    for part in shard.parts:
         for suffix, (size, _) in part.files.items():
             found = sizes.get(part.name + suffix)
             if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,14 +16,17 @@ from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
+from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.tracking.tracker import Tracker
 from ktray.training import messages
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Message, Started, TeacherFlops
 
 if TYPE_CHECKING:
-    from ktray.data.labelled.read import LabelledSet
+    from ktray.data.labelled.labelled_set import LabelledSet
+logger = logging.getLogger("ktray")
 
 
 @dataclass
@@ -33,7 +37,6 @@ class Runtime:
         plan: which part of the cluster the run has.
         cluster: how failures, missing machines and hangs are met.
         max_bad_fraction: of unusable images, above which a stage fails.
-        say: prints one line for the person who watches.
         phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
         read, quarantine: images that the run has read, and those of them that cannot be used.
         planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
@@ -44,7 +47,6 @@ class Runtime:
     ledger: Ledger
     tracker: Tracker
     run_id: str
-    say: Callable[[str], None]
     cluster: ClusterConfig
     max_bad_fraction: float
     phase: str = ""
@@ -96,13 +98,15 @@ class RunContext:
     def run_id(self) -> str:
         return self.runtime.run_id
 
-    def say(self, text: str) -> None:
-        self.runtime.say(text)
-
     @property
     def names(self) -> list[str]:
         """The classes as text for a text tower."""
         return self.class_names if len(self.class_names) == len(self.task.classes) else self.task.classes
+
+    @property
+    def kind(self) -> TaskKind:
+        """The task kind of the recipe."""
+        return task_kind(self.recipe.task.kind)
 
 
 @dataclass
@@ -144,20 +148,18 @@ class Reporter:
         """Start a progress line; ``total`` None when it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
 
-    def shards(self, summaries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Consume shard summaries: ``read``, ``bad`` [(uri, reason)], ``images``, ``flops``, ``peak``."""
+    def shards(self, summaries: Iterable[S]) -> list[S]:
+        """Count shards as they are finished; returns their summaries."""
         kept = []
         for s in summaries:
             self.check()
             check_limit()
-            self.done += int(s.get("read", 0))
-            self.read += int(s.get("read", 0))
+            self.done += s.read
+            self.read += s.read
             self.watchdog.heartbeat(f"{self.done:,} images")
-            for uri, reason in s.get("bad", []):
+            for uri, reason in s.bad:
                 self.quarantine.add(uri, reason, self.name)
-            self.meter.add(
-                flops=s.get("flops", 0), images=int(s.get("images", 0)), peak_memory_bytes=int(s.get("peak", 0))
-            )
+            self.meter.add(flops=s.flops, images=s.images)
             if self.progress:
                 self.progress.update(self.done)
             kept.append(s)
@@ -207,7 +209,7 @@ class Reporter:
             )
         else:
             self.meter.restart(max(0.0, self._flops - message.flops))
-            self.runtime.say(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
+            logger.info(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
         self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)
@@ -219,9 +221,9 @@ class Reporter:
         else:
             self.watchdog.waits("the steps of its training workers")
         if why and state == "restarting":
-            self.runtime.say(f"{self.name:<9} lost its workers: {why}")
+            logger.info(f"{self.name:<9} lost its workers: {why}")
         elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
-            self.runtime.say(f"{self.name:<9} could not start its workers: {why}")
+            logger.info(f"{self.name:<9} could not start its workers: {why}")
             self._refused = why
 
 
@@ -263,17 +265,17 @@ def run_stage(
     while manifest is None:
         check_limit()
         try:
-            with stage.lease(runtime.say) as lease:
+            with stage.lease() as lease:
                 manifest = made()  # another job may have finished it while this one waited
                 if manifest is None:
                     check_limit()
                     return _attempt(runtime, stage, lease, (shown, booked), inputs, work)
         except LeaseLost as lost:
-            runtime.say(f"{shown:<9} {lost.what}; going on with what it makes")
+            logger.info(f"{shown:<9} {lost.what}; going on with what it makes")
     runtime.ledger.reuse(DirLog(stage), booked, key)
     _count(runtime, manifest)
     again = " (made earlier in this run)" if manifest.get("run") == runtime.run_id else ""
-    runtime.say(f"{shown:<9} reused {key}{again}")
+    logger.info(f"{shown:<9} reused {key}{again}")
     return StageResult(stage, manifest, cached=True)
 
 
@@ -313,17 +315,20 @@ def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     runtime.quarantine.merge(bad)
 
 
-def finished_shards(stage: Stage) -> dict[str, dict[str, Any]]:
+def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
     """Summaries of the shards that an earlier attempt has finished, by shard name."""
-    return {name.removesuffix(".json"): stage.read_json(name) for name in stage.names(".parquet.json")}
+    return {
+        name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
+        for name in stage.names(".parquet.json")
+    }
 
 
-def finish_shard(stage: Stage, name: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """Declare a shard finished: its summary is written after its data, so that a restart counts it once."""
-    stage.write_json(f"{name}.json", summary)
-    return summary
+def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:
+    """Declare a shard finished: its summary is written after its data, so that a restart counts it once.
 
-
-def resumed(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a shard from an earlier attempt, without the work: that attempt was charged for it."""
-    return {**summary, "flops": 0, "images": 0}
+    Returns:
+        `ShardSummary.to_json`, for `ktray.distributed.ray_data.map_shards`.
+    """
+    content = summary.to_json()
+    stage.write_json(f"{summary.name}.json", content)
+    return content

@@ -74,8 +74,8 @@ class StageInputs:
 def key_value(value: Any) -> Any:
     """A value as JSON-like data that tells it from all values that could lead to another result.
 
-    A whole stage stands for itself by its key; what has a ``fingerprint`` (a labelled set, a teacher, a preprocessing)
-    by that; models, dataclasses and containers by their content.
+    A whole stage and a task kind stand for themselves by their ``key``, a labelled set, a teacher and a preprocessing
+    by their ``fingerprint``; models, dataclasses and containers by their content.
 
     Raises:
         TypeError: it is none of these, so that nothing says what it depends on.

@@ -19,17 +19,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from ktray.errors import KtrayError
+
+logger = logging.getLogger("ktray")
 
 FOLDER = "lease"
 REFRESH_S = 5.0  # seconds between two heartbeats
@@ -122,11 +124,10 @@ class Lease:
 
     Args:
         home: the directory.
-        say: prints a line for the user.
     """
 
-    def __init__(self, home: Directory, say: Callable[[str], None]) -> None:
-        self.home, self.say = home, say
+    def __init__(self, home: Directory) -> None:
+        self.home = home
         self.folder = home.sub(FOLDER)
         self.owner = uuid.uuid4().hex
         self.lost = threading.Event()
@@ -160,7 +161,7 @@ class Lease:
             if not reported:
                 holder = f"host {record.get('host')}, pid {record.get('pid')}"
                 action = "waiting for it" if wait else f"checking for up to {STALE_S:.0f} s whether it still runs"
-                self.say(f"another job works on {self.home.uri} ({holder}); {action}")
+                logger.info(f"another job works on {self.home.uri} ({holder}); {action}")
                 reported = True
             time.sleep(_POLL_S)
         for name in self.folder.names():
@@ -173,7 +174,7 @@ class Lease:
     def _warn(self) -> None:
         if not self.folder.exclusive and not _warned:
             _warned.append(self.home.uri)
-            self.say(
+            logger.info(
                 f"lease     {self.home.uri} is on a store without conditional writes: if two jobs start within one "
                 "second, both may compute the same stage"
             )

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -308,9 +308,9 @@ class Stage(Dir):
             self.write_json("manifest.json", manifest)
         return manifest
 
-    def lease(self, say: Callable[[str], None]) -> Lease:
+    def lease(self) -> Lease:
         """The right of one job to work on this stage, as a context manager. It waits while another live job has it."""
-        return Lease(self, say)
+        return Lease(self)
 
 
 class Store(Dir):

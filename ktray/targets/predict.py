@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import DenseTeacher
 from ktray.models.teacher.teacher import patch_embeddings
 from ktray.storage.columns import Rows
 from ktray.targets.top_k import columns, sparsify
@@ -22,7 +21,7 @@ Batch = dict[str, torch.Tensor]
 class Loads(Protocol):
     """A teacher as a picklable description."""
 
-    def load(self) -> AdaptedTeacher | DenseTeacher: ...
+    def load(self) -> AdaptedTeacher: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Predict:
 class Loaded:
     """A teacher that answers."""
 
-    def __init__(self, plan: Predict, teacher: AdaptedTeacher | DenseTeacher) -> None:
+    def __init__(self, plan: Predict, teacher: AdaptedTeacher) -> None:
         self.plan, self.teacher = plan, teacher
         self.device = next(teacher.image_tower.parameters()).device
         self.flops = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
@@ -89,10 +88,7 @@ class Loaded:
             embedding = teacher.embed(views).float()
             found["embedding"] = embedding.half()
         if "logits" in plan.targets:
-            if isinstance(teacher, AdaptedTeacher) and embedding is not None:
-                logits = teacher.logits_of(embedding)
-            else:
-                logits = teacher.logits(views)
+            logits = teacher.logits(views, embedding)
             found |= sparsify(logits, plan.top_k) if plan.top_k else {"logits": logits.half()}
         return found
 

@@ -1,10 +1,186 @@
-"""Classification: loss on labels and metrics."""
+"""Classification: one class for each image.
+
+Labels are class folders, lists or official split lists. The teacher's head is linear on its embedding, made from the
+classes' names (``text``), fitted to the labels (``probe``) or trained with the tower (``finetune``); the student is a
+plain timm classifier. The loss is the cross-entropy, and the metrics are top-1 accuracy and the mean recall of classes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.read import read_labelled
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.errors import BadImage, KtrayError
+from ktray.models.flops import count_flops
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
+from ktray.models.teacher.teacher import Teacher
+from ktray.objectives.matching import ClassMatching, Matching
+from ktray.recipe.registries import TASKS
+from ktray.recipe.schema import TaskConfig, TeacherConfig
+from ktray.reporting.worst import WorstError
+from ktray.storage.columns import Rows
+from ktray.tasks.base import WORST, FittedHeads, HeadSettings, LabelledSplit, TaskKind, TestSet
+from ktray.tasks.weighted import Accuracy, MeanClassAccuracy, WeightedScores
+
+
+class Classification(TaskKind):
+    """See the module's text. The model's output is logits (N, C), and targets are classes (N,) int64."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy"}
+    matching: ClassVar[Matching] = ClassMatching()
+    image_classes = True
+    linear_student = True
+    no_export = None
+
+    def read(self, data: str, part: TaskConfig) -> LabelledSet:
+        if part.labels is not None:
+            raise KtrayError(
+                "task.labels counts the labelled images of a segmentation task", "Set task.labels_per_class instead."
+            )
+        return read_labelled(
+            data,
+            splits=part.splits,
+            seed=part.split_seed,
+            val_fraction=part.val_fraction,
+            test_fraction=part.test_fraction,
+            labels_per_class=part.labels_per_class,
+            layout=part.layout,
+            train_list=part.train_list,
+        )
+
+    def loss(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(out, targets)
+
+    def tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(out, targets, reduction="sum")
+        return tally(out.argmax(1), targets, out.shape[1], loss)
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        return scores(counts)
+
+    def candidates(self, part: TeacherConfig, has_text: bool) -> list[str]:
+        wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
+        if wanted == ["text"] and not has_text:
+            raise KtrayError(f"Teacher '{part.name}' has no text tower", "Set teacher.adapt=probe.")
+        return [name for name in wanted if name != "text" or has_text]
+
+    def fit_heads(
+        self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
+    ) -> FittedHeads:
+        """A head from the classes' names, where there is a text tower, and a linear probe that starts from it."""
+        heads: dict[str, LinearHead] = {}
+        classes, fitted = settings.classes, "probe" in settings.wanted or "finetune" in settings.wanted
+
+        def fit() -> None:
+            if teacher.has_text and ("text" in settings.wanted or fitted):
+                heads["text"] = text_head(teacher, settings.names, settings.prompts)
+            if fitted:
+                judge = (val.embedding, val.targets)
+                start = heads.get("text")
+                heads["probe"] = probe_head(train.embedding, train.targets, len(classes), val=judge, start=start)
+
+        flops = count_flops(fit)
+        teachers, found = {}, {}
+        for name, head in heads.items():
+            temperature, found[name] = self.calibrate(head(val.embedding).detach(), val.targets)
+            teachers[name] = AdaptedTeacher(teacher, head, classes, temperature)
+        return FittedHeads(teachers, found, flops)
+
+    def calibrate(self, out: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
+        temperature = fit_temperature(out, targets)
+        calibrated = out / temperature
+        loss = float(F.cross_entropy(calibrated, targets))
+        return temperature, {**self.scores(self.tally(calibrated, targets)[:-2].numpy()), "loss": loss}
+
+    def student_head(
+        self, train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor], outputs: int
+    ) -> LinearHead:
+        return probe_head(*train, outputs, val=val)
+
+    def test_rows(self, out: np.ndarray, columns: Rows) -> tuple[Rows, Any]:
+        return {"": out}, None
+
+    def image_counts(self, rows: Rows, model: str) -> np.ndarray:
+        predicted, true = rows[model].argmax(1), rows["label"].astype(np.int64)
+        counts = np.zeros((len(true), 3, rows[model].shape[1]), np.int64)
+        image = np.arange(len(true))
+        for i, classes in enumerate((true, predicted, true)):
+            counts[image, i, classes] = predicted == true if i == 0 else 1
+        return counts.reshape(len(true), -1)
+
+    def weighted_scores(self, metric: str, seeds: Sequence[Rows]) -> WeightedScores:
+        correct = np.stack([rows["student"].argmax(1) == rows["label"] for rows in seeds])
+        if metric == "mean_class_accuracy":
+            return MeanClassAccuracy(correct, seeds[0]["label"].astype(np.int64))
+        return Accuracy(correct)
+
+    def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
+        return metrics(rows[model], rows["label"], classes)
+
+    def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
+        return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))
+
+    def worst(self, tested: TestSet) -> list[WorstError]:
+        """The errors that the student was surest of."""
+        rows, classes = tested.rows, tested.task.classes
+        labels, probability = rows["label"].astype(np.int64), softmax(rows["student"])
+        predicted = probability.argmax(1)
+        wrong = np.flatnonzero(predicted != labels)
+        wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
+        found = []
+        uris = [str(rows["uri"][i]) for i in wrong]
+        for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
+            try:
+                image = decode_image(uri, data, error, max_pixels=tested.max_pixels)
+            except BadImage:
+                continue
+            confidence = float(probability[i, predicted[i]])
+            found.append(WorstError(image, classes[labels[i]], classes[predicted[i]], confidence, uri))
+        return found
+
+
+TASKS.register("classification")(Classification())
+
+
+def tally(predicted: torch.Tensor, true: torch.Tensor, num_classes: int, loss: torch.Tensor) -> torch.Tensor:
+    """(3 C + 2,) float64: how many of each class are right, are predicted and are true, the loss, and how many there
+    are.
+
+    Args:
+        predicted, true: (N,) int64 classes of images or of pixels.
+        loss: their summed loss, a scalar.
+    """
+    counts = [torch.bincount(x, minlength=num_classes) for x in (true[predicted == true], predicted, true)]
+    rows = torch.full((1,), len(true), dtype=torch.float64, device=loss.device)
+    return torch.cat([*(c.double() for c in counts), loss.double()[None], rows])
+
+
+def scores(counts: np.ndarray) -> dict[str, float]:
+    """``top1`` and ``mean_class_accuracy`` (mean recall over the classes that occur), fractions.
+
+    Args:
+        counts: (3 C,): by class how many are right, are predicted and are true.
+
+    Raises:
+        ValueError: there are none.
+    """
+    right, _, true = np.asarray(counts, np.float64).reshape(3, -1)
+    if not true.any():
+        raise ValueError("no rows to score")
+    return {"top1": float(right.sum() / true.sum()), "mean_class_accuracy": float(np.nanmean(recalls(right, true)))}
+
+
+def recalls(right: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(C,) recall by class, not a number for a class that does not occur."""
+    return np.divide(right, true, out=np.full(len(true), np.nan), where=true > 0)
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[str, Any]:
@@ -16,21 +192,20 @@ def metrics(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[
         classes: C names.
 
     Returns:
-        ``top1`` and ``mean_class_accuracy`` (mean recall over the classes that occur), fractions;
-        ``per_class`` recall by class name (null for a class without rows); ``n``.
+        `scores`; ``per_class`` recall by class name (null for a class without rows); ``n``.
+
+    Raises:
+        ValueError: no rows.
     """
-    if len(logits) == 0:
-        raise ValueError("no rows to score")
-    predicted = logits.argmax(1)
-    confusion = confusion_matrix(predicted, labels, len(classes))
-    rows = confusion.sum(1)
-    recall = np.divide(np.diag(confusion), rows, out=np.full(len(classes), np.nan), where=rows > 0)
-    return {
-        "top1": float(np.diag(confusion).sum() / len(labels)),
-        "mean_class_accuracy": float(np.nanmean(recall)),
-        "per_class": {name: None if np.isnan(r) else float(r) for name, r in zip(classes, recall, strict=True)},
-        "n": len(labels),
-    }
+    confusion = confusion_matrix(logits.argmax(1), labels, len(classes))
+    right, claimed, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+    found = scores(np.concatenate([right, claimed, true]))
+    return {**found, "per_class": by_class(recalls(right, true), classes), "n": len(labels)}
+
+
+def by_class(values: np.ndarray, classes: list[str]) -> dict[str, float | None]:
+    """(C,) values by class name, null for what is not a number."""
+    return {name: None if np.isnan(value) else float(value) for name, value in zip(classes, values, strict=True)}
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:

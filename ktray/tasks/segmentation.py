@@ -1,12 +1,252 @@
-"""Semantic segmentation: loss on label maps, counts of pixels per image, and metrics of any set of images from them."""
+"""Semantic segmentation: a class for every pixel.
+
+Labels are label maps (masks). The teacher's head is linear on its patch embeddings; the student is a timm backbone
+under a light segmentation head. The loss is the cross-entropy of labelled pixels at the labels' resolution, and the
+metrics are the mean IoU, the pixel accuracy and the mean recall of classes, from counts that are summed over all images
+first, as is usual for ADE20K and Pascal VOC. Whole images are squashed to a model's input, so that no pixel is left
+without a class; on test, logits are resized to the mask's own size, whatever size a model works at.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+from ktray.data.augment import random_views
+from ktray.data.labelled.decode import LabelReader, MaskReader
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.masked import read_masked
 from ktray.data.labelled.masks import IGNORE
+from ktray.data.preprocess import Preprocess
+from ktray.data.views import ViewPolicy
+from ktray.errors import KtrayError
+from ktray.models.flops import count_flops
+from ktray.models.maps import map_loss, resize_map
+from ktray.models.student.classifier import Student
+from ktray.models.student.segmenter import Segmenter, build_segmenter
+from ktray.models.student.segmenter_io import FILE, load_segmenter, save_segmenter
+from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.map_head import fit_map_probe, fit_map_temperature
+from ktray.models.teacher.map_teacher import MapTeacher
+from ktray.models.teacher.spec import device, tower_flops
+from ktray.models.teacher.teacher import Teacher
+from ktray.objectives.matching import MapMatching, Matching
+from ktray.recipe.registries import TASKS
+from ktray.recipe.schema import StudentConfig, TaskConfig, TeacherConfig
+from ktray.reporting.mask_pictures import most_pixels, triptych
+from ktray.reporting.worst import WorstError
+from ktray.storage.columns import Rows
+from ktray.tasks import classification
+from ktray.tasks.base import WORST, FittedHeads, HeadSettings, LabelledSplit, TaskKind, TestSet
+from ktray.tasks.weighted import MeanIoU, WeightedScores
+
+COUNTS = ("tp", "fp", "fn")
+BATCH = 64
+
+
+class Segmentation(TaskKind):
+    """See the module's text. The model's output is maps of logits (N, C, h, w), and targets are label maps (N, H, W)
+    uint8, 255 where a pixel is to be ignored."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "mean_class_accuracy": "mean class accuracy"}
+    matching: ClassVar[Matching] = MapMatching()
+    teacher_form: ClassVar[type[AdaptedTeacher]] = MapTeacher
+    student_file = FILE
+    embed_batch = BATCH
+    test_batch = 32
+    worst_title = (
+        "Test images of the lowest IoU, the mean over the classes in each: the image, its mask, and what the student "
+        "said. White pixels are ignored."
+    )
+    worst_value = "IoU"
+    no_export = (
+        "is of a segmentation task, and jobs/export.py exports classifiers",
+        "ktray.load_student(FOLDER).predict([image]) gives its masks.",
+    )
+
+    def read(self, data: str, part: TaskConfig) -> LabelledSet:
+        if part.labels_per_class is not None:
+            raise KtrayError(
+                "task.labels_per_class does not go with task.kind=segmentation: an image has many classes",
+                "Set task.labels=N for N labelled images in total, or task.train_list.",
+            )
+        return read_masked(
+            data,
+            splits=part.splits,
+            seed=part.split_seed,
+            val_fraction=part.val_fraction,
+            test_fraction=part.test_fraction,
+            labels=part.labels,
+            layout=part.layout,
+            train_list=part.train_list,
+        )
+
+    def reader(self, task: LabelledSet, whole: bool = False) -> LabelReader:
+        return MaskReader(len(task.classes), task.mask_offset, whole)
+
+    def label_column(self, pixels: str) -> str:
+        return f"{pixels}_mask"
+
+    def random_views(
+        self, images: torch.Tensor, targets: torch.Tensor, policy: ViewPolicy, keys: torch.Tensor, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return random_views(images, policy, keys, size=size, masks=targets)
+
+    def loss(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return map_loss(out, targets)
+
+    def tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        resized = resize_map(out, (targets.shape[1], targets.shape[2]))
+        loss = F.cross_entropy(resized, targets.long(), reduction="sum", ignore_index=IGNORE)
+        counted = targets != IGNORE
+        return classification.tally(resized.argmax(1)[counted], targets[counted].long(), out.shape[1], loss)
+
+    def scores(self, counts: np.ndarray) -> dict[str, float]:
+        return scores(counts)
+
+    def teacher_preprocess(self, preprocess: Preprocess) -> Preprocess:
+        """Whole images are squashed, so that no pixel is left without a class."""
+        return replace(preprocess, resize_mode="squash", crop_pct=1.0)
+
+    def head_key(self, part: TeacherConfig) -> Any:
+        return part.levels
+
+    def fit_heads(
+        self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
+    ) -> FittedHeads:
+        """A linear head on the frozen tower's patch embeddings, as the candidate ``probe``."""
+        teacher.drop_text()
+        levels, classes = settings.levels, settings.classes
+
+        def features(pixels: np.ndarray) -> torch.Tensor:
+            with torch.inference_mode():
+                parts = [
+                    teacher.patch_embeddings(torch.from_numpy(pixels[i : i + BATCH].copy()).to(device()), levels).half()
+                    for i in range(0, len(pixels), BATCH)
+                ]
+            # A clone made outside of inference mode: the head is fitted by gradients.
+            return torch.cat(parts).clone()
+
+        own, held = (features(train.pixels()), train.targets), (features(val.pixels()), val.targets)
+        found = []
+
+        def fit() -> None:
+            found.append(fit_map_probe(*own, len(classes), teacher.level_dims(levels), val=held))
+
+        flops = tower_flops(teacher) * (len(train.embedding) + len(val.embedding)) + count_flops(fit)
+        adapted = MapTeacher(teacher, found[0], classes)
+        with torch.inference_mode():
+            maps = torch.cat([adapted.logits_of(part.float()).cpu() for part in held[0].split(BATCH)])
+        adapted.temperature, judged = self.calibrate(maps, val.targets)
+        return FittedHeads({"probe": adapted}, {"probe": judged}, flops)
+
+    @torch.inference_mode()
+    def calibrate(self, out: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
+        temperature = fit_map_temperature(out, targets)
+        total = torch.zeros(3 * out.shape[1] + 2, dtype=torch.float64)
+        for part, mask in zip((out / temperature).split(BATCH), targets.split(BATCH), strict=True):
+            total += self.tally(part.float(), mask)
+        *_, loss, labelled = total.tolist()
+        return temperature, {**self.scores(total[:-2].numpy()), "loss": loss / max(1.0, labelled)}
+
+    def positions(self, size: int) -> int:
+        return (size // 8) ** 2
+
+    def student_options(self, part: StudentConfig) -> dict[str, Any]:
+        return {"head": part.head}
+
+    def build_student(
+        self,
+        name: str,
+        kwargs: dict[str, Any],
+        outputs: int,
+        image_size: int,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        **options: Any,
+    ) -> Segmenter:
+        return build_segmenter(name, kwargs, outputs, image_size, pretrained, checkpoint, **options)
+
+    def save_student(self, student: Student, folder: Path, classes: Sequence[str]) -> None:
+        assert isinstance(student, Segmenter)
+        save_segmenter(student, folder, classes)
+
+    def load_student(self, folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
+        return load_segmenter(folder, device)
+
+    def test_rows(self, out: np.ndarray, columns: Rows) -> tuple[Rows, Any]:
+        """Pixels of each image by class that are right, wrongly claimed and missed; and the confusion of pixels."""
+        shapes = columns["shape"]
+        ends = np.cumsum(shapes.prod(1)).tolist()
+        classes = out.shape[1]
+        rows: list[Sequence[np.ndarray]] = []
+        confusion = np.zeros(classes * classes, np.int64)
+        for one, end, (height, width) in zip(out, ends, shapes.tolist(), strict=True):
+            mask = columns["mask"][end - height * width : end].reshape(height, width)
+            resized = resize_map(torch.from_numpy(one).to(device())[None], (height, width))
+            found = resized[0].argmax(0).cpu().numpy()
+            rows.append([counts[0] for counts in pixel_counts(found[None], mask[None], classes)])
+            seen = mask != IGNORE
+            pairs = mask[seen].astype(np.int64) * classes + found[seen]
+            confusion += np.bincount(pairs, minlength=classes * classes)
+        counted = [[row[i] for row in rows] for i in range(len(COUNTS))]
+        stacked = [np.stack(one) if one else np.zeros((0, classes), np.int64) for one in counted]
+        return {f"_{name}": one for name, one in zip(COUNTS, stacked, strict=True)}, confusion.tolist()
+
+    def test_columns(self, columns: Rows) -> Rows:
+        return {}
+
+    def image_counts(self, rows: Rows, model: str) -> np.ndarray:
+        tp, fp, fn = (rows[f"{model}_{name}"] for name in COUNTS)
+        return np.concatenate([tp, tp + fp, tp + fn], 1)
+
+    def weighted_scores(self, metric: str, seeds: Sequence[Rows]) -> WeightedScores:
+        if metric != "miou":
+            return super().weighted_scores(metric, seeds)
+        tp, fp, fn = (np.stack([rows[f"student_{name}"] for rows in seeds]) for name in COUNTS)
+        return MeanIoU(tp, fp, fn)
+
+    def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
+        tp, fp, fn = (rows[f"{model}_{name}"] for name in COUNTS)
+        return metrics(tp, fp, fn, classes)
+
+    def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
+        """(C, C) pixels."""
+        total = np.zeros((len(classes), len(classes)), np.int64)
+        for one in counts:
+            total += np.array(one, dtype=np.int64).reshape(total.shape)
+        return total
+
+    def worst(self, tested: TestSet) -> list[WorstError]:
+        """The images of the lowest IoU, the mean over the classes in an image: image, truth and prediction."""
+        rows, classes = tested.rows, tested.task.classes
+        tp, fp, fn = (rows[f"student_{name}"].astype(np.float64) for name in COUNTS)
+        union = tp + fp + fn
+        iou = np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0)
+        mean = np.array([np.nanmean(row) if np.isfinite(row).any() else 1.0 for row in iou])
+        chosen = np.argsort(mean, kind="stable")[:WORST].tolist()
+        by_uri = {e.uri: e for e in tested.task.test}
+        examples = [by_uri[str(rows["uri"][i])] for i in chosen]
+        student = tested.student()
+        found = []
+        read = tested.reader.read([(e.uri, e.label, e.mask) for e in examples], tested.max_pixels)
+        for i, one in zip(chosen, read, strict=True):
+            if one.image is None or one.mask is None:
+                continue
+            predicted = student.predict([one.image])[0].mask
+            names = [most_pixels(values, one.mask != IGNORE, classes) for values in (one.mask, predicted)]
+            picture = triptych(one.image, one.mask, predicted, IGNORE)
+            found.append(WorstError(picture, names[0], names[1], float(mean[i]), one.uri))
+        return found
+
+
+TASKS.register("segmentation")(Segmentation())
 
 
 def pixel_counts(
@@ -42,32 +282,51 @@ def pixel_counts(
     return per_image(true, hit), per_image(found, ~hit), per_image(true, ~hit)
 
 
+def scores(counts: np.ndarray) -> dict[str, float]:
+    """The metrics of summed counts, fractions.
+
+    Args:
+        counts: (3 C,): pixels by class that are right, are predicted and are true.
+
+    Returns:
+        ``miou``: mean of TP / (TP + FP + FN) over the classes that occur in the masks or in the predictions; one that
+        occurs in neither is left out. ``pixel_accuracy``; ``mean_class_accuracy`` (mean recall over the classes that
+        occur in the masks).
+
+    Raises:
+        ValueError: there are none.
+    """
+    right, claimed, true = np.asarray(counts, np.float64).reshape(3, -1)
+    if not true.any():
+        raise ValueError("no pixels to score")
+    return {
+        "miou": float(np.nanmean(ious(right, claimed, true))),
+        "pixel_accuracy": float(right.sum() / true.sum()),
+        "mean_class_accuracy": float(np.nanmean(classification.recalls(right, true))),
+    }
+
+
+def ious(right: np.ndarray, claimed: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """(C,) intersection over union by class, not a number for a class that occurs nowhere."""
+    union = claimed + true - right
+    return np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
+
+
 def metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """Exact metrics over all images, from counts that are summed first, as is usual for ADE20K and Pascal VOC.
+    """Exact metrics over all images.
 
     Args:
         tp, fp, fn: (N, C) counts of `pixel_counts`.
         classes: C names.
 
     Returns:
-        ``miou``: mean of TP / (TP + FP + FN) over the classes that occur in the masks or in the predictions; one that
-        occurs in neither is left out. ``pixel_accuracy``; ``mean_class_accuracy`` (mean recall over the classes that
-        occur in the masks); fractions. ``per_class`` IoU by class name (null for a class that is left out); ``n``
-        images.
+        `scores`; ``per_class`` IoU by class name (null for a class that occurs nowhere); ``n`` images.
 
     Raises:
         ValueError: no pixel counts.
     """
-    right, claimed, missed = (np.asarray(x, np.int64).reshape(-1, len(classes)).sum(0) for x in (tp, fp, fn))
-    true, union = right + missed, right + claimed + missed
-    if not true.any():
-        raise ValueError("no pixels to score")
-    iou = np.divide(right, union, out=np.full(len(classes), np.nan), where=union > 0)
-    recall = np.divide(right, true, out=np.full(len(classes), np.nan), where=true > 0)
-    return {
-        "miou": float(np.nanmean(iou)),
-        "pixel_accuracy": float(right.sum() / true.sum()),
-        "mean_class_accuracy": float(np.nanmean(recall)),
-        "per_class": {name: None if np.isnan(x) else float(x) for name, x in zip(classes, iou, strict=True)},
-        "n": len(np.asarray(tp).reshape(-1, len(classes))),
-    }
+    right, wrong, missed = (np.asarray(x, np.int64).reshape(-1, len(classes)).sum(0) for x in (tp, fp, fn))
+    counts = right, right + wrong, right + missed
+    per_class = classification.by_class(ious(*counts), classes)
+    n = len(np.asarray(tp).reshape(-1, len(classes)))
+    return {**scores(np.concatenate(counts)), "per_class": per_class, "n": n}

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ktray.recipe.registries import TRACKERS
+from ktray.tracking.base import Destination, EventTracker, Sink
+
+MLFLOW = "mlflow"
 # An MLflow error with one of these codes comes again however often the same event is sent.
 _PERMANENT = {
     "INVALID_PARAMETER_VALUE",
@@ -38,7 +42,22 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) or module in ("requests", "urllib3", "sqlalchemy", "sqlite3", "botocore")
 
 
-class Server:
+class MLflowTracker(EventTracker):
+    """MLflow, which every run is sent to."""
+
+    label = "MLflow"
+
+    def address(self, destination: Destination) -> str:
+        return destination.uri
+
+    def open(self, destination: Destination, state: dict[str, Any]) -> Sink:
+        return Server(destination.uri, destination.experiment, state, destination.timeout)
+
+    def is_transient(self, error: BaseException) -> bool:
+        return is_transient(error)
+
+
+class Server(Sink):
     """A tracking server with one parent run and its stage runs.
 
     Args:
@@ -304,3 +323,6 @@ def _name(key: str) -> str:
 
 def _quoted(text: str) -> str:
     return text.replace("'", "\\'")
+
+
+TRACKERS.register(MLFLOW)(MLflowTracker())

@@ -73,9 +73,17 @@ def identity() -> dict[str, str]:
     found = {
         "mlflow.user": metadata.get("owner") or user(),
         "mlflow.source.git.commit": metadata.get("commit") or commit(),
-        "ktray.command": command(["python", *sys.argv]) if sys.argv and sys.argv[0].endswith(".py") else None,
+        "ktray.command": _own_command(),
         "ray.job_id": job_id(),
         "ray.submission_id": metadata.get("job_submission_id"),
         "ray.job_name": metadata.get("job_name"),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _own_command() -> str | None:
+    """This process's command, as ``python jobs/distill.py ...`` or ``ktray distill ...``; None for other programs."""
+    program, *words = sys.argv or [""]
+    if Path(program).name == "ktray":
+        return command(["ktray", *words])
+    return command(["python", program, *words]) if program.endswith(".py") else None

@@ -3,7 +3,8 @@
 One parent run per pipeline and a nested run per stage. A background thread imports MLflow (seconds) and talks to
 the server; training never waits for it and never fails through it. What the server has not taken stays in the
 log, and the next `Tracker` on the same files sends it: first what was left, then what is new. A step that a run
-already has is not logged again, so a job that was restarted from a checkpoint draws one curve.
+already has is not logged again, so a job that was restarted from a checkpoint draws one curve. Other registered
+trackers (see `ktray.tracking.base`) get the same events, each in a thread of its own.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ktray.errors import KtrayError
+from ktray.recipe.registries import TRACKERS
 from ktray.redact import scrub
 from ktray.storage.store import Dir
-from ktray.tracking.mlflow_server import Server, is_transient
+from ktray.tracking.base import Destination
+from ktray.tracking.delivery import Delivery, EventLog
+from ktray.tracking.mlflow_server import MLFLOW
 
 WAY = "way"  # tag of the runs of a comparison
-_BATCH = 500
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -87,18 +88,17 @@ class Tracker:
         self, uri: str | None, experiment: str, buffer: Path, state: Path, home: Path, timeout: float = 10.0
     ) -> None:
         self.uri, self.experiment, self.timeout = tracking_uri(uri, home), experiment, timeout
-        self._log, self._state_file, self._copies = buffer, state, buffer.parent / "artifacts"
-        self._state = self._read_state()
-        self._lock, self._wake = threading.Lock(), threading.Condition()
-        self._closing = threading.Event()
-        self._queue: deque[dict[str, Any]] = deque()
-        self._students: dict[int, tuple[Any, Any]] = {}
-        self.problem: str | None = None
-        self._lines = self._reload()
+        self._copies = buffer.parent / "artifacts"
+        self._log = EventLog(buffer)
+        state.parent.mkdir(parents=True, exist_ok=True)
         self._hold = _lock(state)
-        self._write_state()
-        self._thread = threading.Thread(target=self._work, name="ktray-mlflow", daemon=True)
-        self._thread.start()
+        destination = Destination(self.uri, experiment, buffer.parent, timeout)
+        # MLflow's is the one that the run's results name, and whose state the caller names.
+        self._main = Delivery(TRACKERS.get(MLFLOW), destination, self._log, state)
+        others = [(name, tracker) for name, tracker in TRACKERS if name != MLFLOW and tracker.wanted(destination)]
+        self._deliveries = [self._main]
+        for name, tracker in others:
+            self._deliveries.append(Delivery(tracker, destination, self._log, state.with_name(f"{name}.json")))
 
     # ------------------------------------------------------------------------------------------- events
 
@@ -165,9 +165,9 @@ class Tracker:
             example: numpy batch [N >= 2, C, H, W], float32; with one image the exported batch size would be fixed.
         """
         number = self._put("student")
-        with self._wake:
-            self._students[number] = (copy.deepcopy(model).cpu().eval(), example)
-            self._wake.notify_all()
+        student = copy.deepcopy(model).cpu().eval(), example
+        for delivery in self._deliveries:
+            delivery.student(number, student)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the parent run: ``FINISHED``, ``FAILED`` or ``KILLED``."""
@@ -176,161 +176,59 @@ class Tracker:
     # ------------------------------------------------------------------------------------------ outcome
 
     @property
+    def problem(self) -> str | None:
+        """Why the server could not be reached at the last try; None while all is well."""
+        return self._main.problem
+
+    @property
     def run_id(self) -> str | None:
         """MLflow's id of the parent run; None until the server gave one."""
-        found = self._state.get("run_id")
+        found = self._main.state.get("run_id")
         return None if found is None else str(found)
 
     def info(self, timeout: float = 15.0) -> dict[str, Any]:
         """The ``mlflow`` object of ``result.json``; waits for the run's id while the server does not fail."""
-        deadline = time.monotonic() + timeout
-        with self._wake:
-            while self._queue and self.run_id is None and self.problem is None and self._thread.is_alive():
+        deadline, main = time.monotonic() + timeout, self._main
+        with main.wake:
+            while main.queue and self.run_id is None and main.problem is None and main.alive:
                 if (left := deadline - time.monotonic()) <= 0:
                     break
-                self._wake.wait(left)
+                main.wake.wait(left)
         return {"tracking_uri": scrub(self.uri), "experiment": self.experiment, "run_id": self.run_id}
 
     def flush(self, timeout: float = 10.0) -> int:
         """Wait until the server has everything, or it fails, or time is up; returns how many events are pending."""
-        deadline = time.monotonic() + timeout
-        with self._wake:
-            while self._queue and self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-                if self.problem is not None:
+        deadline, main = time.monotonic() + timeout, self._main
+        with main.wake:
+            while main.queue and main.alive and (left := deadline - time.monotonic()) > 0:
+                if main.problem is not None:
                     break
-                self._wake.wait(min(left, 0.5))
-            return len(self._queue)
+                main.wake.wait(min(left, 0.5))
+            return len(main.queue)
 
     def close(self, timeout: float = 30.0) -> int:
         """Send what is left (one more try where the server fails); returns how many events are still pending.
 
         They are in the log, and go out with the next `Tracker` on the same files.
         """
-        with self._wake:
-            self._closing.set()
-            self._wake.notify_all()
-        self._thread.join(timeout)
-        if self._hold is not None and not self._thread.is_alive():
+        deadline = time.monotonic() + timeout
+        for delivery in self._deliveries:
+            delivery.begin_close()
+        pending = [delivery.join(max(0.0, deadline - time.monotonic())) for delivery in self._deliveries]
+        if self._hold is not None and not any(delivery.alive for delivery in self._deliveries):
             self._hold.close()
-        with self._wake:
-            if not self._queue:
-                shutil.rmtree(self._copies, ignore_errors=True)
-            return len(self._queue)
-
-    # ---------------------------------------------------------------------------------------- machinery
+        if not any(pending):
+            shutil.rmtree(self._copies, ignore_errors=True)
+        return pending[0]
 
     def _put(self, event: str, **content: Any) -> int:
         record = {"time": round(time.time(), 3), "event": event, **scrub(content)}
-        with self._lock:
-            self._append(record)
-            record["line"] = self._lines
-            with self._wake:
-                self._queue.append(record)
-                self._wake.notify_all()
-            return self._lines
-
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False, default=str)
-        with self._log.open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
-        self._lines += 1
-
-    def _note(self, text: str) -> None:
-        with self._lock:
-            self._append({"time": round(time.time(), 3), "event": "note", "text": scrub(text)})
-
-    def _read_state(self) -> dict[str, Any]:
-        fresh = {"uri": scrub(self.uri), "experiment": self.experiment, "run_id": None, "stages": {}, "sent": 0}
-        try:
-            state: dict[str, Any] = json.loads(self._state_file.read_text())
-        except (OSError, ValueError):
-            return fresh
-        # Another server knows nothing of this run: it gets the whole log.
-        same = all(state.get(name) == fresh[name] for name in ("uri", "experiment"))
-        return {**fresh, **state} if same else fresh
-
-    def _write_state(self) -> None:
-        temporary = self._state_file.with_name(self._state_file.name + ".tmp")
-        temporary.write_text(json.dumps(self._state, indent=1))
-        os.replace(temporary, self._state_file)
-
-    def _reload(self) -> int:
-        """Queue what an earlier job logged and the server has not got; returns the number of lines in the log."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._state_file.parent.mkdir(parents=True, exist_ok=True)
-        if not self._log.exists():
-            return 0
-        text = self._log.read_text(encoding="utf-8", errors="replace")
-        if text and not text.endswith("\n"):  # the job was killed while it wrote this line
-            with self._log.open("a", encoding="utf-8") as handle:
-                handle.write("\n")
-        lines = text.splitlines()
-        for number, line in enumerate(lines, start=1):
-            if number <= self._state["sent"]:
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("event") not in (None, "note", "student"):
-                self._queue.append({**record, "line": number})
-        return len(lines)
-
-    def _head(self) -> list[dict[str, Any]]:
-        """The next events to send together (metrics of one run, else a single one); [] when closing and done."""
-        with self._wake:
-            while not self._queue:
-                if self._closing.is_set():
-                    return []
-                self._wake.wait()
-            first = self._queue[0]
-            if first["event"] == "student":  # its weights follow the event at once
-                self._wake.wait_for(lambda: first["line"] in self._students, timeout=60)
-                return [{**first, "student": self._students.get(first["line"])}]
-            if first["event"] != "metrics":
-                return [first]
-            batch: list[dict[str, Any]] = []
-            for record in self._queue:
-                if record["event"] != "metrics" or record["stage"] != first["stage"] or len(batch) == _BATCH:
-                    break
-                batch.append(record)
-            return batch
-
-    def _work(self) -> None:
-        server: Server | None = None
-        pause = 1.0
-        while records := self._head():
-            try:
-                if server is None:
-                    server = Server(self.uri, self.experiment, self._state, self.timeout)
-                server.deliver(records)
-            except Exception as error:
-                text = str(scrub(f"{type(error).__name__}: {error}"))[:500]
-                if is_transient(error):
-                    if self.problem is None:
-                        self._note(f"MLflow is away, buffering: {text}")
-                    with self._wake:
-                        self.problem = text
-                        self._wake.notify_all()
-                    if self._closing.is_set():
-                        return
-                    self._closing.wait(pause)
-                    pause = min(60.0, 2 * pause)
-                    continue
-                self._note(f"MLflow refused '{records[0]['event']}': {text}")
-            else:
-                pause = 1.0
-                self.problem = None
-            self._state["sent"] = records[-1]["line"]
-            with self._wake:
-                for record in records:
-                    self._queue.popleft()
-                    self._students.pop(record["line"], None)
-                self._wake.notify_all()
-            try:
-                self._write_state()
-            except OSError as error:  # a full disk; the events are sent, at worst they are looked up again
-                self.problem = f"{self._state_file}: {error}"
+        with self._log.lock:
+            self._log.append(record)
+            number = self._log.lines
+            for delivery in self._deliveries:
+                delivery.put({**record, "line": number})
+            return number
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from ktray import recipe as recipes
-from ktray.data.augment import random_views, view_keys
+from ktray.data.augment import view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
-from ktray.models.student.classifier import Student, build_student
-from ktray.models.student.segmenter import DenseStudent, Head, build_dense_student
+from ktray.models.student.classifier import Student
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
@@ -26,6 +25,7 @@ from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Loaded, Predict
 from ktray.targets.top_k import columns as stored_columns
 from ktray.targets.top_k import densify
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.loop import Batch
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
@@ -34,15 +34,15 @@ from ktray.training.worker import WorkerContext
 
 @dataclass(frozen=True)
 class Labels:
-    """A folder of the ``labels`` stage: shards of ``canvas`` (train), ``pixels`` (evaluation view), and ``label`` or,
-    with ``masks``, the label maps ``canvas_mask`` and ``pixels_mask``."""
+    """A folder of the ``labels`` stage: shards of ``canvas`` (train), ``pixels`` (evaluation view), and the columns
+    that the task kind keeps of the labels."""
 
     directory: Dir
-    masks: bool = False
+    kind: TaskKind
 
     def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 3, H, W) uint8 and what belongs to each: (N,) int64 classes, or (N, H, W) uint8 label maps."""
-        target = f"{column}_mask" if self.masks else "label"
+        """(N, 3, H, W) uint8 and the targets of each (N, ...), see `ktray.tasks.base.TaskKind.targets`."""
+        target = self.kind.label_column(column)
         shards = [
             read_rows(self.directory, name, [column, target])
             for name in self.directory.names(".parquet")
@@ -50,23 +50,19 @@ class Labels:
         ]
         pixels = np.concatenate([s[column] for s in shards])
         targets = np.concatenate([s[target] for s in shards])
-        kept = targets.copy() if self.masks else targets.astype(np.int64)
-        return torch.from_numpy(pixels.copy()), torch.from_numpy(kept)
+        return torch.from_numpy(pixels.copy()), self.kind.targets(targets)
 
     def batches(
         self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
         """Batches ``start``..``stop - 1`` of random views, ``batch`` of each of the worker's lanes: ``images``
-        (N, 3, size, size) uint8 and ``label``: (N,) classes, or (N, size, size) label maps of the same views."""
+        (N, 3, size, size) uint8 and ``label``, the targets of the same views."""
         canvases, labels = self.load("train", "canvas")
         for rows in _order(len(labels), env, batch, seed, start, stop):
             take = torch.from_numpy(rows["row"])
             keys = view_keys(seed, rows["row"], rows["visit"])
             images, target = canvases[take].to(env.device), labels[take].to(env.device)
-            if self.masks:
-                views, target = random_views(images, policy, keys, size=size, masks=target)
-            else:
-                views = random_views(images, policy, keys, size=size)
+            views, target = self.kind.random_views(images, target, policy, keys, size)
             yield {"images": views, "label": target}
 
 
@@ -187,36 +183,36 @@ class StudentSpec:
     """How to make the student, and the weights to start from (a file in the store).
 
     Attributes:
-        head: of segmentation; None for classification.
+        num_classes: outputs of the model.
+        options: what else the task kind's student has; see `ktray.tasks.base.TaskKind.student_options`.
     """
 
+    kind: TaskKind
     name: str
     kwargs: dict[str, Any]
     num_classes: int
     image_size: int
     pretrained: bool = False
     checkpoint: str | None = None
-    head: Head | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     start: tuple[Dir, str] | None = None
 
     @classmethod
     def of(cls, recipe: recipes.Recipe, num_classes: int, start: tuple[Dir, str] | None = None) -> StudentSpec:
         """The student of a resolved recipe."""
-        part = recipe.student
-        head = part.head if recipe.task.kind == "segmentation" else None
-        size = int(recipe.image_size or 0)
-        kwargs = dict(part.kwargs)
-        return cls(str(part.name), kwargs, num_classes, size, part.pretrained, part.checkpoint, head, start)
+        part, kind = recipe.student, task_kind(recipe.task.kind)
+        known = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
+        return cls(kind, *known, part.pretrained, part.checkpoint, kind.student_options(part), start)
 
-    def make(self, bare: bool = False) -> Student | DenseStudent:
+    def make(self, bare: bool = False) -> Student:
         """The student with its facts.
 
         Args:
             bare: from random weights, whatever it shall start from: for those who fill it or only count.
         """
         start = (False, None) if bare else (self.pretrained, self.checkpoint)
-        known = (self.name, self.kwargs, self.num_classes, self.image_size, *start)
-        return build_dense_student(*known, self.head) if self.head else build_student(*known)
+        known = (self.name, self.kwargs, self.num_classes, self.image_size)
+        return self.kind.build_student(*known, *start, **self.options)
 
     def build(self, env: WorkerContext, seed: int) -> tuple[nn.Module, Preprocess]:
         torch.manual_seed(seed)

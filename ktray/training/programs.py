@@ -19,13 +19,13 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
 from ktray.models.flops import forward_flops, train_flops
-from ktray.models.maps import label_loss
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import classifier_of
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TeacherFinetuneConfig, TrainConfig
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
+from ktray.tasks.base import TaskKind
 from ktray.training.evaluation import evaluator
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram, decay_groups
@@ -33,7 +33,6 @@ from ktray.training.worker import WorkerContext
 
 if TYPE_CHECKING:
     from ktray.models.teacher.adapted import AdaptedTeacher
-    from ktray.models.teacher.adapted_dense import DenseTeacher
 
 
 class Pretrain(nn.Module):
@@ -56,9 +55,9 @@ class Supervise(nn.Module):
         objective: gives that term; None where nothing is replayed.
     """
 
-    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective | None) -> None:
+    def __init__(self, kind: TaskKind, student: nn.Module, preprocess: Preprocess, objective: Objective | None) -> None:
         super().__init__()
-        self.student, self.objective = student, objective
+        self.kind, self.student, self.objective = kind, student, objective
         self.preprocess = preprocess
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -69,7 +68,7 @@ class Supervise(nn.Module):
             replay = self.objective.prepare(replay, generator)
             images = torch.cat([images, replay["images"]])
         out = self.student(self.preprocess.normalise(images)).float()
-        loss = label_loss(out[: len(labels)], labels)
+        loss = self.kind.loss(out[: len(labels)], labels)
         if self.objective is not None and replay:
             loss = loss + self.objective.loss(out[len(labels) :], replay)["loss"]
         return {"loss": loss}
@@ -83,18 +82,16 @@ def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, en
 
 
 def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> None:
-    """Set a pretrained student's untrained classifier to a linear probe of its features, for a fair start.
+    """Set a pretrained student's untrained last layer to a linear head on its features, for a fair start.
 
     The probe sees features of unit length; its weights are divided by the mean length, since the classifier does not.
     """
-    from ktray.models.teacher.heads import probe_head
-
     pixels, y = labels.load("train", "pixels")
     val_pixels, val_y = labels.load("val", "pixels")
     features = _features(model, preprocess, pixels, env)
     classifier = classifier_of(model)
     val = (_features(model, preprocess, val_pixels, env), val_y)
-    head = probe_head(features, y, len(classifier.weight), val=val)
+    head = labels.kind.student_head((features, y), val, len(classifier.weight))
     with torch.no_grad():
         weight = head.weight / features.norm(dim=1).mean()
         classifier.weight.copy_(weight.view_as(classifier.weight))
@@ -157,6 +154,7 @@ class TransferSpec:
         batch = env.rows(int(self.part.batch_size or 1))
         precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective: Objective = self.objective.build(hflip=self.policy.hflip)
+        objective.match_with(self.labels.kind.matching)
         forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
         student = forms[traits.reads](model) if traits.reads in forms else model
         size = preprocess.size[0]
@@ -193,8 +191,7 @@ class TransferSpec:
         evaluate = None
         if traits.reads == "logits" or labelled:
             pixels, labels = self.labels.load("val", "pixels")
-            classes = self.student.num_classes
-            evaluate = evaluator(pixels, labels, _predict(preprocess), env, classes, self.metric)
+            evaluate = evaluator(self.labels.kind, pixels, labels, _predict(preprocess), env, self.metric)
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
         teacher = taught.teacher()
         live = teacher.flops if teacher else 0.0
@@ -242,19 +239,21 @@ class FinetuneSpec:
     replay: float = 0.0
 
     def build(self, env: WorkerContext) -> TrainingProgram:
-        s = self.settings
+        s, kind = self.settings, self.labels.kind
         model, preprocess = self.student.build(env, s.seed)
         env = env.divide(self.batch)
         batch = env.rows(self.batch)
         traits = self.objective.traits if self.objective else Traits()
-        if self.student.start is not None and traits.reads != "logits" and not self.student.head:
+        if self.student.start is not None and traits.reads != "logits" and kind.linear_student:
             _fit_classifier(model, preprocess, self.labels, env)
         # After a pretraining that compares no predictions there is no distillation term to keep.
         extra = round(batch * self.replay) if self.taught and traits.replays else 0
         precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         freeze_idle(model, model, preprocess.size[0])
-        module = Supervise(model, preprocess, self.objective.build() if self.objective and extra else None)
-        module = module.to(env.device)
+        objective = self.objective.build() if self.objective and extra else None
+        if objective is not None:
+            objective.match_with(kind.matching)
+        module = Supervise(kind, model, preprocess, objective).to(env.device)
         pixels, val_labels = self.labels.load("val", "pixels")
         size = preprocess.size[0]
 
@@ -281,7 +280,7 @@ class FinetuneSpec:
             model=model,
             groups=decay_groups(model, s.weight_decay),
             batches=batches,
-            evaluate=evaluator(pixels, val_labels, _predict(preprocess), env, self.student.num_classes, self.metric),
+            evaluate=evaluator(kind, pixels, val_labels, _predict(preprocess), env, self.metric),
             flops_per_step=train_flops(model, (3, size, size)) * images + live,
             images_per_step=images,
             device=env.device,
@@ -307,22 +306,21 @@ class AdaptSpec:
     metric: str
 
     def build(self, env: WorkerContext) -> TrainingProgram:
-        from ktray.models.teacher.adapted_dense import load_adapted  # slow to import
-
+        kind = self.labels.kind
         with self.start.local() as folder:
-            teacher = load_adapted(folder, env.device)
+            teacher = kind.teacher_form.load(folder, env.device)
         env = env.divide(self.part.batch_size)
         batch = env.rows(self.part.batch_size)
         pixels, val_labels = self.labels.load("val", "pixels")
         size = teacher.preprocess.size
         groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
-        seed, classes = self.settings.seed, len(teacher.classes)
+        seed = self.settings.seed
         return TrainingProgram(
-            module=_Adapt(teacher),
+            module=_Adapt(kind, teacher),
             model=teacher,
             groups=groups,
             batches=lambda start, stop: self.labels.batches(env, batch, self.policy, size[0], seed, start, stop),
-            evaluate=evaluator(pixels, val_labels, lambda m, x: m.logits(x), env, classes, self.metric),
+            evaluate=evaluator(kind, pixels, val_labels, lambda m, x: m.logits(x), env, self.metric),
             flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.of,
             images_per_step=batch * env.of,
             device=env.device,
@@ -332,9 +330,9 @@ class AdaptSpec:
 
 
 class _Adapt(nn.Module):
-    def __init__(self, teacher: AdaptedTeacher | DenseTeacher) -> None:
+    def __init__(self, kind: TaskKind, teacher: AdaptedTeacher) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.kind, self.teacher = kind, teacher
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {"loss": label_loss(self.teacher.logits(batch["images"]).float(), batch["label"])}
+        return {"loss": self.kind.loss(self.teacher.logits(batch["images"]).float(), batch["label"])}

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import ray
+from heard import hearing
 from ray._private.state import actors
 from ray.util import placement_group_table
 
@@ -34,9 +35,9 @@ def node(name, alive=True, **resources):
 
 def test_what_is_there_is_not_waited_for_and_is_kept(cluster):
     told = []
-    with autoscale.gathered(ClusterConfig(), told.append):
+    with hearing(told), autoscale.gathered(ClusterConfig()):
         assert staying() == []
-    with autoscale.gathered(ClusterConfig(cpus=int(cluster.total_cpus)), told.append):
+    with hearing(told), autoscale.gathered(ClusterConfig(cpus=int(cluster.total_cpus))):
         assert soon(lambda: len(staying()) == 1)
         assert held() == []
         assert soon(lambda: ray.available_resources()["CPU"] == cluster.total_cpus)  # it takes none
@@ -58,7 +59,8 @@ def test_what_does_not_come_is_told_and_let_go_of(cluster):
     told = []
     with (
         pytest.raises(KtrayError, match=r"has 2 CPUs and 0 GPUs after 0.5 s, .* requests 64 CPUs and 1 GPUs"),
-        autoscale.gathered(ClusterConfig(cpus=64, gpus=1, wait_seconds=0.5), told.append),
+        hearing(told),
+        autoscale.gathered(ClusterConfig(cpus=64, gpus=1, wait_seconds=0.5)),
     ):
         raise AssertionError("it was not there")
     assert told == ["cluster   waiting for 64 CPUs and 1 GPUs; the cluster has 2 CPUs and 0 GPUs"]
@@ -81,7 +83,7 @@ def test_the_autoscaler_sees_the_demand_and_the_job_goes_on_when_it_is_met(clust
     monkeypatch.setattr(ray, "cluster_resources", grown)
     monkeypatch.setattr(ray.util, "remove_placement_group", remove)
     began = time.monotonic()
-    with autoscale.gathered(ClusterConfig(cpus=1, gpus=2, wait_seconds=60), print):
+    with autoscale.gathered(ClusterConfig(cpus=1, gpus=2, wait_seconds=60)):
         assert time.monotonic() - began < 30
     bundles = [group["bundles"] for groups in seen for group in groups]
     assert bundles

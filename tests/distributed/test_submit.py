@@ -10,6 +10,7 @@ from ktray import cli
 from ktray import recipe as recipes
 from ktray.distributed import submit
 from ktray.errors import KtrayError
+from ktray.jobs.definitions import Job
 from ktray.tracking import tags
 
 ROOT = tags.ROOT
@@ -90,7 +91,7 @@ def test_no_secret_is_printed():
 def test_paths_hold_in_the_folder_that_is_sent(tmp_path):
     _, command = printed(["--recipe", "letters"], {}, tmp_path)
     assert parsed(command)[1]["working_dir"] == str(ROOT)
-    _, command = printed(["--recipe", "letters.yaml", "store=ktray-two"], {}, ROOT / "ktray" / "recipes")
+    _, command = printed(["--recipe", "letters.yaml", "store=ktray-two"], {}, ROOT / "ktray" / "recipe" / "builtin")
     found = parsed(command)[1]
     assert found["entrypoint"][2:] == ("--recipe", "ktray/recipe/builtin/letters.yaml", "store=ktray-two")
     assert json.loads(found["runtime_env_json"])["excludes"][-1] == "/ktray-two/"
@@ -105,8 +106,14 @@ def test_every_job_has_it_and_does_nothing(capsys, monkeypatch):
         raise AssertionError("it ran")
 
     words = ["--only", "read", "--dry-submit", "seed=3"]
-    assert cli.main("bench", "purpose", never, never, words, {"--only": "bench.only=[{}]"}) == 0
+    assert cli.main(Job("bench", "purpose", never, never, {"--only": "bench.only=[{}]"}), words) == 0
     command = capsys.readouterr().out.splitlines()[-1]
     assert parsed(command)[1]["entrypoint"] == ("python", "jobs/bench.py", "--only", "read", "seed=3")
-    assert cli.main("distill", "purpose", never, never, ["--dry-submit", "sead=3"]) == 1
+    assert cli.main(Job("distill", "purpose", never, never), ["--dry-submit", "sead=3"]) == 1
     assert "seed" in capsys.readouterr().err
+
+
+def test_without_a_checkout_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "ROOT", tmp_path)  # as where ktray is an installed package
+    with pytest.raises(KtrayError, match=r"sends a checkout of ktray.*jobs/distill\.py"):
+        printed(["seed=1"], {})

@@ -4,6 +4,8 @@ import math
 import sys
 import threading
 
+from heard import heard
+
 from ktray import recipe as recipes
 from ktray.jobs.tune import engine
 from ktray.jobs.tune.budget import CostRate, SearchBudget, limits
@@ -64,8 +66,8 @@ class Toy:
 
     def run(self, at_once=2, former=()):
         first = self.part.rungs[0] * BASE.train.batch_size
-        engine.run(
-            self.part, self.space, self.records, self.purse, self.answer, at_once, first, self.told.append, former
+        heard(
+            self.told, engine.run, self.part, self.space, self.records, self.purse, self.answer, at_once, first, former
         )
         return self.records.in_order()
 

@@ -136,12 +136,12 @@ def test_captions_tell_the_truth() -> None:
     facts = Facts("star", "red", "plain")
     assert caption(facts) == "the star in red on a plain background"
     assert caption(facts.told("colour")) == "the star in red"
-    assert facts.told("name").true_of(facts)
-    assert not Facts("star", "blue").true_of(facts)
-    assert not Facts("ring").true_of(facts)
+    assert caption(facts.told("name")) == "the star"
     for index in range(100):
         drawn = sample("pretrain", index)
-        assert drawn.told.true_of(drawn.facts)
+        assert drawn.told.name == drawn.facts.name
+        assert drawn.told.colour in (None, drawn.facts.colour)
+        assert drawn.told.background in (None, drawn.facts.background)
         assert drawn.caption == caption(drawn.told)
 
 

@@ -17,11 +17,12 @@ from payloads import write_legacy, write_numpy, write_pickle, write_torch
 from ktray.errors import KtrayError
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import save_student
-from ktray.models.student.segmenter import build_dense_student
-from ktray.models.student.segmenter_io import load_student, save_dense_student
+from ktray.models.student.segmenter import build_segmenter
+from ktray.models.student.segmenter_io import save_segmenter
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
+from ktray.tasks.students import load_student
 
 Write = Callable[[Path, Path], Path]
 FILES: list[tuple[str, Write]] = [
@@ -65,7 +66,7 @@ def test_a_checkpoint_with_a_payload_is_refused_and_not_run(
         "timm": lambda: load_teacher("timm:test_vit", path),
         "miniverse": lambda: load_teacher("miniverse", path),
         "student": lambda: build_student("test_vit", checkpoint=path, image_size=32),
-        "dense student": lambda: build_dense_student("test_resnet", {}, 3, 32, head="lraspp", checkpoint=path),
+        "dense student": lambda: build_segmenter("test_resnet", {}, 3, 32, head="lraspp", checkpoint=path),
     }
     with pytest.raises(KtrayError, match=r"can run code|cannot be read as weights"):
         loads[loader]()
@@ -78,8 +79,8 @@ def test_saved_models_whose_weights_were_exchanged_are_refused(
 ) -> None:
     mark = tmp_path / "mark"
     save_student(build_student("test_vit", num_classes=2, image_size=32), tmp_path / "student", ["a", "b"])
-    dense = build_dense_student("test_resnet", {"output_stride": 8}, 2, 32, head="lraspp")
-    save_dense_student(dense, tmp_path / "dense", ["a", "b"])
+    dense = build_segmenter("test_resnet", {"output_stride": 8}, 2, 32, head="lraspp")
+    save_segmenter(dense, tmp_path / "dense", ["a", "b"])
     teacher = load_teacher("open_clip:mine", tiny_clip.checkpoint, tiny_clip.config)
     AdaptedTeacher(teacher, LinearHead(torch.zeros(2, 24)), ["a", "b"], 1.0, True).save(tmp_path / "adapted")
     for folder, file, load in (

@@ -3,8 +3,8 @@ import torch
 
 from ktray.objectives.base import ObjectiveContext
 from ktray.objectives.oriented import Oriented
-from ktray.objectives.scratch import Scratch
 from ktray.recipe.choice import chosen
+from ktray.tasks.base import task_kind
 
 
 def closed_form(teacher, student, t):
@@ -56,10 +56,10 @@ def test_mixup_mixes_images_and_probabilities_of_the_same_pair():
         assert found, f"row {i} is no mixture of one pair"
 
 
-def test_scratch_is_cross_entropy_and_needs_no_targets():
+def test_scratch_needs_no_targets_and_its_labels_are_learned_by_cross_entropy():
     logits, label = torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 0, 1, 2])
     expected = -torch.log_softmax(logits.double(), 1)[torch.arange(7), label].mean()
-    assert float(Scratch().loss(logits, {"label": label})["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(task_kind("classification").loss(logits, label)) == pytest.approx(float(expected), rel=1e-5)
     assert chosen({"name": "scratch"}).traits.targets_needed == frozenset()
 
 

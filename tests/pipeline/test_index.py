@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from heard import heard
 from PIL import Image
 from results import check_result
 from small_task import CLASSES, SMALL, write_gallery, write_task
@@ -36,7 +37,7 @@ def keys(world, *more):
 
 def index(world, *more, lines=None):
     data = [f"store={world / 'store'}", f"gallery.data={world / 'gallery'}", "teacher.name=miniverse"]
-    return index_only(recipes.load(None, [*data, *more]), (lines if lines is not None else []).append)
+    return heard((lines if lines is not None else []), index_only, recipes.load(None, [*data, *more]))
 
 
 def transfer(world, result, name="transfer.parquet"):
@@ -73,20 +74,18 @@ def test_only_what_is_new_is_embedded_and_a_run_searches_it(world, folder):
     assert flops <= 1.2
     again = index(world, f"gallery.index={place}", f"gallery.data=[{world / 'gallery'}, {more}]")
     assert again["cost"]["flops"]["index"] == 0
-    found = curate_only(keys(world, f"gallery.index={place}"), lambda text: None)
+    found = curate_only(keys(world, f"gallery.index={place}"))
     assert found["transfer_set"]["kept"] == 20
     assert found["cost"]["flops"]["index"] == 0
-    whole = curate_only(keys(world, f"gallery.index={place}", "gallery.data=null"), lambda text: None)
+    whole = curate_only(keys(world, f"gallery.index={place}", "gallery.data=null"))
     assert whole["transfer_set"]["gallery"] >= ROWS + 7
 
 
 def test_an_index_alone_must_be_one_and_be_whole(world, folder):
     with pytest.raises(KtrayError, match="holds no index"):
-        curate_only(keys(world, f"gallery.index={world / 'nothing'}", "gallery.data=null"), lambda text: None)
+        curate_only(keys(world, f"gallery.index={world / 'nothing'}", "gallery.data=null"))
     with pytest.raises(KtrayError, match="no teacher to read it with"):
-        curate_only(
-            keys(world, f"gallery.index={folder[0]}", "gallery.data=null", "objective.name=dino"), lambda text: None
-        )
+        curate_only(keys(world, f"gallery.index={folder[0]}", "gallery.data=null", "objective.name=dino"))
 
 
 @pytest.mark.parametrize(("damage", "problem"), [("cut", "has 100 bytes"), ("gone", "is missing")])
@@ -132,15 +131,15 @@ def test_compressed_search_says_its_recall_and_is_what_is_searched(world):
     assert made["recall"]["10"] >= 0.5
     (saved,) = Path(result["index"]["folder"]).glob("search/*/search.json")
     assert json.loads(saved.read_text()) == made
-    found = curate_only(keys(world, *more), lambda text: None)
+    found = curate_only(keys(world, *more))
     assert found["transfer_set"]["kept"] == 20
-    exact = curate_only(keys(world, "gallery.search=exact"), lambda text: None)
+    exact = curate_only(keys(world, "gallery.search=exact"))
     both = [{row["uri"] for row in transfer(world, one)} for one in (found, exact)]
     assert len(both[0] & both[1]) >= 8
 
 
 def test_crops_are_candidates_and_their_pixels_are_what_is_taught(world):
-    found = curate_only(keys(world, "gallery.crops=grid", "transfer.repeat_similarity=null"), lambda text: None)
+    found = curate_only(keys(world, "gallery.crops=grid", "transfer.repeat_similarity=null"))
     assert found["transfer_set"]["gallery"] == 5 * ROWS
     uris = [row["uri"] for row in transfer(world, found)]
     cut = [uri for uri in uris if "#xywh=" in uri]
@@ -153,8 +152,7 @@ def test_a_list_is_a_transfer_set_without_held_out_copies(world):
     gallery = sorted((world / "gallery").glob("*.jpg"))[:9]
     (world / "mine.txt").write_text("\n".join([*map(str, gallery), str(test_image)]))
     found = curate_only(
-        keys(world, "transfer.source=list", f"transfer.list={world / 'mine.txt'}", "transfer.size=null"),
-        lambda text: None,
+        keys(world, "transfer.source=list", f"transfer.list={world / 'mine.txt'}", "transfer.size=null")
     )
     assert [row["uri"] for row in transfer(world, found)] == [str(path) for path in gallery]
     assert found["transfer_set"]["dropped"]["identical"] == 1
@@ -164,9 +162,9 @@ def test_a_list_is_a_transfer_set_without_held_out_copies(world):
 
 def test_list_and_its_file_go_together(world):
     with pytest.raises(KtrayError, match="go together"):
-        curate_only(keys(world, "transfer.source=list"), lambda text: None)
+        curate_only(keys(world, "transfer.source=list"))
     with pytest.raises(KtrayError, match="go together"):
-        curate_only(keys(world, "transfer.list=x.txt"), lambda text: None)
+        curate_only(keys(world, "transfer.list=x.txt"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_list_and_its_file_go_together(world):
     ],
 )
 def test_names_and_classes_are_queries(world, more, queries):
-    found = curate_only(keys(world, "transfer.repeat_similarity=null", "transfer.size=21", *more), lambda text: None)
+    found = curate_only(keys(world, "transfer.repeat_similarity=null", "transfer.size=21", *more))
     assert {row["query"] for row in transfer(world, found)} == queries
     covered = found["transfer_set"]["coverage"]
     assert {one["images"] for one in covered["classes"].values()} == {7}
@@ -186,7 +184,7 @@ def test_names_and_classes_are_queries(world, more, queries):
 
 def test_crops_of_the_labelled_images_are_queries_beside_them(world):
     more = ["transfer.query_crops=random", "gallery.crop_count=2", "transfer.repeat_similarity=null"]
-    found = curate_only(keys(world, "transfer.size=45", *more), lambda text: None)
+    found = curate_only(keys(world, "transfer.size=45", *more))
     rows = transfer(world, found)
     assert found["transfer_set"]["coverage"]["queries"]["count"] == 45
     assert any("#xywh=" in row["query"] for row in rows)
@@ -229,7 +227,7 @@ def test_planted_copies_of_held_out_images_never_come_in(world):
         for how, copy in copies.items():
             copy.save(planted / f"planted {number} {how}.png")
     more = [f"task.data={task}", f"gallery.data={planted}", "transfer.size=25"]
-    found = curate_only(keys(world, *more), lambda text: None)
+    found = curate_only(keys(world, *more))
     rows = transfer(world, found, "dropped.parquet")
     caught = {row["uri"].rpartition("/")[2]: row["copy_of"] for row in rows if row["reason"] != "repeated"}
     assert caught == {f"planted {n} {how}.png": str(path) for n, path in enumerate(tests) for how in copies}
@@ -276,7 +274,7 @@ def test_embeddings_of_others_are_an_index_without_the_teachers_work(world, fold
     assert len(given) == ROWS
     assert all(np.allclose(own[uri], given[uri], atol=2e-3) for uri in given)
     sets = [
-        {row["uri"] for row in transfer(world, curate_only(keys(world, f"gallery.index={where}", *more), print))}
+        {row["uri"] for row in transfer(world, curate_only(keys(world, f"gallery.index={where}", *more)))}
         for where, more in ((place, keys_), (world / "index-again", []))
     ]
     assert len(sets[0] & sets[1]) >= 19  # of 20: rounding may swap neighbours
@@ -314,8 +312,8 @@ def test_a_corrupt_tar_is_named_and_the_rest_is_indexed(world):
     with pytest.raises(
         KtrayError, match=r"1\.tar' \(tar shard is broken or truncated"
     ):  # too much for the default limit
-        index_only(recipes.load(None, keys_), print)
-    result = index_only(recipes.load(None, [*keys_, "data.max_bad_fraction=0.1"]), print)
+        index_only(recipes.load(None, keys_))
+    result = index_only(recipes.load(None, [*keys_, "data.max_bad_fraction=0.1"]))
     assert 40 < result["index"]["images"] < 60
     (bad,) = pq.read_table(result["data"]["quarantine_list"]).to_pylist()
     assert bad["uri"].startswith(str(place / "1.tar"))

@@ -18,7 +18,7 @@ from small_task import SMALL, picture, write_task
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.pipeline.run import curate_only, index_only
-from ktray.retrieval.index_dir import IndexDir, parts
+from ktray.retrieval.index_dir import IndexDir
 
 ROOT = Path(__file__).resolve().parents[2]
 TARS, A_TAR = 10, 40
@@ -68,8 +68,8 @@ def table(folder):
     index, found, count = IndexDir(str(folder)), {}, Counter()
     whole, broken = index.shards()
     assert not broken
-    for summary in whole.values():
-        for part in parts(summary):
+    for shard in whole.values():
+        for part in shard.parts:
             uris = index.rows(part, ["uri"])["uri"].tolist()
             count.update(uris)
             found.update(zip(uris, index.embedding(part), strict=True))
@@ -94,7 +94,7 @@ def test_a_killed_index_goes_on_by_shard_and_is_no_index_before(world, tmp_path)
             assert A_TAR <= before < TARS * A_TAR
             alone = [f"store={tmp_path / 'other'}", f"task.data={world / 'task'}", f"gallery.index={place}"]
             with pytest.raises(KtrayError, match="is not whole"):
-                curate_only(recipes.load(None, [*SMALL, *alone, "transfer.size=20"]), lambda text: None)
+                curate_only(recipes.load(None, [*SMALL, *alone, "transfer.size=20"]))
         done = start("index", log, store, *keys)
         assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]
     found, count = table(place)
@@ -102,7 +102,7 @@ def test_a_killed_index_goes_on_by_shard_and_is_no_index_before(world, tmp_path)
     assert set(count.values()) == {1}
     assert not list((place / "unfinished").glob("*"))
     other = [f"store={tmp_path / 'other'}", *keys[:2], f"gallery.index={tmp_path / 'whole'}"]
-    index_only(recipes.load(None, other), lambda text: None)
+    index_only(recipes.load(None, other))
     plain, _ = table(tmp_path / "whole")
     assert plain.keys() == found.keys()
     assert all(np.array_equal(plain[uri], found[uri]) for uri in plain)
@@ -118,6 +118,6 @@ def test_a_killed_curate_ends_with_the_same_set(world, tmp_path):
         done = start("curate", log, f"store={store}", *keys)
         assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]
     (killed,) = (store / "stages/curate").glob("*/transfer.parquet")
-    result = curate_only(recipes.load(None, [f"store={tmp_path / 'plain'}", *keys]), lambda text: None)
+    result = curate_only(recipes.load(None, [f"store={tmp_path / 'plain'}", *keys]))
     plain = pq.read_table(result["transfer_set"]["path"])
     assert pq.read_table(killed).column("uri").to_pylist() == plain.column("uri").to_pylist()

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
+from heard import heard
 from safetensors.torch import load_file
 from small_task import SMALL, write_captioned, write_generic, write_task
 
@@ -49,7 +50,7 @@ WAYS = {
 def way(request, world):
     chosen = keys(world, *WAYS[request.param])
     lines: list[str] = []
-    return request.param, chosen, run(chosen, lines.append), lines
+    return request.param, chosen, heard(lines, run, chosen), lines
 
 
 def manifest(world, result, name, which=0):
@@ -63,7 +64,7 @@ def test_the_student_is_plain_timm_and_the_accounts_are_those_of_the_plan(way, w
     model = timm.create_model("test_resnet", num_classes=3, output_stride=16)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 3
-    planned = {line.stage: line.flops for line in lines(resolve(chosen, this_machine(chosen), lambda text: None))}
+    planned = {line.stage: line.flops for line in lines(resolve(chosen, this_machine(chosen)))}
     spent = by_stage(Store(chosen.store), result)
     assert spent["transfer"] == pytest.approx(planned["transfer"], rel=0.02)
     assert spent["teach"] == pytest.approx(planned["teach"], rel=0.05)
@@ -133,7 +134,7 @@ def test_a_way_that_the_data_cannot_feed_says_what_to_set(world):
         (["objective.name=agnostic_then_oriented", "transfer.source=target"], "gallery.data"),
     ):
         with pytest.raises(KtrayError) as caught:
-            resolve(keys(world, *overrides), this_machine(recipes.Recipe()), lambda text: None)
+            resolve(keys(world, *overrides), this_machine(recipes.Recipe()))
         assert word in caught.value.remedy
 
 
@@ -142,7 +143,7 @@ def test_captions_are_asked_for_before_they_are_missed(world, tmp_path):
 
     bare = write_gallery(tmp_path / "bare", 30)
     with pytest.raises(KtrayError, match="caption"):
-        run(keys(world, "objective.name=clip", f"gallery.data={bare}", "transfer.size=10"), lambda text: None)
+        run(keys(world, "objective.name=clip", f"gallery.data={bare}", "transfer.size=10"))
 
 
 def test_a_copy_of_a_held_out_image_is_dropped_without_a_teacher_too(world, tmp_path):
@@ -159,7 +160,7 @@ def test_a_copy_of_a_held_out_image_is_dropped_without_a_teacher_too(world, tmp_
     chosen = keys(
         world, "objective.name=dino", "objective.prototypes=64", f"gallery.data={gallery}", "transfer.size=25"
     )
-    result = run(chosen, lambda text: None)
+    result = run(chosen)
     found = manifest(world, result, "curate")
     dropped = pq.read_table(stage_file(world, found, "dropped.parquet")).to_pylist()
     assert {"copy.png", "again.jpg", "mirror.jpg"} <= {row["uri"].rpartition("/")[2] for row in dropped}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from heard import heard
 from image_zoo import write_zoo
 from PIL import Image
 from results import check_result
@@ -17,6 +18,7 @@ from small_task import CLASSES, SMALL, write_gallery, write_task
 import ktray
 from ktray import cli
 from ktray import recipe as recipes
+from ktray.jobs.definitions import Job
 from ktray.models.student.classifier import build_student
 from ktray.pipeline.run import run
 from ktray.stages.evaluate import stage as evaluate
@@ -24,8 +26,7 @@ from ktray.storage.store import Stage
 
 
 def distil(store, *overrides, lines=None):
-    say = lines.append if lines is not None else lambda text: None
-    return run(recipes.load(None, [f"store={store}", *SMALL, *overrides]), say)
+    return heard(lines if lines is not None else [], run, recipes.load(None, [f"store={store}", *SMALL, *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,8 @@ def test_the_export_finds_its_student_and_images(first):
     from ktray.jobs.export.run_source import find
 
     store, _, result, _, _ = first
-    source = find(recipes.load(None, [f"store={store}", f"export.run={result['run_id']}"]), print)
-    task, student = source.task(print), source.student()
+    source = find(recipes.load(None, [f"store={store}", f"export.run={result['run_id']}"]))
+    task, student = source.task(), source.student()
     assert (len(task.train), len(task.val), len(task.test)) == (15, 18, 45)
     found = student.predict([Path(example.uri) for example in task.test])
     right = [one.label == task.classes[e.label] for one, e in zip(found, task.test, strict=True)]
@@ -153,7 +154,7 @@ def test_the_same_recipe_again_reuses_every_stage(first):
     assert again["metric"] == result["metric"]
     # A saved recipe runs again as it is.
     saved = recipes.load(str(store / "runs" / result["run_id"] / "recipe.yaml"), [])
-    assert run(saved, lambda text: None)["metric"] == result["metric"]
+    assert run(saved)["metric"] == result["metric"]
 
 
 def test_two_workers_learn_as_one_does_and_evaluation_is_exact(first, tmp_path):
@@ -197,11 +198,11 @@ def test_scratch_needs_neither_teacher_nor_gallery(cluster, world, tmp_path):
 def test_mistakes_end_with_one_line(first, capsys, overrides, message):
     store, data, _, _, _ = first
 
-    def job(recipe, say, debug):
-        run(recipe, say)
+    def job(recipe, debug):
+        run(recipe)
 
     argv = [f"store={store}", *SMALL, *data, "train.steps=5", "teach.seed=9", *overrides]
-    assert cli.main("distill", "", job, lambda r, s: None, argv) == 1
+    assert cli.main(Job("distill", "", job, lambda r, s: None), argv) == 1
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1
     import re
@@ -224,7 +225,7 @@ def test_the_published_teacher_without_a_network_says_what_to_do(cluster, world,
     overrides = [f"store={tmp_path}", f"task.data={world[0] / 'task'}", f"gallery.data={world[0] / 'gallery'}"]
     found = recipes.load(None, overrides)
     with pytest.raises(ktray.errors.KtrayError, match=r"teacher\.checkpoint.*teacher\.name=miniverse"):
-        run(found, lambda text: None)
+        run(found)
 
 
 def test_store_that_cannot_be_written(tmp_path):
@@ -240,7 +241,7 @@ def test_plan_counts_what_the_run_then_spends(first, world, capsys):
 
     store, data, result, _, _ = first
     found = resolve(
-        recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), allocate(2, 0, 1, 1, False), print
+        recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), allocate(2, 0, 1, 1, False)
     )
     planned = {line.stage: line.flops for line in lines(found)}
     spent = result["cost"]["flops"]
@@ -285,7 +286,7 @@ def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):
     store, data, _, _, _ = first
 
     def states(*overrides):
-        show(recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]), print)
+        show(recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         return {r[0]: " ".join(r[1:3]) for r in rows if len(r) > 2 and r[0] in STAGES}
 

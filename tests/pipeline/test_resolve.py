@@ -35,7 +35,7 @@ def load(photos, *overrides):
 )
 def test_own_photos_close_every_key_with_its_reason(photos, machine, size, student, images):
     given = load(photos)
-    found = resolve(given, machine, print)
+    found = resolve(given, machine)
     r = found.recipe
     assert (r.image_size, r.student.name, r.transfer.source, r.transfer.size) == (size, student, "retrieved", images)
     assert r.teacher.name.startswith("open_clip:")
@@ -47,7 +47,7 @@ def test_own_photos_close_every_key_with_its_reason(photos, machine, size, stude
 
 
 def test_what_is_given_is_kept(photos):
-    found = resolve(load(photos, "image_size=64", "student.name=resnet18", "train.steps=7"), CPU, print)
+    found = resolve(load(photos, "image_size=64", "student.name=resnet18", "train.steps=7"), CPU)
     assert (found.recipe.image_size, found.recipe.student.name, found.recipe.train.steps) == (64, "resnet18", 7)
     assert not [line for line in found.reasons if line.startswith(("image_size", "student.name", "train.steps"))]
 
@@ -56,26 +56,26 @@ def test_what_is_given_is_kept(photos):
 def test_small_images_keep_a_map_to_pool_over(photos, machine):
     from ktray.models.student.classifier import build_student
 
-    found = resolve(load(photos, "image_size=32"), machine, print)
+    found = resolve(load(photos, "image_size=32"), machine)
     student = build_student(found.recipe.student.name, found.recipe.student.kwargs, 2, 32)
     assert student.warnings == []
 
 
 def test_without_a_gallery_the_task_itself_is_the_transfer_set(photos):
-    found = resolve(recipes.load(None, [f"task.data={photos / 'task'}"]), CPU, print)
+    found = resolve(recipes.load(None, [f"task.data={photos / 'task'}"]), CPU)
     assert found.recipe.transfer.source == "target"
     with pytest.raises(KtrayError, match=r"gallery\.data"):
-        resolve(recipes.load(None, [f"task.data={photos / 'task'}", "transfer.source=retrieved"]), CPU, print)
+        resolve(recipes.load(None, [f"task.data={photos / 'task'}", "transfer.source=retrieved"]), CPU)
 
 
 def test_checkpoint_without_its_architecture(photos):
     with pytest.raises(KtrayError, match=r"teacher\.name=open_clip:"):
-        resolve(load(photos, "teacher.checkpoint=weights.pt"), CPU, print)
+        resolve(load(photos, "teacher.checkpoint=weights.pt"), CPU)
 
 
 def test_unknown_built_in_task_names_its_nearest(tmp_path):
     with pytest.raises(KtrayError, match="letters"):
-        resolve(recipes.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU, print)
+        resolve(recipes.load(None, ["task.name=leters", f"store={tmp_path}"]), CPU)
 
 
 def test_a_drawn_folder_is_copied_once_into_a_store_that_other_machines_see(tmp_path):

@@ -6,6 +6,7 @@ import sqlite3
 
 import pyarrow.parquet as pq
 import pytest
+from heard import heard
 from results import check_result
 from small_task import CLASSES, SMALL, write_gallery, write_task
 
@@ -30,7 +31,7 @@ def keys(world, *more):
 @pytest.fixture(scope="module")
 def balanced(world):
     lines: list[str] = []
-    return curate_only(keys(world), lines.append), lines
+    return heard(lines, curate_only, keys(world)), lines
 
 
 def data_of(page):
@@ -69,7 +70,7 @@ def test_it_is_logged(world, balanced):
 
 @pytest.mark.parametrize("strategy", ["best_first", "class_balanced", "diverse", "informative"])
 def test_other_strategies_choose_other_images_with_the_same_index(world, balanced, strategy):
-    result = curate_only(keys(world, f"transfer.strategy={strategy}"), lambda text: None)
+    result = curate_only(keys(world, f"transfer.strategy={strategy}"))
     cached = {stage["name"]: stage["cached"] for stage in result["stages"]}
     assert cached["adapt"]
     assert cached["index"]
@@ -85,7 +86,7 @@ def test_other_strategies_choose_other_images_with_the_same_index(world, balance
 
 
 def test_a_run_reuses_it(world, balanced):
-    result = run(keys(world, "train.steps=3", "baselines.scratch=false"), lambda text: None)
+    result = run(keys(world, "train.steps=3", "baselines.scratch=false"))
     cached = {stage["name"]: stage["cached"] for stage in result["stages"]}
     assert cached["curate"]
     assert not cached["transfer"]
@@ -93,7 +94,7 @@ def test_a_run_reuses_it(world, balanced):
 
 def test_random_draws_and_the_tasks_own_images_have_a_page_too(world):
     for source in ("generic", "target"):
-        result = curate_only(keys(world, f"transfer.source={source}"), lambda text: None)
+        result = curate_only(keys(world, f"transfer.source={source}"))
         assert result["transfer_set"]["coverage"] is None
         check_result("curate", world / "store" / "runs" / result["run_id"] / "result.json")
         shown = data_of((world / "store" / "runs" / result["run_id"] / "transfer.html").read_text())
@@ -103,4 +104,4 @@ def test_random_draws_and_the_tasks_own_images_have_a_page_too(world):
 
 def test_scratch_has_none(world):
     with pytest.raises(KtrayError, match="no transfer set"):
-        curate_only(keys(world, "objective.name=scratch"), lambda text: None)
+        curate_only(keys(world, "objective.name=scratch"))

@@ -29,7 +29,7 @@ KEYS = [
 
 def distil(world, store, *overrides):
     data = [f"store={store}", f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}"]
-    return run(recipes.load(None, [*SMALL, *data, *KEYS, *overrides]), lambda text: None)
+    return run(recipes.load(None, [*SMALL, *data, *KEYS, *overrides]))
 
 
 @pytest.fixture(scope="module")

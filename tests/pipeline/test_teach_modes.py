@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from heard import heard
 from image_zoo import write_zoo
 from small_task import SMALL, write_gallery, write_task
 
@@ -26,7 +27,7 @@ def runs(cluster, tmp_path_factory):
     def one(mode):
         lines = []
         keys = [f"store={root / 'store'}", *SMALL, *data, f"train.steps={STEPS}", "baselines.scratch=false"]
-        result = run(recipes.load(None, [*keys, f"teach.mode={mode}"]), lines.append)
+        result = heard(lines, run, recipes.load(None, [*keys, f"teach.mode={mode}"]))
         return result, "\n".join(lines)
 
     return {mode: one(mode) for mode in ("cached", "streamed", "live")}
@@ -72,7 +73,7 @@ def test_auto_says_why(cluster, tmp_path):
     write_gallery(tmp_path / "gallery")
     data = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", f"store={tmp_path / 'store'}"]
     for steps, mode in ((30, "cached"), (3, "live")):
-        found = resolve(recipes.load(None, [*data, *SMALL, f"train.steps={steps}"]), cluster, lambda text: None)
+        found = resolve(recipes.load(None, [*data, *SMALL, f"train.steps={steps}"]), cluster)
         assert found.recipe.teach.mode == mode
         (why,) = [reason for reason in found.reasons if reason.startswith("teach.mode=")]
         assert f"training uses {steps * 32:,} views, there are 120" in why

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from heard import heard
 from image_zoo import jpeg
 from PIL import Image
 from small_task import write_generic
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.distributed.allocation import allocate as share_out
 from ktray.jobs.compare.methods import recipe_of
 from ktray.pipeline.plan import RATES, lines
@@ -98,7 +99,7 @@ def resolved(root, name, *overlays):
     data, lists, gallery = small_copy(root, name)
     keys = [f"store={root}/store", f"task.data={data}", f"task.splits={lists}", f"gallery.data={gallery}"]
     said: list[str] = []
-    return resolve(recipes.load([name, *overlays], keys), share_out(8.0, 1.0, 1, 1, "auto"), said.append)
+    return heard(said, resolve, recipes.load([name, *overlays], keys), share_out(8.0, 1.0, 1, 1, "auto"))
 
 
 def at_scale(found, name):
@@ -201,7 +202,7 @@ SHRUNKEN = [
 def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
     data, lists, gallery = small_copy(tmp_path, name)
     keys = [f"store={tmp_path}/store", f"task.data={data}", f"task.splits={lists}", f"gallery.data={gallery}"]
-    result = run(recipes.load(name, [*keys, *SHRUNKEN]), lambda text: None)
+    result = run(recipes.load(name, [*keys, *SHRUNKEN]))
     assert [s["name"] for s in result["stages"] if s["name"] in ("transfer", "finetune", "evaluate")] == [
         "transfer",
         "finetune",
@@ -225,7 +226,7 @@ def test_the_page_on_compute_tells_what_the_plan_counts(tmp_path):
     base = recipes.load(["eurosat", "paper-schedules"], [*keys, f"supervised.data={generic}"])
     assert set(told) == set(base.compare.ways)
     for name, way in base.compare.ways.items():
-        found = resolve(recipe_of(base, way), share_out(8.0, 1.0, 1, 1, "auto"), lambda text: None)
+        found = resolve(recipe_of(base, way), share_out(8.0, 1.0, 1, 1, "auto"))
         found = at_scale(found, "eurosat")
         if found.source:
             found = replace(found, gallery_images=1_281_167)

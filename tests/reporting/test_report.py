@@ -19,7 +19,8 @@ from PIL import Image
 
 from ktray.reporting import report, units
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
-from ktray.reporting.report import WorstError, accuracy_rows, closing_table, write_report
+from ktray.reporting.report import accuracy_rows, closing_table, write_report
+from ktray.reporting.worst import WorstError
 
 EVIL = '<script>alert("x")</script>&$a_1$'
 SVG = "{http://www.w3.org/2000/svg}"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from heard import heard
 
 from ktray.errors import KtrayError
 from ktray.retrieval import faiss_index
@@ -27,8 +28,14 @@ def made(home, vectors, sizes, factory=f"IVF{CELLS},PQ8x4", said=None):
         return vectors[edges[number] : edges[number + 1]]
 
     blocks = [(f"b{i}-{size}", size) for i, size in enumerate(sizes)]
-    index, trained_on = faiss_index.build(
-        home, blocks, block, lambda n: vectors[: min(n, 5000)], factory, (said if said is not None else []).append
+    index, trained_on = heard(
+        (said if said is not None else []),
+        faiss_index.build,
+        home,
+        blocks,
+        block,
+        lambda n: vectors[: min(n, 5000)],
+        factory,
     )
     return index, trained_on, read
 
@@ -97,7 +104,7 @@ def test_killed_between_two_blocks_it_goes_on(tmp_path, vectors):
 
     blocks = [("b0-3000", 3000), ("b1-3000", 3000)]
     with pytest.raises(KeyboardInterrupt):
-        faiss_index.build(tmp_path, blocks, killed, lambda n: vectors[:5000], f"IVF{CELLS},PQ8x4", [].append)
+        heard([], faiss_index.build, tmp_path, blocks, killed, lambda n: vectors[:5000], f"IVF{CELLS},PQ8x4")
     assert faiss_index.saved(tmp_path) is None
     with pytest.raises(KtrayError, match="cannot be read"):
         faiss_index.load(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ktray.errors import KtrayError
-from ktray.retrieval.index_dir import IndexDir, parts
+from ktray.retrieval.index_dir import IndexDir, IndexedShard
 
 FACTS = {"encoder": "abc", "crops": None}
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
             made.write_part(f"{shard}-{i:05d}", columns(n), rng.normal(size=(n, 8)).astype(np.float16))
             for i, n in enumerate(sizes)
         ]
-        made.finish(shard, {"parts": written, "source": f"/{shard}.tar"})
+        made.finish(IndexedShard(shard, tuple(written), sum(sizes), sum(sizes), source=f"/{shard}.tar"))
     return made
 
 
@@ -34,7 +34,7 @@ def test_what_was_written_is_read_back(folder):
     whole, broken = folder.shards()
     assert not broken
     assert sorted(whole) == ["aa", "bb"]
-    first, second = parts(whole["aa"])
+    first, second = whole["aa"].parts
     assert (first.rows, second.rows) == (3, 2)
     vectors = folder.embedding(first)
     assert isinstance(vectors, np.memmap)
@@ -42,6 +42,21 @@ def test_what_was_written_is_read_back(folder):
     assert vectors.shape == (3, 8)
     assert folder.rows(first, ["uri", "hash"])["hash"].tolist() == [0, 1, 2]
     folder.check(first)
+
+
+def test_a_shard_of_an_older_version_is_read_and_its_file_keeps_its_keys(folder):
+    stored = {
+        "shard": "dd",
+        "source": "/dd.tar",
+        "parts": [{"name": "dd-00000", "rows": 2, "files": {".parquet": [7, "0f"]}}],
+        "rows": 2,
+        "read": 3,
+        "bad": [["/dd.tar#x.jpg", "truncated"]],
+    }
+    found = IndexedShard.from_json(stored)
+    assert (found.parts[0].files[".parquet"], found.bad) == ((7, "0f"), (("/dd.tar#x.jpg", "truncated"),))
+    folder.finish(found)
+    assert folder.read_json("shards/dd.json") == stored
 
 
 def test_only_what_is_asked_for_is_looked_at(folder):
@@ -76,7 +91,7 @@ def test_changed_bytes_of_equal_length_are_found_by_checksum(folder, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    (part,) = parts(folder.shards()[0]["bb"])
+    (part,) = folder.shards()[0]["bb"].parts
     with pytest.raises(KtrayError, match="checksum differs"):
         folder.check(part)
 
@@ -102,5 +117,5 @@ def test_another_encoder_is_refused_with_the_reason(folder):
 def test_on_a_file_system_that_is_not_local_parts_are_read_whole(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(IndexDir, "is_local", False)
     remote = IndexDir(folder.uri)
-    (part,) = parts(remote.shards()[0]["bb"])
+    (part,) = remote.shards()[0]["bb"].parts
     assert not isinstance(remote.embedding(part), np.memmap)

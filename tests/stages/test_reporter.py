@@ -1,8 +1,10 @@
 """What an attempt at a stage makes of its workers' posts."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
+from heard import hearing
 
 from ktray.accounting.ledger import Entry, Meter
 from ktray.distributed.watchdog import Watchdog
@@ -24,26 +26,28 @@ class Clock:
 def made():
     """(reporter, clock, what was said) of an attempt on GPUs; an earlier one was killed after 30 steps were counted."""
 
-    def make(earlier=30):
-        said, rows, clock = [], [], Clock()
-        context = SimpleNamespace(
-            tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda *row: rows.append(row))),
-            ledger=SimpleNamespace(
-                entries=[
-                    Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
-                    Entry("transfer", "another", 1, flops=10**9, images=10**9),
-                ]
-            ),
-            plan=SimpleNamespace(worker_gpus=1.0),
-            say=said.append,
-        )
-        log = SimpleNamespace(append=lambda line: None)
-        meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
-        reporter = Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock))
-        reporter.rows = rows
-        return reporter, clock, said
+    with contextlib.ExitStack() as until:
 
-    return make
+        def make(earlier=30):
+            said, rows, clock = [], [], Clock()
+            until.enter_context(hearing(said))
+            context = SimpleNamespace(
+                tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda *row: rows.append(row))),
+                ledger=SimpleNamespace(
+                    entries=[
+                        Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
+                        Entry("transfer", "another", 1, flops=10**9, images=10**9),
+                    ]
+                ),
+                plan=SimpleNamespace(worker_gpus=1.0),
+            )
+            log = SimpleNamespace(append=lambda line: None)
+            meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
+            reporter = Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock))
+            reporter.rows = rows
+            return reporter, clock, said
+
+        yield make
 
 
 def start(step, workers):

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from heard import heard
+
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Ledger, attempts
 from ktray.recipe.cluster import ClusterConfig
@@ -23,12 +25,12 @@ class Tiny(StageInputs):
     value: int = 1
 
 
-def runtime(store, run, say=lambda text: None):
+def runtime(store, run):
     """As little of a run as a stage needs."""
     tracker = SimpleNamespace(stage=lambda name: SimpleNamespace(finish=lambda values, status: None))
     plan = SimpleNamespace(least=1, workers=1, worker_gpus=0.0)
     return Runtime(
-        store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, run_id=run, say=say,
+        store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, run_id=run,
         cluster=ClusterConfig(), max_bad_fraction=0.1,
     )  # fmt: skip
 
@@ -83,7 +85,7 @@ def test_a_job_that_lost_its_stage_goes_on_with_what_the_other_made(tmp_path, mo
         assert folder.create("00000003.json", json.dumps({"free": True, "by": "other"}).encode())
         return {"by": "me"}
 
-    done = run_stage(runtime(store, "mine", told.append), Tiny(), work)
+    done = heard(told, run_stage, runtime(store, "mine"), Tiny(), work)
     assert done.cached
     assert done.manifest["by"] == "other"
     assert len(tries) == 1

@@ -6,15 +6,13 @@ import sys
 import threading
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
+from heard import hearing
 
 from ktray.storage import lease as module
 from ktray.storage.lease import Lease, LeaseLost, lives, process
 from ktray.storage.store import Dir, Stage
-
-QUIET = SimpleNamespace(say=lambda text: None)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -31,7 +29,7 @@ def quick(monkeypatch):
 
 def silent(stage):
     """A holder that has stopped giving signs of life, and has not noticed."""
-    holder = Lease(stage, QUIET.say)
+    holder = Lease(stage)
     holder.acquire()
     holder._stop.set()
     holder._keeper.join()
@@ -70,7 +68,7 @@ def test_threads_have_the_lease_one_at_a_time(stage, quick):
 
     def work():
         for _ in range(2):
-            with stage.lease(QUIET.say):
+            with stage.lease():
                 inside.append(1)
                 most.append(len(inside))
                 time.sleep(0.005)
@@ -86,7 +84,7 @@ def _add(uri, times):
     module._POLL_S = 0.02
     stage = Stage(uri)
     for _ in range(times):
-        with stage.lease(lambda text: None):
+        with stage.lease():
             stage.append_line("count", "1")  # read, then write
 
 
@@ -104,7 +102,7 @@ def test_processes_have_the_lease_one_at_a_time(stage):
 def test_a_holder_that_was_taken_over_cannot_declare_the_stage_whole(stage, quick, monkeypatch):
     first = silent(stage)
     monkeypatch.setattr(module, "STALE_S", 0.3)
-    second = Lease(stage, QUIET.say)
+    second = Lease(stage)
     second.acquire()
     stage.write("a", b"123")
     with pytest.raises(LeaseLost, match="taken over"):
@@ -119,12 +117,12 @@ def test_a_holder_that_was_taken_over_cannot_declare_the_stage_whole(stage, quic
 def test_a_holder_finds_out_that_it_was_taken_over(stage, quick, monkeypatch):
     first = silent(stage)
     monkeypatch.setattr(module, "STALE_S", 0.3)
-    with stage.lease(QUIET.say):
+    with stage.lease():
         first._stop.clear()
         first._keep()  # comes back
         with pytest.raises(LeaseLost):
             first.check()
-    with pytest.raises(LeaseLost) as raised, stage.lease(QUIET.say) as third:  # noqa: PT012
+    with pytest.raises(LeaseLost) as raised, stage.lease() as third:  # noqa: PT012
         third.lost.set()
         raise FileNotFoundError("what two jobs in one folder come to")
     assert isinstance(raised.value.__cause__, FileNotFoundError)
@@ -133,7 +131,7 @@ def test_a_holder_finds_out_that_it_was_taken_over(stage, quick, monkeypatch):
 def test_of_an_end_and_a_take_over_at_once_one_succeeds(stage, quick):
     for round in range(8):  # which of them wins is chance
         home = Stage(f"{stage.uri}/{round}")
-        first, second = silent(home), Lease(home, QUIET.say)
+        first, second = silent(home), Lease(home)
         taken = {"owner": second.owner, **process()}
         ended, took = at_once(
             partial(first.publish, "manifest.json", {"by": 1}), partial(second._append, first._number + 1, taken)
@@ -152,7 +150,7 @@ def test_what_a_holder_ended_before_it_died_is_written_by_the_next(stage, quick)
     dead.wait()
     record = {"owner": "x", **mine, "file": "manifest.json", "content": {"n": 5}}
     assert stage.sub("lease").create("00000003.json", json.dumps(record).encode())
-    with stage.lease(QUIET.say):
+    with stage.lease():
         assert stage.manifest() == {"n": 5}
 
 
@@ -194,7 +192,7 @@ def test_a_live_holder_keeps_its_lease_whatever_the_clocks_say(tmp_path, monkeyp
 
     clock = Clock(then)
     monkeypatch.setattr(module, "time", clock)
-    with stage.lease(QUIET.say):
+    with stage.lease():
         assert clock.now > 1100
 
 
@@ -204,7 +202,7 @@ def test_a_dead_holder_is_waited_for_once_whatever_the_clocks_say(tmp_path, monk
     clock = Clock(lambda clock: None)
     monkeypatch.setattr(module, "time", clock)
     told = []
-    with stage.lease(told.append):
+    with hearing(told), stage.lease():
         assert module.STALE_S < clock.now - 100 < module.STALE_S + 5
     assert len(told) == 1
     assert "host far" in told[0]
@@ -226,7 +224,7 @@ def test_time_that_the_waiting_job_itself_was_stopped_does_not_count(tmp_path, m
     clock = Clock(then)
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "STALE_S", 300.0)
-    with stage.lease(QUIET.say):
+    with stage.lease():
         assert clock.now > 4000
 
 
@@ -244,7 +242,7 @@ def test_a_process_is_known_by_boot_space_and_birth():
 
 
 def _hold(uri, ready):
-    with Stage(uri).lease(lambda text: None):
+    with Stage(uri).lease():
         ready.set()
         time.sleep(60)
 
@@ -256,11 +254,11 @@ def test_a_killed_process_is_taken_over_at_once(tmp_path):
     holder = context.Process(target=_hold, args=(stage.uri, ready))
     holder.start()
     assert ready.wait(60)
-    assert Lease(stage, QUIET.say).acquire(wait=False) is False
+    assert Lease(stage).acquire(wait=False) is False
     told, got = [], threading.Event()
 
     def take():
-        with stage.lease(told.append):
+        with hearing(told), stage.lease():
             got.set()
 
     waiter = threading.Thread(target=take)
@@ -289,7 +287,7 @@ def test_stores_without_conditional_writes_are_told_and_have_the_weaker_way(s3, 
     stage, told, inside, most = Stage(s3.home), [], [], []
 
     def work():
-        with stage.lease(told.append):
+        with hearing(told), stage.lease():
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.01)
@@ -302,14 +300,14 @@ def test_stores_without_conditional_writes_are_told_and_have_the_weaker_way(s3, 
 
 def test_a_lease_lives_through_a_store_that_fails(s3, quick):
     stage = Stage(s3.home)
-    with stage.lease(QUIET.say) as mine:
+    with stage.lease() as mine:
         s3.first(12, "503")
         stage.write("a", b"1")
         s3.first(5, "lost", "PUT", "/lease/0")
         stage.commit({"n": 1}, mine)
         s3.first(6, "reset")
     assert stage.manifest() == {"n": 1, "files": {"a": 1}}
-    assert Lease(stage, QUIET.say).acquire(wait=False) is True
+    assert Lease(stage).acquire(wait=False) is True
 
 
 def test_without_hard_links_the_lease_works_too(tmp_path, monkeypatch):
@@ -319,5 +317,5 @@ def test_without_hard_links_the_lease_works_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refused)
     folder = Dir(str(tmp_path))
     assert sorted(at_once(*[lambda i=i: folder.create("a", b"%d" % i) for i in range(6)])) == [False] * 5 + [True]
-    with Stage(str(tmp_path)).lease(QUIET.say):
-        assert Lease(Stage(str(tmp_path)), QUIET.say).acquire(wait=False) is False
+    with Stage(str(tmp_path)).lease():
+        assert Lease(Stage(str(tmp_path))).acquire(wait=False) is False

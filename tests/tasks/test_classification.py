@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, recall_score
 
 from ktray.tasks import classification
+from ktray.tasks.base import task_kind
 
 
 def test_metrics_equal_scikit_learn():
@@ -32,3 +35,21 @@ def test_no_rows_is_refused():
 def test_softmax_is_stable():
     p = classification.softmax(np.array([[1000.0, 1000.0], [-1000.0, 0.0]]))
     np.testing.assert_allclose(p, [[0.5, 0.5], [0.0, 1.0]], atol=1e-12)
+
+
+def test_label_loss_of_images_is_cross_entropy():
+    logits, labels = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    assert torch.equal(task_kind("classification").loss(logits, labels), F.cross_entropy(logits, labels))
+
+
+def test_tallies_of_parts_add_up_to_the_scores_of_the_whole():
+    torch.manual_seed(0)
+    out, labels = torch.randn(50, 7), torch.randint(0, 6, (50,))
+    kind = task_kind("classification")
+    total = sum(kind.tally(out[part], labels[part]) for part in (slice(17), slice(17, 50)))
+    found, expected = (
+        kind.scores(total[:-2].numpy()),
+        classification.metrics(out.numpy(), labels.numpy(), list("abcdefg")),
+    )
+    assert found == {name: expected[name] for name in kind.metrics}
+    assert total[-2:].tolist() == pytest.approx([F.cross_entropy(out, labels, reduction="sum").item(), 50])

@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from ktray.data.labelled.masks import IGNORE
-from ktray.models.maps import label_loss, resize_map
+from ktray.models.maps import resize_map
+from ktray.tasks.base import task_kind
 from ktray.tasks.segmentation import metrics, pixel_counts
 
+label_loss = task_kind("segmentation").loss
 CLASSES = [f"c{i}" for i in range(7)]
 
 
@@ -126,6 +128,15 @@ def test_label_loss_of_nothing_but_ignored_pixels_is_zero():
     assert logits.grad.abs().max() == 0
 
 
-def test_label_loss_of_images_is_cross_entropy():
-    logits, labels = torch.randn(6, 4), torch.randint(0, 4, (6,))
-    assert torch.equal(label_loss(logits, labels), F.cross_entropy(logits, labels))
+def test_a_tally_of_maps_makes_the_scores_of_the_whole_masks(maps):
+    _, masks = maps
+    torch.manual_seed(0)
+    out = 3 * torch.randn(9, 7, 5, 6)
+    kind, labels = task_kind("segmentation"), torch.from_numpy(masks)
+    total = sum(kind.tally(out[part], labels[part]) for part in (slice(4), slice(4, 9)))
+    wide = resize_map(out, (11, 13))
+    expected = metrics(*pixel_counts(wide.argmax(1).numpy(), masks, 7), CLASSES)
+    assert kind.scores(total[:-2].numpy()) == {name: expected[name] for name in kind.scores(total[:-2].numpy())}
+    counted = labels != IGNORE
+    loss = F.cross_entropy(wide.permute(0, 2, 3, 1)[counted], labels[counted].long(), reduction="sum")
+    assert total[-2:].tolist() == pytest.approx([loss.item(), counted.sum().item()], rel=1e-5)

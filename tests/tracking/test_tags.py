@@ -21,6 +21,15 @@ def test_in_a_job_the_owner_is_who_submitted_it(monkeypatch):
     assert "12345" not in found["ktray.command"]
 
 
+def test_the_installed_command_is_named_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/opt/venv/bin/ktray", "distill", "seed=1", "api_key=12345"])
+    shown = tags.identity()["ktray.command"]
+    assert shown.startswith("ktray distill seed=1 ")
+    assert "12345" not in shown
+    monkeypatch.setattr("sys.argv", ["/opt/venv/bin/pytest", "tests"])
+    assert "ktray.command" not in tags.identity()
+
+
 def test_outside_a_job_it_is_the_user_of_the_machine(monkeypatch):
     monkeypatch.delenv(tags.JOB_CONFIG, raising=False)
     monkeypatch.setattr("getpass.getuser", lambda: "grace")

@@ -14,7 +14,7 @@ import torch
 from ktray.errors import KtrayError
 from ktray.redact import HIDDEN, scrub
 from ktray.storage.store import Dir
-from ktray.tracking import tracker as module
+from ktray.tracking import mlflow_server as module
 from ktray.tracking.metrics import stable_metrics
 from ktray.tracking.mlflow_server import is_transient
 from ktray.tracking.tracker import Tracker, catch_up, tracking_uri

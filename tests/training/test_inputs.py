@@ -11,6 +11,7 @@ from ktray.data.views import ViewPolicy
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir
+from ktray.tasks.base import task_kind
 from ktray.training.inputs import Labels, TargetSet
 from ktray.training.worker import WorkerContext
 
@@ -88,7 +89,7 @@ def test_order_of_workers_shards_and_restarts_does_not_matter(
 def test_labelled_images_get_the_same_views_by_any_number_of_workers(tmp_path, world):
     columns = {"canvas": pictures(), "label": np.arange(ROWS, dtype=np.int64)}
     write_rows(Dir(str(tmp_path)), "train-00000.parquet", columns)
-    labels = Labels(Dir(str(tmp_path)))
+    labels = Labels(Dir(str(tmp_path)), task_kind("classification"))
 
     def views(world):
         found = {}

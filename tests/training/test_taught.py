@@ -59,7 +59,7 @@ def world(tmp_path_factory):
     rows = {}
     for item in items:
         rows[item["name"]] = finish(item, cut(item))["rows"]
-        assert ListImages(stage, VIEWS)(item)["rows"] == rows[item["name"]]
+        assert ListImages(stage, VIEWS)(item) == rows[item["name"]]
     return stage, items, rows, cut, predict
 
 

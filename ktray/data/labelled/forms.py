@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
-from ktray.data.sources.listing import read_csv, resolve
-from ktray.data.sources.parquets import holds_bytes, image_column
-from ktray.data.sources.records import is_csv, is_image, is_parquet
-from ktray.data.sources.uris import ImageRef
+from ktray.data.sources.csv_lists import is_csv, read_csv
+from ktray.data.sources.parquet_tables import holds_bytes, image_column
+from ktray.data.sources.parquets import ParquetRow, is_parquet
+from ktray.data.sources.records import is_image
+from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import KtrayError
 
 SPLITS = {
@@ -186,7 +187,7 @@ def _parquet_lines(path: str) -> list[dict[str, str]]:
         ) from error
     lines = [{name: _text(value) for name, value in row.items()} for row in columns]
     if images is not None:
-        lines = [{"path": str(ImageRef(path, row=i)), **line} for i, line in enumerate(lines)]
+        lines = [{"path": str(ParquetRow(path, row=i)), **line} for i, line in enumerate(lines)]
     return lines
 
 

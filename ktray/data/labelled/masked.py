@@ -15,6 +15,7 @@ from ktray.data import filesystem
 from ktray.data.decode import formats
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.forms import SPLITS, LabelledRow, count, nfc, place, three
+from ktray.data.labelled.labelled_set import LabelledSet, check_train_list, divide
 from ktray.data.labelled.layouts import distinct
 from ktray.data.labelled.masks import IGNORE, decode_mask
 from ktray.data.labelled.split_lists import choose_lists, read_list
@@ -48,16 +49,54 @@ class Masked:
 
 
 def read_masked(
-    data: str, splits: str | None, labels: int | None, train_list: str | None, layout: str, notes: list[str]
-) -> Masked:
-    """Read a segmentation data set; see `ktray.data.labelled.read.read_labelled` for the arguments.
+    data: str,
+    *,
+    splits: str | None = None,
+    seed: int,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    labels: int | None = None,
+    layout: str = "auto",
+    train_list: str | None = None,
+) -> LabelledSet:
+    """Read images with label maps.
+
+    Args:
+        data: a folder with ``train/images``, ``train/masks``, perhaps the same for val and test, and ``classes.txt``;
+            or ADE20K's. Local or ``s3://``.
+        splits: for ADE20K a folder of lists ``train*.txt``, ``val*.txt``, ``test*.txt`` of plain file names.
+        seed, val_fraction, test_fraction: see `ktray.data.labelled.labelled_set.divide`.
+        labels: label budget: training images with their masks, in total; a smaller one is a subset of a larger one.
+        layout: ``auto`` or ``ade20k``.
+        train_list: which train list of ``splits``, with or without its ending; None: by the budget, else the full.
 
     A few masks are opened to see that they are maps of these classes.
 
     Raises:
         KtrayError: not one of the forms, images without mask or masks without image, a class list that cannot be,
-            masks that are no label maps. Each says how many and shows three.
+            masks that are no label maps, a key that would have no effect. Each says how many and shows three.
     """
+    check_train_list(train_list, splits)
+    notes: list[str] = []
+    found = _find(data, splits, labels, train_list, layout, notes)
+    return divide(
+        found.rows,
+        classes=lambda rows: found.classes,
+        label=lambda row, number: 0,
+        seed=seed,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        budget=labels,
+        notes=notes,
+        names=lambda classes: found.names,
+        mask_offset=found.offset,
+        facts=(found.classes, found.offset),
+    )
+
+
+def _find(
+    data: str, splits: str | None, labels: int | None, train_list: str | None, layout: str, notes: list[str]
+) -> Masked:
     root, file = place(data)
     if file is not None:
         raise KtrayError(f"'{root}' is a file, and a segmentation data set is a folder", FORMS)

@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.preprocess import Preprocess, _geometry
-from ktray.data.views import View
 from ktray.errors import BadImage
 
 IGNORE = 255  # a pixel of a mask that counts nowhere
@@ -74,30 +73,6 @@ def check_mask(image: np.ndarray, mask: np.ndarray) -> None:
     if image.shape[:2] != mask.shape:
         (ih, iw), (mh, mw) = image.shape[:2], mask.shape
         raise BadImage(f"the mask has {mw} x {mh} pixels, its image {iw} x {ih}")
-
-
-def render_mask(mask: np.ndarray, view: View, size: int | tuple[int, int]) -> np.ndarray:
-    """A view of a mask: the geometry of `ktray.data.views.render`, each pixel the nearest of the mask's.
-
-    Args:
-        mask: (H, W) uint8, the size that the view was made for.
-        view: of the mask's image; its colour factors do not apply.
-        size: height and width of the result, or one number for both.
-
-    Returns:
-        (height, width) uint8, contiguous.
-
-    Raises:
-        BadImage: the crop does not lie in the mask.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    if view.x < 0 or view.y < 0 or view.y + view.height > mask.shape[0] or view.x + view.width > mask.shape[1]:
-        raise BadImage(f"{view} does not lie in a mask of {mask.shape[1]} x {mask.shape[0]} pixels")
-    labels = mask[view.y : view.y + view.height, view.x : view.x + view.width]
-    if (height, width) != labels.shape:
-        crop = Image.fromarray(np.ascontiguousarray(labels))
-        labels = np.asarray(crop.resize((width, height), Image.Resampling.NEAREST))
-    return np.array(labels[:, ::-1] if view.flip else labels, order="C")
 
 
 def eval_mask(preprocess: Preprocess, mask: np.ndarray) -> np.ndarray:

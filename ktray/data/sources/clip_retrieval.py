@@ -19,18 +19,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.data import filesystem
-from ktray.data.sources.listing import Shard, fingerprint
-from ktray.data.sources.parquets import read_footer
-from ktray.data.sources.records import ImageRecord, is_image, is_tar
-from ktray.data.sources.tars import read_tar, sample_key
+from ktray.data.sources.base import Shard, Source, fingerprint
+from ktray.data.sources.fetch import fetch
+from ktray.data.sources.parquet_tables import read_footer
+from ktray.data.sources.records import ImageRecord, is_image
+from ktray.data.sources.tars import TarMember, is_tar, read_tar, sample_key
 from ktray.data.sources.uris import ImageRef
 from ktray.errors import KtrayError
+from ktray.recipe.registries import SOURCES
 
+EMBEDDED = "embedded"
 _EMBEDDINGS, _METADATA = "img_emb", "metadata"
 _NAME, _CAPTION = "image_path", "caption"
 # Images that are asked for together, and may be in memory together.
 _TOGETHER = 64
 ROWS = 16_384
+
+
+class ClipRetrievalSource(Source):
+    """Output folders of clip-retrieval, whose embeddings are taken over."""
+
+    order, has_embeddings = 40, True
+
+    def fits_folder(self, folder: str) -> bool:
+        return is_embedded(folder)
+
+    def folder_shards(self, folder: str, images: str | Sequence[str] | None) -> list[Shard]:
+        return embedded_shards(folder, images)
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord]:
+        return (record for _, record in read_records(shard))
+
+    def read_embedded(self, shard: Shard) -> Iterator[tuple[ImageRecord, np.ndarray]]:
+        vectors = read_vectors(shard)
+        return ((record, vectors[row]) for row, record in read_records(shard))
 
 
 def is_embedded(folder: str) -> bool:
@@ -89,7 +111,7 @@ def _partition(vectors: str, metadata: str, places: tuple[str, ...], rows_per_sh
     out = []
     for first in range(0, rows, rows_per_shard):
         count = min(rows_per_shard, rows - first)
-        out.append(Shard("embedded", paths, fingerprint(files, first, count, places), count, first))
+        out.append(Shard(EMBEDDED, paths, fingerprint(files, first, count, places), count, first))
     return out
 
 
@@ -109,8 +131,6 @@ def read_vectors(shard: Shard) -> np.ndarray:
 
 def read_records(shard: Shard) -> Iterator[tuple[int, ImageRecord]]:
     """Each row of a shard, counted from its start, with its image; those of tars in the tars' order."""
-    from ktray.data.sources.fetch import fetch  # which reads whole shards through this module
-
     assert shard.count is not None
     _, metadata, *places = shard.paths
     columns = [name for name in (_NAME, _CAPTION) if name in read_footer(metadata).schema.names]
@@ -121,7 +141,7 @@ def read_records(shard: Shard) -> Iterator[tuple[int, ImageRecord]]:
     keys: dict[str, int] = {}
     others: list[tuple[int, str]] = []
     for row, name in enumerate(names):
-        if not is_image(name) and ImageRef.parse(name).kind == "file":
+        if not is_image(name) and not ImageRef.parse(name).fragment:
             keys[name] = row
         else:
             others.append((row, _placed(name, metadata, places)))
@@ -154,7 +174,8 @@ def _from_tars(
         if not missing:
             return
         for record in read_tar(tar):
-            row = missing.pop(sample_key(ImageRef.parse(record.uri).member or ""), None)
+            ref = ImageRef.parse(record.uri)
+            row = missing.pop(sample_key(ref.member), None) if isinstance(ref, TarMember) else None
             if row is not None:
                 yield row, replace(record, caption=captions[row] or record.caption)
     for key, row in missing.items():
@@ -191,3 +212,6 @@ def _header(stream: object) -> tuple[int, int, np.dtype, int]:
     if len(shape) != 2 or fortran or dtype.kind != "f":
         raise ValueError(f"an array of shape {shape} and type {dtype}, not rows of embeddings")
     return int(shape[0]), int(shape[1]), dtype, int(stream.tell())  # type: ignore[attr-defined]
+
+
+SOURCES.register(EMBEDDED)(ClipRetrievalSource())

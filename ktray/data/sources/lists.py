@@ -11,10 +11,12 @@ import posixpath
 from collections.abc import Sequence
 
 from ktray.data import filesystem
-from ktray.data.sources.clip_retrieval import embedded_shards, is_embedded
-from ktray.data.sources.listing import Shard, list_shards, path_shards, resolve
-from ktray.data.sources.records import is_csv, is_parquet
+from ktray.data.sources.base import Shard
+from ktray.data.sources.files import path_shards
+from ktray.data.sources.listing import folder_shards, list_shards
+from ktray.data.sources.uris import resolve
 from ktray.errors import KtrayError
+from ktray.recipe.registries import SOURCES
 
 _SHOWN = 3
 
@@ -32,15 +34,16 @@ def gallery_shards(
     if data is None:
         return []
     entries = [data] if isinstance(data, str) else list(data)
-    others = [entry for entry in entries if not is_embedded(entry)]
-    embedded = embedded_only(data, images)
-    return [*(list_shards(others, column=column) if others or not embedded else []), *embedded]
+    whole = {entry: found for entry in entries if (found := folder_shards(entry, images)) is not None}
+    others = [entry for entry in entries if entry not in whole]
+    shards = list_shards(others, column=column) if others or not whole else []
+    return [*shards, *(shard for entry in entries if entry in whole for shard in whole[entry])]
 
 
 def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None) -> list[Shard]:
     """Of ``gallery_shards`` those of folders with embeddings."""
     entries = [data] if isinstance(data, str) else data
-    return [shard for entry in entries if is_embedded(entry) for shard in embedded_shards(entry, images)]
+    return [shard for entry in entries for shard in folder_shards(entry, images, embedded=True) or []]
 
 
 def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:
@@ -56,7 +59,7 @@ def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = 
             several times.
     """
     path = filesystem.normalise(path)
-    if is_csv(path) or is_parquet(path):
+    if any(source.lists_images and source.fits(path) for _, source in SOURCES):
         return list_shards(path, column=column)
     try:
         text = filesystem.read_bytes(path).decode("utf-8-sig")
@@ -76,9 +79,9 @@ def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = 
 
 def _found(names: list[str], path: str, gallery: str | Sequence[str]) -> list[str]:
     shards = list_shards(gallery)
-    if any(shard.kind != "files" for shard in shards):
+    if not all(shard.source.loose for shard in shards):
         raise KtrayError(
-            f"The images of '{path}' are named, and the gallery has tar or Parquet files",
+            f"The images of '{path}' are named, and the gallery is not made of image files alone",
             "Names are looked up among loose files: unpack them, or list uris (X.tar#member=...).",
         )
     known: dict[str, str | None] = {}

@@ -2,150 +2,173 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ktray.data import filesystem
-from ktray.errors import KtrayError
+from ktray.data.filesystem import MAX_FILE_BYTES, FileStat, why
+from ktray.data.sources.base import Cut, Shard, Source, fingerprint
+from ktray.data.sources.fetch import read_file
+from ktray.data.sources.parquet_tables import caption_column, image_column, iter_rows, read_footer
+from ktray.data.sources.records import ImageRecord
+from ktray.data.sources.uris import Held, ImageRef, resolve
+from ktray.recipe.registries import SOURCES
 
-BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
-PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
-CAPTION_NAMES = ("caption", "text", "txt")
-# A batch of encoded images in memory, not a whole row group: so many rows, and fewer where they may be large.
-_BATCH_ROWS = 64
-_BATCH_BYTES = 1 << 32
-# As for tar shards: images hardly compress.
-MAX_UNPACKED_RATIO = 100
-MAX_UNPACKED_FLOOR = 1 << 28
+PARQUET = "parquet"
+PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
-@dataclass(frozen=True)
-class Footer:
-    """What a Parquet file says of itself."""
+class ParquetSource(Source):
+    """Parquet files; a shard is some rows of one."""
 
-    schema: pa.Schema
-    group_rows: tuple[int, ...]
+    noun, accepts, pattern, order = "Parquet files", ".parquet files", "*.parquet", 30
+    lists_images = True
+
+    def fits(self, path: str) -> bool:
+        return is_parquet(path)
+
+    def shards(self, files: Sequence[FileStat], cut: Cut) -> list[Shard]:
+        with ThreadPoolExecutor(16) as pool:  # footers on S3 are a round trip each
+            return [shard for part in pool.map(lambda file: _shards(file, cut), files) for shard in part]
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord]:
+        return _read(shard)
+
+    def parse(self, uri: str) -> ImageRef | None:
+        found = ParquetRow.PATTERN.fullmatch(uri)
+        if found is None:
+            return None
+        column = unquote(found["column"]) if found["column"] else None
+        return ParquetRow(found["path"], row=int(found["row"]), column=column)
+
+    def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
+        return [partial(_fetch_rows, path, [ref for ref in refs if isinstance(ref, ParquetRow)])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetRow(ImageRef):
+    """``X.parquet#row=R``, a row of a Parquet file; ``&column=C`` where the column was named.
+
+    Attributes:
+        row: from 0.
+        column: None where the column with the images is found by itself.
+    """
+
+    row: int
+    column: str | None = None
+    kind: ClassVar[str] = PARQUET
+    PATTERN: ClassVar[re.Pattern[str]] = re.compile(
+        r"(?P<path>.+)#row=(?P<row>\d+)(?:&column=(?P<column>[^&#]+))?", re.DOTALL
+    )
 
     @property
-    def rows(self) -> int:
-        return sum(self.group_rows)
+    def fragment(self) -> str:
+        column = f"&column={quote(self.column, safe='')}" if self.column else ""
+        return f"row={self.row}{column}"
 
 
-def read_footer(path: str) -> Footer:
-    """Raises OSError or pyarrow's errors when the file is not whole."""
-    with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
-        groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-        return Footer(file.schema_arrow, groups)
+def is_parquet(name: str) -> bool:
+    return name.lower().endswith(PARQUET_SUFFIXES)
 
 
-def holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        at = kind.get_field_index("bytes")
-        return at >= 0 and holds_bytes(kind.field(at).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return holds_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> str:
-    """The column with the images: the named one, else found by type and name (bytes before paths).
-
-    Raises:
-        KtrayError: no such column (the nearest is named), of a wrong type, none fits, or several do.
-    """
-    listed = ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
-    if wanted != "auto":
-        if wanted not in schema.names:
-            near = difflib.get_close_matches(wanted, schema.names, n=1, cutoff=0.0)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise KtrayError(f"'{where}' has no column '{wanted}'", f"{hint}Its columns are {listed}.")
-        kind = schema.field(wanted).type
-        if not holds_bytes(kind) and not holds_text(kind):
-            raise KtrayError(
-                f"Column '{wanted}' of '{where}' is of type {kind}, which holds neither image bytes nor paths",
-                f"Its columns are {listed}.",
-            )
-        return wanted
-    with_bytes = [f.name for f in schema if holds_bytes(f.type)]
-    named = _named([f.name for f in schema if holds_text(f.type)], PATH_NAMES)
-    found = _named(with_bytes, BYTES_NAMES) or (with_bytes[0] if len(with_bytes) == 1 else None)
-    if found is None and len(with_bytes) > 1:
-        raise KtrayError(
-            f"'{where}' has several columns of bytes: {', '.join(with_bytes)}", "Name one with gallery.column."
+def _shards(file: FileStat, cut: Cut) -> list[Shard]:
+    try:
+        footer = read_footer(file.path)
+    except (OSError, pa.ArrowException):
+        return [Shard(PARQUET, (file.path,), fingerprint([file]), None)]  # reading it reports it
+    images, captions = image_column(footer.schema, cut.column, file.path), caption_column(footer.schema)
+    return [
+        Shard(
+            PARQUET,
+            (file.path,),
+            fingerprint([file], start, count, images),
+            count,
+            start,
+            images,
+            named=cut.column != "auto",
+            caption=captions if captions != images else None,
         )
-    if found is None and named is None:
-        raise KtrayError(
-            f"'{where}' has no column that looks like images",
-            f"Name one of its columns with gallery.column: {listed}.",
-        )
-    return found or str(named)
+        for start, count in _ranges(footer.group_rows, cut.rows)
+    ]
 
 
-def caption_column(schema: pa.Schema) -> str | None:
-    return _named([f.name for f in schema if holds_text(f.type)], CAPTION_NAMES)
+def _ranges(group_rows: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """(first, count) of about ``rows`` each: whole row groups where they are small, parts of large ones."""
+    out: list[tuple[int, int]] = []
+    first = count = 0
+    for group in group_rows:
+        if count and count + group > rows:
+            out.append((first, count))
+            first, count = first + count, 0
+        count += group
+        while count > rows:
+            out.append((first, rows))
+            first, count = first + rows, count - rows
+    return [*out, (first, count)] if count else out
 
 
-def _named(columns: Sequence[str], preferred: Sequence[str]) -> str | None:
-    lower = {name.lower(): name for name in reversed(columns)}
-    return next((lower[name] for name in preferred if name in lower), None)
+def _read(shard: Shard) -> Iterator[ImageRecord]:
+    path = shard.paths[0]
+    if shard.column is None or shard.count is None:
+        yield ImageRecord(path, None, error=f"broken Parquet file: {_broken(path)}")
+        return
+    columns = [shard.column, *([shard.caption] if shard.caption else [])]
+    named = shard.column if shard.named else None
+    done = shard.start
+    last = shard.start + shard.count
+    try:
+        for row, values in iter_rows(path, columns, range(shard.start, last)):
+            uri, data, error = _cell(values[shard.column], path, ParquetRow(path, row=row, column=named))
+            yield ImageRecord(uri, data, values.get(shard.caption) if shard.caption else None, error)
+            done = row + 1
+    except Exception as error:  # pyarrow raises its own types, OSError and ValueError on broken pages
+        for row in range(done, last):
+            uri = str(ParquetRow(path, row=row, column=named))
+            yield ImageRecord(uri, None, error=f"broken Parquet file: {why(error)}")
 
 
-def iter_rows(path: str, columns: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Chosen rows (ascending, no repeats) of some columns as (row, values). The file is opened once.
-
-    Only row groups that hold a chosen row are read, in small batches. Raises OSError or pyarrow's errors where
-    the file is broken, after the rows before it.
-    """
-    with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
-        at = first = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            last = at
-            while last < len(rows) and rows[last] < first + count:
-                last += 1
-            if last > at:
-                yield from _group_rows(file, group, columns, rows[at:last], first)
-            at, first = last, first + count
-        if at < len(rows):
-            raise OSError(f"row {rows[at]} of a file with {first} rows: it has changed since it was listed")
+def _broken(path: str) -> str:
+    try:
+        read_footer(path)
+    except Exception as error:
+        return why(error)
+    return "it was broken when it was listed and has changed since"
 
 
-def _group_rows(
-    file: pq.ParquetFile, group: int, columns: Sequence[str], rows: Sequence[int], first: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    at = 0
-    size = _batch_rows(file, group, columns)
-    for batch in file.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False):
-        while at < len(rows) and rows[at] < first + batch.num_rows:
-            row = batch.slice(rows[at] - first, 1)
-            yield rows[at], {name: row.column(name)[0].as_py() for name in columns}
-            at += 1
-        first += batch.num_rows
-        if at == len(rows):
-            return
+def _cell(value: Any, path: str, ref: ParquetRow) -> tuple[str, bytes | None, str | None]:
+    """Uri and content of one cell: bytes, ``{bytes, path}``, or a path."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        if len(value) > MAX_FILE_BYTES:
+            return str(ref), None, f"more than {MAX_FILE_BYTES >> 20} MiB"
+        return str(ref), value, None
+    if not value:
+        return str(ref), None, "empty cell"
+    uri = resolve(str(value), path)
+    if isinstance(ImageRef.parse(uri), ParquetRow):  # it may name itself
+        return uri, None, "a Parquet cell that names a Parquet cell"
+    return uri, *read_file(uri)
 
 
-def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Rows that may be in memory together, by what the footer says.
+def _fetch_rows(path: str, refs: Sequence[ParquetRow]) -> Held:
+    out: Held = {}
+    for column in dict.fromkeys(ref.column for ref in refs):
+        by_row = {ref.row: ref for ref in refs if ref.column == column}
+        try:
+            name = image_column(read_footer(path).schema, column or "auto", path)
+            for row, values in iter_rows(path, [name], sorted(by_row)):
+                out[by_row[row]] = _cell(values[name], path, by_row[row])[1:]
+        except Exception as error:
+            for ref in by_row.values():
+                out.setdefault(ref, (None, f"broken Parquet file: {why(error)}"))
+    return out
 
-    Raises:
-        OSError: a column unpacks to far more than images do.
-    """
-    chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
-    read = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-    for chunk in read:
-        unpacked = chunk.total_uncompressed_size
-        if unpacked > max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * chunk.total_compressed_size):
-            raise OSError(f"unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
-    # A dictionary holds a value once that any number of rows may repeat.
-    largest = sum(chunk.total_uncompressed_size for chunk in read)
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
+
+SOURCES.register(PARQUET)(ParquetSource())

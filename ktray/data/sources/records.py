@@ -1,4 +1,4 @@
-"""What reading gives, and which files hold what."""
+"""What reading gives, and which files are images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
     ".jp2", ".jpx", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo",
 )  # fmt: skip
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-PARQUET_SUFFIXES = (".parquet", ".pq")
-CSV_SUFFIXES = (".csv",)
 
 
 @dataclass(frozen=True)
@@ -32,15 +29,3 @@ class ImageRecord:
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def is_tar(name: str) -> bool:
-    return name.lower().endswith(TAR_SUFFIXES)
-
-
-def is_parquet(name: str) -> bool:
-    return name.lower().endswith(PARQUET_SUFFIXES)
-
-
-def is_csv(name: str) -> bool:
-    return name.lower().endswith(CSV_SUFFIXES)

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import gzip
 import posixpath
+import re
 import tarfile
-from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any, ClassVar
+from urllib.parse import quote, unquote
 
 from ktray.data import filesystem
-from ktray.data.filesystem import MAX_FILE_BYTES, why
+from ktray.data.filesystem import MAX_FILE_BYTES, FileStat, why
+from ktray.data.sources.base import Cut, Shard, Source, fingerprint
 from ktray.data.sources.records import ImageRecord, is_image
-from ktray.data.sources.uris import ImageRef
+from ktray.data.sources.uris import Held, ImageRef
+from ktray.recipe.registries import SOURCES
+
+TAR = "tar"
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Images of a tar on S3 that one call reads one after the other.
+_A_PART = 8
 
 MAX_CAPTION_BYTES = 1 << 16
 # Photos hardly compress: an archive that unpacks to more than this is made to hurt.
@@ -23,6 +34,59 @@ MAX_UNPACKED_RATIO = 100
 MAX_UNPACKED_FLOOR = 1 << 30
 _BOMB = f"unpacks to more than {MAX_UNPACKED_RATIO} times its size"
 _BLOCK = 512
+
+
+class TarSource(Source):
+    """Tar shards, packed or not; each is one shard."""
+
+    noun, accepts, pattern, order = "tar shards", ".tar/.tar.gz/.tgz shards", "*.tar", 20
+
+    def fits(self, path: str) -> bool:
+        return is_tar(path)
+
+    def shards(self, files: Sequence[FileStat], cut: Cut) -> list[Shard]:
+        return [Shard(TAR, (file.path,), fingerprint([file]), None) for file in files]
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord]:
+        return read_tar(shard.paths[0])
+
+    def parse(self, uri: str) -> ImageRef | None:
+        found = TarMember.PATTERN.fullmatch(uri)
+        if found is None:
+            return None
+        member = unquote(found["member"], errors="surrogateescape")
+        return TarMember(found["path"], member=member, offset=int(found["offset"]), size=int(found["size"]))
+
+    def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
+        members = [ref for ref in refs if isinstance(ref, TarMember)]
+        return [partial(fetch_members, path, part) for part in _parts(path, members)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarMember(ImageRef):
+    """``X.tar#member=M&offset=O&size=N``: N bytes from byte O of the (unpacked) archive.
+
+    Attributes:
+        member: its name.
+        offset, size: first byte and bytes.
+    """
+
+    member: str
+    offset: int = 0
+    size: int = 0
+    kind: ClassVar[str] = TAR
+    PATTERN: ClassVar[re.Pattern[str]] = re.compile(
+        r"(?P<path>.+)#member=(?P<member>[^&#]*)&offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
+    )
+
+    @property
+    def fragment(self) -> str:
+        member = quote(self.member, errors="surrogateescape")
+        return f"member={member}&offset={self.offset}&size={self.size}"
+
+
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(TAR_SUFFIXES)
 
 
 def read_tar(path: str) -> Iterator[ImageRecord]:
@@ -38,10 +102,10 @@ def read_tar(path: str) -> Iterator[ImageRecord]:
         yield ImageRecord(path, None, error=f"tar shard is broken or truncated, what follows is lost: {why(error)}")
 
 
-def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[bytes | None, str | None]]:
+def fetch_members(path: str, refs: Iterable[TarMember]) -> Held:
     """Members of one archive by offset: (bytes, None) or (None, error) each. The archive is opened once."""
     wanted = sorted(set(refs), key=lambda ref: ref.offset)
-    out: dict[ImageRef, tuple[bytes | None, str | None]] = {}
+    out: Held = {}
     try:
         limit = _limit(path)
         with _seekable(path) as stream:
@@ -53,7 +117,15 @@ def fetch_members(path: str, refs: Iterable[ImageRef]) -> dict[ImageRef, tuple[b
     return out
 
 
-def _member(stream: Any, ref: ImageRef) -> tuple[bytes | None, str | None]:
+def _parts(path: str, refs: list[TarMember]) -> list[list[TarMember]]:
+    """An archive's images for calls that open it each, neighbours together."""
+    if not filesystem.is_remote(path) or not path.lower().endswith(".tar"):  # what is packed is read from its start
+        return [refs]
+    refs = sorted(refs, key=lambda ref: ref.offset)
+    return [refs[first : first + _A_PART] for first in range(0, len(refs), _A_PART)]
+
+
+def _member(stream: Any, ref: TarMember) -> tuple[bytes | None, str | None]:
     changed = "the tar shard has changed since it was listed"
     if ref.offset < _BLOCK or ref.size > MAX_FILE_BYTES:
         return None, changed
@@ -112,7 +184,7 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
 
 
 def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> ImageRecord:
-    uri = str(ImageRef(path, member=member.name, offset=member.offset_data, size=member.size))
+    uri = str(TarMember(path, member=member.name, offset=member.offset_data, size=member.size))
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return ImageRecord(uri, None, error="unsafe name in a tar shard (absolute or with '..')")
     if not member.isreg() or member.issparse():
@@ -185,3 +257,6 @@ def _seekable(path: str) -> Any:
     if path.lower().endswith(".tar"):
         return raw
     return gzip.GzipFile(fileobj=raw)
+
+
+SOURCES.register(TAR)(TarSource())

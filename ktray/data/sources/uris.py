@@ -1,9 +1,9 @@
-"""How one image is named, wherever it lies.
+"""How one image is named, wherever it is.
 
 ==================================  ==============================================================
-``/folder/photo.jpg``               a file; ``s3://bucket/key.jpg`` likewise
-``X.tar#member=M&offset=O&size=N``  a tar member: N bytes from byte O of the (unpacked) archive
-``X.parquet#row=R``                 a row of a Parquet file; ``&column=C`` where the column was named
+``/folder/photo.jpg``               a file; also ``s3://bucket/key.jpg``
+``FILE#...``                        a part of a file, as the source that reads it writes it, such as
+                                    ``X.tar#member=M&offset=O&size=N`` and ``X.parquet#row=R``
 ``photo.jpg#xywh=X,Y,W,H``          a crop of an image, in pixels (W3C Media Fragments 1.0, 4.2.2);
                                     ``&xywh=...`` behind the others
 ==================================  ==============================================================
@@ -15,65 +15,52 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from urllib.parse import quote, unquote
+from typing import ClassVar
+
+from ktray.data import filesystem
+from ktray.recipe.registries import SOURCES
 
 Box = tuple[int, int, int, int]
 
 _CROP = re.compile(r"(?P<rest>.+)(?P<mark>[#&])xywh=(?P<box>\d+,\d+,\d+,\d+)", re.DOTALL)
-_MEMBER = re.compile(r"(?P<path>.+)#member=(?P<member>[^&#]*)&offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL)
-_ROW = re.compile(r"(?P<path>.+)#row=(?P<row>\d+)(?:&column=(?P<column>[^&#]+))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A parsed uri; ``str()`` gives it back.
+    """A parsed uri; ``str()`` gives it back. Sources derive their own for images that are parts of a file.
 
     Attributes:
-        path: the file that holds the image: itself, a tar or a Parquet file.
-        member, offset, size: name, first byte and bytes of a tar member.
-        row, column: row (from 0) of a Parquet file, and its column when it was not found by itself.
+        path: the file that holds the image: itself, a tar, a Parquet file, ...
         box: left, top, width and height of a crop, in pixels of the upright image; None for all of it.
+        kind: name of the source that reads it.
     """
 
     path: str
-    member: str | None = None
-    offset: int = 0
-    size: int = 0
-    row: int | None = None
-    column: str | None = None
     box: Box | None = None
+    kind: ClassVar[str] = "files"
 
     @property
-    def kind(self) -> str:
-        """``file``, ``tar`` or ``parquet``."""
-        return "tar" if self.member is not None else "parquet" if self.row is not None else "file"
+    def fragment(self) -> str:
+        """What names the image inside ``path``; empty where the file is the image."""
+        return ""
 
-    @classmethod
-    def parse(cls, uri: str) -> ImageRef:
-        """Any string is a uri: what does not end in one of the fragments is a file."""
+    @staticmethod
+    def parse(uri: str) -> ImageRef:
+        """Any string is a uri: what does not end in a fragment of some source is a file."""
+        if "#" not in uri:
+            return ImageRef(uri)
         if found := _CROP.fullmatch(uri):
-            whole = cls.parse(found["rest"])
-            if found["mark"] == ("#" if whole.kind == "file" else "&") and whole.box is None:
+            whole = ImageRef.parse(found["rest"])
+            if found["mark"] == ("&" if whole.fragment else "#") and whole.box is None:
                 left, top, width, height = (int(n) for n in found["box"].split(","))
                 return replace(whole, box=(left, top, width, height))
-        if found := _MEMBER.fullmatch(uri):
-            offset, size = int(found["offset"]), int(found["size"])
-            member = unquote(found["member"], errors="surrogateescape")
-            return cls(found["path"], member=member, offset=offset, size=size)
-        if found := _ROW.fullmatch(uri):
-            column = unquote(found["column"]) if found["column"] else None
-            return cls(found["path"], row=int(found["row"]), column=column)
-        return cls(uri)
+        refs = (source.parse(uri) for _, source in SOURCES)
+        return next((ref for ref in refs if ref is not None), None) or ImageRef(uri)
 
     def __str__(self) -> str:
-        text, mark = self.path, "#"
-        if self.member is not None:
-            member = quote(self.member, errors="surrogateescape")
-            text, mark = f"{text}#member={member}&offset={self.offset}&size={self.size}", "&"
-        elif self.row is not None:
-            column = f"&column={quote(self.column, safe='')}" if self.column else ""
-            text, mark = f"{text}#row={self.row}{column}", "&"
-        return f"{text}{mark}xywh={','.join(str(n) for n in self.box)}" if self.box else text
+        crop = f"xywh={','.join(str(n) for n in self.box)}" if self.box else ""
+        inside = "&".join(part for part in (self.fragment, crop) if part)
+        return f"{self.path}#{inside}" if inside else self.path
 
     @property
     def whole(self) -> ImageRef:
@@ -84,3 +71,20 @@ class ImageRef:
         """A part of this image; ``box`` is in its own pixels."""
         left, top = self.box[:2] if self.box else (0, 0)
         return replace(self, box=(left + box[0], top + box[1], box[2], box[3]))
+
+
+# Bytes, or why there are none.
+One = tuple[bytes | None, str | None]
+Held = dict[ImageRef, One]
+
+
+def resolve(path: str, listed_in: str) -> str:
+    """A path from a list: absolute, a uri, or relative to the list's folder."""
+    if not path:
+        return path
+    if filesystem.is_remote(path):
+        return filesystem.normalise(path)
+    folder = listed_in.rpartition("/")[0]
+    if filesystem.is_remote(listed_in):  # a list from elsewhere names no files of this machine, file:// or not
+        return f"{folder}/{path}"
+    return filesystem.normalise(path if path.startswith(("/", "~", "file://")) else f"{folder}/{path}")

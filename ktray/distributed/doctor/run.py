@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
 from ktray.redact import scrub
 from ktray.storage.store import Store
+
+logger = logging.getLogger("ktray")
 
 _SECONDS = 180.0  # time limit for a node to start a process and import torch
 
@@ -89,7 +92,7 @@ def trainers(
     return [node for node in probes if nodes[node]["Resources"].get("CPU")], False
 
 
-def require(recipe: Recipe, say: Callable[[str], None]) -> None:
+def require(recipe: Recipe) -> None:
     """Run the quick checks before a job on several nodes; on a single node, do nothing.
 
     Raises:
@@ -103,10 +106,10 @@ def require(recipe: Recipe, say: Callable[[str], None]) -> None:
         if check.state == "FAIL":
             raise KtrayError(f"{check.name}: {check.found}", check.remedy)
         if check.state == "warn":
-            say(f"doctor    {check.line}")
+            logger.info(f"doctor    {check.line}")
 
 
-def show(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> None:
+def show(recipe: Recipe, debug: bool = False) -> None:
     """Run all checks and print their results.
 
     Raises:
@@ -115,7 +118,7 @@ def show(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> Non
     connect(debug)
     failed = []
     for check in examine(recipe):
-        say(check.line)
+        logger.info(check.line)
         if check.state == "FAIL":
             failed.append(check.name)
     if failed:

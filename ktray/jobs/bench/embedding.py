@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import timm
 import torch
 from safetensors.torch import save_file
 
 from ktray.data.decode import MAX_PIXELS
-from ktray.data.sources.listing import Shard
+from ktray.data.sources.base import Shard
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
 from ktray.jobs.bench.rows import BenchRow, in_turns
+from ktray.models.teacher.families.base import TeacherSource, family_of, model_of
 from ktray.models.teacher.spec import TeacherSpec, device, tower_flops
-from ktray.models.teacher.teacher import TeacherSource
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
 from ktray.stages.index.decode import DecodeGallery
@@ -33,24 +31,19 @@ def encoder(name: str, folder: Path) -> TeacherSpec:
     """A published architecture with random weights, which are as fast as trained ones; kept in ``folder``.
 
     Args:
-        name: ``open_clip:<model>`` or ``timm:<model>``, or ``miniverse``, which has its weights.
+        name: as ``teacher.name``, without published weights; a family that ships its weights gives these.
     """
-    if name == "miniverse":
-        return TeacherSpec.of(TeacherSource(name))
-    library, _, model = name.partition(":")
-    path = folder / f"random-{library}-{model.replace('/', '-')}.safetensors"
+    path = folder / f"random-{name.replace(':', '-').replace('/', '-')}.safetensors"
     if not path.exists():
+        torch.manual_seed(0)
+        made = family_of(name).untrained(model_of(name))
+        if made is None:
+            return TeacherSpec.of(TeacherSource(name))
         folder.mkdir(parents=True, exist_ok=True)
-        _save_random(library, model, path)
+        part = path.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in made.state_dict().items()}, str(part))
+        part.replace(path)
     return TeacherSpec.of(TeacherSource(name, str(path)))
-
-
-def _save_random(library: str, model: str, path: Path) -> None:
-    torch.manual_seed(0)
-    made = open_clip.create_model(model, load_weights=False) if library == "open_clip" else timm.create_model(model)
-    part = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, str(part))
-    part.replace(path)
 
 
 def embedding(

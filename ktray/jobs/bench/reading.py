@@ -11,8 +11,8 @@ import torch
 
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.preprocess import Preprocess
+from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image
-from ktray.data.sources.listing import Shard
 from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards

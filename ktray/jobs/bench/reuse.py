@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,6 +19,9 @@ from ktray.jobs.bench.rows import BenchRow
 from ktray.miniverse import ensure_gallery
 from ktray.pipeline import run as pipeline
 from ktray.recipe.schema import Recipe
+from ktray.reporting.log import muted
+
+logger = logging.getLogger("ktray")
 
 EPOCHS, IMAGES, BATCH = 20, 500, 128
 # Eight trials, as a search over the loss and the learning rate has them.
@@ -61,15 +65,13 @@ class Sweep:
     stored: float
 
 
-def reuse(
-    folder: Path, plan: Allocation, say: Callable[[str], None], trials: int = len(TRIALS), images: int = IMAGES
-) -> Iterator[BenchRow]:
+def reuse(folder: Path, plan: Allocation, trials: int = len(TRIALS), images: int = IMAGES) -> Iterator[BenchRow]:
     """Compute and time of a live teacher, with stored targets as the limit."""
     for pair in PAIRS:
         found = {}
         for mode in ("cached", "live"):
             found[mode] = sweep(pair, mode, folder, plan, trials, images)
-            say(f"bench     {pair.name}, {mode}: {sum(found[mode].seconds):.0f} s for {trials} trials")
+            logger.info(f"bench     {pair.name}, {mode}: {sum(found[mode].seconds):.0f} s for {trials} trials")
         yield from compared(pair.name, found["cached"], found["live"])
 
 
@@ -109,7 +111,8 @@ def sweep(pair: Pair, mode: str, folder: Path, plan: Allocation, trials: int, im
     stored = 0.0
     for keys in TRIALS[:trials]:
         began = time.perf_counter()
-        result = pipeline.run(recipes.override(base, keys), lambda text: None, plan=plan, trial=True)
+        with muted():
+            result = pipeline.run(recipes.override(base, keys), plan=plan, trial=True)
         seconds.append(time.perf_counter() - began)
         flops.append(float(result["cost"]["flops"]["total"]))
         accuracy.append(float(result["metric"]["val"]))

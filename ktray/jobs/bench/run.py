@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 import uuid
@@ -35,11 +36,13 @@ from ktray.reporting.result import SCHEMA, BenchResult, write_result
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
 
+logger = logging.getLogger("ktray")
+
 # Cores that others keep busy above which the table says so.
 _CALM = 0.2
 
 
-def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """Run ``bench.only`` on this machine; returns the content of ``result.json``.
 
     Raises:
@@ -52,18 +55,20 @@ def bench(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> di
     recipe = quick(recipe) if recipe.bench.quick else recipe
     busy = busy_cores()
     if busy is not None and busy > _CALM:
-        say(f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven")
+        logger.info(
+            f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven"
+        )
     connect(debug)
     plan = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu)
-    say(plan.line)
+    logger.info(plan.line)
     began = time.time()
     rows: list[BenchRow] = []
     with peak_memory() as peak:
         for name in recipe.bench.only:
-            say(f"bench     {name}")
-            for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan, say):
+            logger.info(f"bench     {name}")
+            for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan):
                 rows.append(row)
-                say(markdown([row]).splitlines()[-1])
+                logger.info(markdown([row]).splitlines()[-1])
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-bench-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     result: dict[str, Any] = {
@@ -95,14 +100,14 @@ def quick(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
 
 
-def _read(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> list[BenchRow]:
+def _read(recipe: Recipe, folder: Path, plan: Allocation) -> list[BenchRow]:
     # As large as a shard that ktray makes of loose files, and at least two for each core.
     a_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
     shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar))
     return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
 
 
-def _embed(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> list[BenchRow]:
+def _embed(recipe: Recipe, folder: Path, plan: Allocation) -> list[BenchRow]:
     # Small shards: an encoder takes seconds for what a decoder reads at once, and should not wait for much of it.
     images = max(1, recipe.bench.images // (3 if recipe.bench.quick else 1))
     shards = list_shards(ensure_tars(folder / "photos", images, a_tar=50))
@@ -112,36 +117,36 @@ def _embed(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], 
     ]
 
 
-def _search(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _search(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     part = recipe.bench
-    return searching(folder, part.vectors, plan, usable_cpus(), part.repeats, say, part.quick)
+    return searching(folder, part.vectors, plan, usable_cpus(), part.repeats, part.quick)
 
 
-def _ingest(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _ingest(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return ingest(folder, plan, usable_cpus(), recipe.bench.repeats, recipe.bench.quick)
 
 
-def _train(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _train(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return training(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _workers(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _workers(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return workers(folder, plan, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _startup(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _startup(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return startup(folder, recipe.bench.repeats, recipe.bench.quick)
 
 
-def _reuse(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
-    return reuse(folder, plan, say, *((2, 256) if recipe.bench.quick else ()))
+def _reuse(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
+    return reuse(folder, plan, *((2, 256) if recipe.bench.quick else ()))
 
 
-def _memory(recipe: Recipe, folder: Path, plan: Allocation, say: Callable[[str], None]) -> Iterator[BenchRow]:
+def _memory(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
 
 
-_BENCHES: dict[str, Callable[[Recipe, Path, Allocation, Callable[[str], None]], Iterable[BenchRow]]] = {
+_BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = {
     "read": _read,
     "embed": _embed,
     "search": _search,

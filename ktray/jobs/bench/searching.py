@@ -19,8 +19,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import GalleryConfig
-from ktray.retrieval.faiss_index import Say
-from ktray.retrieval.index_dir import IndexDir
+from ktray.retrieval.index_dir import IndexDir, IndexedShard
 from ktray.stages.index.compress import compress, nearest
 from ktray.stages.index.gallery import Gallery, exact
 
@@ -34,7 +33,7 @@ _SPREAD = 0.8
 
 
 def searching(
-    folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, say: Say, quick: bool = False
+    folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, quick: bool = False
 ) -> Iterator[BenchRow]:
     """Rates in queries a second over a gallery of ``rows`` vectors of 512 dimensions; k is 100.
 
@@ -61,7 +60,7 @@ def searching(
     part = GalleryConfig(search="compressed")
     shutil.rmtree(Path(gallery.folder.path) / "search", ignore_errors=True)  # of an earlier bench: it is built anew
     began = time.perf_counter()
-    made = compress(part, gallery, plan, say)
+    made = compress(part, gallery, plan)
     built = time.perf_counter() - began
     search = nearest(made, gallery)
     limit, reached = in_turns(
@@ -89,7 +88,7 @@ def synthetic(folder: Path, rows: int, plan: Allocation) -> Gallery:
     whole, _ = index.shards([item["name"] for item in items])
     todo = [item for item in items if item["name"] not in whole]
     for made in cpu_shards(todo, _Synthesise(index, rows, DIMENSIONS), plan):
-        index.finish(made["shard"], made)
+        index.finish(IndexedShard.from_json(made))
     return Gallery(index, [(f"{item['name']}-00000", item["rows"]) for item in items])
 
 
@@ -112,7 +111,7 @@ class _Synthesise:
         prints = rng.integers(0, 2**64, (2, item["rows"]), dtype=np.uint64)
         columns = {"uri": uris, "caption": np.full(item["rows"], ""), "hash": prints[0], "digest": prints[1]}
         part = self.index.write_part(f"{item['name']}-00000", columns, vectors)
-        return {"shard": item["name"], "rows": item["rows"], "read": item["rows"], "bad": [], "parts": [part]}
+        return IndexedShard(item["name"], (part,), item["rows"], item["rows"]).to_json()
 
 
 def _timed(search: Callable[[], object]) -> float:

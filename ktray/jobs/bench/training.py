@@ -68,20 +68,19 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
             case = less(case)
         lesson = ensure_targets(case, folder, plan)
         plain, dear = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
-        large = case.teacher.startswith("timm:")
         limit_name = "bare step, tensors in memory"
 
         def limit(lesson: BenchTargets = lesson, steps: int = plain) -> float:
             return bare(lesson, steps, plan)
 
-        for way in WAYS[:1] if quick and large else WAYS:
+        for way in WAYS[:1] if quick and case.large else WAYS:
             waits: list[float] = []
             ours = partial(through_ktray, lesson, way, dear if way.taught else plain, plan, folder, waits)
             facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
             rates = in_turns(limit, ours, repeats, warm=not quick)
             facts["data_wait"] = max(waits)
             yield BenchRow(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
-        if large and not quick:
+        if case.large and not quick:
             rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from ktray.jobs.compare.methods import Methods, list_methods, recipe_of, with_st
 from ktray.pipeline.plan import RATES, lines, this_machine
 from ktray.pipeline.resolve import resolve
 from ktray.recipe.schema import Recipe
+from ktray.reporting.log import muted
+
+logger = logging.getLogger("ktray")
 
 DEVICES = ("A100", "H100", "L4")
 
@@ -29,7 +33,8 @@ class _Cost:
     """The planned FLOPs of a way: linear in its steps, so the models are counted twice and not for every number."""
 
     def __init__(self, recipe: Recipe, plan: Allocation) -> None:
-        found = resolve(recipe, plan, lambda text: None)
+        with muted():
+            found = resolve(recipe, plan)
         self.steps = int(found.recipe.train.steps or 1)
         totals = []
         for steps in (self.steps, 2 * self.steps):
@@ -51,7 +56,6 @@ def budgets(
     base: Recipe,
     ways: Methods,
     plan: Allocation,
-    say: Callable[[str], None],
     measure: Callable[[Methods, int], dict[str, MeasuredSpeed]] | None = None,
 ) -> dict[str, EqualBudget]:
     """The budget of each way. The first one's steps set it for all.
@@ -86,30 +90,30 @@ def budgets(
     for name, way in ways.items():
         taken = max(1, round(way.share * steps[name]))
         result[name] = EqualBudget(taken, costs[name](taken))
-        say(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
+        logger.info(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
     return result
 
 
-def show(recipe: Recipe, say: Callable[[str], None]) -> None:
+def show(recipe: Recipe) -> None:
     """``--plan`` of a comparison: what each way will cost, stages that are shared or reused counted each time."""
     recipe = with_steps(recipe)
     part = recipe.compare
-    ways = list_methods(recipe, say)
-    planned = budgets(recipe, ways, this_machine(recipe), say)
+    ways = list_methods(recipe)
+    planned = budgets(recipe, ways, this_machine(recipe))
     if part.equal == "device_seconds":
-        say("the steps of all ways but the first will follow from measured speeds")
+        logger.info("the steps of all ways but the first will follow from measured speeds")
     tried = sum(planned[name].flops for name, way in ways.items() if way.family == name)
     total = len(part.seeds) * sum(b.flops for b in planned.values()) + len(part.lr_search) * tried
     prices = price_table()["accelerators"]
     head = "".join(f"{f'{name} hours':>14}{'USD':>10}" for name in DEVICES)
-    say("")
-    say(f"{'one run of':<34}{'steps':>9}{'FLOPs':>12}{head}")
+    logger.info("")
+    logger.info(f"{'one run of':<34}{'steps':>9}{'FLOPs':>12}{head}")
     for name, budget in planned.items():
-        say(_planned(name, f"{budget.steps:,}", budget.flops, prices))
+        logger.info(_planned(name, f"{budget.steps:,}", budget.flops, prices))
     trials = f" and {len(part.lr_search)} learning rates" if part.lr_search else ""
-    say(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, prices))
-    say("")
-    say("without what sharing stages saves, decoding and start-up; at 35% of the devices' bf16 peak (assumed)")
+    logger.info(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, prices))
+    logger.info("")
+    logger.info("without what sharing stages saves, decoding and start-up; at 35% of the devices' bf16 peak (assumed)")
 
 
 def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> str:

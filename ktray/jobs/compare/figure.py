@@ -15,13 +15,13 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from ktray.accounting.ledger import STAGES
 from ktray.recipe.registries import OBJECTIVES
+from ktray.tasks.base import metric_label
 
 # Of an objective that is not installed here. Colours are the objectives' own; the marker is the transfer set's.
 OTHER = "#000000"
 MARKERS = {"retrieved": "o", "generic": "s", "target": "^", "none": "X"}
 SPARE = "DvP*hpd<>8"
 SOFT, FAINT = "#57606a", "#e3e6ea"
-METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
 SHADES = {
     "adapt": "#f0c27b",
     "index": "#e69f00",
@@ -35,7 +35,7 @@ SHADES = {
 
 def metric_name(found: dict[str, Any]) -> str:
     """The task's metric for a reader."""
-    return METRICS.get(found["metric"], str(found["metric"]))
+    return metric_label(str(found["metric"]))
 
 
 def styles(ways: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:

@@ -7,6 +7,7 @@ rate of the way they belong to.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from ktray.errors import KtrayError
 from ktray.jobs.compare.equal_budget import EqualBudget
 from ktray.jobs.compare.methods import Methods, recipe_of
 from ktray.recipe.schema import Recipe
+
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ def search(
     ways: Methods,
     budgets: Mapping[str, EqualBudget],
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
-    say: Callable[[str], None],
 ) -> LrSearchResult:
     """Learning rates by validation. Without ``compare.lr_search`` each way keeps its own, and nothing is run.
 
@@ -61,7 +63,7 @@ def search(
             chosen[name] = own[name] * best["factor"]
     for name in heads if factors else []:
         tried = ", ".join(f"{t['lr']:g}: {t['validation']:.1%}" for t in trials[name])
-        say(f"search    {name}: train.lr={chosen[name]:g} (validation: {tried})")
+        logger.info(f"search    {name}: train.lr={chosen[name]:g} (validation: {tried})")
     return LrSearchResult(chosen, trials, results)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,6 +15,8 @@ from ktray.recipe.choice import objectives
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.registries import OBJECTIVES
 from ktray.recipe.schema import Recipe
+
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def with_steps(recipe: Recipe) -> Recipe:
     return recipes.override(recipe, {"train.steps": recipe.compare.steps}) if recipe.compare.steps else recipe
 
 
-def list_methods(recipe: Recipe, say: Callable[[str], None]) -> Methods:
+def list_methods(recipe: Recipe) -> Methods:
     """The ways that ``compare`` asks for, with their smaller and shorter runs; default ways that the data does not
     allow are left out, with the reason said.
 
@@ -55,7 +57,7 @@ def list_methods(recipe: Recipe, say: Callable[[str], None]) -> Methods:
         keys, missing = default_methods(recipe)
         for name, reason in missing.items():
             if not asked:
-                say(f"way       {name}: left out, {reason}")
+                logger.info(f"way       {name}: left out, {reason}")
         if isinstance(asked, list) and asked:
             keys = {name: _named(name, keys, missing) for name in asked}
     found = {name: Method(dict(value), name) for name, value in keys.items()}

@@ -7,41 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from ktray import recipe as recipes
 from ktray.jobs.compare import costs
 from ktray.jobs.compare.methods import Methods
-from ktray.jobs.compare.statistics import (
-    Accuracy,
-    MeanClassAccuracy,
-    MeanIoU,
-    TestScores,
-    interval,
-    pareto,
-    reach,
-    resample,
-)
+from ktray.jobs.compare.statistics import interval, pareto, reach, resample
 from ktray.stages.evaluate import stage as evaluate
-from ktray.storage.columns import Rows
 from ktray.storage.store import Stage, Store
+from ktray.tasks.base import task_kind
+from ktray.tasks.weighted import WeightedScores
 
 
-def scores(metric: str, seeds: Sequence[Rows]) -> TestScores:
-    """The test rows of one way, a table for each seed as EVALUATE stores them, ready for the bootstrap."""
-    if metric == "miou":
-        tp, fp, fn = (np.stack([rows[f"student_{name}"] for rows in seeds]) for name in ("tp", "fp", "fn"))
-        return MeanIoU(tp, fp, fn)
-    correct = np.stack([rows["student"].argmax(1) == rows["label"] for rows in seeds])
-    if metric == "mean_class_accuracy":
-        return MeanClassAccuracy(correct, seeds[0]["label"].astype(np.int64))
-    return Accuracy(correct)
-
-
-def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> TestScores:
-    """`scores` of one way's results."""
+def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> WeightedScores:
+    """The test rows of one way's results, a table for each seed, ready for the bootstrap."""
     seeds = []
     for result in results:
         (key,) = {s["key"] for s in result["stages"] if s["name"] == "evaluate"}
         seeds.append(evaluate.load(Stage(store.stage("evaluate", key).uri)))
-    return scores(results[0]["metric"]["name"], seeds)
+    with store.run(results[0]["run_id"]).local("recipe.yaml") as path:
+        kind = task_kind(recipes.load(str(path), []).task.kind)
+    return kind.weighted_scores(results[0]["metric"]["name"], seeds)
 
 
 def build(store: Store, ways: Methods, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

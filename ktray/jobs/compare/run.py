@@ -7,9 +7,9 @@ in the store.
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
+from ktray.reporting.log import ending
 from ktray.reporting.result import SCHEMA, CompareResult, write_result
 from ktray.storage.store import local_home
+
+logger = logging.getLogger("ktray")
 
 TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
 
 
-def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def compare(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """Run the comparison; returns the content of its ``result.json``.
 
     Raises:
@@ -40,36 +43,31 @@ def compare(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> 
     """
     begun = time.time()
     recipe = with_steps(recipe)
-    with open_session(recipe, say, debug) as session, contextlib.ExitStack() as until:
-        return _compare(recipe, say, debug, begun, session, until)
+    with open_session(recipe, debug) as session, contextlib.ExitStack() as until:
+        return _compare(recipe, debug, begun, session, until)
 
 
 def _compare(
-    recipe: Recipe,
-    say: Callable[[str], None],
-    debug: bool,
-    begun: float,
-    session: Session,
-    until: contextlib.ExitStack,
+    recipe: Recipe, debug: bool, begun: float, session: Session, until: contextlib.ExitStack
 ) -> dict[str, Any]:
     store, whole = session.store, session.allocation
-    ways = list_methods(recipe, say)
+    ways = list_methods(recipe)
     seeds = recipe.compare.seeds
     at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), session.memory)
-    say(f"cluster   {at_once} at once ({why})")
-    run_id, folder = open_folder(store, recipe, say, until)
-    say(f"compare   {folder.uri}")
+    logger.info(f"cluster   {at_once} at once ({why})")
+    run_id, folder = open_folder(store, recipe, until)
+    logger.info(f"compare   {folder.uri}")
     folder.write("recipe.yaml", dump(recipe).encode())
-    runner = Runner(store, folder, whole, share(whole, at_once), at_once, say, debug)
+    runner = Runner(store, folder, whole, share(whole, at_once), at_once, debug)
     aside = recipe.model_copy(deep=True)
     aside.mlflow.experiment = f"{recipe.mlflow.experiment}-{TRIALS}"
     # One at a time: what runs beside a measurement slows it.
     measure = partial(
         calibration.measure, aside, store=store, plan=runner.share, run=partial(runner.run, at_once=1, trial=True)
     )
-    budget = budgets(recipe, ways, runner.share, say, lambda ways, most: measure(ways))
+    budget = budgets(recipe, ways, runner.share, lambda ways, most: measure(ways))
     measured = costs.totals(runner.results.values())
-    searched = search(aside, ways, budget, partial(runner.run, trial=True), say)
+    searched = search(aside, ways, budget, partial(runner.run, trial=True))
     recipes = {
         (name, seed): recipe_of(
             recipe, way.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
@@ -126,9 +124,10 @@ def _compare(
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
     content = write_result(folder, CompareResult(**content))
     folder.delete(RUNNING)
-    say("")
-    say(page.table(content))
-    say(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
-    say(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
-    say(f"chart     {chart(recipe, store, content)}")
+    with ending():
+        logger.info("")
+        logger.info(page.table(content))
+        logger.info(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
+        logger.info(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+        logger.info(f"chart     {chart(recipe, store, content)}")
     return content

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,17 +16,17 @@ from ktray.pipeline.run_folder import open_run, task_title
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
-from ktray.reporting.progress import prefixed
+from ktray.reporting.log import titled
 from ktray.storage.store import Dir, Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
 
+logger = logging.getLogger("ktray")
 
-def open_folder(
-    store: Store, recipe: Recipe, say: Callable[[str], None], until: contextlib.ExitStack
-) -> tuple[str, Dir]:
+
+def open_folder(store: Store, recipe: Recipe, until: contextlib.ExitStack) -> tuple[str, Dir]:
     """The folder of this comparison: that of an unfinished one of the same recipe, else a new one."""
-    return open_run(store, digest("compare", dump(recipe)), f"compare-{task_title(recipe)}", say, until)
+    return open_run(store, digest("compare", dump(recipe)), f"compare-{task_title(recipe)}", until)
 
 
 @dataclass
@@ -42,7 +43,6 @@ class Runner:
     whole: Allocation
     share: Allocation
     at_once: int
-    say: Callable[[str], None]
     debug: bool = False
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -71,12 +71,12 @@ class Runner:
 
     def _one(self, key: str, title: str, recipe: Recipe, width: int, trial: bool) -> None:
         name = title.partition(": ")[2]
-        say = self.say if width <= 1 else partial(prefixed, self.say, name)
-        self.say(f"\ncompare   {title}, seed {recipe.seed}")
+        logger.info(f"\ncompare   {title}, seed {recipe.seed}")
         comparison = self.folder.uri.rstrip("/").rpartition("/")[2]
         tags = {"compare": comparison, WAY: name, RUN_NAME: f"{name}, seed {recipe.seed}"}
         plan = None if self.share is self.whole else self.share
-        self.results[key] = pipeline(recipe, say, self.debug, plan=plan, tags=tags, trial=trial)
+        with titled(None if width <= 1 else name):
+            self.results[key] = pipeline(recipe, self.debug, plan=plan, tags=tags, trial=trial)
         self.folder.write_json(f"done/{key}.json", {"run": self.results[key]["run_id"]})
 
     def _finished(self, key: str) -> bool:

@@ -8,100 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+
+from ktray.tasks.weighted import WeightedScores
 
 DRAWS = 2000
 LEVEL = 0.95
 _CHUNK_BYTES = 64_000_000  # of drawn weights held at once
 
 
-class TestScores(Protocol):
-    """The test images of one way over its seeds, ready to be scored under any weights of the images."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(S, N): seeds and images."""
-        ...
-
-    def score(self, weights: np.ndarray) -> np.ndarray:
-        """(B, N) float weights of the images -> (B, S) float scores, 0..1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1: ``correct`` is (S, N) bool."""
-
-    correct: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.correct.shape[0], self.correct.shape[1]
-
-    def score(self, weights: np.ndarray) -> np.ndarray:
-        right: np.ndarray = weights @ self.correct.T.astype(np.float64)
-        return right / weights.sum(1, keepdims=True)
-
-
-@dataclass(frozen=True)
-class MeanClassAccuracy:
-    """Mean recall over the classes that the drawn images have: ``correct`` (S, N) bool, ``label`` (N,) int."""
-
-    correct: np.ndarray
-    label: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.correct.shape[0], self.correct.shape[1]
-
-    def score(self, weights: np.ndarray) -> np.ndarray:
-        order = np.argsort(self.label, kind="stable")
-        starts = np.flatnonzero(np.diff(self.label[order], prepend=-1))
-        drawn = weights[:, order]
-        images = np.add.reduceat(drawn, starts, axis=1)
-        present = images > 0
-        scores = []
-        for correct in self.correct[:, order]:
-            right = np.add.reduceat(drawn * correct, starts, axis=1)
-            scores.append(np.divide(right, images, out=np.zeros_like(right), where=present).sum(1) / present.sum(1))
-        return np.stack(scores, axis=1)
-
-
-@dataclass(frozen=True)
-class MeanIoU:
-    """Mean intersection over union, pixels summed over the images: ``tp``, ``fp``, ``fn`` are (S, N, C) counts.
-
-    A class that is neither in the drawn images nor predicted on them is left out of the mean.
-    """
-
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tp.shape[0], self.tp.shape[1]
-
-    def score(self, weights: np.ndarray) -> np.ndarray:
-        scores = []
-        for tp, fp, fn in zip(self.tp, self.fp, self.fn, strict=True):
-            inside = weights @ tp.astype(np.float64)
-            union = inside + weights @ fp.astype(np.float64) + weights @ fn.astype(np.float64)
-            present = union > 0
-            iou = np.divide(inside, union, out=np.zeros_like(inside), where=present)
-            scores.append(iou.sum(1) / np.maximum(1, present.sum(1)))
-        return np.stack(scores, axis=1)
-
-
-def plain(scores: TestScores) -> np.ndarray:
+def plain(scores: WeightedScores) -> np.ndarray:
     """(S,) scores on the test set as it is."""
     found: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
     return found
 
 
-def resample(ways: Sequence[TestScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def resample(ways: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Bootstrap of each way's mean over seeds: images and seeds are drawn with replacement.
 
     Args:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ktray.errors import KtrayError
 from ktray.jobs.export.images import Batch
-from ktray.jobs.export.predict import Classifier
 from ktray.models.student.classifier import Student
 from ktray.tasks import classification
 
 # Of float32 arithmetic in another order, relative to the largest logit; what is seen is a hundredth of it.
 TOLERANCE = 1e-3
 PYTORCH = "pytorch"
+
+
+class Scorer(Protocol):
+    """A written file, opened."""
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, 3, height, width) uint8, as the shipped preprocessing makes them, to scores (N, C) float32."""
+        ...
 
 
 @dataclass
@@ -37,7 +44,7 @@ class AgreementScores:
     differing: int = 0
 
 
-def score(student: Student, files: Mapping[str, Classifier], batches: Iterable[Batch]) -> AgreementScores:
+def score(student: Student, files: Mapping[str, Scorer], batches: Iterable[Batch]) -> AgreementScores:
     """Run the student on ktray's pixels and each file on those of the shipped preprocessing."""
     found = AgreementScores()
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (PYTORCH, *files)}
@@ -56,7 +63,7 @@ def score(student: Student, files: Mapping[str, Classifier], batches: Iterable[B
     return found
 
 
-def logits(model: Classifier, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
+def logits(model: Scorer, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
     """(N, 3, height, width) uint8, also in a file, to (N, C) float32."""
     return np.concatenate([model.logits(pixels[at : at + batch]) for at in range(0, len(pixels), batch)])
 

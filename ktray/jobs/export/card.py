@@ -10,16 +10,21 @@ from typing import Any
 
 import jinja2
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.jobs.export import licences
+from ktray.jobs.export.agreement import PYTORCH
 from ktray.jobs.export.run_source import Source
+from ktray.jobs.export.targets.base import all_targets
 from ktray.models.student.classifier import Student
 from ktray.reporting import report, units
 
 _SHOWN = 30
 _WEAKEST = 3
-FILES = {"pytorch": "model.safetensors", "onnx": "student.onnx", "int8": "student.int8.onnx"}
-NAMES = {"pytorch": "PyTorch (timm)", "onnx": "`student.onnx`", "int8": "`student.int8.onnx`"}
+
+
+def _files() -> dict[str, str]:
+    """File by model."""
+    return {PYTORCH: "model.safetensors", **{name: target.file for name, target in all_targets()}}
 
 
 def write(folder: Path, source: Source, student: Student, task: LabelledSet, found: dict[str, Any]) -> None:
@@ -35,6 +40,8 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
     weakest = sorted(per_class.items(), key=lambda item: item[1])[:_WEAKEST]
     counts = Counter(task.classes[e.label] for e in task.train)
     least, most = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
+    files = _files()
+    names = {name: f"`{file}`" for name, file in files.items()} | {PYTORCH: "PyTorch (timm)"}
     title = f"{student.name} for {task_name(source)}"
     latency = found["latency"]
     cells = [(row["batch"], row["threads"]) for row in latency["models"]["pytorch"]["rows"]]
@@ -73,14 +80,19 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
         test=values["test"]["pytorch"]["metric"] if values["test"] else None,
         accuracy=[
             {
-                "name": NAMES[name],
+                "name": names[name],
                 "val": values["val"][name]["metric"],
                 "test": values["test"][name]["metric"] if values["test"] else None,
             }
             for name in values["val"]
         ],
         notes=found["notes"],
-        onnx=found["onnx"]["agreement"],
+        agreements=[
+            {"file": target.file, "splits": found[name]["agreement"]}
+            for name, target in all_targets()
+            if target.exact and found.get(name)
+        ],
+        uses=[target.use for name, target in all_targets() if target.use and found.get(name)],
         per_class=sorted(per_class.items(), key=lambda item: task.classes.index(item[0])),
         per_class_split="test" if split == "test" else "validation",
         machine=_machine(found["device"]),
@@ -90,12 +102,12 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
         cells=cells,
         speeds=[
             {
-                "name": NAMES[name],
+                "name": names[name],
                 "file": found["files"][file]["bytes"],
                 "memory": latency["models"][name]["memory_bytes"],
                 "cells": latency["models"][name]["rows"],
             }
-            for name, file in FILES.items()
+            for name, file in files.items()
             if name in latency["models"]
         ],
         weakest=", ".join(f"{name} ({units.percent(value)})" for name, value in weakest),
@@ -115,15 +127,15 @@ def task_name(source: Source) -> str:
 
 def closing(found: dict[str, Any]) -> str:
     """What an export says at its end, as a table for the terminal."""
-    models = found["latency"]["models"]
+    models, files = found["latency"]["models"], _files()
     cells = [(row["batch"], row["threads"]) for row in models["pytorch"]["rows"]]
     heads = [f"{n} image{'s' if n > 1 else ''}, {t} thread{'s' if t > 1 else ''}" for n, t in cells]
     rows = [["model", "file", "validation", "test", *heads]]
     for name, one in models.items():
         values = [(found["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
         times = [f"{row['median_ms']:.2f} ms" for row in one["rows"]]
-        size = units.size(found["files"][FILES[name]]["bytes"])
-        rows.append([FILES[name], size, *map(units.percent, values), *times])
+        size = units.size(found["files"][files[name]]["bytes"])
+        rows.append([files[name], size, *map(units.percent, values), *times])
     return units.aligned(rows, words=1, rules=(1,))
 
 

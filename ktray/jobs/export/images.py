@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktray.accounting.device import usable_cpus
-from ktray.data.labelled.read import LabelledExample
+from ktray.data.labelled.labelled_set import LabelledExample
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError

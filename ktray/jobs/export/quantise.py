@@ -27,6 +27,8 @@ from ktray.jobs.export.predict import Classifier, normalise
 from ktray.models.messages import cause
 from ktray.models.student.classifier import Student
 
+logger = logging.getLogger("ktray")
+
 # Drop on validation below which no further setting is tried, and above which people are told; fractions.
 ENOUGH, NOTABLE = 0.001, 0.01
 # Images whose activations are in memory at once while their ranges are measured.
@@ -79,7 +81,6 @@ def choose(
     calibration: np.ndarray,
     accuracy: Callable[[Classifier], float],
     reference: float,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the 8-bit file that is best on validation; of equally good ones the first that was tried.
 
@@ -113,7 +114,7 @@ def choose(
                 tried.append({**asdict(setting), "error": cause(error)})
                 return
             tried.append({**asdict(setting), "val": value})
-            say(f"export    int8, {setting}: {value:.2%} on validation (float32 {reference:.2%})")
+            logger.info(f"export    int8, {setting}: {value:.2%} on validation (float32 {reference:.2%})")
             if best is None or value > best[0]:
                 best = (value, setting)
                 candidate.replace(target)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
 from ktray.jobs.export.run_source import Source
+from ktray.jobs.export.targets.base import all_targets
 from ktray.redact import scrub
 from ktray.storage.store import local_home
 from ktray.tracking.mlflow_server import Server, is_transient
 from ktray.tracking.tracker import tracking_uri
 
+logger = logging.getLogger("ktray")
+
 MODEL, TAG = "export", "ktray.export"
-FILES = {"float": "student.onnx", "int8": "student.int8.onnx"}
 # What the model's own code imports; without these pins MLflow would find them by loading it in a new process.
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
 
 
-def log(source: Source, folder: Path, found: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def log(source: Source, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Log the model, and register it where the recipe says so; what is there already is left as it is.
 
     Args:
@@ -41,7 +44,7 @@ def log(source: Source, folder: Path, found: dict[str, Any], say: Callable[[str]
     part = source.recipe.export
     uri = tracking_uri(source.recipe.mlflow.uri, local_home(source.store))
     try:
-        return _log(source, folder, found, uri, say)
+        return _log(source, folder, found, uri)
     except KtrayError:
         raise
     except Exception as error:  # MLflow's, its database's, its server's
@@ -52,11 +55,11 @@ def log(source: Source, folder: Path, found: dict[str, Any], say: Callable[[str]
                 f"The export is written, but MLflow {why} and '{part.register_as}' is not registered ({text})",
                 "The same command registers it once MLflow takes it; see mlflow.uri and export.register_as.",
             ) from error
-        say(f"mlflow    {why}: the export is not logged there ({text}); the same command does it later")
+        logger.info(f"mlflow    {why}: the export is not logged there ({text}); the same command does it later")
         return {"model_uri": None}
 
 
-def _log(source: Source, folder: Path, found: dict[str, Any], uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _log(source: Source, folder: Path, found: dict[str, Any], uri: str) -> dict[str, Any]:
     part = source.recipe.export
     server = Server(uri, source.recipe.mlflow.experiment, {"run_id": None, "stages": {}}, _TIMEOUT_S)
     mark = f"{found['key']}-{part.serve}"
@@ -67,7 +70,7 @@ def _log(source: Source, folder: Path, found: dict[str, Any], uri: str, say: Cal
     with _default(uri):
         version = _version(server, part.register_as, model_id, location, mark, found)
     server.client.set_registered_model_alias(part.register_as, part.alias, version)
-    say(f"mlflow    models:/{part.register_as}@{part.alias} is version {version}")
+    logger.info(f"mlflow    models:/{part.register_as}@{part.alias} is version {version}")
     return {**logged, "name": part.register_as, "version": version, "alias": part.alias}
 
 
@@ -111,6 +114,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Map
 
+    served = next(target.file for _, target in all_targets() if target.serves == serve)
     model = None
     if entry is not None:
         model = Model(
@@ -121,7 +125,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"model": str(folder / FILES[serve]), "predict": str(folder / "predict.py")},
+            artifacts={"model": str(folder / served), "predict": str(folder / "predict.py")},
             mlflow_model=model,
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image")]),
@@ -144,9 +148,9 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
         values[f"export.{name}.val"] = found["metric"]["val"][name]["metric"]
         for row in one["rows"]:
             values[f"export.{name}.median_ms_batch{row['batch']}_threads{row['threads']}"] = row["median_ms"]
-    for name, file in (("onnx", "student.onnx"), ("int8", "student.int8.onnx")):
-        if file in found["files"]:
-            values[f"export.{name}.bytes"] = float(found["files"][file]["bytes"])
+    for name, target in all_targets():
+        if target.file in found["files"]:
+            values[f"export.{name}.bytes"] = float(found["files"][target.file]["bytes"])
     return values
 
 

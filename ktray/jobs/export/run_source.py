@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.models.student.classifier import Student
 from ktray.models.student.classifier_io import load_student
 from ktray.pipeline.resolve import labelled_task
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
+from ktray.tasks.base import task_kind
+from ktray.tasks.students import marked_kinds
+
+logger = logging.getLogger("ktray")
 
 _NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.safetensors")
 
@@ -52,14 +56,14 @@ class Source:
         with self.folder.local("student") as path:
             return load_student(path)
 
-    def task(self, say: Callable[[str], None]) -> LabelledSet:
+    def task(self) -> LabelledSet:
         """The labelled images of the run.
 
         Raises:
             KtrayError: they are not where they were, or their classes are others.
         """
         try:
-            found = labelled_task(self.recipe, lambda key, value, why: None, say)[0]
+            found = labelled_task(self.recipe, lambda key, value, why: None)[0]
         except KtrayError as error:
             raise KtrayError(
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
@@ -76,14 +80,14 @@ class Source:
         return found
 
 
-def find(asked: Recipe, say: Callable[[str], None]) -> Source:
+def find(asked: Recipe) -> Source:
     """The run that ``export.run`` names.
 
     Args:
         asked: the recipe of the command line; its ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
 
     Raises:
-        KtrayError: no such run, one that left no student, a damaged result, a segmentation task.
+        KtrayError: no such run, one that left no student, a damaged result, a task kind that has no export.
     """
     folder = _folder(asked)
     missing = [name for name in _NEEDED if not folder.exists(name)]
@@ -99,11 +103,10 @@ def find(asked: Recipe, say: Callable[[str], None]) -> Source:
         raise KtrayError(f"'{folder.uri}/result.json' is damaged: {error}", "Run jobs/distill.py again.") from error
     with folder.local("recipe.yaml") as path:
         recipe = recipes.load(str(path), [])
-    if recipe.task.kind != "classification" or folder.exists("student/segmentation.json"):
-        raise KtrayError(
-            f"Run '{result['run_id']}' is of a segmentation task, and jobs/export.py exports classifiers",
-            "ktray.load_student(FOLDER).predict([image]) gives its masks.",
-        )
+    for kind in (task_kind(recipe.task.kind), *marked_kinds(lambda name: folder.exists(f"student/{name}"))):
+        if kind.no_export is not None:
+            what, remedy = kind.no_export
+            raise KtrayError(f"Run '{result['run_id']}' {what}", remedy)
     home, _, last = folder.uri.rpartition("/")[0].rpartition("/")
     store = Store(home if last == "runs" else asked.store)
     recipe.store, recipe.export = store.uri, asked.export
@@ -111,7 +114,7 @@ def find(asked: Recipe, say: Callable[[str], None]) -> Source:
     if asked.task.data:
         recipe.task.data = asked.task.data
     if not asked.export.run:
-        say(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
+        logger.info(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
     return Source(store, folder, recipe, result)
 
 

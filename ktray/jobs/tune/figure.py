@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from ktray.jobs.compare.figure import FAINT, METRICS, SOFT, _finish, _log_axis, _png
+from ktray.jobs.compare.figure import FAINT, SOFT, _finish, _log_axis, _png
 from ktray.reporting.units import flatten, flops, percent, seconds, usd
+from ktray.tasks.base import metric_label
 
 GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
@@ -68,7 +69,7 @@ def front(found: dict[str, Any]) -> bytes:
     _log_axis(axes, min(costs), max(costs), formatter(found["cost"]))
     axes.set_xlabel(f"{UNITS[found['cost']]} of all stages that the model needs (logarithmic)")
     _finish(axes, found)
-    axes.set_ylabel(f"validation {METRICS.get(found['metric'], found['metric'])}")
+    axes.set_ylabel(f"validation {metric_label(found['metric'])}")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return _png(figure)
 

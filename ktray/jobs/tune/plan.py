@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from ktray.jobs.tune.budget import limits, show
 from ktray.jobs.tune.result import described
@@ -12,35 +12,41 @@ from ktray.pipeline.plan import lines, machine, this_machine
 from ktray.recipe.schema import Recipe
 from ktray.reporting.units import flops, seconds
 
+logger = logging.getLogger("ktray")
 
-def report(recipe: Recipe, say: Callable[[str], None]) -> None:
+
+def report(recipe: Recipe) -> None:
     """Print the plan of this machine."""
     local = this_machine(recipe)
-    say(local.line)
-    found = given(recipe, local, say)
+    logger.info(local.line)
+    found = given(recipe, local)
     for reason in found.reasons:
-        say(f"recipe    {reason}")
+        logger.info(f"recipe    {reason}")
     space = space_of(found.recipe, local)
     for spec in space.specs:
-        say(f"space     {described(spec)}")
+        logger.info(f"space     {described(spec)}")
     rate, price, kind = machine(found.recipe)
     planned = {line.stage: line.flops for line in lines(found) if line.stage != "scratch"}
     own = sum(planned.get(stage, 0.0) for stage in STUDENTS)
     shared = sum(planned.values()) - own
     part = found.recipe.tune
-    say("")
-    say(f"as given  {flops(own + shared)}: {flops(own)} for the student, {flops(shared)} that trials have in common")
+    logger.info("")
+    logger.info(
+        f"as given  {flops(own + shared)}: {flops(own)} for the student, {flops(shared)} that trials have in common"
+    )
     first = own * part.rungs[0]
-    say(f"a trial   {flops(first)} to {flops(sum(part.rungs) * own)} with as many steps, and what it has for itself")
+    logger.info(
+        f"a trial   {flops(first)} to {flops(sum(part.rungs) * own)} with as many steps, and what it has for itself"
+    )
     winner = part.seeds * own
-    say(f"winner    at most {flops(winner)} for {part.seeds} seeds")
+    logger.info(f"winner    at most {flops(winner)} for {part.seeds} seeds")
     for unit, limit in limits(found.recipe.budget).items():
         each = {"flops": 1.0, "device_seconds": 1 / rate, "wall": 1 / rate, "usd": (price or 0.0) / rate / 3600}[unit]
         rest = limit - (own + shared + winner) * each
         count = max(0, int(rest / (first * each))) if first * each > 0 else 0
         ends = f"the recipe as given and the winner take {show(unit, limit - rest)}"
-        say(f"budget    {show(unit, limit)}: {ends}; the rest is for at most {count:,} first rungs")
-    say(
+        logger.info(f"budget    {show(unit, limit)}: {ends}; the rest is for at most {count:,} first rungs")
+    logger.info(
         f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), {seconds(own / rate)} for the student as given;"
     )
-    say("decoding and start-up come on top")
+    logger.info("decoding and start-up come on top")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -36,6 +37,8 @@ from ktray.reporting.units import flops, percent, seconds, usd
 from ktray.storage.store import Dir
 from ktray.tracking.tracker import Tracker
 
+logger = logging.getLogger("ktray")
+
 BEST = "best.yaml"
 
 
@@ -58,7 +61,6 @@ class SearchReporter:
     records: Records
     purse: SearchBudget
     folder: Dir
-    say: Callable[[str], None]
     log: Callable[[TrialRecord], None]
     _told: set[tuple[int, int, str]] = field(default_factory=set)
 
@@ -70,14 +72,14 @@ class SearchReporter:
         self._told.add(news)
         name = "as given" if record.number == BASELINE else f"trial {record.number}"
         if record.state in ("failed", OVER_BUDGET, OVER_COST_LIMIT, "stopped"):
-            self.say(f"{name:<10}{record.state}: {record.reason}")
+            logger.info(f"{name:<10}{record.state}: {record.reason}")
         elif point is not None and record.state == OPEN:
             keys = ", ".join(f"{k}={_short(v)}" for k, v in record.params.items())
-            self.say(
+            logger.info(
                 f"{name:<10}{point.validation:>6.1%} after {point.steps} steps, {flops(point.whole['flops'])}  {keys}"
             )
         if record.state != OPEN:
-            self.say(progress(self.base, self.records, self.purse))
+            logger.info(progress(self.base, self.records, self.purse))
             self.save()
             self.log(record)
 

@@ -7,6 +7,7 @@ were under way are begun again and find their stages in the store, and what was 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -29,6 +30,7 @@ from ktray.jobs.tune.space import Space, read
 from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
 from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
+from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
@@ -37,107 +39,104 @@ from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.recipe.tune import BudgetConfig
+from ktray.reporting.log import ending
 from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tracker import tracking_uri
+
+logger = logging.getLogger("ktray")
 
 PURSE = "purse.json"
 SPARE = 1.2  # of the time that the winner's seeds are planned to take: side by side, some take longer than others
 
 
-def tune(recipe: Recipe, say: Callable[[str], None], debug: bool = False) -> dict[str, Any]:
+def tune(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """Run the search; returns the content of its ``result.json``.
 
     Raises:
         KtrayError: a space or a budget that makes no sense; the recipe as given cannot be paid, or fails.
     """
     begun = time.monotonic()
-    with open_session(recipe, say, debug) as session, contextlib.ExitStack() as until:
-        return _tune(recipe, say, debug, begun, session, until)
+    with open_session(recipe, debug) as session, contextlib.ExitStack() as until:
+        return _tune(recipe, debug, begun, session, until)
 
 
-def _tune(
-    recipe: Recipe,
-    say: Callable[[str], None],
-    debug: bool,
-    begun: float,
-    session: Session,
-    until: contextlib.ExitStack,
-) -> dict[str, Any]:
+def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: contextlib.ExitStack) -> dict[str, Any]:
     from ktray.jobs.tune import engine
 
     store, whole = session.store, session.allocation
     at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, session.memory)
-    say(f"cluster   {at_once} at once ({why})")
+    logger.info(f"cluster   {at_once} at once ({why})")
     part = share(whole, at_once)
-    found = given(recipe, part, say)
+    found = given(recipe, part)
     base = found.recipe
     space = space_of(base, part)
     for spec in space.specs:
-        say(f"space     {result.described(spec)}")
+        logger.info(f"space     {result.described(spec)}")
     # A larger budget goes on with the search; all else makes another one.
     same = digest("tune", dump(recipe.model_copy(update={"budget": BudgetConfig()})))
-    run_id, folder = open_run(store, same, f"tune-{task_title(base)}", say, until)
+    run_id, folder = open_run(store, same, f"tune-{task_title(base)}", until)
     folder.write("recipe.yaml", dump(base).encode())
-    say(f"tune      {folder.uri}")
+    logger.info(f"tune      {folder.uri}")
     records = Records(folder)
     records.load()
     purse = _purse(base, store, folder, at_once, begun)
-    say("budget    " + ", ".join(show(unit, limit) for unit, limit in purse.limits.items()))
+    logger.info("budget    " + ", ".join(show(unit, limit) for unit, limit in purse.limits.items()))
     if purse.grown:
         records.reopen()
     if records.trials:
-        say(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
-    rungs = TrialRunner(base, store, part, purse, records, run_id, say, debug)
+        logger.info(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
+    rungs = TrialRunner(base, store, part, purse, records, run_id, debug)
     tracker = mlflow.open_run(base, store, run_id, purse)
     status = "FAILED"
     try:
-        teller = result.SearchReporter(base, records, purse, folder, say, partial(mlflow.trial, tracker, base, run_id))
+        teller = result.SearchReporter(base, records, purse, folder, partial(mlflow.trial, tracker, base, run_id))
         own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
         first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
         with _beating(purse, lambda: keep_for_the_winner(purse, records, base, own, test)):
             engine.run(
-                base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space, say)
+                base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space)
             )
         result.check_given(records)
         purse.reserve = {}
         with _beating(purse, lambda: None):
-            final = train_winner(base, records, purse, rungs, test, at_once, say)
+            final = train_winner(base, records, purse, rungs, test, at_once)
         content = result.build(base, run_id, folder, space, records, purse, final)
         content = result.write(content, base, folder, records, purse, tracker)
         status = "FINISHED"
     finally:
         tracker.finish(status)
         tracker.close(20)
-    say("")
-    say(result.table(content))
-    say(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
-    say(f"student   {content['winner']['student']}")
-    say(f"chart     {mlflow.chart(base, store, run_id)}")
+    with ending():
+        logger.info("")
+        logger.info(result.table(content))
+        logger.info(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
+        logger.info(f"student   {content['winner']['student']}")
+        logger.info(f"chart     {mlflow.chart(base, store, run_id)}")
     return content
 
 
-def _former(base: Recipe, store: Store, space: Space, say: Callable[[str], None]) -> list[Any]:
+def _former(base: Recipe, store: Store, space: Space) -> list[Any]:
     """Trials of `tune.warm_start`."""
     if base.tune.warm_start is None:
         return []
     uri = tracking_uri(base.mlflow.uri, local_home(store))
     found = earlier_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
-    say(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
+    logger.info(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
     return found
 
 
-def given(recipe: Recipe, plan: Allocation, say: Callable[[str], None]) -> Resolved:
+def given(recipe: Recipe, plan: Allocation) -> Resolved:
     """The recipe as given, resolved, with the search's own number of steps."""
     if recipe.tune.steps:
         recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
-    return resolve(recipe, plan, say)
+    return resolve(recipe, plan)
 
 
 def space_of(base: Recipe, plan: Allocation) -> Space:
     """The space that a resolved recipe asks for."""
     asked = base.tune.space
     if not asked:
-        text = str(base.teacher.name).startswith(("open_clip:", "miniverse"))
+        text = base.teacher.name is not None and family_of(base.teacher.name).has_text
         asked = default_space(base, text, plan.worker_gpus > 0)
     return read(recipe_of(base, {}), asked)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from ktray.accounting.ledger import Entry, Ledger
@@ -22,7 +22,8 @@ from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run import whole_stages
 from ktray.recipe.schema import Recipe
 from ktray.recipe.tune import BudgetConfig, TuneConfig
-from ktray.reporting.progress import hushed, prefixed
+from ktray.reporting.log import muted, titled
+from ktray.reporting.progress import hushed
 from ktray.storage.store import Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
@@ -95,7 +96,6 @@ class TrialRunner:
     purse: SearchBudget
     records: Records
     search: str
-    say: Callable[[str], None] = lambda text: None
     debug: bool = False
     _plans: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -103,9 +103,12 @@ class TrialRunner:
     def shares(self) -> list[float]:
         return self.base.tune.rungs
 
-    def said(self, title: str) -> Callable[[str], None]:
-        """What a pipeline says, for who debugs: with several at once nobody can follow it."""
-        return partial(prefixed, self.say, title) if self.debug else lambda text: None
+    @contextlib.contextmanager
+    def lines_of(self, title: str) -> Iterator[None]:
+        """Within it, the pipeline's lines have a title and are shown with ``--debug`` only, and there are no progress
+        lines: nobody can follow those of several runs at once."""
+        with hushed(not self.debug), titled(title, muted=not self.debug):
+            yield
 
     def shares_of(self, record: TrialRecord) -> list[float]:
         """The recipe as given is trained to its end at once: all others are compared with it."""
@@ -154,8 +157,8 @@ class TrialRunner:
         title = "as given" if record.number == BASELINE else f"trial {record.number}"
         tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
         try:
-            with hushed(not self.debug):
-                result = pipeline(recipe, self.said(title), self.debug, self.share, tags, trial=True, limit=tally)
+            with self.lines_of(title):
+                result = pipeline(recipe, self.debug, self.share, tags, trial=True, limit=tally)
             made = True
         finally:
             seconds = time.monotonic() - begun
@@ -190,12 +193,14 @@ class TrialRunner:
             self._fit(record)
         recipe = recipe_of(self.base, record.keys, share)
         recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
-        there = whole_stages(self.store, resolve(recipe, self.share, lambda text: None), self.share)
+        with muted():
+            there = whole_stages(self.store, resolve(recipe, self.share), self.share)
         planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
         return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
 
     def _stages(self, recipe: Recipe) -> dict[str, float]:
-        found = resolve(recipe, self.share, lambda text: None)
+        with muted():
+            found = resolve(recipe, self.share)
         return {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
 
     def _fit(self, record: TrialRecord) -> None:

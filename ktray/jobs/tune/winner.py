@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,23 +15,18 @@ from ktray.jobs.tune.records import Records, TrialPoint
 from ktray.jobs.tune.trial import RunMeter, TrialRunner, recipe_of
 from ktray.pipeline.run import run as pipeline
 from ktray.recipe.schema import Recipe
-from ktray.reporting.progress import hushed
 from ktray.storage.store import Dir, Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
+
+logger = logging.getLogger("ktray")
 
 TITLE = "winner"
 FOLDER = "winner"  # in the search's: the runs of its seeds
 
 
 def train_winner(
-    base: Recipe,
-    records: Records,
-    purse: SearchBudget,
-    rungs: TrialRunner,
-    test: Mapping[str, float],
-    at_once: int,
-    say: Callable[[str], None],
+    base: Recipe, records: Records, purse: SearchBudget, rungs: TrialRunner, test: Mapping[str, float], at_once: int
 ) -> dict[str, Any]:
     """Train the best on validation with ``tune.seeds`` seeds and test it; of these as many as the budget has room for.
 
@@ -45,7 +41,9 @@ def train_winner(
     point = records.best(base.tune.cost_limit)
     assert point is not None  # the recipe as given is one
     seeds = [base.seed + i for i in range(base.tune.seeds)]
-    say(f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested")
+    logger.info(
+        f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested"
+    )
     home = records.folder.sub(FOLDER)
     results = {seed: found for seed in seeds if (found := _known(rungs.store, home, point, seed))}
     missing: dict[int, str] = {}
@@ -61,12 +59,11 @@ def train_winner(
         tally, begun, made = RunMeter(purse, name, final=True), time.monotonic(), False
         tags = {"tune": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
         try:
-            with hushed(not rungs.debug):
-                said = rungs.said(f"seed {seed}")
-                results[seed] = pipeline(recipe, said, rungs.debug, rungs.share, tags, limit=tally)
+            with rungs.lines_of(f"seed {seed}"):
+                results[seed] = pipeline(recipe, rungs.debug, rungs.share, tags, limit=tally)
             made = True
             home.write_json(_name(point, seed), {"run": results[seed]["run_id"]})
-            say(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
+            logger.info(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
         except BudgetExceeded as spent:
             missing[seed] = spent.what
         except Exception as error:  # another seed may still come to its end
@@ -76,7 +73,7 @@ def train_winner(
 
     run_all([partial(one, seed) for seed in seeds if seed not in results], at_once)
     for seed, reason in sorted(missing.items()):
-        say(f"winner    seed {seed} is missing: {reason}")
+        logger.info(f"winner    seed {seed} is missing: {reason}")
     return {
         "point": point,
         "results": [results[seed] for seed in seeds if seed in results],

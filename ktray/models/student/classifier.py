@@ -16,7 +16,7 @@ from torch import nn
 from ktray.data.decode import decode_rgb
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
-from ktray.models.features import feature_dim, map_positions, pooled_features
+from ktray.models.features import feature_dim, map_positions, pooled_features, trunk
 from ktray.models.messages import cause, unknown_name
 from ktray.models.weights import fetch, load_timm_weights
 
@@ -48,8 +48,10 @@ class Prediction:
 class Student(nn.Module):
     """A timm classifier that knows its preprocessing and class names.
 
+    A student with another output is a subclass, with a ``model`` and a `decide` of its own.
+
     Attributes:
-        model: the plain timm model; what is trained, averaged and saved.
+        model: what is trained, averaged and saved; here the plain timm model.
         name, kwargs: of ``timm.create_model``.
         preprocess: what the model expects.
         classes: names in the order of the logits; numbers as text until they are set.
@@ -72,27 +74,25 @@ class Student(nn.Module):
         self.preprocess = preprocess
         self.classes = list(classes)
         self.warnings = list(warnings)
-        self.feature_dim = feature_dim(model)
+        self.feature_dim = feature_dim(trunk(model))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, h, w) normalised float to logits (N, C)."""
+        """(N, 3, h, w) normalised float to the model's output, here logits (N, C)."""
         out: torch.Tensor = self.model(x)
         return out
 
     def logits(self, batch: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8 to logits (N, C) float32."""
+        """(N, 3, H, W) uint8 to the model's output as float32, here logits (N, C)."""
         x = self.preprocess.normalise(batch).to(next(self.model.parameters()).dtype)
         return self.forward(x).float()
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) normalised float to pooled features (N, feature_dim), before the classifier."""
-        return pooled_features(self.model, x)
+        return pooled_features(trunk(self.model), x)
 
     @torch.inference_mode()
-    def predict(
-        self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64
-    ) -> list[Prediction]:
-        """Classify whole images, in evaluation mode.
+    def predict(self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64) -> list[Any]:
+        """Predict whole images, in evaluation mode; see `decide` for what comes back.
 
         Args:
             images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
@@ -105,13 +105,25 @@ class Student(nn.Module):
         self.eval()
         found = []
         for i in range(0, len(images), batch):
-            pixels = [self.preprocess.eval_transform(_rgb(image)) for image in images[i : i + batch]]
-            x = torch.from_numpy(np.stack(pixels)).to(device)
-            for row in self.logits(x).softmax(1).tolist():
-                best = int(np.argmax(row))
-                named = dict(zip(self.classes, row, strict=True))
-                found.append(Prediction(self.classes[best], row[best], named))
+            upright = [_rgb(image) for image in images[i : i + batch]]
+            pixels = np.stack([self.preprocess.eval_transform(image) for image in upright])
+            logits = self.logits(torch.from_numpy(pixels).to(device))
+            sizes = [image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1] for image in upright]
+            found += self.decide(logits, sizes)
         self.train(was)
+        return found
+
+    def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Any]:
+        """A `Prediction` of each image.
+
+        Args:
+            logits: of a batch (N, C).
+            sizes: (height, width) of each whole image.
+        """
+        found = []
+        for row in logits.softmax(1).tolist():
+            best = int(np.argmax(row))
+            found.append(Prediction(self.classes[best], row[best], dict(zip(self.classes, row, strict=True))))
         return found
 
 

@@ -16,7 +16,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
 from ktray.models.messages import cause
 from ktray.models.student.classifier import Student
-from ktray.models.weights import load_timm_weights
+from ktray.models.weights import load_timm_weights, plain
 
 # What timm needs of a model's own config to load, resize or finetune it again.
 _KEPT = ("first_conv", "classifier", "fixed_input_size", "pool_size", "min_input_size")
@@ -41,7 +41,7 @@ def save_student(
     Raises:
         KtrayError: as many names as logits are needed, and arguments that JSON can hold.
     """
-    model = _unwrap(student.model)
+    model = unwrap(student.model)
     p = preprocess or student.preprocess
     num_classes = int(getattr(model, "num_classes", len(classes)))
     if num_classes != len(classes):
@@ -65,9 +65,7 @@ def save_student(
         raise KtrayError(f"student.kwargs cannot be saved: {error}", "Use numbers, texts, lists and null.") from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(plain(model), str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -92,7 +90,8 @@ def load_student(directory: str | Path, device: str | torch.device = "cpu") -> S
     return Student(model, name, kwargs, preprocess, classes).eval().to(device)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model within the wrappers of ``torch.compile`` and DDP."""
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None

@@ -20,12 +20,10 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.lraspp import LRASPPHead
 
 from ktray.data.labelled.masks import MAX_CLASSES
-from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
-from ktray.models.features import feature_dim, pooled_features
 from ktray.models.maps import resize_map
 from ktray.models.messages import cause
-from ktray.models.student.classifier import _rgb, build_student
+from ktray.models.student.classifier import Student, build_student
 
 Head = Literal["lraspp", "deeplabv3"]
 # Channels within LR-ASPP, as published; DeepLabV3's are fixed at 256.
@@ -38,10 +36,10 @@ _RATES, _RATES_SIDE = (12, 24, 36), 64
 _CLASSES_AT_ONCE = 16
 
 
-class DenseNet(nn.Module):
+class SegmenterNet(nn.Module):
     """What is trained, averaged and saved: (N, 3, h, w) normalised float to logits (N, C, h', w').
 
-    The map of logits has the stride of the finest map that the head reads; see `ktray.tasks.segmentation.resize_map`.
+    The map of logits has the stride of the finest map that the head reads; see `ktray.models.maps.resize_map`.
 
     Args:
         backbone: a timm model without classifier.
@@ -58,8 +56,6 @@ class DenseNet(nn.Module):
         KtrayError: the backbone gives no maps, or fails at this size.
     """
 
-    is_dense = True
-
     def __init__(self, backbone: nn.Module, head: Head, num_classes: int, size: tuple[int, int], width: int) -> None:
         super().__init__()
         self.backbone = backbone
@@ -75,6 +71,11 @@ class DenseNet(nn.Module):
             self.head = DeepLabHead(high[0], num_classes, rates)
         self.kind = head
         self.shape = (num_classes, *shapes[self.levels[0]][1:])
+
+    @property
+    def timm_model(self) -> nn.Module:
+        """The plain timm model under the head."""
+        return self.backbone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         backbone: Any = self.backbone
@@ -105,81 +106,28 @@ class MaskPrediction:
         return {self.classes[i]: float(counts[i] / self.mask.size) for i in np.argsort(-counts) if counts[i]}
 
 
-class DenseStudent(nn.Module):
-    """A segmenter that knows its preprocessing and class names; the counterpart of `classifier.Student`.
+class Segmenter(Student):
+    """A segmenter that knows its preprocessing and class names.
 
-    Attributes:
-        model: the network.
-        name, kwargs: of ``timm.create_model``, for the backbone.
-        preprocess: what the model expects. Whole images are squashed to its size: no pixel is left without a class.
-        classes: names in the order of the logits; numbers as text until they are set.
-        feature_dim: width of `features`.
-        warnings: what a person should know about this choice.
+    Its ``name`` and ``kwargs`` are those of the backbone, its ``preprocess`` squashes whole images to the model's size,
+    so that no pixel is left without a class, and its `logits` are maps (N, C, h', w').
     """
 
-    def __init__(
-        self,
-        model: DenseNet,
-        name: str,
-        kwargs: dict[str, Any],
-        preprocess: Preprocess,
-        classes: Sequence[str],
-        warnings: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.name, self.kwargs = name, dict(kwargs)
-        self.preprocess = preprocess
-        self.classes = list(classes)
-        self.warnings = list(warnings)
-        self.feature_dim = feature_dim(model.backbone)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, h, w) normalised float to logits (N, C, h', w')."""
-        out: torch.Tensor = self.model(x)
-        return out
-
-    def logits(self, batch: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8 to logits (N, C, h', w') float32."""
-        x = self.preprocess.normalise(batch).to(next(self.model.parameters()).dtype)
-        return self.forward(x).float()
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, h, w) normalised float to the backbone's pooled features (N, feature_dim)."""
-        return pooled_features(self.model.backbone, x)
-
-    def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The backbone's weights under the names of ``timm.create_model(name, num_classes=0, **kwargs)``."""
-        return self.model.backbone.state_dict()
-
-    @torch.inference_mode()
     def predict(
         self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 16
     ) -> list[MaskPrediction]:
-        """Segment whole images, in evaluation mode.
+        """Segment whole images, in evaluation mode; arguments as for `Student.predict`."""
+        return super().predict(images, batch)
 
-        Args:
-            images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
-            batch: images a forward pass.
-
-        Raises:
-            BadImage: bytes or a file that cannot be decoded.
-        """
-        was, device = self.training, next(self.model.parameters()).device
-        self.eval()
+    def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[MaskPrediction]:
+        """A `MaskPrediction` of each image, at the image's own size."""
         found = []
-        for i in range(0, len(images), batch):
-            upright = [_rgb(image) for image in images[i : i + batch]]
-            pixels = np.stack([self.preprocess.eval_transform(image) for image in upright])
-            logits = self.logits(torch.from_numpy(pixels).to(device))
-            for image, one in zip(upright, logits, strict=True):
-                height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-                found.append(MaskPrediction(*_decide(one, (height, width)), self.classes))
-        self.train(was)
+        for one, (height, width) in zip(logits, sizes, strict=True):
+            found.append(MaskPrediction(*_decide(one, (height, width)), self.classes))
         return found
 
 
-def build_dense_student(
+def build_segmenter(
     name: str,
     kwargs: dict[str, Any] | None = None,
     num_classes: int = 150,
@@ -188,7 +136,7 @@ def build_dense_student(
     checkpoint: str | None = None,
     head: Head = "lraspp",
     width: int = WIDTH,
-) -> DenseStudent:
+) -> Segmenter:
     """A student for segmentation by its backbone's timm name.
 
     Args:
@@ -208,7 +156,7 @@ def build_dense_student(
     backbone: Any = plain.model
     backbone.reset_classifier(0)
     preprocess = replace(plain.preprocess, resize_mode="squash", crop_pct=1.0)
-    model = DenseNet(backbone, head, num_classes, preprocess.size, width)
+    model = SegmenterNet(backbone, head, num_classes, preprocess.size, width)
     stride = max(1, preprocess.size[0] // model.shape[1])
     warnings = []
     if stride > 16 or model.shape[1] < 4:
@@ -217,7 +165,7 @@ def build_dense_student(
             f"{preprocess.size[0]}x{preprocess.size[1]} px: outlines will be coarse; take a larger image_size, a lower "
             "stride (student.kwargs: output_stride, patch_size) or head lraspp"
         )
-    return DenseStudent(model, name, plain.kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+    return Segmenter(model, name, plain.kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ktray.data.preprocess import Preprocess
@@ -16,13 +17,18 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.layers import layer_decay_groups
 from ktray.models.teacher.teacher import Teacher, TeacherSource, embed
-from ktray.models.weights import mismatch, weight_errors, wrong_keys
+from ktray.models.weights import fill, plain
+from ktray.storage.store import Stage
 
 _FORMAT = 1
 
+Form = TypeVar("Form", bound="AdaptedTeacher")
+
 
 class AdaptedTeacher(nn.Module):
-    """Predicts a task's classes; made from a teacher and a head.
+    """Predicts a task's outputs for an image; made from a teacher and a head.
+
+    A teacher with another kind of head is a subclass: it says how its head is checked, read, described and made again.
 
     Args:
         teacher: the base; its image tower is shared, not copied.
@@ -35,21 +41,20 @@ class AdaptedTeacher(nn.Module):
         KtrayError: head, classes and teacher do not belong together.
     """
 
+    FILE: ClassVar[str] = "adapted.json"
+    HOLDS: ClassVar[str] = "adapted teacher"
+
     def __init__(
         self,
         teacher: Teacher,
-        head: LinearHead,
+        head: Any,
         classes: Sequence[str],
         temperature: float = 1.0,
         finetuned: bool = False,
     ) -> None:
         super().__init__()
-        if tuple(head.weight.shape) != (len(classes), teacher.embed_dim):
-            raise KtrayError(
-                f"The head is {tuple(head.weight.shape)}, {len(classes)} classes of a "
-                f"{teacher.embed_dim}-dimensional teacher need {(len(classes), teacher.embed_dim)}",
-                "Use the head with the teacher and classes that it was made for.",
-            )
+        if problem := self.misfit(teacher, head, len(classes)):
+            raise KtrayError(problem, "Use the head with the teacher and classes that it was made for.")
         self.image_tower = teacher.image_tower
         self.head = head
         self.preprocess: Preprocess = teacher.preprocess
@@ -60,13 +65,36 @@ class AdaptedTeacher(nn.Module):
         self.source: TeacherSource = teacher.source
         self.base_fingerprint = teacher.fingerprint
 
+    @classmethod
+    def misfit(cls, teacher: Teacher, head: Any, outputs: int) -> str:
+        """Why a head cannot serve this teacher and so many outputs; "" where it can."""
+        if tuple(head.weight.shape) == (outputs, teacher.embed_dim):
+            return ""
+        return (
+            f"The head is {tuple(head.weight.shape)}, {outputs} classes of a {teacher.embed_dim}-dimensional teacher "
+            f"need {(outputs, teacher.embed_dim)}"
+        )
+
+    def head_facts(self) -> dict[str, Any]:
+        """What is saved of the head beside its weights."""
+        return {"input": "L2-normalised embedding", "l2": self.head.l2}
+
+    @classmethod
+    def empty_head(cls, facts: dict[str, Any], teacher: Teacher, outputs: int) -> Any:
+        """A head for weights to be loaded into, from `head_facts`."""
+        return LinearHead(torch.zeros(outputs, teacher.embed_dim))
+
     def embed(self, batch: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 to (N, embed_dim) float32, not normalised to unit length."""
         return embed(self.image_tower, self.preprocess, batch)
 
-    def logits(self, batch: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8 to calibrated logits (N, C) float32."""
-        return self.logits_of(self.embed(batch))
+    def logits(self, batch: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, 3, H, W) uint8 to calibrated logits (N, C) float32.
+
+        Args:
+            embedding: of the batch by `embed`, where it is at hand.
+        """
+        return self.logits_of(self.embed(batch) if embedding is None else embedding)
 
     def logits_of(self, embedding: torch.Tensor) -> torch.Tensor:
         """Calibrated logits of embeddings that are at hand."""
@@ -85,32 +113,32 @@ class AdaptedTeacher(nn.Module):
         return layer_decay_groups(self.image_tower, layer_decay, weight_decay) + head
 
     def save(self, directory: str | Path) -> None:
-        """Write ``adapted.json``, ``head.safetensors`` and, only when finetuned, ``tower.safetensors``."""
+        """Write ``FILE``, ``head.safetensors`` and, only when finetuned, ``tower.safetensors``."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_plain(self.head), str(folder / "head.safetensors"))
+        save_file(plain(self.head), str(folder / "head.safetensors"))
         if self.finetuned:
-            save_file(_plain(self.image_tower), str(folder / "tower.safetensors"))
+            save_file(plain(self.image_tower), str(folder / "tower.safetensors"))
         facts = {
             "format": _FORMAT,
             "classes": self.classes,
             "temperature": self.temperature,
             "finetuned": self.finetuned,
-            "head": {"input": "L2-normalised embedding", "l2": self.head.l2},
+            "head": self.head_facts(),
             "preprocess": self.preprocess.to_dict(),
             "base": {**self.source.to_dict(), "fingerprint": self.base_fingerprint},
         }
         text = json.dumps(facts, indent=1, ensure_ascii=False)
-        (folder / "adapted.json").write_text(text, encoding="utf-8")
+        (folder / self.FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(
-        cls,
+        cls: type[Form],
         directory: str | Path,
         device: str | torch.device = "cpu",
         checkpoint: str | None = None,
         config: str | None = None,
-    ) -> AdaptedTeacher:
+    ) -> Form:
         """Inverse of `save`, in evaluation mode.
 
         Args:
@@ -123,18 +151,18 @@ class AdaptedTeacher(nn.Module):
         """
         folder = Path(directory)
         try:
-            facts = json.loads((folder / "adapted.json").read_text(encoding="utf-8"))
+            facts = json.loads((folder / cls.FILE).read_text(encoding="utf-8"))
             base = dict(facts["base"])
             fingerprint = base.pop("fingerprint")
             source = TeacherSource(**base)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise KtrayError(
-                f"'{folder}' holds no adapted teacher: {error}", "Give the folder that the adapt stage wrote."
+                f"'{folder}' holds no {cls.HOLDS}: {error}", "Give the folder that the adapt stage wrote."
             ) from error
         where = TeacherSource(source.name, checkpoint or source.checkpoint, config or source.config, source.image_size)
         teacher = _base(folder, facts, where, fingerprint)
-        head = LinearHead(torch.zeros(len(facts["classes"]), teacher.embed_dim))
-        _fill(head, folder / "head.safetensors")
+        head = cls.empty_head(facts["head"], teacher, len(facts["classes"]))
+        fill(head, folder / "head.safetensors")
         head.l2 = facts["head"]["l2"]
         adapted = cls(teacher, head, facts["classes"], facts["temperature"], facts["finetuned"])
         return adapted.eval().to(device)
@@ -151,7 +179,7 @@ def _base(folder: Path, facts: dict[str, Any], where: TeacherSource, fingerprint
 
     if facts["finetuned"]:
         teacher = build_teacher(where)
-        _fill(teacher.image_tower, folder / "tower.safetensors")
+        fill(teacher.image_tower, folder / "tower.safetensors")
         teacher.fingerprint = fingerprint
     else:
         teacher = load_teacher(where.name, where.checkpoint, where.config, image_size=where.image_size)
@@ -166,14 +194,8 @@ def _base(folder: Path, facts: dict[str, Any], where: TeacherSource, fingerprint
     return teacher
 
 
-def _plain(module: nn.Module) -> dict[str, torch.Tensor]:
-    # Cloned: safetensors refuses tensors that share memory.
-    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-
-
-def _fill(module: nn.Module, path: Path) -> None:
-    with weight_errors(path):
-        state = load_file(str(path))
-    if why := mismatch(module, state):
-        raise wrong_keys(path, why)
-    module.load_state_dict(state)
+def save_candidate(stage: Stage, name: str, teacher: AdaptedTeacher) -> None:
+    """Keep an adapted teacher in the stage until the best is chosen."""
+    with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
+        teacher.save(folder)
+        stage.put(Path(folder), f"candidate-{name}")

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
+from ktray.recipe.registries import TEACHERS
+
 Layer = list[tuple[str, nn.Parameter]]
+
+
+class LayerOrder:
+    """Number of a parameter's layer by its name: the first prefix that matches, else the last layer."""
+
+    def __init__(self, prefixes: dict[str, int], last: int) -> None:
+        self.prefixes, self.last = prefixes, last
+
+    def __call__(self, name: str) -> int:
+        return next((n for prefix, n in self.prefixes.items() if name.startswith(prefix)), self.last)
 
 
 def tower_layers(tower: nn.Module) -> list[Layer]:
     """Every parameter of a tower exactly once, in layers from input to output.
 
     Args:
-        tower: a timm model, or the image tower of an open_clip model.
+        tower: an image tower of any family; of one that no family knows, the child modules are the layers.
     """
     order = _order(tower)
     layers: dict[int, Layer] = {}
@@ -49,37 +60,10 @@ def layer_decay_groups(tower: nn.Module, layer_decay: float, weight_decay: float
     return groups
 
 
-class _Order:
-    """Number of a parameter's layer by its name: the first prefix that matches, else the last layer."""
-
-    def __init__(self, prefixes: dict[str, int], last: int) -> None:
-        self.prefixes, self.last = prefixes, last
-
-    def __call__(self, name: str) -> int:
-        return next((n for prefix, n in self.prefixes.items() if name.startswith(prefix)), self.last)
-
-
-def _order(tower: nn.Module) -> _Order:
-    # Slow to import, and students do without it.
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
-
-    if isinstance(tower, TimmModel):
-        trunk = _order(tower.trunk)
-        return _Order({f"trunk.{k}": v for k, v in trunk.prefixes.items()}, trunk.last)
-    if isinstance(tower, VisionTransformer):
-        stem = ("conv1.", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre.")
-        blocks = len(tower.transformer.resblocks)
-        prefixes = {**dict.fromkeys(stem, 0), **{f"transformer.resblocks.{i}.": i + 1 for i in range(blocks)}}
-        # The last norm and the projection learn with the last block.
-        return _Order(prefixes, blocks)
-    if isinstance(tower, ModifiedResNet):
-        stages = {f"layer{i}.": i for i in range(1, 5)}
-        return _Order({**dict.fromkeys(("conv", "bn"), 0), **stages}, 5)
-    if hasattr(tower, "group_matcher"):
-        matcher: Any = tower.group_matcher
-        by_layer = group_parameters(tower, matcher(coarse=False))
-        return _Order({n: i for i, names in by_layer.items() for n in names}, max(by_layer))
+def _order(tower: nn.Module) -> LayerOrder:
+    orders = (family.layer_order(tower) for _, family in TEACHERS)
+    known = next((order for order in orders if order is not None), None)
+    if known is not None:
+        return known
     children = {f"{name}.": i for i, (name, _) in enumerate(tower.named_children())}
-    return _Order(children, len(children))
+    return LayerOrder(children, len(children))

@@ -12,7 +12,6 @@ from torch import nn
 from ktray.data.preprocess import Preprocess
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import DenseTeacher, load_adapted
 from ktray.models.teacher.teacher import Teacher, TeacherSource
 from ktray.storage.store import Dir
 
@@ -56,17 +55,18 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class AdaptedSpec:
-    """An adapted teacher in the store."""
+    """An adapted teacher in the store; ``form`` is its class."""
 
     directory: Dir
     preprocess: Preprocess
+    form: type[AdaptedTeacher] = AdaptedTeacher
 
-    def load(self) -> AdaptedTeacher | DenseTeacher:
+    def load(self) -> AdaptedTeacher:
         with self.directory.local() as folder:
-            return laid_out(load_adapted(folder, device()))
+            return laid_out(self.form.load(folder, device()))
 
 
-Model = TypeVar("Model", Teacher, AdaptedTeacher, AdaptedTeacher | DenseTeacher)
+Model = TypeVar("Model", Teacher, AdaptedTeacher)
 
 
 def laid_out(model: Model) -> Model:
@@ -77,19 +77,19 @@ def laid_out(model: Model) -> Model:
     return model
 
 
-def tower_flops(model: Teacher | AdaptedTeacher | DenseTeacher) -> float:
+def tower_flops(model: Teacher | AdaptedTeacher) -> float:
     """FLOPs of the image tower for one image."""
     return forward_flops(model.image_tower, (3, *model.preprocess.size))
 
 
 @torch.inference_mode()
-def embed_numpy(model: Teacher | AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
     return _batched(model.embed, pixels, batch, model.embed_dim)
 
 
 @torch.inference_mode()
-def predict_numpy(model: AdaptedTeacher | DenseTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
+def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of them (N, C, h, w)."""
     return _batched(model.logits, pixels, batch, len(model.classes))
 

@@ -2,71 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
 from ktray.models.maps import resize_map
-from ktray.models.messages import cause
+from ktray.models.teacher.families.base import TeacherSource, family_of
 from ktray.models.teacher.layers import Layer, tower_layers
-
-Tokenizer = Callable[[list[str]], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TeacherSource:
-    """Where a teacher comes from; all that is needed to load it again.
-
-    Attributes:
-        name: ``open_clip:<model>[/<pretrained>]``, ``timm:<model>`` or ``miniverse``.
-        checkpoint: weights file, path or URI.
-        config: open_clip model config: its path, or its content.
-        image_size: input size other than the model's own, pixels.
-    """
-
-    name: str
-    checkpoint: str | None = None
-    config: str | dict[str, Any] | None = None
-    image_size: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class TextTower(nn.Module):
-    """The text half of an open_clip model.
-
-    Args:
-        model: an open_clip model; its image tower is taken out.
-        make_tokenizer: called at the first text (some tokenizers are fetched from the hub).
-    """
-
-    def __init__(self, model: nn.Module, make_tokenizer: Callable[[], Tokenizer]) -> None:
-        super().__init__()
-        del model.visual
-        self.model = model
-        self._make_tokenizer = make_tokenizer
-        self._tokenizer: Tokenizer | None = None
-
-    def forward(self, texts: list[str]) -> torch.Tensor:
-        """(M, D) float32, L2-normalised."""
-        if self._tokenizer is None:
-            try:
-                self._tokenizer = self._make_tokenizer()
-            except Exception as error:
-                raise KtrayError(
-                    f"The teacher's tokenizer cannot be loaded: {cause(error)}",
-                    "Some are fetched from the hub: go on without text by teacher.adapt=probe.",
-                ) from error
-        tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
-        encoded: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
-        return F.normalize(encoded.float(), dim=-1)
 
 
 class Teacher(nn.Module):
@@ -86,7 +29,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         image_tower: nn.Module,
-        text: TextTower | None,
+        text: nn.Module | None,
         preprocess: Preprocess,
         embed_dim: int,
         patch_dim: int | None,
@@ -100,9 +43,7 @@ class Teacher(nn.Module):
         self.embed_dim, self.patch_dim = embed_dim, patch_dim
         self.source, self.name = source, source.name
         self.fingerprint = fingerprint
-        scale = getattr(text.model, "logit_scale", None) if text is not None else None
-        known = isinstance(scale, torch.Tensor) and not scale.is_meta
-        self.logit_scale = float(scale.detach().exp()) if known and scale is not None else 1.0
+        self.logit_scale = float(getattr(text, "logit_scale", 1.0))
 
     @property
     def has_text(self) -> bool:
@@ -152,7 +93,7 @@ class Teacher(nn.Module):
         """
         if self.patch_dim is None:
             raise KtrayError(f"Teacher '{self.name}' gives no patch embeddings", "Choose another teacher.name.")
-        widths = _widths(self.image_tower)
+        widths = family_of(self.name).map_widths(self.image_tower)
         if not 1 <= levels <= len(widths):
             raise KtrayError(
                 f"Teacher '{self.name}' has {len(widths)} maps of patch embeddings, not {levels}",
@@ -193,25 +134,9 @@ def patch_embeddings(
 ) -> torch.Tensor:
     """The function behind `Teacher.patch_embeddings`, for those who hold the tower alone."""
     x = preprocess.normalise(batch).to(_dtype(tower))
-    # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool
-    # of another width stands before it. timm and open_clip differ in the argument's name.
-    norm = "norm" if source.name.startswith("timm:") else "normalize_intermediates"
-    normed = getattr(tower, "attn_pool", None) is None or norm == "norm"
-    out = tower.forward_intermediates(  # type: ignore[operator]
-        x, indices=levels, intermediates_only=True, **{norm: normed}
-    )
-    maps = [m.float() for m in (out["image_intermediates"] if isinstance(out, dict) else out)]
+    maps = [m.float() for m in family_of(source.name).patch_maps(tower, x, levels)]
     rows, columns = max(tuple(m.shape[-2:]) for m in maps)
     return torch.cat([resize_map(m, (rows, columns)) for m in maps], 1)
-
-
-def _widths(tower: nn.Module) -> list[int]:
-    """Channels of every map that ``forward_intermediates`` gives."""
-    inner: Any = getattr(tower, "trunk", tower)
-    info = getattr(inner, "feature_info", None)
-    if info:
-        return [int(level["num_chs"]) for level in info]
-    return [int(inner.transformer.width)] * len(inner.transformer.resblocks)
 
 
 def _dtype(tower: nn.Module) -> torch.dtype:

@@ -8,39 +8,38 @@ teach with otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed import watchdog
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
-from ktray.models.flops import count_flops
-from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import load_adapted, save_candidate
-from ktray.models.teacher.dense_head import fit_map_temperature
-from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
-from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, embed_numpy, tower_flops
+from ktray.models.teacher.adapted import save_candidate
+from ktray.models.teacher.heads import LinearHead
+from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.recipe.choice import strategies
 from ktray.recipe.schema import TeacherFinetuneConfig
 from ktray.stages import labels as labels_stage
-from ktray.stages.adapt.dense import fit_heads, score_maps
+from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
-from ktray.storage.columns import read_rows, write_rows
+from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
-from ktray.training.evaluation import class_scores
+from ktray.tasks.base import HeadSettings, task_kind
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import AdaptSpec
+
+logger = logging.getLogger("ktray")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class AdaptInputs(StageInputs):
         wanted: candidates, in the order in which they are tried.
         names, prompts: the classes as text, and the templates they are put into.
         finetune, views, seed: of the candidate ``finetune``; None where it is not tried.
-        levels: last blocks that a head on maps reads; None where the head reads one embedding.
+        head: what fitting the heads of this task kind reads of the recipe, and no other kind's does.
     """
 
     stage = "adapt"
@@ -70,16 +69,17 @@ class AdaptInputs(StageInputs):
     views: ViewPolicy | None
     seed: int | None
     metric: str
-    levels: int | None
+    head: Any
+    levels: Annotated[int, NotInKey("`head` has it where the task kind reads it")]
     images: Annotated[int, NotInKey("how many are labelled, for the progress line")]
 
     @classmethod
     def of(cls, context: RunContext, spec: TeacherSpec) -> AdaptInputs:
         recipe = context.recipe
-        wanted, dense = candidates(context, spec), recipe.task.kind == "segmentation"
+        wanted = candidates(context, spec)
         tuned = "finetune" in wanted
         return cls(
-            labels=labels_stage.run(context, _preprocess(context, spec)),
+            labels=labels_stage.run(context, context.kind.teacher_preprocess(spec.preprocess)),
             teacher=spec,
             kind=recipe.task.kind,
             wanted=wanted,
@@ -90,7 +90,8 @@ class AdaptInputs(StageInputs):
             views=view_policy(recipe.teach) if tuned else None,
             seed=recipe.seed if tuned else None,
             metric=context.metric,
-            levels=recipe.teacher.levels if dense else None,
+            head=context.kind.head_key(recipe.teacher),
+            levels=recipe.teacher.levels,
             images=len(context.task.train) + len(context.task.val),
         )
 
@@ -101,15 +102,7 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     part = context.recipe.teacher
     if "logits" not in context.recipe.objective.traits.targets_needed:
         return ["probe"]
-    wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
-    if context.recipe.task.kind == "segmentation":
-        # There is no text head of pixels.
-        if wanted == ["text"]:
-            raise KtrayError("teacher.adapt=text is for classification", "Set teacher.adapt=probe.")
-        return [name for name in wanted if name != "text"]
-    if wanted == ["text"] and not spec.has_text:
-        raise KtrayError(f"Teacher '{spec.source.name}' has no text tower", "Set teacher.adapt=probe.")
-    return [name for name in wanted if name != "text" or spec.has_text]
+    return context.kind.candidates(part, spec.has_text)
 
 
 def run(context: RunContext, spec: TeacherSpec) -> StageResult:
@@ -120,16 +113,13 @@ def run(context: RunContext, spec: TeacherSpec) -> StageResult:
 def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
     plan, spec, metric, wanted = runtime.plan, inputs.teacher, inputs.metric, inputs.wanted
     reporter.expect(inputs.images)
-    given = (stage, inputs.labels.stage, spec, inputs.classes)
-    fit: Callable[[], dict[str, Any]] = (
-        partial(fit_heads, *given, inputs.levels, plan.worker_threads)
-        if inputs.levels is not None
-        else partial(_fit_heads, *given, inputs.names, inputs.prompts, wanted, metric, plan.worker_threads)
-    )
+    kind = task_kind(inputs.kind)
+    heads = HeadSettings(inputs.classes, inputs.names, inputs.prompts, wanted, inputs.levels)
+    fit = partial(fit_heads, stage, inputs.labels.stage, spec, kind, heads, metric, plan.worker_threads)
     watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
     who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
     found = run_with_retries(fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
-    reporter.shards([{"read": 0, "images": found["images"], "flops": found["flops"]}])
+    reporter.shards([ShardSummary("heads", images=found["images"], flops=found["flops"])])
     if reporter.progress:
         reporter.progress.update(found["images"])
     scores: dict[str, dict[str, float]] = found["scores"]
@@ -140,7 +130,7 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
             stage.delete(name)
     listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
-    runtime.say(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
+    logger.info(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
     return {
         "chosen": chosen,
         "scores": scores,
@@ -148,20 +138,14 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "embed_dim": spec.embed_dim,
         "patch_dim": spec.patch_dim,
         "directory": f"candidate-{chosen}",
-        "frozen": None if inputs.levels is not None else f"candidate-{found['start']}",
+        "frozen": f"candidate-{found['start']}" if kind.image_classes else None,
     }
 
 
 def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> AdaptedSpec:
     """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
-    return AdaptedSpec(done.stage.sub(done.manifest.get("directory", "unmade")), _preprocess(context, spec))
-
-
-def _preprocess(context: RunContext, spec: TeacherSpec) -> Preprocess:
-    """The teacher's own; for segmentation whole images are squashed, so that no pixel is left without a class."""
-    if context.recipe.task.kind == "segmentation":
-        return replace(spec.preprocess, resize_mode="squash", crop_pct=1.0)
-    return spec.preprocess
+    folder, kind = done.stage.sub(done.manifest.get("directory", "unmade")), context.kind
+    return AdaptedSpec(folder, kind.teacher_preprocess(spec.preprocess), kind.teacher_form)
 
 
 def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -182,7 +166,7 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     if not done.manifest["frozen"]:
         able = [config.strategy_name() for config in strategies() if not config.needs_predictions]
         raise KtrayError(
-            "This transfer.strategy asks the teacher for an image's class, and segmentation has none",
+            "This transfer.strategy asks the teacher for an image's class, and this task kind has none",
             f"Set transfer.strategy to one of: {', '.join(able)}.",
         )
     folder = done.stage.sub(done.manifest["frozen"])
@@ -196,63 +180,6 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
         return logits.softmax(1).numpy()
 
     return predict
-
-
-@dataclass(frozen=True)
-class _Split:
-    embedding: torch.Tensor
-    label: torch.Tensor
-
-
-def _fit_heads(
-    stage: Stage,
-    decoded: Stage,
-    spec: TeacherSpec,
-    classes: list[str],
-    names: list[str],
-    prompts: list[str],
-    wanted: list[str],
-    metric: str,
-    threads: int,
-) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    teacher = spec.load()
-    data: dict[str, _Split] = {}
-    images = 0
-    for split in ("train", "val"):
-        shards = [
-            read_rows(decoded, n, ["uri", "pixels", "label"]) for n in decoded.names(".parquet") if n.startswith(split)
-        ]
-        pixels, label = np.concatenate([s["pixels"] for s in shards]), np.concatenate([s["label"] for s in shards])
-        uri = np.concatenate([s["uri"] for s in shards]).astype(str)
-        embedding = embed_numpy(teacher, pixels, 256)
-        unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
-        write_rows(
-            stage, f"embedding-{split}.parquet", {"uri": uri, "label": label, "embedding": unit.astype(np.float16)}
-        )
-        data[split] = _Split(torch.from_numpy(embedding), torch.from_numpy(label.astype(np.int64)))
-        images += len(label)
-    flops = tower_flops(teacher) * images
-    heads: dict[str, LinearHead] = {}
-    train, val = data["train"], data["val"]
-
-    def fit() -> None:
-        if teacher.has_text and ("text" in wanted or "probe" in wanted or "finetune" in wanted):
-            heads["text"] = text_head(teacher, names, prompts)
-        if "probe" in wanted or "finetune" in wanted:
-            heads["probe"] = probe_head(
-                train.embedding, train.label, len(classes), val=(val.embedding, val.label), start=heads.get("text")
-            )
-
-    flops += count_flops(fit)
-    scores = {}
-    for name, head in heads.items():
-        raw = head(val.embedding).detach()
-        temperature = fit_temperature(raw, val.label)
-        scores[name] = {**_score(raw / temperature, val.label), "temperature": temperature}
-        save_candidate(stage, name, AdaptedTeacher(teacher, head, classes, temperature))
-    start = max(scores, key=lambda n: (scores[n][metric], -scores[n]["loss"]))
-    return {"scores": scores, "start": start, "images": images, "flops": flops}
 
 
 def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, reporter: Reporter) -> dict[str, float]:
@@ -272,16 +199,14 @@ def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, r
         from safetensors.torch import load_file
 
         with base.local() as folder:
-            teacher = load_adapted(folder)
+            teacher = labels.kind.teacher_form.load(folder)
         teacher.load_state_dict(load_file(str(weights)))
         teacher.finetuned = True
         pixels, label = labels.load("val", "pixels")
         with torch.inference_mode():
             raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
-        raw = raw * teacher.temperature
-        fit, judge = (fit_map_temperature, score_maps) if label.ndim == 3 else (fit_temperature, _score)
-        teacher.temperature = fit(raw, label)
-        result.update(judge(raw / teacher.temperature, label), temperature=teacher.temperature)
+        teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
+        result.update(scores, temperature=teacher.temperature)
         save_candidate(stage, "finetune", teacher)
 
     with open_mailbox(reporter.post) as board:
@@ -295,10 +220,3 @@ def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, r
             resize_seconds=runtime.cluster.resize_seconds,
         )
     return result
-
-
-def _score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    classes = logits.shape[1]
-    right = torch.bincount(labels[logits.argmax(1) == labels], minlength=classes).double()
-    found = class_scores(right, torch.bincount(labels, minlength=classes).double())
-    return {**found, "loss": float(F.cross_entropy(logits, labels))}

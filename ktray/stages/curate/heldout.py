@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import BadImage
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.heldout_duplicates import fingerprint_heldout
-from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards, resumed
+from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
 from ktray.stages.index.stage import unit_embedding
 from ktray.stages.labels import SHARD
+from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 
@@ -50,13 +51,14 @@ def embed_images(
     finished = finished_shards(folder)
     reporter.done = 0  # of these images; there may have been others before
     reporter.expect(len(uris))
-    reporter.shards({**resumed(s), "bad": []} for s in finished.values())
+    reporter.shards(replace(s.resumed(), bad=()) for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
-    reporter.shards(
+    found = (
         map_shards(todo, prepare, _MakeEmbedder(folder, spec), runtime.plan)
         if spec
         else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
+    reporter.shards(ShardSummary.each(found))
     reporter.read = 0  # counted where they are used
     shards = [read_rows(folder, str(item["name"])) for item in items]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
@@ -120,5 +122,4 @@ class _MakeEmbedder:
 def _finish(folder: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
     write_rows(folder, item["name"], columns)
     rows = len(columns["uri"])
-    summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "images": rows, "flops": flops * rows}
-    return finish_shard(folder, item["name"], summary)
+    return finish_shard(folder, ShardSummary(item["name"], rows, len(item["uris"]), images=rows, flops=flops * rows))

@@ -25,6 +25,7 @@ from ktray.stages.base import Reporter, Runtime, StageResult
 from ktray.stages.curate.heldout import embed_images
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
+from ktray.tasks.base import task_kind
 
 TEXT = "text:"
 MEAN = "class:"
@@ -70,7 +71,7 @@ def queries(asked: QueryInputs, runtime: Runtime, stage: Stage, reporter: Report
     """The queries of the recipe.
 
     Raises:
-        KtrayError: text queries for a teacher without a text tower, or classes of segmentation's images.
+        KtrayError: text queries for a teacher without a text tower, or classes of images that have none.
     """
     part = asked.transfer
     found = []
@@ -88,8 +89,10 @@ def queries(asked: QueryInputs, runtime: Runtime, stage: Stage, reporter: Report
     )
     if part.per == "query":
         return every
-    if asked.kind == "segmentation" and part.queries != "text":
-        raise KtrayError("transfer.per=class, and a picture to segment has no one class", "Set transfer.per=query.")
+    if not task_kind(asked.kind).image_classes and part.queries != "text":
+        raise KtrayError(
+            f"transfer.per=class, and an image of task.kind={asked.kind} has no one class", "Set transfer.per=query."
+        )
     present = np.unique(every.labels)
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)

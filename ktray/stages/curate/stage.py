@@ -10,6 +10,7 @@ an image and the objective needs (its caption, its generic label) goes along.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.models.teacher.spec import TeacherSpec
@@ -37,6 +38,9 @@ from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, re
 from ktray.stages.inputs import StageInputs
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
+from ktray.tasks.base import task_kind
+
+logger = logging.getLogger("ktray")
 
 SHEET_ROWS = 12
 SHEET_COLUMNS = 12
@@ -149,7 +153,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         nearest = partial(exact, gallery=gallery, plan=runtime.plan)
     chosen, agreed = _choose(inputs, gallery, asked, nearest, exclude, repeats, reporter)
     if chosen.missing and part.source != "list":
-        runtime.say(
+        logger.info(
             f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
         )
     found = repeats.repeats if repeats else {}
@@ -157,10 +161,10 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     dropped = {**copies.counts(), REPEATED: len(found)}
     covered = None
     if len(asked) and len(chosen):
-        classes = [] if inputs.kind == "segmentation" else inputs.task.classes
+        classes = inputs.task.classes if task_kind(inputs.kind).image_classes else []
         covered = coverage(chosen, asked.labels, classes)
         for line in lines(covered):
-            runtime.say(f"curate    {line}")
+            logger.info(f"curate    {line}")
     _sheet(inputs, stage, chosen, uris, asked, dropped)
     return {
         "kept": len(uris),
@@ -228,7 +232,7 @@ def _choose(
         return last
 
     strategy = part.chosen_strategy
-    able = strategy.needs_predictions or inputs.kind == "classification"
+    able = strategy.needs_predictions or task_kind(inputs.kind).image_classes
     predict = adapt_stage.frozen_predictions(adapt) if able else None
     chosen = retrieve(strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
@@ -355,5 +359,5 @@ def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
 
 
 def _caption(inputs: CurateInputs, uri: str, label: int) -> str:
-    """A query's class; for segmentation, where it has none, its file name."""
-    return uri.rpartition("/")[2] if inputs.kind == "segmentation" else inputs.task.classes[label]
+    """A query's class; its file name where it has none."""
+    return inputs.task.classes[label] if task_kind(inputs.kind).image_classes else uri.rpartition("/")[2]

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from ktray.data.labelled.read import LabelledSet
+from ktray.data.labelled.decode import LabelReader, decode_examples
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
@@ -25,72 +26,92 @@ from ktray.stages.base import (
     StageResult,
     finish_shard,
     finished_shards,
-    resumed,
     run_stage,
 )
-from ktray.stages.evaluate import dense
 from ktray.stages.inputs import NotInKey, StageInputs
-from ktray.stages.labels import Masks, decode_examples, shard_items
+from ktray.stages.labels import shard_items
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
-from ktray.tasks import classification, segmentation
+from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.inputs import StudentSpec
+
+STUDENT, TEACHER = "student", "teacher"
+CONFUSION = ".confusion"  # ends the files of the student's counts
 
 
 @dataclass(frozen=True)
 class _Prepare:
+    """Each image in the geometry of every model, and its label."""
+
     transforms: dict[str, Preprocess]
     max_pixels: int
+    reader: LabelReader
 
     def __call__(self, item: Item) -> Rows:
-        columns, bad = decode_examples([tuple(e) for e in item["examples"]], self.max_pixels, self.transforms)
+        examples = [tuple(e) for e in item["examples"]]
+        columns, bad = decode_examples(examples, self.max_pixels, self.transforms, self.reader)
         columns["bad"] = np.array(bad, dtype=str).reshape(-1, 2)
         return columns
 
 
 class _Score:
-    def __init__(self, stage: Stage, students: dict[str, StudentSpec], teacher: AdaptedSpec | None) -> None:
+    """What each model says of a shard's images, as rows of the task kind's."""
+
+    def __init__(self, plan: _MakeScore) -> None:
         from ktray.training.worker import WorkerContext
 
         env = WorkerContext(device(), 0, 1, 1.0)
-        self.stage = stage
-        self.students = {name: spec.build(env, 0) for name, spec in students.items()}
-        self.teacher = teacher.load() if teacher else None
+        self.plan = plan
+        self.students = {name: spec.build(env, 0) for name, spec in plan.students.items()}
+        self.teacher = plan.teacher.load() if plan.teacher else None
         self.flops = sum(forward_flops(m, (3, *p.size)) for m, p in self.students.values())
         if self.teacher:
             self.flops += tower_flops(self.teacher)
 
     @torch.inference_mode()
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        out: Rows = {"uri": columns["uri"], "label": columns["label"]}
-        for name, (model, preprocess) in self.students.items():
-            model.eval()
-            x = torch.from_numpy(columns["student"]).to(device())
-            out[name] = model(preprocess.normalise(x)).float().cpu().numpy()
-        if self.teacher:
-            out["teacher"] = predict_numpy(self.teacher, columns["teacher"], 256)
-        write_rows(self.stage, item["name"], out)
-        n = len(out["label"])
-        summary = {
-            "name": item["name"],
-            "rows": n,
-            "read": len(item["examples"]),
-            "bad": columns["bad"].tolist(),
-            "images": n,
-            "flops": self.flops * n,
-        }
-        return finish_shard(self.stage, item["name"], summary)
+        plan = self.plan
+        out: Rows = {"uri": columns["uri"], **plan.kind.test_columns(columns)}
+        for name in [*self.students, *([TEACHER] if self.teacher else [])]:
+            rows, counts = plan.kind.test_rows(self._predictions(name, columns), columns)
+            out |= {f"{name}{suffix}": values for suffix, values in rows.items()}
+            if name == STUDENT and counts is not None:
+                plan.stage.write_json(f"{item['name']}{CONFUSION}", counts)
+        write_rows(plan.stage, item["name"], out)
+        n = len(out["uri"])
+        bad = pairs(columns["bad"].tolist())
+        summary = ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=self.flops * n)
+        return finish_shard(plan.stage, summary)
+
+    def _predictions(self, name: str, columns: Rows) -> np.ndarray:
+        """(N, ...) float32, the model's output."""
+        batch = self.plan.kind.test_batch
+        if name == TEACHER and self.teacher is not None:
+            return predict_numpy(self.teacher, columns[TEACHER], batch)
+        model, preprocess = self.students[name]
+        model.eval()
+        pixels = columns[STUDENT]
+        parts = []
+        for at in range(0, len(pixels), batch):
+            x = torch.from_numpy(pixels[at : at + batch].copy()).to(device())
+            parts.append(model(preprocess.normalise(x)).float().cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, self.plan.outputs), np.float32)
 
 
 @dataclass(frozen=True)
 class _MakeScore:
+    """Makes the actor's `_Score` where it runs."""
+
     stage: Stage
+    kind: TaskKind
     students: dict[str, StudentSpec]
     teacher: AdaptedSpec | None
+    outputs: int
 
     def __call__(self) -> _Score:
-        return _Score(self.stage, self.students, self.teacher)
+        return _Score(self)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,8 @@ class EvaluateInputs(StageInputs):
     Attributes:
         weights: by student, the stage that made its weights.
         adapt: made the teacher.
-        masks: how label maps are read; None where an image has one label.
+        kind: of the task.
+        reader: how labels are read.
     """
 
     stage = "evaluate"
@@ -111,14 +133,15 @@ class EvaluateInputs(StageInputs):
     student: StudentSpec
     adapt: StageResult | None
     max_pixels: int
-    masks: Masks | None
+    kind: str
+    reader: LabelReader
     teacher: Annotated[AdaptedSpec | None, NotInKey("it is what ADAPT has made")]
 
 
 def run(
     context: RunContext, weights: dict[str, StageResult], teacher: tuple[AdaptedSpec, StageResult] | None
 ) -> StageResult:
-    """Shards of test logits (or counts of pixels) per model, and ``metrics`` by model in the manifest.
+    """Shards of what the task kind keeps of each model's predictions, and ``metrics`` by model in the manifest.
 
     Args:
         weights: by name of a student, the stage that made its weights.
@@ -130,45 +153,41 @@ def run(
         student=student_spec(context),
         adapt=teacher[1] if teacher else None,
         max_pixels=context.recipe.data.max_pixels,
-        masks=Masks.of(context),
+        kind=context.recipe.task.kind,
+        reader=context.kind.reader(context.task, whole=True),
         teacher=teacher[0] if teacher else None,
     )
     return run_stage(context.runtime, inputs, work)
 
 
 def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
-    classes, teacher, masks = inputs.task.classes, inputs.teacher, inputs.masks
-    transforms = {"student": inputs.student.make(bare=True).preprocess}
+    classes, teacher, kind = inputs.task.classes, inputs.teacher, task_kind(inputs.kind)
+    transforms = {STUDENT: inputs.student.make(bare=True).preprocess}
     if teacher:
-        transforms["teacher"] = teacher.preprocess
+        transforms[TEACHER] = teacher.preprocess
     items = shard_items("test", inputs.task.test)
     finished = finished_shards(stage)
     reporter.expect(len(inputs.task.test))
-    reporter.shards(resumed(s) for s in finished.values())
-    specs = {name: starting_at(inputs.student, made) for name, made in inputs.weights.items()}
+    reporter.shards(s.resumed() for s in finished.values())
+    students = {name: starting_at(inputs.student, made) for name, made in inputs.weights.items()}
     todo = [i for i in items if i["name"] not in finished]
-    names = [*specs, *(["teacher"] if teacher else [])]
-    if masks:
-        prepare = dense.PrepareMasks(transforms, inputs.max_pixels, masks)
-        finish = dense.MakeScore(stage, specs, teacher, len(classes))
-        reporter.shards(map_shards(todo, prepare, finish, runtime.plan))
-    else:
-        made = _MakeScore(stage, specs, teacher)
-        reporter.shards(map_shards(todo, _Prepare(transforms, inputs.max_pixels), made, runtime.plan))
+    prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
+    finish = _MakeScore(stage, kind, students, teacher, len(classes))
+    reporter.shards(ShardSummary.each(map_shards(todo, prepare, finish, runtime.plan)))
     rows = load(stage)
     if not len(rows["uri"]):
         raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
-    if masks:
-        return {
-            "metrics": {
-                n: segmentation.metrics(rows[f"{n}_tp"], rows[f"{n}_fp"], rows[f"{n}_fn"], classes) for n in names
-            }
-        }
-    return {"metrics": {n: classification.metrics(rows[n], rows["label"], classes) for n in names}}
+    names = [*students, *([TEACHER] if teacher else [])]
+    return {"metrics": {name: kind.test_metrics(rows, name, classes) for name in names}}
 
 
 def load(stage: Stage) -> Rows:
-    """All test rows: ``uri``, ``label`` and the logits of each model; for segmentation ``uri`` and per model
-    ``<name>_tp``, ``<name>_fp``, ``<name>_fn`` (N, C) pixels."""
+    """All test rows: ``uri``, and the task kind's columns of the labels and of each model."""
     shards = [read_rows(stage, name) for name in stage.names(".parquet")]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
+
+
+def confusion(context: RunContext, stage: Stage) -> np.ndarray | None:
+    """(C, C) counts of the student on test: rows are true classes, columns predictions; None where there are none."""
+    counts = [stage.read_json(name) for name in stage.names(CONFUSION)]
+    return context.kind.confusion(load(stage), counts, context.task.classes)

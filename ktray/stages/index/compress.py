@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from ktray.retrieval import faiss_index
 from ktray.retrieval.search import Hits
 from ktray.stages.index.gallery import Gallery, exact
 
+logger = logging.getLogger("ktray")
+
 # Above this, one pass over the embeddings takes longer than all else that is done with them.
 EXACT_ROWS = 100_000_000
 
@@ -26,7 +29,7 @@ def wanted(kind: str, rows: int) -> bool:
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 
-def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation, say: faiss_index.Say) -> dict[str, Any]:
+def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation) -> dict[str, Any]:
     """Build what is missing; returns the manifest's entry (`ktray.retrieval.faiss_index.Compressed`).
 
     Raises:
@@ -53,14 +56,14 @@ def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation, say: faiss
         count = min(faiss_index.sample_size(count, dimensions), gallery.total)
         return read(np.sort(rng.choice(gallery.total, count, replace=False)))
 
-    index, trained_on = faiss_index.build(home, blocks, lambda number: pieces[number].embedding(), sample, factory, say)
+    index, trained_on = faiss_index.build(home, blocks, lambda number: pieces[number].embedding(), sample, factory)
     queries = sample(faiss_index.SAMPLE)
     truth: Callable[[int], Hits] = lambda k: exact(queries, gallery, k, plan)  # noqa: E731
     probes, recall = faiss_index.measured(index, queries, truth, read, part.recall)
     made = faiss_index.Compressed(factory, gallery.total, trained_on, probes, recall, key)
     faiss_index.save(home, made)
     found = ", ".join(f"{share:.1%} at {k}" for k, share in recall.items())
-    say(f"search    {factory}, {probes} cells a query: recall {found}")
+    logger.info(f"search    {factory}, {probes} cells a query: recall {found}")
     return asdict(made)
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ktray.data.preprocess import Preprocess
-from ktray.data.sources.clip_retrieval import read_records, read_vectors
+from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image, fetch
-from ktray.data.sources.listing import Shard
 from ktray.data.sources.records import ImageRecord
 from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
@@ -66,9 +65,8 @@ class DecodeGallery:
             yield from ((ImageRecord(uri, data, error=error), None) for uri, data, error in fetch(item["uris"]))
             return
         shard = self.shards[item["shard"]]
-        if shard.kind == "embedded" and self.preprocess:
-            vectors = read_vectors(shard)
-            yield from ((record, vectors[row]) for row, record in read_records(shard))
+        if shard.source.has_embeddings and self.preprocess:
+            yield from shard.source.read_embedded(shard)
         else:
             yield from ((record, None) for record in read_shard(shard))
 

@@ -8,14 +8,15 @@ the labelled generic set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 
-from ktray.data.labelled.read import LabelledSet
-from ktray.data.sources.listing import Shard
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.sources.base import Shard
 from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
@@ -23,14 +24,17 @@ from ktray.models.teacher.spec import TeacherSpec, embed_numpy, tower_flops
 from ktray.recipe.schema import GalleryConfig, index_alone
 from ktray.recipe.section import digest
 from ktray.retrieval.crops import Crops
-from ktray.retrieval.index_dir import IndexDir, parts
-from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, resumed, run_stage
+from ktray.retrieval.index_dir import IndexDir, IndexedShard, Part
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.index.compress import compress, wanted
 from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
 from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
+
+logger = logging.getLogger("ktray")
 
 SHARDS_VERSION = 3  # of the shards in a gallery's folder; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
@@ -39,17 +43,33 @@ LABELLED_SHARD = 512
 SAME = 0.95
 
 
-def _write_part(folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarray | None) -> dict[str, Any]:
-    """Write a piece as a part of its shard; the summary is of this piece alone."""
-    bad, read = columns.pop("bad").tolist(), int(columns.pop("read")[0])
+@dataclass(frozen=True)
+class IndexPiece(ShardSummary):
+    """A piece of a shard: its accounts are of this piece alone, ``name`` is the shard's.
+
+    Attributes:
+        piece: its number.
+        pieces: how many the shard has; None where this one is not the last.
+        part: what was written, as `Part.to_json`.
+    """
+
+    piece: int = 0
+    pieces: int | None = None
+    part: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _write_part(
+    folder: IndexDir, item: Item, columns: Rows, embedding: np.ndarray | None, flops: float = 0.0
+) -> IndexPiece:
+    """Write a piece as a part of its shard."""
+    bad, read = pairs(columns.pop("bad").tolist()), int(columns.pop("read")[0])
     if "labels" in item:
         known = dict(zip(item["uris"], item["labels"], strict=True))
         columns["label"] = np.array([known[uri] for uri in columns["uri"].tolist()], dtype=np.int64)
     number = int(item.get("piece", 0))
     part = folder.write_part(f"{item['name']}-{number:05d}", columns, embedding)
     rows = len(columns["uri"])
-    summary = {"shard": item["name"], "piece": number, "part": part, "rows": rows, "read": read, "bad": bad}
-    return {**summary, "pieces": item.get("pieces"), "images": rows}
+    return IndexPiece(item["name"], rows, read, bad, rows, flops, number, item.get("pieces"), part.to_json())
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class _WriteFingerprints:
             _write_part(self.folder, {**item, "piece": number}, columns, None)
             for number, columns in enumerate(self.prepare(item))
         ]
-        return {"several": [{**summary, "pieces": len(made)} for summary in made]}
+        return {"several": [replace(piece, pieces=len(made)).to_json() for piece in made]}
 
 
 class _EmbedGallery:
@@ -77,8 +97,7 @@ class _EmbedGallery:
         if "given" in columns:
             embedding = _unit(columns.pop("given").astype(np.float32))
             _check_given(embedding[: len(made)], made, item["source"], self.plan.spec)
-        written = _write_part(self.plan.folder, item, columns, embedding)
-        return {**written, "flops": self.flops * len(made)}
+        return _write_part(self.plan.folder, item, columns, embedding, self.flops * len(made)).to_json()
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
     counts = [s.count for s in shards]
     total = sum(c or 0 for c in counts) if None not in counts else None
     crops = Crops(part.crops, part.crop_count) if spec else Crops()
-    if crops.kind != "none" and any(s.kind == "embedded" for s in shards):
+    if crops.kind != "none" and any(s.source.has_embeddings for s in shards):
         raise KtrayError(
             f"gallery.crops={crops.kind} needs crops embedded, and gallery.data has embeddings of whole images",
             "Set gallery.crops=none, or name the images themselves.",
@@ -206,8 +225,8 @@ def _index(
         return len(folder.shards(names)[0]) == len(names)
 
     if g.verify and context.runtime.planned is None:
-        for summary in folder.shards(names)[0].values():
-            for part in parts(summary):
+        for shard in folder.shards(names)[0].values():
+            for part in shard.parts:
                 folder.check(part)
     compressed = {"search": g.search, "factory": g.factory, "search_gb": g.search_gb, "recall": g.recall}
     inputs = IndexInputs(
@@ -233,38 +252,38 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     finished, broken = folder.shards(names)
     sources = {str(item["name"]): item["source"] for item in inputs.items}
     for name, problem in broken.items():
-        runtime.say(f"index     {problem}: {sources[name]} is indexed again")
+        logger.info(f"index     {problem}: {sources[name]} is indexed again")
         folder.forget(name)
     if inputs.items:
         folder.begin(digest(names), len(names))
     reporter.expect(inputs.total)
-    reporter.shards(resumed(s) for s in finished.values())
+    reporter.shards(ShardSummary(s.shard, s.rows, s.read, s.bad) for s in finished.values())
     if finished and len(finished) < len(names):
-        runtime.say(f"index     {len(finished):,} of {len(names):,} shards are there")
+        logger.info(f"index     {len(finished):,} of {len(names):,} shards are there")
     todo = [item for item in inputs.items if item["name"] not in finished]
     found = (
         map_shards(todo, inputs.prepare, MakeEmbedGallery(folder, spec), runtime.plan)
         if spec
         else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
     )
-    for summary in _gathered(found, reporter, sources):
-        folder.finish(summary["shard"], summary)
-        finished[summary["shard"]] = summary
+    for shard in _gathered(IndexPiece.each(found), reporter, sources):
+        folder.finish(shard)
+        finished[shard.shard] = shard
     folder.copy_summaries()
     folder.end(digest(names))
-    listed = [(p.name, p.rows) for name in names for p in parts(finished[name])]
+    listed = [(p.name, p.rows) for name in names for p in finished[name].parts]
     if not sum(rows for _, rows in listed):
         raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
     gallery = Gallery(folder, listed)
     shrunk = bool(spec) and wanted(inputs.gallery.search, gallery.total)
     more = {} if inputs.classes is None else {"classes": inputs.classes}
     return {
-        "search": compress(inputs.gallery, gallery, runtime.plan, runtime.say) if shrunk else None,
+        "search": compress(inputs.gallery, gallery, runtime.plan) if shrunk else None,
         "rows": gallery.total,
         "folder": folder.uri if inputs.own else inputs.shared,
         "shards": listed,
         "shard_count": len(names),
-        "images": sum(s["read"] - len(s["bad"]) for s in finished.values()),
+        "images": sum(s.read - len(s.bad) for s in finished.values()),
         **more,
     }
 
@@ -300,22 +319,21 @@ def _each(several: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from one["several"]
 
 
-def _gathered(
-    pieces: Iterable[dict[str, Any]], reporter: Reporter, sources: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Summaries of pieces to summaries of shards, each as soon as its last piece is there."""
-    open_: dict[str, dict[int, dict[str, Any]]] = {}
+def _gathered(pieces: Iterable[IndexPiece], reporter: Reporter, sources: dict[str, str]) -> Iterator[IndexedShard]:
+    """Pieces to shards, each as soon as its last piece is there."""
+    open_: dict[str, dict[int, IndexPiece]] = {}
     for piece in pieces:
         reporter.shards([piece])
-        mine = open_.setdefault(piece["shard"], {})
-        mine[piece["piece"]] = piece
-        of = next((p["pieces"] for p in mine.values() if p["pieces"]), None)
+        mine = open_.setdefault(piece.name, {})
+        mine[piece.piece] = piece
+        of = next((p.pieces for p in mine.values() if p.pieces), None)
         if of == len(mine):
-            ordered = [mine[number] for number in sorted(open_.pop(piece["shard"]))]
-            yield {
-                "shard": piece["shard"],
-                "source": sources[piece["shard"]],
-                "parts": [p["part"] for p in ordered],
-                **{key: sum(p[key] for p in ordered) for key in ("rows", "read")},
-                "bad": [bad for p in ordered for bad in p["bad"]],
-            }
+            ordered = [mine[number] for number in sorted(open_.pop(piece.name))]
+            yield IndexedShard(
+                piece.name,
+                tuple(Part.from_json(p.part) for p in ordered),
+                sum(p.rows for p in ordered),
+                sum(p.read for p in ordered),
+                tuple(bad for p in ordered for bad in p.bad),
+                sources[piece.name],
+            )

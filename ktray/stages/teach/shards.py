@@ -12,6 +12,7 @@ import numpy as np
 from ktray.distributed.ray_data import Item
 from ktray.errors import KtrayError
 from ktray.stages.base import finish_shard
+from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.targets.jpeg import encode_views
@@ -26,10 +27,10 @@ CHECKED_IMAGES = 4, 32
 
 
 def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | None) -> dict[str, Any]:
-    bad, rows = columns.pop("bad").tolist(), len(columns["pixels"])
+    bad, rows = pairs(columns.pop("bad").tolist()), len(columns["pixels"])
     write_rows(stage, item["name"], encode_views(columns, jpeg))
-    summary = {"name": item["name"], "rows": rows, "read": len(item["uris"]), "bad": bad, "images": rows}
-    return finish_shard(stage, item["name"], {**summary, "flops": flops * rows})
+    summary = ShardSummary(item["name"], rows, read=len(item["uris"]), bad=bad, images=rows, flops=flops * rows)
+    return finish_shard(stage, summary)
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,14 @@ class WithTeacher:
 
 @dataclass(frozen=True)
 class ListImages:
-    """Stores the list of the images alone, for rows that are made while training asks for them."""
+    """Stores the list of the images alone, for rows that are made while training asks for them; says how many rows."""
 
     stage: Stage
     per_image: int
 
-    def __call__(self, item: Item) -> dict[str, Any]:
-        name, uris = item["name"], item["uris"]
-        self.stage.write_json(listed(name), {"uris": uris, "beside": item["beside"]})
-        return {"name": name, "rows": len(uris) * self.per_image}
+    def __call__(self, item: Item) -> int:
+        self.stage.write_json(listed(item["name"]), {"uris": item["uris"], "beside": item["beside"]})
+        return len(item["uris"]) * self.per_image
 
 
 def checked_images(images: int) -> int:
@@ -87,6 +87,14 @@ def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
         number, i = places[at]
         chosen.setdefault(number, []).append(items[number]["uris"][i])
     return [{"name": items[number]["name"], "uris": uris, "beside": {}} for number, uris in chosen.items()]
+
+
+@dataclass(frozen=True)
+class CheckedShard(ShardSummary):
+    """``checked``: views whose stored targets were compared; ``cosine``: the least one with the live teacher's."""
+
+    checked: int = 0
+    cosine: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,8 @@ class CheckTargets:
                             f"Delete {self.stage.uri} and run again. If it comes again, the teacher's outputs differ "
                             "between machines or batches (does it run in another precision on some of them?).",
                         )
-            return {
-                "checked": len(columns["view_id"]),
-                "cosine": worst,
-                "flops": loaded.flops * len(columns["view_id"]),
-            }
+            views = len(columns["view_id"])
+            return CheckedShard(item["name"], flops=loaded.flops * views, checked=views, cosine=worst).to_json()
 
         return finish
 

@@ -9,6 +9,7 @@ them. An objective that cuts its own views gets one whole image in place of K vi
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -21,16 +22,19 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
-from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, resumed, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
-from ktray.stages.teach.shards import CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
 from ktray.targets.top_k import columns, per_prediction
 from ktray.training.inputs import TargetSet
+
+logger = logging.getLogger("ktray")
 
 SHARD_BYTES = 64_000_000
 # What the manifest says of the targets' sizes, as `TargetSet` has it.
@@ -112,7 +116,7 @@ def run(
     map_side: int,
 ) -> TeachResult:
     """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
-    (fp16, calibrated; maps for segmentation), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
+    (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
     (int32), ``label`` (int64).
 
     Args:
@@ -137,7 +141,7 @@ def run(
         student_size=student_size,
         map_side=map_side,
         classes=len(context.task.classes),
-        positions=(view_size // 8) ** 2 if recipe.task.kind == "segmentation" else 1,
+        positions=context.kind.positions(view_size),
         predict=Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None,
     )
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
@@ -161,7 +165,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     if cached:
         rows = _store(inputs, runtime, stage, reporter, items)
     else:
-        rows = {item["name"]: ListImages(stage, cut.per_image)(item)["rows"] for item in items}
+        rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
     if not sum(rows.values()):
         raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
     known = {
@@ -204,19 +208,20 @@ def _store(
     cut, predict, jpeg = inputs.cut, inputs.predict, inputs.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
-    before = reporter.shards(resumed(s) for s in finished.values())
+    before = reporter.shards(s.resumed() for s in finished.values())
     todo = [item for item in items if item["name"] not in finished]
     summaries = (
         map_shards(todo, cut, WithTeacher(stage, predict, jpeg), runtime.plan)
         if predict
         else cpu_shards(todo, WithoutTeacher(stage, cut, jpeg), runtime.plan)
     )
-    rows = {s["name"]: int(s["rows"]) for s in [*before, *reporter.shards(summaries)]}
+    rows = {s.name: s.rows for s in [*before, *reporter.shards(ShardSummary.each(summaries))]}
     if predict and any(rows.values()):
-        found = reporter.shards(map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan))
-        runtime.say(
-            f"teach     {sum(f['checked'] for f in found)} stored targets compared with the live teacher's: cosine at "
-            f"least {min(f['cosine'] for f in found):.5f}"
+        checks = map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan)
+        found = reporter.shards(CheckedShard.each(checks))
+        logger.info(
+            f"teach     {sum(f.checked for f in found)} stored targets compared with the live teacher's: cosine at "
+            f"least {min(f.cosine for f in found):.5f}"
         )
     return rows
 

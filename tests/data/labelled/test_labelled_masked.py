@@ -7,9 +7,11 @@ from image_zoo import encode, photo
 from PIL import Image
 
 from ktray.data import filesystem
-from ktray.data.labelled.read import read_labelled
+from ktray.data.labelled.masked import read_masked
 from ktray.data.sources.fetch import fetch
 from ktray.errors import KtrayError
+from ktray.recipe.schema import TaskConfig
+from ktray.tasks.base import task_kind
 
 
 def write_lists(folder, lists):
@@ -63,7 +65,7 @@ def test_ade20k(tmp_path, budget):
     root = ade(tmp_path)
     splits = write_lists(tmp_path / "s", ADE_LISTS)
     for data in (root, root.parent):
-        found = read_labelled(str(data), splits=splits, seed=0, kind="segmentation", **budget)
+        found = read_masked(str(data), splits=splits, seed=0, **budget)
         assert found.classes == ["wall", "building, edifice", "sky"]
         assert found.names == ["wall", "building", "sky"]
         assert found.mask_offset == 1
@@ -78,7 +80,7 @@ def test_ade20k(tmp_path, budget):
 
 
 def test_ade20k_without_lists_tests_on_its_validation_images(tmp_path):
-    found = read_labelled(str(ade(tmp_path)), seed=0, kind="segmentation", val_fraction=0.25, layout="ade20k")
+    found = read_masked(str(ade(tmp_path)), seed=0, val_fraction=0.25, layout="ade20k")
     assert (len(found.train), len(found.val), len(found.test)) == (6, 2, 3)
     assert all("/validation/" in e.uri for e in found.test)
 
@@ -87,18 +89,18 @@ def test_ade20k_lists_that_do_not_fit(tmp_path):
     root = str(ade(tmp_path))
     lists = {**ADE_LISTS, "val": [f"ADE_train_{i:08d}.jpg" for i in (7, 19211, 19212, 19213, 19214)]}
     with pytest.raises(KtrayError, match=r"4 images of the lists .*'ADE_train_00019211.jpg'.* and 1 more"):
-        read_labelled(root, splits=write_lists(tmp_path / "s", lists), seed=0, kind="segmentation", labels=2)
+        read_masked(root, splits=write_lists(tmp_path / "s", lists), seed=0, labels=2)
     lists = {**ADE_LISTS, "test": ADE_LISTS["test"] + ADE_LISTS["train_4img"]}
     with pytest.raises(KtrayError, match=r"4 images stand in two splits: .* and 1 more \(larger train lists, test, tr"):
-        read_labelled(root, splits=write_lists(tmp_path / "s", lists), seed=0, kind="segmentation", labels=2)
+        read_masked(root, splits=write_lists(tmp_path / "s", lists), seed=0, labels=2)
     splits = write_lists(tmp_path / "t", {k: v for k, v in ADE_LISTS.items() if k != "train_full"})
     with pytest.raises(KtrayError, match=r"not clear which.*task\.train_list.*task\.labels "):
-        read_labelled(root, splits=splits, seed=0, kind="segmentation", labels=3)
+        read_masked(root, splits=splits, seed=0, labels=3)
     with pytest.raises(KtrayError, match=r"no images/training"):
-        read_labelled(str(tmp_path), seed=0, kind="segmentation", layout="ade20k")
+        read_masked(str(tmp_path), seed=0, layout="ade20k")
     (tmp_path / "d/ADEChallengeData2016/objectInfo150.txt").write_text("Idx Name\n")
     with pytest.raises(KtrayError, match=r"does not number the classes"):
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
 
 
 # ktray's own segmentation folders
@@ -117,7 +119,7 @@ def own(root, classes=("sky", "Baum", "道"), values=(0, 1, 2, 255), **counts):
 
 def test_own_masks(tmp_path):
     root = own(tmp_path / "d", train=12, validation=3, test=4)
-    found = read_labelled(root, seed=0, kind="segmentation")
+    found = read_masked(root, seed=0)
     assert found.classes == ["sky", "Baum", "道"]
     assert (found.mask_offset, found.names, found.notes) == (0, [], [])
     assert (len(found.train), len(found.val), len(found.test)) == (12, 3, 4)
@@ -125,17 +127,17 @@ def test_own_masks(tmp_path):
         assert e.mask == e.uri.replace("/images/", "/masks/")[:-4] + ".png"
         assert e.label == 0
     before = found.fingerprint
-    assert read_labelled(root, seed=0, kind="segmentation").fingerprint == before
+    assert read_masked(root, seed=0).fingerprint == before
     mask(77, [0, 1, 2]).save(found.train[0].mask)
-    changed = read_labelled(root, seed=0, kind="segmentation").fingerprint
+    changed = read_masked(root, seed=0).fingerprint
     assert changed != before
     (tmp_path / "d/classes.txt").write_text("sky\nBaum\nroad")
-    assert read_labelled(root, seed=0, kind="segmentation").fingerprint not in (before, changed)
+    assert read_masked(root, seed=0).fingerprint not in (before, changed)
 
 
 def test_own_masks_splits_and_budgets_are_drawn_and_nested(tmp_path):
     root = own(tmp_path / "d", train=20)
-    sets = {n: read_labelled(root, seed=4, kind="segmentation", labels=n) for n in (1, 3, 9, None)}
+    sets = {n: read_masked(root, seed=4, labels=n) for n in (1, 3, 9, None)}
     for found in sets.values():
         assert (len(found.val), len(found.test)) == (4, 4)
         assert found.val == sets[None].val
@@ -143,8 +145,8 @@ def test_own_masks_splits_and_budgets_are_drawn_and_nested(tmp_path):
     assert set(sets[1].train) < set(sets[3].train) < set(sets[9].train) < set(sets[None].train)
     assert {e.uri for e in sets[3].train} | set(sets[3].unlabeled) == {e.uri for e in sets[None].train}
     assert any("0.2 and 0.2 of the images is split off" in note for note in sets[3].notes)
-    assert set(read_labelled(root, seed=5, kind="segmentation", labels=9).train) != set(sets[9].train)
-    many = read_labelled(root, seed=4, kind="segmentation", labels=50)
+    assert set(read_masked(root, seed=5, labels=9).train) != set(sets[9].train)
+    many = read_masked(root, seed=4, labels=50)
     assert any("fewer than 50 training images: 12" in note for note in many.notes)
 
 
@@ -158,7 +160,7 @@ def test_images_and_masks_that_do_not_pair(tmp_path, number):
     with pytest.raises(
         KtrayError, match=rf"{images} in .*without mask: 'shot 0'.*; 1 mask in .*without image: 'alone'"
     ) as e:
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
     assert str(e.value).count("'shot") == min(3, number)
     assert ("and 2 more" in str(e.value)) == (number == 5)
 
@@ -183,7 +185,7 @@ def test_wrong_class_lists(tmp_path, text, what):
     else:
         path.write_text(text)
     with pytest.raises(KtrayError, match=what) as caught:
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
     assert caught.value.remedy
 
 
@@ -194,22 +196,22 @@ def test_masks_that_are_no_label_maps(tmp_path):
     with pytest.raises(
         KtrayError, match=r"1 of 4 .* another size than their image: 'shot 0.png \(10 x 10, its image 24 x 20"
     ):
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
     mask(0, [0, 1]).convert("RGB").save(masks / "shot 0.png")
     (masks / "shot 1.png").write_bytes(b"nothing")
     with pytest.raises(KtrayError, match=r"2 of 4 .* no label maps: .*shot 0.png \(the mask holds colours \(RGB\)"):
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
 
 
 def test_a_rare_broken_mask_is_left_to_quarantine(tmp_path):
     root = own(tmp_path / "d", train=16)
     for name in ("shot 0", "shot 1"):
         (tmp_path / f"d/train/masks/{name}.png").write_bytes(b"nothing")
-    found = read_labelled(root, seed=0, kind="segmentation")
+    found = read_masked(root, seed=0)
     assert len(found.train + found.val + found.test) == 16
     (tmp_path / "d/train/masks/shot 2.png").write_bytes(b"nothing")
     with pytest.raises(KtrayError, match="3 of 16 masks that were opened are no label maps"):
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
 
 
 def test_palette_masks_and_turned_photos(tmp_path):
@@ -220,7 +222,7 @@ def test_palette_masks_and_turned_photos(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     (tmp_path / "d/train/images/shot 0.jpg").write_bytes(encode(photo(0, 20, 24), "JPEG", exif=turned))
-    assert len(read_labelled(root, seed=0, kind="segmentation").train) == 2
+    assert len(read_masked(root, seed=0).train) == 2
 
 
 @pytest.mark.parametrize(
@@ -234,32 +236,33 @@ def test_palette_masks_and_turned_photos(tmp_path):
 )
 def test_keys_that_do_not_go_with_the_kind(tmp_path, keys, what):
     root = own(tmp_path / "d", train=4)
+    part = TaskConfig(**{"kind": "segmentation", **keys})
     with pytest.raises(KtrayError, match=what):
-        read_labelled(root, **{"seed": 0, "kind": "segmentation", **keys})
+        task_kind(part.kind).read(root, part)
 
 
 def test_folders_that_are_no_segmentation_set(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\n")
     (tmp_path / "d/train/a").mkdir(parents=True)
     with pytest.raises(KtrayError, match="is a file, and a segmentation data set is a folder"):
-        read_labelled(str(tmp_path / "list.csv"), seed=0, kind="segmentation")
+        read_masked(str(tmp_path / "list.csv"), seed=0)
     (tmp_path / "d/classes.txt").write_text("a\nb")
     with pytest.raises(KtrayError, match="has no folder 'images'"):
-        read_labelled(str(tmp_path / "d"), seed=0, kind="segmentation")
+        read_masked(str(tmp_path / "d"), seed=0)
     with pytest.raises(KtrayError, match="has no train folder"):
-        read_labelled(str(tmp_path), seed=0, kind="segmentation")
+        read_masked(str(tmp_path), seed=0)
     root = own(tmp_path / "e", train=2)
     (tmp_path / "e/train/images/shot 0.png").write_bytes(b"")
     with pytest.raises(KtrayError, match=r"1 name in .* with two files: 'shot 0'"):
-        read_labelled(root, seed=0, kind="segmentation")
+        read_masked(root, seed=0)
 
 
 def test_masks_on_s3(tmp_path, monkeypatch):
     own(tmp_path / "bucket/d", train=4)
     fake = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     monkeypatch.setattr(filesystem, "bucket_filesystem", lambda name: {"s3://bucket": fake}[name])
-    far = read_labelled("s3://bucket/d/", seed=0, kind="segmentation", labels=1)
-    near = read_labelled(f"{tmp_path}/bucket/d", seed=0, kind="segmentation", labels=1)
+    far = read_masked("s3://bucket/d/", seed=0, labels=1)
+    near = read_masked(f"{tmp_path}/bucket/d", seed=0, labels=1)
     for part in ("train", "val", "test"):
         assert [(e.uri.removeprefix("s3://"), e.mask.removeprefix("s3://")) for e in getattr(far, part)] == [
             (e.uri.removeprefix(f"{tmp_path}/"), e.mask.removeprefix(f"{tmp_path}/")) for e in getattr(near, part)

@@ -129,7 +129,7 @@ def test_read_file_understands_members_in_lists(mixed):
     member = next(u for u in found if "x.tar#member=03" in u)
     (folder / "list.csv").write_text(f"path\n{member}\n")
     assert records(str(folder / "list.csv"))[0].data == jpeg(13)
-    assert reading._read_file("")[1] == "empty path"
+    assert reading.read_file("")[1] == "empty path"
 
 
 def test_images_on_s3_come_in_order_by_one_read_each(s3):

@@ -9,8 +9,9 @@ from archives import tar_bytes, write_parquet
 from image_zoo import jpeg, write_zoo
 
 from ktray.data import filesystem
+from ktray.data.sources.base import spans
 from ktray.data.sources.fetch import fetch
-from ktray.data.sources.listing import list_shards, spans
+from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
 

@@ -13,13 +13,13 @@ from image_zoo import jpeg, png_header_bomb
 
 from ktray import recipe as recipes
 from ktray.data import filesystem
-from ktray.data.sources import parquets, tars
+from ktray.data.sources import parquet_tables, tars
 from ktray.data.sources.clip_retrieval import _placed
 from ktray.data.sources.fetch import decode_image, fetch
-from ktray.data.sources.listing import list_shards, resolve
+from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
-from ktray.data.sources.tars import read_tar
-from ktray.data.sources.uris import ImageRef
+from ktray.data.sources.tars import TarMember, read_tar
+from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import BadImage, KtrayError
 from ktray.pipeline.plan import _gallery_images
 
@@ -118,7 +118,7 @@ def test_devices_and_links_in_tars_are_no_images(tmp_path):
     assert [r.error is None for r in got] == [True, *[False] * 5]
     assert all("not a regular file" in r.error for r in got[1:])
     # Asked for by a made-up uri, a link has no content either.
-    uri = str(ImageRef(str(tmp_path / "x.tar"), member="4.jpg", offset=ImageRef.parse(got[4].uri).offset, size=0))
+    uri = str(TarMember(str(tmp_path / "x.tar"), member="4.jpg", offset=ImageRef.parse(got[4].uri).offset, size=0))
     ((_, data, _),) = fetch([uri])
     assert not data
 
@@ -127,8 +127,8 @@ def test_a_member_beyond_what_an_archive_may_unpack_to_is_not_looked_for(tmp_pat
     monkeypatch.setattr(tars, "MAX_UNPACKED_FLOOR", 1 << 16)
     path = tmp_path / "x.tar.gz"
     path.write_bytes(tar_bytes([("1.jpg", jpeg()), ("2.jpg", bytes(4 << 20)), ("3.jpg", jpeg())], "w:gz"))
-    near = str(ImageRef(str(path), member="1.jpg", offset=512, size=len(jpeg())))
-    far = str(ImageRef(str(path), member="3.jpg", offset=(4 << 20) + 4096, size=len(jpeg())))
+    near = str(TarMember(str(path), member="1.jpg", offset=512, size=len(jpeg())))
+    far = str(TarMember(str(path), member="3.jpg", offset=(4 << 20) + 4096, size=len(jpeg())))
     (_, data, _), (_, none, error) = fetch([near, far])
     assert data == jpeg()
     assert none is None
@@ -145,7 +145,7 @@ def test_a_plan_unpacks_no_bomb_either(tmp_path, monkeypatch):
 
 
 def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquets, "MAX_UNPACKED_FLOOR", 1 << 16)
+    monkeypatch.setattr(parquet_tables, "MAX_UNPACKED_FLOOR", 1 << 16)
     bomb = str(tmp_path / "b.parquet")
     pq.write_table(pa.table({"image": [bytes(4 << 20)] * 2}), bomb, compression="zstd")
     assert os.path.getsize(bomb) < (8 << 20) // 100
@@ -158,14 +158,14 @@ def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path, monkeypatch):
 def test_what_a_dictionary_repeats_is_read_in_small_batches(tmp_path, monkeypatch):
     """64 rows of one value of 64 MiB take its size in the file, and 4 GiB in a batch of them all."""
     sizes = []
-    real = parquets.pq.ParquetFile.iter_batches
+    real = parquet_tables.pq.ParquetFile.iter_batches
 
     def iter_batches(self, size, **options):
         sizes.append(size)
         return real(self, size, **options)
 
-    monkeypatch.setattr(parquets.pq.ParquetFile, "iter_batches", iter_batches)
-    monkeypatch.setattr(parquets, "_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_tables.pq.ParquetFile, "iter_batches", iter_batches)
+    monkeypatch.setattr(parquet_tables, "_BATCH_BYTES", 1 << 20)
     value = os.urandom(1 << 18)
     path = write_parquet(tmp_path / "d.parquet", {"image": pa.array([value] * 64, pa.binary())})
     assert os.path.getsize(path) < 2 << 18

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import ray
+from heard import heard
 
 from ktray import recipe as recipes
 from ktray.accounting.device import versions
@@ -39,10 +40,10 @@ def test_the_quick_form_and_a_single_node(cluster, tmp_path):
     assert "500 training workers do not fit" in found["plan"].found
     assert "cluster.workers" in found["plan"].remedy
     told = []
-    run.require(recipe, told.append)  # one node: nothing to compare, and the job itself says the rest
+    heard(told, run.require, recipe)  # one node: nothing to compare, and the job itself says the rest
     assert told == []
     with pytest.raises(KtrayError, match=r"2 check\(s\) failed: checkpoints, plan"):
-        run.show(recipe, told.append)
+        heard(told, run.show, recipe)
     assert told[2].startswith("FAIL  checkpoints")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heard import heard
 from PIL import Image
 from results import check_result
 
@@ -92,10 +93,10 @@ def test_searching_finds_what_brute_force_finds(cluster, tmp_path, monkeypatch):
     assert np.allclose(np.linalg.norm(everything, axis=1), 1, atol=1e-3)
     cosine = everything[:50] @ everything.T
     assert (np.sort(cosine, axis=1)[:, -10] > 0.3).all()  # neighbours are nearer than chance
-    exact, compressed = searching.searching(tmp_path, 3500, cluster, 1, 1, lambda text: None)
+    exact, compressed = searching.searching(tmp_path, 3500, cluster, 1, 1)
     assert exact.limit[0] > 0
     assert compressed.reached[0] > 0
-    assert [row.name for row in searching.searching(tmp_path, 3500, cluster, 1, 1, print, True)] == [exact.name]
+    assert [row.name for row in searching.searching(tmp_path, 3500, cluster, 1, 1, True)] == [exact.name]
     assert 0.9 <= compressed.facts["recall_at_10"] <= 1
     assert compressed.facts["bytes_per_row"] >= 8
 
@@ -146,7 +147,7 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
         ],
     )
     told = []
-    result = bench(recipe, told.append)
+    result = heard(told, bench, recipe)
     folder = Path(result["folder"])
     assert {**check_result("bench", folder / "result.json"), "folder": str(folder)} == json.loads(json.dumps(result))
     row = result["rows"][0]
@@ -157,4 +158,4 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
 
 def test_a_bench_needs_a_local_store():
     with pytest.raises(KtrayError, match="measures this machine"):
-        bench(recipes.load(None, ["store=s3://nobody/nothing?endpoint_override=http://127.0.0.1:9"]), lambda text: None)
+        bench(recipes.load(None, ["store=s3://nobody/nothing?endpoint_override=http://127.0.0.1:9"]))

@@ -1,6 +1,7 @@
 """Equal budgets: what each way gets costs what the first one does, and one step more would not."""
 
 import pytest
+from heard import heard
 from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
@@ -113,7 +114,7 @@ def test_a_plan_counts_seeds_and_trials(given):
         None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"]
     )
     found, said = budgets(base, list_methods(base, silent), HERE, silent), []
-    show(base, said.append)
+    heard(said, show, base)
     heads = found["mse"].flops + found["scratch"].flops
     title = "all, 2 seeds and 3 learning rates"
     flops, hours, usd = next(line for line in said if line.startswith(title)).removeprefix(title).split()[:3]

@@ -1,6 +1,7 @@
 """Which ways are compared, and which are left out with what reason."""
 
 import pytest
+from heard import heard
 from PIL import Image
 
 from ktray import recipe as recipes
@@ -54,7 +55,7 @@ def test_default_ways_follow_the_data(bare, captioned):
 
 def test_what_is_left_out_is_said(bare):
     lines = []
-    list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]), lines.append)
+    heard(lines, list_methods, recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))
     assert any(line.startswith("way       supervised generic: left out, ") for line in lines)
 
 

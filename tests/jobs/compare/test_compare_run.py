@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from heard import heard
 from results import check_result
 from small_task import SMALL, write_gallery, write_task
 
@@ -42,9 +43,9 @@ def done(cluster, given):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "pipeline", stopped_after_two)
         with pytest.raises(KtrayError, match="plug"):
-            compare(recipes.load(None, keys), lines.append)
+            heard(lines, compare, recipes.load(None, keys))
         patch.setattr(runner, "pipeline", counted)
-        found = compare(recipes.load(None, keys), lines.append)
+        found = heard(lines, compare, recipes.load(None, keys))
     return store, keys, found, lines, titles
 
 
@@ -139,7 +140,7 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
 
 def test_again_it_reuses_all_and_agrees(done):
     _, keys, found, _, _ = done
-    again = compare(recipes.load(None, keys), lambda text: None)
+    again = compare(recipes.load(None, keys))
     assert again["run_id"] != found["run_id"], "a finished comparison is left alone"
     assert again["spent"]["flops"] == 0
     names = ("name", "accuracy", "low", "high", "pareto", "stages")
@@ -150,7 +151,7 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
     store, keys, _, _, _ = done
     more = ["compare.equal=device_seconds", "compare.lr_search=[0.01, 1]", "compare.seeds=[0]", "compare.parallel=2"]
     lines: list[str] = []
-    found = compare(recipes.load(None, [*keys, *more]), lines.append)
+    found = heard(lines, compare, recipes.load(None, [*keys, *more]))
     mse, scratch = found["ways"]
     assert mse["steps"] == 40
     assert scratch["steps"] > 40, "without teacher and gallery there is time for more steps"
@@ -170,6 +171,6 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
         check_result("trial", trial)
         assert not any(stage["name"] == "evaluate" for stage in trial["stages"])
         assert not (folders[trial["run_id"]] / "student").exists()
-    again = compare(recipes.load(None, [*keys, *more]), lines.append)
+    again = heard(lines, compare, recipes.load(None, [*keys, *more]))
     assert again["spent"]["flops"] == 0
     assert [w["steps"] for w in again["ways"]] == [w["steps"] for w in found["ways"]]

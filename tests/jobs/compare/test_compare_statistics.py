@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score, recall_score
 
-from ktray.jobs.compare.statistics import Accuracy, MeanClassAccuracy, MeanIoU, interval, pareto, plain, reach, resample
+from ktray.jobs.compare.statistics import interval, pareto, plain, reach, resample
+from ktray.tasks.base import task_kind
+from ktray.tasks.weighted import Accuracy, MeanClassAccuracy, MeanIoU, WeightedCounts
 
 
 def correct(p, seeds, images, seed=0):
@@ -119,3 +121,20 @@ def test_reach_takes_the_cheapest_run_that_is_as_accurate_and_interpolates_nothi
     found = reach(accuracy, cost, sample[:40], 3, [0, 1, 2])
     assert (found.low, found.high) == (1.2, 1.2)
     assert reach(accuracy, cost, sample, 0, [1, 2]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("classification", "top1"), ("classification", "mean_class_accuracy"), ("segmentation", "miou")],
+)
+def test_the_counts_of_a_task_kinds_images_make_the_same_scores(name, metric):
+    rng, kind = np.random.default_rng(3), task_kind(name)
+    seeds = []
+    for _ in range(2):
+        rows = {"label": np.arange(30) % 4, "student": rng.normal(size=(30, 5)).astype(np.float32)}
+        rows |= {f"student_{count}": rng.integers(0, 9, (30, 4)) for count in ("tp", "fp", "fn")}
+        seeds.append(rows)
+    weights = drawn_weights(30).astype(float)
+    counts = np.stack([kind.image_counts(rows, "student") for rows in seeds]).astype(float)
+    plainly = WeightedCounts(counts, kind.scores, metric).score(weights)
+    assert kind.weighted_scores(metric, seeds).score(weights) == pytest.approx(plainly)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ktray.data.labelled.read import LabelledExample
+from ktray.data.labelled.labelled_set import LabelledExample
 from ktray.errors import KtrayError
 from ktray.jobs.export import agreement
 from ktray.jobs.export.images import Split

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ktray import recipe as recipes
-from ktray.data.labelled.read import LabelledExample, LabelledSet
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.jobs.export import card
 from ktray.jobs.export.run_source import find
 from ktray.models.student.classifier import build_student
@@ -36,7 +36,7 @@ def test_names_are_not_markup_and_rare_classes_are_said(run: Path, found: dict[s
     result = json.loads((run / "result.json").read_text())
     del result["transfer_set"], result["teacher_metric"]
     (run / "result.json").write_text(json.dumps({**result, "teacher": None}))
-    source = find(recipes.load(None, [f"store={run.parents[1]}"]), print)
+    source = find(recipes.load(None, [f"store={run.parents[1]}"]))
     classes = [EVIL, "dog", "bird"]
     train = [LabelledExample("x", label) for label in [0] * 2 + [1] * 9 + [2] * 5]
     task = LabelledSet(classes, train, [], [])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktray.data.labelled.read import LabelledExample
+from ktray.data.labelled.labelled_set import LabelledExample
 from ktray.errors import KtrayError
 from ktray.jobs.export import images
 from ktray.jobs.export.images import Split

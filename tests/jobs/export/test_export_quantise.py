@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from heard import heard
 from PIL import Image
 
 from ktray.errors import KtrayError
@@ -53,7 +54,7 @@ def test_weights_are_8_bit_per_channel_and_predictions_stay(student, onnx_file: 
 
     reference = agreement.logits(Classifier(onnx_file), images["test"])
     target = tmp_path / "int8.onnx"
-    found = quantise.choose(student, onnx_file, target, images["train"], accuracy, 1.0, lines.append)
+    found = heard(lines, quantise.choose, student, onnx_file, target, images["train"], accuracy, 1.0)
     assert found["drop"] == pytest.approx(1 - max(seen))
     assert [one["val"] for one in found["tried"]] == seen
     assert found["images"] == 15
@@ -96,7 +97,7 @@ def test_validation_chooses_and_stops_where_nothing_is_lost(student, onnx_file: 
     monkeypatch.setattr(quantise, "quantise", written)
     monkeypatch.setattr(quantise, "Classifier", lambda path: path.read_text())
     target = tmp_path / "int8.onnx"
-    choice = quantise.choose(student, onnx_file, target, np.zeros(0), values.__getitem__, 0.9, lambda text: None)
+    choice = quantise.choose(student, onnx_file, target, np.zeros(0), values.__getitem__, 0.9)
     assert wrote == [*FIRST, *then(Setting("percentile"))]
     assert target.read_text() == str(then(FIRST[1])[1])
     assert choice["drop"] == pytest.approx(0.005)
@@ -104,7 +105,7 @@ def test_validation_chooses_and_stops_where_nothing_is_lost(student, onnx_file: 
     assert choice["tried"][2] == {**asdict(Setting("entropy")), "error": "a histogram without counts"}
 
     wrote.clear()
-    quantise.choose(student, onnx_file, target, np.zeros(0), lambda model: 0.9, 0.9, lambda text: None)
+    quantise.choose(student, onnx_file, target, np.zeros(0), lambda model: 0.9, 0.9)
     assert wrote == [FIRST[0]]
 
 
@@ -114,4 +115,4 @@ def test_a_model_that_onnxruntime_cannot_quantise(student, onnx_file: Path, monk
 
     monkeypatch.setattr(quantise, "quantise", refuse)
     with pytest.raises(KtrayError, match=r"cannot quantise 'test_resnet': unsupported. Leave export\.int8 out"):
-        quantise.choose(student, onnx_file, tmp_path / "x", np.zeros(0), lambda m: 1.0, 1.0, lambda text: None)
+        quantise.choose(student, onnx_file, tmp_path / "x", np.zeros(0), lambda m: 1.0, 1.0)

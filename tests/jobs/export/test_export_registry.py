@@ -9,6 +9,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import pytest
+from heard import heard
 from mlflow import MlflowClient
 
 from ktray import recipe as recipes
@@ -41,7 +42,7 @@ def folder(onnx_file: Path, tmp_path: Path) -> Path:
 
 
 def source(run: Path, *overrides: str) -> Source:
-    return find(recipes.load(None, [f"store={run.parents[1]}", f"export.run={run.name}", *overrides]), print)
+    return find(recipes.load(None, [f"store={run.parents[1]}", f"export.run={run.name}", *overrides]))
 
 
 def test_registered_once_and_it_scores_bytes(
@@ -54,10 +55,10 @@ def test_registered_once_and_it_scores_bytes(
     (run / "result.json").write_text(json.dumps(result))
     lines: list[str] = []
     part = ("export.register_as=stripes", "export.alias=best")
-    logged = registry.log(source(run, *part), folder, FOUND, lines.append)
+    logged = heard(lines, registry.log, source(run, *part), folder, FOUND)
     assert logged["version"] == "1"
-    assert registry.log(source(run, *part), folder, FOUND, lines.append) == logged
-    assert registry.log(source(run), folder, FOUND, lines.append) == {"model_uri": logged["model_uri"]}
+    assert heard(lines, registry.log, source(run, *part), folder, FOUND) == logged
+    assert heard(lines, registry.log, source(run), folder, FOUND) == {"model_uri": logged["model_uri"]}
     version = client.get_model_version_by_alias("stripes", "best")
     assert (str(version.version), version.tags["ktray.run"]) == ("1", "a run")
     assert lines[0].endswith("models:/stripes@best is version 1")
@@ -100,12 +101,12 @@ def test_the_models_code_needs_nothing_of_ktray() -> None:
 def test_a_server_that_is_away(run: Path, folder: Path) -> None:
     lines: list[str] = []
     away = "mlflow.uri=http://127.0.0.1:9"
-    assert registry.log(source(run, away), folder, FOUND, lines.append) == {"model_uri": None}
+    assert heard(lines, registry.log, source(run, away), folder, FOUND) == {"model_uri": None}
     assert "is away" in lines[0]
     with pytest.raises(KtrayError, match="The export is written, but MLflow is away and 'stripes' is not registered"):
-        registry.log(source(run, away, "export.register_as=stripes"), folder, FOUND, lines.append)
+        heard(lines, registry.log, source(run, away, "export.register_as=stripes"), folder, FOUND)
 
 
 def test_a_name_that_the_registry_refuses(run: Path, folder: Path) -> None:
     with pytest.raises(KtrayError, match="MLflow refuses the model and 'a/b' is not registered"):
-        registry.log(source(run, "export.register_as=a/b"), folder, FOUND, print)
+        registry.log(source(run, "export.register_as=a/b"), folder, FOUND)

@@ -11,14 +11,15 @@ import pytest
 import timm
 import torch
 import yaml
+from heard import heard
 from PIL import Image
 from results import check_result
 from safetensors.torch import load_file, save_file
 
-import ktray
 from ktray import cli
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
+from ktray.jobs.definitions import JOBS, Job
 from ktray.jobs.export import card, latency, quantise
 from ktray.jobs.export import run as module
 from ktray.jobs.export.onnx_file import OPSET
@@ -27,9 +28,8 @@ from ktray.storage.store import Dir
 
 
 def export(run: Path, *overrides: str, lines: list[str] | None = None) -> dict[str, Any]:
-    say = lines.append if lines is not None else lambda text: None
     keys = [f"store={run.parents[1]}", f"export.run={run.name}", "export.batch=4", *overrides]
-    return module.export(recipes.load(None, keys), say)
+    return heard(lines if lines is not None else [], module.export, recipes.load(None, keys))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def written(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's exporter, which takes seconds, has its own tests; this is what it wrote there."""
-    monkeypatch.setattr(module.onnx_file, "write", lambda student, path: shutil.copyfile(onnx_file, path))
+    monkeypatch.setattr("ktray.jobs.export.onnx_file.write", lambda student, path: shutil.copyfile(onnx_file, path))
 
 
 def test_all_that_is_left_and_a_second_call(run: Path, stripes: Path, student, monkeypatch) -> None:
@@ -167,10 +167,10 @@ def test_what_a_person_should_know(run: Path, quick, written) -> None:
 def test_on_s3(s3, run: Path, quick, written) -> None:
     Dir(s3.home).sub(f"runs/{run.name}").put(run)
     keys = [f"store={s3.home}", f"mlflow.uri=sqlite:///{run.parents[1]}/mlflow.db"]
-    found = module.export(recipes.load(None, keys), print)
+    found = module.export(recipes.load(None, keys))
     there = Dir(f"{s3.home}/runs/{run.name}/export")
     assert set(there.names()) == {*found["files"], "export.json"}
-    assert module.export(recipes.load(None, keys), print) == found
+    assert module.export(recipes.load(None, keys)) == found
 
 
 def test_int8_cannot_be_served_without_being_made(run: Path) -> None:
@@ -179,14 +179,9 @@ def test_int8_cannot_be_served_without_being_made(run: Path) -> None:
 
 
 def test_the_command_line(run: Path, quick, written, capsys, monkeypatch) -> None:
-    import runpy
-
-    jobs = Path(ktray.__file__).parents[1] / "jobs" / "export.py"
-    job = runpy.run_path(str(jobs))
-
     def main(*words: str) -> int:
         argv = [f"store={run.parents[1]}", *words]
-        return cli.main("export", "purpose", job["run"], job["plan"], argv=argv)
+        return cli.main(JOBS["export"], argv)
 
     assert main("--plan", "export.int8=true", "export.register_as=stripes") == 0
     planned = capsys.readouterr().out
@@ -211,11 +206,11 @@ def test_a_full_disk(run: Path, quick, written, monkeypatch, capsys) -> None:
     monkeypatch.setattr(store, "_aside", full)
     keys = [f"store={run.parents[1]}", f"export.run={run.name}"]
 
-    def job(recipe: recipes.Recipe, say: Any, debug: bool) -> None:
-        module.export(recipe, say)
+    def job(recipe: recipes.Recipe, debug: bool) -> None:
+        module.export(recipe)
 
-    assert cli.main("export", "", job, print, argv=keys) == 1
+    assert cli.main(Job("export", "", job, print), keys) == 1
     assert "error: No space is left on the disk" in capsys.readouterr().err
     assert not (run / "export" / "export.json").exists()  # what is there is not taken for an export
     monkeypatch.setattr(store, "_aside", real)
-    assert cli.main("export", "", job, print, argv=keys) == 0
+    assert cli.main(Job("export", "", job, print), keys) == 0

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from heard import heard
 
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
@@ -18,18 +19,18 @@ def test_by_id_by_folder_and_the_newest(run: Path, tmp_path: Path) -> None:
     store = run.parents[1]
     (store / "runs" / "20270101-000000-compare-0000").mkdir()  # newer, and no run with a student
     lines: list[str] = []
-    newest = find(asked(store), lines.append)
+    newest = heard(lines, find, asked(store))
     assert newest.run_id == run.name
     assert run.name in lines[0]
     for name in (run.name, str(run), f"{run}/"):
         for place in (store, tmp_path / "elsewhere"):
             if place == store or "/" in name:
-                found = find(asked(place, f"export.run={name}"), lines.append)
+                found = heard(lines, find, asked(place, f"export.run={name}"))
                 assert (found.folder.uri, found.store.uri) == (str(run), str(store))
     assert len(lines) == 1
     assert newest.metric == "top1"
-    assert newest.student().classes == newest.task(lines.append).classes
-    other = find(asked(store, "mlflow.uri=http://elsewhere:5000"), lines.append)
+    assert newest.student().classes == heard(lines, newest.task).classes
+    other = heard(lines, find, asked(store, "mlflow.uri=http://elsewhere:5000"))
     assert other.recipe.mlflow.uri == "http://elsewhere:5000"
     assert other.recipe.mlflow.experiment == "exp"
 
@@ -37,48 +38,48 @@ def test_by_id_by_folder_and_the_newest(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["20200101-000000-nothing-0000", "/nowhere/runs/one"])
 def test_no_such_run(run: Path, name: str) -> None:
     with pytest.raises(KtrayError, match=f"There is no run '{name}'"):
-        find(asked(run.parents[1], f"export.run={name}"), print)
+        find(asked(run.parents[1], f"export.run={name}"))
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
     with pytest.raises(KtrayError, match="has left a student"):
-        find(asked(tmp_path), print)
+        find(asked(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["result.json", "student/model.safetensors"])
 def test_an_unfinished_run(run: Path, name: str) -> None:
     (run / name).unlink()
     with pytest.raises(KtrayError, match=f"no finished run with a student: there is no {name}"):
-        find(asked(run.parents[1], f"export.run={run.name}"), print)
+        find(asked(run.parents[1], f"export.run={run.name}"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"run_id": "x", "metric": null}'])
 def test_a_damaged_result(run: Path, text: str) -> None:
     (run / "result.json").write_text(text)
     with pytest.raises(KtrayError, match=r"result\.json' is damaged"):
-        find(asked(run.parents[1], f"export.run={run.name}"), print)
+        find(asked(run.parents[1], f"export.run={run.name}"))
 
 
 def test_segmentation_is_refused(run: Path) -> None:
     (run / "student" / "segmentation.json").write_text("{}")
     with pytest.raises(KtrayError, match="of a segmentation task"):
-        find(asked(run.parents[1]), print)
+        find(asked(run.parents[1]))
 
 
 def test_damaged_weights(run: Path) -> None:
     weights = run / "student" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(KtrayError, match="the student's folder"):
-        find(asked(run.parents[1]), print).student()
+        find(asked(run.parents[1])).student()
 
 
 def test_images_that_are_gone_or_others(run: Path, stripes: Path, tmp_path: Path) -> None:
     store = run.parents[1]
     with pytest.raises(KtrayError, match=r"cannot be read .* set task\.data to where they are"):
-        find(asked(store, f"task.data={tmp_path / 'gone'}"), print).task(print)
+        find(asked(store, f"task.data={tmp_path / 'gone'}")).task()
     config = run / "student" / "config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     content["pretrained_cfg"]["label_names"] = ["a", "b", "c"]
     config.write_text(json.dumps(content))
     with pytest.raises(KtrayError, match="other classes than the student"):
-        find(asked(store), print).task(print)
+        find(asked(store)).task()

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from heard import heard
 from results import check_result
 from small_task import SMALL, write_gallery, write_task
 
@@ -47,14 +48,14 @@ def done(cluster, given):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train_winner", pulled)
         with pytest.raises(KtrayError, match="plug"):
-            tune(recipes.load(None, keys), lines.append)
+            heard(lines, tune, recipes.load(None, keys))
     (folder,) = (store.run(name) for name in store.sub("runs").children() if "-tune-" in name)
     before = (
         folder.read_json("result.json"),
         store.sub("stages").exists("evaluate"),
         len(store.sub("runs").children()),
     )
-    found = tune(recipes.load(None, keys), lines.append)
+    found = heard(lines, tune, recipes.load(None, keys))
     return folder, found, before, lines
 
 
@@ -164,4 +165,4 @@ def test_mlflow_has_a_run_with_one_for_each_trial(done):
 def test_a_budget_that_does_not_pay_for_the_recipe_as_given_says_so(cluster, given):
     _, keys = given
     with pytest.raises(KtrayError, match="does not pay for the recipe as given once"):
-        tune(recipes.load(None, [*keys, "budget.flops=1e6", "seed=7", "tune.seed=1"]), lambda text: None)
+        tune(recipes.load(None, [*keys, "budget.flops=1e6", "seed=7", "tune.seed=1"]))

@@ -75,6 +75,26 @@ def test_a_condition_on_a_key_that_is_not_searched_looks_at_the_recipe():
     assert read(agnostic, given).grid() == [{"objective.match": "cosine"}, {"objective.match": "mse"}]
 
 
+def test_a_key_of_some_objectives_counts_under_those_alone():
+    given = {"objective.name": ["oriented", "agnostic"], "objective.match": ["cosine", "mse"]}
+    space = read(BASE, given)
+    found = [(p["objective.name"], p.get("objective.match")) for p in space.grid()]
+    assert found == [("oriented", None), ("agnostic", "cosine"), ("agnostic", "mse")]
+    for point in space.grid():
+        recipe = recipes.override(BASE, space.keys(point))
+        assert space.locate(values_of(recipe)) == point
+    assert read(BASE, {"objective.match": ["cosine", "mse"]}).grid() == [{}]
+    both = {"objective.name": ["oriented", "dual"], "objective.mixup": [0.0, 0.2]}
+    assert all(not spec.when for spec in read(BASE, both).specs)
+    wrong = {**given, "objective.match": {"choices": ["mse"], "when": {"objective.name": ["agnostic", "oriented"]}}}
+    with pytest.raises(KtrayError, match=r"tune\.space: objective\.match belongs to agnostic"):
+        read(BASE, wrong)
+    with pytest.raises(KtrayError, match="comes after"):
+        read(BASE, dict(reversed(list(given.items()))))
+    section = {"objective": [{"name": "oriented"}, {"name": "agnostic"}], "objective.match": ["mse"]}
+    assert len(read(BASE, section).grid()) == 2
+
+
 def test_the_grid_is_every_combination_that_counts():
     given = {k: v for k, v in GIVEN.items() if k != "train.lr"}
     points = [(p["objective.name"], p.get("objective.label_weight"), p["student"], p["train.steps"])

@@ -12,11 +12,12 @@ from torchvision.models.segmentation.lraspp import LRASPP
 from ktray.errors import KtrayError
 from ktray.models.features import Maps, freeze_idle
 from ktray.models.flops import forward_flops, on_meta, train_flops
-from ktray.models.maps import label_loss, resize_map
+from ktray.models.maps import map_loss, resize_map
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import load_student
-from ktray.models.student.segmenter import DenseStudent, build_dense_student
-from ktray.models.student.segmenter_io import is_dense_student, load_dense_student, save_dense_student
+from ktray.models.student.segmenter import Segmenter, build_segmenter
+from ktray.models.student.segmenter_io import load_segmenter, save_segmenter
+from ktray.tasks.students import load_student as load_any
 
 NAMES = ["sky", "sea", "sand"]
 # Backbone, arguments, image size, head, side of the logits.
@@ -31,18 +32,18 @@ STUDENTS = [
 ]
 
 
-def small(head: str = "lraspp", classes: int = 3, size: int = 32) -> DenseStudent:
-    return build_dense_student("test_resnet", {"output_stride": 8}, classes, size, head=head)  # type: ignore[arg-type]
+def small(head: str = "lraspp", classes: int = 3, size: int = 32) -> Segmenter:
+    return build_segmenter("test_resnet", {"output_stride": 8}, classes, size, head=head)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "kwargs", "size", "head", "side"), STUDENTS, ids=[f"{s[0]}-{s[3]}" for s in STUDENTS])
 def test_published_backbones_give_maps_of_logits_and_train(name, kwargs, size, head, side):
-    student = build_dense_student(name, kwargs, 5, size, head=head)
+    student = build_segmenter(name, kwargs, 5, size, head=head)
     pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     logits = student.train().logits(pixels)
     assert tuple(logits.shape) == (2, 5, side, side)
     assert student.model.shape == (5, side, side)
-    label_loss(logits, torch.randint(0, 5, (2, size, size))).backward()
+    map_loss(logits, torch.randint(0, 5, (2, size, size))).backward()
     unused = {n.split(".")[1] for n, p in student.model.named_parameters() if p.grad is None}
     # Between the last map and the classifier that a segmenter does not have.
     assert unused == ({"final_conv"} if name == "fastvit_s12" else set())
@@ -55,7 +56,7 @@ def test_published_backbones_give_maps_of_logits_and_train(name, kwargs, size, h
 def test_lraspp_equals_torchvisions_own_on_the_same_levels():
     student = small().eval()
     levels = timm.create_model("test_resnet", output_stride=8, num_classes=0, features_only=True, out_indices=(0, 4))
-    wanted = {k: v for k, v in student.backbone_state().items() if k in levels.state_dict()}
+    wanted = {k: v for k, v in student.model.backbone.state_dict().items() if k in levels.state_dict()}
     levels.load_state_dict(wanted)
 
     class Backbone(torch.nn.Module):
@@ -75,7 +76,7 @@ def test_lraspp_equals_torchvisions_own_on_the_same_levels():
 def test_rates_of_deeplabv3_are_the_published_ones_at_the_published_sizes():
     def rates(size: int, stride: int) -> list[int]:
         with torch.device("meta"):
-            student = build_dense_student("test_resnet", {"output_stride": stride}, 3, size, head="deeplabv3")
+            student = build_segmenter("test_resnet", {"output_stride": stride}, 3, size, head="deeplabv3")
         return [m.dilation[0] for m in student.model.head[0].convs[1:4].modules() if isinstance(m, torch.nn.Conv2d)]
 
     assert rates(512, 8) == [12, 24, 36]
@@ -84,10 +85,10 @@ def test_rates_of_deeplabv3_are_the_published_ones_at_the_published_sizes():
 
 
 def test_the_backbone_loads_in_plain_timm(tmp_path: Path):
-    student = build_dense_student("vit_small_patch16_224", {"depth": 2}, 3, 64).eval()
+    student = build_segmenter("vit_small_patch16_224", {"depth": 2}, 3, 64).eval()
     plain = timm.create_model("vit_small_patch16_224", num_classes=0, **student.kwargs)
-    plain.load_state_dict(student.backbone_state())
-    save_dense_student(student, tmp_path, NAMES)
+    plain.load_state_dict(student.model.backbone.state_dict())
+    save_segmenter(student, tmp_path, NAMES)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -100,10 +101,9 @@ def test_save_and_load_give_the_same_masks(tmp_path: Path, head):
     student = small(head)
     # Batch norm's running statistics must survive too.
     student.train().logits(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
-    assert not is_dense_student(tmp_path)
-    save_dense_student(student.eval(), tmp_path, NAMES)
-    assert is_dense_student(tmp_path)
-    loaded = load_dense_student(tmp_path)
+    save_segmenter(student.eval(), tmp_path, NAMES)
+    loaded = load_any(tmp_path)
+    assert isinstance(loaded, Segmenter)
     assert loaded.classes == NAMES
     assert not loaded.training
     assert loaded.preprocess == student.preprocess
@@ -139,9 +139,9 @@ def test_predictions_have_the_images_own_size_and_are_the_upsampled_argmax(tmp_p
 def test_it_starts_from_a_backbones_checkpoint(tmp_path: Path):
     plain = timm.create_model("test_resnet", output_stride=8, num_classes=11)
     torch.save(plain.state_dict(), tmp_path / "w.pth")
-    student = build_dense_student("test_resnet", {"output_stride": 8}, 3, 32, checkpoint=str(tmp_path / "w.pth"))
+    student = build_segmenter("test_resnet", {"output_stride": 8}, 3, 32, checkpoint=str(tmp_path / "w.pth"))
     own = plain.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in student.backbone_state().items())
+    assert all(torch.equal(v, own[k]) for k, v in student.model.backbone.state_dict().items())
     assert not student.warnings
 
 
@@ -173,20 +173,20 @@ def test_what_cannot_be_is_said():
     with pytest.raises(KtrayError, match="2 to 255 classes"):
         small(classes=256)
     with pytest.raises(KtrayError, match="test_resnett"):
-        build_dense_student("test_resnett", {}, 3, 32)
+        build_segmenter("test_resnett", {}, 3, 32)
     with pytest.raises(KtrayError, match=r"student\.kwargs\.features_only"):
-        build_dense_student("test_resnet", {"features_only": True}, 3, 32)
+        build_segmenter("test_resnet", {"features_only": True}, 3, 32)
 
 
 def test_saving_needs_a_name_for_each_class_and_loading_a_folder(tmp_path: Path):
     with pytest.raises(KtrayError, match="3 logits for 2"):
-        save_dense_student(small(), tmp_path, NAMES[:2])
+        save_segmenter(small(), tmp_path, NAMES[:2])
     with pytest.raises(KtrayError, match="no segmentation student"):
-        load_dense_student(tmp_path)
-    save_dense_student(small(), tmp_path, NAMES)
+        load_segmenter(tmp_path)
+    save_segmenter(small(), tmp_path, NAMES)
     (tmp_path / "head.safetensors").write_bytes(b"broken")
     with pytest.raises(KtrayError):
-        load_dense_student(tmp_path)
+        load_segmenter(tmp_path)
 
 
 def test_it_learns_a_small_task():
@@ -202,7 +202,7 @@ def test_it_learns_a_small_task():
     student = small().train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     for _ in range(25):
-        loss = label_loss(student.logits(images), labels)
+        loss = map_loss(student.logits(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

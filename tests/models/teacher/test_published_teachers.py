@@ -29,7 +29,7 @@ def distil(tmp_path, name, checkpoint, *overrides):
         f"teacher.checkpoint={checkpoint}", "transfer.size=12", "train.steps=4", "finetune.steps=2",
         "baselines.scratch=false", *overrides,
     ]  # fmt: skip
-    result = run(recipes.load(None, keys), lambda text: None)
+    result = run(recipes.load(None, keys))
     (adapt,) = (store / "stages/adapt").iterdir()
     (teach,) = (store / "stages/teach").iterdir()
     return result, Stage(str(adapt)), Stage(str(teach))

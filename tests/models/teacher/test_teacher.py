@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ktray.errors import KtrayError
-from ktray.models.teacher import load
+from ktray.models.teacher.families import miniverse
 from ktray.models.teacher.load import build_teacher, load_teacher, teacher_fingerprint
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.models.weights import fetch
@@ -146,7 +146,7 @@ def test_miniverse_is_the_open_clip_path(
 ) -> None:
     (tmp_path / "miniverse.json").write_text(Path(tiny_clip.config).read_text())
     (tmp_path / "model.safetensors").write_bytes(Path(tiny_clip.checkpoint).read_bytes())
-    monkeypatch.setattr(load, "MINIVERSE", tmp_path)
+    monkeypatch.setattr(miniverse, "FOLDER", tmp_path)
     short = load_teacher("miniverse")
     long = load_teacher("open_clip:miniverse", str(tmp_path / "model.safetensors"), str(tmp_path / "miniverse.json"))
     assert short.fingerprint == long.fingerprint

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from ktray.errors import KtrayError
-from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.adapted_dense import save_candidate
+from ktray.models.teacher.adapted import AdaptedTeacher, save_candidate
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
 from ktray.recipe.choice import strategies
@@ -165,6 +164,6 @@ def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
     assert found == pytest.approx(adapted.logits_of(embedding).softmax(1).detach().numpy(), abs=1e-6)
 
 
-def test_segmentation_has_no_class_to_ask_for(tmp_path):
-    with pytest.raises(KtrayError, match="segmentation"):
+def test_a_task_without_classes_of_images_has_no_class_to_ask_for(tmp_path):
+    with pytest.raises(KtrayError, match="asks the teacher for an image's class, and this task kind has none"):
         frozen_predictions(StageResult(Stage(str(tmp_path)), {"frozen": None}, True))

@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression
 
 from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
-from ktray.models.maps import label_loss, resize_map
-from ktray.models.teacher import dense_head
-from ktray.models.teacher.adapted_dense import DenseTeacher, is_dense_teacher
-from ktray.models.teacher.dense_head import DenseHead, fit_dense_probe, fit_map_temperature, unit_levels
+from ktray.models.maps import map_loss, resize_map
+from ktray.models.teacher import map_head
 from ktray.models.teacher.heads import fit_temperature
 from ktray.models.teacher.load import load_teacher
+from ktray.models.teacher.map_head import MapHead, fit_map_probe, fit_map_temperature, unit_levels
+from ktray.models.teacher.map_teacher import MapTeacher
 from ktray.models.teacher.teacher import Teacher
 
 NAMES = ["a", "b", "c"]
@@ -105,10 +105,10 @@ def pixels() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [2**24, 3 * 16 * 5])
 def test_probe_is_logistic_regression_of_pixels(pixels, chunk, monkeypatch):
-    monkeypatch.setattr(dense_head, "_CHUNK", chunk)
+    monkeypatch.setattr(map_head, "_CHUNK", chunk)
     features, masks = pixels
     l2 = 1e-2
-    head = fit_dense_probe(features, masks, 3, l2=[l2])
+    head = fit_map_probe(features, masks, 3, l2=[l2])
     keep = (masks != IGNORE).flatten()
     x = F.normalize(features, dim=1).permute(0, 2, 3, 1).flatten(0, 2)[keep].numpy()
     y = masks.flatten()[keep].numpy()
@@ -122,8 +122,8 @@ def test_probe_is_logistic_regression_of_pixels(pixels, chunk, monkeypatch):
 def test_probe_minimises_the_loss_of_upsampled_logits(pixels):
     features, masks = pixels
     fine = F.interpolate(masks[:, None].float(), (8, 8), mode="nearest")[:, 0].to(torch.uint8)
-    head = fit_dense_probe(features, fine, 3, l2=[1e-3])
-    loss = label_loss(head(features), fine) + 1e-3 / 2 * head.weight.square().sum()
+    head = fit_map_probe(features, fine, 3, l2=[1e-3])
+    loss = map_loss(head(features), fine) + 1e-3 / 2 * head.weight.square().sum()
     loss.backward()
     assert head.weight.grad.abs().max() < 1e-4
     assert head.bias.grad.abs().max() < 1e-4
@@ -131,24 +131,24 @@ def test_probe_minimises_the_loss_of_upsampled_logits(pixels):
 
 def test_probe_takes_the_strength_that_held_out_images_prefer(pixels):
     features, masks = pixels
-    head = fit_dense_probe(features[:6], masks[:6], 3, l2=(1e2, 1e-2, 1e-3), val=(features[6:], masks[6:]))
+    head = fit_map_probe(features[:6], masks[:6], 3, l2=(1e2, 1e-2, 1e-3), val=(features[6:], masks[6:]))
     assert head.l2 != 1e2
     assert head.scores[head.l2] == min(head.scores.values())
-    apart = fit_dense_probe(features, masks, 3)
+    apart = fit_map_probe(features, masks, 3)
     assert apart.l2 in apart.scores
-    few = fit_dense_probe(features[:3], masks[:3], 3, l2=(1e-1, 1e-2, 1e-3))
+    few = fit_map_probe(features[:3], masks[:3], 3, l2=(1e-1, 1e-2, 1e-3))
     assert few.scores == {}
     assert few.l2 == 1e-2
 
 
 def test_probe_reads_halves_and_refuses_what_it_cannot_read(pixels):
     features, masks = pixels
-    single = fit_dense_probe(features, masks, 3, l2=[1e-2])
-    assert torch.allclose(fit_dense_probe(features.half(), masks, 3, l2=[1e-2]).weight, single.weight, atol=5e-2)
+    single = fit_map_probe(features, masks, 3, l2=[1e-2])
+    assert torch.allclose(fit_map_probe(features.half(), masks, 3, l2=[1e-2]).weight, single.weight, atol=5e-2)
     with pytest.raises(KtrayError, match="no labelled pixels"):
-        fit_dense_probe(features, torch.full_like(masks, IGNORE), 3)
+        fit_map_probe(features, torch.full_like(masks, IGNORE), 3)
     with pytest.raises(KtrayError, match="not finite"):
-        fit_dense_probe(features / 0, masks, 3)
+        fit_map_probe(features / 0, masks, 3)
 
 
 def test_temperature_is_that_of_all_labelled_pixels(pixels, monkeypatch):
@@ -159,21 +159,21 @@ def test_temperature_is_that_of_all_labelled_pixels(pixels, monkeypatch):
     rows = maps.permute(0, 2, 3, 1).flatten(0, 2)[keep]
     wanted = fit_temperature(rows, masks.flatten()[keep].long())
     assert fit_map_temperature(maps, masks) == pytest.approx(wanted, rel=1e-3)
-    monkeypatch.setattr(dense_head, "_PIXELS", 60)
+    monkeypatch.setattr(map_head, "_PIXELS", 60)
     assert fit_map_temperature(maps, masks) == fit_map_temperature(maps, masks) != pytest.approx(wanted, rel=1e-4)
 
 
-def make(teacher: Teacher, levels: int = 3, **facts: object) -> DenseTeacher:
+def make(teacher: Teacher, levels: int = 3, **facts: object) -> MapTeacher:
     dims = teacher.level_dims(levels)
     generator = torch.Generator().manual_seed(1)
-    head = DenseHead(torch.randn(3, sum(dims), generator=generator), dims, torch.tensor([0.1, 0.2, 0.3]))
-    return DenseTeacher(teacher, head, NAMES, **facts)  # type: ignore[arg-type]
+    head = MapHead(torch.randn(3, sum(dims), generator=generator), dims, torch.tensor([0.1, 0.2, 0.3]))
+    return MapTeacher(teacher, head, NAMES, **facts)  # type: ignore[arg-type]
 
 
 def test_maps_are_calibrated_logits_of_the_patch_embeddings(convnext, batch):
     teacher = make(convnext, temperature=2.0)
     with torch.no_grad():
-        found = teacher.maps(batch)
+        found = teacher.logits(batch)
         features = unit_levels(convnext.patch_embeddings(batch, 3), teacher.head.dims)
         wanted = torch.einsum("cd,ndhw->nchw", teacher.head.weight, features) + teacher.head.bias.view(1, 3, 1, 1)
         assert torch.allclose(found, wanted / 2, atol=1e-4)
@@ -184,16 +184,15 @@ def test_maps_are_calibrated_logits_of_the_patch_embeddings(convnext, batch):
 
 def test_saved_and_loaded_without_the_tower(convnext, batch, tmp_path: Path):
     teacher = make(convnext, temperature=1.5)
-    assert not is_dense_teacher(tmp_path)
     teacher.save(tmp_path)
-    assert is_dense_teacher(tmp_path)
+    assert (tmp_path / "dense_teacher.json").is_file()
     assert not (tmp_path / "tower.safetensors").exists()
-    loaded = DenseTeacher.load(tmp_path)
+    loaded = MapTeacher.load(tmp_path)
     assert loaded.classes == NAMES
     assert loaded.temperature == 1.5
     assert loaded.head.dims == teacher.head.dims
     with torch.no_grad():
-        assert torch.equal(loaded.maps(batch), teacher.maps(batch))
+        assert torch.equal(loaded.logits(batch), teacher.logits(batch))
 
 
 def test_finetuning_moves_what_maps_need_and_is_saved(batch, tmp_path: Path):
@@ -204,7 +203,7 @@ def test_finetuning_moves_what_maps_need_and_is_saved(batch, tmp_path: Path):
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in teacher.parameters() if p.requires_grad}
     optimizer = torch.optim.SGD([{"params": g["params"], "lr": 0.1 * g["lr_scale"]} for g in groups])
-    label_loss(teacher.maps(batch), torch.randint(0, 3, (3, 32, 32))).backward()
+    map_loss(teacher.logits(batch), torch.randint(0, 3, (3, 32, 32))).backward()
     assert all(p.grad is not None for g in groups for p in g["params"])
     optimizer.step()
     after = teacher.image_tower.state_dict()
@@ -213,25 +212,25 @@ def test_finetuning_moves_what_maps_need_and_is_saved(batch, tmp_path: Path):
     assert all(torch.equal(before[k], after[k]) for k in after if k.startswith("head."))
     teacher.save(tmp_path)
     with torch.no_grad():
-        assert torch.allclose(DenseTeacher.load(tmp_path).maps(batch), teacher.eval().maps(batch), atol=1e-6)
+        assert torch.allclose(MapTeacher.load(tmp_path).logits(batch), teacher.eval().logits(batch), atol=1e-6)
 
 
 def test_a_head_of_another_teacher_or_task_is_refused(convnext):
     dims = convnext.level_dims(2)
     with pytest.raises(KtrayError, match="widths"):
-        DenseTeacher(convnext, DenseHead(torch.zeros(3, 10), [4, 6]), NAMES)
+        MapTeacher(convnext, MapHead(torch.zeros(3, 10), [4, 6]), NAMES)
     with pytest.raises(KtrayError, match="2 classes"):
-        DenseTeacher(convnext, DenseHead(torch.zeros(3, sum(dims)), dims), NAMES[:2])
+        MapTeacher(convnext, MapHead(torch.zeros(3, sum(dims)), dims), NAMES[:2])
 
 
 def test_a_changed_base_or_a_folder_of_something_else_is_refused(convnext, tmp_path: Path):
     with pytest.raises(KtrayError, match="no segmentation teacher"):
-        DenseTeacher.load(tmp_path)
+        MapTeacher.load(tmp_path)
     teacher = make(convnext)
     teacher.base_fingerprint = "0" * 64
     teacher.save(tmp_path)
     with pytest.raises(KtrayError, match="not the one"):
-        DenseTeacher.load(tmp_path)
+        MapTeacher.load(tmp_path)
 
 
 def test_a_probe_on_the_maps_finds_where_the_ink_is(convnext):
@@ -245,7 +244,7 @@ def test_a_probe_on_the_maps_finds_where_the_ink_is(convnext):
     with torch.no_grad():
         features = convnext.patch_embeddings(images, 4)
     labels = torch.from_numpy(masks)
-    head = fit_dense_probe(features[:16], labels[:16], 2, convnext.level_dims(4), l2=[1e-4])
+    head = fit_map_probe(features[:16], labels[:16], 2, convnext.level_dims(4), l2=[1e-4])
     with torch.no_grad():
         guess = resize_map(head(features[16:]), (32, 32)).argmax(1)
     iou = ((guess == 1) & (labels[16:] == 1)).sum() / ((guess == 1) | (labels[16:] == 1)).sum()

@@ -10,13 +10,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
-from ktray.models.maps import label_loss, resize_map
-from ktray.models.teacher.heads import fit_temperature
+from ktray.models.maps import map_loss, resize_map
+from ktray.models.teacher.heads import LinearHead, fit_temperature
 
 L2_GRID: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
 # The loss is taken on label maps at most this much finer a side than the features. On the miniverse a factor of 2 is
@@ -27,7 +26,7 @@ _CHUNK, _PIXELS = 2**24, 50_000
 _ITERATIONS = 100
 
 
-class DenseHead(nn.Module):
+class MapHead(LinearHead):
     """``logits = weight @ normalised + bias`` at each position; see the module's text.
 
     Args:
@@ -36,19 +35,14 @@ class DenseHead(nn.Module):
         bias: (C,), zeros if None.
 
     Attributes:
-        l2: strength of the regularisation that was chosen; None if the head was not fitted.
         scores: strength -> negative log-likelihood on held-out pixels after fitting a temperature.
     """
 
     def __init__(self, weight: torch.Tensor, dims: Sequence[int], bias: torch.Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__(weight, bias)
         if sum(dims) != weight.shape[1]:
             raise ValueError(f"levels of widths {list(dims)} do not make {weight.shape[1]}")
-        self.weight = nn.Parameter(weight.detach().float().clone())
-        self.bias = nn.Parameter(torch.zeros(len(weight)) if bias is None else bias.detach().float().clone())
         self.dims = list(dims)
-        self.l2: float | None = None
-        self.scores: dict[float, float] = {}
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(N, D, h, w) patch embeddings to (N, C, h, w)."""
@@ -62,14 +56,14 @@ def unit_levels(features: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts, 1) / math.sqrt(len(parts))
 
 
-def fit_dense_probe(
+def fit_map_probe(
     features: torch.Tensor,
     masks: torch.Tensor,
     num_classes: int,
     dims: Sequence[int] | None = None,
     l2: Sequence[float] = L2_GRID,
     val: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> DenseHead:
+) -> MapHead:
     """Multinomial logistic regression of pixels on frozen patch embeddings, by L-BFGS in float32.
 
     It minimises ``mean cross-entropy over labelled pixels + l2 / 2 * |W|^2``, with the logits resized to the label
@@ -111,7 +105,7 @@ def fit_dense_probe(
     # With a handful of images there is nothing to hold out; the middle of the grid is a safe guess.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
     weight, bias = _fit(x, y, num_classes, chosen, None)
-    head = DenseHead(weight, dims, bias).to(features.device)
+    head = MapHead(weight, dims, bias).to(features.device)
     head.l2, head.scores = chosen, scores
     return head
 
@@ -179,7 +173,7 @@ def _fit(
         for part, truth in zip(x.split(each), labels.split(each), strict=True):
             # Of this chunk's labelled pixels a mean, of all of them its share.
             share = (truth != IGNORE).sum() / counted
-            loss = label_loss(_logits(part, weight, bias), truth) * share
+            loss = map_loss(_logits(part, weight, bias), truth) * share
             loss.backward()
             total = total + loss.detach()
         return float(total)

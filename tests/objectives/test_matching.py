@@ -5,7 +5,7 @@ import torch
 
 from ktray.data.augment import mixup
 from ktray.models.maps import resize_map
-from ktray.objectives.dense import by_position
+from ktray.objectives.matching import ClassMatching, MapMatching, ValueMatching, by_position
 from ktray.objectives.oriented import Oriented
 
 
@@ -25,6 +25,7 @@ def pixel_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float)
 
 
 def pixelwise(student: torch.Tensor, teacher: torch.Tensor, objective: Oriented, seed: int = 0) -> torch.Tensor:
+    objective.match_with(MapMatching())
     batch = {"images": torch.rand(len(teacher), 3, 8, 8), "logits": teacher}
     batch = objective.prepare(batch, torch.Generator().manual_seed(seed))
     return objective.loss(student, batch)["loss"]
@@ -65,8 +66,19 @@ def test_rows_are_positions_of_the_teachers_map_in_order():
     assert torch.allclose(out[1 * 20 + 2 * 5 + 3], resize_map(student, (4, 5))[1, :, 2, 3])
 
 
-def test_logits_of_images_pass_through():
-    student, targets = torch.randn(4, 3), torch.randn(4, 3)
-    out, rows = by_position(student, targets)
-    assert out is student
-    assert rows is targets
+def test_logits_of_images_are_maps_of_one_position():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    images, maps = ClassMatching(), MapMatching()
+    found = images.loss(student, images.targets(teacher, 2.0), 2.0)
+    expected = maps.loss(student[:, :, None, None], maps.targets(teacher[:, :, None, None], 2.0), 2.0)
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+    assert found["agreement"] == expected["agreement"]
+
+
+def test_numbers_are_matched_by_their_squared_error():
+    objective = Oriented(temperature=3.0)
+    objective.match_with(ValueMatching())
+    batch = objective.prepare(
+        {"images": torch.rand(2, 3, 4, 4), "logits": torch.tensor([[1.0], [4.0]])}, torch.Generator()
+    )
+    assert objective.loss(torch.tensor([[2.0], [2.0]]), batch)["loss"].item() == pytest.approx((1 + 4) / 2)

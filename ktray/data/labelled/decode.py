@@ -1,0 +1,163 @@
+"""Labelled images in memory: fetched, decoded, in the geometry of the models, with what each label is stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ktray.data.labelled.masks import check_mask, decode_mask, eval_mask
+from ktray.data.preprocess import Preprocess
+from ktray.data.sources.fetch import decode_image, fetch
+from ktray.errors import BadImage
+
+Rows = dict[str, np.ndarray]
+Example = tuple[str, Any, str]  # uri, label, mask, as in `ktray.data.labelled.labelled_set.LabelledExample`
+Transforms = Mapping[str, Preprocess]
+
+
+@dataclass(frozen=True)
+class DecodedExample:
+    """A labelled image: (H, W, 3) uint8, its label, and its label map (H, W) uint8 where it has one; of an unusable
+    one the reason, and no image."""
+
+    uri: str
+    label: Any
+    image: np.ndarray | None
+    mask: np.ndarray | None = None
+    reason: str = ""
+
+
+class LabelReader(Protocol):
+    """How the labels of a task are read and stored; picklable."""
+
+    @property
+    def key(self) -> Any:
+        """JSON-like: what enters the key of a stage that reads with it; None where there is nothing to say."""
+        ...
+
+    def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
+        """Every example, in order."""
+        ...
+
+    def label(self, example: DecodedExample, transforms: Transforms) -> dict[str, Any]:
+        """Columns of one usable image's label; `columns` makes arrays of them."""
+        ...
+
+    def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
+        """What `label` gave for N images, as arrays; also of no image."""
+        ...
+
+
+@dataclass(frozen=True)
+class NumberReader:
+    """Labels that are one number an image, in the column ``label``: a class's index, or a quantity.
+
+    Attributes:
+        dtype: of the column.
+    """
+
+    dtype: str = "int64"
+
+    @property
+    def key(self) -> Any:
+        return None
+
+    def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
+        images = fetch([uri for uri, _, _ in examples])
+        for (uri, label, _), (_, data, error) in zip(examples, images, strict=True):
+            try:
+                yield DecodedExample(uri, label, decode_image(uri, data, error, max_pixels=max_pixels))
+            except BadImage as reason:
+                yield DecodedExample(uri, label, None, reason=reason.reason)
+
+    def label(self, example: DecodedExample, transforms: Transforms) -> dict[str, Any]:
+        return {"label": example.label}
+
+    def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
+        return {"label": np.array([one["label"] for one in labels], dtype=self.dtype)}
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """Labels that are a class for every pixel: ``<transform>_mask`` (N, H, W) uint8 in the geometry of each transform,
+    and ``label`` (N,) int64, which is 0.
+
+    Attributes:
+        num_classes: of the task.
+        offset: the file's value of class 0; see `ktray.data.labelled.masks.decode_mask`.
+        whole: masks are kept at their own size in place of the transforms': ``mask``, those of all images one after
+            the other, flat, and ``shape`` (N, 2).
+    """
+
+    num_classes: int
+    offset: int
+    whole: bool = False
+
+    @property
+    def key(self) -> Any:
+        return {name: value for name, value in asdict(self).items() if name != "whole"}
+
+    def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
+        images = fetch([uri for uri, _, _ in examples])
+        masks = fetch([mask for _, _, mask in examples])
+        for (uri, label, _), (_, data, error), (_, map_data, map_error) in zip(examples, images, masks, strict=True):
+            try:
+                image = decode_image(uri, data, error, max_pixels=max_pixels)
+                if map_data is None:
+                    raise BadImage(f"its mask: {map_error or 'cannot be read'}")
+                mask = decode_mask(map_data, self.num_classes, offset=self.offset, max_pixels=max_pixels)
+                check_mask(image, mask)
+            except BadImage as reason:
+                yield DecodedExample(uri, label, None, reason=reason.reason)
+                continue
+            yield DecodedExample(uri, label, image, mask)
+
+    def label(self, example: DecodedExample, transforms: Transforms) -> dict[str, Any]:
+        assert example.mask is not None  # the image is usable
+        if self.whole:
+            return {"label": example.label, "mask": example.mask.ravel(), "shape": example.mask.shape}
+        masks = {f"{name}_mask": eval_mask(transform, example.mask) for name, transform in transforms.items()}
+        return {"label": example.label, **masks}
+
+    def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
+        found: Rows = {"label": np.array([one["label"] for one in labels], dtype=np.int64)}
+        if self.whole:
+            flat = [one["mask"] for one in labels]
+            found["mask"] = np.concatenate(flat) if flat else np.zeros(0, np.uint8)
+            found["shape"] = np.array([one["shape"] for one in labels], dtype=np.int64).reshape(-1, 2)
+            return found
+        for name, transform in transforms.items():
+            masks = [one[f"{name}_mask"] for one in labels]
+            found[f"{name}_mask"] = np.stack(masks) if masks else np.zeros((0, *transform.size), np.uint8)
+        return found
+
+
+def decode_examples(
+    examples: Sequence[Example], max_pixels: int, transforms: Transforms, reader: LabelReader
+) -> tuple[Rows, list[tuple[str, str]]]:
+    """Fetch, decode and transform labelled images.
+
+    Returns:
+        Columns ``uri``, one (N, 3, H, W) uint8 per transform, and the reader's, of the usable images; and the
+        (uri, reason) of the others.
+    """
+    uris: list[str] = []
+    pixels: dict[str, list[np.ndarray]] = {name: [] for name in transforms}
+    labels: list[dict[str, Any]] = []
+    bad: list[tuple[str, str]] = []
+    for example in reader.read(examples, max_pixels):
+        if example.image is None:
+            bad.append((example.uri, example.reason))
+            continue
+        uris.append(example.uri)
+        labels.append(reader.label(example, transforms))
+        for name, transform in transforms.items():
+            pixels[name].append(transform.eval_transform(example.image))
+    columns: Rows = {"uri": np.array(uris, dtype=str), **reader.columns(labels, transforms)}
+    for name, transform in transforms.items():
+        found = pixels[name]
+        columns[name] = np.stack(found) if found else np.zeros((0, 3, *transform.size), np.uint8)
+    return columns, bad

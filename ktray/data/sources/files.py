@@ -1,0 +1,55 @@
+"""Folders of images, and single image files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ktray.data import filesystem
+from ktray.data.filesystem import FileStat
+from ktray.data.sources.base import ROWS, Cut, Shard, Source, fingerprint, spans
+from ktray.data.sources.fetch import read_files
+from ktray.data.sources.records import ImageRecord, is_image
+from ktray.data.sources.uris import ImageRef
+from ktray.recipe.registries import SOURCES
+
+FILES = ImageRef.kind
+
+
+class FilesSource(Source):
+    """Image files. Their shards hold the paths, in order; a path may be any uri (from lists)."""
+
+    noun, accepts, pattern, order, loose = "image files", "images", "*.jpg", 0, True
+
+    def fits(self, path: str) -> bool:
+        return is_image(path)
+
+    def shards(self, files: Sequence[FileStat], cut: Cut) -> list[Shard]:
+        parts = (files[first:last] for first, last in spans([f.path for f in files], cut.rows))
+        return [Shard(FILES, tuple(f.path for f in part), fingerprint(part), len(part)) for part in parts]
+
+    def read(self, shard: Shard) -> Iterator[ImageRecord]:
+        captions = shard.captions or (None,) * len(shard.paths)
+        files = read_files([path for path in shard.paths if filesystem.printable(path) == path])
+        for path, caption in zip(shard.paths, captions, strict=True):
+            if filesystem.printable(path) != path:
+                yield ImageRecord(filesystem.printable(path), None, error="the file's name is not UTF-8: rename it")
+                continue
+            data, error = next(files)
+            yield ImageRecord(path, data, caption, error)
+
+
+def path_shards(paths: Sequence[str], captions: Sequence[str | None] = (), rows: int = ROWS) -> list[Shard]:
+    """Shards of single images by path or uri, in the order given. Their fingerprints cover the paths and captions."""
+    return [
+        Shard(
+            FILES,
+            part := tuple(paths[first:last]),
+            fingerprint([], part, beside := tuple(captions[first:last])),
+            len(part),
+            captions=beside,
+        )
+        for first, last in spans(paths, rows)
+    ]
+
+
+SOURCES.register(FILES)(FilesSource())

@@ -1,0 +1,151 @@
+"""Parquet files as tables: which column holds images, and chosen rows read without the others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktray.data import filesystem
+from ktray.errors import KtrayError
+
+BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
+PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
+CAPTION_NAMES = ("caption", "text", "txt")
+# A batch of encoded images in memory, not a whole row group: so many rows, and fewer where they may be large.
+_BATCH_ROWS = 64
+_BATCH_BYTES = 1 << 32
+# As for tar shards: images hardly compress.
+MAX_UNPACKED_RATIO = 100
+MAX_UNPACKED_FLOOR = 1 << 28
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a Parquet file says of itself."""
+
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_rows)
+
+
+def read_footer(path: str) -> Footer:
+    """Raises OSError or pyarrow's errors when the file is not whole."""
+    with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
+        groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        return Footer(file.schema_arrow, groups)
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and holds_bytes(kind.field(at).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return holds_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> str:
+    """The column with the images: the named one, else found by type and name (bytes before paths).
+
+    Raises:
+        KtrayError: no such column (the nearest is named), of a wrong type, none fits, or several do.
+    """
+    listed = ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
+    if wanted != "auto":
+        if wanted not in schema.names:
+            near = difflib.get_close_matches(wanted, schema.names, n=1, cutoff=0.0)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            raise KtrayError(f"'{where}' has no column '{wanted}'", f"{hint}Its columns are {listed}.")
+        kind = schema.field(wanted).type
+        if not holds_bytes(kind) and not holds_text(kind):
+            raise KtrayError(
+                f"Column '{wanted}' of '{where}' is of type {kind}, which holds neither image bytes nor paths",
+                f"Its columns are {listed}.",
+            )
+        return wanted
+    with_bytes = [f.name for f in schema if holds_bytes(f.type)]
+    named = _named([f.name for f in schema if holds_text(f.type)], PATH_NAMES)
+    found = _named(with_bytes, BYTES_NAMES) or (with_bytes[0] if len(with_bytes) == 1 else None)
+    if found is None and len(with_bytes) > 1:
+        raise KtrayError(
+            f"'{where}' has several columns of bytes: {', '.join(with_bytes)}", "Name one with gallery.column."
+        )
+    if found is None and named is None:
+        raise KtrayError(
+            f"'{where}' has no column that looks like images",
+            f"Name one of its columns with gallery.column: {listed}.",
+        )
+    return found or str(named)
+
+
+def caption_column(schema: pa.Schema) -> str | None:
+    return _named([f.name for f in schema if holds_text(f.type)], CAPTION_NAMES)
+
+
+def _named(columns: Sequence[str], preferred: Sequence[str]) -> str | None:
+    lower = {name.lower(): name for name in reversed(columns)}
+    return next((lower[name] for name in preferred if name in lower), None)
+
+
+def iter_rows(path: str, columns: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Chosen rows (ascending, no repeats) of some columns as (row, values). The file is opened once.
+
+    Only row groups that hold a chosen row are read, in small batches. Raises OSError or pyarrow's errors where
+    the file is broken, after the rows before it.
+    """
+    with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
+        at = first = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            last = at
+            while last < len(rows) and rows[last] < first + count:
+                last += 1
+            if last > at:
+                yield from _group_rows(file, group, columns, rows[at:last], first)
+            at, first = last, first + count
+        if at < len(rows):
+            raise OSError(f"row {rows[at]} of a file with {first} rows: it has changed since it was listed")
+
+
+def _group_rows(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], rows: Sequence[int], first: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    at = 0
+    size = _batch_rows(file, group, columns)
+    for batch in file.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False):
+        while at < len(rows) and rows[at] < first + batch.num_rows:
+            row = batch.slice(rows[at] - first, 1)
+            yield rows[at], {name: row.column(name)[0].as_py() for name in columns}
+            at += 1
+        first += batch.num_rows
+        if at == len(rows):
+            return
+
+
+def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Rows that may be in memory together, by what the footer says.
+
+    Raises:
+        OSError: a column unpacks to far more than images do.
+    """
+    chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
+    read = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    for chunk in read:
+        unpacked = chunk.total_uncompressed_size
+        if unpacked > max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * chunk.total_compressed_size):
+            raise OSError(f"unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
+    # A dictionary holds a value once that any number of rows may repeat.
+    largest = sum(chunk.total_uncompressed_size for chunk in read)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))

@@ -1,0 +1,206 @@
+"""Every job, once: what it is for, what it runs, what ``--plan`` shows, its short options.
+
+``ktray NAME`` and ``python jobs/NAME.py`` both start from here. The imports stand in the functions, so that ``--help``
+and a mistake in the command line need no torch and no Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ktray.recipe.schema import Recipe
+from ktray.reporting.log import ending, result
+
+logger = logging.getLogger("ktray")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the command line.
+
+    Args:
+        name: the word after ``ktray``, and the file in ``jobs/``.
+        purpose: one line for ``--help``.
+        run: does the job; gets the recipe, and whether ``--debug`` was given.
+        plan: writes what the job would do and cost.
+        options: short options, each with the override that it stands for, in which ``{}`` is the word that follows it.
+    """
+
+    name: str
+    purpose: str
+    run: Callable[[Recipe, bool], None]
+    plan: Callable[[Recipe], None]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+def _distill(recipe: Recipe, debug: bool) -> None:
+    from ktray.pipeline.run import run
+    from ktray.reporting.report import closing_table
+
+    found = run(recipe, debug)
+    folder, uri = found["folder"], found["mlflow"]["tracking_uri"]
+    result("")
+    result(closing_table(found))
+    result(f"\nreport    {folder}/report.html\nstudent   {folder}/student\nresult    {folder}/result.json")
+    result(f"runs      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"runs      {uri}")
+
+
+def _plan_distill(recipe: Recipe) -> None:
+    from ktray.pipeline.plan import show
+
+    show(recipe)
+
+
+def _index(recipe: Recipe, debug: bool) -> None:
+    from ktray.pipeline.run import index_only
+
+    found = index_only(recipe, debug)
+    held = found["index"]
+    result(
+        f"\nindex     {held['folder']}: {held['images']:,} images, {held['rows']:,} rows in {held['shards']:,} shards"
+    )
+    result(f"result    {found['folder']}/result.json")
+
+
+def _plan_index(recipe: Recipe) -> None:
+    from ktray.pipeline.plan import show_index
+
+    show_index(recipe)
+
+
+def _curate(recipe: Recipe, debug: bool) -> None:
+    from ktray.pipeline.run import curate_only
+
+    found = curate_only(recipe, debug)
+    folder, chosen = found["folder"], found["transfer_set"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in chosen["dropped"].items()) or "none"
+    result(
+        f"\nkept      {chosen['kept']:,} of {chosen['gallery']:,} images; dropped as copies of held-out ones: {dropped}"
+    )
+    result(f"list      {chosen['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
+
+
+def _plan_curate(recipe: Recipe) -> None:
+    from ktray.pipeline.plan import show
+
+    show(recipe, until="curate")
+
+
+def _compare(recipe: Recipe, debug: bool) -> None:
+    from ktray.jobs.compare import compare
+
+    compare(recipe, debug)
+
+
+def _plan_compare(recipe: Recipe) -> None:
+    from ktray.jobs.compare.equal_budget import show
+
+    show(recipe)
+
+
+def _tune(recipe: Recipe, debug: bool) -> None:
+    from ktray.jobs.tune.run import tune
+
+    tune(recipe, debug)
+
+
+def _plan_tune(recipe: Recipe) -> None:
+    from ktray.jobs.tune.plan import report
+
+    report(recipe)
+
+
+def _export(recipe: Recipe, debug: bool) -> None:
+    from ktray.jobs.export.card import closing
+    from ktray.jobs.export.run import export
+
+    found = export(recipe, debug)
+    result(f"\n{closing(found)}\n\nexport    {found['folder']}\ncard      {found['folder']}/README.md")
+
+
+def _plan_export(recipe: Recipe) -> None:
+    from ktray.jobs.export.run import show
+
+    show(recipe)
+
+
+def _bench(recipe: Recipe, debug: bool) -> None:
+    from ktray.jobs.bench.run import bench
+
+    found = bench(recipe, debug)
+    result(f"\ntable     {found['folder']}/bench.md\nresult    {found['folder']}/result.json")
+
+
+def _plan_bench(recipe: Recipe) -> None:
+    logger.info(f"bench     {', '.join(recipe.bench.only)}: {recipe.bench.repeats} turns each, some minutes in all")
+
+
+def _doctor(recipe: Recipe, debug: bool) -> None:
+    from ktray.distributed.doctor.run import show
+
+    with ending():  # its checks are its result
+        show(recipe, debug)
+
+
+def _plan_doctor(recipe: Recipe) -> None:
+    logger.info(
+        "Checks versions, store, checkpoints, GPUs, clocks, plan, decoding, network, token and MLflow; costs nothing."
+    )
+
+
+JOBS: Mapping[str, Job] = {
+    job.name: job
+    for job in (
+        Job(
+            "distill",
+            "From a few labels to a small model: adapt the teacher, retrieve, distil, finetune, test, account.",
+            _distill,
+            _plan_distill,
+        ),
+        Job(
+            "index",
+            "The gallery, embedded: a folder of shards that later runs search, and that grows with the gallery.",
+            _index,
+            _plan_index,
+        ),
+        Job(
+            "curate",
+            "The transfer set alone: adapt, index, retrieve, and a page that shows what was found.",
+            _curate,
+            _plan_curate,
+        ),
+        Job(
+            "compare",
+            "Pretraining methods side by side on one task: accuracy with its interval against compute, over seeds.",
+            _compare,
+            _plan_compare,
+        ),
+        Job(
+            "tune",
+            "The best small model for a budget: a search over transfer sets, objectives, teachers and students.",
+            _tune,
+            _plan_tune,
+        ),
+        Job(
+            "export",
+            "The student of a run as files to deploy: ONNX (and int8), plain timm, a model card, a version in MLflow.",
+            _export,
+            _plan_export,
+        ),
+        Job(
+            "bench",
+            "What this machine reaches: the rate of each part as a share of a limit measured in the same run.",
+            _bench,
+            _plan_bench,
+            {"--only": "bench.only=[{}]", "--quick": "bench.quick=true", "--json": "bench.json_file={}"},
+        ),
+        Job(
+            "doctor",
+            "What is wrong with this cluster and recipe, before a job is paid for: one line for each check.",
+            _doctor,
+            _plan_doctor,
+        ),
+    )
+}

@@ -1,0 +1,67 @@
+"""The ONNX file with 8-bit weights and activations, with the settings that are best on validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ktray.data.labelled.read import LabelledSet
+from ktray.jobs.export import agreement, quantise
+from ktray.jobs.export.predict import Classifier
+from ktray.jobs.export.targets import onnx
+from ktray.jobs.export.targets.base import ExportTarget, ExportWork
+from ktray.recipe.export import ExportConfig
+from ktray.recipe.registries import EXPORTS
+from ktray.tasks import classification
+
+_TRIED = len(quantise.FIRST) + len(quantise.then(quantise.FIRST[0]))
+
+
+class Int8Target(ExportTarget):
+    """``student.int8.onnx``; see `ktray.jobs.export.quantise`."""
+
+    file, order, exact = "student.int8.onnx", 10, False
+    asked_by, serves = "export.int8=true", "int8"
+
+    def wanted(self, part: ExportConfig) -> bool:
+        return part.int8
+
+    def options(self, part: ExportConfig) -> list[Any]:
+        return [part.int8, part.calibration if part.int8 else 0]
+
+    def passes(self, part: ExportConfig, task: LabelledSet) -> int:
+        return _TRIED * (len(task.val) + part.calibration) + len(task.test)
+
+    def plan(self, part: ExportConfig) -> str:
+        return f", {part.calibration} training images to measure ranges, at most {_TRIED} settings"
+
+    def write(self, work: ExportWork) -> dict[str, Any]:
+        part, task, metric = work.source.recipe.export, work.task, work.source.metric
+        # Evenly over the classes, in whose order they lie; test images are never among them.
+        spread = np.linspace(0, len(task.train) - 1, min(part.calibration, len(task.train))).round().astype(int)
+        chosen = [task.train[i] for i in spread.tolist()]
+        calibration, _ = work.split("train", chosen).held(work.scratch / "train.npy")
+        pixels, labels = work.validation
+
+        def accuracy(model: Classifier) -> float:
+            return float(classification.metrics(agreement.logits(model, pixels), labels, task.classes)[metric])
+
+        full = classification.metrics(work.on_val.logits["onnx"], work.on_val.labels, task.classes)
+        source, target = work.folder / onnx.FILE, work.folder / self.file
+        return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
+
+    def notes(self, name: str, found: dict[str, Any], split: str, what: str) -> list[str]:
+        values = found["metric"][split] or {}
+        if name not in values:
+            return []
+        eight, full = (values[one]["metric"] for one in (name, "onnx"))
+        if full - eight <= quantise.NOTABLE:
+            return []
+        return [
+            f"The 8-bit file loses {100 * (full - eight):.1f} points on {what} ({eight:.1%} for {full:.1%}), more than "
+            f"one: {onnx.FILE} is the better choice unless size or speed decide."
+        ]
+
+
+EXPORTS.register("int8")(Int8Target())

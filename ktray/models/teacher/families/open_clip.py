@@ -1,0 +1,250 @@
+"""Teachers of open_clip: ``open_clip:<model>[/<pretrained>]``. An image tower and a text tower."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from ktray.data.preprocess import Preprocess
+from ktray.errors import KtrayError
+from ktray.models.messages import cause, unknown_name
+from ktray.models.teacher.families import timm as timm_family
+from ktray.models.teacher.families.base import (
+    UNKNOWN_LICENCE,
+    WAY_OUT,
+    ResolvedTeacher,
+    TeacherFamily,
+    TeacherParts,
+    TeacherSource,
+    cannot_build,
+    model_of,
+    no_hub,
+    not_a_name,
+)
+from ktray.models.teacher.layers import LayerOrder
+from ktray.models.weights import describe_keys, fetch, weight_errors, wrong_keys
+from ktray.recipe.registries import TEACHERS
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+
+class OpenClipFamily(TeacherFamily):
+    """Models of open_clip, also those that a config of one's own describes."""
+
+    syntax = "open_clip:<model>/<pretrained>"
+    has_text = True
+
+    def resolve(self, source: TeacherSource) -> ResolvedTeacher:
+        rest, config = model_of(source.name), source.config
+        if not rest:
+            raise not_a_name(source.name)
+        model, _, wanted = rest.partition("/")
+        tag = wanted or None
+        parsed = _read_config(config) if isinstance(config, str) else config
+        if parsed is None and model not in open_clip.list_models():
+            raise unknown_name("open_clip model", model, open_clip.list_models(), "teacher.name")
+        tags = open_clip.list_pretrained_tags_by_model(model) if parsed is None else []
+        if tag and tag not in tags:
+            raise unknown_name(f"pretrained tag of open_clip model '{model}'", tag, tags, "teacher.name")
+        if not tag and not source.checkpoint:
+            some = f" (or name a pretrained tag, e.g. open_clip:{model}/{tags[0]})" if tags else ""
+            raise KtrayError(f"Teacher '{source.name}' names no weights", WAY_OUT.replace("FILE,", f"FILE{some},"))
+        return ResolvedTeacher(source, "open_clip", model, tag, source.checkpoint, parsed)
+
+    def architecture(self, found: ResolvedTeacher) -> Any:
+        return found.config or open_clip.get_model_config(found.model)
+
+    def build(self, found: ResolvedTeacher, weights: Path | None, published: bool, device: str) -> TeacherParts:
+        registered = _register(found.model, found.config) if found.config else found.model
+        towers, size = open_clip.get_model_config(registered), found.source.image_size
+        timm_tower = "timm_model_name" in towers["vision_cfg"]
+        # The tag tells how its weights were trained, also where they come from a local file.
+        trained = open_clip.get_pretrained_cfg(found.model, found.tag) if found.tag else {}
+        known = ("mean", "std", "interpolation", "resize_mode")
+        forced = {k: v for k, v in trained.items() if k in known} | ((found.config or {}).get("preprocess_cfg") or {})
+        try:
+            with _quiet():
+                model = open_clip.create_model(
+                    registered,
+                    pretrained=found.tag if published else None,
+                    load_weights=published,
+                    device=device,
+                    pretrained_text=False,
+                    force_image_size=None if timm_tower else size,
+                    force_preprocess_cfg=forced or None,
+                    force_quick_gelu=bool(trained.get("quick_gelu", False)),
+                )
+        except Exception as error:
+            raise (no_hub if published else cannot_build)(found, error) from error
+        if weights is not None:
+            with weight_errors(weights):
+                loaded = open_clip.load_checkpoint(model, str(weights), strict=False, weights_only=True)
+            if loaded and (why := describe_keys(list(loaded.missing_keys), list(loaded.unexpected_keys))):
+                raise wrong_keys(weights, why)
+        preprocess = Preprocess.from_open_clip(model)
+        tower: nn.Module = model.visual
+        if timm_tower and size:
+            # After loading: timm resamples the position embeddings that it then holds.
+            tower.set_input_size(size)  # type: ignore[operator]
+        text = TextTower(model, functools.partial(_tokenizer, found.model, found.config))
+        return TeacherParts(tower, preprocess.with_size(size) if size else preprocess, int(towers["embed_dim"]), text)
+
+    def map_widths(self, tower: nn.Module) -> list[int]:
+        if isinstance(tower, TimmModel):
+            return timm_family.map_widths(tower.trunk)
+        inner: Any = getattr(tower, "transformer", None)
+        if not hasattr(tower, "forward_intermediates") or inner is None:
+            return []
+        return [int(inner.width)] * len(inner.resblocks)
+
+    def patch_maps(self, tower: nn.Module, x: torch.Tensor, levels: int) -> list[torch.Tensor]:
+        # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool of another
+        # width stands before it.
+        normed = getattr(tower, "attn_pool", None) is None
+        out = tower.forward_intermediates(  # type: ignore[operator]
+            x, indices=levels, intermediates_only=True, normalize_intermediates=normed
+        )
+        return list(out["image_intermediates"])
+
+    def layer_order(self, tower: nn.Module) -> LayerOrder | None:
+        if isinstance(tower, TimmModel):
+            trunk = timm_family.layer_order(tower.trunk)
+            return trunk and LayerOrder({f"trunk.{k}": v for k, v in trunk.prefixes.items()}, trunk.last)
+        if isinstance(tower, VisionTransformer):
+            stem = ("conv1.", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre.")
+            blocks = len(tower.transformer.resblocks)
+            prefixes = {**dict.fromkeys(stem, 0), **{f"transformer.resblocks.{i}.": i + 1 for i in range(blocks)}}
+            # The last norm and the projection learn with the last block.
+            return LayerOrder(prefixes, blocks)
+        if isinstance(tower, ModifiedResNet):
+            stages = {f"layer{i}.": i for i in range(1, 5)}
+            return LayerOrder({**dict.fromkeys(("conv", "bn"), 0), **stages}, 5)
+        return None
+
+    def licence(self, model: str) -> str:
+        # open_clip names the place of the weights, and not their licence.
+        architecture, _, tag = model.partition("/")
+        place = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "").rstrip("/")
+        return f"{UNKNOWN_LICENCE} (the model card of {place})" if place else UNKNOWN_LICENCE
+
+    def untrained(self, model: str) -> nn.Module | None:
+        made: nn.Module = open_clip.create_model(model, load_weights=False)
+        return made
+
+
+class TextTower(nn.Module):
+    """The text half of an open_clip model.
+
+    Args:
+        model: an open_clip model; its image tower is taken out.
+        make_tokenizer: called at the first text (some tokenizers are fetched from the hub).
+    """
+
+    def __init__(self, model: nn.Module, make_tokenizer: Callable[[], Tokenizer]) -> None:
+        super().__init__()
+        del model.visual
+        self.model = model
+        scale: Any = getattr(model, "logit_scale", None)
+        known = isinstance(scale, torch.Tensor) and not scale.is_meta
+        self.logit_scale = float(scale.detach().exp()) if known else 1.0
+        self._make_tokenizer = make_tokenizer
+        self._tokenizer: Tokenizer | None = None
+
+    def forward(self, texts: list[str]) -> torch.Tensor:
+        """(M, D) float32, L2-normalised."""
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = self._make_tokenizer()
+            except Exception as error:
+                raise KtrayError(
+                    f"The teacher's tokenizer cannot be loaded: {cause(error)}",
+                    "Some tokenizers are fetched from the hub; teacher.adapt=probe needs no text.",
+                ) from error
+        tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
+        encoded: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
+        return F.normalize(encoded.float(), dim=-1)
+
+
+def _read_config(uri: str) -> dict[str, Any]:
+    path = fetch(uri, "teacher.config")
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+        towers = parsed.get("model_cfg", parsed)
+        if not all(key in towers for key in ("embed_dim", "vision_cfg", "text_cfg")):
+            raise ValueError("it lacks embed_dim, vision_cfg or text_cfg")
+        _check_config(parsed)
+    except (ValueError, AttributeError) as error:
+        raise KtrayError(
+            f"'{uri}' is not an open_clip model config: {error}", "Set teacher.config= to such a JSON file."
+        ) from error
+    return dict(parsed)
+
+
+def _check_config(config: Any) -> None:
+    """Raises ValueError where a config names code to run, or a place to load a model from.
+
+    open_clip hands ``tokenizer_kwargs`` to transformers, which runs a repository's own code with
+    ``trust_remote_code``, and ``timm_model_name`` to timm, which takes ``hf-hub:`` and ``local-dir:`` too.
+    """
+    if isinstance(config, list):
+        for part in config:
+            _check_config(part)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if key == "trust_remote_code":
+                raise ValueError("it asks to run code of others (trust_remote_code)")
+            if key == "timm_model_name" and ":" in str(value):
+                raise ValueError(f"timm_model_name '{value}' is a place and not a model of timm")
+            _check_config(value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning of random weights: they are filled, or the load fails."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    root = logging.getLogger()
+    root.addFilter(drop)
+    try:
+        yield
+    finally:
+        root.removeFilter(drop)
+
+
+def _register(model: str, config: dict[str, Any]) -> str:
+    """Make open_clip know a config, under a name of its own so that no built-in model is shadowed."""
+    towers = deepcopy(config.get("model_cfg", config))
+    content = json.dumps(towers, sort_keys=True)
+    name = f"{model}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    if name not in open_clip.list_models():
+        with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
+            file = Path(folder) / f"{name}.json"
+            file.write_text(content, encoding="utf-8")
+            open_clip.add_model_config(file)
+    return name
+
+
+def _tokenizer(model: str, config: dict[str, Any] | None) -> Tokenizer:
+    tokenizer: Tokenizer = open_clip.get_tokenizer(_register(model, config) if config else model)
+    return tokenizer
+
+
+TEACHERS.register("open_clip")(OpenClipFamily())

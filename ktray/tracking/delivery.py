@@ -1,0 +1,191 @@
+"""The log of a run, and the threads that send it on: one for each tracker, each from where it has come to."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ktray.redact import scrub
+from ktray.tracking.base import Destination, EventTracker, Sink
+
+_BATCH = 500
+
+
+class EventLog:
+    """``log.jsonl``: a line for each event. Callers of `append` hold ``lock``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if text and not text.endswith("\n"):  # the job was killed while it wrote this line
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write("\n")
+        self.earlier = text.splitlines()
+        self.lines = len(self.earlier)
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False, default=str)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+        self.lines += 1
+
+    def note(self, text: str) -> None:
+        """A line for people, which is sent to nobody."""
+        with self.lock:
+            self.append({"time": round(time.time(), 3), "event": "note", "text": scrub(text)})
+
+    def unsent(self, sent: int) -> list[dict[str, Any]]:
+        """What earlier jobs logged after line ``sent``, without students, whose weights are gone."""
+        out = []
+        for number, line in enumerate(self.earlier, start=1):
+            if number <= sent:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("event") not in (None, "note", "student"):
+                out.append({**record, "line": number})
+        return out
+
+
+class Delivery:
+    """The way of a run's events to one tracker.
+
+    Args:
+        tracker: of which kind.
+        destination: see `EventTracker.open`.
+        log: of the run.
+        state: local JSON file that remembers the tracker's runs and how far it has followed.
+
+    Attributes:
+        wake: notified at every change of ``queue`` and ``problem``.
+        queue: events that are not sent yet.
+        problem: why the last try failed; None while all is well.
+    """
+
+    def __init__(self, tracker: EventTracker, destination: Destination, log: EventLog, state: Path) -> None:
+        self._tracker, self._destination, self._log, self._state_file = tracker, destination, log, state
+        self.wake = threading.Condition()
+        self.queue: deque[dict[str, Any]] = deque()
+        self.problem: str | None = None
+        self._closing = threading.Event()
+        self._students: dict[int, tuple[Any, Any]] = {}
+        state.parent.mkdir(parents=True, exist_ok=True)
+        self.state = self._read_state()
+        self.queue.extend(log.unsent(self.state["sent"]))
+        self._write_state()
+        self._thread = threading.Thread(target=self._work, name=f"ktray-{tracker.label.lower()}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether events are still sent."""
+        return self._thread.is_alive()
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Queue an event, which is in the log already."""
+        with self.wake:
+            self.queue.append(record)
+            self.wake.notify_all()
+
+    def student(self, line: int, student: tuple[Any, Any]) -> None:
+        """Bring the weights of a ``student`` event."""
+        with self.wake:
+            self._students[line] = student
+            self.wake.notify_all()
+
+    def begin_close(self) -> None:
+        """Let the thread end when the queue is empty, or after one more try where sending fails."""
+        with self.wake:
+            self._closing.set()
+            self.wake.notify_all()
+
+    def join(self, timeout: float) -> int:
+        """Wait for the thread; returns how many events are pending."""
+        self._thread.join(timeout)
+        with self.wake:
+            return len(self.queue)
+
+    def _read_state(self) -> dict[str, Any]:
+        fresh = {
+            "uri": scrub(self._tracker.address(self._destination)),
+            "experiment": self._destination.experiment,
+            "run_id": None,
+            "stages": {},
+            "sent": 0,
+        }
+        try:
+            state: dict[str, Any] = json.loads(self._state_file.read_text())
+        except (OSError, ValueError):
+            return fresh
+        # Another server knows nothing of this run: it gets the whole log.
+        same = all(state.get(name) == fresh[name] for name in ("uri", "experiment"))
+        return {**fresh, **state} if same else fresh
+
+    def _write_state(self) -> None:
+        temporary = self._state_file.with_name(self._state_file.name + ".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1))
+        os.replace(temporary, self._state_file)
+
+    def _head(self) -> list[dict[str, Any]]:
+        """The next events to send together (metrics of one run, else a single one); [] when closing and done."""
+        with self.wake:
+            while not self.queue:
+                if self._closing.is_set():
+                    return []
+                self.wake.wait()
+            first = self.queue[0]
+            if first["event"] == "student":  # its weights follow the event at once
+                self.wake.wait_for(lambda: first["line"] in self._students, timeout=60)
+                return [{**first, "student": self._students.get(first["line"])}]
+            if first["event"] != "metrics":
+                return [first]
+            batch: list[dict[str, Any]] = []
+            for record in self.queue:
+                if record["event"] != "metrics" or record["stage"] != first["stage"] or len(batch) == _BATCH:
+                    break
+                batch.append(record)
+            return batch
+
+    def _work(self) -> None:
+        sink: Sink | None = None
+        pause, name = 1.0, self._tracker.label
+        while records := self._head():
+            try:
+                if sink is None:
+                    sink = self._tracker.open(self._destination, self.state)
+                sink.deliver(records)
+            except Exception as error:
+                text = str(scrub(f"{type(error).__name__}: {error}"))[:500]
+                if self._tracker.is_transient(error):
+                    if self.problem is None:
+                        self._log.note(f"{name} is away, buffering: {text}")
+                    with self.wake:
+                        self.problem = text
+                        self.wake.notify_all()
+                    if self._closing.is_set():
+                        return
+                    self._closing.wait(pause)
+                    pause = min(60.0, 2 * pause)
+                    continue
+                self._log.note(f"{name} refused '{records[0]['event']}': {text}")
+            else:
+                pause = 1.0
+                self.problem = None
+            self.state["sent"] = records[-1]["line"]
+            with self.wake:
+                for record in records:
+                    self.queue.popleft()
+                    self._students.pop(record["line"], None)
+                self.wake.notify_all()
+            try:
+                self._write_state()
+            except OSError as error:  # a full disk; the events are sent, at worst they are looked up again
+                self.problem = f"{self._state_file}: {error}"
