@@ -3,6 +3,7 @@ import torch
 
 from ktray.objectives.base import ObjectiveContext
 from ktray.objectives.oriented import Oriented
+from ktray.objectives.scratch import Scratch
 from ktray.recipe.choice import chosen
 from ktray.tasks.base import task_kind
 
