@@ -1,6 +1,7 @@
-"""The machine under a run: what it is, what of it this process may use, how much memory was taken.
+"""The machine of a run: its hardware, the part of it that this process may use, and the memory that was used.
 
-No host names, no addresses: what `describe_device` returns is published in reports and sets prices.
+`describe_device` returns no host names and no addresses, because its result is published in reports. Prices depend on
+it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,21 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    pass
-
-# Set by whoever starts the machine (cluster templates do): the provider's type name, as in prices.yaml.
+# The provider's name of the machine's type, as in prices.yaml. Cluster templates set it when they start a machine.
 INSTANCE_VARIABLE = "KTRAY_INSTANCE"
 
 
 def describe_device() -> dict[str, Any]:
-    """This machine, for prices and reports.
+    """Describe this machine, for prices and reports.
 
     Returns:
         ``cpu`` (model name), ``cores`` (usable, not installed), ``memory_bytes`` (usable), ``gpus`` (list of
-        ``{"name", "memory_bytes"}``, those torch sees), ``system`` and, where the environment variable
-        ``KTRAY_INSTANCE`` names it, ``instance``.
+        ``{"name", "memory_bytes"}`` of the GPUs that torch sees), ``system`` and, if the environment variable
+        ``KTRAY_INSTANCE`` is set, its value as ``instance``.
     """
     device: dict[str, Any] = {
         "cpu": cpu_model(),
@@ -44,10 +42,10 @@ def describe_device() -> dict[str, Any]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Model name of the processor; its architecture where the system does not tell."""
+    """Model name of the processor; its architecture if the system does not report the name."""
     if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        return asked.stdout.strip() or platform.machine()
+        process = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return process.stdout.strip() or platform.machine()
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -57,25 +55,25 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores this process may keep busy: its affinity mask, cut by the container's CPU quota; at least 1.
+    """Number of cores that this process may use: its affinity mask, limited by the container's CPU quota; at least 1.
 
-    `os.cpu_count` gives the host's cores, which starts far too many threads in a container.
+    `os.cpu_count` returns the host's cores; with that number, far too many threads would be started in a container.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     for folder in _cgroup_folders("cpu", cgroups, membership):
         quota, period = "max", "100000"
-        if (found := _text(folder / "cpu.max")) is not None:
-            quota, period = found.split()
-        elif (found := _text(folder / "cpu.cfs_quota_us")) is not None:
-            quota, period = found, _text(folder / "cpu.cfs_period_us") or period
+        if (text := _text(folder / "cpu.max")) is not None:
+            quota, period = text.split()
+        elif (text := _text(folder / "cpu.cfs_quota_us")) is not None:
+            quota, period = text, _text(folder / "cpu.cfs_period_us") or period
         if quota != "max" and int(quota) > 0:
             cores = min(cores, max(1, int(quota) // int(period)))
     return max(1, cores)
 
 
 def memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Memory this process may use, in bytes: the machine's, cut by the container's limit."""
+    """Memory that this process may use, in bytes: the machine's memory, limited by the container's limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder in _cgroup_folders("memory", cgroups, membership):
         limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes") or "max"
@@ -86,7 +84,7 @@ def memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path
 
 def peak_rss(status: Path = Path("/proc/self/status")) -> int:
     """Largest resident memory of this process so far, in bytes."""
-    # getrusage keeps the parent's peak across exec on Linux; VmHWM starts anew.
+    # On Linux, getrusage keeps the parent's peak across exec; VmHWM starts at zero.
     for line in (_text(status) or "").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -95,11 +93,10 @@ def peak_rss(status: Path = Path("/proc/self/status")) -> int:
 
 
 def _gpus() -> list[dict[str, Any]]:
-
     if not torch.cuda.is_available():
         return []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_bytes": int(gpu.total_memory)} for gpu in found]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": int(gpu.total_memory)} for gpu in gpus]
 
 
 def _text(path: Path) -> str | None:
@@ -110,7 +107,7 @@ def _text(path: Path) -> str | None:
 
 
 def _cgroup_folders(controller: str, cgroups: Path, membership: Path) -> list[Path]:
-    """This process's control group for ``controller`` and the groups around it (v1 and v2): any may set a limit."""
+    """This process's control group for ``controller`` and all its parent groups (v1 and v2): each may set a limit."""
     folders: list[Path] = []
     for line in (_text(membership) or "").splitlines():
         _, names, inside = line.split(":", 2)
@@ -129,13 +126,13 @@ PACKAGES = ("ray", "torch", "torchvision", "timm", "open_clip_torch", "mlflow", 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, ktray and the libraries that decide a result."""
+    """Versions of Python, ktray and the libraries that influence a result, by name."""
     from ktray import __version__
 
-    found = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
+    by_name = {"python": sys.version.split()[0], "platform": platform.platform(), "ktray": __version__}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            by_name[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_name

@@ -1,4 +1,4 @@
-"""Energy that this machine's GPUs have used."""
+"""The energy that this machine's GPUs have used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 def gpu_joules() -> Callable[[], float] | None:
-    """A counter of the energy that this machine's GPUs (those torch sees) have used, in joules; None without.
+    """A counter of the energy in joules that this machine's GPUs (those torch sees) have used; None if there is none.
 
-    It reads NVML's own counter (`nvmlDeviceGetTotalEnergyConsumption`, Volta and newer). Other machines' GPUs are
-    not seen from here: their workers hand theirs in through `Meter.add`.
+    It reads NVML's own counter (`nvmlDeviceGetTotalEnergyConsumption`, Volta and newer). It does not cover the GPUs of
+    other machines: their workers report energy with `Meter.add`.
     """
     try:
         import pynvml
@@ -25,6 +25,6 @@ def gpu_joules() -> Callable[[], float] | None:
             return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
 
         read()
-    except Exception:  # absent or refused in many ways (driver, container, old card); energy is then absent
+    except Exception:  # NVML can fail for many reasons (driver, container, old card); energy is then not measured
         return None
     return read

@@ -1,9 +1,9 @@
-"""What a run cost: FLOPs, device-seconds, money, energy, by stage and attempt.
+"""The ledger: the cost of a run in FLOPs, device-seconds, money and energy, for each stage and attempt.
 
-Every attempt at a stage writes records into an append-only log in the stage's folder of the store: one at its
-start, heartbeats, one at its end. The last record of an attempt is its cost, so an attempt that was killed costs
-what its last heartbeat said. What a run *spent* are the attempts made in it and the broken ones that it went on
-from; what a reused stage took when it was made is its *worth*, told apart as ``without_cache``.
+Every attempt at a stage writes records into an append-only log in the stage's folder of the store: one at its start,
+heartbeats, and one at its end. The last record of an attempt is its cost, so an attempt that was killed costs what its
+last heartbeat recorded. A run *spends* the cost of its own attempts and of the unfinished attempts that it resumes
+from. The cost of a reused stage when it was computed is its *original cost*; it only counts in ``without_cache``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from ktray.accounting.device import peak_rss
 from ktray.accounting.prices import price_of
 
 STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
-PART_OF = {"labels": "adapt"}  # decoding the labelled images is booked on the stage that first needs them
+PART_OF = {"labels": "adapt"}  # decoding the labelled images counts for the stage that needs them first
 LOG_NAME = "ledger.jsonl"
 JOULES_PER_KWH = 3.6e6
 
 
 class Log(Protocol):
-    """Where the records of one stage under one key are kept; appending must survive the process."""
+    """The log with the records of one stage under one key."""
 
-    def append(self, line: str) -> None: ...
+    def append(self, line: str) -> None:
+        """Append a record; it must still exist when this process has ended."""
 
-    def read(self) -> list[str]: ...
+    def read(self) -> list[str]:
+        """All records in their order."""
 
 
 class LogDirectory(Protocol):
@@ -44,7 +46,7 @@ class LogDirectory(Protocol):
 
 @dataclass(frozen=True)
 class DirLog:
-    """The `Log` in a directory of the store."""
+    """A `Log` in a directory of the store."""
 
     directory: LogDirectory
 
@@ -60,19 +62,20 @@ class Entry:
     """One attempt at a stage.
 
     Attributes:
-        stage, key: which stage, and the hash of its inputs.
-        attempt: 1 for the first under this key.
-        run: the run that made it.
-        flops: really executed, forward and backward.
-        device_seconds: wall seconds times devices held (accelerators; machines where there are none).
-        wall_seconds, images: elapsed time; images processed, repeats counted.
-        peak_memory_bytes: largest of the processes that reported.
-        kwh: measured energy, None where it was not measured.
-        usd: None where the device has no known price.
-        cached: reused by this run, not spent in it.
-        restarts: of its workers, from a checkpoint or with more or fewer of them.
-        lost_flops: those among ``flops`` that were done again after a restart.
-        state: ``running`` (then it was killed, or still goes on), ``done`` or ``failed``.
+        stage, key: name of the stage, and the hash of its inputs.
+        attempt: number of the attempt under this key, from 1.
+        run: id of the run that made the attempt.
+        flops: FLOPs that were executed, forward and backward.
+        device_seconds: wall seconds times the devices that were held (accelerators, or machines without any).
+        wall_seconds: elapsed time.
+        images: number of images that were processed; repeats count.
+        peak_memory_bytes: largest peak of the processes that reported.
+        kwh: measured energy; None if it was not measured.
+        usd: price; None if the price of the device is not known.
+        cached: whether this run reused the attempt instead of making it.
+        restarts: how often the workers restarted, from a checkpoint or with another number of workers.
+        lost_flops: the part of ``flops`` that a restart repeated.
+        state: ``running`` (the attempt still runs or was killed), ``done`` or ``failed``.
     """
 
     stage: str
@@ -93,42 +96,33 @@ class Entry:
 
 
 def attempts(lines: Iterable[str]) -> list[Entry]:
-    """The attempts in a log, each as its last record tells; a torn line (killed while writing) is passed over."""
-    known = {f.name for f in fields(Entry)}
+    """The attempts in a log, each with its last record. Incomplete lines of a killed process are ignored."""
+    names = {f.name for f in fields(Entry)}
     latest: dict[tuple[str, str, int], Entry] = {}
     for line in lines:
         try:
             record = json.loads(line)
-            entry = Entry(**{name: value for name, value in record.items() if name in known})
+            entry = Entry(**{name: value for name, value in record.items() if name in names})
         except (ValueError, TypeError, AttributeError):
             continue
         latest[entry.stage, entry.key, entry.attempt] = entry
     return list(latest.values())
 
 
-# -------------------------------------------------------------------------------------------------- money
-
-
-# ------------------------------------------------------------------------------------------------- energy
-
-
-# --------------------------------------------------------------------------------------------- accounting
-
-
 class Meter:
     """Measures one attempt at a stage; a context manager.
 
-    Record on entry, then at intervals that grow with the attempt's length (so that a long one does not write
-    without end; at most 2% of it is lost when it is killed), and on exit, with the state ``failed`` when an
-    exception passes through.
+    It writes a record on entry, then heartbeats, and a record on exit, with the state ``failed`` if an exception passes
+    through. The intervals between heartbeats grow with the length of the attempt, so that a long attempt does not write
+    too often; if an attempt is killed, at most 2% of its cost is lost.
 
     Args:
         log: the stage's log.
         entry: stage, key, attempt and run.
-        device, devices, prices: see `price_of`.
-        joules: an energy counter such as `gpu_joules` gives, or None.
+        device, devices, prices: see `ktray.accounting.prices.price_of`.
+        joules: an energy counter such as that of `ktray.accounting.energy.gpu_joules`, or None.
         interval: seconds between heartbeats at the start of the attempt.
-        clock: seconds, monotonic.
+        clock: returns seconds; monotonic.
     """
 
     def __init__(
@@ -143,13 +137,14 @@ class Meter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log, self._device, self._prices = log, device, dict(prices or {})
-        self._devices, self._held, self._since = devices, 0.0, 0.0  # now; device-seconds of those before, until when
+        # The devices held now, and the device-seconds of those held before ``_since``.
+        self._devices, self._held, self._since = devices, 0.0, 0.0
         self._restarts = self._lost = 0
         self._joules, self._interval, self._clock = joules, interval, clock
         self._lock = threading.Lock()
         self._flops = self._images = self._peak = 0
         self._device_seconds: float | None = None
-        self._handed_joules: float | None = None
+        self._worker_joules: float | None = None
         self._began = self._joules_began = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -163,10 +158,13 @@ class Meter:
         peak_memory_bytes: int = 0,
         joules: float | None = None,
     ) -> None:
-        """Count work; safe from any thread. All are added up but the peak, whose largest counts.
+        """Count work; may be called from any thread. All values are added up, except the peak, which is a maximum.
 
         Args:
-            device_seconds: device time as workers measured it; once given, it replaces wall times devices.
+            flops: FLOPs that were executed.
+            images: number of images that were processed.
+            device_seconds: device time that workers measured. If it is given, it replaces wall seconds times devices.
+            peak_memory_bytes: peak memory of a process.
             joules: energy that workers measured.
         """
         with self._lock:
@@ -176,16 +174,16 @@ class Meter:
             if device_seconds is not None:
                 self._device_seconds = (self._device_seconds or 0.0) + device_seconds
             if joules is not None:
-                self._handed_joules = (self._handed_joules or 0.0) + joules
+                self._worker_joules = (self._worker_joules or 0.0) + joules
 
     def restart(self, lost_flops: float) -> None:
-        """Workers began anew, and do again what took ``lost_flops``."""
+        """Count a restart of the workers, after which work of ``lost_flops`` is repeated."""
         with self._lock:
             self._restarts += 1
             self._lost += round(lost_flops)
 
     def hold(self, devices: int) -> None:
-        """From now on the attempt holds so many devices."""
+        """Set the number of devices that the attempt holds from now on."""
         with self._lock:
             now = self._clock()
             self._held += (now - self._since) * self._devices
@@ -199,7 +197,7 @@ class Meter:
             device_seconds = self._device_seconds
             if device_seconds is None:
                 device_seconds = self._held + (now - self._since) * self._devices
-            energy = self._handed_joules
+            energy = self._worker_joules
             if self._joules is not None:
                 energy = (energy or 0.0) + self._joules() - self._joules_began
             return replace(
@@ -235,14 +233,14 @@ class Meter:
         if self._thread is not None:
             self._thread.join()
         self.entry = self.now("failed" if kind else "done")
-        # A full disk or a lost store must not hide the exception that is on its way.
+        # A full disk or an unreachable store must not hide the exception that passes through.
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self._log.append(json.dumps(asdict(self.entry)))
 
     def _beats(self) -> None:
         wait = self._interval
         while not self._stop.wait(wait):
-            with contextlib.suppress(Exception):  # a store that is away for a while costs a heartbeat, no run
+            with contextlib.suppress(Exception):  # if the store is unreachable for a while, only heartbeats are lost
                 self.beat()
             wait = max(self._interval, 0.02 * (self._clock() - self._began))
 
@@ -252,10 +250,12 @@ class Ledger:
     """The accounts of one run.
 
     Args:
-        device: the machine that works, as `ktray.accounting.device.describe_device` returns it.
-        run: the run's id; attempts under it count as spent however often the run was restarted.
+        device: the machine of the run: the result of `ktray.accounting.device.describe_device`.
+        run: the run's id. All attempts with this id count as spent, also those before a restart of the run.
         prices: the recipe's ``prices``.
-        joules: an energy counter such as `gpu_joules` gives, or None.
+        joules: an energy counter such as that of `ktray.accounting.energy.gpu_joules`, or None.
+        entries: the attempts that are finished or reused.
+        running: the meters of the attempts that are running.
     """
 
     device: Mapping[str, Any]
@@ -266,17 +266,22 @@ class Ledger:
     running: list[Meter] = field(default_factory=list)
 
     def spent(self) -> list[Entry]:
-        """The attempts that this very run has made, each once, one that still goes on as it stands now; those of a
-        baseline too. Safe from any thread."""
-        made = [*self.entries, *(meter.now() for meter in list(self.running))]
-        own = {(e.stage, e.key, e.attempt): e for e in made if self.run and e.run == self.run}
+        """The attempts that this run has made, each once, including those of a baseline.
+
+        A running attempt has its cost up to now. May be called from any thread.
+        """
+        entries = [*self.entries, *(meter.now() for meter in list(self.running))]
+        own = {(e.stage, e.key, e.attempt): e for e in entries if self.run and e.run == self.run}
         return list(own.values())
 
     @contextlib.contextmanager
     def attempt(self, log: Log, stage: str, key: str, devices: int = 1) -> Iterator[Meter]:
         """Measure an attempt: ``with ledger.attempt(log, "teach", key) as meter: ... meter.add(...)``.
 
-        Earlier attempts under the same key that did not finish are entered too: this one goes on from them.
+        Earlier attempts under the same key that did not finish are also entered, because this one resumes from them.
+
+        Args:
+            devices: number of devices that the attempt holds at its start.
         """
         earlier = [replace(e, stage=stage) for e in attempts(log.read())]
         self.entries += earlier
@@ -292,17 +297,17 @@ class Ledger:
             self.entries.append(meter.entry)
 
     def reuse(self, log: Log, stage: str, key: str) -> None:
-        """Enter a stage that was found whole: worth what it took, spent only if this very run had made it.
+        """Enter a complete stage with its original cost, which counts as spent only if this run made the stage.
 
-        It is booked under ``stage``, whatever the run that made it called it. A stage that two parts of one run use
-        counts once.
+        The name in the ledger is ``stage``, even if the run that made the stage used another name. A stage that two
+        parts of a run use counts once.
         """
-        made = attempts(log.read()) or [Entry(stage, key, attempt=0)]
-        known = {(e.key, e.attempt) for e in self.entries}
+        earlier = attempts(log.read()) or [Entry(stage, key, attempt=0)]
+        entered = {(e.key, e.attempt) for e in self.entries}
         self.entries += [
             replace(e, stage=stage, cached=not (self.run and e.run == self.run))
-            for e in made
-            if (e.key, e.attempt) not in known
+            for e in earlier
+            if (e.key, e.attempt) not in entered
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -317,10 +322,10 @@ class Ledger:
 def cost_summary(entries: Iterable[Entry]) -> dict[str, Any]:
     """The ``cost`` object of ``result.json``.
 
-    ``flops`` and ``device_seconds`` have a key per stage, ``evaluate`` among them, and their ``total``. Entries of
-    any other stage (a baseline such as ``scratch``) are no part of the method: they stand under ``baselines`` and
-    in no total. ``usd`` is None when a device in use has no price, ``kwh`` (the sum over what was measured) when
-    nothing was. ``without_cache`` adds the worth of the reused stages.
+    ``flops`` and ``device_seconds`` have a key for each stage, including ``evaluate``, and their ``total``. Entries of
+    any other stage (a baseline such as ``scratch``) are not part of the method: they are under ``baselines`` and in no
+    total. ``usd`` is None if the price of a device is not known. ``kwh`` is the sum over the measured attempts, and
+    None if nothing was measured. ``without_cache`` also includes the original cost of the reused stages.
     """
     all_entries = [replace(e, stage=PART_OF.get(e.stage, e.stage)) for e in entries]
     method = [e for e in all_entries if e.stage in STAGES]
@@ -341,20 +346,20 @@ def cost_summary(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def stage_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """The ``stages`` list of ``result.json``, in the order of first mention; numbers are what this run spent."""
+    """The ``stages`` list of ``result.json``, in the order of the first entries; numbers are what this run spent."""
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.stage, entry.key), []).append(entry)
     rows = []
-    for (stage, key), made in groups.items():
-        spent = [e for e in made if not e.cached]
+    for (stage, key), group in groups.items():
+        spent = [e for e in group if not e.cached]
         rows.append(
             {
                 "name": stage,
                 "key": key,
                 "cached": not spent,
-                "attempts": max(e.attempt for e in made),
-                "restarts": sum(e.restarts for e in made),
+                "attempts": max(e.attempt for e in group),
+                "restarts": sum(e.restarts for e in group),
                 "wall_seconds": sum(e.wall_seconds for e in spent),
                 "flops": sum(e.flops for e in spent),
                 "lost_flops": sum(e.lost_flops for e in spent),
@@ -380,10 +385,10 @@ def _totals(entries: list[Entry]) -> dict[str, Any]:
 
 
 def _money(entries: list[Entry]) -> float | None:
-    known = [e.usd for e in entries if e.usd is not None]
-    return sum(known) if len(known) == len(entries) else None
+    priced = [e.usd for e in entries if e.usd is not None]
+    return sum(priced) if len(priced) == len(entries) else None
 
 
 def _energy(entries: list[Entry]) -> float | None:
-    known = [e.kwh for e in entries if e.kwh is not None]
-    return sum(known) if known else None
+    measured = [e.kwh for e in entries if e.kwh is not None]
+    return sum(measured) if measured else None

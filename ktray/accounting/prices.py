@@ -1,4 +1,4 @@
-"""What devices cost: USD per hour."""
+"""The prices of devices, in USD per hour."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from ktray.errors import KtrayError
 
 
 def price_table() -> dict[str, Any]:
-    """``prices.yaml``: ``as_of``, ``accelerators``, ``instances``, ``cpu_core``; USD per hour."""
+    """The content of ``prices.yaml``: ``as_of``, ``accelerators``, ``instances``, ``cpu_core``; in USD per hour."""
     table: dict[str, Any] = yaml.safe_load(resources.files("ktray.accounting").joinpath("prices.yaml").read_text())
     return table
 
 
 def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | None = None) -> float | None:
-    """USD per hour of one device: an accelerator where ``device`` has any, else the whole machine.
+    """The price of one device in USD per hour: of an accelerator if ``device`` has any, else of the whole machine.
 
     Args:
-        device: as `ktray.accounting.device.describe_device` returns it.
-        overrides: the recipe's ``prices``: accelerator names, instance types or ``cpu_core``, USD per hour.
+        device: the result of `ktray.accounting.device.describe_device`.
+        overrides: the recipe's ``prices``: accelerator names, instance types or ``cpu_core``, in USD per hour.
 
     Returns:
-        None for an accelerator that neither the table nor ``overrides`` knows: no price is invented.
+        None for an accelerator that is neither in the table nor in ``overrides``: no price is invented.
+
+    Raises:
+        KtrayError: a price in ``overrides`` is negative or not a number.
     """
     table, own = price_table(), dict(overrides or {})
     for name, price in own.items():
@@ -48,11 +51,11 @@ def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | Non
 def price_of(
     device: Mapping[str, Any], seconds: float, devices: int, overrides: Mapping[str, float] | None = None
 ) -> float | None:
-    """USD of holding ``devices`` devices (accelerators; machines where there are none) for ``seconds``."""
+    """The price in USD of holding ``devices`` devices (accelerators, or machines without any) for ``seconds``."""
     hourly = hourly_price(device, overrides)
     return None if hourly is None else hourly * devices * seconds / 3600
 
 
 def _longest_match(prices: Mapping[str, float], name: str) -> float | None:
-    words = [known for known in prices if known.lower() in name.lower()]
-    return float(prices[max(words, key=len)]) if words else None
+    matches = [entry for entry in prices if entry.lower() in name.lower()]
+    return float(prices[max(matches, key=len)]) if matches else None

@@ -1,1 +1,1 @@
-"""The store: directories on disk or S3, leases, retries."""
+"""The store: directories on a disk or on S3, leases, and retries."""

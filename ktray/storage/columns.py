@@ -16,9 +16,9 @@ Rows = dict[str, np.ndarray]
 
 
 def pack_rows(columns: Rows) -> bytes:
-    """Columns of equal length as Parquet; arrays of more axes become fixed-size binary.
+    """Encode columns of equal length as Parquet. Arrays with more than one axis become fixed-size binary columns.
 
-    Shapes and dtypes travel in the schema's metadata.
+    Their shapes and dtypes are in the metadata of the schema.
     """
     arrays, metadata = {}, {}
     for key, value in columns.items():
@@ -33,7 +33,7 @@ def pack_rows(columns: Rows) -> bytes:
         metadata[key] = json.dumps([flat.dtype.str, list(value.shape[1:])])
     table = pa.table(arrays).replace_schema_metadata(metadata)
     stream = pa.BufferOutputStream()
-    # Pixels are noise to a dictionary and to most codecs; zstd level 1 costs little and helps flat pictures.
+    # Dictionaries and most codecs cannot compress pixels; zstd level 1 costs little and helps images with flat areas.
     pq.write_table(
         table, stream, compression="zstd", compression_level=1, use_dictionary=False, write_page_checksum=True
     )
@@ -49,10 +49,13 @@ def write_rows(directory: Dir, name: str, columns: Rows) -> int:
 
 
 def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:
-    """Read a shard of `write_rows`, each page compared with its checksum.
+    """Read a shard of `write_rows`. The checksum of each page is verified.
+
+    Args:
+        columns: names of the columns to read; None: all.
 
     Raises:
-        KtrayError: the file is not what was written.
+        KtrayError: the file differs from what was written.
     """
     data = pa.BufferReader(directory.read(name))
     wanted = list(columns) if columns else None
@@ -61,10 +64,10 @@ def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -
     except (OSError, pa.ArrowInvalid) as error:
         raise KtrayError(
             f"'{directory.uri}/{name}' is broken: {' '.join(str(error).split())}",
-            f"Delete {directory.uri} and run again; what it held is made anew.",
+            f"Delete {directory.uri} and run again: its contents are then computed again.",
         ) from None
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    out: Rows = {}
+    rows: Rows = {}
     for key in table.column_names:
         column = table.column(key).combine_chunks()
         if isinstance(column, pa.ChunkedArray):
@@ -79,7 +82,7 @@ def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -
                 count=len(column) * width // np.dtype(dtype).itemsize,
                 offset=column.offset * width,
             )
-            out[key] = flat.reshape(len(column), *shape)
+            rows[key] = flat.reshape(len(column), *shape)
         else:
-            out[key] = column.to_numpy(zero_copy_only=False)
-    return out
+            rows[key] = column.to_numpy(zero_copy_only=False)
+    return rows

@@ -1,17 +1,17 @@
-"""Who works on a directory of the store: one job at a time, whatever clocks, networks and killed processes do.
+"""The lease: only one job at a time works on a directory of the store, even if clocks, networks or processes fail.
 
-The folder ``lease/`` holds records ``00000001.json``, ``00000002.json``, ..., each created by one write that fails if
-there is such a record, and never changed. The highest says how things stand:
+The folder ``lease/`` holds records ``00000001.json``, ``00000002.json``, and so on. Each record is created by a write
+that fails if the record exists, and it never changes. The highest record is the current state:
 
-- ``{"owner": ...}``: held. The holder rewrites its own ``beat-OWNER`` every few seconds.
-- ``{"free": true}``: nobody works.
-- ``{"owner": ..., "file": NAME, "content": ...}``: the holder has ended its work by this record, and NAME is about to
-  be written; whoever comes next writes it, if the holder could not.
+- ``{"owner": ...}``: the lease is held. The holder rewrites its own ``beat-OWNER`` every few seconds.
+- ``{"free": true}``: the lease is free.
+- ``{"owner": ..., "file": NAME, "content": ...}``: the holder has ended its work with this record, and NAME is about to
+  be written. If the holder cannot write it, the next job does.
 
-To take over is to create the next record, and so is to end the work: of a holder that was thought dead and the one that
-took over, one only can, and the other finds out. No clocks are compared: a holder is dead when its process is known
-to be gone (same machine, same boot, same process namespace), or when its beat was looked at for `STALE_S` and did not
-change.
+A job takes over by creating the next record, and a holder ends its work by creating the next record. If a holder was
+wrongly taken for dead, only one of the two jobs can create that record, and the other one notices. No clocks are
+compared. A holder counts as dead if its process is known to be gone (same machine, same boot, same process namespace),
+or if its heartbeat was watched for `STALE_S` and did not change.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ from ktray.errors import KtrayError
 logger = logging.getLogger("ktray")
 
 FOLDER = "lease"
-REFRESH_S = 5.0
-STALE_S = 60.0
-_POLL_S = 1.0
-# A job that stopped between its look at the records and its own must not find its number free again.
+REFRESH_S = 5.0  # seconds between two heartbeats
+STALE_S = 60.0  # seconds without a new heartbeat after which a holder counts as dead
+_POLL_S = 1.0  # seconds between two looks at the records
+# Number of records that are kept. A job that was stopped between its look at the records and the creation of its own
+# record must not find that number free again.
 _KEPT = 8
 
-_warned: list[str] = []  # once a process
+_warned: list[str] = []  # the warning is shown once per process
 
 State = tuple[int, dict[str, Any]]
 
 
 class Directory(Protocol):
-    """The part of `ktray.storage.store.Dir` that a lease needs; see there."""
+    """The part of `ktray.storage.store.Dir` that a lease needs; the methods are documented there."""
 
     @property
     def uri(self) -> str: ...
@@ -75,19 +76,19 @@ class Directory(Protocol):
 
 
 class LeaseLost(KtrayError):
-    """Another job has taken the work over."""
+    """Another job has taken over the directory."""
 
 
 def process() -> dict[str, Any]:
-    """What tells this process from all others, as far as it can be asked whether it still lives."""
-    boot, space = _machine()
+    """The identity of this process, with all that is needed to find out later whether it still runs."""
+    boot, namespace = _machine()
     host = socket.gethostname()
-    return {"host": host, "boot": boot, "space": space, "pid": os.getpid(), "born": _born(os.getpid())}
+    return {"host": host, "boot": boot, "space": namespace, "pid": os.getpid(), "born": _start_time(os.getpid())}
 
 
 @functools.lru_cache(maxsize=1)
 def _machine() -> tuple[str, str]:
-    """The machine since its start, and the space of process numbers: containers of one name may have several."""
+    """Id of the machine's current boot, and its process namespace: containers with the same host name may differ."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -95,7 +96,7 @@ def _machine() -> tuple[str, str]:
 
 
 def lives(record: dict[str, Any]) -> bool | None:
-    """Whether the process of a record runs; None where that cannot be known from here."""
+    """Whether the process of a record runs; None if this process cannot find out."""
     me = process()
     if os.name != "posix" or any(record.get(name) != me[name] for name in ("boot", "space")):
         return None
@@ -106,11 +107,11 @@ def lives(record: dict[str, Any]) -> bool | None:
         return False
     except PermissionError:
         pass
-    return _born(pid) == record.get("born")
+    return _start_time(pid) == record.get("born")
 
 
-def _born(pid: int) -> str:
-    """When a process began, in the kernel's ticks since the boot; "" where there is no /proc."""
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's ticks since the boot; "" if there is no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -119,7 +120,7 @@ def _born(pid: int) -> str:
 
 
 class Lease:
-    """The right to work in a directory of the store, and to end the work (`publish`).
+    """The right to work in a directory of the store and to end the work (`publish`).
 
     Args:
         home: the directory.
@@ -135,26 +136,33 @@ class Lease:
         self._keeper: threading.Thread | None = None
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lease. Waits while another live job has it; not ``wait``: False as soon as it is seen to live."""
+        """Take the lease; wait while another live job holds it.
+
+        Args:
+            wait: False: do not wait, but return False as soon as the holder is known to be alive.
+
+        Returns:
+            Whether this job holds the lease now.
+        """
         self._warn()
-        watch = _Watch()
-        told = False
+        watch = _HolderWatch()
+        reported = False
         while True:
             number, record = self._state()
-            known = lives(record) if record.get("owner") else None
-            if not record or "free" in record or known is False or watch.dead(number, self._beat(record)):
+            alive = lives(record) if record.get("owner") else None
+            if not record or "free" in record or alive is False or watch.dead(number, self._beat(record)):
                 if "file" in record:
                     self._complete(record)
                 if self._append(number + 1, {"owner": self.owner, **process()}):
                     break
                 continue
-            if not wait and (known or watch.lives):
+            if not wait and (alive or watch.alive):
                 return False
-            if not told:
+            if not reported:
                 holder = f"host {record.get('host')}, pid {record.get('pid')}"
-                what = "waiting" if wait else f"looking for up to {STALE_S:.0f} s whether it still does"
-                logger.info(f"another job works on {self.home.uri} ({holder}); {what}")
-                told = True
+                action = "waiting for it" if wait else f"checking for up to {STALE_S:.0f} s whether it still runs"
+                logger.info(f"another job works on {self.home.uri} ({holder}); {action}")
+                reported = True
             time.sleep(_POLL_S)
         for name in self.folder.names():
             if name.startswith("beat-") and name != _beat_name(self.owner):
@@ -167,23 +175,27 @@ class Lease:
         if not self.folder.exclusive and not _warned:
             _warned.append(self.home.uri)
             logger.info(
-                f"lease     {self.home.uri} is on a store without conditional writes: two jobs that start within a "
-                "second may both do a stage"
+                f"lease     {self.home.uri} is on a store without conditional writes: if two jobs start within one "
+                "second, both may compute the same stage"
             )
 
     def check(self) -> None:
-        """Raises `LeaseLost` if another job has taken over, as far as is known."""
+        """Check whether this job still holds the lease, as far as it knows.
+
+        Raises:
+            LeaseLost: another job has taken over.
+        """
         if self.lost.is_set():
             raise LeaseLost(
-                f"Another job has taken over {self.home.uri}: this one was not heard of for {STALE_S:.0f} s",
-                "The same command goes on with what the other makes.",
+                f"Another job has taken over {self.home.uri}, because this job gave no heartbeat for {STALE_S:.0f} s",
+                "Run the same command again: it continues with the results of the other job.",
             )
 
     def publish(self, name: str, content: Any) -> None:
-        """End the work with a JSON file, unless another job has taken over.
+        """End the work by writing a JSON file.
 
         Raises:
-            LeaseLost: it has; nothing was written.
+            LeaseLost: another job has taken over; nothing was written.
         """
         self.check()
         record = {"owner": self.owner, **process(), "file": name, "content": content}
@@ -193,7 +205,7 @@ class Lease:
         self._complete(record)
 
     def release(self) -> None:
-        """Give the lease back; what cannot be written now is left as if the job had died."""
+        """Free the lease. If that cannot be written now, the next job treats this one as a job that died."""
         self._stop.set()
         if self._keeper:
             self._keeper.join(timeout=REFRESH_S)
@@ -208,7 +220,7 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.release()
-        # Two jobs in one directory for a while: what went wrong then has that cause.
+        # For a while two jobs worked in one directory, so that is the cause of the error.
         if self.lost.is_set() and isinstance(error, Exception) and not isinstance(error, LeaseLost):
             try:
                 self.check()
@@ -218,7 +230,7 @@ class Lease:
     # ---------------------------------------------------------------------------------------- records
 
     def _state(self) -> State:
-        """Number and content of the highest record; (0, {}) where there is none."""
+        """Number and content of the highest record; (0, {}) if there is none."""
         while True:
             number = self._highest()
             if not number:
@@ -227,8 +239,8 @@ class Lease:
                 record: dict[str, Any] = self.folder.read_json(_record_name(number))
                 return number, record
             except FileNotFoundError:
-                time.sleep(0.05)  # a newer one stands by now
-            except ValueError:  # half of it, on a file system without hard links; its writer may have died over it
+                time.sleep(0.05)  # a newer record exists by now
+            except ValueError:  # half a record, on a file system without hard links; its writer may have died
                 return number, {"owner": "", "host": "?", "pid": 0}
 
     def _highest(self) -> int:
@@ -238,7 +250,7 @@ class Lease:
         """Create a record; False if another job was first."""
         if not self.folder.create(_record_name(number), json.dumps(record).encode()):
             return False
-        if self._highest() > number:  # older than those that are kept
+        if self._highest() > number:  # the number was free only because older records are deleted
             self.folder.delete(_record_name(number))
             return False
         self._number = number
@@ -267,7 +279,7 @@ class Lease:
         count = 0
         while not self._stop.wait(REFRESH_S):
             count += 1
-            # A full disk or a store that is away shows up in the work itself, with its cause.
+            # A full disk or an unreachable store becomes visible in the work itself, with its cause.
             with contextlib.suppress(OSError, KtrayError):
                 self._write_beat(count)
                 number, record = self._state()
@@ -276,25 +288,27 @@ class Lease:
                     return
 
 
-class _Watch:
-    """How long a holder was seen not to move, by this process's own clock.
+class _HolderWatch:
+    """Measures with this process's own clock how long a holder's heartbeat has not changed.
 
-    A look counts for two pauses at most: while this process was stopped, or the store away, nothing was seen.
+    One look counts for at most two pauses: while this process was stopped or the store was unreachable, nothing was
+    observed.
     """
 
     def __init__(self) -> None:
         self._seen: tuple[int, bytes | None] | None = None
         self._still = 0.0
         self._looked = time.monotonic()
-        self.lives = False
+        self.alive = False  # whether the heartbeat was seen to change
 
     def dead(self, number: int, beat: bytes | None) -> bool:
+        """Whether the holder counts as dead, with this look at the record's number and its heartbeat."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 2 * _POLL_S), now
         if self._seen == (number, beat):
             self._still += passed
         else:
-            self.lives = self._seen is not None
+            self.alive = self._seen is not None
             self._seen, self._still = (number, beat), 0.0
         return self._still > STALE_S
 

@@ -1,4 +1,4 @@
-"""Patience with a store on the network: what it is too busy to answer is asked again, and that is told once."""
+"""Retries for a store on the network: requests that a busy store does not answer are repeated, with one message."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 120.0
-_PAUSES_S = (0.5, 8.0)
+RETRY_S = 120.0  # seconds after which a request is given up
+_PAUSES_S = (0.5, 8.0)  # the first and the longest pause between two attempts
 
 _BUSY_CODES = ("SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted")
 
-_patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_S)
+_retry_seconds: ContextVar[float] = ContextVar("retry-seconds", default=RETRY_S)
 
 _BUSY = re.compile(
     r"HTTP status (?:429|5\d\d)|curlCode|AWS Error (?:SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|"
@@ -29,16 +29,16 @@ _BUSY = re.compile(
 
 @contextlib.contextmanager
 def retry_for(seconds: float) -> Iterator[None]:
-    """Another limit than `PATIENCE_S`, for what this thread asks inside."""
-    before = _patience.set(seconds)
+    """Use another limit than `RETRY_S` for the requests of this thread within this context."""
+    token = _retry_seconds.set(seconds)
     try:
         yield
     finally:
-        _patience.reset(before)
+        _retry_seconds.reset(token)
 
 
 def busy(error: Exception) -> bool:
-    """Whether the store may answer the same question later."""
+    """Whether the store may answer the same request later."""
     from botocore import exceptions
 
     if isinstance(error, exceptions.ClientError):
@@ -50,7 +50,11 @@ def busy(error: Exception) -> bool:
 
 
 class RetryPolicy:
-    """Asks again, and tells that it does: once an outage, whatever number of threads wait."""
+    """Repeats requests to a busy store. It prints one message per outage, however many threads wait.
+
+    Args:
+        where: name of the store for the messages.
+    """
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -58,10 +62,11 @@ class RetryPolicy:
         self._since: float | None = None
 
     def call(self, request: Callable[[], T]) -> T:
-        """The request's result.
+        """Make a request and return its result; repeat it with growing pauses while the store is busy.
 
         Raises:
-            OSError: the store was busy for longer than the patience; or the request's own error at once.
+            OSError: the store was busy for longer than the limit (`retry_for`).
+            Exception: any other error of the request, without a retry.
         """
         began, pause = time.monotonic(), _PAUSES_S[0]
         while True:
@@ -71,26 +76,27 @@ class RetryPolicy:
                 if not busy(error):
                     raise
                 spent = time.monotonic() - began
-                if spent > _patience.get():
-                    raise OSError(f"{self.where} does not answer, for {spent:.0f} s: {line(error)}") from error
-                self._tell(error)
+                if spent > _retry_seconds.get():
+                    raise OSError(f"{self.where} has not answered for {spent:.0f} s: {line(error)}") from error
+                self._report(error)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(_PAUSES_S[1], pause * 2)
             else:
                 if self._since is not None:
-                    self._over()
+                    self._report_end()
                 return value
 
-    def _tell(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         with self._lock:
             if self._since is None:
                 self._since = time.monotonic()
-                _say(f"{self.where} is busy or away, trying again for {_patience.get():.0f} s: {line(error)}")
+                seconds = _retry_seconds.get()
+                _say(f"{self.where} is busy or unreachable, retrying for {seconds:.0f} s: {line(error)}")
 
-    def _over(self) -> None:
+    def _report_end(self) -> None:
         with self._lock:
             if self._since is not None:
-                _say(f"{self.where} answers again, after {time.monotonic() - self._since:.0f} s")
+                _say(f"{self.where} answers again after {time.monotonic() - self._since:.0f} s")
                 self._since = None
 
 
@@ -99,8 +105,10 @@ def _say(text: str) -> None:
 
 
 def line(error: Exception) -> str:
+    """The message of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def code(error: Any) -> str:
+    """S3's code of a botocore `ClientError`, such as ``SlowDown``; "" if it has none."""
     return str(error.response.get("Error", {}).get("Code", ""))

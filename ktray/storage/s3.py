@@ -1,8 +1,8 @@
-"""S3 as a file system that waits: whatever a busy store answers (500, 503, "slow down", nothing) is asked again.
+"""S3 as a file system with retries: a request is repeated if the store is busy (500, 503, "slow down", no answer).
 
-pyarrow by itself gives up after six seconds, and takes an answer that is three seconds late for none. Here the AWS
-SDK tries a few times, and then `ktray.storage.retry`. Endpoint, region, credentials and the checksum mode come from the
-environment, by the names that AWS gives them.
+pyarrow alone gives up after six seconds, and counts an answer that takes three seconds as no answer. Here the AWS SDK
+makes a few attempts, and then `ktray.storage.retry` continues. Endpoint, region, credentials and the mode of checksums
+are read from AWS's environment variables.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ import pyarrow.fs as pafs
 from ktray.storage.retry import RetryPolicy, busy, code, line
 from ktray.storage.s3_files import Reader, Writer
 
-CONNECT_S, ANSWER_S = 5.0, 30.0
+CONNECT_S, ANSWER_S = 5.0, 30.0  # time limits in seconds for a connection and for an answer
 _SDK_ATTEMPTS = 3
-_PAGE = 1000
+_PAGE = 1000  # files in one page of a listing
 _OPTION = re.compile(r"\?(endpoint_override|region|scheme|allow_\w+)=")
 
 
 def endpoint() -> str | None:
-    """Address of a store other than Amazon's."""
+    """Address of an S3 store other than Amazon's; None for Amazon's."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and the path inside it. Keys of ``s3://bucket/key`` are taken as they are, spaces included.
+    """The file system of a uri, and the path inside it. Keys in ``s3://bucket/key`` are not decoded.
 
     Raises:
-        OSError, ValueError: no such scheme or bucket, or it cannot be reached.
+        OSError, ValueError: the scheme or bucket does not exist, or the store cannot be reached.
     """
     scheme, _, path = uri.partition("://")
     if scheme != "s3":
@@ -48,9 +48,9 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         return fs, path
     bucket = path.partition("/")[0]
     if "@" in bucket or _OPTION.search(path):
-        raise ValueError("its address holds credentials or options, which are read from AWS_* in the environment alone")
+        raise ValueError("its address contains credentials or options, which are only read from AWS_* variables")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
-        raise ValueError(f"'{bucket}' is no name of a bucket")
+        raise ValueError(f"'{bucket}' is not a valid bucket name")
     return _open(bucket, endpoint()), path.rstrip("/")
 
 
@@ -60,28 +60,31 @@ def _open(bucket: str, server: str | None) -> pafs.FileSystem:
 
 
 def handler(fs: pafs.FileSystem) -> S3 | None:
-    """What stands behind the file system of an ``s3://`` uri."""
-    found = fs.handler if isinstance(fs, pafs.PyFileSystem) else None
-    return found if isinstance(found, S3) else None
+    """The `S3` behind a file system of an ``s3://`` uri; None for other file systems."""
+    inner = fs.handler if isinstance(fs, pafs.PyFileSystem) else None
+    return inner if isinstance(inner, S3) else None
 
 
 def entries(fs: pafs.FileSystem, path: str, recursive: bool = False) -> Iterable[pafs.FileInfo]:
-    """What lies in a folder, or, recursive, all files below it; nothing if it is not there. In pages on S3."""
+    """The entries of a folder, or, if ``recursive``, all files below it; empty if the folder does not exist.
+
+    On S3, the listing is read page by page.
+    """
     s3 = handler(fs)
     if s3:
         return s3.walk(path, recursive)
-    found: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
-    return found
+    infos: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    return infos
 
 
 def download(fs: pafs.FileSystem, path: str, target: Path) -> None:
-    """One file's content into a local file; not by pyarrow's `copy_files`, see `store.Dir.put`."""
+    """Copy a file into a local file. pyarrow's `copy_files` is not used; `ktray.storage.store.Dir.put` says why."""
     with fs.open_input_stream(path, compression=None) as source, open(target, "wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 23)
 
 
 def _time(text: str) -> datetime:
-    """A time as S3 writes it in bodies (2026-01-31T12:00:00.000Z) or in headers."""
+    """Parse a time in the format of S3's bodies (2026-01-31T12:00:00.000Z) or headers."""
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
@@ -89,7 +92,7 @@ def _time(text: str) -> datetime:
 
 
 class S3(pafs.FileSystemHandler):
-    """pyarrow's file system with `RetryPolicy`, and what pyarrow lacks: pages of listings, conditional writes."""
+    """pyarrow's file system for a bucket with `RetryPolicy`, listings in pages and conditional writes."""
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
@@ -108,7 +111,7 @@ class S3(pafs.FileSystemHandler):
             connect_timeout=CONNECT_S,
             request_timeout=ANSWER_S,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_SDK_ATTEMPTS),
-            allow_delayed_open=True,  # a small file is one request and not three
+            allow_delayed_open=True,  # a small file needs one request instead of three
         )
 
     def __reduce__(self) -> tuple[type[S3], tuple[str]]:
@@ -122,7 +125,7 @@ class S3(pafs.FileSystemHandler):
 
     @functools.cached_property
     def client(self) -> Any:
-        """boto3's client; its methods may be called from several threads."""
+        """A boto3 client; its methods may be called from several threads."""
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -136,11 +139,11 @@ class S3(pafs.FileSystemHandler):
             s3={"addressing_style": "path" if server else "auto"},
         )
         session = botocore.session.Session()
-        # botocore's own parser of times takes most of the time of a listing.
+        # With botocore's own parser of times, most of the time of a listing would go into parsing.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
         return boto3.session.Session(botocore_session=session).client("s3", endpoint_url=server, config=config)
 
-    # ------------------------------------------------------------------------------ what pyarrow asks for
+    # ---------------------------------------------------------------------------- the interface of pyarrow
 
     def get_type_name(self) -> str:
         return "s3"
@@ -149,30 +152,30 @@ class S3(pafs.FileSystemHandler):
         return path
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        found: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(paths))
-        return found
+        infos: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(paths))
+        return infos
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        found: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(selector))
-        return found
+        infos: list[pafs.FileInfo] = self.retry.call(lambda: self.inner.get_file_info(selector))
+        return infos
 
     def create_dir(self, path: str, recursive: bool) -> None:
         self.retry.call(lambda: self.inner.create_dir(path, recursive=recursive))
 
     def delete_dir(self, path: str) -> None:
-        self._gone(lambda: self.inner.delete_dir(path))
+        self._delete(lambda: self.inner.delete_dir(path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         self.retry.call(lambda: self.inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
-        raise OSError("all buckets are not deleted")
+        raise OSError("ktray does not delete whole buckets")
 
     def delete_file(self, path: str) -> None:
-        self._gone(lambda: self.inner.delete_file(path))
+        self._delete(lambda: self.inner.delete_file(path))
 
     def move(self, src: str, dest: str) -> None:
-        self._gone(lambda: self.inner.move(src, dest))
+        self._delete(lambda: self.inner.move(src, dest))
 
     def copy_file(self, src: str, dest: str) -> None:
         self.retry.call(lambda: self.inner.copy_file(src, dest))
@@ -189,10 +192,10 @@ class S3(pafs.FileSystemHandler):
         )
 
     def open_append_stream(self, path: str, metadata: dict[str, str] | None) -> pa.NativeFile:
-        raise OSError("S3 has no appending")
+        raise OSError("S3 cannot append to a file")
 
-    def _gone(self, call: Callable[[], None]) -> None:
-        """A deletion whose answer was lost finds nothing the next time."""
+    def _delete(self, call: Callable[[], None]) -> None:
+        """Run a deletion with retries. If an answer was lost, the next attempt finds nothing, which is no error."""
         tried = False
 
         def attempt() -> None:
@@ -207,18 +210,21 @@ class S3(pafs.FileSystemHandler):
 
         self.retry.call(attempt)
 
-    # ------------------------------------------------------------------------------ what pyarrow lacks
+    # ------------------------------------------------------------------------------ what pyarrow does not have
 
     def walk(self, path: str, recursive: bool) -> Iterator[pafs.FileInfo]:
-        """Files below a folder (and, not recursive, its folders) as they are listed, a page in memory at a time."""
+        """All files below a folder, or, without ``recursive``, the files and folders in it.
+
+        They are yielded as they are listed, with one page in memory at a time.
+        """
         bucket, _, prefix = path.partition("/")
-        ask: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": _PAGE}
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": _PAGE}
         if not recursive:
-            ask["Delimiter"] = "/"
+            request["Delimiter"] = "/"
         while True:
-            page = self.retry.call(lambda: self._call("list_objects_v2", **ask))
+            page = self.retry.call(lambda: self._call("list_objects_v2", **request))
             for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # the mark of an empty folder
+                if not item["Key"].endswith("/"):  # such a key marks an empty folder
                     mtime = item["LastModified"]
                     yield pafs.FileInfo(
                         f"{bucket}/{item['Key']}", pafs.FileType.File, size=int(item["Size"]), mtime=mtime
@@ -227,20 +233,21 @@ class S3(pafs.FileSystemHandler):
                 yield pafs.FileInfo(f"{bucket}/{item['Prefix'].rstrip('/')}", pafs.FileType.Directory)
             if not page.get("IsTruncated"):
                 return
-            ask["ContinuationToken"] = page["NextContinuationToken"]
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless there is one; False if there is. Of several that try at once one succeeds.
+        """Write a file if it does not exist. If several jobs try at the same time, one of them succeeds.
 
         Args:
-            data: differs from what others write: by it an answer that was lost is told from another's success.
+            data: must differ from what other jobs write: after an answer was lost, the content shows whose write
+                succeeded.
+
+        Returns:
+            False if the file exists.
         """
         bucket, _, key = path.partition("/")
-        tries = 0
 
         def attempt() -> bool:
-            nonlocal tries
-            tries += 1
             try:
                 self._call("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except FileExistsError:
@@ -250,8 +257,13 @@ class S3(pafs.FileSystemHandler):
         return self.retry.call(attempt)
 
     def conditional(self, folder: str) -> bool:
-        """Whether the store heeds the condition of `create`; older ones pass over it, or refuse it. Tried in a folder
-        that may be written to, once a process."""
+        """Whether the store supports the condition of `create`; older stores ignore or refuse it.
+
+        This is tried once per process.
+
+        Args:
+            folder: a folder that may be written to.
+        """
         if self._conditional is None:
             probe = f"{folder}/.probe-{uuid.uuid4().hex}"
             try:
@@ -269,7 +281,7 @@ class S3(pafs.FileSystemHandler):
             return None
 
     def _call(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """A method of the client, with Python's own errors in place of boto3's, but for those of a busy store."""
+        """Call a method of the client; errors of boto3 become Python's own, except those of a busy store."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:

@@ -1,4 +1,4 @@
-"""Files of `ktray.storage.s3`, as pyarrow wants them from Python."""
+"""The files of `ktray.storage.s3`, with the methods that pyarrow expects of Python files."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Any
 
 import pyarrow as pa
 
-# Larger files wait on the local disk for their upload.
-_IN_MEMORY = 1 << 26
-_BLOCK = 1 << 23
+_IN_MEMORY = 1 << 26  # bytes; larger files are kept on the local disk until their upload
+_BLOCK = 1 << 23  # bytes
 
-Again = Callable[[Callable[[], Any]], Any]
+WithRetries = Callable[[Callable[[], Any]], Any]
 
 
 class Reader:
-    """A file for reading; a read that fails is asked again from where it stood."""
+    """A file for reading. A failed read is repeated from the same position."""
 
-    def __init__(self, opened: Callable[[], pa.NativeFile], again: Again) -> None:
-        self._again = again
-        self._file: pa.NativeFile = again(opened)
-        self._size = int(again(self._file.size))
+    def __init__(self, opened: Callable[[], pa.NativeFile], with_retries: WithRetries) -> None:
+        self._with_retries = with_retries
+        self._file: pa.NativeFile = with_retries(opened)
+        self._size = int(with_retries(self._file.size))
         self._at = 0
         self.closed = False
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._size - self._at)
-        want = left if size is None or size < 0 else min(size, left)
-        if not want:
+        count = left if size is None or size < 0 else min(size, left)
+        if not count:
             return b""
-        data: bytes = self._again(lambda: self._file.read_at(want, self._at))
+        data: bytes = self._with_retries(lambda: self._file.read_at(count, self._at))
         self._at += len(data)
         return data
 
@@ -58,10 +57,10 @@ class Reader:
 
 
 class Writer:
-    """A file for writing, sent when it is closed, so that it can be sent again from its start."""
+    """A file for writing. It is uploaded when it is closed, so that an upload can be repeated from the start."""
 
-    def __init__(self, opened: Callable[[], pa.NativeFile], again: Again) -> None:
-        self._opened, self._again = opened, again
+    def __init__(self, opened: Callable[[], pa.NativeFile], with_retries: WithRetries) -> None:
+        self._opened, self._with_retries = opened, with_retries
         self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
         self.closed = False
 
@@ -82,7 +81,7 @@ class Writer:
             return
         self.closed = True
         with self._spool:
-            self._again(self._send)
+            self._with_retries(self._send)
 
     def _send(self) -> None:
         self._spool.seek(0)

@@ -1,8 +1,8 @@
-"""The store: content-addressed stage directories and run folders, on a local disk or S3.
+"""The store: content-addressed stage directories and run folders, on a local disk or on S3.
 
-A stage directory ``stages/<stage>/<key>/`` is whole once ``manifest.json`` stands in it: the manifest is
-written last, by rename (local) or a single put (S3), so a half-written directory is never taken for a whole
-one, and what a killed stage left (shards, checkpoints) stays in place for the next attempt to go on from.
+A stage directory ``stages/<stage>/<key>/`` is complete once it contains ``manifest.json``. The manifest is written
+last, by a rename (local) or a single put (S3), so a half-written directory is never taken for a complete one. The
+shards and checkpoints of a killed stage stay in its directory, and the next attempt resumes from them.
 """
 
 from __future__ import annotations
@@ -31,25 +31,28 @@ from ktray.storage.lease import Lease
 from ktray.storage.retry import retry_for
 
 _BLOCK = 1 << 23
-_PROBE_S = 15.0  # a store that does not answer at the start is more likely misnamed than busy
+_PROBE_S = 15.0  # seconds; at the start, a store that does not answer more likely has a wrong address than is busy
 
 
 def storage_error(error: OSError, where: str) -> KtrayError:
-    """The user's view of an error of the file system."""
+    """The `KtrayError` for an error of the file system."""
     if error.errno == errno.ENOSPC:
         return KtrayError(f"No space is left on the disk of '{where}'", "Free space or set store= to another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return KtrayError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
     what = f"'{where}' cannot be written: {error}".replace("\n", " ")
     remedy = "AWS_ENDPOINT_URL and the credentials" if "://" in where else "its disk"
-    if "HTTP status 411" in what:  # the checksum behind the data, of which older stores know nothing
-        return KtrayError(what, "Set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for a store that is older than it.")
+    if "HTTP status 411" in what:  # older stores do not support a checksum after the data
+        return KtrayError(
+            what,
+            "This store does not support checksums after the data: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required.",
+        )
     return KtrayError(what, f"Check store= and {remedy}.")
 
 
 @contextlib.contextmanager
 def _aside(target: str, source: IO[bytes]) -> Iterator[str]:
-    """A local file with the whole content, on the disk, beside the place where it shall stand."""
+    """Write the whole content to a temporary file on disk, in the folder of the target. Yields the file's path."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -64,16 +67,16 @@ def _aside(target: str, source: IO[bytes]) -> Iterator[str]:
 
 
 def _link(temporary: str, target: str, data: bytes) -> bool:
-    """Give a whole file a name that nobody has; one of several succeeds, on NFS too."""
+    """Give a complete file a name that does not exist. If several jobs try, one succeeds, also on NFS."""
     try:
         os.link(temporary, target)
         return True
     except FileExistsError:
-        return os.stat(temporary).st_nlink > 1  # NFS may ask twice and tell the second answer
+        return os.stat(temporary).st_nlink > 1  # NFS may repeat a request and report the second answer
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-    try:  # no hard links there: a reader may see half of the file
+    try:  # without hard links, a reader may see half of the file
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
@@ -85,7 +88,7 @@ def _link(temporary: str, target: str, data: bytes) -> bool:
 
 
 class Dir:
-    """A directory of the store. Picklable; safe to use from workers on other machines when it is on S3."""
+    """A directory of the store. It can be pickled; on S3 it can be used from workers on other machines."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -119,7 +122,7 @@ class Dir:
         return Dir(f"{self.uri}/{name}")
 
     def file(self, name: str) -> str:
-        """Path of a file for readers that know ``s3://`` themselves (Ray Data, pyarrow)."""
+        """Path or address of a file, for readers that support ``s3://`` themselves (Ray Data, pyarrow)."""
         return f"{self.uri}/{name}"
 
     def exists(self, name: str = "") -> bool:
@@ -127,12 +130,12 @@ class Dir:
         return bool(info.type != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> dict[str, int]:
-        """Files directly in this directory, name to size in bytes, sorted by name."""
-        found = {i.base_name: i.size for i in s3.entries(self.fs, self.path) if i.type == pafs.FileType.File}
-        return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
+        """The files directly in this directory: name to size in bytes, sorted by name."""
+        sizes = {i.base_name: i.size for i in s3.entries(self.fs, self.path) if i.type == pafs.FileType.File}
+        return {name: sizes[name] for name in sorted(sizes) if name.endswith(suffix)}
 
     def children(self) -> list[str]:
-        """Names of the directories directly in this one, sorted."""
+        """Names of the directories directly in this directory, sorted."""
         return sorted(i.base_name for i in s3.entries(self.fs, self.path) if i.type == pafs.FileType.Directory)
 
     def read(self, name: str) -> bytes:
@@ -143,7 +146,11 @@ class Dir:
         return json.loads(self.read(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file or nothing (a reader never sees half of it)."""
+        """Write the whole file or nothing: a reader never sees half of it.
+
+        Raises:
+            KtrayError: the file cannot be written.
+        """
         self._write(name, io.BytesIO(data))
 
     def _write(self, name: str, source: IO[bytes]) -> None:
@@ -160,16 +167,24 @@ class Dir:
 
     @property
     def exclusive(self) -> bool:
-        """Whether `create` lets one of several through in any case."""
+        """Whether only one of several simultaneous calls of `create` can succeed."""
         remote = s3.handler(self.fs)
         return self.is_local or (remote is not None and remote.conditional(self.path))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a whole file unless there is one; False if there is. Of several that try at once, one succeeds; on
-        stores that are not `exclusive` several do that are less than a second apart, in rare cases.
+        """Write a whole file if it does not exist.
+
+        If several jobs try at the same time, one of them succeeds. On stores that are not `exclusive`, several may
+        succeed in rare cases, if they are less than a second apart.
 
         Args:
-            data: unlike what others write there.
+            data: must differ from what other jobs write to this file.
+
+        Returns:
+            False if the file exists.
+
+        Raises:
+            KtrayError: the file cannot be written.
         """
         target = f"{self.path}/{name}"
         try:
@@ -182,7 +197,7 @@ class Dir:
             if self.exists(name):
                 return False
             self.write(name, data)
-            time.sleep(1.0)  # of two that wrote at once, the last one stays
+            time.sleep(1.0)  # if two jobs wrote at the same time, the content of the last one remains
             return self.read(name) == data
         except OSError as error:
             raise storage_error(error, f"{self.uri}/{name}") from error
@@ -198,14 +213,14 @@ class Dir:
             with open(path, "rb") as stream:
                 self._write(f"{name}/{inside}".strip("/"), stream)
 
-        # In threads of its own, and not by pyarrow's `copy_files`: it would call this file system from the threads that
-        # this file system's own requests need.
+        # The copies run in their own threads. pyarrow's `copy_files` would call this file system from the threads that
+        # this file system needs for its own requests.
         with ThreadPoolExecutor(1 if self.is_local else 8) as pool:
             list(pool.map(copy, sorted(p for p in [local, *local.rglob("*")] if p.is_file())))
 
     @contextlib.contextmanager
     def local(self, name: str = "") -> Iterator[Path]:
-        """A file or folder as a local path: itself on a local store, a temporary copy otherwise."""
+        """A file or folder as a local path: the original on a local store, otherwise a temporary copy."""
         if self.is_local:
             yield Path(self.path) / name
             return
@@ -215,8 +230,8 @@ class Dir:
             if self.fs.get_file_info(source).type == pafs.FileType.File:
                 self._fetch(source, target)
             else:
-                found = s3.entries(self.fs, source, recursive=True)
-                files = [i.path for i in found if i.type == pafs.FileType.File]
+                infos = s3.entries(self.fs, source, recursive=True)
+                files = [i.path for i in infos if i.type == pafs.FileType.File]
                 with ThreadPoolExecutor(8) as pool:
                     list(pool.map(lambda path: self._fetch(path, target / path[len(source) + 1 :]), files))
             yield target
@@ -226,21 +241,23 @@ class Dir:
         s3.download(self.fs, path, target)
 
     def delete(self, name: str = "") -> None:
-        """Delete a file or folder if it is there."""
+        """Delete a file or folder, or, without a name, this directory; nothing happens if it does not exist."""
         target = f"{self.path}/{name}".rstrip("/")
         kind = self.fs.get_file_info(target).type
-        with contextlib.suppress(FileNotFoundError):  # another job was first
+        with contextlib.suppress(FileNotFoundError):  # another job has deleted it
             if kind == pafs.FileType.Directory:
                 self.fs.delete_dir(target)
             elif kind == pafs.FileType.File:
                 self.fs.delete_file(target)
 
-    # One writer at a time holds the stage's lease, so read-modify-write is safe on S3 too.
     def append_line(self, name: str, line: str) -> None:
+        """Append a line to a text file. Only the holder of the directory's lease may do this."""
+        # The lease has one holder at a time, so reading, changing and writing the file is safe on S3, too.
         before = self.read(name) if self.exists(name) else b""
         self.write(name, before + line.rstrip("\n").encode() + b"\n")
 
     def read_lines(self, name: str) -> list[str]:
+        """The lines of a text file; empty if it does not exist."""
         return self.read(name).decode().splitlines() if self.exists(name) else []
 
 
@@ -248,7 +265,11 @@ class Stage(Dir):
     """The directory of one stage under one key."""
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest when the stage is whole, else None. Files it lists must be there in full length."""
+        """The manifest if the stage is complete, else None.
+
+        Raises:
+            KtrayError: a file that the manifest lists is missing or has another size.
+        """
         if not self.exists("manifest.json"):
             return None
         manifest: dict[str, Any] = self.read_json("manifest.json")
@@ -256,16 +277,20 @@ class Stage(Dir):
             info = self.fs.get_file_info(f"{self.path}/{name}")
             if info.type == pafs.FileType.NotFound or info.size != size:
                 raise KtrayError(
-                    f"'{self.uri}/{name}' is missing or cut short (manifest says {size} bytes, found {info.size})",
-                    f"Delete '{self.uri}' and run again: the stage is then redone.",
+                    f"'{self.uri}/{name}' is missing or incomplete (it should have {size} bytes and has {info.size})",
+                    f"Delete '{self.uri}' and run again: the stage is then computed again.",
                 )
         return manifest
 
     def commit(self, manifest: dict[str, Any], lease: Lease | None = None) -> dict[str, Any]:
-        """Declare the stage whole. Lists every file with its size, so that loss is noticed later.
+        """Declare the stage complete. The manifest lists every file with its size, so that a loss is noticed later.
 
         Args:
-            lease: under which the stage was made; `LeaseLost` if another job has it by now.
+            manifest: the stage's entries; ``files`` is added.
+            lease: the lease under which the stage was computed.
+
+        Raises:
+            LeaseLost: another job has taken over the stage.
         """
         prefix = len(self.path) + 1
         skip = ("manifest.json", "ledger.jsonl")
@@ -274,7 +299,7 @@ class Stage(Dir):
             for i in sorted(s3.entries(self.fs, self.path, recursive=True), key=lambda i: i.path)
             if i.type == pafs.FileType.File
             and i.path[prefix:] not in skip
-            and not i.path.endswith(".tmp")  # the ledger's next line, on its way
+            and not i.path.endswith(".tmp")  # the ledger's next line, which is being written
             and not i.path[prefix:].startswith(f"{LEASE}/")
         }
         if lease:
@@ -284,12 +309,16 @@ class Stage(Dir):
         return manifest
 
     def lease(self) -> Lease:
-        """The right to be the only one who works on this stage (``with``); waits while another live job does."""
+        """The right of one job to work on this stage, as a context manager. It waits while another live job has it."""
         return Lease(self)
 
 
 class Store(Dir):
-    """Root of a store: ``stages/`` and ``runs/``."""
+    """The root of a store, with ``stages/`` and ``runs/``.
+
+    Args:
+        root: a folder, or an address such as ``s3://bucket/prefix``.
+    """
 
     def __init__(self, root: str) -> None:
         with retry_for(_PROBE_S):
@@ -302,7 +331,11 @@ class Store(Dir):
         return Dir(f"{self.uri}/runs/{run_id}")
 
     def check_writable(self) -> None:
-        """Fail early, with the remedy, when nothing can be written."""
+        """Check early that the store can be written.
+
+        Raises:
+            KtrayError: it cannot be written; with the remedy.
+        """
         name = f".probe-{uuid.uuid4().hex[:8]}"
         with retry_for(_PROBE_S):
             self.write(name, b"x" * 4096)
@@ -310,5 +343,5 @@ class Store(Dir):
 
 
 def local_home(store: Store) -> Path:
-    """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` beside S3."""
+    """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` for a store on S3."""
     return Path(store.path) if store.is_local else Path("ktray-store").absolute()

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 
 from ktray.data.concurrent import in_order
-from ktray.storage.retry import _patience, retry_for
+from ktray.storage.retry import _retry_seconds, retry_for
 
 
 def test_results_keep_the_order_though_calls_run_together():
@@ -42,4 +42,4 @@ def test_an_error_comes_at_its_turn(at_once):
 
 def test_calls_have_the_settings_of_who_asks():
     with retry_for(7.5):
-        assert list(in_order([_patience.get] * 3, 2)) == [7.5] * 3
+        assert list(in_order([_retry_seconds.get] * 3, 2)) == [7.5] * 3

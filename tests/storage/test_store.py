@@ -36,7 +36,7 @@ def test_stage_is_whole_only_with_manifest_and_all_bytes(tmp_path):
     assert manifest["n"] == 3
     assert manifest["files"] == {"shard.bin": 3}
     (tmp_path / "stages/index/k/shard.bin").write_bytes(b"ab")
-    with pytest.raises(KtrayError, match=r"shard\.bin.*cut short.*Delete"):
+    with pytest.raises(KtrayError, match=r"shard\.bin.*missing or incomplete.*Delete"):
         stage.manifest()
 
 
