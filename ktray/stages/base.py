@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
+from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
@@ -87,7 +88,7 @@ class Reporter:
     ) -> None:
         self.context, self.name, self.meter, self.check = context, name, meter, check
         self.watchdog = watchdog or Watchdog(name, context.recipe.cluster.stall_minutes)
-        self.starts: list[dict[str, int]] = []  # of the training workers: at which step, how many
+        self.starts: list[WorkerStart] = []
         self.run = context.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
@@ -179,7 +180,7 @@ class Reporter:
             self._refused = why
 
 
-Work = Callable[[Stage, Reporter], dict[str, Any]]
+Work = Callable[[Stage, Reporter], Mapping[str, Any]]  # gives an entry of `ktray.stages.manifests`
 
 
 def run_stage(
@@ -241,7 +242,7 @@ def _attempt(
         status = "FAILED"
         try:
             with watch(watchdog):
-                found = work(stage, reporter)
+                found = dict(work(stage, reporter))
             reporter.quarantine.check(reporter.read, context.recipe.data.max_bad_fraction)
             status = "FINISHED"
         finally:

@@ -7,11 +7,11 @@ finetuning can destroy what was transferred, and then it is skipped.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from ktray.recipe.schema import ObjectiveConfig
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
+from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach import stage as teach_stage
 from ktray.stages.transfer import fit, student_spec
 from ktray.storage.store import Stage
@@ -26,7 +26,7 @@ def run(context: RunContext, transfer: StageResult, teach: teach_stage.TeachResu
     recipe = context.recipe
     part = recipe.finetune
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> TrainedManifest:
         settings = TrainerSettings.of(
             part,
             clip=recipe.train.clip,
@@ -63,7 +63,7 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
     part = recipe.train
     steps = int(recipe.baselines.scratch_steps or part.steps or 1)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> TrainedManifest:
         settings = TrainerSettings.of(part, steps=steps, seed=recipe.seed, evals=15, patience=5, keep="best")
         job = FinetuneSpec(
             settings,

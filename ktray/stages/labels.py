@@ -19,6 +19,7 @@ from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import BadImage, KtrayError
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.manifests import LabelsManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
@@ -145,7 +146,7 @@ def run(context: RunContext, preprocess: Preprocess) -> StageResult:
     masks = Masks.of(context)
     canvas = canvas_preprocess(preprocess, context.canvas)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> LabelsManifest:
         items = shard_items("train", context.task.train) + shard_items("val", context.task.val)
         reporter.expect(sum(len(i["examples"]) for i in items))
         decode = _Decode(stage, preprocess, canvas, context.recipe.data.max_pixels, masks)

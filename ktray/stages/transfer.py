@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ktray.distributed.mailbox import open_mailbox
 from ktray.objectives import build_objective
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.labels import labels_of
+from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach import stage as teach_stage
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
@@ -35,7 +35,7 @@ def run(
     steps = int(part.steps or 1)
     policy = teach_stage.view_policy(context)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> TrainedManifest:
         settings = TrainerSettings.of(part, steps=steps, seed=recipe.seed, evals=5)
         reporter.read = teach.images
         job = TransferSpec(
@@ -77,7 +77,7 @@ def student_spec(context: RunContext, start: Stage | None = None) -> StudentSpec
     return StudentSpec.of(context.recipe, len(context.task.classes), (start, WEIGHTS) if start is not None else None)
 
 
-def fit(context: RunContext, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> dict[str, Any]:
+def fit(context: RunContext, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> TrainedManifest:
     """Run a student's job and keep its final weights in the stage."""
     reporter.expect(steps, "step")
 

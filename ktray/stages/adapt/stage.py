@@ -32,6 +32,7 @@ from ktray.objectives import build_objective
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.dense import fit_heads, score_maps
 from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
+from ktray.stages.manifests import AdaptManifest
 from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows, write_rows
@@ -67,7 +68,7 @@ def run(context: RunContext, spec: TeacherSpec, max_failures: int) -> StageResul
     decoded = labels_stage.run(context, _preprocess(context, spec))
     metric = context.metric
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> AdaptManifest:
         plan = context.plan
         reporter.expect(len(context.task.train) + len(context.task.val))
         names = context.class_names if len(context.class_names) == len(context.task.classes) else context.task.classes

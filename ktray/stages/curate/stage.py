@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from ktray.stages.curate.heldout import heldout
 from ktray.stages.curate.queries import Queries, queries
 from ktray.stages.index import compress
 from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, retrieve
+from ktray.stages.manifests import CurateManifest
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 
@@ -59,7 +59,7 @@ def run(
     needs = build_objective(context.recipe.objective).targets_needed
     beside = [name for column, name in (("text", "caption"), ("label", "label")) if column in needs]
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> CurateManifest:
         if index is None:
             return _target(context, stage)
         gallery = Gallery.of(index)
@@ -227,7 +227,7 @@ def _write(
     return uris
 
 
-def _target(context: RunContext, stage: Stage) -> dict[str, Any]:
+def _target(context: RunContext, stage: Stage) -> CurateManifest:
     uris = [e.uri for e in context.task.train] + list(context.task.unlabeled)
     size = context.recipe.transfer.size
     if size is not None and size < len(uris):

@@ -20,6 +20,7 @@ from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_
 from ktray.stages.base import Reporter, RunContext, StageResult, finish_shard, finished_shards, run_stage
 from ktray.stages.evaluate import dense
 from ktray.stages.labels import Masks, decode_examples, shard_items
+from ktray.stages.manifests import EvaluateManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
@@ -91,7 +92,7 @@ def run(
     recipe, classes = context.recipe, context.task.classes
     masks = Masks.of(context)
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> EvaluateManifest:
         spec = next(iter(students.values()))[0]
         transforms = {"student": spec.make(bare=True).preprocess}
         if teacher:

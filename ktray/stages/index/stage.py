@@ -28,6 +28,7 @@ from ktray.stages.base import Reporter, RunContext, StageResult, run_stage
 from ktray.stages.index.compress import compress, wanted
 from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
+from ktray.stages.manifests import IndexClasses, IndexManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows
 
@@ -168,7 +169,7 @@ def _index(
     items: list[Item] | None,
     total: int | None,
     crops: Crops,
-    more: dict[str, Any],
+    more: IndexClasses,
 ) -> StageResult:
     recipe = context.recipe
     facts = {
@@ -191,7 +192,7 @@ def _index(
     def whole(manifest: dict[str, Any]) -> bool:
         return len(folder.shards(names)[0]) == len(names)
 
-    def work(stage: Any, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Any, reporter: Reporter) -> IndexManifest:
         folder.settle(facts)
         finished, broken = folder.shards(names)
         sources = {str(item["name"]): item["source"] for item in items}

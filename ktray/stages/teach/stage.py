@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
@@ -23,6 +23,7 @@ from ktray.objectives import build_objective
 from ktray.objectives.base import TEACHERS
 from ktray.stages.base import Reporter, RunContext, StageResult, finished_shards, run_stage
 from ktray.stages.labels import canvas_preprocess
+from ktray.stages.manifests import TargetSizes, TeachManifest
 from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
@@ -35,8 +36,6 @@ from ktray.training.inputs import TargetSet
 # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize
 VERSION = 4
 SHARD_BYTES = 64_000_000
-# What the manifest says of the targets' sizes, as `TargetSet` has it.
-SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
 Targets = tuple[str, ...]
 
 
@@ -55,22 +54,31 @@ class TeachResult:
     @property
     def images(self) -> int:
         """Images that training will decode itself."""
-        return int(self.done.manifest["images"]) if self.done.manifest["mode"] != "cached" else 0
+        return self.manifest["images"] if self.manifest["mode"] != "cached" else 0
+
+    @property
+    def manifest(self) -> TeachManifest:
+        return cast(TeachManifest, self.done.manifest)
 
     def taught(self) -> TargetSet:
         """What training needs to know of a whole TEACH directory."""
-        m = self.done.manifest
-        mode = str(m["mode"])
+        m = self.manifest
+        mode = m["mode"]
         return TargetSet(
             self.done.stage,
-            tuple((str(name), int(rows)) for name, rows in m["shards"] if rows),
-            int(m["row_bytes"]),
+            tuple((name, rows) for name, rows in m["shards"] if rows),
+            m["row_bytes"],
             tuple(m["targets"]),
             mode,
             self.cut if mode != "cached" else None,
             self.predict if mode != "cached" else None,
             jpeg=mode == "cached" and m["jpeg"] is not None,
-            **{name: int(m[name]) for name in SIZES},
+            embed_dim=m["embed_dim"],
+            patch_dim=m["patch_dim"],
+            vocabulary=m["vocabulary"],
+            text_length=m["text_length"],
+            source_classes=m["source_classes"],
+            classes=m["classes"],
         )
 
 
@@ -103,7 +111,7 @@ def run(
     patches, cached = "patch_embedding" in targets, part.mode == "cached"
     facts = adapt.manifest if adapt else {}
 
-    def work(stage: Stage, reporter: Reporter) -> dict[str, Any]:
+    def work(stage: Stage, reporter: Reporter) -> TeachManifest:
         wanted = [column for name, column in (("text", "caption"), ("label", "label")) if name in targets]
         table = read_rows(curate.stage, "transfer.parquet", ["uri", *wanted])
         uris = table["uri"].tolist()
@@ -121,7 +129,7 @@ def run(
             rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
         if not sum(rows.values()):
             raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
-        known = {
+        known: TargetSizes = {
             "classes": len(context.task.classes) if part.top_k and "logits" in targets else 0,
             "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
             "patch_dim": int(facts.get("patch_dim") or 0) if patches else 0,
@@ -150,7 +158,7 @@ def run(
             "row_bytes": 3 * side**2 + 2 * halves + 16,
             "targets": list(targets),
             "view_size": view_size,
-            "shards": [[name, rows[name]] for name in sorted(rows)],
+            "shards": [(name, rows[name]) for name in sorted(rows)],
             **known,
         }
 
