@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
+from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
@@ -135,7 +136,7 @@ class Reporter:
     ) -> None:
         self.runtime, self.name, self.meter, self.check = runtime, name, meter, check
         self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
-        self.starts: list[dict[str, int]] = []  # of the training workers: at which step, how many
+        self.starts: list[WorkerStart] = []  # of the training workers: at which step, how many
         self.run = runtime.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
@@ -228,7 +229,7 @@ class Reporter:
 
 
 Inputs = TypeVar("Inputs", bound=StageInputs)
-Work = Callable[[Inputs, Runtime, Stage, "Reporter"], dict[str, Any]]
+Work = Callable[[Inputs, Runtime, Stage, "Reporter"], Mapping[str, Any]]  # an entry of `ktray.stages.manifests`
 
 
 def run_stage(
@@ -290,7 +291,7 @@ def _attempt(
         status = "FAILED"
         try:
             with watch(watchdog):
-                found = work(inputs, runtime, stage, reporter)
+                found = dict(work(inputs, runtime, stage, reporter))
             reporter.quarantine.check(reporter.read, runtime.max_bad_fraction)
             status = "FINISHED"
         finally:
