@@ -36,7 +36,7 @@ def search(tmp_path):
 
 def test_the_best_so_far_meets_the_schema(search, tmp_path):
     base, folder, toy = search
-    reporter = result.SearchReporter(base, toy.records, toy.purse, folder, print, lambda record: None)
+    reporter = result.SearchReporter(base, toy.records, toy.purse, folder, lambda record: None)
     reporter.save()
     found = check_result("tune-running", tmp_path / "run" / "result.json")
     assert found["best"]["run"] == "run-1"
