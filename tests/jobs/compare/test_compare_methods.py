@@ -74,18 +74,18 @@ def test_sizes_and_budgets_are_runs_of_their_way():
             "compare.budgets=[0.125, 0.5]",
         ],
     )
-    ways = list_methods(base)
+    methods = list_methods(base)
     families = {}
-    for name, way in ways.items():
-        families.setdefault(way.family, []).append(name)
+    for name, method in methods.items():
+        families.setdefault(method.family, []).append(name)
     assert {family: len(names) for family, names in families.items()} == {
         "oriented retrieved": 5,
         "agnostic retrieved": 3,
         "oriented generic": 1,
         "scratch": 1,
     }
-    assert ways["agnostic retrieved, 1,000 images"].keys["transfer.size"] == 1000
-    assert ways["oriented retrieved, 1/8 steps"].share == 0.125
+    assert methods["agnostic retrieved, 1,000 images"].keys["transfer.size"] == 1000
+    assert methods["oriented retrieved, 1/8 steps"].share == 0.125
     for wrong in ("compare.budgets=[2]", "compare.sizes=[0]"):
         with pytest.raises(KtrayError, match=wrong.split("=")[0]):
             list_methods(recipes.load(None, [wrong]))
