@@ -229,7 +229,7 @@ def run(
         until.enter_context(Servers(bridge, answer, at_once))
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(Trial, desk=bridge), tune.PlacementGroupFactory([{"CPU": 0.0, node: 0.001}])
+                tune.with_parameters(Trial, bridge=bridge), tune.PlacementGroupFactory([{"CPU": 0.0, node: 0.001}])
             ),
             tune_config=tune.TuneConfig(
                 search_alg=proposer,
