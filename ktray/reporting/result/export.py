@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ktray.reporting.result.parts import Device, Number, Result, ResultPart
 
@@ -114,7 +114,10 @@ class LoggedModel(ResultPart):
 
 
 class ExportResult(Result):
-    """jobs/export.py."""
+    """jobs/export.py. An export target of another package adds an object under its own name."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, dict[str, Any]]
 
     key: str = Field(description="of all that the export is made of")
     time: Number = Field(description="seconds since 1970")
