@@ -117,7 +117,7 @@ class ExportResult(Result):
     """jobs/export.py. An export target of another package adds an object under its own name."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-    __pydantic_extra__: dict[str, dict[str, Any]]
+    __pydantic_extra__: dict[str, dict[str, Any] | None]
 
     key: str = Field(description="of all that the export is made of")
     time: Number = Field(description="seconds since 1970")
