@@ -176,7 +176,7 @@ def build_student(
         path = fetch(checkpoint, "student.checkpoint")
         if not load_timm_weights(model, path, "student.checkpoint"):
             warnings.append(
-                f"the classifier in '{checkpoint}' is for other classes; the student's classifier starts with random weights"
+                f"the classifier in '{checkpoint}' is for other classes; its classifier starts with random weights"
             )
     preprocess = Preprocess.from_timm(model)
     if image_size:

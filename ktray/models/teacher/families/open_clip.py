@@ -176,7 +176,7 @@ class TextTower(nn.Module):
             except Exception as error:
                 raise KtrayError(
                     f"The teacher's tokenizer cannot be loaded: {cause(error)}",
-                    "Some tokenizers are fetched from the hub. Check the network, or set teacher.adapt=probe (no text).",
+                    "Some tokenizers are fetched from the hub: check the network, or set teacher.adapt=probe.",
                 ) from error
         tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
         encoded: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
