@@ -1,4 +1,4 @@
-"""The small world that ships with ktray: images, captions, labelled tasks, and a small foundation model."""
+"""The small drawn world that ships with ktray: images, captions, labelled tasks, and a small foundation model."""
 
 from ktray.miniverse.generate import ensure_gallery, ensure_generic_labels, ensure_task
 from ktray.miniverse.tasks import TASKS, MiniverseTask

@@ -1,4 +1,4 @@
-"""What a caption says about a picture, and when it is true of another one."""
+"""Captions: which facts about an image they mention, and their text."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from ktray.miniverse.vocabulary import BACKGROUNDS, COLOURS
 
-# How much a caption tells, and how often: people name the thing, fewer its colour, fewer what is behind it.
+# Shares of captions by the facts that they mention: most people name the subject, fewer its colour or background.
 DETAIL_SHARES = {"name": 0.2, "colour": 0.3, "background": 0.1, "all": 0.4}
-# The same for the second part of the teacher's training: an embedding that gives most of its room to what a
-# thing is, rather than to colours, finds like things when pictures are compared with pictures.
+# Shares in the second part of the teacher's training. If embeddings represent mainly the subject instead of the
+# colours, comparing images with images finds images with the same subject.
 TERSE_SHARES = {"name": 0.7, "colour": 0.15, "background": 0.05, "all": 0.1}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is in a picture, in the words captions use. ``None``: not told (in a caption), or not there."""
+    """Facts about an image, in the words of captions. ``None``: not mentioned (in a caption), or not in the image."""
 
     name: str
     colour: str | None = None
     background: str | None = None
 
     def told(self, detail: str) -> Facts:
-        """The part of these facts that a caption of the given detail (a key of `DETAIL_SHARES`) tells."""
+        """The part of these facts that a caption of this detail (a key of `DETAIL_SHARES`) mentions."""
         return Facts(
             self.name,
             self.colour if detail in ("colour", "all") else None,
@@ -41,7 +41,7 @@ def caption(facts: Facts) -> str:
 
 
 def prompt_templates() -> list[str]:
-    """Templates with one ``{}`` for a subject's name, which together cover what captions can tell."""
+    """Templates with one ``{}`` for a subject's name, which together cover all types of captions."""
     return [
         "the {}",
         *(f"the {{}} in {colour}" for colour in COLOURS),

@@ -1,8 +1,8 @@
-"""Writes the miniverse to disk: an unlabelled gallery, a generic labelled set, and tasks as folders of images.
+"""Write the miniverse to disk: an unlabelled gallery, a generic labelled set, and tasks as folders of images.
 
-A folder appears under its final name only when it is complete (written beside it, then renamed), and its
-name holds the world's version: what exists is right, and is not written again. Two callers at once both
-write; the first to finish wins and the other's copy is dropped.
+A folder is written under a temporary name and renamed when it is complete, and its name contains the version of the
+world. Therefore an existing folder is valid and is not written again. If two callers write the same folder at the same
+time, the first complete copy is used and the other one is deleted.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SHARD_IMAGES = 2_000
 
 
 def ensure_gallery(root: Path, *, images: int = GALLERY_IMAGES) -> Path:
-    """The gallery's folder under `root`, written if it is not there.
+    """The folder of the gallery under `root`; it is written if it does not exist.
 
-    It holds ``gallery-00000.tar`` and so on (WebDataset): ``{key}.jpg`` and ``{key}.txt`` (the caption),
-    2,000 images a shard. There are no labels; captions are there for those who retrieve by text.
+    It contains ``gallery-00000.tar`` and so on (WebDataset) with ``{key}.jpg`` and ``{key}.txt`` (the caption), 2,000
+    images per shard. There are no labels; the captions are for retrieval by text.
 
     Args:
-        root: any folder; made if missing.
-        images: how many.
+        root: any folder; created if needed.
+        images: number of images.
 
     Raises:
         KtrayError: `root` cannot be written, or the disk is full.
@@ -74,19 +74,19 @@ def _write_shard(folder: Path, span: tuple[int, int, int]) -> None:
 
 
 def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LABELLED_IMAGES) -> Path:
-    """A Parquet list of labelled images that are not of a task's classes, written if it is not there.
+    """A Parquet list of labelled images that do not show a task's classes; it is written if it does not exist.
 
-    It is to the built-in tasks what ImageNet is to those of the paper: a labelled set for supervised
-    pretraining. Columns ``image`` (JPEG bytes), ``label`` (what is in the picture, such as ``digit three``) and
-    ``split`` (all ``train``), as `ktray.data.labelled.read.read_labelled` reads them.
+    It corresponds to ImageNet for the tasks of the paper: a labelled set for supervised pretraining. The columns
+    ``image`` (JPEG bytes), ``label`` (the subject of the image, such as ``digit three``) and ``split`` (always
+    ``train``) have the format of `ktray.data.labelled.read.read_labelled`.
 
     Args:
-        root: any folder; made if missing.
-        task: a key of `TASKS`; subjects of its `MiniverseTask.kinds` are left out.
-        images: how many.
+        root: any folder; created if needed.
+        task: a key of `TASKS`; subjects of its `MiniverseTask.kinds` are excluded.
+        images: number of images.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         KtrayError: there is no such task, or `root` cannot be written, or the disk is full.
@@ -118,16 +118,16 @@ def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LA
 
 
 def ensure_task(root: Path, name: str) -> Path:
-    """The folder of a built-in task under `root`, written if it is not there.
+    """The folder of a built-in task under `root`; it is written if it does not exist.
 
-    It holds ``task.json``: ``name``, ``kind``, ``metric``, ``classes``, ``class_names`` (class -> noun phrase),
+    It contains ``task.json``: ``name``, ``kind``, ``metric``, ``classes``, ``class_names`` (class -> noun phrase),
     ``prompts`` (templates with ``{}``), ``labels_per_class``, ``image_size``, ``about``, ``counterpart``; and
-    ``train/ val/ test/``. For classification each of these has class folders of PNG files. For segmentation
-    each has ``images/NAME.png`` and ``masks/NAME.png`` (8-bit grey: the class's number, or 255 for pixels that
-    count for nothing), and ``classes.txt`` beside them names the classes, one a line, in the order of the numbers.
+    the folders ``train/``, ``val/`` and ``test/``. For classification each of them has class folders with PNG files.
+    For segmentation each has ``images/NAME.png`` and ``masks/NAME.png`` (8-bit grey: the number of the class, or 255 for
+    ignored pixels), and ``classes.txt`` contains the class names, one per line, in the order of the numbers.
 
     Args:
-        root: any folder; made if missing.
+        root: any folder; created if needed.
         name: a key of `TASKS`.
 
     Raises:
@@ -167,19 +167,19 @@ def ensure_task(root: Path, name: str) -> Path:
 
 def _task(name: str) -> MiniverseTask:
     if name not in TASKS:
-        raise KtrayError(f"there is no built-in task {name!r}", f"task.name is one of {', '.join(TASKS)}")
+        raise KtrayError(f"There is no built-in task {name!r}", f"Set task.name to one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def _jpeg(image: NDArray[np.uint8]) -> bytes:
     encoded = io.BytesIO()
-    # 4:4:4, as halved colour would blur glyphs that differ from their ground by hue alone.
+    # 4:4:4, because chroma subsampling would blur glyphs that differ from their background only by hue.
     Image.fromarray(image).save(encoded, "JPEG", quality=92, subsampling=0)
     return encoded.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)  # time, owner and mode are constants: equal content, equal bytes
+    entry = tarfile.TarInfo(name)  # time, owner and mode are constants, so that equal content gives equal bytes
     entry.size = len(content)
     tar.addfile(entry, io.BytesIO(content))
 
@@ -201,8 +201,8 @@ def _ensure(root: Path, name: str, write: Callable[[Path], None]) -> Path:
                 raise
     except OSError as error:
         raise KtrayError(
-            f"cannot write the miniverse to {final}: {error}",
-            "Point `store` to a folder with write permission and some 100 MB of free space",
+            f"The miniverse cannot be written to '{final}': {error}",
+            "Set store to a folder with write permission and about 100 MB of free space.",
         ) from error
     finally:
         if partial is not None and partial.exists():

@@ -1,6 +1,6 @@
 """Grey masks (255 = ink) of glyphs, shapes and lines of text, at one and a half times the final size.
 
-A mask is drawn once per process and kept: a world of 60,000 images holds a few thousand of them.
+A mask is drawn once per process and cached: a world of 60,000 images needs only a few thousand masks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def mask_size(size: int) -> int:
 @lru_cache(maxsize=128)
 def _font(index: int, pixels: int) -> ImageFont.FreeTypeFont:
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{FONTS[index]}.ttf"
-    # The basic layout engine: with Raqm, where it is installed, kerning would change the pixels.
+    # The basic layout engine is used, because Raqm, if it is installed, would change the pixels by kerning.
     return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -33,7 +33,7 @@ def _fit(ink: Image.Image, side: int) -> Image.Image:
     """Crop to the ink, scale its longer side to 92% of `side`, and centre it on a square."""
     box = ink.getbbox()
     if box is None:
-        raise ValueError("a glyph without ink: the font lacks it")
+        raise ValueError("the glyph has no ink, so the font lacks it")
     ink = ink.crop(box)
     scale = 0.92 * side / max(ink.size)
     width, height = (max(1, round(edge * scale)) for edge in ink.size)
@@ -60,7 +60,7 @@ def text_mask(text: str, font: int, side: int) -> Image.Image:
 
 @lru_cache(maxsize=16384)
 def glyph_mask(char: str, font: int, style: str, side: int) -> Image.Image:
-    """The kept mask of one glyph in one of `STYLES`."""
+    """The cached mask of one glyph in one of `STYLES`."""
     return _styled(text_mask(char, font, side), style)
 
 
@@ -106,7 +106,7 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
 
 @lru_cache(maxsize=256)
 def shape_mask(shape: str, style: str, side: int) -> Image.Image:
-    """The kept mask of one shape of `vocabulary.SHAPES` in one of `STYLES`."""
+    """The cached mask of one shape of `vocabulary.SHAPES` in one of `STYLES`."""
     big = 4 * side
     ink = Image.new("L", (big, big))
     draw = ImageDraw.Draw(ink)

@@ -1,4 +1,4 @@
-"""Photo-like JPEGs to read: as large in pixels and bytes as ImageNet's, so that decoders have as much to do."""
+"""Photo-like JPEGs for speed tests: their sizes in pixels and bytes, and so the decoding time, are as in ImageNet."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _POWER = 1.35
 
 
 def ensure_tars(folder: Path, images: int, a_tar: int = 250) -> list[str]:
-    """``images`` JPEGs of 500 x 375 in WebDataset tars, written if they are not there; 64 of them are distinct."""
+    """Write ``images`` JPEGs of 500 x 375 pixels as WebDataset tars, unless they exist; 64 of them are distinct."""
     paths = []
-    made: list[bytes] = []
+    contents: list[bytes] = []
     for number, first in enumerate(range(0, images, a_tar)):
         count = min(a_tar, images - first)
         path = folder / f"photos-{number:05d}-{count}.tar"
         paths.append(str(path))
         if path.exists():
             continue
-        made = made or [jpeg(seed) for seed in range(_DISTINCT)]
+        contents = contents or [jpeg(seed) for seed in range(_DISTINCT)]
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".tmp")
         with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, first + count):
-                content = made[i % _DISTINCT]
+                content = contents[i % _DISTINCT]
                 info = tarfile.TarInfo(f"{i:08d}.jpg")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -39,8 +39,10 @@ def ensure_tars(folder: Path, images: int, a_tar: int = 250) -> list[str]:
 
 
 def jpeg(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A picture whose frequencies fall with a power, nearly as those of photographs do (D. J. Field, 1987), with a
-    little of a sensor's noise; the power is such that it has some 60 kB at 500 x 375, as ImageNet's have."""
+    """An image with a power-law spectrum, similar to photographs (D. J. Field, 1987), with weak sensor noise.
+
+    With the exponent used here, it has about 60 kB at 500 x 375 pixels, as images of ImageNet have.
+    """
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf

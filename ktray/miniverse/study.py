@@ -1,9 +1,9 @@
-"""What transfer sets hold, and what they are worth: a picture from a comparison on the miniverse.
+"""Content and value of transfer sets: a chart from a comparison on the miniverse.
 
-    python -m ktray.miniverse.study STORE/runs/COMPARISON PICTURE.png
+    python -m ktray.miniverse.study STORE/runs/COMPARISON CHART.png
 
-The miniverse knows what each gallery image shows, since captions always name it. So the share of a set that is on task
-(shows something of the task's kind) can be counted, beside the accuracy of the students that the sets made.
+The subject of each gallery image of the miniverse is known, because captions always name it. Therefore the share of a
+transfer set that is on task (shows a subject of the task's kinds) can be compared with the accuracy of the students.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKERS = "osD^vPX"
 
 @dataclass(frozen=True)
 class StudyPoint:
-    """One way of a comparison: how its set was chosen, and what came of it (fractions)."""
+    """One method of a comparison: how its transfer set was chosen, and its results (fractions)."""
 
     group: str
     images: int
@@ -47,13 +47,14 @@ def on_task(uris: Sequence[str], captions: Mapping[str, str], names: Sequence[st
     """Share of the images whose caption names one of the task's subjects.
 
     Args:
-        captions: by uri of the whole image.
-        names: noun phrases, such as "capital letter K".
+        uris: the images.
+        captions: captions by uri of the whole image.
+        names: noun phrases of the subjects, such as "capital letter K".
     """
     # The phrase is followed by " in COLOUR", " on a ..." or nothing: "capital letter I" must not match "... In".
-    known = {f"the {name}" for name in names}
-    told = (captions[str(ImageRef.parse(uri).whole)].partition(" in ")[0].partition(" on a ")[0] for uri in uris)
-    return sum(caption in known for caption in told) / max(1, len(uris))
+    phrases = {f"the {name}" for name in names}
+    mentioned = (captions[str(ImageRef.parse(uri).whole)].partition(" in ")[0].partition(" on a ")[0] for uri in uris)
+    return sum(caption in phrases for caption in mentioned) / max(1, len(uris))
 
 
 def read_captions(gallery: str | list[str]) -> dict[str, str]:
@@ -61,39 +62,39 @@ def read_captions(gallery: str | list[str]) -> dict[str, str]:
     return {r.uri: r.caption or "" for shard in list_shards(gallery) for r in read_shard(shard)}
 
 
-def points(found: dict[str, Any], store: Path, captions: Mapping[str, str]) -> list[StudyPoint]:
-    """A point for each way of a comparison's ``result.json``; ways that differ in size alone share a group."""
-    task = TASKS[str(found["task"])]
+def points(comparison: dict[str, Any], store: Path, captions: Mapping[str, str]) -> list[StudyPoint]:
+    """A point for each method in a ``result.json`` of a comparison; methods that differ only in size share a group."""
+    task = TASKS[str(comparison["task"])]
     names = [subject.name for kind in task.kinds for subject in SUBJECTS[kind]]
-    out = []
-    for way in found["ways"]:
-        keys = {key: value for key, value in way["keys"].items() if key != "transfer.size"}
+    study_points = []
+    for method in comparison["ways"]:
+        keys = {key: value for key, value in method["keys"].items() if key != "transfer.size"}
         drawn = keys.get("transfer.source") == "generic"
         group = "random" if drawn else str(keys.get("transfer.strategy", DEFAULT_STRATEGY))
-        run = json.loads((store / "runs" / way["runs"][0] / "result.json").read_text())
+        run = json.loads((store / "runs" / method["runs"][0] / "result.json").read_text())
         uris = pq.read_table(run["transfer_set"]["path"], columns=["uri"])["uri"].to_pylist()
         share = on_task(uris, captions, names)
-        out.append(StudyPoint(group, len(uris), share, way["accuracy"], way["spread"] or 0.0))
-    return out
+        study_points.append(StudyPoint(group, len(uris), share, method["accuracy"], method["spread"] or 0.0))
+    return study_points
 
 
-def draw(found: Sequence[StudyPoint], title: str) -> Figure:
-    """Share on task and accuracy against the size of the set, a line for each strategy."""
+def draw(study_points: Sequence[StudyPoint], title: str) -> Figure:
+    """Share on task and accuracy by size of the transfer set, with one line for each strategy."""
     figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    groups = list(dict.fromkeys(p.group for p in found))
+    groups = list(dict.fromkeys(p.group for p in study_points))
     for place, (group, colour, marker) in enumerate(zip(groups, COLOURS, MARKERS, strict=False)):
-        line = sorted((p for p in found if p.group == group), key=lambda p: p.images)
-        # Beside each other, so that the bars of strategies of one size can be told apart.
+        line = sorted((p for p in study_points if p.group == group), key=lambda p: p.images)
+        # Sizes are shifted slightly, so that the error bars of different strategies do not overlap.
         sizes = [p.images * 2 ** (0.09 * (place - (len(groups) - 1) / 2)) for p in line]
         look = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.6}
         left.plot(sizes, [p.on_task for p in line], label=group, **look)
         right.errorbar(sizes, [p.accuracy for p in line], [p.spread for p in line], capsize=3, **look)
-    left.set_title("share of the set that is on task", fontsize=11, loc="left")
+    left.set_title("share of the transfer set that is on task", fontsize=11, loc="left")
     right.set_title("student's test accuracy (mean and s.d.)", fontsize=11, loc="left")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        ticks = sorted({2 ** round(math.log2(p.images / 250)) * 250 for p in found})
+        ticks = sorted({2 ** round(math.log2(p.images / 250)) * 250 for p in study_points})
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -108,17 +109,19 @@ def draw(found: Sequence[StudyPoint], title: str) -> Figure:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read a comparison's folder, write the picture, print the table."""
-    folder, picture = Path(arguments[0]), Path(arguments[1])
-    found = json.loads((folder / "result.json").read_text())
+    """Read the folder of a comparison, write the chart and print the table."""
+    folder, chart = Path(arguments[0]), Path(arguments[1])
+    comparison = json.loads((folder / "result.json").read_text())
     store = folder.parents[1]
     gallery = next(store.glob("**/miniverse-*-gallery-*"))
-    made = points(found, store, read_captions(str(gallery)))
-    seeds = len(found["seeds"])
-    figure = draw(made, f"Transfer sets for {found['task']}, {found['student']}, {seeds} seeds, equal steps")
-    FigureCanvasAgg(figure).print_png(str(picture))
+    study_points = points(comparison, store, read_captions(str(gallery)))
+    seeds = len(comparison["seeds"])
+    figure = draw(
+        study_points, f"Transfer sets for {comparison['task']}, {comparison['student']}, {seeds} seeds, equal steps"
+    )
+    FigureCanvasAgg(figure).print_png(str(chart))
     print("| strategy | images | on task | test accuracy |\n|---|---|---|---|")
-    for p in made:
+    for p in study_points:
         print(f"| {p.group} | {p.images:,} | {p.on_task:.1%} | {p.accuracy:.1%} ± {100 * p.spread:.1f} |")
 
 

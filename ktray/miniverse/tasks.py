@@ -1,8 +1,8 @@
 """The built-in tasks: real digits, and miniature counterparts of the five tasks of the paper.
 
-Each is made for what its counterpart is known for: many classes and a rich gallery (letters), few labels of
-things that fill the frame (textures), a class that is not the object (colours), a long tail (marks), a map in
-place of a label (shapes).
+Each has the main characteristic of its counterpart: many classes and a rich gallery (letters), few labels and images
+without an object (textures), classes that are not objects (colours), a long-tailed distribution (marks), label maps
+instead of labels (shapes).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ktray.miniverse.vocabulary import COLOURS, KNOWN_TEXTURES, SHAPES, SUBJECTS
 from ktray.miniverse.world import IGNORE, sample
 
 IMAGE_SIZE = 32
-# Images of the commonest and of the rarest class of `marks`.
+# Number of images of the most common and of the rarest class of `marks`.
 TAILS = {"train": (60, 3), "val": (40, 3), "test": (500, 35)}
 
 
@@ -30,7 +30,7 @@ class DrawnExample:
     Attributes:
         image: uint8 [size, size, 3], RGB.
         label: index into `MiniverseTask.classes`.
-        mask: for segmentation, uint8 [size, size] of such indices, 255 where a pixel counts for nothing.
+        mask: for segmentation, uint8 [size, size] of such indices; 255 for ignored pixels.
     """
 
     image: NDArray[np.uint8]
@@ -43,18 +43,18 @@ class MiniverseTask:
     """A built-in task.
 
     Attributes:
-        name: its name in recipes (``task.name``).
-        classes: folder names (segmentation: names of the maps' values), in the order of the labels.
-        class_names: class -> noun phrase for prompts.
-        labels_per_class: images a class in ``train``; of the commonest class, where they differ.
-        splits: gives ``train``, ``val`` and ``test``.
-        about: one sentence on where the images come from.
-        kinds: kinds of subjects that the classes are; a generic labelled set for this task leaves them out.
-        counterpart: which task of the paper it stands for, and in what; empty if for none.
-        kind: what is predicted.
-        metric: what it is judged on.
-        masks: pictures have label maps in place of class folders.
-        prompts: templates with one ``{}`` for a class's noun phrase.
+        name: name of the task in recipes (``task.name``).
+        classes: folder names (segmentation: names of the values of label maps), in the order of the labels.
+        class_names: class to noun phrase for prompts.
+        labels_per_class: images per class in ``train``; if classes differ, those of the most common class.
+        splits: returns the splits ``train``, ``val`` and ``test``.
+        about: a short description of the images.
+        kinds: kinds of subjects that are classes; a generic labelled set for this task excludes them.
+        counterpart: the corresponding task of the paper and its characteristic; empty if there is none.
+        kind: kind of the task.
+        metric: metric of the task.
+        masks: whether images have label maps instead of class folders.
+        prompts: templates with one ``{}`` for the noun phrase of a class.
     """
 
     name: str
@@ -72,18 +72,19 @@ class MiniverseTask:
 
 
 def tail(most: int, least: int, classes: int) -> list[int]:
-    """Counts that fall geometrically from `most` to `least`, rounded."""
+    """Counts that decrease geometrically from `most` to `least`, rounded."""
     return [round(most * (least / most) ** (rank / (classes - 1))) for rank in range(classes)]
 
 
 def _in_turn(name: str, classes: Sequence[str], counts: dict[str, list[int]]) -> dict[str, list[DrawnExample]]:
-    """Splits of the streams ``{name}-{split}``, which take the classes in turn.
+    """Splits from the streams ``{name}-{split}``, in which the classes alternate.
 
     Args:
-        classes: in the stream's order; labels are in the order of the sorted names, as readers of folders have it.
-        counts: split -> images of each class, in the stream's order.
+        name: name of the task.
+        classes: classes in the order of the stream. Labels are in the order of the sorted names, as for class folders.
+        counts: split to number of images of each class, in the order of the stream.
     """
-    labels = [sorted(classes).index(one) for one in classes]
+    labels = [sorted(classes).index(class_name) for class_name in classes]
     return {
         split: [
             DrawnExample(sample(f"{name}-{split}", index, size=IMAGE_SIZE).image, labels[index % len(classes)])
@@ -128,14 +129,14 @@ def _digits() -> dict[str, list[DrawnExample]]:
         label = int(labels[row])
         split = "train" if seen[label] < 10 else "val" if seen[label] < 20 else "test"
         seen[label] += 1
-        # Dark ink on light paper, as it was before the scan.
+        # Dark ink on light paper, as before the scan.
         paper = Image.fromarray(np.round(255 * (1 - ink[row])).astype(np.uint8))
         grown = paper.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB")
         splits[split].append(DrawnExample(np.asarray(grown), label))
     return splits
 
 
-# Folder -> noun phrase, commonest first; the signs themselves are no names for folders.
+# Folder to noun phrase, most common first. The signs themselves cannot be folder names.
 _SIGNS = {subject.name.replace(" ", "_"): subject.name for subject in SUBJECTS["sign"]}
 _LETTERS = tuple(subject.token for subject in SUBJECTS["capital"])
 
@@ -146,9 +147,9 @@ _ALL = (
         class_names={subject.token: subject.name for subject in SUBJECTS["capital"]},
         labels_per_class=10,
         splits=_even("letters", _LETTERS, train=10, val=10, test=100),
-        about="capital letters of the miniverse, drawn apart from the gallery and from what the teacher saw",
+        about="capital letters of the miniverse, drawn separately from the gallery and the teacher's training data",
         kinds=("capital",),
-        counterpart="ImageNet: the most classes, and a teacher that knows them well",
+        counterpart="ImageNet: the most classes, and a teacher that is accurate on them",
     ),
     MiniverseTask(
         name="digits",
@@ -165,10 +166,10 @@ _ALL = (
         class_names={name: name for name in KNOWN_TEXTURES},
         labels_per_class=5,
         splits=_even("textures", KNOWN_TEXTURES, train=5, val=5, test=120),
-        about="textures that fill the frame, in two colours that say nothing about the class",
+        about="textures that fill the frame, in two colours that are independent of the class",
         kinds=("texture",),
-        counterpart="EuroSAT: few classes and very few labels, pictures without an object",
-        # Captions tell no background where there is none.
+        counterpart="EuroSAT: few classes, very few labels, and images without an object",
+        # Captions of textures mention no background.
         prompts=("the {}", *(f"the {{}} in {colour}" for colour in COLOURS)),
     ),
     MiniverseTask(
@@ -177,9 +178,9 @@ _ALL = (
         class_names={name: name for name in COLOURS},
         labels_per_class=10,
         splits=_even("colours", tuple(COLOURS), train=10, val=5, test=80),
-        about="things of every kind; the class is the colour of the thing, not what it is nor what is behind it",
+        about="subjects of every kind; the class is the colour of the subject, not its kind or its background",
         kinds=(),
-        counterpart="Places365: the class is not the object, and the whole gallery shows it",
+        counterpart="Places365: the class is not the object, and it occurs in the whole gallery",
         prompts=tuple(f"the {s.name} in {{}}" for kind in ("capital", "digit", "shape") for s in SUBJECTS[kind][:10]),
     ),
     MiniverseTask(
@@ -188,9 +189,9 @@ _ALL = (
         class_names=_SIGNS,
         labels_per_class=TAILS["train"][0],
         splits=_marks,
-        about="signs with a long tail: of each class a share of the images of the one before it, in every split",
+        about="signs with a long-tailed distribution: in each split, image counts decrease geometrically by class",
         kinds=("sign",),
-        counterpart="HAM10K: few classes, the commonest twenty times as common as the rarest",
+        counterpart="HAM10K: few classes, and the most common class has twenty times as many images as the rarest",
         metric="mean_class_accuracy",
     ),
     MiniverseTask(
@@ -199,9 +200,9 @@ _ALL = (
         class_names={name: name for name in ("background", *SHAPES)},
         labels_per_class=10,
         splits=_shapes,
-        about=f"one shape a picture with the map of its ink; the rim, where a pixel has some, is {IGNORE}",
+        about=f"one shape per image with its label map; pixels at the edge of the shape are {IGNORE}",
         kinds=("shape",),
-        counterpart="ADE20K: a class for every pixel, and few labelled pictures",
+        counterpart="ADE20K: a class for every pixel, and few labelled images",
         kind="segmentation",
         metric="miou",
         masks=True,

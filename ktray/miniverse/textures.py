@@ -1,4 +1,4 @@
-"""Fields of values in 0..1 that colour textures and backgrounds."""
+"""Fields of values in 0..1 for the colours of textures and backgrounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _axes(size: int) -> tuple[Field, Field]:
 
 
 def _soft(wave: Field) -> Field:
-    """A wave in -1..1 made nearly square, with edges about a pixel wide."""
+    """A wave in -1..1 converted to a nearly square wave in 0..1, with edges about one pixel wide."""
     return np.clip(wave * 2.2, -1, 1) * np.float32(0.5) + np.float32(0.5)
 
 
@@ -30,8 +30,8 @@ def texture_field(name: str, size: int, uniform: Callable[[], float], rng: np.ra
     Args:
         name: one of `vocabulary.TEXTURES`, or ``shade``.
         size: side in pixels.
-        uniform: gives numbers in 0..1; five are used.
-        rng: for the textures that need a number a pixel.
+        uniform: returns random numbers in 0..1; five are used.
+        rng: generator for textures that need one random number per pixel.
 
     Returns:
         float32 [size, size], 0..1.

@@ -1,12 +1,12 @@
-"""Train the small foundation model that ships with ktray.
+"""Train the small teacher that ships with ktray.
 
 ``python -m ktray.miniverse.train_teacher`` writes ``model.safetensors`` and ``train_log.csv`` into
-``ktray/miniverse/teacher/``. Expected: about 0.9 zero-shot top-1 on the test images of `letters`, in 40
-minutes on two cores. A run that was stopped goes on from its last checkpoint when started again.
+``ktray/miniverse/teacher/``. The expected zero-shot top-1 accuracy on the test images of `letters` is about 0.9, after
+40 minutes on two cores. If a run is stopped, the next start resumes it from its last checkpoint.
 
-Objective: symmetric InfoNCE between pictures and captions (Radford et al. 2021, section 2.3) with soft
-targets: within a batch, every caption that is true of a picture shares its target equally, because in a
-world this small many captions are.
+The objective is symmetric InfoNCE between images and captions (Radford et al. 2021, section 2.3) with soft targets:
+within a batch, the target of an image is distributed equally over all captions that are true for it, because in such a
+small world many captions are.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _DETAILS = list(DETAIL_SHARES)
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Settings of a training run; the defaults are those of the model that ships.
+    """Settings of a training run; the defaults are those of the included model.
 
-    From step `terse_from` on, captions mostly tell the name alone (`captions.TERSE_SHARES`).
+    From step `terse_from` on, most captions contain only the name (`captions.TERSE_SHARES`).
     """
 
     steps: int = 5000
@@ -71,7 +71,7 @@ class PretrainSettings:
 
 
 def _render(span: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images and codes (name, colour, background; -1 where there is none) of a span of `pretrain`."""
+    """Images and codes (name, colour, background; -1 where there is none) of a span of the stream `pretrain`."""
     start, stop = span
     images = np.empty((stop - start, 32, 32, 3), dtype=np.uint8)
     codes = np.empty((stop - start, 3), dtype=np.int64)
@@ -88,7 +88,7 @@ def _render(span: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]
 
 
 def render_pool(count: int, processes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first `count` pictures of the stream `pretrain`: uint8 [n, 32, 32, 3] and int64 codes [n, 3]."""
+    """The first `count` images of the stream `pretrain`: uint8 [n, 32, 32, 3] and int64 codes [n, 3]."""
     spans = [(start, min(start + 5000, count)) for start in range(0, count, 5000)]
     if processes < 2:
         parts = [_render(span) for span in spans]
@@ -99,22 +99,22 @@ def render_pool(count: int, processes: int) -> tuple[NDArray[np.uint8], NDArray[
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def true_captions(told: Tensor, pictures: Tensor) -> Tensor:
-    """Which captions are true of which pictures.
+def true_captions(mentioned: Tensor, pictures: Tensor) -> Tensor:
+    """Which captions are true for which images.
 
     Args:
-        told: int64 [captions, 3], codes with -1 for what a caption does not tell.
-        pictures: int64 [pictures, 3], codes of what is in the pictures.
+        mentioned: int64 [captions, 3], codes of the captions, with -1 for facts that a caption does not mention.
+        pictures: int64 [images, 3], codes of the content of the images.
 
     Returns:
-        bool [pictures, captions].
+        bool [images, captions].
     """
-    agrees = (told[None] == pictures[:, None]) | (told[None] == -1)
+    agrees = (mentioned[None] == pictures[:, None]) | (mentioned[None] == -1)
     return agrees.all(-1)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
-    """Symmetric cross-entropy whose targets are spread evenly over all true pairs.
+    """Symmetric cross-entropy with targets that are distributed evenly over all true pairs.
 
     Args:
         image: unit embeddings [n, dim].
@@ -130,10 +130,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -
 
 
 def batches(codes: Tensor, settings: PretrainSettings, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices [batch] into the pool and what their captions tell [batch, 3], from step `first` on.
+    """Indices [batch] into the pool and codes of their captions [batch, 3], from step `first` on.
 
-    The random numbers of a step depend on the seed and the step alone, so a restart continues the same
-    sequence.
+    The random numbers of a step depend only on the seed and the step, so a restart continues the same sequence.
     """
     per_epoch = len(codes) // settings.batch
     for step in range(first, settings.steps):
@@ -145,14 +144,14 @@ def batches(codes: Tensor, settings: PretrainSettings, first: int) -> Iterator[t
         plan = DETAIL_SHARES if step < settings.terse_from else TERSE_SHARES
         shares = torch.tensor([plan[detail] for detail in _DETAILS])
         detail = torch.multinomial(shares, settings.batch, replacement=True, generator=words)
-        told = codes[rows].clone()
-        told[(detail == _DETAILS.index("name")) | (detail == _DETAILS.index("background")), 1] = -1
-        told[(detail == _DETAILS.index("name")) | (detail == _DETAILS.index("colour")), 2] = -1
-        yield rows, told
+        mentioned = codes[rows].clone()
+        mentioned[(detail == _DETAILS.index("name")) | (detail == _DETAILS.index("background")), 1] = -1
+        mentioned[(detail == _DETAILS.index("name")) | (detail == _DETAILS.index("colour")), 2] = -1
+        yield rows, mentioned
 
 
-def _words(told: list[int]) -> str:
-    name, colour, background = told
+def _words(mentioned: list[int]) -> str:
+    name, colour, background = mentioned
     return caption(
         Facts(
             _NAMES[name],
@@ -163,7 +162,7 @@ def _words(told: list[int]) -> str:
 
 
 def normalise(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [n, 32, 32, 3] to what the model takes: float32 [n, 3, 32, 32], open_clip's mean and std."""
+    """Images uint8 [n, 32, 32, 3] to the input of the model: float32 [n, 3, 32, 32], with open_clip's mean and std."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     mean = torch.tensor(OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(OPENAI_DATASET_STD).view(1, 3, 1, 1)
@@ -173,8 +172,8 @@ def normalise(images: NDArray[np.uint8]) -> Tensor:
 def _labelled(stream: str, count: int) -> tuple[Tensor, Tensor]:
     names = [subject.name for subject in SUBJECTS["capital"]]
     drawn = [sample(stream, index) for index in range(count)]
-    labels = torch.tensor([names.index(one.subject.name) for one in drawn])
-    return normalise(np.stack([one.image for one in drawn])), labels
+    labels = torch.tensor([names.index(example.subject.name) for example in drawn])
+    return normalise(np.stack([example.image for example in drawn])), labels
 
 
 def _learning_rate(step: int, settings: PretrainSettings) -> float:
@@ -206,7 +205,7 @@ def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Run:
-    """What a training run holds: weights, their running average, the optimizer, the log; and its checkpoint."""
+    """The state of a training run: weights, their running average, the optimizer and the log; and its checkpoint."""
 
     def __init__(self, out: Path, settings: PretrainSettings) -> None:
         torch.manual_seed(settings.seed)
@@ -232,7 +231,7 @@ class Run:
         return float(saved["seconds"])
 
     def save(self) -> None:
-        """Weights, log and checkpoint, each replaced in one move."""
+        """Write weights, log and checkpoint; each file is replaced atomically."""
         _save(self.average, self.out / "model.safetensors")
         _write_log(self.out / "train_log.csv", self.rows)
         state = {
@@ -246,12 +245,12 @@ class Run:
         torch.save(state, self.checkpoint.with_suffix(".partial"))
         self.checkpoint.with_suffix(".partial").replace(self.checkpoint)
 
-    def update(self, images: Tensor, pictures: Tensor, told: Tensor, text: Tensor) -> float:
-        """One step on preprocessed `images` with codes `pictures` and captions `told`; returns the loss."""
+    def update(self, images: Tensor, pictures: Tensor, mentioned: Tensor, text: Tensor) -> float:
+        """One step on preprocessed `images` with codes `pictures` and caption codes `mentioned`; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = _learning_rate(self.step, self.settings)
         image_out, text_out, scale = self.model(images, text)
-        loss = contrastive_loss(image_out, text_out, scale, true_captions(told, pictures))
+        loss = contrastive_loss(image_out, text_out, scale, true_captions(mentioned, pictures))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -259,7 +258,7 @@ class Run:
         self.step += 1
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(100))  # type: ignore[operator]
-            # A short memory at first, so that early averages are not the random start.
+            # A small momentum at first, so that early averages do not contain the random initial weights.
             weight = 1 - min(self.settings.ema, (1 + self.step) / (20 + self.step))
             for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(now, weight)
@@ -267,7 +266,7 @@ class Run:
 
 
 def train(out: Path, settings: PretrainSettings, processes: int) -> dict[str, float]:
-    """Train, and leave ``model.safetensors`` (float16) and ``train_log.csv`` in `out`.
+    """Train, and write ``model.safetensors`` (float16) and ``train_log.csv`` into the folder `out`.
 
     Returns:
         ``zero_shot_val`` and ``zero_shot_test`` of the saved (averaged) weights, 0..1.
@@ -275,15 +274,15 @@ def train(out: Path, settings: PretrainSettings, processes: int) -> dict[str, fl
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, settings)
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
-    log.info("drawing %d pictures", settings.pool)
+    log.info("drawing %d images", settings.pool)
     images, codes_array = render_pool(settings.pool, processes)
     codes = torch.from_numpy(codes_array)
     names = [subject.name for subject in SUBJECTS["capital"]]
     val = _labelled("letters-val", 520)
     tokens: dict[tuple[int, ...], Tensor] = {}
     losses: list[float] = []
-    for rows, told in batches(codes, settings, run.step):
-        unique = torch.unique(told, dim=0)
+    for rows, mentioned in batches(codes, settings, run.step):
+        unique = torch.unique(mentioned, dim=0)
         keys = [tuple(key) for key in unique.tolist()]
         for key in keys:
             if key not in tokens:
@@ -315,9 +314,9 @@ def train(out: Path, settings: PretrainSettings, processes: int) -> dict[str, fl
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m ktray.miniverse.train_teacher", description=__doc__)
-    parser.add_argument("--out", type=Path, default=TEACHER_DIR, help="folder for weights and log")
-    parser.add_argument("--processes", type=int, default=2, help="processes that draw the pictures")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's choice")
+    parser.add_argument("--out", type=Path, default=TEACHER_DIR, help="folder for the weights and the log")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes that draw the images")
+    parser.add_argument("--threads", type=int, default=0, help="number of torch threads; 0: torch's default")
     for name, value in vars(PretrainSettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args())

@@ -1,8 +1,8 @@
-"""What there is in the miniverse: subjects, colours, backgrounds, and the streams that mix them.
+"""The content of the miniverse: subjects, colours, backgrounds, and streams.
 
-Everything here is data. A *subject* is what a caption names ("capital letter K", "five-pointed star");
-subjects come in *kinds* (capital, small, digit, sign, text, shape, texture). A *stream* is a named,
-endless sequence of images with its own random numbers and its own mix of kinds.
+This module contains only data. A *subject* is what a caption names ("capital letter K", "five-pointed star"); each
+subject has a *kind* (capital, small, digit, sign, text, shape, texture). A *stream* is a named, endless sequence of
+images with its own random numbers and its own shares of kinds.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WORLD_VERSION = "1"
-"""Changes whenever any image of any stream changes; part of the names of generated folders."""
+"""Changes if any image of any stream changes; it is a part of the names of generated folders."""
 
 CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
-# Small letters that are not a smaller copy of their capital: at 32 px and free scale "c" is "C".
+# Small letters that are not a smaller copy of their capital: at 32 px and any scale "c" is "C".
 SMALL = "abdefghmnqrt"
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIGNS = {
@@ -61,11 +61,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS = ("plain", "shaded", "noisy", "striped", "checked", "cluttered")
 BACKGROUND_SHARES = (0.28, 0.22, 0.16, 0.10, 0.08, 0.16)
 
-# Of plain, heavy and outlined ink.
+# Shares of plain, heavy and outlined styles.
 STYLE_SHARES = (0.80, 0.12, 0.08)
 
-# The text faces that matplotlib bundles: those whose ASCII glyphs are letters, digits and signs.
-# (cmmi10, cmsy10, cmex10, STIXSiz*, STIXNonUni* and *Display map other symbols, or none, to them.)
+# The text fonts that matplotlib includes: those whose ASCII glyphs are letters, digits and signs.
+# (cmmi10, cmsy10, cmex10, STIXSiz*, STIXNonUni* and *Display have other symbols, or none, for these characters.)
 FONTS = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -93,7 +93,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing that can be in a picture.
+    """One subject that an image can show.
 
     Attributes:
         kind: ``capital``, ``small``, ``digit``, ``sign``, ``text``, ``shape`` or ``texture``.
@@ -122,12 +122,12 @@ class Stream:
     """A named sequence of images.
 
     Attributes:
-        mix: kind -> share; the shares sum to 1.
-        balanced: take the subjects in turn (index modulo their number) instead of drawing them, so that
-            any prefix of a labelled split is balanced. Only with a single kind.
-        tokens: of the kinds, only the subjects with these tokens; empty: all of them.
+        mix: kind to share; the sum of the shares is 1.
+        balanced: the subjects alternate (index modulo their number) instead of being drawn, so that every prefix of a
+            labelled split is balanced. Only for streams with a single kind.
+        tokens: use only subjects with these tokens; empty: all subjects.
         styles: shares of `masks.STYLES`.
-        colours: take the subjects' colours in turn (index modulo their number) instead of drawing them.
+        colours: the colours of subjects alternate (index modulo their number) instead of being drawn.
     """
 
     mix: dict[str, float]
@@ -137,14 +137,14 @@ class Stream:
     colours: bool = False
 
 
-# The textures that the teacher that ships tells apart (0.76 zero-shot; of all eight it knows 0.50).
+# The textures that the included teacher distinguishes (zero-shot accuracy 0.76; with all eight textures 0.50).
 KNOWN_TEXTURES = ("stripes", "checks", "ripples", "speckles", "clouds")
 _THINGS = {"capital": 0.2, "small": 0.2, "digit": 0.15, "sign": 0.15, "shape": 0.3}
-# An outline is a pixel wide at 32 px: almost all of it would be rim, and nothing left to label.
+# At 32 px an outline is one pixel wide: almost all of its pixels would be edges, which have no label.
 _SOLID = (0.85, 0.15, 0.0)
 
-# Capitals are rare in the gallery, as any one task is on the web, and common in what the teacher learns
-# from: a foundation model has seen everything, a gallery is whatever lies around.
+# Capitals are rare in the gallery, as any single task is rare on the web. They are common in the teacher's training
+# data, because the data of a foundation model include the content of most tasks.
 STREAMS: dict[str, Stream] = {
     "pretrain": Stream(
         {

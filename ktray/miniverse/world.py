@@ -1,8 +1,8 @@
-"""The world itself: sample number `index` of a stream, drawn from nothing but numbers.
+"""The drawing of the miniverse: sample number `index` of a stream.
 
-Every sample is a pure function of (seed, stream, index): its random numbers come from a generator that is
-seeded with these three, so neither order nor the number of processes matters, and two streams never share
-a sample.
+Every sample is a pure function of (seed, stream, index): its random numbers come from a generator that is seeded with
+these three values. Therefore the order and the number of processes have no influence, and two streams never share a
+sample.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ktray.miniverse.vocabulary import (
 Pixels = NDArray[np.float32]
 Uniform = Callable[[], float]
 
-# Coverages between these are neither subject nor background in a mask.
+# Pixels with a coverage between these values are neither subject nor background in a mask.
 UNCERTAIN = (0.25, 0.75)
 IGNORE = 255
-# A subject must differ from what is behind it by this much in at least one of luminance and hue (0..255,
-# Euclidean in RGB with the eye's weights), or nobody could read it.
+# A subject must differ from its background by this much in luminance or hue (0..255, Euclidean in RGB with the weights
+# of the eye). Otherwise it would be unreadable.
 MIN_CONTRAST = 62.0
 _EYE = np.array([0.55, 1.0, 0.40], dtype=np.float32)
 _NAMES = tuple(COLOURS)
@@ -49,16 +49,16 @@ _RGB = np.array([COLOURS[name] for name in _NAMES], dtype=np.float32)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of the world.
+    """One image of the miniverse.
 
     Attributes:
         image: uint8 array [size, size, 3], RGB.
-        subject: what it shows.
-        facts: all that is true of it; `told` is the part that its caption tells.
+        subject: the subject of the image.
+        facts: all facts about the image; `told` contains those that its caption mentions.
         caption: the caption.
         index: its number in its stream.
-        mask: uint8 array [size, size]: 1 where there is the subject's ink, 0 where there is none, 255 on the rim,
-            where a pixel has some. All 1 for a texture, which fills the frame.
+        mask: uint8 array [size, size]: 1 for pixels of the subject, 0 for the background, 255 for pixels at the edge,
+            which the subject covers partly. All 1 for a texture, which fills the frame.
     """
 
     image: NDArray[np.uint8]
@@ -77,10 +77,10 @@ def sample(stream: str, index: int, *, size: int = 32, seed: int = 0) -> Sample:
         stream: a key of `vocabulary.STREAMS`.
         index: 0 or more.
         size: side of the image in pixels, 32 to 64.
-        seed: the world's seed; another seed is another world of the same kind.
+        seed: seed of the whole world; other seeds give other worlds of the same type.
     """
     rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(stream.encode()), index]))
-    # One call for all the scalars a picture needs: calls, not numbers, are what costs.
+    # One call for all the scalars of an image, because the cost depends on the number of calls.
     uniform: Uniform = iter(rng.random(96).tolist()).__next__
     plan = STREAMS[stream]
     subject = _subject(plan, index, uniform)
@@ -92,7 +92,7 @@ def sample(stream: str, index: int, *, size: int = 32, seed: int = 0) -> Sample:
 
 
 def _labelled(cover: Pixels) -> NDArray[np.uint8]:
-    """A mask from the ink's coverage [size, size, 1]. The camera's blur is none of its business: it moves no edge."""
+    """A mask from the coverage [size, size, 1]. The blur of the camera is not included, because it moves no edges."""
     least, most = UNCERTAIN
     share = cover[..., 0]
     return np.where(share > most, 1, np.where(share < least, 0, IGNORE)).astype(np.uint8)
@@ -116,28 +116,28 @@ def _subject(plan: Stream, index: int, uniform: Uniform) -> Subject:
 
 
 def _colour(number: int, uniform: Uniform) -> Pixels:
-    """A shade of a named colour: each channel moves, and all of them together."""
-    light = 40 * (uniform() - 0.5)
-    moves = [light + 28 * (uniform() - 0.5) for _ in range(3)]
-    return np.clip(_RGB[number] + np.array(moves, dtype=np.float32), 0, 255)
+    """A shade of a named colour: all channels are shifted together, and each channel separately."""
+    brightness = 40 * (uniform() - 0.5)
+    shifts = [brightness + 28 * (uniform() - 0.5) for _ in range(3)]
+    return np.clip(_RGB[number] + np.array(shifts, dtype=np.float32), 0, 255)
 
 
-def _two_colours(uniform: Uniform, wanted: int | None) -> tuple[int, Pixels, Pixels]:
-    """Number and shade of the subject's colour (the wanted one, if any), and a background colour unlike it."""
+def _two_colours(uniform: Uniform, requested: int | None) -> tuple[int, Pixels, Pixels]:
+    """Number and shade of the subject's colour (the requested one, if any), and a different background colour."""
     drawn = int(uniform() * len(_NAMES))
-    number = drawn if wanted is None else wanted
+    number = drawn if requested is None else requested
     ink = _colour(number, uniform)
     paper = _colour((number + 1 + int(uniform() * (len(_NAMES) - 1))) % len(_NAMES), uniform)
     gap = float(np.linalg.norm((ink - paper) * _EYE))
     if gap < MIN_CONTRAST:
-        # Move the paper away along the grey axis, towards the side with more room.
-        towards = 0.0 if float(ink.mean()) > 127 else 255.0
-        paper = paper + (towards - paper) * min(1.0, (MIN_CONTRAST - gap) / 110 + 0.35)
+        # Shift the background along the grey axis, in the direction with more room.
+        target = 0.0 if float(ink.mean()) > 127 else 255.0
+        paper = paper + (target - paper) * min(1.0, (MIN_CONTRAST - gap) / 110 + 0.35)
     return number, ink, paper.astype(np.float32)
 
 
 def _background(kind: str, paper: Pixels, size: int, uniform: Uniform, rng: np.random.Generator) -> Pixels:
-    """A float32 picture [size, size, 3] around the colour `paper`."""
+    """A float32 image [size, size, 3] with the main colour `paper`."""
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = paper
     if kind == "plain":
@@ -191,7 +191,7 @@ def _mask(subject: Subject, styles: tuple[float, ...], size: int, uniform: Unifo
 
 
 def _place(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> Pixels:
-    """Turn, shear, scale and shift a mask into the frame: float32 [size, size, 1], 0..1."""
+    """Rotate, shear, scale and shift a mask into the frame: float32 [size, size, 1], 0..1."""
     side = mask.size[0]
     turn = math.radians(50 * (uniform() - 0.5))
     shear = 0.5 * (uniform() - 0.5)
@@ -202,7 +202,7 @@ def _place(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> 
     to_x = size / 2 + slack * (uniform() - 0.5)
     to_y = size / 2 + slack * (uniform() - 0.5)
     cos, sin = math.cos(turn), math.sin(turn)
-    # PIL wants the map from output to input: the inverse of rotate(shear(scale(.))).
+    # PIL needs the map from output to input: the inverse of rotate(shear(scale(.))).
     a, b = scale * wide * cos, scale * (shear * cos - sin)
     c, d = scale * wide * sin, scale * (shear * sin + cos)
     det = a * d - b * c
@@ -222,7 +222,7 @@ def _place(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> 
 def _picture(
     subject: Subject, plan: Stream, index: int, size: int, uniform: Uniform, rng: np.random.Generator
 ) -> tuple[Pixels, Pixels, Facts]:
-    """The picture [size, size, 3], its ink's coverage [size, size, 1] in 0..1, and what is true of it."""
+    """The image [size, size, 3], the coverage of the subject [size, size, 1] in 0..1, and the facts of the image."""
     number, ink, paper = _two_colours(uniform, index % len(_NAMES) if plan.colours else None)
     if subject.kind == "texture":
         field = texture_field(subject.token, size, uniform, rng)[..., None]
@@ -230,7 +230,7 @@ def _picture(
     kind = _pick(BACKGROUNDS, BACKGROUND_SHARES, uniform())
     canvas = _background(kind, paper, size, uniform, rng)
     ink_map: Pixels = ink
-    if uniform() < 0.2:  # an ink that changes across the subject
+    if uniform() < 0.2:  # the colour changes across the subject
         ramp = (texture_field("shade", size, uniform, rng) - 0.5)[..., None]
         ink_map = ink + ramp * np.float32(70)
     cover = _place(_mask(subject, plan.styles, size, uniform), subject, size, uniform)
@@ -238,7 +238,7 @@ def _picture(
 
 
 def _camera(pixels: Pixels, uniform: Uniform, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """What a cheap camera adds: a scratch, exposure, blur, sensor noise."""
+    """Simulate a cheap camera: a scratch, exposure, blur and sensor noise."""
     size = pixels.shape[0]
     exposure = 1 + 0.3 * (uniform() - 0.5)
     scratched, blurred, noisy = uniform() < 0.12, uniform() < 0.45, uniform() < 0.5

@@ -1,4 +1,4 @@
-"""Zero-shot classification with an open_clip model: the mean of prompts as a classifier."""
+"""Zero-shot classification with an open_clip model: the classifier is the mean of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def text_classifier(
     names: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """One unit vector a class: the normalised mean over templates of unit text embeddings.
+    """One unit vector per class: the normalised mean over templates of unit text embeddings.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
     section 3.1.4 (ensembling over prompts in embedding space).
@@ -41,18 +41,18 @@ def text_classifier(
 def zero_shot_accuracy(
     model: torch.nn.Module, images: Tensor, labels: Tensor, classifier: Tensor, batch: int = 256
 ) -> float:
-    """Share of images whose nearest class vector is the right one, 0..1.
+    """Share of images whose most similar class vector is that of the label, 0..1.
 
     Args:
         model: an open_clip model, in eval mode.
         images: preprocessed float32 [n, 3, height, width].
         labels: int64 [n].
-        classifier: what `text_classifier` gave.
-        batch: images a forward pass.
+        classifier: result of `text_classifier`.
+        batch: images per forward pass.
     """
-    right = 0
+    correct = 0
     with torch.inference_mode():
         for start in range(0, len(images), batch):
             embedded = F.normalize(model.encode_image(images[start : start + batch]).float(), dim=-1)  # type: ignore[operator]
-            right += int((embedded @ classifier.T).argmax(1).eq(labels[start : start + batch]).sum())
-    return right / len(images)
+            correct += int((embedded @ classifier.T).argmax(1).eq(labels[start : start + batch]).sum())
+    return correct / len(images)

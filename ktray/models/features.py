@@ -1,4 +1,4 @@
-"""What is read of a student before its classifier or its own head: pooled features, and the last map."""
+"""Features of a student before its classifier or head: pooled features, and the last feature map."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ktray.errors import KtrayError
 
 
 def trunk(model: nn.Module) -> Any:
-    """The plain timm model in a student's network: its ``timm_model`` where it has one under a head of its own, else
-    the network itself."""
+    """The plain timm model in a student's network: its attribute ``timm_model`` if the network has another head,
+    otherwise the network itself."""
     return getattr(model, "timm_model", model)
 
 
 def feature_dim(model: nn.Module) -> int:
-    """Width of a timm model's pooled features, before its classifier."""
+    """Width of the pooled features of a timm model, before its classifier."""
     width: Any = getattr(model, "head_hidden_size", None) or model.num_features
     return int(width)
 
@@ -30,7 +30,7 @@ def pooled_features(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class Features(nn.Module):
-    """A student's pooled features (N, F) as a module of its own, e.g. to be compiled; the model is shared."""
+    """A module that returns a student's pooled features (N, F), e.g. for compilation. It shares the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Features(nn.Module):
 
 
 class Maps(nn.Module):
-    """A student's pooled features (N, F) and its last map (N, M, h, w); the model is shared."""
+    """A module that returns a student's pooled features (N, F) and last map (N, M, h, w). It shares the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,27 +54,30 @@ class Maps(nn.Module):
 
 
 def feature_map(model: Any, features: torch.Tensor) -> torch.Tensor:
-    """What ``forward_features`` of a timm model gives, as a map (N, M, h, w); prefix tokens are left out.
+    """The result of ``forward_features`` of a timm model as a map (N, M, h, w), without prefix tokens.
 
     Raises:
-        KtrayError: it is no map of positions.
+        KtrayError: the features are not a map of positions.
     """
     positions = map_positions(model, features)
     if positions is None:
         raise KtrayError(
-            f"{type(model).__name__} has no map of features", "Set objective.patches=0, or another student.name."
+            f"{type(model).__name__} has no feature map", "Set objective.patches=0, or choose another student.name."
         )
     if features.ndim == 4:
         return features if features.shape[1] == model.num_features else features.permute(0, 3, 1, 2)
     side = math.isqrt(positions)
     tokens = features[:, -positions:]
     if side * side != positions:
-        raise KtrayError(f"{type(model).__name__} has {positions} positions, no square map", "Set objective.patches=0.")
+        raise KtrayError(
+            f"{type(model).__name__} has {positions} positions, which do not form a square map",
+            "Set objective.patches=0.",
+        )
     return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def map_positions(model: Any, features: Any) -> int | None:
-    """Positions in the last map of features or tokens of a timm model; None where there is no such map."""
+    """Number of positions in the last feature map or token sequence of a timm model; None if there is none."""
     if not isinstance(features, torch.Tensor):
         return None
     if features.ndim == 3:
@@ -88,35 +91,37 @@ def map_positions(model: Any, features: Any) -> int | None:
 
 @torch.no_grad()
 def map_shape(model: nn.Module, size: int) -> tuple[int, int]:
-    """(M, side) of a student's last map at this input size, pixels."""
+    """(M, side) of a student's last map, for input images of ``size`` pixels."""
     was = model.training
     model.eval()
-    like = next(model.parameters())
+    parameter = next(model.parameters())
     try:
-        found = Maps(model)(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))[1]
+        last_map = Maps(model)(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))[1]
     finally:
         model.train(was)
-    return int(found.shape[1]), int(found.shape[-1])
+    return int(last_map.shape[1]), int(last_map.shape[-1])
 
 
 def freeze_idle(model: nn.Module, reader: nn.Module, size: int) -> None:
-    """Freeze the parameters of ``model`` that take no part in what ``reader`` gives, such as an unread classifier, so
-    that neither the optimizer nor DDP waits for their gradients.
+    """Freeze the parameters of ``model`` that do not influence the output of ``reader``, such as an unused classifier.
+
+    Otherwise the optimizer and DDP would wait for their gradients.
 
     Args:
+        model: the model; it is changed in place.
         reader: the model itself, or a module that shares it.
-        size: side of the input, pixels.
+        size: side of the input, in pixels.
     """
     was = reader.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     reader.eval()
     try:
         with torch.enable_grad():
-            out = reader(torch.zeros(1, 3, size, size, device=wanted[0].device, dtype=wanted[0].dtype))
+            out = reader(torch.zeros(1, 3, size, size, device=trainable[0].device, dtype=trainable[0].dtype))
             total = sum(part.float().sum() for part in (out if isinstance(out, tuple) else (out,)))
-            gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+            gradients = torch.autograd.grad(total, trainable, allow_unused=True)
     finally:
         reader.train(was)
-    for parameter, gradient in zip(wanted, gradients, strict=True):
+    for parameter, gradient in zip(trainable, gradients, strict=True):
         if gradient is None:
             parameter.requires_grad_(False)

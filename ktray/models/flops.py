@@ -1,7 +1,7 @@
-"""Floating-point operations, counted on the graph that really runs.
+"""Floating-point operations (FLOPs), counted on the executed graph.
 
-`torch.utils.flop_counter` counts matrix products, convolutions and attention (a multiply-add is two); norms,
-activations and other elementwise work, a few per cent in these models, are not counted.
+`torch.utils.flop_counter` counts matrix products, convolutions and attention (a multiply-add counts as two). Norms,
+activations and other elementwise operations, a few per cent in these models, are not counted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of everything that `run` executes, its backward passes included.
+    """FLOPs of everything that `run` executes, including backward passes.
 
-    Attention runs as plain matrix products here, so that a model counts the same on every device: fused
-    kernels recompute in the backward pass (or, as the encoder's fast path does, hide from the counter).
+    Attention is executed as plain matrix products, so that the count of a model is the same on every device: fused
+    kernels recompute in the backward pass, or are invisible to the counter, such as the encoder's fast path.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -39,7 +39,7 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2
     Args:
         model: takes one float tensor; its device is used (``meta`` computes nothing).
         input_shape: one sample's shape, e.g. (3, 224, 224).
-        batch: samples counted together; costs per batch are shared among them.
+        batch: number of samples that are counted together; costs per batch are divided by it.
     """
     x = _input(model, input_shape, batch)
     was = model.training
@@ -54,9 +54,10 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2
 def train_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2) -> float:
     """FLOPs per sample of a forward and a backward pass in training mode, on a copy of the model.
 
-    Parameters without gradient get none, so a frozen tower costs its forward pass alone.
+    Frozen parameters get no gradient, so a frozen tower costs only its forward pass.
 
-    Args: as for `forward_flops`.
+    Args:
+        model, input_shape, batch: see `forward_flops`.
     """
     copy = deepcopy(model).train()
     x = _input(copy, input_shape, batch)
@@ -70,9 +71,9 @@ def train_flops(model: nn.Module, input_shape: tuple[int, ...], batch: int = 2) 
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model without memory: the same counts, for plans. `build` must not read weights.
+    """A model on the meta device, which needs no memory and has the same counts; for plans.
 
-    Teachers: ``build_teacher(source, device="meta").image_tower``.
+    `build` must not read weights. For teachers, use ``build_teacher(source, device="meta").image_tower``.
     """
     with torch.device("meta"):
         return build()
@@ -92,10 +93,10 @@ def _convolution_backward(
     output_mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """FLOPs from shapes: the forward pass's once for the input's gradient, once for the weight's.
+    """FLOPs from shapes: those of the forward pass once for the input's gradient and once for the weight's gradient.
 
-    torch's own formula (2.15) forgets the groups in the weight's gradient, so that a depthwise convolution
-    counts as a dense one: 2.4 times too much for a whole training step of a small ConvNeXt.
+    torch's own formula (2.15) ignores the groups in the weight's gradient, so that a depthwise convolution counts as a
+    dense one: 2.4 times too much for a whole training step of a small ConvNeXt.
     """
     positions = x[2:] if transposed else grad_out[2:]
     forward = 2 * x[0] * math.prod(positions) * math.prod(weight)

@@ -1,4 +1,4 @@
-"""Maps of logits or features: resizing, rows of positions, and the loss on label maps."""
+"""Maps of logits or features: resizing, and the loss on label maps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def map_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: (N, C, h, w).
-        labels: (N, H, W) uint8 or int64, 255 where a pixel is to be ignored.
+        labels: (N, H, W) uint8 or int64; pixels with the value 255 are ignored.
 
     Returns:
-        A scalar; 0, with gradients of 0, where every pixel is to be ignored.
+        A scalar; 0, with gradients of 0, if all pixels are ignored.
     """
     resized = resize_map(logits.float(), (labels.shape[1], labels.shape[2]))
     total = F.cross_entropy(resized, labels.long(), ignore_index=IGNORE, reduction="sum")
-    # Not reduction="mean", which is not a number without labelled pixels.
+    # reduction="mean" would be NaN without labelled pixels.
     return total / (labels != IGNORE).sum().clamp(min=1)

@@ -1,7 +1,7 @@
-"""Number format and memory layout for a model on a device, by a safe rule or a short measurement.
+"""The number format and memory layout of a model on a device, from a safe rule or a short measurement.
 
-The decision is data: it is recorded and handed on, since a second measurement may decide otherwise and so
-change the last digits of a resumed run.
+The decision is recorded and passed on, because a second measurement may give another decision and thereby change the
+last digits of a resumed run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import nn
 
 DType = Literal["bf16"]
 Candidate = tuple[DType | None, bool]  # autocast, channels-last
-# A format that is not clearly faster is not worth its rounding; a layout costs nothing, but a tie should not be a toss.
+# A format must be clearly faster, because it rounds. A layout has no cost, but a tie should have a stable result.
 _CLEARLY, _LAYOUT = 0.9, 0.97
-# What takes this many times the fastest after one turn, and after more, is not timed again.
+# A candidate that is slower than the fastest by this factor (after one round; after more rounds) is not timed again.
 _HOPELESS = (4.0, 1.5)
 _BUDGET_S = 2.0
 _FIRST_CHANNELS = 32
@@ -28,12 +28,12 @@ _FIRST_CHANNELS = 32
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model runs.
+    """The number format and memory layout of a model.
 
     Attributes:
-        autocast: "bf16", or None for float32 throughout.
-        channels_last: memory layout of convolutions and images.
-        reason: why, one line for the log.
+        autocast: "bf16", or None for float32 everywhere.
+        channels_last: whether convolutions and images have the channels-last layout.
+        reason: the reason of the decision, one line for the log.
     """
 
     autocast: DType | None
@@ -42,7 +42,7 @@ class Precision:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """For ``torch.autocast(dtype=)``; None: no autocast."""
+        """The argument of ``torch.autocast(dtype=)``; None: no autocast."""
         return torch.bfloat16 if self.autocast else None
 
     @property
@@ -58,11 +58,11 @@ class Precision:
 
 
 def fp32_channels_last_is_safe(model: nn.Module) -> bool:
-    """Whether a float32 channels-last backward pass on CPU is known not to corrupt memory.
+    """Whether a float32 channels-last backward pass on CPU is known to be safe for memory.
 
-    In torch 2.15 (oneDNN, x86) the backward of a 1x1 convolution with a stride and fewer than 16 input
-    channels, such as FastViT's stem, writes outside its buffers and kills the process at 112 px and above.
-    Below 32 input channels it is avoided altogether.
+    In torch 2.15 (oneDNN, x86) the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels,
+    such as FastViT's stem, writes outside of its buffers and crashes the process at 112 px and above. With fewer than
+    32 input channels this layout is therefore never used.
     """
     return not any(
         isinstance(m, nn.Conv2d)
@@ -82,35 +82,36 @@ def choose_precision(
     train: bool,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> Precision:
-    """The format and layout to run a model with.
+    """Choose the format and layout of a model.
 
-    On CUDA: bf16 autocast, channels-last where there are convolutions. On CPU with ``auto``: the fastest of the
-    safe candidates in a measurement of about two seconds on a copy (ten at most, for slow models). Elsewhere: float32.
+    On CUDA: bf16 autocast, and channels-last for models with convolutions. On CPU with ``auto``: the fastest of the
+    safe candidates in a measurement of about two seconds on a copy (at most ten seconds for slow models). On other
+    devices: float32.
 
     Args:
         model: takes normalised float images (N, 3, h, w); it is not changed.
-        device: where it will run.
-        image_size: pixels, of the measurement.
-        batch: images a step; the measurement takes fewer where that is slow.
-        train: measure forward and backward, else the forward pass alone.
+        device: where the model will run.
+        image_size: image size of the measurement, in pixels.
+        batch: images per step; the measurement uses fewer for slow models.
+        train: measure forward and backward pass; otherwise only the forward pass.
         precision: force a number format; the layout is still chosen.
     """
     kind = torch.device(device).type
-    # One convolution alone is the patch embedding of a transformer.
+    # A single convolution is the patch embedding of a transformer.
     convolves = sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 1
     if kind == "cuda":
-        forced = "asked for" if precision != "auto" else "the rule on CUDA"
-        return Precision(None if precision == "fp32" else "bf16", convolves, forced)
+        reason = "requested" if precision != "auto" else "the rule on CUDA"
+        return Precision(None if precision == "fp32" else "bf16", convolves, reason)
     if kind != "cpu":
         return Precision("bf16" if precision == "bf16" else None, False, f"the rule on {kind}")
     candidates: list[Candidate] = []
     if precision != "bf16":
         candidates.append((None, False))
-        # The crash is in the backward pass; the forward pass alone is safe.
+        # The crash is in the backward pass; the forward pass is safe.
         if convolves and (not train or fp32_channels_last_is_safe(model)):
             candidates.append((None, True))
     if precision != "fp32":
-        # Likelier first: a slow model does not get to the last.
+        # The more likely candidate is first, because the measurement of a slow model may not reach the last one.
         candidates += [("bf16", True), ("bf16", False)] if convolves else [("bf16", False)]
     if len(candidates) == 1:
         return Precision(*candidates[0], "the only safe choice")
@@ -119,7 +120,7 @@ def choose_precision(
 
 
 def _fastest(seconds: dict[Candidate, float]) -> Precision:
-    """The first candidate, unless another layout is faster or another format clearly so."""
+    """The first candidate, unless another layout is faster or another format is clearly faster."""
     chosen = first = next(iter(seconds))
     for candidate in sorted(seconds, key=lambda c: seconds[c]):
         if seconds[candidate] < (_LAYOUT if candidate[0] == first[0] else _CLEARLY) * seconds[first]:
@@ -132,11 +133,11 @@ def _fastest(seconds: dict[Candidate, float]) -> Precision:
 def _measure(
     model: nn.Module, candidates: list[Candidate], size: tuple[int, int], batch: int, train: bool
 ) -> dict[Candidate, float]:
-    """Best time of a step, in seconds, per candidate; slow models leave the last candidates out.
+    """Best time of a step, in seconds, per candidate. For slow models the last candidates are skipped.
 
-    Draws none of the caller's random numbers.
+    The random number generator of the caller is not changed.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         copies = {
             cl: deepcopy(model).cpu().to(memory_format=_layout(cl)).train(train) for cl in {c[1] for c in candidates}
@@ -146,19 +147,19 @@ def _measure(
             return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size), train) for c in candidates}
 
         probe = steps(2)[candidates[0]]
-        once = min(_timed(probe) for _ in range(4))  # the first makes the kernels
-        # About five rounds of the two candidates that matter fit in the budget.
+        once = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
+        # About five rounds of the two most relevant candidates fit into the budget.
         images = int(2 * _BUDGET_S / (5 * 2) / max(once, 1e-6))
         ready = steps(max(2, min(batch, 64, images)))
         seconds: dict[Candidate, float] = {}
-        # In turns, so that a busy neighbour slows all of them; the best time forgets warm-up and neighbours.
-        for turn in range(8):
+        # Candidates alternate, so that other processes slow down all of them; the minimum excludes disturbances.
+        for round_number in range(8):
             for candidate in candidates:
-                # A first turn may be slow for other reasons: kernels are made, a neighbour is busy.
-                if turn and seconds[candidate] > _HOPELESS[min(turn, 2) - 1] * min(seconds.values()):
+                # The first round may be slow for other reasons, such as kernel compilation or other processes.
+                if round_number and seconds[candidate] > _HOPELESS[min(round_number, 2) - 1] * min(seconds.values()):
                     continue
-                spent = time.perf_counter() - began
-                if seconds and spent > (5 if turn == 0 else 1) * _BUDGET_S:
+                elapsed = time.perf_counter() - start
+                if seconds and elapsed > (5 if round_number == 0 else 1) * _BUDGET_S:
                     return seconds
                 seconds[candidate] = min(_timed(ready[candidate]), seconds.get(candidate, math.inf))
     return seconds
@@ -184,9 +185,9 @@ def _layout(channels_last: bool) -> torch.memory_format:
 
 
 def _timed(step: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def _name(candidate: Candidate) -> str:

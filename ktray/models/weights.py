@@ -1,4 +1,4 @@
-"""Weight files: fetched, fingerprinted, read without running code, checked against a model."""
+"""Weight files: download, fingerprints, safe reading without code execution, and checks against a model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ktray.models.messages import cause
 from ktray.storage import s3
 
 Tensors = dict[str, torch.Tensor]
-# ValueError is numpy's for pickled objects in .npy and .npz, which open_clip reads too.
+# numpy raises ValueError for pickled objects in .npy and .npz, which open_clip also reads.
 _WRONG_CONTENT = (AttributeError, TypeError, KeyError, ValueError, StopIteration)
 
 
 def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
-    """A local path of a file: itself, or a copy in the user's cache for ``s3://`` and other URIs.
+    """The local path of a file: the path itself, or for ``s3://`` and other URIs a copy in the user's cache.
 
     Args:
         uri: path or URI of one file.
-        key: the recipe's key that names it, for the error's remedy.
+        key: the recipe key with the uri, for the remedy of errors.
 
     Raises:
-        KtrayError: there is no such file, or it cannot be reached.
+        KtrayError: there is no such file, or it cannot be fetched.
     """
     if "://" not in uri:
         path = Path(uri).expanduser()
@@ -53,7 +53,7 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
         target = _cache() / version / Path(inside).name
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Several workers may fetch at once: each writes its own file, the rename is atomic.
+            # Several workers may fetch at the same time: each writes its own file, and the rename is atomic.
             handle, temporary = tempfile.mkstemp(dir=target.parent)
             os.close(handle)
             try:
@@ -75,7 +75,7 @@ def _cache() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits; hashed once per process while size and time stay."""
+    """SHA-256 of a file, 64 hex digits. Computed once per process, unless size or modification time change."""
     stat = path.stat()
     return _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
@@ -91,19 +91,19 @@ def _digest(path: str, size: int, mtime_ns: int) -> str:
 
 @contextlib.contextmanager
 def weight_errors(path: Path, key: str = "teacher.checkpoint") -> Iterator[None]:
-    """Turns what torch, safetensors and open_clip raise on a bad weight file into a `KtrayError`."""
+    """Convert exceptions of torch, safetensors and open_clip for an invalid weight file to `KtrayError`."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise KtrayError(
-            f"'{path}' holds more than tensors (or is damaged); it is not opened, since a pickle can run code",
+            f"'{path}' contains more than tensors (or is damaged). It is not opened, because a pickle can run code",
             f"Save the state dict as safetensors and set {key}= to it.",
         ) from error
     except RuntimeError as error:
         wrong = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if wrong:
             raise KtrayError(
-                f"The weights in '{path}' have other shapes than the model: {'; '.join(wrong[:3])}",
+                f"The weights in '{path}' and the model have different shapes: {'; '.join(wrong[:3])}",
                 f"Check that {key}= belongs to this model (name, config, image size).",
             ) from error
         raise _unreadable(path, error, key) from error
@@ -112,13 +112,13 @@ def weight_errors(path: Path, key: str = "teacher.checkpoint") -> Iterator[None]
 
 
 def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
-    """The state dict in a safetensors or (weights-only) torch file, on the CPU.
+    """The state dict of a safetensors or (weights-only) torch file, on the CPU.
 
-    Wrappers of training scripts (``state_dict``, ``model``, averaged weights first; ``module.`` and
-    ``_orig_mod.`` prefixes) are taken off.
+    Wrappers of training scripts are removed: the entries ``state_dict`` and ``model`` (averaged weights have priority),
+    and the prefixes ``module.`` and ``_orig_mod.``.
 
     Raises:
-        KtrayError: not readable, or a pickle with anything but tensors and plain containers.
+        KtrayError: the file cannot be read, or is a pickle with other content than tensors and plain containers.
     """
     with weight_errors(path, key):
         loaded: Any
@@ -131,12 +131,12 @@ def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
             loaded = loaded[inner]
             break
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise KtrayError(f"'{path}' holds no state dict", f"Set {key}= to a file of named tensors.")
+        raise KtrayError(f"'{path}' does not contain a state dict", f"Set {key}= to a file with named tensors.")
     return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in loaded.items()}
 
 
 def mismatch(model: nn.Module, state: Tensors) -> str:
-    """Why a state dict does not fit a model, naming up to three keys of each kind; empty if it fits."""
+    """Why a state dict does not fit a model, with up to three keys for each reason; empty if it fits."""
     own = model.state_dict()
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
@@ -147,9 +147,9 @@ def mismatch(model: nn.Module, state: Tensors) -> str:
 
 
 def describe_keys(missing: list[str], unexpected: list[str], shapes: list[str] | None = None) -> str:
-    """One line about keys that do not fit; empty if there are none."""
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes or []))
-    return "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys)
+    """One line about missing, unexpected and wrongly shaped keys; empty if there are none."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("with another shape", shapes or []))
+    return "; ".join(f"{len(keys)} {kind} ({_first_keys(keys)})" for kind, keys in kinds if keys)
 
 
 def wrong_keys(path: Path, why: str, key: str = "teacher.checkpoint") -> KtrayError:
@@ -161,7 +161,7 @@ def wrong_keys(path: Path, why: str, key: str = "teacher.checkpoint") -> KtrayEr
 
 
 def plain(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights as they can be saved: on the CPU, contiguous, and none sharing memory, which safetensors refuses."""
+    """The weights in a form that safetensors can save: on the CPU, contiguous, and without shared memory."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
 
 
@@ -169,7 +169,7 @@ def fill(module: nn.Module, path: Path) -> None:
     """Load the weights of a safetensors file into the module.
 
     Raises:
-        KtrayError: they cannot be read, or belong to another architecture.
+        KtrayError: the weights cannot be read, or belong to another architecture.
     """
     with weight_errors(path):
         state = load_file(str(path))
@@ -181,27 +181,28 @@ def fill(module: nn.Module, path: Path) -> None:
 def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool = False) -> bool:
     """Load a weight file into a timm model, strictly.
 
-    A classifier that the model lacks, or (unless `keep_head`) has with another number of classes, is left out.
+    The classifier of the file is not loaded if the model has none or, unless `keep_head` is set, one with another
+    number of classes.
 
     Args:
         model: a timm model; changed in place.
         path: the file.
-        key: the recipe's key that names it.
-        keep_head: require that the classifier fits too.
+        key: the recipe key with the path.
+        keep_head: require that the classifier fits as well.
 
     Returns:
         Whether the file's classifier was loaded (or the model has none).
 
     Raises:
-        KtrayError: see `read_weights`; or keys or shapes that do not fit.
+        KtrayError: see `read_weights`; or keys or shapes do not fit.
     """
     state = read_weights(path, key)
     fitted, loaded_head = _fit_head(model, state, keep_head)
     why = mismatch(model, fitted)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if why and convert is not None:
-        # Published weights may have other names, or position embeddings for another size. What the
-        # converter cannot read is named by the check below.
+        # Published weights may have other names, or position embeddings for another size. If the converter fails,
+        # the check below reports the keys.
         with contextlib.suppress(Exception):
             state = convert(state, model)
         fitted, loaded_head = _fit_head(model, state, keep_head)
@@ -219,7 +220,7 @@ def _head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _fit_head(model: nn.Module, state: Tensors, keep_head: bool) -> tuple[Tensors, bool]:
-    """The state with the model's own classifier in place of one that does not fit; whether it did fit."""
+    """The state dict, with the model's own classifier if that of the file does not fit; and whether it fits."""
     if keep_head:
         return state, True
     own, heads = model.state_dict(), _head_names(model)
@@ -229,7 +230,7 @@ def _fit_head(model: nn.Module, state: Tensors, keep_head: bool) -> tuple[Tensor
     return {**kept, **{k: own[k] for k in absent}}, not absent
 
 
-def _some(keys: list[str]) -> str:
+def _first_keys(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 

@@ -236,7 +236,7 @@ class IndexDir(Dir):
         for suffix, (_, checksum) in part.files.items():
             if _checksum(self.read(f"{_SHARDS}/{part.name}{suffix}")) != checksum:
                 raise KtrayError(
-                    f"'{self.uri}/{_SHARDS}/{part.name}{suffix}' is damaged: its checksum differs from the recorded one",
+                    f"'{self.uri}/{_SHARDS}/{part.name}{suffix}' is damaged: its checksum differs from the record",
                     f"Delete '{self.uri}/{_SHARDS}/{part.name.rpartition('-')[0]}.json' and run the command again, "
                     "so that the shard is embedded again.",
                 )

@@ -138,7 +138,7 @@ def test_a_view_of_an_image_decoded_smaller_is_the_same_place(shrink):
     view = View(5 * shrink, 3 * shrink, 40 * shrink, 30 * shrink, flip=1, brightness=900)
     got, exact = interleaved(small, view, 16, whole.shape[:2]), interleaved(whole, view, 16)
     assert np.abs(got.astype(int) - exact.astype(int)).max() <= 3
-    with pytest.raises(ValueError, match="does not lie"):
+    with pytest.raises(ValueError, match="is not inside"):
         interleaved(small, view, 16)
 
 

@@ -172,7 +172,7 @@ def test_an_outside_family_is_like_the_built_in_ones(toys: Path) -> None:
         assert licences.of_teacher(recipe) == "public domain"
         with pytest.raises(KtrayError, match="No toy is named 'toy:median'"):
             load_teacher("toy:median")
-        with pytest.raises(KtrayError, match=r"gives no patch embeddings"):
+        with pytest.raises(KtrayError, match=r"has no patch embeddings"):
             teacher.patch_embeddings(batch)
         with pytest.raises(KtrayError, match="or toy:mean;"):
             load_teacher("nothing")

@@ -110,7 +110,7 @@ def test_a_students_config_names_no_other_weights(tmp_path: Path) -> None:
     load_student(tmp_path / "s")  # the weights beside it, and no others
     config["model_args"]["checkpoint_path"] = str(evil)
     file.write_text(json.dumps(config))
-    with pytest.raises(KtrayError, match="holds no student"):
+    with pytest.raises(KtrayError, match="contains no student"):
         load_student(tmp_path / "s")
     # Plain timm takes the safetensors too, and would refuse the other.
     config["model_args"].pop("checkpoint_path")
@@ -125,9 +125,13 @@ def test_a_students_config_names_no_other_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "more", "message"),
     [
-        ("text_cfg", {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"trust_remote_code": True}}, "code of others"),
-        ("vision_cfg", {"timm_model_name": "hf-hub:a/b"}, "is a place"),
-        ("vision_cfg", {"timm_model_name": "local-dir:/tmp/x"}, "is a place"),
+        (
+            "text_cfg",
+            {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"trust_remote_code": True}},
+            "execution of external code",
+        ),
+        ("vision_cfg", {"timm_model_name": "hf-hub:a/b"}, "is a location"),
+        ("vision_cfg", {"timm_model_name": "local-dir:/tmp/x"}, "is a location"),
     ],
 )
 def test_a_teachers_config_names_no_code_and_no_place(

@@ -89,7 +89,7 @@ def test_a_broken_image_is_told_and_where_rows_are_promised_others_stand_in(item
 
 
 def test_images_that_are_all_gone_end_with_the_reason(item, tmp_path):
-    with pytest.raises(KtrayError, match=r"None of 5 images can be used; '.*broken 0.png'"):
+    with pytest.raises(KtrayError, match=r"None of 5 images can be used; the first one is '.*broken 0.png'"):
         CUT.some(broken(item, tmp_path, 0, 1, 2, 3, 4), 0, 1)
 
 

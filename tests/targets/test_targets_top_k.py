@@ -40,7 +40,7 @@ def test_what_has_no_rest_is_left_alone():
     batch = {"logits": logits(2, 3)}
     assert densify(batch, 3)["logits"] is batch["logits"]
     for top_k in (0, 3, 4):
-        with pytest.raises(ValueError, match="of 3 classes"):
+        with pytest.raises(ValueError, match="with 3 classes"):
             sparsify(batch["logits"], top_k)
 
 

@@ -9,5 +9,5 @@ from ktray.data.sources.records import ImageRecord
 
 
 def read_shard(shard: Shard) -> Iterator[ImageRecord]:
-    """The encoded images of a shard, in order, one in memory at a time (Parquet: a batch; files on S3: several dozen)."""
+    """The encoded images of a shard, in order, one in memory at a time (Parquet: a batch; files on S3: some dozens)."""
     yield from shard.source.read(shard)

@@ -1,4 +1,4 @@
-"""The student: any timm model, with its preprocessing; checked before it is trained."""
+"""The student: any timm model with its preprocessing, checked before training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ktray.models.features import feature_dim, map_positions, pooled_features, t
 from ktray.models.messages import cause, unknown_name
 from ktray.models.weights import fetch, load_timm_weights
 
-# Arguments of timm.create_model that ktray sets itself, or that would change what a student is.
+# Arguments of timm.create_model that ktray sets itself, or that would change the type of model.
 _RESERVED = {
-    "num_classes": "the task's classes decide it",
-    "pretrained": "set student.pretrained=",
-    "checkpoint_path": "set student.checkpoint=",
-    "in_chans": "students see RGB images",
-    "features_only": "a student classifies",
+    "num_classes": "the classes of the task determine it",
+    "pretrained": "use student.pretrained=",
+    "checkpoint_path": "use student.checkpoint=",
+    "in_chans": "the images of students are RGB",
+    "features_only": "a student needs a classifier",
     "pretrained_cfg": "timm's own is used",
     "pretrained_cfg_overlay": "timm's own is used",
     "cache_dir": "timm's own is used",
@@ -46,17 +46,17 @@ class Prediction:
 
 
 class Student(nn.Module):
-    """A timm classifier that knows its preprocessing and class names.
+    """A timm classifier with its preprocessing and class names.
 
-    A student with another output is a subclass, with a ``model`` and a `decide` of its own.
+    A student with another output is a subclass with its own ``model`` and `decide`.
 
     Attributes:
-        model: what is trained, averaged and saved; here the plain timm model.
-        name, kwargs: of ``timm.create_model``.
-        preprocess: what the model expects.
+        model: the module that is trained, averaged and saved; here the plain timm model.
+        name, kwargs: arguments of ``timm.create_model``.
+        preprocess: the preprocessing of the model.
         classes: names in the order of the logits; numbers as text until they are set.
         feature_dim: width of `features`.
-        warnings: what a person should know about this choice.
+        warnings: warnings for the user about this model.
     """
 
     def __init__(
@@ -92,54 +92,54 @@ class Student(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64) -> list[Any]:
-        """Predict whole images, in evaluation mode; see `decide` for what comes back.
+        """Predict whole images, in evaluation mode; see `decide` for the results.
 
         Args:
             images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
-            batch: images a forward pass.
+            batch: images per forward pass.
 
         Raises:
             BadImage: bytes or a file that cannot be decoded.
         """
-        was, device = self.training, next(self.model.parameters()).device
+        was_training, device = self.training, next(self.model.parameters()).device
         self.eval()
-        found = []
+        predictions = []
         for i in range(0, len(images), batch):
             upright = [_rgb(image) for image in images[i : i + batch]]
             pixels = np.stack([self.preprocess.eval_transform(image) for image in upright])
             logits = self.logits(torch.from_numpy(pixels).to(device))
             sizes = [image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1] for image in upright]
-            found += self.decide(logits, sizes)
-        self.train(was)
-        return found
+            predictions += self.decide(logits, sizes)
+        self.train(was_training)
+        return predictions
 
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Any]:
-        """A `Prediction` of each image.
+        """A `Prediction` for each image.
 
         Args:
-            logits: of a batch (N, C).
+            logits: logits of a batch (N, C).
             sizes: (height, width) of each whole image.
         """
-        found = []
+        predictions = []
         for row in logits.softmax(1).tolist():
             best = int(np.argmax(row))
-            found.append(Prediction(self.classes[best], row[best], dict(zip(self.classes, row, strict=True))))
-        return found
+            predictions.append(Prediction(self.classes[best], row[best], dict(zip(self.classes, row, strict=True))))
+        return predictions
 
 
 def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:
-    """The last layer of a timm classifier, linear or a 1 x 1 convolution, with a bias.
+    """The last layer of a timm classifier: linear or a 1 x 1 convolution, with a bias.
 
     Raises:
-        KtrayError: the model has another kind.
+        KtrayError: the model has another type of classifier.
     """
-    found = model.get_classifier()
-    if not isinstance(found, nn.Linear | nn.Conv2d) or found.bias is None:
+    layer = model.get_classifier()
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.bias is None:
         raise KtrayError(
-            f"{type(model).__name__} has no linear classifier of its own ({type(found).__name__})",
+            f"{type(model).__name__} has no linear classifier with a bias, but {type(layer).__name__}",
             "Set student.name to another model, or objective.name=oriented.",
         )
-    return found
+    return layer
 
 
 def build_student(
@@ -150,19 +150,19 @@ def build_student(
     pretrained: bool = False,
     checkpoint: str | None = None,
 ) -> Student:
-    """A student by its timm name.
+    """Build a student by its timm name.
 
     Args:
         name: any timm model, also ``model.pretrained_tag``.
         kwargs: arguments of the model, e.g. ``{"patch_size": 2}``.
-        num_classes: of the task.
-        image_size: input, pixels; None: the model's own.
-        pretrained: start from timm's published weights (needs a network).
-        checkpoint: weights to start from; a classifier for other classes is left out.
+        num_classes: number of classes of the task.
+        image_size: input size in pixels; None: the model's own.
+        pretrained: initialise with timm's published weights (needs a network).
+        checkpoint: initial weights; a classifier for other classes is not loaded.
 
     Raises:
-        KtrayError: unknown name or argument, weights that cannot be had or do not fit, or a model that cannot
-            run at this size.
+        KtrayError: the name or an argument is unknown, the weights cannot be loaded or do not fit, or the model cannot
+            process images of this size.
     """
     kwargs = dict(kwargs or {})
     if not timm.is_model(name):
@@ -175,10 +175,12 @@ def build_student(
     if checkpoint:
         path = fetch(checkpoint, "student.checkpoint")
         if not load_timm_weights(model, path, "student.checkpoint"):
-            warnings.append(f"the classifier in '{checkpoint}' is for other classes; the student's starts at random")
+            warnings.append(
+                f"the classifier in '{checkpoint}' is for other classes; its classifier starts with random weights"
+            )
     preprocess = Preprocess.from_timm(model)
     if image_size:
-        # ktray trains on whole crops of this size, so nothing is cut off at the edges when it predicts.
+        # ktray trains on whole crops of this size, so the edges of images are not removed for predictions.
         preprocess = Preprocess.from_dict({**preprocess.to_dict(), "size": [image_size] * 2, "crop_pct": 1.0})
     warnings += _dry_run(model, name, preprocess.size, num_classes)
     return Student(model, name, kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
@@ -187,7 +189,7 @@ def build_student(
 def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int | None, pretrained: bool) -> nn.Module:
     cfg = timm.get_pretrained_cfg(name)
     if image_size and cfg is not None and cfg.fixed_input_size:
-        # Recorded in the kwargs, since the saved weights (position embeddings) depend on it.
+        # Recorded in the kwargs, because the saved weights (position embeddings) depend on it.
         kwargs.setdefault("img_size", image_size)
     if pretrained and not (cfg is not None and cfg.has_weights):
         raise KtrayError(f"timm publishes no weights for student '{name}'", "Set student.pretrained=false.")
@@ -197,7 +199,8 @@ def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int
         unknown = [key for key in kwargs if f"'{key}'" in str(error)]
         if unknown == ["img_size"] and kwargs["img_size"] == image_size:
             raise KtrayError(
-                f"Student '{name}' sees only images of its own size", "Leave image_size out, or choose another one."
+                f"Student '{name}' accepts only images of its own size",
+                "Remove image_size, or choose another student.name.",
             ) from error
         if unknown and "unexpected keyword" in str(error):
             raise KtrayError(
@@ -207,7 +210,7 @@ def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int
     except Exception as error:
         if pretrained:
             raise KtrayError(
-                f"The weights of student '{name}' cannot be fetched, there is no network or no hub ({cause(error)})",
+                f"The weights of student '{name}' cannot be fetched, network or hub is not available ({cause(error)})",
                 "Set student.checkpoint=FILE, or student.pretrained=false.",
             ) from error
         raise _cannot_build(name, kwargs, error) from error
@@ -221,8 +224,8 @@ def _cannot_build(name: str, kwargs: dict[str, Any], error: Exception) -> KtrayE
 
 @torch.inference_mode()
 def _dry_run(model: nn.Module, name: str, size: tuple[int, int], num_classes: int) -> list[str]:
-    """Run one black image; warnings about what would not learn."""
-    was = model.training
+    """Run the model on a black image; returns warnings about models that would learn little."""
+    was_training = model.training
     model.eval()
     timm_model: Any = model
     try:
@@ -231,20 +234,21 @@ def _dry_run(model: nn.Module, name: str, size: tuple[int, int], num_classes: in
         out = timm_model.forward_head(features)
     except Exception as error:
         raise KtrayError(
-            f"Student '{name}' cannot see images of {size[0]}x{size[1]} px: {cause(error)}",
-            "Choose another image_size or student.name, or fit it by student.kwargs (patch_size, img_size).",
+            f"Student '{name}' cannot process images of {size[0]}x{size[1]} px: {cause(error)}",
+            "Choose another image_size or student.name, or set student.kwargs (patch_size, img_size).",
         ) from error
     finally:
-        model.train(was)
+        model.train(was_training)
     if tuple(out.shape) != (1, num_classes):
         raise KtrayError(
-            f"Student '{name}' gives {tuple(out.shape[1:])} instead of {num_classes} logits", "Choose another one."
+            f"Student '{name}' has an output of shape {tuple(out.shape[1:])} instead of {num_classes} logits",
+            "Choose another student.name.",
         )
     positions = map_positions(timm_model, features)
     if positions == 1:
         return [
-            f"the last feature map of {name} at {size[0]}x{size[1]} px is 1x1: it sees one position of the image "
-            "and learns little; lower its stride by student.kwargs (patch_size, output_stride) or choose another"
+            f"the last feature map of {name} at {size[0]}x{size[1]} px is 1x1: with only one position, it "
+            "learns little; lower its stride with student.kwargs (patch_size, output_stride), or choose another student"
         ]
     return []
 

@@ -1,4 +1,4 @@
-"""Students on disk: the folder that plain timm loads (``timm.create_model("local-dir:DIR", pretrained=True)``)."""
+"""Classification students on disk, in a format that ``timm.create_model("local-dir:DIR", pretrained=True)`` loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ktray.models.messages import cause
 from ktray.models.student.classifier import Student
 from ktray.models.weights import load_timm_weights, plain
 
-# What timm needs of a model's own config to load, resize or finetune it again.
+# The entries of a model's own config that timm needs to load, resize or finetune the model.
 _KEPT = ("first_conv", "classifier", "fixed_input_size", "pool_size", "min_input_size")
 
 
@@ -30,22 +30,24 @@ def save_student(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``.
 
-    Weights go without wrappers (Student, DDP, ``torch.compile``): the keys are those of the plain timm model.
+    Weights are saved without wrappers (Student, DDP, ``torch.compile``): the keys are those of the plain timm model.
 
     Args:
-        student: what to save; its `model` may be wrapped.
+        student: the student to save; its `model` may be wrapped.
         directory: created if needed.
         classes: names in the order of the logits.
-        preprocess: the student's own if None.
+        preprocess: preprocessing to save; None: that of the student.
 
     Raises:
-        KtrayError: as many names as logits are needed, and arguments that JSON can hold.
+        KtrayError: the numbers of names and logits differ, or an argument of the model cannot be saved as JSON.
     """
     model = unwrap(student.model)
     p = preprocess or student.preprocess
     num_classes = int(getattr(model, "num_classes", len(classes)))
     if num_classes != len(classes):
-        raise KtrayError(f"The student has {num_classes} logits for {len(classes)} classes", "Give a name to each.")
+        raise KtrayError(
+            f"The student has {num_classes} logits for {len(classes)} classes", "Use one class name per logit."
+        )
     own: Any = getattr(model, "pretrained_cfg", {})
     config = {
         "architecture": student.name.partition(".")[0],
@@ -62,7 +64,9 @@ def save_student(
     try:
         text = json.dumps(config, indent=1, ensure_ascii=False)
     except TypeError as error:
-        raise KtrayError(f"student.kwargs cannot be saved: {error}", "Use numbers, texts, lists and null.") from error
+        raise KtrayError(
+            f"student.kwargs cannot be saved: {error}", "Use only numbers, texts, lists and null."
+        ) from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain(model), str(folder / "model.safetensors"), metadata={"format": "pt"})
@@ -70,10 +74,10 @@ def save_student(
 
 
 def load_student(directory: str | Path, device: str | torch.device = "cpu") -> Student:
-    """A student in evaluation mode, as `save_student` left it.
+    """Load a student that `save_student` wrote, in evaluation mode.
 
     Raises:
-        KtrayError: the folder is not a student's, or its weights are damaged or do not fit.
+        KtrayError: the folder contains no student, or its weights are damaged or do not fit.
     """
     folder = Path(directory)
     try:
@@ -83,7 +87,8 @@ def load_student(directory: str | Path, device: str | torch.device = "cpu") -> S
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:
         raise KtrayError(
-            f"'{folder}' holds no student: {cause(error)}", "Give a run's student/ folder (config.json, weights)."
+            f"'{folder}' contains no student: {cause(error)}",
+            "Use the folder student/ of a run (config.json, weights).",
         ) from error
     load_timm_weights(model, folder / "model.safetensors", "the student's folder", keep_head=True)
     preprocess = Preprocess.from_timm(model)
@@ -91,7 +96,7 @@ def load_student(directory: str | Path, device: str | torch.device = "cpu") -> S
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model within the wrappers of ``torch.compile`` and DDP."""
+    """The model without the wrappers of ``torch.compile`` and DDP."""
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None

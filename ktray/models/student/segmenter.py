@@ -1,8 +1,8 @@
-"""The student of semantic segmentation: a plain timm backbone under a light published head.
+"""The student for semantic segmentation: a plain timm backbone with a small published head.
 
-``lraspp`` is LR-ASPP (MobileNetV3, arXiv 1905.02244, section 6.4): the last map, weighted by what the whole image
-shows, beside an earlier and finer map. ``deeplabv3`` is atrous spatial pyramid pooling on the last map (DeepLabV3,
-arXiv 1706.05587, section 3.3). Both heads are torchvision's.
+``lraspp`` is LR-ASPP (MobileNetV3, arXiv 1905.02244, section 6.4): the last map, weighted by globally pooled features,
+together with an earlier and finer map. ``deeplabv3`` is atrous spatial pyramid pooling on the last map (DeepLabV3,
+arXiv 1706.05587, section 3.3). Both heads are from torchvision.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from ktray.models.messages import cause
 from ktray.models.student.classifier import Student, build_student
 
 Head = Literal["lraspp", "deeplabv3"]
-# Channels within LR-ASPP, as published; DeepLabV3's are fixed at 256.
+# Channels of LR-ASPP, as published; DeepLabV3 always has 256.
 WIDTH = 128
-# LR-ASPP's finer map has stride 8 in the paper; where that leaves fewer positions a side than this, a finer one.
+# The finer map of LR-ASPP has stride 8 in the paper. If it has fewer positions per side than this, a finer map is used.
 _LOW_STRIDE, _LOW_SIDE = 8, 16
-# DeepLabV3's rates belong to a map of 64 positions a side (512 px at stride 8).
+# The rates of DeepLabV3 are for a map with 64 positions per side (512 px at stride 8).
 _RATES, _RATES_SIDE = (12, 24, 36), 64
-# Classes upsampled at once when a mask of the image's own size is made: bounds memory.
+# Number of classes that are upsampled at a time for a mask of the image's own size; limits memory.
 _CLASSES_AT_ONCE = 16
 
 
 class SegmenterNet(nn.Module):
-    """What is trained, averaged and saved: (N, 3, h, w) normalised float to logits (N, C, h', w').
+    """The network of a segmentation student: (N, 3, h, w) normalised float to logits (N, C, h', w').
 
     The map of logits has the stride of the finest map that the head reads; see `ktray.models.maps.resize_map`.
 
     Args:
         backbone: a timm model without classifier.
-        head: which head.
+        head: name of the head.
         num_classes: C.
-        size: (height, width) of the input, pixels; decides the levels and the head's rates.
-        width: channels within ``lraspp``.
+        size: (height, width) of the input, in pixels; it determines the levels and the rates of the head.
+        width: channels of ``lraspp``.
 
     Attributes:
         levels: indices of the backbone's maps that the head reads.
         shape: (C, h', w') of the logits at this size.
 
     Raises:
-        KtrayError: the backbone gives no maps, or fails at this size.
+        KtrayError: the backbone has no feature maps, or fails at this size.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, num_classes: int, size: tuple[int, int], width: int) -> None:
@@ -74,7 +74,7 @@ class SegmenterNet(nn.Module):
 
     @property
     def timm_model(self) -> nn.Module:
-        """The plain timm model under the head."""
+        """The plain timm model without the head."""
         return self.backbone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,8 +92,8 @@ class MaskPrediction:
 
     Attributes:
         mask: (H, W) uint8, indices into `classes`.
-        probability: (H, W) float32, of that class.
-        classes: names.
+        probability: (H, W) float32, probability of this class.
+        classes: class names.
     """
 
     mask: np.ndarray
@@ -101,30 +101,30 @@ class MaskPrediction:
     classes: list[str]
 
     def shares(self) -> dict[str, float]:
-        """Share of the image's pixels by class name, largest first; classes that do not occur are left out."""
+        """Share of the image's pixels by class name, in descending order, without classes that do not occur."""
         counts = np.bincount(self.mask.ravel(), minlength=len(self.classes))
         return {self.classes[i]: float(counts[i] / self.mask.size) for i in np.argsort(-counts) if counts[i]}
 
 
 class Segmenter(Student):
-    """A segmenter that knows its preprocessing and class names.
+    """A segmentation model with its preprocessing and class names.
 
-    Its ``name`` and ``kwargs`` are those of the backbone, its ``preprocess`` squashes whole images to the model's size,
-    so that no pixel is left without a class, and its `logits` are maps (N, C, h', w').
+    Its ``name`` and ``kwargs`` are those of the backbone. Its ``preprocess`` resizes whole images to the model's size
+    without keeping the aspect ratio, so that every pixel gets a class. Its `logits` are maps (N, C, h', w').
     """
 
     def predict(
         self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 16
     ) -> list[MaskPrediction]:
-        """Segment whole images, in evaluation mode; arguments as for `Student.predict`."""
+        """Segment whole images, in evaluation mode; for the arguments see `Student.predict`."""
         return super().predict(images, batch)
 
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[MaskPrediction]:
-        """A `MaskPrediction` of each image, at the image's own size."""
-        found = []
-        for one, (height, width) in zip(logits, sizes, strict=True):
-            found.append(MaskPrediction(*_decide(one, (height, width)), self.classes))
-        return found
+        """A `MaskPrediction` for each image, at the image's own size."""
+        predictions = []
+        for logit_map, (height, width) in zip(logits, sizes, strict=True):
+            predictions.append(MaskPrediction(*_decide(logit_map, (height, width)), self.classes))
+        return predictions
 
 
 def build_segmenter(
@@ -137,21 +137,23 @@ def build_segmenter(
     head: Head = "lraspp",
     width: int = WIDTH,
 ) -> Segmenter:
-    """A student for segmentation by its backbone's timm name.
+    """Build a segmentation student by the timm name of its backbone.
 
     Args:
-        name, kwargs, image_size: as for `ktray.models.student.classifier.build_student`.
-        num_classes: of the task, at most 255.
-        pretrained, checkpoint: the backbone's start; the head starts at random.
+        name, kwargs, image_size: see `ktray.models.student.classifier.build_student`.
+        num_classes: number of classes of the task, at most 255.
+        pretrained, checkpoint: initial weights of the backbone; the head has random initial weights.
         head: ``lraspp`` or ``deeplabv3``.
-        width: channels within ``lraspp``.
+        width: channels of ``lraspp``.
 
     Raises:
-        KtrayError: as `build_student`; or the model gives no maps, or there are too many classes.
+        KtrayError: see `build_student`; or the model has no feature maps, or there are too many classes.
     """
     if not 2 <= num_classes <= MAX_CLASSES:
-        raise KtrayError(f"Segmentation takes 2 to {MAX_CLASSES} classes, not {num_classes}", "Check task.data.")
-    # It checks the name, the arguments and the weights; its classifier is taken off.
+        raise KtrayError(
+            f"Segmentation needs 2 to {MAX_CLASSES} classes, but the task has {num_classes}", "Check task.data."
+        )
+    # build_student checks the name, the arguments and the weights. The classifier is then removed.
     plain = build_student(name, kwargs, 1, image_size, pretrained, checkpoint)
     backbone: Any = plain.model
     backbone.reset_classifier(0)
@@ -162,19 +164,19 @@ def build_segmenter(
     if stride > 16 or model.shape[1] < 4:
         warnings.append(
             f"the logits of {name} with {head} form a map of {model.shape[1]}x{model.shape[2]} for "
-            f"{preprocess.size[0]}x{preprocess.size[1]} px: outlines will be coarse; take a larger image_size, a lower "
-            "stride (student.kwargs: output_stride, patch_size) or head lraspp"
+            f"{preprocess.size[0]}x{preprocess.size[1]} px, so that outlines will be coarse; use a larger "
+            "image_size, a lower stride (student.kwargs: output_stride, patch_size) or the head lraspp"
         )
     return Segmenter(model, name, plain.kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
 
 
 @torch.no_grad()
 def _map_shapes(backbone: Any, size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """(channels, rows, columns) of every map, input first."""
-    what = type(backbone).__name__
+    """(channels, rows, columns) of every feature map, from input to output."""
+    model_type = type(backbone).__name__
     if not hasattr(backbone, "forward_intermediates"):
-        raise KtrayError(f"{what} gives no maps of features", "Choose another student.name.")
-    was = backbone.training
+        raise KtrayError(f"{model_type} has no feature maps", "Choose another student.name.")
+    was_training = backbone.training
     backbone.eval()
     first = next(backbone.parameters())
     try:
@@ -182,25 +184,25 @@ def _map_shapes(backbone: Any, size: tuple[int, int]) -> list[tuple[int, int, in
         maps = backbone.forward_intermediates(x, norm=True, intermediates_only=True)
     except Exception as error:
         raise KtrayError(
-            f"{what} gives no maps of images of {size[0]}x{size[1]} px: {cause(error)}",
+            f"{model_type} cannot process images of {size[0]}x{size[1]} px: {cause(error)}",
             "Choose another image_size or student.name.",
         ) from error
     finally:
-        backbone.train(was)
+        backbone.train(was_training)
     return [(int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for m in maps]
 
 
 def _low_level(shapes: list[tuple[int, int, int]], size: tuple[int, int]) -> int:
     rows = [shape[1] for shape in shapes]
     if rows[0] == rows[-1]:
-        # A plain transformer: all maps are as fine; half-way up they say where rather than what.
+        # In a plain transformer all maps have the same size; those in the middle contain more spatial detail.
         return len(shapes) // 2 - 1 if len(shapes) > 1 else 0
     fine = [i for i, side in enumerate(rows) if size[0] <= _LOW_STRIDE * side and side >= _LOW_SIDE]
     return fine[-1] if fine else rows.index(max(rows))
 
 
 def _decide(logits: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Class and its probability at each pixel, of one map of logits (C, h, w) resized to `size`."""
+    """The class of each pixel and its probability, from one map of logits (C, h, w) that is resized to `size`."""
     best = torch.full(size, -torch.inf, device=logits.device)
     total = torch.full(size, -torch.inf, device=logits.device)
     mask = torch.zeros(size, dtype=torch.uint8, device=logits.device)

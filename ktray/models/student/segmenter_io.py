@@ -1,6 +1,6 @@
-"""Segmentation students on disk: the backbone as plain timm loads it, and beside it the head.
+"""Segmentation students on disk: the backbone in a format that timm loads, and the head in another file.
 
-``timm.create_model("local-dir:DIR", pretrained=True)`` gives the backbone, without classifier.
+``timm.create_model("local-dir:DIR", pretrained=True)`` returns the backbone, without classifier.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ def save_segmenter(
     """Write ``model.safetensors`` and ``config.json`` (the backbone), ``head.safetensors`` and ``segmentation.json``.
 
     Args:
-        student: what to save; its `model` may be wrapped.
+        student: the student to save; its `model` may be wrapped.
         directory: created if needed.
         classes: names in the order of the logits.
-        preprocess: the student's own if None.
+        preprocess: preprocessing to save; None: that of the student.
 
     Raises:
-        KtrayError: as many names as logits are needed, and arguments that JSON can hold.
+        KtrayError: the numbers of names and logits differ, or an argument of the model cannot be saved as JSON.
     """
     model = unwrap(student.model)
     assert isinstance(model, SegmenterNet)
     if model.num_classes != len(classes):
-        raise KtrayError(f"The student has {model.num_classes} logits for {len(classes)} classes", "Name each.")
+        raise KtrayError(
+            f"The student has {model.num_classes} logits for {len(classes)} classes", "Use one class name per logit."
+        )
     p = preprocess or student.preprocess
     save_student(Student(model.backbone, student.name, student.kwargs, p, []), directory, [])
     folder = Path(directory)
@@ -59,10 +61,10 @@ def save_segmenter(
 
 
 def load_segmenter(directory: str | Path, device: str | torch.device = "cpu") -> Segmenter:
-    """A segmentation student in evaluation mode, as `save_segmenter` left it.
+    """Load a segmentation student that `save_segmenter` wrote, in evaluation mode.
 
     Raises:
-        KtrayError: the folder is not one, or its weights are damaged or do not fit.
+        KtrayError: the folder contains no segmentation student, or its weights are damaged or do not fit.
     """
     folder = Path(directory)
     try:
@@ -71,7 +73,7 @@ def load_segmenter(directory: str | Path, device: str | torch.device = "cpu") ->
         preprocess = Preprocess.from_dict(facts["preprocess"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KtrayError(
-            f"'{folder}' holds no segmentation student: {cause(error)}", "Give a run's student/ folder."
+            f"'{folder}' contains no segmentation student: {cause(error)}", "Use the folder student/ of a run."
         ) from error
     plain = load_student(folder)
     model = SegmenterNet(plain.model, kind, len(classes), preprocess.size, width)

@@ -1,4 +1,4 @@
-"""A teacher that has been taught a task: image tower, head, temperature, preprocessing, class names."""
+"""Adapted teachers: image tower, head, temperature, preprocessing and class names for a task."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Form = TypeVar("Form", bound="AdaptedTeacher")
 
 
 class AdaptedTeacher(nn.Module):
-    """Predicts a task's outputs for an image; made from a teacher and a head.
+    """Predicts the outputs of a task for an image, with the tower of a teacher and a head.
 
-    A teacher with another kind of head is a subclass: it says how its head is checked, read, described and made again.
+    Another type of head needs a subclass: its methods check, describe and create the head, and compute the logits.
 
     Args:
-        teacher: the base; its image tower is shared, not copied.
+        teacher: the base teacher; its image tower is shared, not copied.
         head: linear on the L2-normalised embedding.
-        classes: names, in the order of the logits.
+        classes: names in the order of the logits.
         temperature: divides the logits; fitted on validation.
-        finetuned: the tower's weights differ from the base teacher's (they are then saved too).
+        finetuned: whether the weights of the tower differ from those of the base teacher, so that they must be saved.
 
     Raises:
-        KtrayError: head, classes and teacher do not belong together.
+        KtrayError: head, classes and teacher do not fit together.
     """
 
     FILE: ClassVar[str] = "adapted.json"
@@ -54,7 +54,7 @@ class AdaptedTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if problem := self.misfit(teacher, head, len(classes)):
-            raise KtrayError(problem, "Use the head with the teacher and classes that it was made for.")
+            raise KtrayError(problem, "Use the teacher and the classes for which the head was created.")
         self.image_tower = teacher.image_tower
         self.head = head
         self.preprocess: Preprocess = teacher.preprocess
@@ -67,21 +67,21 @@ class AdaptedTeacher(nn.Module):
 
     @classmethod
     def misfit(cls, teacher: Teacher, head: Any, outputs: int) -> str:
-        """Why a head cannot serve this teacher and so many outputs; "" where it can."""
+        """Why a head does not fit this teacher and this number of outputs; "" if it fits."""
         if tuple(head.weight.shape) == (outputs, teacher.embed_dim):
             return ""
         return (
-            f"The head is {tuple(head.weight.shape)}, {outputs} classes of a {teacher.embed_dim}-dimensional teacher "
-            f"need {(outputs, teacher.embed_dim)}"
+            f"The head has the shape {tuple(head.weight.shape)}, but {outputs} classes with a "
+            f"{teacher.embed_dim}-dimensional teacher need {(outputs, teacher.embed_dim)}"
         )
 
     def head_facts(self) -> dict[str, Any]:
-        """What is saved of the head beside its weights."""
+        """Properties of the head that are saved in addition to its weights."""
         return {"input": "L2-normalised embedding", "l2": self.head.l2}
 
     @classmethod
     def empty_head(cls, facts: dict[str, Any], teacher: Teacher, outputs: int) -> Any:
-        """A head for weights to be loaded into, from `head_facts`."""
+        """A head of the type that `head_facts` describes, into which weights can be loaded."""
         return LinearHead(torch.zeros(outputs, teacher.embed_dim))
 
     def embed(self, batch: torch.Tensor) -> torch.Tensor:
@@ -92,20 +92,21 @@ class AdaptedTeacher(nn.Module):
         """(N, 3, H, W) uint8 to calibrated logits (N, C) float32.
 
         Args:
-            embedding: of the batch by `embed`, where it is at hand.
+            batch: images.
+            embedding: the result of `embed` for the batch, if it was computed already.
         """
         return self.logits_of(self.embed(batch) if embedding is None else embedding)
 
     def logits_of(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Calibrated logits of embeddings that are at hand."""
-        found: torch.Tensor = self.head(embedding).float()
-        return found / self.temperature
+        """Calibrated logits for computed embeddings."""
+        logits: torch.Tensor = self.head(embedding).float()
+        return logits / self.temperature
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.logits(batch)
 
     def param_groups(self, layer_decay: float, weight_decay: float, head_scale: float) -> list[dict[str, Any]]:
-        """Optimizer groups for finetuning: the tower with layer-wise decay, the head at `head_scale` times the rate."""
+        """Optimizer groups for finetuning: tower with layer-wise decay, head with `head_scale` times the rate."""
         head = [
             {"params": [self.head.weight], "lr_scale": head_scale, "weight_decay": weight_decay},
             {"params": [self.head.bias], "lr_scale": head_scale, "weight_decay": 0.0},
@@ -113,7 +114,7 @@ class AdaptedTeacher(nn.Module):
         return layer_decay_groups(self.image_tower, layer_decay, weight_decay) + head
 
     def save(self, directory: str | Path) -> None:
-        """Write ``FILE``, ``head.safetensors`` and, only when finetuned, ``tower.safetensors``."""
+        """Write ``FILE``, ``head.safetensors`` and, only if the tower was finetuned, ``tower.safetensors``."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(plain(self.head), str(folder / "head.safetensors"))
@@ -142,12 +143,12 @@ class AdaptedTeacher(nn.Module):
         """Inverse of `save`, in evaluation mode.
 
         Args:
-            directory: what `save` wrote.
-            device: where to put it.
-            checkpoint, config: where the base teacher's files are now, if they have moved.
+            directory: the folder that `save` wrote.
+            device: the device of the result.
+            checkpoint, config: the new paths of the base teacher's files, if they were moved.
 
         Raises:
-            KtrayError: files are missing or damaged, or the base teacher is not the one that was adapted.
+            KtrayError: files are missing or damaged, or the base teacher has changed.
         """
         folder = Path(directory)
         try:
@@ -157,10 +158,12 @@ class AdaptedTeacher(nn.Module):
             source = TeacherSource(**base)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise KtrayError(
-                f"'{folder}' holds no {cls.HOLDS}: {error}", "Give the folder that the adapt stage wrote."
+                f"'{folder}' contains no {cls.HOLDS}: {error}", "Use a folder that the stage ADAPT wrote."
             ) from error
-        where = TeacherSource(source.name, checkpoint or source.checkpoint, config or source.config, source.image_size)
-        teacher = _base(folder, facts, where, fingerprint)
+        current = TeacherSource(
+            source.name, checkpoint or source.checkpoint, config or source.config, source.image_size
+        )
+        teacher = _base(folder, facts, current, fingerprint)
         head = cls.empty_head(facts["head"], teacher, len(facts["classes"]))
         fill(head, folder / "head.safetensors")
         head.l2 = facts["head"]["l2"]
@@ -168,26 +171,27 @@ class AdaptedTeacher(nn.Module):
         return adapted.eval().to(device)
 
 
-def _base(folder: Path, facts: dict[str, Any], where: TeacherSource, fingerprint: str) -> Teacher:
-    """The image tower and preprocessing of an adapted teacher: its own weights if it was finetuned, else the base's.
+def _base(folder: Path, facts: dict[str, Any], source: TeacherSource, fingerprint: str) -> Teacher:
+    """The image tower and preprocessing of an adapted teacher, with its own weights if it was finetuned, otherwise with
+    those of the base teacher.
 
     Raises:
-        KtrayError: the base teacher is not the one that was adapted.
+        KtrayError: the base teacher has changed since it was adapted.
     """
-    # Slow to import, and workers that read stored targets load no teacher.
+    # The import is slow, and workers that read stored targets do not load a teacher.
     from ktray.models.teacher.load import build_teacher, load_teacher
 
     if facts["finetuned"]:
-        teacher = build_teacher(where)
+        teacher = build_teacher(source)
         fill(teacher.image_tower, folder / "tower.safetensors")
         teacher.fingerprint = fingerprint
     else:
-        teacher = load_teacher(where.name, where.checkpoint, where.config, image_size=where.image_size)
+        teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
         if teacher.fingerprint != fingerprint:
             raise KtrayError(
-                f"The base teacher '{where.name}' is not the one that was adapted in '{folder}' "
-                "(its weights or config have changed)",
-                "Restore its checkpoint, or run the adapt stage again.",
+                f"The base teacher '{source.name}' is not the one that was adapted in '{folder}': "
+                "its weights or its config have changed",
+                "Restore its files, or run the stage ADAPT again.",
             )
     teacher.drop_text()
     teacher.preprocess = Preprocess.from_dict(facts["preprocess"])
@@ -195,7 +199,7 @@ def _base(folder: Path, facts: dict[str, Any], where: TeacherSource, fingerprint
 
 
 def save_candidate(stage: Stage, name: str, teacher: AdaptedTeacher) -> None:
-    """Keep an adapted teacher in the stage until the best is chosen."""
+    """Store an adapted teacher in the stage until the best candidate is chosen."""
     with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
         teacher.save(folder)
         stage.put(Path(folder), f"candidate-{name}")

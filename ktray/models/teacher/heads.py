@@ -1,7 +1,7 @@
-"""Heads on a teacher's embedding: fitted to labels, made from class names, and calibrated.
+"""Heads on a teacher's embedding: fitted to labels or computed from class names, and calibrated.
 
-A head is linear on the L2-normalised embedding. Cosines are what CLIP-like models are trained on, and one
-scale for all teachers lets the same grid of strengths serve all.
+A head is linear on the L2-normalised embedding, because CLIP-like models are trained on cosine similarities, and
+because the same grid of regularisation strengths can be used for all teachers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LinearHead(nn.Module):
         bias: (C,), zeros if None.
 
     Attributes:
-        l2: strength of the regularisation that was chosen; None if the head was not fitted.
-        scores: strength -> negative log-likelihood on held-out embeddings after fitting a temperature.
+        l2: chosen strength of the regularisation; None if the head was not fitted.
+        scores: for each strength the negative log-likelihood on held-out embeddings, after fitting a temperature.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -50,7 +50,7 @@ class LinearHead(nn.Module):
         self.scores: dict[float, float] = {}
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(N, D) of any length to (N, C)."""
+        """Embeddings (N, D) of any length to logits (N, C)."""
         return F.linear(F.normalize(embedding, dim=-1), self.weight, self.bias)
 
 
@@ -65,22 +65,22 @@ def probe_head(
 ) -> LinearHead:
     """Multinomial logistic regression on frozen embeddings, by full-batch L-BFGS in float64.
 
-    It minimises ``mean cross-entropy + l2 / 2 * |W - W0|^2`` (the bias is free; ``W0`` is zero, or `start`'s
-    weights, so that few labels correct a text head rather than replace it). In scikit-learn's terms without a
-    start, ``C = 1 / (l2 * N)``. Of several strengths the one with the least held-out negative log-likelihood
-    (each after its own temperature) is taken: on `val`, else by stratified cross-validation on the labels.
+    It minimises ``mean cross-entropy + l2 / 2 * |W - W0|^2``. The bias is not regularised. ``W0`` is zero, or the
+    weights of `start`, so that few labels correct a text head instead of replacing it. Without `start`, ``C = 1 / (l2 *
+    N)`` in scikit-learn's notation. Of several strengths, the one with the smallest held-out negative log-likelihood
+    (each with its own temperature) is chosen: on `val`, or else by stratified cross-validation on the labels.
 
     Args:
-        embeddings: (N, D), any length.
+        embeddings: (N, D), of any length.
         labels: (N,) int64, 0..C-1.
         num_classes: C.
-        l2: strengths to try; a single one is taken as it is.
-        val: embeddings and labels that the strength is judged on.
-        start: head to start from and decay towards.
-        seed: of the folds.
+        l2: strengths to compare; a single strength is used without comparison.
+        val: embeddings and labels on which the strengths are compared.
+        start: head whose weights are the initial weights and ``W0``.
+        seed: seed of the folds.
 
     Raises:
-        KtrayError: no embeddings, or not finite.
+        KtrayError: there are no embeddings, or they are not finite.
     """
     if not len(embeddings):
         raise KtrayError("The probe has no labelled embeddings", "Check task.data and task.labels_per_class.")
@@ -92,7 +92,7 @@ def probe_head(
         folds = [(x, y, _unit(val[0]), val[1].to(y.device))] if val is not None else _folds(x, y, seed)
         per_fold = [_path_scores(*fold, num_classes, l2, start) for fold in folds]
         scores = {s: float(np.mean([fold[s] for fold in per_fold])) for s in l2} if per_fold else {}
-    # With one label a class there is nothing to hold out; the middle of the grid is a safe guess.
+    # With one label per class, no labels can be held out; the middle of the grid is a safe choice.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
     weight, bias = _fit(x, y, num_classes, chosen, start, None)
     head = LinearHead(weight.to(embeddings.device), bias.to(embeddings.device))
@@ -101,21 +101,21 @@ def probe_head(
 
 
 def text_head(teacher: Teacher, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> LinearHead:
-    """The head that prompts give (CLIP, arXiv 2103.00020, section 3.1.4).
+    """Compute a head from prompts (CLIP, arXiv 2103.00020, section 3.1.4).
 
-    A class's weight is the mean of its prompts' unit text embeddings, made unit length again, times the
-    model's logit scale. Underscores in class names become spaces.
+    The weight of a class is the mean of the unit text embeddings of its prompts, normalised to unit length, times the
+    logit scale of the model. Underscores in class names are replaced with spaces.
 
     Args:
-        teacher: one with a text tower.
+        teacher: a teacher with a text tower.
         class_names: C names.
         templates: prompts with ``{}`` for the name.
 
     Raises:
-        KtrayError: no text tower, or a template without ``{}``.
+        KtrayError: there is no text tower, or a template has no ``{}``.
     """
     if wrong := [t for t in templates if "{}" not in t]:
-        raise KtrayError(f"Prompt template '{wrong[0]}' has no {{}}", "Put {} where the class name goes.")
+        raise KtrayError(f"Prompt template '{wrong[0]}' has no {{}}", "Write {} in place of the class name.")
     prompts = [t.replace("{}", name.replace("_", " ")) for name in class_names for t in templates]
     with torch.inference_mode():
         encoded = torch.cat([teacher.encode_text(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
@@ -127,12 +127,12 @@ def text_head(teacher: Teacher, class_names: Sequence[str], templates: Sequence[
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The T that minimises the negative log-likelihood of ``softmax(logits / T)`` (arXiv 1706.04599, section 4.2).
 
-    The likelihood is convex in 1/T, so a bounded scalar search in log T (0.01..100) finds it. Where every
-    image is right it would grow for ever as T falls; there the labels are smoothed as if one image among N + 2
-    were wrong (Platt's targets, 1999, section 2.2).
+    The loss is convex in 1/T, so a bounded scalar search in log T (0.01..100) finds the minimum. If all predictions are
+    correct, the likelihood increases without bound as T decreases; in this case the labels are smoothed as if one image
+    of N + 2 were wrong (Platt's targets, 1999, section 2.2).
 
     Args:
-        logits: (N, C), held out from the fit of the head.
+        logits: (N, C), of images that were not used to fit the head.
         labels: (N,) int64.
     """
     z, y = logits.detach().double().cpu(), labels.cpu()
@@ -146,10 +146,10 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return float(F.cross_entropy(z / math.exp(log_t), y, label_smoothing=min(smoothing, 1.0)))
 
     low, high = (math.log(t) for t in _TEMPERATURES)
-    from scipy.optimize import minimize_scalar  # slow to import, and workers fit no temperature
+    from scipy.optimize import minimize_scalar  # slow to import, and workers do not fit temperatures
 
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
-    return math.exp(float(found.x))
+    minimum = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
+    return math.exp(float(minimum.x))
 
 
 def _unit(embeddings: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _path_scores(
     l2: Sequence[float],
     start: LinearHead | None,
 ) -> dict[float, float]:
-    """Held-out loss per strength, from strong to weak, each starting where the last one ended."""
+    """Held-out loss for each strength, from strong to weak; each fit starts from the result of the previous fit."""
     scores, warm = {}, None
     for strength in sorted(l2, reverse=True):
         warm = _fit(x, y, num_classes, strength, start, warm)

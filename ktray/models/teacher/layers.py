@@ -1,7 +1,7 @@
-"""An image tower's parameters in layers from input to output, for learning rates that fall with depth.
+"""The parameters of an image tower in layers from input to output, for layer-wise learning rates.
 
-Layer-wise decay as in ELECTRA (arXiv 2003.10555, appendix A) and BEiT (arXiv 2106.08254): the layer that is
-``d`` below the top learns at ``layer_decay ** d`` times the rate.
+Layer-wise decay as in ELECTRA (arXiv 2003.10555, appendix A) and BEiT (arXiv 2106.08254): the learning
+rate of the layer ``d`` below the top is multiplied by ``layer_decay ** d``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Layer = list[tuple[str, nn.Parameter]]
 
 
 class LayerOrder:
-    """Number of a parameter's layer by its name: the first prefix that matches, else the last layer."""
+    """Maps the name of a parameter to the number of its layer: the first matching prefix, or else the last layer."""
 
     def __init__(self, prefixes: dict[str, int], last: int) -> None:
         self.prefixes, self.last = prefixes, last
@@ -26,10 +26,10 @@ class LayerOrder:
 
 
 def tower_layers(tower: nn.Module) -> list[Layer]:
-    """Every parameter of a tower exactly once, in layers from input to output.
+    """All parameters of a tower, each exactly once, in layers from input to output.
 
     Args:
-        tower: an image tower of any family; of one that no family knows, the child modules are the layers.
+        tower: an image tower of any family. If no family recognises it, its child modules are the layers.
     """
     order = _order(tower)
     layers: dict[int, Layer] = {}
@@ -39,16 +39,16 @@ def tower_layers(tower: nn.Module) -> list[Layer]:
 
 
 def layer_decay_groups(tower: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups ``{"params", "lr_scale", "weight_decay"}``; biases and norms are not decayed.
+    """Optimizer groups ``{"params", "lr_scale", "weight_decay"}``; no weight decay for biases and norms.
 
-    The last layer has ``lr_scale`` 1. Parameters that need no gradient are left out.
+    The last layer has ``lr_scale`` 1. Frozen parameters are omitted.
     """
     layers = tower_layers(tower)
     groups = []
     for depth, layer in enumerate(reversed(layers)):
-        free = [p for _, p in layer if p.requires_grad]
+        trainable = [p for _, p in layer if p.requires_grad]
         for decayed in (True, False):
-            params = [p for p in free if (p.ndim > 1) is decayed]
+            params = [p for p in trainable if (p.ndim > 1) is decayed]
             if params:
                 groups.append(
                     {
@@ -62,8 +62,8 @@ def layer_decay_groups(tower: nn.Module, layer_decay: float, weight_decay: float
 
 def _order(tower: nn.Module) -> LayerOrder:
     orders = (family.layer_order(tower) for _, family in TEACHERS)
-    known = next((order for order in orders if order is not None), None)
-    if known is not None:
-        return known
+    recognised = next((order for order in orders if order is not None), None)
+    if recognised is not None:
+        return recognised
     children = {f"{name}.": i for i, (name, _) in enumerate(tower.named_children())}
     return LayerOrder(children, len(children))

@@ -1,7 +1,7 @@
-"""Loading a teacher by name, whatever family it is of.
+"""Load a teacher of any family by name.
 
-There are only two ways to weights: a file (``teacher.checkpoint``, or one that ships), or what the family's library
-publishes. Random weights are never used silently.
+Weights come either from a file (``teacher.checkpoint``, or a file of the package) or from the published weights of the
+family's library. Random weights are never used silently.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ def load_teacher(
     device: str | torch.device = "cpu",
     image_size: int | None = None,
 ) -> Teacher:
-    """A teacher in evaluation mode, float32.
+    """Load a teacher, in evaluation mode and float32.
 
     Args:
-        name: the family and its name of the model: ``open_clip:<model>[/<pretrained>]``,
-            ``timm:<model>[.<pretrained>]``, ``miniverse``, or what another family reads.
-        checkpoint: weights, local or ``s3://``; safetensors, or a torch file of tensors only.
-        config: an open_clip model config (path, or the parsed JSON); it decides the architecture, and
-            ``<model>`` is then free. Files with ``model_cfg`` and ``preprocess_cfg`` work too.
-        device: where to put it.
-        image_size: input size other than the model's own, pixels; position embeddings are resampled.
+        name: the family, and the name of the model in this family: ``open_clip:<model>[/<pretrained>]``,
+            ``timm:<model>[.<pretrained>]``, ``miniverse``, or a name of another family.
+        checkpoint: weights, local or ``s3://``: safetensors, or a torch file with only tensors.
+        config: an open_clip model config (path, or the parsed JSON). It determines the architecture, so that
+            ``<model>`` may be any name. Files with ``model_cfg`` and ``preprocess_cfg`` are accepted as well.
+        device: the device of the result.
+        image_size: input size in pixels, if it differs from the model's own; position embeddings are resampled.
 
     Raises:
-        KtrayError: unknown name; no weights to load, or none that can be fetched; a file that is missing,
-            damaged, not tensors only, or does not fit.
+        KtrayError: the name is unknown, there are no weights or they cannot be fetched, or a file is missing, damaged,
+            contains more than tensors, or does not fit.
     """
     return _build(TeacherSource(name, checkpoint, config, image_size), load=True).to(device)
 
 
 def build_teacher(source: TeacherSource, device: str = "cpu") -> Teacher:
-    """A teacher's architecture without its weights: for callers that fill it at once, or (``device="meta"``) plan.
-
-    Its fingerprint is empty.
+    """The architecture of a teacher without its weights, for callers that load weights themselves, or that only plan
+    (``device="meta"``). Its fingerprint is empty.
     """
     with torch.device(device):
         return _build(source, load=False, device=device)
@@ -67,28 +66,28 @@ def teacher_fingerprint(
     return _fingerprint(family, family.resolve(source))
 
 
-def _fingerprint(family: TeacherFamily, found: ResolvedTeacher) -> str:
-    weights = file_digest(fetch(found.checkpoint)) if found.checkpoint else "published"
-    content = [found.library, family.architecture(found), found.tag, weights, found.source.image_size]
+def _fingerprint(family: TeacherFamily, resolved: ResolvedTeacher) -> str:
+    weights = file_digest(fetch(resolved.checkpoint)) if resolved.checkpoint else "published"
+    content = [resolved.library, family.architecture(resolved), resolved.tag, weights, resolved.source.image_size]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _build(source: TeacherSource, load: bool, device: str = "cpu") -> Teacher:
     family = family_of(source.name)
-    found = family.resolve(source)
-    # The file is checked first: building a large model takes longer than finding that it is not there.
-    path = fetch(found.checkpoint) if found.checkpoint and load else None
-    parts = family.build(found, path, load and path is None, device)
+    resolved = family.resolve(source)
+    # The file is checked first, because building a large model takes longer than detecting a missing file.
+    path = fetch(resolved.checkpoint) if resolved.checkpoint and load else None
+    parts = family.build(resolved, path, load and path is None, device)
     widths = family.map_widths(parts.image_tower)
     teacher = Teacher(
         parts.image_tower,
         parts.text,
         parts.preprocess,
         embed_dim=parts.embed_dim,
-        # The last map's channels: some convolutional models widen after it.
+        # The channels of the last map, because some convolutional models have wider layers after it.
         patch_dim=widths[-1] if widths else None,
         source=source,
-        fingerprint=_fingerprint(family, found) if load else "",
+        fingerprint=_fingerprint(family, resolved) if load else "",
     ).eval()
     if source.image_size:
         _check_size(teacher, source.image_size)
@@ -102,6 +101,6 @@ def _check_size(teacher: Teacher, image_size: int) -> None:
             teacher.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device))
     except Exception as error:
         raise KtrayError(
-            f"Teacher '{teacher.name}' cannot see images of {image_size} px: {cause(error)}",
-            "Choose a multiple of its patch size, or its own size.",
+            f"Teacher '{teacher.name}' cannot process images of {image_size} px: {cause(error)}",
+            "Choose a multiple of its patch size, or remove the image size.",
         ) from error

@@ -1,7 +1,8 @@
 """The linear head on a teacher's patch embeddings: fitted to label maps, and calibrated on them.
 
-A patch embedding of several levels (DINOv2, arXiv 2304.07193, section 7.4, takes 1 or 4) is made of parts; each is
-made unit length, so that none drowns the others and one grid of strengths serves all teachers.
+A patch embedding of several levels (DINOv2, arXiv 2304.07193, section 7.4, uses 1 or 4) is a concatenation of parts.
+Each part is normalised to unit length, so that all parts have equal weight and the same grid of regularisation
+strengths can be used for all teachers.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from ktray.models.maps import map_loss, resize_map
 from ktray.models.teacher.heads import LinearHead, fit_temperature
 
 L2_GRID: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
-# The loss is taken on label maps at most this much finer a side than the features. On the miniverse a factor of 2 is
-# as good as 4 (mIoU 0.289 and 0.287) at a third of the time.
+# The loss is computed on label maps whose sides are at most this factor larger than those of the features. On the
+# miniverse a factor of 2 is as good as 4 (mIoU 0.289 and 0.287) and takes a third of the time.
 _FINER = 2
-# Logits (pixels x classes) at once, and pixels that a temperature is fitted on: bound memory.
+# Limits for memory: logits (pixels x classes) at a time, and number of pixels for fitting a temperature.
 _CHUNK, _PIXELS = 2**24, 50_000
 _ITERATIONS = 100
 
 
 class MapHead(LinearHead):
-    """``logits = weight @ normalised + bias`` at each position; see the module's text.
+    """``logits = weight @ normalised + bias`` at each position; see the docstring of the module.
 
     Args:
         weight: (C, D).
-        dims: widths of the levels that a patch embedding is made of; they sum to D.
+        dims: widths of the levels of a patch embedding; their sum is D.
         bias: (C,), zeros if None.
 
     Attributes:
-        scores: strength -> negative log-likelihood on held-out pixels after fitting a temperature.
+        scores: for each strength the negative log-likelihood on held-out pixels, after fitting a temperature.
     """
 
     def __init__(self, weight: torch.Tensor, dims: Sequence[int], bias: torch.Tensor | None = None) -> None:
         super().__init__(weight, bias)
         if sum(dims) != weight.shape[1]:
-            raise ValueError(f"levels of widths {list(dims)} do not make {weight.shape[1]}")
+            raise ValueError(f"the widths of the levels {list(dims)} do not sum to {weight.shape[1]}")
         self.dims = list(dims)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class MapHead(LinearHead):
 
 
 def unit_levels(features: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """(N, D, h, w) with each level's part at unit length over the channels, all together at unit length too."""
+    """(N, D, h, w) with the part of each level normalised over the channels, and the whole scaled to unit length."""
     parts = [F.normalize(part.float(), dim=1) for part in features.split(list(dims), dim=1)]
     return torch.cat(parts, 1) / math.sqrt(len(parts))
 
@@ -66,21 +67,21 @@ def fit_map_probe(
 ) -> MapHead:
     """Multinomial logistic regression of pixels on frozen patch embeddings, by L-BFGS in float32.
 
-    It minimises ``mean cross-entropy over labelled pixels + l2 / 2 * |W|^2``, with the logits resized to the label
-    maps (which are first taken to at most twice the features' resolution), images in chunks of bounded memory.
-    Of several strengths the one with the least held-out negative log-likelihood (each after its own temperature) is
-    taken, going from strong to weak until it grows: on `val`, else on every fifth image.
+    It minimises ``mean cross-entropy over labelled pixels + l2 / 2 * |W|^2``. The logits are resized to the label maps,
+    which are first reduced to at most twice the resolution of the features. Images are processed in chunks to limit
+    memory. Of several strengths, the one with the smallest held-out negative log-likelihood (each with its own
+    temperature) is chosen, from strong to weak until the loss increases: on `val`, or else on every fifth image.
 
     Args:
-        features: (N, D, h, w) floating point; computed on CUDA if they are there, else on the CPU.
+        features: (N, D, h, w) floating point. If they are on a CUDA device, the fit runs there, otherwise on the CPU.
         masks: (N, H, W) uint8, 255 = ignore.
         num_classes: C.
         dims: widths of the levels; None: one level.
-        l2: strengths to try; a single one is taken as it is.
-        val: features and masks that the strength is judged on.
+        l2: strengths to compare; a single strength is used without comparison.
+        val: features and masks on which the strengths are compared.
 
     Raises:
-        KtrayError: no labelled pixels, or features that are not finite.
+        KtrayError: there are no labelled pixels, or the features are not finite.
     """
     if not len(features) or bool((masks == IGNORE).all()):
         raise KtrayError("The probe has no labelled pixels", "Check task.data and its masks.")
@@ -99,10 +100,10 @@ def fit_map_probe(
         if val is not None:
             fit, held = (x, y), ready(*val)
         else:
-            apart = torch.arange(len(x), device=device) % 5 == 4
-            fit, held = (x[~apart], y[~apart]), (x[apart], y[apart])
+            held_out = torch.arange(len(x), device=device) % 5 == 4
+            fit, held = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
         scores = _path_scores(fit, held, num_classes, l2) if len(held[0]) else {}
-    # With a handful of images there is nothing to hold out; the middle of the grid is a safe guess.
+    # With very few images, none can be held out; the middle of the grid is a safe choice.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
     weight, bias = _fit(x, y, num_classes, chosen, None)
     head = MapHead(weight, dims, bias).to(features.device)
@@ -111,12 +112,12 @@ def fit_map_probe(
 
 
 def fit_map_temperature(maps: torch.Tensor, masks: torch.Tensor, seed: int = 0) -> float:
-    """The temperature of `ktray.models.teacher.heads.fit_temperature`, of pixels.
+    """Like `ktray.models.teacher.heads.fit_temperature`, for pixels.
 
     Args:
-        maps: (N, C, h, w) logits, held out from the fit of the head; pixels see them resized.
+        maps: (N, C, h, w) logits of images that were not used to fit the head; they are resized to the masks.
         masks: (N, H, W) uint8, 255 = ignore.
-        seed: of the pixels that are drawn where there are many.
+        seed: seed of the draw of pixels, if there are many.
     """
     return fit_temperature(*_draw_pixels(maps, masks, seed))
 
@@ -127,7 +128,7 @@ def _path_scores(
     num_classes: int,
     l2: Sequence[float],
 ) -> dict[float, float]:
-    """Held-out loss per strength, from strong to weak, each starting where the last one ended."""
+    """Held-out loss for each strength, from strong to weak; each fit starts from the result of the previous fit."""
     scores: dict[float, float] = {}
     warm = None
     for strength in sorted(l2, reverse=True):
@@ -171,7 +172,7 @@ def _fit(
         loss.backward()
         total = loss.detach()
         for part, truth in zip(x.split(each), labels.split(each), strict=True):
-            # Of this chunk's labelled pixels a mean, of all of them its share.
+            # The mean over the labelled pixels of this chunk, times the share of the chunk in all labelled pixels.
             share = (truth != IGNORE).sum() / counted
             loss = map_loss(_logits(part, weight, bias), truth) * share
             loss.backward()
@@ -194,15 +195,15 @@ def _coarser(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def _draw_pixels(maps: torch.Tensor, masks: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (P, C) and labels (P,) int64 of labelled pixels, an equal number of draws from every image."""
+    """Logits (P, C) and labels (P,) int64 of labelled pixels, with equally many draws from every image."""
     generator = torch.Generator().manual_seed(seed)
     per_image = max(1, _PIXELS // max(1, len(maps)))
     logits, labels = [], []
-    for one, mask in zip(maps, masks, strict=True):
-        flat = resize_map(one[None].float(), (mask.shape[0], mask.shape[1]))[0].flatten(1)
-        at = (mask.flatten() != IGNORE).nonzero()[:, 0]
-        if len(at) > per_image:
-            at = at[torch.randperm(len(at), generator=generator)[:per_image].to(at.device)]
-        logits.append(flat[:, at].T)
-        labels.append(mask.flatten()[at].long())
+    for logit_map, mask in zip(maps, masks, strict=True):
+        flat = resize_map(logit_map[None].float(), (mask.shape[0], mask.shape[1]))[0].flatten(1)
+        positions = (mask.flatten() != IGNORE).nonzero()[:, 0]
+        if len(positions) > per_image:
+            positions = positions[torch.randperm(len(positions), generator=generator)[:per_image].to(positions.device)]
+        logits.append(flat[:, positions].T)
+        labels.append(mask.flatten()[positions].long())
     return torch.cat(logits), torch.cat(labels)

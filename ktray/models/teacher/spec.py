@@ -1,4 +1,4 @@
-"""Teachers as picklable descriptions that a Ray actor turns into a model where it runs."""
+"""Picklable descriptions of teachers, from which a Ray actor loads the model on its node."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ktray.storage.store import Dir
 
 
 def device() -> torch.device:
-    """The accelerator that Ray gave this process, else the CPU."""
+    """The accelerator that Ray assigned to this process, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A frozen teacher."""
+    """Description of a frozen teacher; see `Teacher` for the fields."""
 
     source: TeacherSource
     fingerprint: str
@@ -34,7 +34,7 @@ class TeacherSpec:
 
     @classmethod
     def of(cls, source: TeacherSource) -> TeacherSpec:
-        """Load the teacher once to learn its facts."""
+        """Load the teacher once to determine its properties."""
         from ktray.models.teacher.load import load_teacher, teacher_fingerprint  # slow to import
 
         teacher = load_teacher(source.name, source.checkpoint, source.config, image_size=source.image_size)
@@ -42,20 +42,20 @@ class TeacherSpec:
         return cls(source, fingerprint, teacher.preprocess, teacher.embed_dim, teacher.has_text, teacher.patch_dim)
 
     def load(self) -> Teacher:
-        """With its text tower."""
+        """Load the teacher with its text tower."""
         from ktray.models.teacher.load import load_teacher  # slow to import
 
         s = self.source
         return laid_out(load_teacher(s.name, s.checkpoint, s.config, device=device(), image_size=s.image_size))
 
     def tower(self) -> Teacher:
-        """Without its text tower."""
+        """Load the teacher without its text tower."""
         return self.load().drop_text()
 
 
 @dataclass(frozen=True)
 class AdaptedSpec:
-    """An adapted teacher in the store; ``form`` is its class."""
+    """Description of an adapted teacher in the store; ``form`` is its class."""
 
     directory: Dir
     preprocess: Preprocess
@@ -70,8 +70,11 @@ Model = TypeVar("Model", Teacher, AdaptedTeacher)
 
 
 def laid_out(model: Model) -> Model:
-    """The model with a convolutional tower's weights channels-last: a third less time a forward pass on CPUs, and what
-    tensor cores ask for on GPUs. One convolution alone is the patch embedding of a transformer."""
+    """Set the channels-last layout for convolutional towers; returns the model.
+
+    It reduces the time of a forward pass on CPUs by a third, and tensor cores of GPUs need it. A tower with a single
+    convolution is a transformer, where the convolution is the patch embedding.
+    """
     if sum(isinstance(m, nn.Conv2d) for m in model.image_tower.modules()) > 1:
         model.image_tower.to(memory_format=torch.channels_last)
     return model
@@ -90,14 +93,14 @@ def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int)
 
 @torch.inference_mode()
 def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
-    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of them (N, C, h, w)."""
+    """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of logits (N, C, h, w)."""
     return _batched(model.logits, pixels, batch, len(model.classes))
 
 
 def _batched(function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
-    where = device()
+    target = device()
     parts = [
-        function(torch.from_numpy(np.ascontiguousarray(pixels[at : at + batch])).to(where)).float().cpu().numpy()
-        for at in range(0, len(pixels), batch)
+        function(torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch])).to(target)).float().cpu().numpy()
+        for first in range(0, len(pixels), batch)
     ]
     return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

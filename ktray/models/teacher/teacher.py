@@ -1,4 +1,4 @@
-"""The teacher: a foundation model's image tower, its text tower where there is one, and its preprocessing."""
+"""The teacher: the image tower of a foundation model, its text tower if it has one, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ktray.models.teacher.layers import Layer, tower_layers
 
 
 class Teacher(nn.Module):
-    """A frozen-by-default foundation model; see `ktray.models.teacher.load.load_teacher`.
+    """A foundation model, frozen by default; see `ktray.models.teacher.load.load_teacher`.
 
     Attributes:
-        image_tower: (N, 3, h, w) normalised images to (N, embed_dim); can be trained by itself.
-        preprocess: what the tower expects.
+        image_tower: (N, 3, h, w) normalised images to (N, embed_dim); it can be trained separately.
+        text: the text tower, or None.
+        preprocess: the preprocessing of the image tower.
         embed_dim: width of the image embedding (and of the text embedding).
-        patch_dim: width of a patch embedding, None where the tower has no map of patches.
-        name: as in the recipe.
-        source: how to load it again.
-        fingerprint: changes with the architecture, the weights and the image size; 64 hex digits.
-        logit_scale: factor on cosines before the softmax over texts; 1 without a text tower.
+        patch_dim: width of a patch embedding; None if the tower has no map of patches.
+        name: ``teacher.name`` of the recipe.
+        source: where the teacher was loaded from.
+        fingerprint: hash of the architecture, the weights and the image size; 64 hex digits.
+        logit_scale: factor of the cosine similarities before the softmax over texts; 1 without a text tower.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class Teacher(nn.Module):
         return self.text is not None
 
     def drop_text(self) -> Teacher:
-        """Free the text tower; returns the teacher."""
+        """Remove the text tower to free its memory; returns the teacher."""
         self.text = None
         return self
 
     def embed(self, batch: torch.Tensor) -> torch.Tensor:
-        """Image embeddings, not normalised to unit length (callers that compare cosines do that).
+        """Image embeddings, not normalised to unit length; callers that need cosine similarities normalise them.
 
-        Gradients flow; wrap in ``torch.inference_mode()`` to embed only.
+        Gradients are computed; use ``torch.inference_mode()`` if they are not needed.
 
         Args:
-            batch: (N, 3, H, W) uint8, on the teacher's device, any size.
+            batch: (N, 3, H, W) uint8, on the teacher's device, of any size.
 
         Returns:
             (N, embed_dim) float32.
@@ -68,36 +69,36 @@ class Teacher(nn.Module):
         return embed(self.image_tower, self.preprocess, batch)
 
     def patch_embeddings(self, batch: torch.Tensor, levels: int = 1) -> torch.Tensor:
-        """The tower's last map of patch embeddings, or its last maps side by side.
+        """The last map of patch embeddings of the tower, or the concatenation of its last maps.
 
         Args:
-            batch: as for `embed`.
-            levels: how many of the last blocks (plain transformers) or stages (others) to take. Coarser maps are
-                resized bilinearly to the finest one; none is scaled.
+            batch: see `embed`.
+            levels: number of the last blocks (plain transformers) or stages (other models) to use. Coarser maps are
+                resized bilinearly to the finest one; values are not scaled.
 
         Returns:
-            (N, D, rows, columns) float32, input side first; D is `patch_dim` for one level, else the sum of
-            `level_dims`.
+            (N, D, rows, columns) float32, with the level closest to the input first; D is `patch_dim` for one level,
+            otherwise the sum of `level_dims`.
 
         Raises:
-            KtrayError: the tower has no such map, or fewer levels.
+            KtrayError: the tower has no maps, or fewer levels.
         """
         self.level_dims(levels)
         return patch_embeddings(self.image_tower, self.preprocess, self.source, batch, levels)
 
     def level_dims(self, levels: int) -> list[int]:
-        """Widths of the last ``levels`` maps, input side first.
+        """Widths of the last ``levels`` maps, with the one closest to the input first.
 
         Raises:
-            KtrayError: the tower has no maps, or fewer.
+            KtrayError: the tower has no maps, or fewer levels.
         """
         if self.patch_dim is None:
-            raise KtrayError(f"Teacher '{self.name}' gives no patch embeddings", "Choose another teacher.name.")
+            raise KtrayError(f"Teacher '{self.name}' has no patch embeddings", "Choose another teacher.name.")
         widths = family_of(self.name).map_widths(self.image_tower)
         if not 1 <= levels <= len(widths):
             raise KtrayError(
-                f"Teacher '{self.name}' has {len(widths)} maps of patch embeddings, not {levels}",
-                "Take fewer levels.",
+                f"Teacher '{self.name}' has {len(widths)} maps of patch embeddings, but {levels} are needed",
+                "Use fewer levels.",
             )
         return widths[-levels:]
 
@@ -116,15 +117,15 @@ class Teacher(nn.Module):
         return encoded
 
     def blocks(self) -> list[Layer]:
-        """The image tower's parameters in layers, input first, for layer-wise learning rates."""
+        """The parameters of the image tower in layers, from the input on, for layer-wise learning rates."""
         return tower_layers(self.image_tower)
 
 
 def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to the tower's embedding (N, D) float32."""
+    """uint8 (N, 3, H, W) to the embedding of the tower (N, D) float32."""
     x = preprocess.normalise(batch).to(_dtype(tower))
     out = tower(x)
-    # CoCa's tower gives (pooled, tokens).
+    # CoCa's tower returns (pooled, tokens).
     pooled: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return pooled.float()
 
@@ -132,7 +133,7 @@ def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torc
 def patch_embeddings(
     tower: nn.Module, preprocess: Preprocess, source: TeacherSource, batch: torch.Tensor, levels: int = 1
 ) -> torch.Tensor:
-    """The function behind `Teacher.patch_embeddings`, for those who hold the tower alone."""
+    """Like `Teacher.patch_embeddings`, for a tower without its `Teacher`."""
     x = preprocess.normalise(batch).to(_dtype(tower))
     maps = [m.float() for m in family_of(source.name).patch_maps(tower, x, levels)]
     rows, columns = max(tuple(m.shape[-2:]) for m in maps)

@@ -99,7 +99,7 @@ def test_keys_are_looked_up_in_the_tars(tmp_path):
 
 def test_what_does_not_fit_together_is_named(files):
     write(files / "a", 0, ["x.jpg", "y.jpg"], np.zeros((3, 4)))
-    with pytest.raises(KtrayError, match=r"img_emb_0\.npy' has 3 rows and .*metadata_0\.parquet' 2"):
+    with pytest.raises(KtrayError, match=r"img_emb_0\.npy' has 3 rows, but .*metadata_0\.parquet' has 2"):
         embedded_shards(str(files / "a"), None)
     write(files / "b", 0, ["x.jpg"])
     (files / "b" / "metadata" / "metadata_0.parquet").unlink()

@@ -188,10 +188,10 @@ def test_s3_folder_tar_parquet_list_and_pattern(bucket):
     [
         ("textt", "does not exist.*Did you mean '.*/texts'"),
         ("empty", "has no images: it is empty"),
-        ("texts", r"has no images: it holds 2 x \.txt, 1 x README"),
-        ("mixed", "holds 1 image files and 1 tar shards.*pattern"),
+        ("texts", r"has no images: it contains 2 x \.txt, 1 x README"),
+        ("mixed", "contains 1 image files and 1 tar shards.*pattern"),
         ("*.bmp", "No images match"),
-        ("texts/*", "No images match .* it matches 2 x .txt"),
+        ("texts/*", "No images match .* it matches only 2 x .txt"),
         ("texts/a.txt", "unsupported file type"),
         ("labels.csv", "no path column, only a, b"),
         ("nothing.csv", "has no rows"),

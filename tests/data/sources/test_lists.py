@@ -50,7 +50,7 @@ def test_neither_list_nor_gallery_is_no_gallery():
     ("text", "message"),
     [
         ("", "is empty"),
-        ("1\n1\n", "repeats 1 images, 1 among them"),
+        ("1\n1\n", "repeats 1 images, for example 1"),
         ("1\n9\n8\n7\n6\n", "4 of the 5 images .* are not in the gallery: 9, 8, 7"),
         ("2\n", "1 names .* match several gallery images: 2"),
     ],

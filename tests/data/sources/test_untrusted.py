@@ -186,5 +186,5 @@ def test_image_bombs_are_refused_wherever_images_are_looked_at(tmp_path):
 
 
 def test_a_users_own_wrong_address_is_told(monkeypatch):
-    with pytest.raises(KtrayError, match="come from the environment"):
+    with pytest.raises(KtrayError, match="are set in the environment"):
         list_shards("s3://user:hunter22@bucket/folder")

@@ -10,7 +10,7 @@ from ktray.jobs.export import licences
     ("keys", "expected"),
     [
         ({"teacher.name": "miniverse"}, "apache-2.0 (ships with ktray"),
-        ({"teacher.name": "timm:vit_large_patch14_dinov2.lvd142m"}, "apache-2.0 (as timm tells"),
+        ({"teacher.name": "timm:vit_large_patch14_dinov2.lvd142m"}, "apache-2.0 (according to timm"),
         ({"teacher.name": "timm:vit_base_patch16_dinov3.lvd1689m"}, "dinov3-license"),
         (
             {"teacher.name": "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"},

@@ -140,7 +140,7 @@ def test_published_weights_need_a_network(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_broken_folders(tmp_path: Path) -> None:
-    with pytest.raises(KtrayError, match="holds no student"):
+    with pytest.raises(KtrayError, match="contains no student"):
         load_student(tmp_path)
     student = build_student("test_efficientnet", num_classes=2, image_size=32)
     with pytest.raises(KtrayError, match="2 logits for 3 classes"):

@@ -76,7 +76,7 @@ def test_a_changed_base_is_not_taken_for_the_old_one(
 
 
 def test_folders_and_heads_that_do_not_belong(adapted: AdaptedTeacher, tmp_path: Path) -> None:
-    with pytest.raises(KtrayError, match="holds no adapted teacher"):
+    with pytest.raises(KtrayError, match="contains no adapted teacher"):
         AdaptedTeacher.load(tmp_path)
     adapted.save(tmp_path)
     save_file({"weight": torch.zeros(2, 24), "bias": torch.zeros(3)}, str(tmp_path / "head.safetensors"))

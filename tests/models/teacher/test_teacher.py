@@ -204,7 +204,9 @@ def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_clip.factory.CLIP", None)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     for name in ("open_clip:ViT-B-32/laion2b_s34b_b79k", "timm:test_vit"):
-        with pytest.raises(KtrayError, match=r"no network or no hub.*teacher.checkpoint=FILE.*teacher.name=miniverse"):
+        with pytest.raises(
+            KtrayError, match=r"network or hub is not available.*teacher.checkpoint=FILE.*teacher.name=miniverse"
+        ):
             load_teacher(name)
 
 
@@ -224,7 +226,7 @@ def test_files_that_are_missing_or_do_not_fit(tiny_clip: SimpleNamespace, tmp_pa
         load_teacher("open_clip:mine", str(tmp_path / "lacking.safetensors"), tiny_clip.config)
     wrong = {**state, "visual.proj": torch.zeros(32, 25)}
     save_file(wrong, str(tmp_path / "wrong.safetensors"))
-    with pytest.raises(KtrayError, match=r"other shapes.*visual.proj"):
+    with pytest.raises(KtrayError, match=r"different shapes.*visual.proj"):
         load_teacher("open_clip:mine", str(tmp_path / "wrong.safetensors"), tiny_clip.config)
     (tmp_path / "cut.safetensors").write_bytes(Path(tiny_clip.checkpoint).read_bytes()[:500])
     with pytest.raises(KtrayError, match="cannot be read as weights"):
@@ -242,7 +244,7 @@ def test_timm_weights_that_do_not_fit(tiny_vit: SimpleNamespace, tmp_path: Path)
     with pytest.raises(KtrayError, match=r"cls_token \(1, 1, 7\) instead of"):
         load_teacher("timm:test_vit", str(path))
     torch.save([1, 2], path)
-    with pytest.raises(KtrayError, match="no state dict"):
+    with pytest.raises(KtrayError, match="not contain a state dict"):
         load_teacher("timm:test_vit", str(path))
 
 

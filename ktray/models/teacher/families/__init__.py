@@ -1,1 +1,1 @@
-"""Teacher families: one file for each library or place that teachers come from."""
+"""Teacher families: one file for each library from which teachers are loaded."""

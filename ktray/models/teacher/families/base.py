@@ -1,9 +1,9 @@
-"""What a teacher family is: all that ktray needs to know about a library that teachers come from.
+"""Teacher families: the interface between ktray and a library from which teachers are loaded.
 
-A family is registered in `ktray.recipe.registries.TEACHERS` under the word that stands before the colon in
-``teacher.name``. It resolves a name without loading weights, builds the towers, and knows what only their library
-knows: maps of patches, order of layers, licences. Everything else (fingerprint, adaptation, targets, evaluation) is
-the same for all families.
+A family is registered in `ktray.recipe.registries.TEACHERS` under the word before the colon in ``teacher.name``. It
+resolves a name without loading weights, builds the towers, and provides the facts that depend on the library: maps of
+patches, order of layers, licences. Everything else (fingerprint, adaptation, targets, evaluation) is the same for all
+families.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ UNKNOWN_LICENCE = "unknown: check"
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher comes from; all that is needed to load it again.
+    """Where a teacher comes from: everything that is needed to load it again.
 
     Attributes:
-        name: ``teacher.name``: the family, and after a colon the family's own name of the model.
+        name: ``teacher.name``: the family and, after a colon, the name of the model in this family.
         checkpoint: weights file, path or URI.
-        config: model config of the family's library: its path, or its content.
-        image_size: input size other than the model's own, pixels.
+        config: model config for the family's library, as path or content.
+        image_size: input size in pixels, if it differs from the model's own.
     """
 
     name: str
@@ -51,12 +51,12 @@ class ResolvedTeacher:
     """A source, resolved as far as possible without loading weights.
 
     Attributes:
-        source: what was asked for.
-        library: the family's name in fingerprints.
-        model: the model's name in its library.
-        tag: the published weights, None where there are none or where a checkpoint stands for them.
+        source: the requested source.
+        library: the name of the family in fingerprints.
+        model: the name of the model in its library.
+        tag: the tag of the published weights; None if there are none, or if a checkpoint replaces them.
         checkpoint: weights file, path or URI; None for published weights.
-        config: the parsed model config, None where the library knows the model.
+        config: the parsed model config; None if the library has the model.
     """
 
     source: TeacherSource
@@ -69,14 +69,14 @@ class ResolvedTeacher:
 
 @dataclass(frozen=True)
 class TeacherParts:
-    """What `TeacherFamily.build` gives.
+    """The result of `TeacherFamily.build`.
 
     Attributes:
         image_tower: (N, 3, h, w) normalised float images to (N, embed_dim), or to a tuple that begins with it.
-        preprocess: what the tower expects, at the input size that was asked for.
+        preprocess: the preprocessing of the tower, with the requested input size.
         embed_dim: width of the image embedding, and of the text embedding.
         text: a list of M texts to (M, embed_dim) float32 of unit length, with an attribute ``logit_scale`` (float, the
-            factor on cosines before the softmax over texts); None where there is no text tower.
+            factor of cosine similarities before the softmax over texts); None if there is no text tower.
     """
 
     image_tower: nn.Module
@@ -89,63 +89,65 @@ class TeacherFamily(ABC):
     """A library of teachers. Instances have no state and are registered in ``TEACHERS``."""
 
     syntax: str
-    """How ``teacher.name`` is written, for messages."""
+    """The format of ``teacher.name``, for messages."""
     has_text: bool = False
-    """Whether its teachers have a text tower; asked where none is loaded."""
+    """Whether its teachers have a text tower; for decisions before a teacher is loaded."""
 
     @abstractmethod
     def resolve(self, source: TeacherSource) -> ResolvedTeacher:
         """Check a name and find its weights, without loading them.
 
         Raises:
-            KtrayError: no such model, or no weights for it; random weights are never used silently.
+            KtrayError: there is no such model, or no weights for it. Random weights are never used silently.
         """
 
     def architecture(self, found: ResolvedTeacher) -> Any:
-        """What the fingerprint says of the architecture; JSON."""
+        """The part of the fingerprint for the architecture, as a JSON value."""
         return found.model
 
     @abstractmethod
     def build(self, found: ResolvedTeacher, weights: Path | None, published: bool, device: str) -> TeacherParts:
-        """Make the towers, with their weights.
+        """Build the towers, with their weights.
 
         Args:
-            found: what `resolve` gave.
+            found: the result of `resolve`.
             weights: local weights file to load.
-            published: load the published weights. With neither, the architecture is enough, its weights are filled by
-                the caller or never used.
-            device: where the modules are made; ``meta`` for ``--plan``, which reads shapes alone. It is torch's default
-                device during the call.
+            published: load the published weights. Without ``weights`` and ``published``, only the architecture is
+                needed: the caller loads the weights, or never uses them.
+            device: device of the modules; ``meta`` for ``--plan``, which needs only shapes. During the call it is
+                torch's default device.
 
         Raises:
             KtrayError: the model cannot be built, or the weights cannot be fetched or do not fit.
         """
 
     def map_widths(self, tower: nn.Module) -> list[int]:
-        """Channels of every map of patch embeddings that the tower can give, input side first; none by default."""
+        """Channels of every map of patch embeddings of the tower, from input to output; none by default."""
         return []
 
     def patch_maps(self, tower: nn.Module, x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-        """The last ``levels`` maps of patch embeddings, input side first, each (N, D, rows, columns).
+        """The last ``levels`` maps of patch embeddings, from input to output, each (N, D, rows, columns).
 
         Args:
-            x: (N, 3, h, w) normalised images of the tower's dtype.
+            tower: the image tower.
+            x: (N, 3, h, w) normalised images in the tower's dtype.
+            levels: number of maps.
         """
-        raise KtrayError("This teacher gives no patch embeddings", "Choose another teacher.name.")
+        raise KtrayError("This teacher has no patch embeddings", "Choose another teacher.name.")
 
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
-        """The order of a tower's layers; None where the tower is not one of this family, or has no known order (its
-        child modules are then its layers)."""
+        """The order of a tower's layers; None if the tower does not belong to this family or its order is unknown. In
+        this case its child modules are its layers."""
         return None
 
     def licence(self, model: str) -> str:
-        """Licence of the published weights of a model (the part of ``teacher.name`` after the colon)."""
+        """Licence of the published weights of a model. ``model`` is the part of ``teacher.name`` after the colon."""
         return UNKNOWN_LICENCE
 
     def untrained(self, model: str) -> nn.Module | None:
-        """A module with random weights whose state dict is a checkpoint that `build` takes, for speed measurements.
+        """A module with random weights whose state dict is a valid checkpoint for `build`, for speed measurements.
 
-        None (by default) where the real weights need no download and serve as well.
+        None (by default) if the real weights can be used because they need no download.
         """
         return None
 
@@ -154,7 +156,7 @@ def family_of(name: str) -> TeacherFamily:
     """The family of a ``teacher.name``.
 
     Raises:
-        KtrayError: there is none.
+        KtrayError: there is no such family.
     """
     prefix = name.partition(":")[0]
     if prefix not in TEACHERS:
@@ -164,30 +166,30 @@ def family_of(name: str) -> TeacherFamily:
 
 
 def model_of(name: str) -> str:
-    """The part of a ``teacher.name`` that its family reads; empty where there is none."""
+    """The part of a ``teacher.name`` after the colon; empty if there is none."""
     return name.partition(":")[2]
 
 
 def not_a_name(name: str) -> KtrayError:
     """The error for a ``teacher.name`` that no family can read."""
-    known = " or ".join(family.syntax for _, family in TEACHERS)
+    syntaxes = " or ".join(family.syntax for _, family in TEACHERS)
     return KtrayError(
         f"'{name}' is not the name of a teacher",
-        f"Set teacher.name={known}; other packages add families by the entry point group '{TEACHERS.group}'.",
+        f"Set teacher.name={syntaxes}; other packages can add families with the entry point group '{TEACHERS.group}'.",
     )
 
 
 def no_hub(found: ResolvedTeacher, error: Exception) -> KtrayError:
     """The error for published weights that cannot be fetched."""
     return KtrayError(
-        f"The weights of teacher '{found.source.name}' cannot be fetched, there is no network or no hub "
+        f"The weights of teacher '{found.source.name}' cannot be fetched, network or hub is not available "
         f"({cause(error)})",
         WAY_OUT,
     )
 
 
 def cannot_build(found: ResolvedTeacher, error: Exception) -> KtrayError:
-    """The error for an architecture that its library refuses."""
+    """The error for an architecture that its library cannot build."""
     return KtrayError(
         f"Teacher '{found.source.name}' cannot be built: {cause(error)}", "Check teacher.name and teacher.config."
     )

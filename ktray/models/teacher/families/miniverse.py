@@ -1,4 +1,4 @@
-"""The small teacher that ships with ktray: ``miniverse``. An open_clip model whose files lie in the package."""
+"""The small teacher that ships with ktray: ``miniverse``, an open_clip model whose files are in the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(ktray.__file__).parent / "miniverse" / "teacher"
 
 
 class MiniverseFamily(OpenClipFamily):
-    """One teacher. Files of a checkpoint and a config may be named for it all the same."""
+    """The family of one teacher. Its checkpoint and config may be replaced with other files."""
 
     syntax = "miniverse"
 
@@ -25,11 +25,11 @@ class MiniverseFamily(OpenClipFamily):
             raise not_a_name(source.name)
         checkpoint = source.checkpoint or str(FOLDER / "model.safetensors")
         config = source.config or str(FOLDER / "miniverse.json")
-        found = super().resolve(replace(source, name="open_clip:miniverse", checkpoint=checkpoint, config=config))
-        return replace(found, source=source)
+        resolved = super().resolve(replace(source, name="open_clip:miniverse", checkpoint=checkpoint, config=config))
+        return replace(resolved, source=source)
 
     def licence(self, model: str) -> str:
-        return "apache-2.0 (ships with ktray, trained on drawn pictures alone)"
+        return "apache-2.0 (ships with ktray, trained only on drawn images)"
 
     def untrained(self, model: str) -> nn.Module | None:
         return None

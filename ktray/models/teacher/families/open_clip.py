@@ -1,4 +1,4 @@
-"""Teachers of open_clip: ``open_clip:<model>[/<pretrained>]``. An image tower and a text tower."""
+"""Teachers of open_clip: ``open_clip:<model>[/<pretrained>]``, with an image tower and a text tower."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
 class OpenClipFamily(TeacherFamily):
-    """Models of open_clip, also those that a config of one's own describes."""
+    """Models of open_clip, including models that a user's config describes."""
 
     syntax = "open_clip:<model>/<pretrained>"
     has_text = True
@@ -54,8 +54,8 @@ class OpenClipFamily(TeacherFamily):
         rest, config = model_of(source.name), source.config
         if not rest:
             raise not_a_name(source.name)
-        model, _, wanted = rest.partition("/")
-        tag = wanted or None
+        model, _, requested_tag = rest.partition("/")
+        tag = requested_tag or None
         parsed = _read_config(config) if isinstance(config, str) else config
         if parsed is None and model not in open_clip.list_models():
             raise unknown_name("open_clip model", model, open_clip.list_models(), "teacher.name")
@@ -63,8 +63,8 @@ class OpenClipFamily(TeacherFamily):
         if tag and tag not in tags:
             raise unknown_name(f"pretrained tag of open_clip model '{model}'", tag, tags, "teacher.name")
         if not tag and not source.checkpoint:
-            some = f" (or name a pretrained tag, e.g. open_clip:{model}/{tags[0]})" if tags else ""
-            raise KtrayError(f"Teacher '{source.name}' names no weights", WAY_OUT.replace("FILE,", f"FILE{some},"))
+            hint = f" (or use a pretrained tag, e.g. open_clip:{model}/{tags[0]})" if tags else ""
+            raise KtrayError(f"Teacher '{source.name}' has no weights", WAY_OUT.replace("FILE,", f"FILE{hint},"))
         return ResolvedTeacher(source, "open_clip", model, tag, source.checkpoint, parsed)
 
     def architecture(self, found: ResolvedTeacher) -> Any:
@@ -74,10 +74,12 @@ class OpenClipFamily(TeacherFamily):
         registered = _register(found.model, found.config) if found.config else found.model
         towers, size = open_clip.get_model_config(registered), found.source.image_size
         timm_tower = "timm_model_name" in towers["vision_cfg"]
-        # The tag tells how its weights were trained, also where they come from a local file.
-        trained = open_clip.get_pretrained_cfg(found.model, found.tag) if found.tag else {}
-        known = ("mean", "std", "interpolation", "resize_mode")
-        forced = {k: v for k, v in trained.items() if k in known} | ((found.config or {}).get("preprocess_cfg") or {})
+        # The preprocessing and activation of the tag also apply if its weights come from a local file.
+        published_cfg = open_clip.get_pretrained_cfg(found.model, found.tag) if found.tag else {}
+        options = ("mean", "std", "interpolation", "resize_mode")
+        forced = {k: v for k, v in published_cfg.items() if k in options} | (
+            (found.config or {}).get("preprocess_cfg") or {}
+        )
         try:
             with _quiet():
                 model = open_clip.create_model(
@@ -88,19 +90,19 @@ class OpenClipFamily(TeacherFamily):
                     pretrained_text=False,
                     force_image_size=None if timm_tower else size,
                     force_preprocess_cfg=forced or None,
-                    force_quick_gelu=bool(trained.get("quick_gelu", False)),
+                    force_quick_gelu=bool(published_cfg.get("quick_gelu", False)),
                 )
         except Exception as error:
             raise (no_hub if published else cannot_build)(found, error) from error
         if weights is not None:
             with weight_errors(weights):
-                loaded = open_clip.load_checkpoint(model, str(weights), strict=False, weights_only=True)
-            if loaded and (why := describe_keys(list(loaded.missing_keys), list(loaded.unexpected_keys))):
+                keys = open_clip.load_checkpoint(model, str(weights), strict=False, weights_only=True)
+            if keys and (why := describe_keys(list(keys.missing_keys), list(keys.unexpected_keys))):
                 raise wrong_keys(weights, why)
         preprocess = Preprocess.from_open_clip(model)
         tower: nn.Module = model.visual
         if timm_tower and size:
-            # After loading: timm resamples the position embeddings that it then holds.
+            # This must follow loading, because timm resamples the loaded position embeddings.
             tower.set_input_size(size)  # type: ignore[operator]
         text = TextTower(model, functools.partial(_tokenizer, found.model, found.config))
         return TeacherParts(tower, preprocess.with_size(size) if size else preprocess, int(towers["embed_dim"]), text)
@@ -114,8 +116,8 @@ class OpenClipFamily(TeacherFamily):
         return [int(inner.width)] * len(inner.resblocks)
 
     def patch_maps(self, tower: nn.Module, x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-        # The last norm belongs to a patch embedding as it does to the pooled one, unless an attention pool of another
-        # width stands before it.
+        # The last norm applies to patch embeddings as well as to the pooled embedding, except after an attention pool
+        # of another width.
         normed = getattr(tower, "attn_pool", None) is None
         out = tower.forward_intermediates(  # type: ignore[operator]
             x, indices=levels, intermediates_only=True, normalize_intermediates=normed
@@ -130,7 +132,7 @@ class OpenClipFamily(TeacherFamily):
             stem = ("conv1.", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre.")
             blocks = len(tower.transformer.resblocks)
             prefixes = {**dict.fromkeys(stem, 0), **{f"transformer.resblocks.{i}.": i + 1 for i in range(blocks)}}
-            # The last norm and the projection learn with the last block.
+            # The last norm and the projection have the learning rate of the last block.
             return LayerOrder(prefixes, blocks)
         if isinstance(tower, ModifiedResNet):
             stages = {f"layer{i}.": i for i in range(1, 5)}
@@ -138,22 +140,22 @@ class OpenClipFamily(TeacherFamily):
         return None
 
     def licence(self, model: str) -> str:
-        # open_clip names the place of the weights, and not their licence.
+        # open_clip records the location of the weights, but not their licence.
         architecture, _, tag = model.partition("/")
         place = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "").rstrip("/")
         return f"{UNKNOWN_LICENCE} (the model card of {place})" if place else UNKNOWN_LICENCE
 
     def untrained(self, model: str) -> nn.Module | None:
-        made: nn.Module = open_clip.create_model(model, load_weights=False)
-        return made
+        module: nn.Module = open_clip.create_model(model, load_weights=False)
+        return module
 
 
 class TextTower(nn.Module):
-    """The text half of an open_clip model.
+    """The text tower of an open_clip model.
 
     Args:
-        model: an open_clip model; its image tower is taken out.
-        make_tokenizer: called at the first text (some tokenizers are fetched from the hub).
+        model: an open_clip model; its image tower is removed.
+        make_tokenizer: called for the first text, because some tokenizers are fetched from the hub.
     """
 
     def __init__(self, model: nn.Module, make_tokenizer: Callable[[], Tokenizer]) -> None:
@@ -161,8 +163,8 @@ class TextTower(nn.Module):
         del model.visual
         self.model = model
         scale: Any = getattr(model, "logit_scale", None)
-        known = isinstance(scale, torch.Tensor) and not scale.is_meta
-        self.logit_scale = float(scale.detach().exp()) if known else 1.0
+        has_scale = isinstance(scale, torch.Tensor) and not scale.is_meta
+        self.logit_scale = float(scale.detach().exp()) if has_scale else 1.0
         self._make_tokenizer = make_tokenizer
         self._tokenizer: Tokenizer | None = None
 
@@ -174,7 +176,7 @@ class TextTower(nn.Module):
             except Exception as error:
                 raise KtrayError(
                     f"The teacher's tokenizer cannot be loaded: {cause(error)}",
-                    "Some tokenizers are fetched from the hub; teacher.adapt=probe needs no text.",
+                    "Some tokenizers are fetched from the hub: check the network, or set teacher.adapt=probe.",
                 ) from error
         tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
         encoded: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
@@ -187,20 +189,21 @@ def _read_config(uri: str) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
         towers = parsed.get("model_cfg", parsed)
         if not all(key in towers for key in ("embed_dim", "vision_cfg", "text_cfg")):
-            raise ValueError("it lacks embed_dim, vision_cfg or text_cfg")
+            raise ValueError("embed_dim, vision_cfg or text_cfg is missing")
         _check_config(parsed)
     except (ValueError, AttributeError) as error:
         raise KtrayError(
-            f"'{uri}' is not an open_clip model config: {error}", "Set teacher.config= to such a JSON file."
+            f"'{uri}' is not an open_clip model config: {error}",
+            "Set teacher.config= to a JSON file with such a config.",
         ) from error
     return dict(parsed)
 
 
 def _check_config(config: Any) -> None:
-    """Raises ValueError where a config names code to run, or a place to load a model from.
+    """Raises ValueError if a config would run external code, or load a model from another location.
 
-    open_clip hands ``tokenizer_kwargs`` to transformers, which runs a repository's own code with
-    ``trust_remote_code``, and ``timm_model_name`` to timm, which takes ``hf-hub:`` and ``local-dir:`` too.
+    open_clip passes ``tokenizer_kwargs`` to transformers, which runs code of the repository with ``trust_remote_code``,
+    and ``timm_model_name`` to timm, which also accepts ``hf-hub:`` and ``local-dir:``.
     """
     if isinstance(config, list):
         for part in config:
@@ -208,15 +211,15 @@ def _check_config(config: Any) -> None:
     elif isinstance(config, dict):
         for key, value in config.items():
             if key == "trust_remote_code":
-                raise ValueError("it asks to run code of others (trust_remote_code)")
+                raise ValueError("it requests the execution of external code (trust_remote_code)")
             if key == "timm_model_name" and ":" in str(value):
-                raise ValueError(f"timm_model_name '{value}' is a place and not a model of timm")
+                raise ValueError(f"timm_model_name '{value}' is a location and not a model of timm")
             _check_config(value)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's warning of random weights: they are filled, or the load fails."""
+    """Suppress open_clip's warning about random weights: weights are loaded later, or loading fails."""
 
     def drop(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
@@ -230,7 +233,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _register(model: str, config: dict[str, Any]) -> str:
-    """Make open_clip know a config, under a name of its own so that no built-in model is shadowed."""
+    """Register a config in open_clip, under a unique name, so that no built-in model is replaced."""
     towers = deepcopy(config.get("model_cfg", config))
     content = json.dumps(towers, sort_keys=True)
     name = f"{model}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Teachers of timm: ``timm:<model>[.<pretrained>]``. An image tower alone."""
+"""Teachers of timm: ``timm:<model>[.<pretrained>]``, with only an image tower."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class TimmFamily(TeacherFamily):
 
     def build(self, found: ResolvedTeacher, weights: Path | None, published: bool, device: str) -> TeacherParts:
         cfg, size = timm.get_pretrained_cfg(found.model), found.source.image_size
-        sized: dict[str, Any] = {"img_size": size} if size and cfg is not None and cfg.fixed_input_size else {}
+        size_arguments: dict[str, Any] = {"img_size": size} if size and cfg is not None and cfg.fixed_input_size else {}
         try:
-            model = timm.create_model(found.model, pretrained=published, num_classes=0, **sized)
+            model = timm.create_model(found.model, pretrained=published, num_classes=0, **size_arguments)
         except Exception as error:
             raise (no_hub if published else cannot_build)(found, error) from error
         if weights is not None:
@@ -66,7 +66,7 @@ class TimmFamily(TeacherFamily):
         return map_widths(tower)
 
     def patch_maps(self, tower: nn.Module, x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-        # The last norm belongs to a patch embedding as it does to the pooled one.
+        # The last norm applies to patch embeddings as well as to the pooled embedding.
         return list(tower.forward_intermediates(x, indices=levels, intermediates_only=True, norm=True))  # type: ignore[operator]
 
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
@@ -76,12 +76,12 @@ class TimmFamily(TeacherFamily):
         return licence(model)
 
     def untrained(self, model: str) -> nn.Module | None:
-        made: nn.Module = timm.create_model(model)
-        return made
+        module: nn.Module = timm.create_model(model)
+        return module
 
 
 def map_widths(tower: nn.Module) -> list[int]:
-    """As `TeacherFamily.map_widths`, of a timm model wherever it stands."""
+    """`TeacherFamily.map_widths` for a timm model, which may be a part of another model."""
     info: Any = getattr(tower, "feature_info", None)
     if not info or not hasattr(tower, "forward_intermediates"):
         return []
@@ -89,7 +89,7 @@ def map_widths(tower: nn.Module) -> list[int]:
 
 
 def layer_order(tower: nn.Module) -> LayerOrder | None:
-    """As `TeacherFamily.layer_order`, of a timm model wherever it stands."""
+    """`TeacherFamily.layer_order` for a timm model, which may be a part of another model."""
     if not hasattr(tower, "group_matcher"):
         return None
     matcher: Any = tower.group_matcher
@@ -99,8 +99,8 @@ def layer_order(tower: nn.Module) -> LayerOrder | None:
 
 def licence(model: str) -> str:
     """Licence of a model's published weights, as timm states it."""
-    found = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    return f"{found.license} (as timm tells of {model})" if found is not None and found.license else UNKNOWN_LICENCE
+    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    return f"{cfg.license} (according to timm for {model})" if cfg is not None and cfg.license else UNKNOWN_LICENCE
 
 
 def _tag(model: str, has_checkpoint: bool) -> str | None:
