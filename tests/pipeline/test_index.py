@@ -161,9 +161,9 @@ def test_a_list_is_a_transfer_set_without_held_out_copies(world):
 
 
 def test_list_and_its_file_go_together(world):
-    with pytest.raises(KtrayError, match="go together"):
+    with pytest.raises(KtrayError, match="must be set together"):
         curate_only(keys(world, "transfer.source=list"))
-    with pytest.raises(KtrayError, match="go together"):
+    with pytest.raises(KtrayError, match="must be set together"):
         curate_only(keys(world, "transfer.list=x.txt"))
 
 
