@@ -1,1 +1,1 @@
-"""A run: the order of the stages, what is decided before, what is written after."""
+"""A run: resolving the recipe, running the stages in order, and writing the results."""

@@ -1,4 +1,4 @@
-"""The stages in order, and what each leaves for the next."""
+"""The stages in order, and the results that each passes to the next."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class StageOutputs:
 
 
 def stages(context: RunContext, trial: bool = False) -> StageOutputs:
-    """Run the stages, each reused where it is whole; those of a trial without EVALUATE."""
+    """Run the stages; a stage that the store holds completely is reused. A trial does not run EVALUATE."""
     recipe, size = context.recipe, int(context.recipe.image_size or 0)
     student = transfer.student_spec(context).make()
     for warning in student.warnings:
         logger.info(f"student   {warning}")
     if not recipe.objective.has_transfer_set():
         decoded = labels.run(context, student.preprocess)
-        done = finetune.run_scratch(context, decoded, booked="finetune")
-        models = {"student": done}
-        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), done)
+        scratch = finetune.run_scratch(context, decoded, booked="finetune")
+        models = {"student": scratch}
+        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), scratch)
     start: PhaseOutputs | None = None
     for name, phase in phases(recipe):
         inner = replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0))
@@ -57,16 +57,18 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
         context.runtime.read += inner.runtime.read
     assert start is not None  # there is at least one phase
-    decoded, moved = start.labels, start.transfer
-    tuned = finetune.run(context, moved, start.teach, decoded) if recipe.finetune.steps else moved
-    models = {"student": tuned}
+    decoded, transferred = start.labels, start.transfer
+    finetuned = finetune.run(context, transferred, start.teach, decoded) if recipe.finetune.steps else transferred
+    models = {"student": finetuned}
     floor = None
     if recipe.baselines.scratch:
         floor = finetune.run_scratch(context, decoded, booked=FLOOR)
         models[FLOOR] = floor
-    judged = (start.spec, start.adapt) if start.adapt and start.spec else None
-    scored = None if trial else evaluate.run(context, models, judged)
-    return StageOutputs(decoded, scored, tuned, start.adapt, start.index, start.curate, start.teach, moved, floor)
+    teacher = (start.spec, start.adapt) if start.adapt and start.spec else None
+    evaluated = None if trial else evaluate.run(context, models, teacher)
+    return StageOutputs(
+        decoded, evaluated, finetuned, start.adapt, start.index, start.curate, start.teach, transferred, floor
+    )
 
 
 @dataclass
@@ -99,7 +101,7 @@ def _curate(context: RunContext) -> TransferSetOutputs:
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
         adapted = adapt.run(context, spec)
         model = adapt.adapted(context, adapted, spec)
-    # A random draw asks the teacher for nothing.
+    # A random draw needs no embeddings from the teacher.
     encoder = spec if recipe.transfer.source in ("retrieved", "list") or index_alone(recipe) else None
     if context.source is not None:
         indexed = index.run_labelled(context, context.source)
@@ -109,9 +111,9 @@ def _curate(context: RunContext) -> TransferSetOutputs:
 
 
 def _pretrain(context: RunContext, student: Preprocess, map_side: int, start: PhaseOutputs | None) -> PhaseOutputs:
-    known = _curate(context)
-    by_teacher = (known.adapt, known.spec) if taught(context.recipe) else (None, None)
-    targets = teach.run(context, known.curate, *by_teacher, student, map_side)
+    curated = _curate(context)
+    by_teacher = (curated.adapt, curated.spec) if taught(context.recipe) else (None, None)
+    targets = teach.run(context, curated.curate, *by_teacher, student, map_side)
     decoded = labels.run(context, student)
-    moved = transfer.run(context, targets, decoded, start.transfer if start else None)
-    return PhaseOutputs(decoded, known.adapt, known.spec, known.index, known.curate, targets, moved)
+    transferred = transfer.run(context, targets, decoded, start.transfer if start else None)
+    return PhaseOutputs(decoded, curated.adapt, curated.spec, curated.index, curated.curate, targets, transferred)

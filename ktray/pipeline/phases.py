@@ -1,4 +1,4 @@
-"""The parts of a pretraining in order, and what each needs."""
+"""The phases of pretraining in order, and what each needs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from ktray.recipe.schema import Recipe
 
 
 def phases(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """(name, recipe) of each part; most objectives have one, without a name.
+    """(name, recipe) of each phase. Most objectives have one phase, whose name is empty.
 
     Args:
-        recipe: resolved.
+        recipe: the resolved recipe.
     """
     parts = recipe.objective.phases(int(recipe.train.steps or 1))
     return [(name, override(recipe, keys) if keys else recipe) for name, keys in parts]
 
 
 def taught(recipe: Recipe) -> bool:
-    """Whether a phase learns from what a teacher says."""
+    """Whether a phase learns from the outputs of a teacher."""
     return recipe.objective.traits.taught
 
 

@@ -1,7 +1,8 @@
-"""``--plan``: what a run would do, what is there already, and what the rest will cost. Nothing is run.
+"""``--plan``: the stages of a run, which of them the store holds already, and what the others will cost. Nothing runs.
 
-FLOPs are counted on the models' real graphs on the meta device, times the samples that will be processed.
-Time and money divide them by a stated rate, so they are no better than that rate; the ledger tells the truth.
+FLOPs are counted on the real graphs of the models, on the meta device, and multiplied by the number of samples. Time
+and money follow from an assumed rate (FLOP/s), so they are only as accurate as that rate; the ledger of a run has the
+measured values.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ logger = logging.getLogger("ktray")
 # Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
 RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
 GPU_RATE = 42e12
-CORE_RATE = 30e9  # one CPU core, fp32; measured figures lie between 10 and 60 GFLOP/s for these models
+CORE_RATE = 30e9  # one CPU core, fp32; these models reach between 10 and 60 GFLOP/s in measurements
 
 
 HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what"
@@ -49,7 +50,14 @@ HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of a plan. ``flops``, ``store_bytes`` are totals; ``seconds`` are device-seconds."""
+    """One stage of a plan.
+
+    Attributes:
+        stage: name of the stage in the ledger.
+        flops: of the whole stage.
+        store_bytes: size of the results of the stage in the store.
+        what: a short description for the reader.
+    """
 
     stage: str
     flops: float
@@ -57,9 +65,9 @@ class Line:
     what: str
 
 
-def lines(found: Resolved) -> list[Line]:
-    """The stages that the recipe will go through; those of several phases are added up."""
-    recipe, task = found.recipe, found.task
+def lines(resolved: Resolved) -> list[Line]:
+    """The stages of the recipe. A stage that several phases run has one line with the sums."""
+    recipe, task = resolved.recipe, resolved.task
     size, classes = int(recipe.image_size or 32), len(task.classes)
     spec = StudentSpec.of(recipe, classes)
     student = on_meta(lambda: spec.make(bare=True).model)
@@ -74,7 +82,7 @@ def lines(found: Resolved) -> list[Line]:
     teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
     out: dict[str, Line] = {}
     for name, phase in phases(recipe):
-        for line in _pretraining(found, phase, cost, teacher):
+        for line in _pretraining(resolved, phase, cost, teacher):
             before = out.get(line.stage)
             what = f"{line.what} ({name})" if name else line.what
             if before is not None:
@@ -93,7 +101,7 @@ def lines(found: Resolved) -> list[Line]:
             "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
         )
     if recipe.baselines.scratch:
-        what = f"the floor, at most {floor} steps (stops early)"
+        what = f"student from scratch, at most {floor} steps (stops early)"
         out["scratch"] = Line("scratch", cost.train(size) * floor * batch, 0, what)
     models = cost.forward(size) * (2 if recipe.baselines.scratch else 1) + (teacher.tower if teacher else 0.0)
     out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
@@ -101,7 +109,7 @@ def lines(found: Resolved) -> list[Line]:
 
 
 class _Student:
-    """FLOPs of a student's image by input size, each counted once."""
+    """FLOPs of the student for one image, by input size; each size is counted once."""
 
     def __init__(self, model: nn.Module, size: int) -> None:
         self.model, self.size = model, size
@@ -124,8 +132,8 @@ def _teacher(recipe: Recipe) -> _Teacher:
     return _Teacher(tower, int(model.embed_dim), int(model.patch_dim or 0))
 
 
-def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Iterator[Line]:
-    task, t = found.task, recipe.teacher
+def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Iterator[Line]:
+    task, t = resolved.task, recipe.teacher
     size, classes = int(recipe.image_size or 32), len(task.classes)
     objective: Objective = recipe.objective.build()
     traits = recipe.objective.traits
@@ -141,77 +149,81 @@ def _pretraining(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teac
         yield Line("adapt", adapt, labelled * width * 2, f"{how} on {len(task.train)} labels")
     images = transfer_images(recipe, task)
     if recipe.transfer.source in ("generic", "retrieved", "list"):
-        gallery, known = _gallery_images(found)
-        held = len(task.val) + len(task.test)
-        # A random draw asks the teacher for nothing: the gallery is fingerprinted, not embedded.
-        looked = recipe.transfer.source != "generic"
-        crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most if looked else 1
+        gallery, gallery_text = _gallery_images(resolved)
+        heldout = len(task.val) + len(task.test)
+        # A random draw needs no embeddings: INDEX only stores fingerprints of the gallery.
+        embeds = recipe.transfer.source != "generic"
+        crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most if embeds else 1
         gallery *= crops
-        embedded = tower * (gallery - _given(recipe)) if looked else 0.0
-        found_by = tower * held + 2.0 * gallery * width * (held + len(task.train)) if looked else 0.0
+        embedded = tower * (gallery - _given(recipe)) if embeds else 0.0
+        search_flops = tower * heldout + 2.0 * gallery * width * (heldout + len(task.train)) if embeds else 0.0
         yield Line(
             "index",
             embedded,
-            gallery * (width * 2 * looked + 100),
-            f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else ""),
+            gallery * (width * 2 * embeds + 100),
+            f"{gallery_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else ""),
         )
-        yield Line("curate", found_by, images * 100, f"{recipe.transfer.source}, {images:,} images")
+        yield Line("curate", search_flops, images * 100, f"{recipe.transfer.source}, {images:,} images")
     views = images * (1 if traits.views == "canvas" else recipe.teach.views)
     halves = per_prediction(classes, int(recipe.teach.top_k)) if predicts else 0
     halves += width if "embedding" in needs else 0
     if "patch_embedding" in needs and teacher:
         halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
     what = f"{recipe.teach.views} views of {images:,} images" if traits.views == "fixed" else f"{images:,} images"
-    stored, asked = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
+    stored, teacher_flops = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
     if not stored:
-        what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher works while the student trains)"
+        what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher runs during training)"
     checked = checked_images(images) * (views // max(1, images))
     size_on_disk = views * (view_bytes(size, recipe.teach.jpeg) + 2 * halves)
-    yield Line("teach", asked * (views + checked) if stored else 0.0, size_on_disk if stored else 0, what)
+    yield Line("teach", teacher_flops * (views + checked) if stored else 0.0, size_on_disk if stored else 0, what)
     steps, batch = int(recipe.train.steps or 1), int(recipe.train.batch_size or 1)
-    objective.setup(_sizes(found, recipe, cost, teacher))
-    per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else asked)) * batch
-    beside = ""
+    objective.setup(_sizes(resolved, recipe, cost, teacher))
+    per_step = (objective.flops(cost.train, cost.forward, size) + (0.0 if stored else teacher_flops)) * batch
+    labelled_text = ""
     if traits.labelled:
         per_step += cost.train(size) * recipe.finetune.batch_size
-        beside = f" and {recipe.finetune.batch_size} labelled"
-    yield Line("transfer", per_step * steps, 0, f"{steps} steps of {batch}{beside}")
+        labelled_text = f" and {recipe.finetune.batch_size} labelled"
+    yield Line("transfer", per_step * steps, 0, f"{steps} steps of {batch}{labelled_text}")
 
 
-def _sizes(found: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> ObjectiveContext:
+def _sizes(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> ObjectiveContext:
     size = int(recipe.image_size or 32)
     vocabulary, text_length = 2, 1
     if "text" in recipe.objective.traits.targets_needed and recipe.gallery.data is not None:
         tokens, vocabulary = tokenise(first_captions(recipe.gallery.data, recipe.gallery.column))
         text_length = tokens.shape[1]
     return ObjectiveContext(
-        num_classes=len(found.task.classes),
+        num_classes=len(resolved.task.classes),
         student_dim=cost.features,
         teacher_dim=teacher.width if teacher else None,
         teacher_patch_dim=teacher.patch_dim if teacher else None,
         seed=0,
         student=Features(cost.model),
         image_size=size,
-        # Those of all captions are known when they have been read; a text tower's table costs no FLOPs.
+        # The size for all captions is known only after reading them; a lookup in a text tower's table costs no FLOPs.
         vocabulary=vocabulary,
         text_length=text_length,
-        source_classes=len(found.source.classes) if found.source else 0,
+        source_classes=len(resolved.source.classes) if resolved.source else 0,
         student_map_dim=cost.features,
     )
 
 
 def _given(recipe: Recipe) -> int:
-    """Gallery images whose embeddings others have made."""
+    """The number of gallery images that come with embeddings."""
     g = recipe.gallery
     shards = embedded_only(g.data, g.images) if g.data is not None and recipe.transfer.list is None else []
     return sum(s.count or 0 for s in shards)
 
 
-def _gallery_images(found: Resolved) -> tuple[int, str]:
-    """How many, and how sure that is. Tars do not tell: local ones are judged by the first one's images a byte."""
-    if found.gallery_images is not None:
-        return found.gallery_images, f"{found.gallery_images:,}"
-    recipe, g = found.recipe, found.recipe.gallery
+def _gallery_images(resolved: Resolved) -> tuple[int, str]:
+    """The number of gallery images, and the same as text that says how reliable it is.
+
+    A tar file does not state its number of images. For local tar files it is estimated from their sizes and the images
+    per byte of the first one.
+    """
+    if resolved.gallery_images is not None:
+        return resolved.gallery_images, f"{resolved.gallery_images:,}"
+    recipe, g = resolved.recipe, resolved.recipe.gallery
     shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
     unknown = [s for s in shards if s.count is None]
     sizes = [os.path.getsize(s.paths[0]) for s in unknown if os.path.isfile(s.paths[0])]
@@ -229,59 +241,63 @@ def this_machine(recipe: Recipe) -> Allocation:
     gpus = device.get("gpus") or []
     cores = max(2.0, float(device["cores"]))
     low, high = recipe.cluster.span
-    nodes = low if low < high else 1  # on CPUs such workers have a node each; as many like this one
+    nodes = low if low < high else 1  # on CPUs each worker has a node; assume that all nodes are like this one
     return allocate(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
 
 
 def show(recipe: Recipe, until: str | None = None) -> None:
-    """Print the plan of this machine, to the end or ``until`` a stage; with ``RAY_ADDRESS`` set it is still this
-    machine that is described."""
+    """Print the plan for this machine, also when ``RAY_ADDRESS`` is set.
+
+    Args:
+        recipe: the recipe, resolved or not.
+        until: the last stage to print; None: all stages.
+    """
     local = this_machine(recipe)
     logger.info(local.line)
-    found = resolve(recipe, local)
-    for reason in found.reasons:
+    resolved = resolve(recipe, local)
+    for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
     rate, price, kind = machine(recipe)
-    store = Store(found.recipe.store)
-    whole, unknown = _whole(store, found, local)
+    store = Store(resolved.recipe.store)
+    whole, unknown = _whole(store, resolved, local)
     logger.info(HEAD)
     total = saved = 0.0
-    planned = lines(found)
+    planned = lines(resolved)
     last = next((i for i, line in enumerate(planned) if line.stage == until), len(planned) - 1)
     for line in planned[: last + 1]:
         there = whole.get(line.stage, False)
         total += line.flops
         saved += line.flops if there else 0.0
-        state = "reused" if there else "to make"
+        state = "reused" if there else "to run"
         logger.info(_row(line.stage, state, line.flops, rate, price, line.store_bytes, line.what))
     logger.info(_row("total", "", total, rate, price, 0, ""))
     if saved:
-        logger.info(_row("to spend", "", total - saved, rate, price, 0, "without the stages that are reused"))
-    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding and start-up come on top")
-    logger.info(f"store     {store.uri}; {unknown or 'stages that it holds whole are reused at no cost'}")
+        logger.info(_row("to spend", "", total - saved, rate, price, 0, "excludes the stages that are reused"))
+    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), without decoding and start-up")
+    logger.info(f"store     {store.uri}; {unknown or 'complete stages in the store are reused at no cost'}")
 
 
 def show_index(recipe: Recipe) -> None:
-    """Print what embedding the gallery takes; nothing is run."""
-    found = resolve_gallery(recipe, this_machine(recipe))
-    for reason in found.reasons:
+    """Print the plan for embedding the gallery. Nothing runs."""
+    resolved = resolve_gallery(recipe, this_machine(recipe))
+    for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
     rate, price, kind = machine(recipe)
-    teacher = _teacher(found.recipe)
-    images, known = _gallery_images(found)
+    teacher = _teacher(resolved.recipe)
+    images, images_text = _gallery_images(resolved)
     crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most
     rows = images * crops
     logger.info(HEAD)
-    what = f"{known} gallery images" + (f", {crops} rows each" if crops > 1 else "")
+    what = f"{images_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else "")
     logger.info(
         _row("index", "", teacher.tower * (rows - _given(recipe)), rate, price, rows * (teacher.width * 2 + 100), what)
     )
-    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed); decoding comes on top")
-    logger.info("shards that the index holds already cost nothing")
+    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), without decoding")
+    logger.info("shards that are already in the index cost nothing")
 
 
 def machine(recipe: Recipe) -> tuple[float, float | None, str]:
-    """FLOP/s that are assumed, USD an hour, and what the machine is."""
+    """The assumed FLOP/s, the price in USD per hour (None: unknown), and the name of the device."""
     device = describe_device()
     gpus = device.get("gpus") or []
     name = str(gpus[0]["name"]) if gpus else ""
@@ -289,20 +305,21 @@ def machine(recipe: Recipe) -> tuple[float, float | None, str]:
     return rate, hourly_price(device, recipe.prices), name or f"{device['cores']} CPU cores"
 
 
-def _whole(store: Store, found: Resolved, local: Allocation) -> tuple[dict[str, bool], str]:
-    """Which stages are whole, by name; and why that is not known, where the teacher is not on this machine."""
+def _whole(store: Store, resolved: Resolved, local: Allocation) -> tuple[dict[str, bool], str]:
+    """By name, whether the store holds each stage completely; and, where the teacher is not on this machine, the reason
+    why that is not known."""
     import huggingface_hub.constants
 
     from ktray.pipeline.run import whole_stages
 
-    was = huggingface_hub.constants.HF_HUB_OFFLINE
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
     try:
-        return whole_stages(store, found, local), ""
+        return whole_stages(store, resolved, local), ""
     except KtrayError as error:
-        return {}, f"what it holds of this run is not known: {error.what}"
+        return {}, f"the stages that it holds are not known: {error.what}"
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = was
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _row(stage: str, state: str, flops: float, rate: float, price: float | None, stored: float, what: str) -> str:

@@ -1,4 +1,4 @@
-"""Decide what the recipe leaves open, from the data and the machine, each with its reason."""
+"""Choose a value for each key that the recipe leaves open, from the data and the machine, and give the reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
 PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
-# Residual networks take an output stride, which keeps a map to pool over where the images are small.
+# Residual networks accept an output stride, which leaves a feature map to pool over when the images are small.
 SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
 SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
 SAMPLE = 48
@@ -48,7 +48,7 @@ MIN_STEPS = 200
 
 @dataclass
 class Resolved:
-    """A recipe without open keys, and what was read to close them."""
+    """A recipe in which every key has a value, and the data that was read to choose the values."""
 
     recipe: Recipe
     task: LabelledSet
@@ -62,7 +62,7 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
-    """Read the labels, then close every open key. The given recipe is not changed."""
+    """Read the labels, then choose a value for each open key. The argument ``recipe`` is not changed."""
     recipe = recipe.model_copy(deep=True)
     reasons: list[str] = []
 
@@ -79,7 +79,8 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     reasons += list(task.notes)
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
         raise KtrayError(
-            "transfer.source=list and transfer.list=FILE go together, and one is missing", "Set both or neither."
+            "transfer.source=list and transfer.list=FILE must be set together, and one is missing",
+            "Set both or neither.",
         )
     shards = _gallery(recipe)
     has_gallery = bool(shards) or index_alone(recipe)
@@ -103,7 +104,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
             choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
         elif on_gpu:
-            choose("student.name", "fastvit_s12", "the paper's student; there is a GPU")
+            choose("student.name", "fastvit_s12", "the paper's student, because there is a GPU")
         else:
             choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
     if recipe.transfer.source == "none" and recipe.objective.has_transfer_set():
@@ -118,25 +119,31 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         if recipe.transfer.source not in ("auto", "generic"):
             raise KtrayError(
                 f"objective.name={name} learns from supervised.data, not from transfer.source={recipe.transfer.source}",
-                "Leave transfer.source out.",
+                "Remove transfer.source from the recipe.",
             )
     count = recipe.gallery.crop_count
     if "grid" in (recipe.gallery.crops, recipe.transfer.query_crops) and math.isqrt(count) ** 2 != count:
-        raise KtrayError(f"gallery.crop_count={count} cells make no square grid", "Set gallery.crop_count=4, 9 or 16.")
+        raise KtrayError(
+            f"gallery.crop_count={count} is not the number of cells of a square grid",
+            "Set gallery.crop_count=4, 9 or 16.",
+        )
     if recipe.transfer.source == "auto":
         possible = ["retrieved", "generic", "target"] if has_gallery or source else ["target"]
-        best = next((one for one in recipe.objective.sources if one in possible), "target")
+        best = next((candidate for candidate in recipe.objective.sources if candidate in possible), "target")
         if "retrieved" not in possible:
-            choose("transfer.source", best, "no gallery.data: the task's own images are the transfer set")
+            choose("transfer.source", best, "gallery.data is not set: the images of the task are the transfer set")
         elif best == "retrieved":
             choose("transfer.source", best, "there is a gallery")
         elif not traits.taught:
             choose("transfer.source", best, f"{name} has no teacher that could retrieve")
         else:
-            choose("transfer.source", best, f"it suits {name} best")
+            choose("transfer.source", best, f"the best source for {name}")
     if recipe.transfer.source == "target" and "target" not in recipe.objective.sources:
         need = "captions" if "text" in traits.targets_needed else "a generic set"
-        raise KtrayError(f"objective.name={name} needs {need}, and transfer.source=target", "Set gallery.data=DIR.")
+        raise KtrayError(
+            f"objective.name={name} needs {need}, which transfer.source=target does not provide",
+            "Set gallery.data=DIR.",
+        )
     if recipe.transfer.source in ("generic", "retrieved") and not has_gallery and source is None:
         raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
     if traits.labelled and recipe.finetune.steps:
@@ -144,14 +151,14 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     if traits.reads != "logits" and not traits.labelled and not recipe.finetune.steps:
         raise KtrayError(
             f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
-            "Set finetune.steps to at least 1; its classifier is fitted there.",
+            "Set finetune.steps to at least 1: finetuning trains the classifier.",
         )
     if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
         limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
         if gallery_images is not None:
             limit = min(limit, max(1, gallery_images // 2))
         choose(
-            "transfer.size", limit, "the paper's size" if limit == 153_600 else "what this machine and gallery allow"
+            "transfer.size", limit, "the paper's size" if limit == 153_600 else "chosen for this machine and gallery"
         )
     if recipe.transfer.size is None and recipe.transfer.source == "list" and gallery_images:
         choose("transfer.size", gallery_images, "all of the list")
@@ -160,20 +167,21 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
     batch = int(recipe.train.batch_size or 128)
     labelled = [recipe.finetune.batch_size] if traits.labelled else []
-    of = virtual_ranks(plan.least, plan.workers, batch, *labelled)
-    each = -(-batch // of)
+    ranks = virtual_ranks(plan.least, plan.workers, batch, *labelled)
+    each = -(-batch // ranks)
+    share = "worker" if ranks == plan.workers else f"share (of {ranks}, for {plan.least} to {plan.workers} workers)"
     if each % recipe.train.accumulate or any(rows % recipe.train.accumulate for rows in labelled):
         raise KtrayError(
-            f"train.accumulate={recipe.train.accumulate} cannot cut {each} images a "
-            f"{'worker' if of == plan.workers else f'share (of {of}, for {plan.least} to {plan.workers} workers)'} "
-            "into equal parts" + (f" (and {recipe.finetune.batch_size} labelled ones)" if traits.labelled else ""),
-            "Choose one that divides them, or another train.batch_size.",
+            f"train.accumulate={recipe.train.accumulate} does not divide the {each} images of a {share} "
+            "into equal parts"
+            + (f" (and the {recipe.finetune.batch_size} labelled images)" if traits.labelled else ""),
+            "Set train.accumulate to a divisor of these numbers, or change train.batch_size.",
         )
     if recipe.train.steps is None:
         epochs = recipe.train.epochs
         if epochs is None:
             epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
-            why = "as long as it helps on a GPU" if on_gpu else "a few minutes on CPUs"
+            why = "longer training does not help" if on_gpu else "a few minutes on CPUs"
             if epochs * images < MIN_STEPS * batch:
                 epochs, why = MIN_STEPS * batch / max(1, images), f"few images: at least {MIN_STEPS} steps"
             choose("train.epochs", round(epochs, 2), why)
@@ -192,27 +200,27 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         rows = images * (recipe.teach.views if traits.views == "fixed" else 1)
         drawn = int(recipe.train.steps or 1) * batch
         row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
-        beside = plan.streaming if on_gpu else 0  # on CPUs a teacher beside the training takes its cores
-        choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), beside))
+        streaming = plan.streaming if on_gpu else 0  # on CPUs a teacher that runs during training takes cores from it
+        choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), streaming))
     if recipe.teach.mode == "streamed" and not plan.streaming:
         raise KtrayError(
-            f"teach.mode=streamed needs a GPU for each worker's teacher beside its own, and {plan.workers} workers "
-            f"have {plan.total_gpus:g} GPUs in all",
+            f"teach.mode=streamed needs a second GPU for the teacher of each worker, and {plan.workers} workers have "
+            f"{plan.total_gpus:g} GPUs in total",
             "Set cluster.workers to at most half of the GPUs, or teach.mode=cached.",
         )
     canvas = 1.0 if median <= size else 8 / 7
     fingerprint = digest(task.fingerprint, canvas)
-    known = names or task.names or task.classes
-    return Resolved(recipe, task, known, prompts, fingerprint, canvas, gallery_images, source, reasons)
+    class_names = names or task.names or task.classes
+    return Resolved(recipe, task, class_names, prompts, fingerprint, canvas, gallery_images, source, reasons)
 
 
 def labelled_task(
     recipe: Recipe, choose: Callable[[str, Any, str], None]
 ) -> tuple[LabelledSet, list[str] | None, list[str]]:
-    """The task's labelled images, a built-in task's names of the classes, and the prompts.
+    """The labelled images of the task, the class names of a built-in task (None for other tasks), and the prompts.
 
     Args:
-        choose: sets a key of the recipe that was left open: key, value, reason.
+        choose: sets an open key of the recipe; its arguments are the key, the value and the reason.
     """
     names: list[str] | None = None
     prompts: list[str] = list(recipe.task.prompts or DEFAULT_TEMPLATES)
@@ -228,19 +236,20 @@ def labelled_task(
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
             f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
-            f"{hint}Known are auto, {', '.join(kind.metrics)}.",
+            f"{hint}Available metrics: auto, {', '.join(kind.metrics)}.",
         )
     return kind.read(root, part), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
-    """How many images the transfer set will have; the task's own are as many as there are."""
+    """The number of images that the transfer set will have. ``transfer.source=target`` has at most the images of the
+    task."""
     own = len(task.train) + len(task.unlabeled)
     return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
 
 
 def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
-    """What `jobs/index.py` needs of a recipe: the gallery and its encoder, and no task."""
+    """Resolve only what `jobs/index.py` needs from a recipe: the gallery and its encoder, without a task."""
     reasons: list[str] = []
 
     def choose(key: str, value: str, why: str) -> None:
@@ -252,7 +261,7 @@ def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
         recipe.gallery.data = _own_gallery(recipe)
         reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
         if recipe.teacher.name is None:
-            choose("teacher.name", "miniverse", "the small model that ships, for the built-in gallery")
+            choose("teacher.name", "miniverse", "the small teacher that is part of ktray, for the built-in gallery")
     _published(recipe, plan.worker_gpus > 0, choose)
     counts = [shard.count for shard in _gallery(recipe)]
     images = None if None in counts else sum(c or 0 for c in counts)
@@ -266,21 +275,22 @@ def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], N
     if recipe.teacher.checkpoint:
         raise KtrayError(
             "teacher.checkpoint is set but teacher.name is not",
-            "Name its architecture, e.g. teacher.name=open_clip:ViT-B-16.",
+            "Set teacher.name to the architecture, for example teacher.name=open_clip:ViT-B-16.",
         )
     name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
-    choose("teacher.name", name, "published model for own data; fetched from its hub")
+    choose("teacher.name", name, "a published model for your own data, downloaded from its hub")
 
 
 def _home(recipe: Recipe) -> Path:
     home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
     if not home.exists():
-        logger.info("miniverse drawing the small world (once, some seconds)")
+        logger.info("miniverse drawing the built-in images (only once, takes a few seconds)")
     return home
 
 
 def _shared(recipe: Recipe, folder: Path) -> str:
-    """Where all nodes find a drawn folder: itself in a local store, else a copy in the store."""
+    """A place of a folder with drawn images that all nodes can read: the folder itself for a local store, otherwise a
+    copy in the store."""
     if "://" not in recipe.store:
         return str(folder)
     home = Dir(recipe.store).sub("miniverse")
@@ -318,13 +328,14 @@ def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
     if name not in TASKS and name in PAPER_TASKS:
         raise KtrayError(
             f"Task '{name}' is a published data set, and task.data is not set",
-            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md says where they come from.",
+            "Set task.data=DIR task.splits=DIR gallery.data=DIR; docs/guide/paper-tasks.md explains how to get them.",
         )
     if name not in TASKS:
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
-            f"No built-in task is named '{name}'", f"{hint}Known are {', '.join(TASKS)}; own images go to task.data."
+            f"No built-in task is named '{name}'",
+            f"{hint}Built-in tasks: {', '.join(TASKS)}. For your own images, set task.data=DIR.",
         )
     home = _home(recipe)
     folder = ensure_task(home, name)
@@ -333,16 +344,16 @@ def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
     usual = next(iter(task_kind(kind).metrics))
     metric = facts.get("metric", usual)
     if recipe.task.kind != kind:
-        choose("task.kind", kind, "the built-in task's")
+        choose("task.kind", kind, "from the built-in task")
     if recipe.task.metric == "auto" and metric != usual:
-        choose("task.metric", metric, "the built-in task's")
+        choose("task.metric", metric, "from the built-in task")
     if "label" in recipe.objective.traits.targets_needed and recipe.supervised.data is None:
         recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))
-    wanted = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
-    if recipe.gallery.data is None and wanted:
+    needs_gallery = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
+    if recipe.gallery.data is None and needs_gallery:
         recipe.gallery.data = _shared(recipe, ensure_gallery(home))
     if recipe.teacher.name is None:
-        choose("teacher.name", "miniverse", "the small model that ships, for a built-in task")
+        choose("teacher.name", "miniverse", "the small teacher that is part of ktray, for a built-in task")
     return _shared(recipe, folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
 
 
@@ -360,6 +371,6 @@ def _short_sides(task: LabelledSet) -> list[int]:
         try:
             with Image.open(io.BytesIO(data or b""), formats=formats()) as image:
                 sides.append(min(image.size))
-        except Exception:  # any of Pillow's errors; the stage that decodes the image tells and counts it
+        except Exception:  # any of Pillow's errors; the stage that decodes the image reports and counts it
             continue
     return sides

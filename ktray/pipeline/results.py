@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: result.json, the student, the report, and the same in MLflow."""
+"""Write the results of a run: result.json, the student and the report, into the run folder and to MLflow."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder = context.store.run(context.run_id)
-    found = build(context, made, folder, begun)
-    result = found.content()
+    typed = build(context, made, folder, begun)
+    result = typed.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
         student, example = _student(context, made, local / "student")
@@ -44,14 +44,14 @@ def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, An
         folder.put(local / "quarantine.parquet")
         report = _report(context, made, result, local)
         folder.put(report)
-    write_result(folder, found)
+    write_result(folder, typed)
     _log(context, made, result, folder, student, example)
     folder.delete("running.json")
     return result
 
 
 def write_trial(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
-    """Write and log what a trial found: ``result.json`` with what validation says and what it cost."""
+    """Write and log the result of a trial: ``result.json`` with the metrics on validation and the cost."""
     folder = context.store.run(context.run_id)
     result = write_result(folder, build(context, made, folder, begun))
     context.tracker.final(stable_metrics(result))
@@ -60,10 +60,10 @@ def write_trial(context: RunContext, made: StageOutputs, begun: float) -> dict[s
 
 
 def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
-    """What goes into ``result.json``; of a trial, nothing of the test split."""
+    """The content of ``result.json``. That of a trial has nothing from the test split."""
     recipe = context.recipe
     metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": context.run_id,
         "folder": folder.uri,
@@ -94,7 +94,7 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
     }
     if metrics:
         student = metrics["student"]
-        found["metric"] |= {
+        content["metric"] |= {
             "test": student[context.metric],
             **{k: v for k, v in student.items() if k not in ("per_class", "n")},
             "per_class": student["per_class"],
@@ -103,17 +103,22 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
     if made.adapt:
         adapted = cast(AdaptManifest, made.adapt.manifest)
-        found["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
+        content["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
     if made.floor:
         floor = best_validation(made.floor.manifest, context.metric)
-        found["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
+        content["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
     if made.curate:
-        found["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
-    return DistillResult(**found) if metrics else TrialResult(**found)
+        content["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
+    return DistillResult(**content) if metrics else TrialResult(**content)
 
 
 def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dict[str, Any]:
-    """What ``result.json`` says of the transfer set, from CURATE's manifest; ``folder`` holds its list."""
+    """The entry of ``result.json`` for the transfer set.
+
+    Args:
+        curated: the manifest of CURATE.
+        folder: the folder that holds the list of the images.
+    """
     part, facts = recipe.transfer, cast(CurateManifest, curated)
     return {
         "source": part.source,
@@ -126,7 +131,7 @@ def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dic
 
 
 def best_validation(manifest: Mapping[str, Any], metric: str) -> float:
-    """The metric on validation of the weights that a stage kept."""
+    """The validation metric, a fraction, of the weights that a training stage kept."""
     name = f"val_{metric}"
     trained = cast(TrainedManifest, manifest)
     curve = [row for row in trained["curve"] if name in row]
@@ -142,7 +147,7 @@ def _student(context: RunContext, made: StageOutputs, folder: Path) -> tuple[Any
 
 
 def _trained(context: RunContext, made: StageOutputs) -> Student:
-    """The run's student, in evaluation mode on the CPU."""
+    """The student of the run, in evaluation mode on the CPU."""
     spec = starting_at(student_spec(context), made.student)
     model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)

@@ -1,5 +1,5 @@
-"""What jobs/curate.py leaves: the transfer set as a list, a page to browse it, and what it consists of; and what
-jobs/index.py leaves: what the index holds."""
+"""Write the results of jobs/curate.py (the list of the transfer set, a page to browse it, and numbers about it) and of
+jobs/index.py (numbers about the index)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, 
         "gallery": facts["gallery"],
         "coverage": facts.get("coverage"),
     }
-    found = {"task": recipe.task.name or recipe.task.data, "transfer_set": chosen, **_shared(context, folder, begun)}
-    result = write_result(folder, CurateResult(**found))
+    content = {"task": recipe.task.name or recipe.task.data, "transfer_set": chosen, **_shared(context, folder, begun)}
+    result = write_result(folder, CurateResult(**content))
     context.tracker.final(metrics(result))
     for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
         if folder.exists(name):
@@ -45,10 +45,10 @@ def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, 
 
 
 def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begun: float) -> dict[str, Any]:
-    """The same for jobs/index.py: what the index holds and what it cost."""
+    """Write and log the result of jobs/index.py: the content of the index and its cost; returns ``result.json``."""
     folder, facts = context.store.run(context.run_id), index.manifest
     context.runtime.quarantine.write(folder.file("quarantine.parquet"))
-    found = {
+    content = {
         "teacher": context.recipe.teacher.name,
         "index": {
             "folder": Gallery.of(index).folder.uri,
@@ -66,7 +66,7 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
         },
         **_shared(context, folder, begun),
     }
-    result = write_result(folder, IndexResult(**found))
+    result = write_result(folder, IndexResult(**content))
     cost = result["cost"]
     context.tracker.final(
         {
@@ -81,7 +81,7 @@ def write_index(context: RunContext, index: StageResult, spec: TeacherSpec, begu
 
 
 def _shared(context: RunContext, folder: Dir, begun: float) -> dict[str, Any]:
-    """What both results have in common."""
+    """The entries that the results of both jobs share."""
     return {
         "schema": SCHEMA,
         "run_id": context.run_id,
@@ -96,40 +96,41 @@ def _shared(context: RunContext, folder: Dir, begun: float) -> dict[str, Any]:
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """The set in numbers for MLflow: what was kept and dropped, how evenly the queries brought it, and its cost."""
+    """Numbers about the transfer set for MLflow: images kept and dropped, how evenly the queries contributed, and the
+    cost."""
     chosen = result["transfer_set"]
-    found = {"transfer.kept": chosen["kept"], "transfer.gallery": chosen["gallery"]}
-    found |= {f"transfer.dropped.{reason}": count for reason, count in chosen["dropped"].items()}
+    values = {"transfer.kept": chosen["kept"], "transfer.gallery": chosen["gallery"]}
+    values |= {f"transfer.dropped.{reason}": count for reason, count in chosen["dropped"].items()}
     if chosen["coverage"]:
         queries = chosen["coverage"]["queries"]
-        found |= {f"coverage.{name}": queries[name] for name in ("empty", "least", "median", "most")}
-    found["cost.total_flops"] = result["cost"]["flops"]["total"]
-    found["cost.total_device_seconds"] = result["cost"]["device_seconds"]["total"]
-    return {name: float(value) for name, value in found.items()}
+        values |= {f"coverage.{name}": queries[name] for name in ("empty", "least", "median", "most")}
+    values["cost.total_flops"] = result["cost"]["flops"]["total"]
+    values["cost.total_device_seconds"] = result["cost"]["device_seconds"]["total"]
+    return {name: float(value) for name, value in values.items()}
 
 
 def _page(context: RunContext, curated: StageResult) -> str:
     rows = read_rows(curated.stage, "transfer.parquet", ["uri", "query", "similarity", "strategies"])
     taken = [tuple(name for name in str(names).split(",") if name) for names in rows["strategies"]]
-    uris, brought_by = rows["uri"].astype(str), rows["query"].astype(str)
+    uris, query_of = rows["uri"].astype(str), rows["query"].astype(str)
     labels: dict[str, int] = {}
-    if any(brought_by) and context.kind.image_classes:
-        asked = read_rows(curated.stage, "queries.parquet")
-        labels = dict(zip(asked["uri"].astype(str).tolist(), asked["label"].tolist(), strict=True))
-    # Queries in the order of their classes; "" stands for a draw without query.
-    order = sorted(set(brought_by.tolist()), key=lambda uri: (labels.get(uri, -1), uri))
+    if any(query_of) and context.kind.image_classes:
+        queries = read_rows(curated.stage, "queries.parquet")
+        labels = dict(zip(queries["uri"].astype(str).tolist(), queries["label"].tolist(), strict=True))
+    # Queries are sorted by class; "" stands for images that were drawn without a query.
+    order = sorted(set(query_of.tolist()), key=lambda uri: (labels.get(uri, -1), uri))
     number = {uri: i for i, uri in enumerate(order)}
-    query = np.array([number[uri] for uri in brought_by], dtype=np.int64)
+    query = np.array([number[uri] for uri in query_of], dtype=np.int64)
     shown = choose(query)
     wanted = [*uris[shown].tolist(), *(uri for uri in order if uri)]
     images = small_images(wanted, context.recipe.data.max_pixels)
     part, dropped = context.recipe.transfer, curated.manifest["dropped"]
-    again = dropped.get(REPEATED, 0)
+    repeated = dropped.get(REPEATED, 0)
     return page(
         f"Transfer set of {context.recipe.task.name or context.recipe.task.data}: {part.source}"
         + (f", {part.chosen_strategy.name}" if part.source == "retrieved" else ""),
-        f"{len(uris):,} images, {len(shown):,} of them here; left out were {sum(dropped.values()) - again} copies of "
-        f"held-out images and {again} that show the same as another",
+        f"{len(uris):,} images, {len(shown):,} of them on this page; {sum(dropped.values()) - repeated} copies of "
+        f"held-out images and {repeated} near-duplicates within the set were left out",
         context.task.classes,
         [Query(uri, labels.get(uri), images.get(uri)) for uri in order],
         [

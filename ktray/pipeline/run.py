@@ -1,4 +1,4 @@
-"""The seven stages in order, and what a run leaves behind."""
+"""Run a recipe: the seven stages in order, the run folder, and the log in MLflow."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the content of ``result.json``.
 
-    An unfinished run of the same recipe is continued under its id; a finished one is left alone and a new run
-    reuses its stages.
+    An unfinished run of the same recipe continues under its id. A finished run is not changed; a new run reuses its
+    stages.
 
     Args:
-        plan: the part of the cluster to use; None: all of it.
-        tags: of the MLflow run, beside its own.
-        trial: one of several runs of which validation will choose. The test split is not read, and no student, report
-            or model is left; a later run of the same recipe reuses all stages.
-        limit: gets the run's accounts, about every second; what it raises ends the run, with what it cost in the
-            ledger.
+        plan: the part of the cluster to use; None: the whole cluster.
+        tags: additional tags of the MLflow run.
+        trial: whether this is a trial: one of several runs that a job compares on validation. A trial does not read
+            the test split and writes no student, report or model; a later run of the same recipe reuses all stages.
+        limit: a function that is called with the ledger of the run about every second. An exception that it raises
+            ends the run; the ledger keeps what was spent until then.
     """
     begun = time.time()
 
@@ -71,8 +71,8 @@ def run(
 
 
 def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
-    """The transfer set of a recipe and nothing after it; returns the content of ``result.json``. A later run of the
-    recipe reuses it. Of a way that has several phases it is the last one's set.
+    """Run the stages up to the transfer set; returns the content of ``result.json``. A later run of the recipe reuses
+    them. For an objective with several phases, this is the transfer set of the last phase.
 
     Raises:
         KtrayError: the recipe has no transfer set.
@@ -92,8 +92,8 @@ def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
 
 
 def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
-    """The gallery's index and nothing after it; returns the content of ``result.json``. Runs with the same gallery,
-    teacher and crops search it."""
+    """Run only INDEX; returns the content of ``result.json``. Runs with the same gallery, teacher and crops use this
+    index."""
     from ktray.pipeline import results_transfer_set
 
     begun = time.time()
@@ -114,15 +114,15 @@ def _logged(
     work: Callable[[RunContext], dict[str, Any]],
     settle: Callable[[Recipe, Allocation], Resolved] = resolve,
 ) -> dict[str, Any]:
-    """Work in a run's folder, logged to MLflow whatever comes of it."""
-    with contextlib.ExitStack() as until:
-        session = until.enter_context(open_session(recipe, debug, plan))
+    """Run ``work`` in a run folder and log the run to MLflow, also when it fails."""
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(open_session(recipe, debug, plan))
         store, plan = session.store, session.allocation
         logger.info(plan.line)
-        found = settle(recipe, plan)
-        for reason in found.reasons:
+        resolved = settle(recipe, plan)
+        for reason in resolved.reasons:
             logger.info(f"recipe    {reason}")
-        context = _open(store, found, plan, tags, until)
+        context = _open(store, resolved, plan, tags, stack)
         status = "FAILED"
         try:
             result = work(context)
@@ -132,16 +132,19 @@ def _logged(
             context.tracker.finish(status)
             pending = context.tracker.close(timeout=60)
             if pending:
-                logger.info(f"mlflow    {pending} events wait in log.jsonl; the next run sends them")
+                logger.info(
+                    f"mlflow    {pending} events are not sent yet; log.jsonl keeps them, and the next run sends them"
+                )
             else:
                 home = local_home(store)
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
 def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, bool]:
-    """For a plan: by the name in the ledger, whether the store holds the stage whole. Runs and writes nothing."""
+    """For a plan: by the name of a stage in the ledger, whether the store holds it completely. This runs and writes
+    nothing."""
     device = describe_device()
-    silent = cast(Tracker, None)  # no stage is run, so nothing is logged
+    silent = cast(Tracker, None)  # no stage runs, so nothing is logged
     context = _context(store, found, plan, Ledger(device), silent, "plan")
     planned: dict[str, bool] = {}
     context.runtime.planned = planned
@@ -214,5 +217,5 @@ def logged_params(recipe: Recipe) -> dict[str, Any]:
         recipe.model_dump(mode="json"),
         keep=lambda name, value: isinstance(value, list) or not value or name.endswith(".kwargs"),
     )
-    found = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in whole.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    texts = {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in whole.items()}
+    return {key: value for key, value in texts.items() if value is not None}

@@ -1,4 +1,5 @@
-"""The folder of a run: that of an unfinished run of the same recipe, or a new one; never one that another job fills."""
+"""Open the folder of a run: that of an unfinished run of the same recipe, or a new folder. A folder that another job
+uses is never taken."""
 
 from __future__ import annotations
 
@@ -17,24 +18,26 @@ RUNNING = "running.json"
 
 
 def task_title(recipe: Recipe) -> str:
-    """The recipe's task in a run's id: its name or the stem of its data, 24 letters, digits and dashes at most."""
+    """The task as part of a run id: its name or the stem of its data path, at most 24 letters, digits and dashes."""
     task = recipe.task.name or Path(str(recipe.task.data or DEFAULT)).stem
     return "".join(c if c.isalnum() else "-" for c in task)[:24]
 
 
 def open_run(store: Store, same: str, title: str, until: contextlib.ExitStack) -> tuple[str, Dir]:
-    """Id and folder of a run, which is this job's until the stack is closed. Who ends the run deletes `RUNNING`.
+    """Return the id and the folder of a run. This job holds the folder until ``until`` is closed; the job that finishes
+    the run deletes `RUNNING`.
 
     Args:
-        same: digest of what the run is to do.
-        title: last part of a new run's id.
+        same: digest of everything that the run depends on; an unfinished run with the same digest is continued.
+        title: last part of the id of a new run.
+        until: the lease of the folder is released when this stack is closed.
     """
     for name in reversed(store.sub("runs").children()):
         folder = store.run(name)
         if _recipe(folder) == same and _take(folder, until, wait=False):
             if _recipe(folder) == same:
                 return name, folder
-            _give_back(folder)  # it was finished just now
+            _give_back(folder)  # another job has just finished this run
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     _take(folder, until, wait=True)
@@ -59,5 +62,5 @@ def _take(folder: Dir, until: contextlib.ExitStack, wait: bool) -> bool:
 
 
 def _give_back(folder: Dir) -> None:
-    if not folder.exists(RUNNING):  # nobody will ask for it again
+    if not folder.exists(RUNNING):  # the run is finished, so no job will need the lease again
         folder.delete(FOLDER)

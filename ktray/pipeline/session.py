@@ -1,4 +1,4 @@
-"""What every job does before its work: it checks the store and the cluster, and plans with its part of the cluster."""
+"""The steps that every job takes first: check the store, connect to the cluster, and find its part of the cluster."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ logger = logging.getLogger("ktray")
 
 @dataclass(frozen=True)
 class Session:
-    """A job that may begin.
+    """What a job works with.
 
     Attributes:
-        store: the recipe's; it can be written.
-        allocation: the part of the cluster that the job has.
+        store: the store of the recipe; it is writable.
+        allocation: the part of the cluster that the job uses.
+        jobs: the number of jobs that share the cluster.
     """
 
     store: Store
@@ -32,16 +33,17 @@ class Session:
 
     @property
     def memory(self) -> float:
-        """Bytes of the cluster's memory that the job has; 0 where Ray does not know."""
+        """The job's share of the cluster's memory, bytes; 0 where Ray does not report it."""
         return cluster_memory(self.jobs)
 
 
 @contextlib.contextmanager
 def open_session(recipe: Recipe, debug: bool = False, allocation: Allocation | None = None) -> Iterator[Session]:
-    """Connect, wait for the machines that the recipe asks for, and keep them while the block runs.
+    """Connect to the cluster, wait for the machines that the recipe requests, and keep them while the block runs.
 
     Args:
-        allocation: the part that a job which runs this one has given it; it has gathered and checked the cluster.
+        allocation: the part of the cluster that an outer job assigned to this one, after it waited for the machines
+            and checked them; None: this is the outer job.
 
     Raises:
         KtrayError: the store cannot be written, the cluster cannot be reached or is too small, or one of the checks of

@@ -1,7 +1,7 @@
-"""FINETUNE: the student on the labels. From random weights it is the scratch floor.
+"""FINETUNE: train the student on the labels. Started from random weights, this is the scratch baseline.
 
-Validation chooses among the weights along the way, the starting ones included: with few labels the last
-finetuning can destroy what was transferred, and then it is skipped.
+The weights that are best on validation are kept. The weights before finetuning are among the candidates: with few
+labels, finetuning can destroy what the student learned in pretraining, and then its result is not used.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ktray.training.programs import FinetuneSpec
 
 @dataclass(frozen=True)
 class FinetuneInputs(StageInputs):
-    """What FINETUNE reads.
+    """The inputs of FINETUNE.
 
     Attributes:
-        kind: of the task.
+        kind: the task kind.
         train: how replayed images are read, and the largest gradient norm.
     """
 
     stage = "finetune"
-    version = 3  # 2: views keyed by image; 3: an objective's own fields alone
+    version = 3  # 2: views keyed by image; 3: only the fields of the chosen objective
 
     transfer: StageResult
     targets: TeachResult
@@ -95,7 +95,7 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
 
 @dataclass(frozen=True)
 class ScratchInputs(StageInputs):
-    """What the scratch floor reads; ``steps`` win over ``train.steps``."""
+    """The inputs of the scratch baseline; ``steps`` replaces ``train.steps``."""
 
     stage = "scratch"
     version = 3  # 2: views keyed by image; 3: declared inputs
@@ -111,9 +111,13 @@ class ScratchInputs(StageInputs):
 
 
 def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> StageResult:
-    """The student on the labels alone, with the steps and batch that pretraining would have had.
+    """Train the student on the labels alone, with the steps and the batch size of pretraining.
 
-    It stops when validation has not improved for a third of the evaluations: more steps would only cost.
+    Training stops when validation has not improved for a third of the evaluations, because more steps would only add
+    cost.
+
+    Args:
+        booked: name of the stage in the ledger.
     """
     recipe = context.recipe
     inputs = ScratchInputs(

@@ -1,7 +1,8 @@
-"""Decode the labelled images once, in the geometry of the model that will see them.
+"""LABELS: decode the labelled images once, in the input geometry of a model.
 
-Train images are kept as square canvases somewhat larger than the model's input (finetuning crops from them on
-the device) and in the evaluation view; validation images in the evaluation view. Test images are never read here.
+Training images are stored twice: as canvases somewhat larger than the model's input, from which finetuning cuts views
+on the device, and in the evaluation view. Validation images are stored in the evaluation view. Test images are not read
+here.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ SHARD = 256
 
 
 def labels_of(done: StageResult, kind: str) -> Labels:
-    """What training needs to know of a whole directory; ``kind`` is the task's."""
+    """The complete LABELS stage as training reads it; ``kind`` is the task kind."""
     return Labels(done.stage, task_kind(kind))
 
 
 def canvas_preprocess(preprocess: Preprocess, factor: float) -> Preprocess:
-    """The geometry of canvases: as the model's own, ``factor`` times its size, without the centre crop's margin."""
+    """The geometry of canvases: ``factor`` times the size of the model's input, without the margin of the centre
+    crop."""
     height, width = preprocess.size
     return replace(preprocess, size=(round(height * factor), round(width * factor)), crop_pct=1.0)
 
@@ -56,12 +58,12 @@ class _Decode:
 
 @dataclass(frozen=True)
 class LabelsInputs(StageInputs):
-    """What LABELS reads.
+    """The inputs of LABELS.
 
     Attributes:
-        preprocess: of the model that will see the images.
-        canvas: geometry of what finetuning cuts its views from.
-        kind: of the task.
+        preprocess: preprocessing of the model that reads the images.
+        canvas: geometry of the images from which finetuning cuts its views.
+        kind: the task kind.
         reader: how labels are read and stored.
     """
 
@@ -77,7 +79,7 @@ class LabelsInputs(StageInputs):
 
 
 def run(context: RunContext, preprocess: Preprocess) -> StageResult:
-    """The labelled images and their labels, for a model with this preprocessing."""
+    """Decode the labelled images and store them with their labels, for a model with this preprocessing."""
     inputs = LabelsInputs(
         task=context.task,
         preprocess=preprocess,
@@ -97,7 +99,7 @@ def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     for split in ("train", "val"):
         if not any(s.rows for s in kept if s.name.startswith(split)):
             raise KtrayError(
-                f"No image of the {split} split can be used", "Check the files named in the quarantine list."
+                f"No image of the {split} split can be used", "Check the files that the quarantine list names."
             )
     return {
         "canvas": inputs.canvas.size,
@@ -107,7 +109,7 @@ def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporte
 
 
 def shard_items(split: str, examples: list[LabelledExample]) -> list[Item]:
-    """Shards of a split for `cpu_shards` and `map_shards`."""
+    """The shards of a split, as `cpu_shards` and `map_shards` take them."""
     return [
         {
             "name": f"{split}-{i // SHARD:05d}.parquet",

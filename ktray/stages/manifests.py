@@ -1,6 +1,7 @@
-"""What each stage says of itself in its ``manifest.json``, for later stages and for the result of a run.
+"""The content of ``manifest.json`` for each stage. Later stages and the result of a run read it.
 
-`ktray.stages.base.run_stage` adds what all have in common (`StageManifest`). Keys are those of stored files: they stay.
+`ktray.stages.base.run_stage` adds the entries that all stages have (`StageManifest`). The keys are those of stored
+files, so they must not change.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from typing import Any, TypedDict
 
 
 class StageManifest(TypedDict):
-    """What every manifest has beside its stage's own entries.
+    """The entries that every manifest has in addition to those of its stage.
 
     Attributes:
-        key: of the stage's directory; a digest of ``inputs``.
-        stage: its name.
-        inputs: everything that the stage's result depends on.
-        run: id of the run that made it.
-        read: images that were looked at.
-        quarantine: those that could not be used, as [uri, reason, stage].
-        files: of the directory, with their sizes in bytes.
+        key: key of the stage, a digest of ``inputs``; the name of its folder.
+        stage: name of the stage.
+        inputs: everything that the result of the stage depends on.
+        run: id of the run that computed the stage.
+        read: number of images that were read.
+        quarantine: images that could not be used, as [uri, reason, stage].
+        files: files of the folder, with their sizes in bytes.
     """
 
     key: str
@@ -43,11 +44,11 @@ class AdaptManifest(TypedDict):
 
     Attributes:
         chosen: the best candidate on validation.
-        scores: by candidate, metrics on validation, ``loss`` and ``temperature``.
-        val: of the chosen one, the task's metric.
+        scores: by candidate, the metrics on validation, ``loss`` and ``temperature``.
+        val: the task's metric of the chosen candidate.
         embed_dim, patch_dim: widths of the tower's embeddings; ``patch_dim`` is None without patches.
-        directory: the chosen candidate's.
-        frozen: directory of a head for the frozen tower's embeddings; None where there is none.
+        directory: folder of the chosen candidate.
+        frozen: folder of a head for the embeddings of the frozen tower; None where there is none.
     """
 
     chosen: str
@@ -60,7 +61,7 @@ class AdaptManifest(TypedDict):
 
 
 class IndexClasses(TypedDict, total=False):
-    """``classes``: names, where the gallery is the labelled generic set."""
+    """``classes``: class names, if the gallery is the labelled generic set."""
 
     classes: list[str]
 
@@ -69,12 +70,12 @@ class IndexManifest(IndexClasses):
     """INDEX.
 
     Attributes:
-        search: the compressed index (`ktray.retrieval.faiss_index.Compressed`); None: every row is compared.
-        rows: embeddings.
-        folder: of the index, from the store's root or absolute.
-        shards: (name, rows) of its parts, in order.
-        shard_count: of the source.
-        images: that could be used.
+        search: the compressed index (`ktray.retrieval.faiss_index.Compressed`); None: exact search.
+        rows: number of embeddings.
+        folder: folder of the index, relative to the root of the store, or absolute.
+        shards: (name, rows) of the parts of the index, in order.
+        shard_count: number of shards of the source.
+        images: number of usable images.
     """
 
     search: dict[str, Any] | None
@@ -86,16 +87,23 @@ class IndexManifest(IndexClasses):
 
 
 class CurateFacts(TypedDict, total=False):
-    """What a set has that was drawn from a gallery: `ktray.retrieval.coverage` (None without queries), and by strategy
-    the share of the set that it would have taken too."""
+    """Entries of a transfer set that comes from a gallery: `ktray.retrieval.coverage` (None without queries), and by
+    strategy, the share of the set that this strategy would also have chosen."""
 
     coverage: dict[str, Any] | None
     agreement: dict[str, float]
 
 
 class CurateManifest(CurateFacts):
-    """CURATE. Counts of images: in the set, left out by reason, to choose from, and kept although an encoder finds
-    them similar to a held-out one, as their pixels differ."""
+    """CURATE.
+
+    Attributes:
+        kept: number of images in the transfer set.
+        dropped: number of images that were left out, by reason.
+        gallery: number of images to choose from.
+        similar_kept: number of images whose embeddings are similar to that of a held-out image, and which were kept
+            because their pixels differ.
+    """
 
     kept: int
     dropped: dict[str, int]
@@ -104,7 +112,7 @@ class CurateManifest(CurateFacts):
 
 
 class TargetSizes(TypedDict):
-    """Sizes of the targets, as `ktray.training.inputs.TargetSet` has them; 0 for a target that is not there."""
+    """Sizes of the targets, as in `ktray.training.inputs.TargetSet`; 0 for a target that the rows do not have."""
 
     classes: int
     embed_dim: int
@@ -118,13 +126,13 @@ class TeachManifest(TargetSizes):
     """TEACH.
 
     Attributes:
-        mode: ``teach.mode``: whether rows are stored, or made while training asks for them.
-        jpeg: quality of stored views; None: raw pixels.
-        images: of the transfer set.
-        rows: views.
-        row_bytes: of one row in memory.
-        targets: that the rows have.
-        view_size: side of the views that the teacher sees, pixels.
+        mode: ``teach.mode``: whether the rows are stored, or computed during training.
+        jpeg: JPEG quality of stored views; None: raw pixels.
+        images: number of images in the transfer set.
+        rows: number of views.
+        row_bytes: size of one row in memory.
+        targets: names of the targets in the rows.
+        view_size: side of the views that the teacher reads, pixels.
         shards: [name, rows].
     """
 
@@ -139,23 +147,23 @@ class TeachManifest(TargetSizes):
 
 
 class WorkerStart(TypedDict):
-    """Training workers began at ``step``, ``workers`` of them."""
+    """A start of training: ``workers`` workers started at ``step``."""
 
     step: int
     workers: int
 
 
 class TrainedManifest(TypedDict):
-    """TRANSFER, FINETUNE and the scratch floor.
+    """TRANSFER, FINETUNE and the scratch baseline.
 
     Attributes:
-        steps, seconds: of the loop, over all attempts.
-        best_step: after which validation was best.
-        curve: a row for each evaluation (`ktray.training.loop.State`).
-        images_per_second: over all attempts.
-        flops_per_step: over all workers.
+        steps, seconds: steps and duration of the training loop, over all attempts.
+        best_step: the step after which validation was best.
+        curve: one row for each evaluation (`ktray.training.loop.State`).
+        images_per_second: mean over all attempts.
+        flops_per_step: sum over all workers.
         precision: number format of the matrix products.
-        starts: each time that workers began in the last attempt.
+        starts: the starts of workers in the last attempt.
     """
 
     steps: int
@@ -169,7 +177,7 @@ class TrainedManifest(TypedDict):
 
 
 class EvaluateManifest(TypedDict):
-    """EVALUATE. ``metrics``: by model (student, scratch, teacher) what its task's kind measures on the test split."""
+    """EVALUATE. ``metrics``: by model (student, scratch, teacher), the metrics of the task kind on the test split."""
 
     metrics: dict[str, dict[str, Any]]
 

@@ -1,7 +1,8 @@
-"""What a worker says of a shard that it has finished.
+"""The summary of a shard that a worker has finished.
 
-It crosses Ray Data as JSON, and a stage that can be interrupted stores it beside the shard's data, so that a restart
-knows the shard and counts it once. Names of fields are therefore those of stored files: they stay.
+A summary passes through Ray Data as JSON. A stage that can be interrupted also stores it next to the data of the shard,
+so that a restarted stage recognises the shard and counts it once. The field names are therefore those of stored files
+and must not change.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ S = TypeVar("S", bound="ShardSummary")
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """A shard's accounts; a stage with more to say has a subclass.
+    """The counts of a shard. A stage that reports more has a subclass.
 
     Attributes:
-        name: of the shard.
-        rows: that it has.
-        read: images that were looked at.
-        bad: those that could not be used, as (uri, reason).
-        images, flops: the work, to be charged; of a shard that an earlier attempt has finished, nothing.
+        name: name of the shard.
+        rows: number of rows in the shard.
+        read: number of images that were read.
+        bad: images that could not be used, as (uri, reason).
+        images, flops: work that the ledger counts; 0 for a shard that an earlier attempt finished.
     """
 
     name: str
@@ -33,25 +34,25 @@ class ShardSummary:
     flops: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-like content; what is stored and what `map_shards` hands to the driver."""
+        """JSON-like content, which is stored, and which `map_shards` passes to the driver."""
         return asdict(self)
 
     @classmethod
     def from_json(cls: type[S], content: Mapping[str, Any]) -> S:
-        """Read `to_json`, also of a version that had fewer or more fields."""
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        return cls(**{**known, "bad": pairs(content.get("bad", []))})
+        """Read the output of `to_json`, also from a version with fewer or more fields."""
+        values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        return cls(**{**values, "bad": pairs(content.get("bad", []))})
 
     @classmethod
     def each(cls: type[S], contents: Iterable[Mapping[str, Any]]) -> Iterator[S]:
-        """`from_json` of all, as they come."""
+        """`from_json` of each content, in order of arrival."""
         return (cls.from_json(content) for content in contents)
 
     def resumed(self: S) -> S:
-        """The same without the work: the earlier attempt that has done it was charged for it."""
+        """This summary without work, because the ledger has counted it for the earlier attempt."""
         return replace(self, images=0, flops=0.0)
 
 
 def pairs(listed: Iterable[Iterable[Any]]) -> tuple[tuple[str, str], ...]:
-    """(uri, reason) of images that could not be used, from JSON or an array of text."""
+    """(uri, reason) of the images that could not be used, from JSON or an array of text."""
     return tuple((str(uri), str(reason)) for uri, reason in listed)

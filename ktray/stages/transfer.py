@@ -1,4 +1,4 @@
-"""TRANSFER: pretrain the student under the objective, on what TEACH has stored."""
+"""TRANSFER: pretrain the student with the objective, on the rows of TEACH."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from ktray.training.worker import TrainingSpec
 
 WEIGHTS = "weights.safetensors"
 HOW = NotInKey(
-    "how often is saved, how rows are read, and passes that are counted as steps",
+    "how often checkpoints are saved, how rows are read, and epochs, which `steps` replaces",
     ("checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"),
 )
 
 
 @dataclass(frozen=True)
 class TransferInputs(StageInputs):
-    """What TRANSFER reads.
+    """The inputs of TRANSFER.
 
     Attributes:
-        kind: of the task.
-        start: an earlier part of the pretraining that this one continues.
-        label_batch: labelled images a step, for an objective that learns from them too; 0 for others.
-        views: for those that cut views while they train.
+        kind: the task kind.
+        start: the previous phase of pretraining, whose weights this phase starts from; None: initial weights.
+        label_batch: labelled images per step, for an objective that also learns from labels; 0 for other objectives.
+        views: view policy for objectives that cut views during training.
     """
 
     stage = "transfer"
-    version = 3  # 2: views keyed by image; 3: an objective's own fields alone
+    version = 3  # 2: views keyed by image; 3: only the fields of the chosen objective
 
     targets: TeachResult
     labels: StageResult
@@ -79,7 +79,7 @@ class TransferInputs(StageInputs):
 def run(
     context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None = None
 ) -> StageResult:
-    """``weights.safetensors`` of the pretrained student; the curve is in the manifest."""
+    """Store ``weights.safetensors`` of the pretrained student; the training curve is in the manifest."""
     return run_stage(context.runtime, TransferInputs.of(context, targets, labels, start), work)
 
 
@@ -103,17 +103,17 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
 
 
 def student_spec(context: RunContext) -> StudentSpec:
-    """The recipe's student, from its initial weights."""
+    """The student of the recipe, with its initial weights."""
     return StudentSpec.of(context.recipe, len(context.task.classes))
 
 
 def starting_at(student: StudentSpec, made: StageResult | None) -> StudentSpec:
-    """The student from the ``weights.safetensors`` of a stage; from its initial weights where there is none."""
+    """The student with the weights of the stage ``made``; with its initial weights where ``made`` is None."""
     return student if made is None else replace(student, start=(made.stage, WEIGHTS))
 
 
 def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> TrainedManifest:
-    """Run a student's job and keep its final weights in the stage."""
+    """Train a student and store its final weights in the stage."""
     reporter.expect(steps, "step")
 
     def keep(weights: Path) -> None:

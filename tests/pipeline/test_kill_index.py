@@ -93,7 +93,7 @@ def test_a_killed_index_goes_on_by_shard_and_is_no_index_before(world, tmp_path)
             before = len(table(place)[0])
             assert A_TAR <= before < TARS * A_TAR
             alone = [f"store={tmp_path / 'other'}", f"task.data={world / 'task'}", f"gallery.index={place}"]
-            with pytest.raises(KtrayError, match="is not whole"):
+            with pytest.raises(KtrayError, match="is incomplete"):
                 curate_only(recipes.load(None, [*SMALL, *alone, "transfer.size=20"]))
         done = start("index", log, store, *keys)
         assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-2000:]

@@ -307,8 +307,8 @@ def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):
     assert {n: s.split()[0] for n, s in states().items()} == dict.fromkeys(STAGES, "reused")
     changed = states("train.lr=0.002")
     assert changed["teach"].startswith("reused")
-    assert {n for n, s in changed.items() if s == "to make"} == {"transfer", "finetune", "scratch", "evaluate"}
-    assert {n for n, s in states("teach.seed=3").items() if s == "to make"} >= {"teach", "transfer", "evaluate"}
+    assert {n for n, s in changed.items() if s == "to run"} == {"transfer", "finetune", "scratch", "evaluate"}
+    assert {n for n, s in states("teach.seed=3").items() if s == "to run"} >= {"teach", "transfer", "evaluate"}
     assert sorted(store.rglob("*")) == before
 
 

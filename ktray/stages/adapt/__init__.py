@@ -1,1 +1,1 @@
-"""ADAPT: teach the task to the teacher."""
+"""ADAPT: adapt the teacher to the task."""

@@ -1,4 +1,4 @@
-"""The frozen tower's embeddings of the labelled images, and the heads that the task kind fits on them."""
+"""Embeddings of the labelled images by the frozen tower, and the heads that the task kind fits on them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ktray.tasks.base import HeadSettings, LabelledSplit, TaskKind
 def fit_heads(
     stage: Stage, decoded: Stage, spec: TeacherSpec, kind: TaskKind, settings: HeadSettings, metric: str, threads: int
 ) -> dict[str, Any]:
-    """The candidates that leave the tower as it is, in the stage, and the embeddings, which are the queries.
+    """Store the candidates with a frozen tower, and the embeddings, which are the queries of retrieval.
 
     Args:
-        decoded: the ``labels`` stage, in the teacher's geometry.
-        metric: what the best of the candidates is chosen by.
-        threads: of torch.
+        decoded: the LABELS stage, in the teacher's geometry.
+        metric: the metric that chooses the best candidate.
+        threads: number of threads of torch.
 
     Returns:
-        ``scores`` of the candidates on validation, ``start``, the best of them, for finetuning, ``images`` and
-        ``flops``.
+        ``scores``: the scores of the candidates on validation; ``start``: the best candidate, from which finetuning
+        starts; ``images`` and ``flops``: the work.
     """
     torch.set_num_threads(threads)
     teacher = spec.load()

@@ -1,9 +1,9 @@
-"""ADAPT: teach the target task to the teacher from the few labels.
+"""ADAPT: adapt the teacher to the task with the labelled images.
 
-Candidates: ``text`` (a head from class-name prompts), ``probe`` (the tower stays frozen, a head is trained on its
-embeddings, started from the text head where there is one), ``finetune`` (tower and head). ``auto`` takes the
-one that is best on validation. The temperature is fitted on validation too: a CLIP-like softmax is too flat to
-teach with otherwise.
+The candidates are ``text`` (a head from prompts with the class names), ``probe`` (the tower stays frozen and a head is
+trained on its embeddings, starting from the text head where there is one) and ``finetune`` (tower and head are
+trained). ``auto`` chooses the best candidate on validation. The temperature is fitted on validation, too, because the
+softmax of a CLIP-like teacher is too flat to learn from.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ logger = logging.getLogger("ktray")
 
 @dataclass(frozen=True)
 class AdaptInputs(StageInputs):
-    """What ADAPT reads.
+    """The inputs of ADAPT.
 
     Attributes:
         labels: the labelled images in the teacher's geometry.
-        wanted: candidates, in the order in which they are tried.
-        names, prompts: the classes as text, and the templates they are put into.
-        finetune, views, seed: of the candidate ``finetune``; None where it is not tried.
-        head: what fitting the heads of this task kind reads of the recipe, and no other kind's does.
+        wanted: the candidates, in the order in which they are tried.
+        names, prompts: the class names as text, and the templates for them.
+        finetune, views, seed: settings of the candidate ``finetune``; None where it is not tried.
+        head: recipe values that only this task kind reads to fit its heads.
     """
 
     stage = "adapt"
@@ -71,8 +71,8 @@ class AdaptInputs(StageInputs):
     seed: int | None
     metric: str
     head: Any
-    levels: Annotated[int, NotInKey("`head` has it where the task kind reads it")]
-    images: Annotated[int, NotInKey("how many are labelled, for the progress line")]
+    levels: Annotated[int, NotInKey("`head` contains it where the task kind reads it")]
+    images: Annotated[int, NotInKey("the number of labelled images, for the progress line")]
 
     @classmethod
     def of(cls, context: RunContext, spec: TeacherSpec) -> AdaptInputs:
@@ -98,8 +98,8 @@ class AdaptInputs(StageInputs):
 
 
 def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
-    """What is tried, in order. An objective that needs no predictions needs no adapted teacher: the probe costs nothing
-    beyond the embeddings that retrieval needs, and leaves the tower as it is."""
+    """The candidates, in order. An objective that needs no predictions needs no adapted teacher. For it, only the probe
+    is tried: the probe does not change the tower and costs no more than the embeddings that retrieval needs."""
     part = context.recipe.teacher
     if "logits" not in context.recipe.objective.traits.targets_needed:
         return ["probe"]
@@ -107,7 +107,7 @@ def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
 
 
 def run(context: RunContext, spec: TeacherSpec) -> StageResult:
-    """The adapted teacher (``adapted/``) and the frozen tower's embeddings of the labelled images."""
+    """Store the adapted teacher and the embeddings of the labelled images by the frozen tower."""
     return run_stage(context.runtime, AdaptInputs.of(context, spec), work)
 
 
@@ -118,20 +118,25 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     heads = HeadSettings(inputs.classes, inputs.names, inputs.prompts, wanted, inputs.levels)
     fit = partial(fit_heads, stage, inputs.labels.stage, spec, kind, heads, metric, plan.worker_threads)
     watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-    who, remedy = "the task that fits the teacher's heads", "Take a smaller teacher, or machines with more memory."
-    found = run_with_retries(fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
-    reporter.shards([ShardSummary("heads", images=found["images"], flops=found["flops"])])
+    who, remedy = (
+        "the task that fits the teacher's heads",
+        "Choose a smaller teacher, or use machines with more memory.",
+    )
+    fitted = run_with_retries(
+        fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus
+    )
+    reporter.shards([ShardSummary("heads", images=fitted["images"], flops=fitted["flops"])])
     if reporter.progress:
-        reporter.progress.update(found["images"])
-    scores: dict[str, dict[str, float]] = found["scores"]
+        reporter.progress.update(fitted["images"])
+    scores: dict[str, dict[str, float]] = fitted["scores"]
     if "finetune" in wanted:
-        scores["finetune"] = _finetune(inputs, runtime, stage, found["start"], reporter)
+        scores["finetune"] = _finetune(inputs, runtime, stage, fitted["start"], reporter)
     chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
     for name in stage.children():
-        if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{found['start']}"):
+        if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{fitted['start']}"):
             stage.delete(name)
     listed = ", ".join(f"{n} {scores[n][metric]:.1%}" for n in wanted)
-    logger.info(f"adapt     on validation: {listed}; takes {chosen}, temperature {scores[chosen]['temperature']:.3g}")
+    logger.info(f"adapt     on validation: {listed}; chosen: {chosen}, temperature {scores[chosen]['temperature']:.3g}")
     return {
         "chosen": chosen,
         "scores": scores,
@@ -139,36 +144,37 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "embed_dim": spec.embed_dim,
         "patch_dim": spec.patch_dim,
         "directory": f"candidate-{chosen}",
-        "frozen": f"candidate-{found['start']}" if kind.image_classes else None,
+        "frozen": f"candidate-{fitted['start']}" if kind.image_classes else None,
     }
 
 
 def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> AdaptedSpec:
-    """The adapted teacher of an ADAPT directory; where a plan asks before it is made, the place of none."""
+    """The adapted teacher in the folder of an ADAPT stage. For a plan, the stage may not exist yet; then the folder
+    does not exist either."""
     folder, kind = done.stage.sub(done.manifest.get("directory", "unmade")), context.kind
     return AdaptedSpec(folder, kind.teacher_preprocess(spec.preprocess), kind.teacher_form)
 
 
 def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Unit embeddings (N, D) float32 by the frozen tower, uris and labels of the labelled images: the queries."""
+    """The queries: unit embeddings (N, D) float32 of the labelled images by the frozen tower, their uris and labels."""
     rows = read_rows(done.stage, "embedding-train.parquet")
     return rows["embedding"].astype(np.float32), [str(u) for u in rows["uri"]], rows["label"]
 
 
 def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
-    """Class probabilities (N, C) float32 of unit embeddings (N, D) by the frozen tower, under the best of the heads
-    that leave the tower as it is: what can be said of gallery images without embedding them again.
+    """A function from unit embeddings (N, D) of the frozen tower to class probabilities (N, C) float32, by the best
+    head on the frozen tower. It predicts the classes of gallery images without embedding them again.
 
     Raises:
-        KtrayError: a task that has no such head.
+        KtrayError: the task has no such head.
     """
     from safetensors.torch import load
 
     if not done.manifest["frozen"]:
-        able = [config.strategy_name() for config in strategies() if not config.needs_predictions]
+        alternatives = [config.strategy_name() for config in strategies() if not config.needs_predictions]
         raise KtrayError(
-            "This transfer.strategy asks the teacher for an image's class, and this task kind has none",
-            f"Set transfer.strategy to one of: {', '.join(able)}.",
+            "This transfer.strategy needs a class for each image, and this task kind has no classes of images",
+            f"Set transfer.strategy to one of: {', '.join(alternatives)}.",
         )
     folder = done.stage.sub(done.manifest["frozen"])
     weights = load(folder.read("head.safetensors"))
@@ -188,7 +194,7 @@ def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, r
     from ktray.training.ray_train import train
 
     part, views = inputs.finetune, inputs.views
-    assert part is not None  # asked for with the candidate
+    assert part is not None  # set whenever the candidate is tried
     assert views is not None
     settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=5, keep="best")
     base = stage.sub(f"candidate-{start}")

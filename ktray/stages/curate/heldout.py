@@ -1,4 +1,4 @@
-"""Images that are compared with the gallery: held-out ones, which must not come in, and crops of queries."""
+"""Images that are compared with the gallery: held-out images, whose copies must stay out, and crops of queries."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from ktray.storage.store import Stage
 def heldout(
     task: LabelledSet, spec: TeacherSpec | None, max_pixels: int, runtime: Runtime, stage: Stage, reporter: Reporter
 ) -> Rows:
-    """``uri``, ``hash`` (several each), ``digest`` and with a teacher ``embedding`` of validation and test images;
-    nothing else of them is looked at.
+    """``uri``, ``hash`` (several for each image), ``digest`` and, with a teacher, ``embedding`` of the validation and
+    test images. Nothing else is computed from these images.
 
-    With a teacher each image has two rows, its own and its mirror image's: few encoders take the two for alike.
+    With a teacher, each image has two rows, for the image and for its mirror image, because few encoders find the two
+    similar.
     """
     uris = [e.uri for e in [*task.val, *task.test]]
     prepare = _Heldout(spec.preprocess if spec else None, max_pixels)
@@ -44,22 +45,23 @@ def embed_images(
     spec: TeacherSpec | None,
     reporter: Reporter,
 ) -> Rows:
-    """What ``prepare`` makes of the images, with ``embedding`` in place of ``pixels``; kept by shard in ``folder``."""
+    """The columns that ``prepare`` computes from the images, with ``embedding`` instead of ``pixels``. The shards are
+    stored in ``folder``."""
     items = [
         {"name": f"images-{i // SHARD:05d}.parquet", "uris": uris[i : i + SHARD]} for i in range(0, len(uris), SHARD)
     ]
     finished = finished_shards(folder)
-    reporter.done = 0  # of these images; there may have been others before
+    reporter.done = 0  # counts these images only; the stage may have counted others before
     reporter.expect(len(uris))
     reporter.shards(replace(s.resumed(), bad=()) for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
-    found = (
+    summaries = (
         map_shards(todo, prepare, _MakeEmbedder(folder, spec), runtime.plan)
         if spec
         else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
-    reporter.shards(ShardSummary.each(found))
-    reporter.read = 0  # counted where they are used
+    reporter.shards(ShardSummary.each(summaries))
+    reporter.read = 0  # these images are counted by the stages that use them
     shards = [read_rows(folder, str(item["name"])) for item in items]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
@@ -72,7 +74,7 @@ class _Heldout:
     def __call__(self, item: Item) -> Rows:
         uris, images = [], []
         for uri, data, error in fetch(item["uris"]):
-            # A held-out image that cannot be decoded cannot leak; EVALUATE quarantines it.
+            # An image that cannot be decoded cannot leak into the transfer set; EVALUATE quarantines it.
             try:
                 images.append(decode_image(uri, data, error, max_pixels=self.max_pixels))
                 uris.append(uri)

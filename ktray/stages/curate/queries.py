@@ -1,8 +1,8 @@
-"""What is looked for in the gallery: the labelled images, parts of them, and the classes' names.
+"""The queries of retrieval: the labelled images, crops of them, and the class names as text.
 
-Text and images lie apart in the space of CLIP-like teachers: a name's nearest images have a far lower cosine than a
-picture's. Strategies that give each query its share do not mind; ``best_first`` would take what the images
-find and nothing of the texts.
+In the embedding space of CLIP-like teachers, texts and images form separate groups: the images nearest to a text have a
+far lower cosine similarity than those nearest to an image. This does not matter for strategies that give each query a
+share; ``best_first`` would take only images that the image queries find.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ MEAN = "class:"
 
 @dataclass(frozen=True)
 class Queries:
-    """``embedding`` (Q, D) float32 of unit length; ``uris`` name them: an image, a crop, ``text:NAME`` for a class's
-    prompts, ``class:NAME`` for the mean of a class's queries; ``labels`` (Q,) their classes."""
+    """Queries.
+
+    Attributes:
+        embedding: (Q, D) float32, of unit length.
+        uris: names of the queries: an image, a crop, ``text:NAME`` for the prompts of a class, or ``class:NAME`` for
+            the mean of the queries of a class.
+        labels: (Q,) int64, classes of the queries.
+    """
 
     embedding: np.ndarray
     uris: list[str]
@@ -46,14 +52,14 @@ class Queries:
 
 @dataclass(frozen=True)
 class QueryInputs:
-    """What the queries are made of; a part of CURATE's inputs.
+    """The part of the inputs of CURATE from which the queries are computed.
 
     Attributes:
-        adapt: holds the embeddings of the labelled images.
+        adapt: the ADAPT stage, which holds the embeddings of the labelled images.
         encoder: the frozen teacher.
-        kind: of the task.
-        classes, names: of the task; ``names`` as text.
-        crop_count: crops of a labelled image; None where there are none.
+        kind: the task kind.
+        classes, names: the classes of the task, and their names as text.
+        crop_count: number of crops of each labelled image; None: no crops.
     """
 
     transfer: TransferConfig
@@ -67,53 +73,55 @@ class QueryInputs:
     max_pixels: int
 
 
-def queries(asked: QueryInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> Queries:
-    """The queries of the recipe.
+def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> Queries:
+    """Compute the queries of the recipe.
 
     Raises:
-        KtrayError: text queries for a teacher without a text tower, or classes of images that have none.
+        KtrayError: the recipe requests text queries and the teacher has no text tower, or queries per class and the
+            images of the task kind have no class.
     """
-    part = asked.transfer
-    found = []
+    part = inputs.transfer
+    groups = []
     if part.queries != "text":
-        images = Queries(*adapt_stage.train_embeddings(asked.adapt))
-        found.append(images)
+        images = Queries(*adapt_stage.train_embeddings(inputs.adapt))
+        groups.append(images)
         if part.query_crops != "none":
-            found.append(_crops(asked, runtime, stage, images, reporter))
+            groups.append(_crops(inputs, runtime, stage, images, reporter))
     if part.queries != "images":
-        found.append(_texts(asked))
+        groups.append(_texts(inputs))
     every = Queries(
-        np.concatenate([q.embedding for q in found]),
-        [uri for q in found for uri in q.uris],
-        np.concatenate([q.labels for q in found]),
+        np.concatenate([q.embedding for q in groups]),
+        [uri for q in groups for uri in q.uris],
+        np.concatenate([q.labels for q in groups]),
     )
     if part.per == "query":
         return every
-    if not task_kind(asked.kind).image_classes and part.queries != "text":
+    if not task_kind(inputs.kind).image_classes and part.queries != "text":
         raise KtrayError(
-            f"transfer.per=class, and an image of task.kind={asked.kind} has no one class", "Set transfer.per=query."
+            f"transfer.per=class needs a class for each image, and images of task.kind={inputs.kind} have none",
+            "Set transfer.per=query.",
         )
     present = np.unique(every.labels)
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-    return Queries(mean, [MEAN + asked.classes[label] for label in present.tolist()], present)
+    return Queries(mean, [MEAN + inputs.classes[label] for label in present.tolist()], present)
 
 
-def _texts(asked: QueryInputs) -> Queries:
-    spec = asked.encoder
+def _texts(inputs: QueryInputs) -> Queries:
+    spec = inputs.encoder
     if not spec.has_text:
         raise KtrayError(
-            f"transfer.queries={asked.transfer.queries}, and teacher '{spec.source.name}' has no text tower",
-            "Set transfer.queries=images, or name an open_clip teacher.",
+            f"transfer.queries={inputs.transfer.queries} needs a text tower, and teacher '{spec.source.name}' has none",
+            "Set transfer.queries=images, or set teacher.name to an open_clip model.",
         )
-    weight = text_head(spec.load(), asked.names, asked.prompts).weight.detach().float().cpu().numpy()
+    weight = text_head(spec.load(), inputs.names, inputs.prompts).weight.detach().float().cpu().numpy()
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
-    return Queries(unit, [TEXT + name for name in asked.classes], np.arange(len(asked.names)))
+    return Queries(unit, [TEXT + name for name in inputs.classes], np.arange(len(inputs.names)))
 
 
-def _crops(asked: QueryInputs, runtime: Runtime, stage: Stage, images: Queries, reporter: Reporter) -> Queries:
-    crops, spec = Crops(asked.transfer.query_crops, int(asked.crop_count or 1)), asked.encoder
-    prepare = _Crop(crops, spec.preprocess, asked.max_pixels)
+def _crops(inputs: QueryInputs, runtime: Runtime, stage: Stage, images: Queries, reporter: Reporter) -> Queries:
+    crops, spec = Crops(inputs.transfer.query_crops, int(inputs.crop_count or 1)), inputs.encoder
+    prepare = _Crop(crops, spec.preprocess, inputs.max_pixels)
     rows = embed_images(runtime, Stage(stage.file("query-crops")), images.uris, prepare, spec, reporter)
     label = dict(zip(images.uris, images.labels.tolist(), strict=True))
     uris = rows["uri"].astype(str).tolist()

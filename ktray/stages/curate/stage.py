@@ -1,10 +1,10 @@
-"""CURATE: choose the transfer set, keep held-out images out of it, and show it.
+"""CURATE: choose the transfer set, keep copies of held-out images out of it, and draw a contact sheet.
 
-``retrieved``: queries (the labelled images, parts of them, the classes' names) bring equal shares of their nearest
-gallery images. ``generic``: a random draw of the gallery. ``list``: the images of a list that the user brings.
-``target``: the task's own images without labels (the surplus of the label budget, and the labelled ones). Gallery
-images that copy a validation or test image are dropped, and of several that show the same one is kept. What came with
-an image and the objective needs (its caption, its generic label) goes along.
+``transfer.source`` names where the images come from. ``retrieved``: each query (a labelled image, a crop of one, or a
+class name) contributes an equal share of its nearest gallery images. ``generic``: a random draw from the gallery.
+``list``: the images in a list of the user. ``target``: the images of the task without their labels (the labelled images
+and those beyond the label budget). Gallery images that are copies of a validation or test image are dropped, and only
+one of several near-duplicates is kept. A caption or generic label that the objective needs is stored with each image.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ REPEATED = "repeated"
 
 @dataclass(frozen=True)
 class CurateInputs(StageInputs):
-    """What CURATE reads.
+    """The inputs of CURATE.
 
     Attributes:
-        beside: columns of the index that go along with an image: its caption, its label.
-        index: None for ``target``.
-        encoder: of the index; None where it holds fingerprints alone.
-        adapt: gives the queries of ``retrieved``.
-        kind: of the task.
-        names, prompts: the classes as text; empty where no query is text.
-        crop_count: crops of a labelled image; None where there are none.
+        beside: columns of the index that are stored with each image: its caption, its label.
+        index: the INDEX stage; None for ``target``.
+        encoder: the encoder of the index; None where the index holds only fingerprints.
+        adapt: the ADAPT stage, which holds the queries of ``retrieved``; None for other sources.
+        kind: the task kind.
+        names, prompts: the class names as text, and their templates; empty without text queries.
+        crop_count: number of crops of each labelled image; None: no crops.
     """
 
     stage = "curate"
-    # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no two images that show the same;
-    # 5: which other strategies take an image too; 6: declared inputs
+    # 2: captions, labels; 3: strategies, coverage; 4: queries of several kinds, no near-duplicates;
+    # 5: the other strategies that would also choose an image; 6: declared inputs
     version = 6
 
     transfer: TransferConfig
@@ -80,7 +80,7 @@ class CurateInputs(StageInputs):
 
     @property
     def asks(self) -> QueryInputs | None:
-        """What the queries are made of; None where nothing is searched."""
+        """The inputs of the queries; None where nothing is searched."""
         if self.transfer.source != "retrieved" or self.adapt is None or self.encoder is None:
             return None
         return QueryInputs(
@@ -99,13 +99,13 @@ class CurateInputs(StageInputs):
 def run(
     context: RunContext, spec: TeacherSpec | None, adapt: StageResult | None, index: StageResult | None
 ) -> StageResult:
-    """``transfer.parquet`` (uri, query, rank, similarity, strategies, perhaps caption or label), ``queries.parquet``,
-    ``dropped.parquet``, ``contact_sheet.png``.
+    """Store ``transfer.parquet`` (uri, query, rank, similarity, strategies, and the caption or label if the objective
+    needs it), ``queries.parquet``, ``dropped.parquet`` and ``contact_sheet.png``.
 
     Args:
-        spec: the index's encoder; None where it holds fingerprints alone.
-        adapt: gives the queries of ``retrieved``.
-        index: None for ``target``.
+        spec: the encoder of the index; None where the index holds only fingerprints.
+        adapt: the ADAPT stage, which holds the queries of ``retrieved``.
+        index: the INDEX stage; None for ``target``.
     """
     recipe, part = context.recipe, context.recipe.transfer
     needs = recipe.objective.traits.targets_needed
@@ -141,37 +141,39 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         if len(silent) == gallery.total:
             raise KtrayError(
                 "No gallery image has a caption, and the objective learns from captions",
-                "Name a gallery with captions (.txt beside the images of a tar), or another objective.",
+                "Set gallery.data to a gallery with captions (in a tar: a .txt for each image), or choose an "
+                "objective that needs no captions.",
             )
-    asked = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
+    query_set = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
     if inputs.asks is not None:
-        asked = queries(inputs.asks, runtime, stage, reporter)
-        write_rows(stage, "queries.parquet", {"uri": np.array(asked.uris, dtype=str), "label": asked.labels})
+        query_set = queries(inputs.asks, runtime, stage, reporter)
+        write_rows(stage, "queries.parquet", {"uri": np.array(query_set.uris, dtype=str), "label": query_set.labels})
     if index.manifest.get("search"):
         nearest = compress.nearest(index.manifest["search"], gallery)
     else:
         nearest = partial(exact, gallery=gallery, plan=runtime.plan)
-    chosen, agreed = _choose(inputs, gallery, asked, nearest, exclude, repeats, reporter)
+    chosen, agreed = _choose(inputs, gallery, query_set, nearest, exclude, repeats, reporter)
     if chosen.missing and part.source != "list":
         logger.info(
-            f"curate    the gallery offers {len(chosen.gallery)} images, {chosen.missing} short of transfer.size"
+            f"curate    only {len(chosen.gallery)} images of the gallery can be chosen, {chosen.missing} fewer than "
+            "transfer.size"
         )
-    found = repeats.repeats if repeats else {}
-    uris = _write(stage, gallery, chosen, asked, inputs.beside, agreed, copies, kept_out, found)
-    dropped = {**copies.counts(), REPEATED: len(found)}
-    covered = None
-    if len(asked) and len(chosen):
+    repeated = repeats.repeats if repeats else {}
+    uris = _write(stage, gallery, chosen, query_set, inputs.beside, agreed, copies, kept_out, repeated)
+    dropped = {**copies.counts(), REPEATED: len(repeated)}
+    query_coverage = None
+    if len(query_set) and len(chosen):
         classes = inputs.task.classes if task_kind(inputs.kind).image_classes else []
-        covered = coverage(chosen, asked.labels, classes)
-        for line in lines(covered):
+        query_coverage = coverage(chosen, query_set.labels, classes)
+        for line in lines(query_coverage):
             logger.info(f"curate    {line}")
-    _sheet(inputs, stage, chosen, uris, asked, dropped)
+    _sheet(inputs, stage, chosen, uris, query_set, dropped)
     return {
         "kept": len(uris),
         "dropped": dropped,
         "gallery": gallery.total,
         "similar_kept": copies.similar,
-        "coverage": covered,
+        "coverage": query_coverage,
         "agreement": {name: float(also.mean()) for name, also in agreed.items()} if len(chosen) else {},
     }
 
@@ -181,10 +183,10 @@ def _copies(
 ) -> DuplicateTable:
     embedding = kept_out["embedding"].astype(np.float32) if embedded else None
     prints = Fingerprints(kept_out["hash"], kept_out["digest"])
-    found = duplicates(gallery, embedding, prints, part.dedup_similarity, runtime.plan)
+    copies = duplicates(gallery, embedding, prints, part.dedup_similarity, runtime.plan)
     if embedding is not None:
         reporter.meter.add(flops=2 * gallery.total * embedding.size)
-    return found
+    return copies
 
 
 def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
@@ -209,7 +211,8 @@ def _choose(
     repeats: SetDuplicates | None,
     reporter: Reporter,
 ) -> tuple[Selection, dict[str, np.ndarray]]:
-    """The set, and which of it each strategy takes too (`ktray.stages.index.gallery.agreement`)."""
+    """The transfer set, and by strategy, which of its images that strategy would also choose
+    (`ktray.stages.index.gallery.agreement`)."""
     part, adapt, total = inputs.transfer, inputs.adapt, gallery.total
     if part.source != "retrieved" or adapt is None:
         while True:
@@ -218,10 +221,10 @@ def _choose(
                 if part.source == "list"
                 else random_selection(total, int(part.size or 1), part.seed, exclude=exclude)
             )
-            again = repeats(chosen.gallery) if repeats else exclude[:0]
-            if not len(again):
+            repeated_rows = repeats(chosen.gallery) if repeats else exclude[:0]
+            if not len(repeated_rows):
                 return chosen, {}
-            exclude = np.union1d(exclude, again)
+            exclude = np.union1d(exclude, repeated_rows)
 
     last: Hits = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
 
@@ -250,7 +253,7 @@ def _write(
     kept_out: Rows,
     repeated: dict[int, int],
 ) -> list[str]:
-    """``transfer.parquet`` and ``dropped.parquet``; returns the images' uris."""
+    """Write ``transfer.parquet`` and ``dropped.parquet``; returns the uris of the chosen images."""
     uris = gallery.take("uri", chosen.gallery)
     origin = [asked.uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
     write_rows(
@@ -267,16 +270,16 @@ def _write(
             **{name: np.array(gallery.take(name, chosen.gallery)) for name in beside},
         },
     )
-    again, of = (np.array(list(rows), dtype=np.int64) for rows in (repeated.keys(), repeated.values()))
+    repeated_rows, originals = (np.array(list(rows), dtype=np.int64) for rows in (repeated.keys(), repeated.values()))
     copied = [str(kept_out["uri"][i]) for i in copies.heldout]
     write_rows(
         stage,
         "dropped.parquet",
         {
-            "uri": np.array([*gallery.take("uri", copies.gallery), *gallery.take("uri", again)], dtype=str),
-            "copy_of": np.array([*copied, *gallery.take("uri", of)], dtype=str),
-            "similarity": np.concatenate([copies.similarity, np.full(len(again), np.nan, np.float32)]),
-            "reason": np.array([*copies.reason, *[REPEATED] * len(again)], dtype=str),
+            "uri": np.array([*gallery.take("uri", copies.gallery), *gallery.take("uri", repeated_rows)], dtype=str),
+            "copy_of": np.array([*copied, *gallery.take("uri", originals)], dtype=str),
+            "similarity": np.concatenate([copies.similarity, np.full(len(repeated_rows), np.nan, np.float32)]),
+            "reason": np.array([*copies.reason, *[REPEATED] * len(repeated_rows)], dtype=str),
         },
     )
     return uris
@@ -306,13 +309,14 @@ def _target(inputs: CurateInputs, stage: Stage) -> CurateManifest:
 def _sheet(
     inputs: CurateInputs, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
 ) -> None:
-    """Queries spread over the classes on the left, what they brought on the right."""
+    """Draw the contact sheet: queries from different classes on the left, and the images that they found on the
+    right."""
     rng = np.random.default_rng(0)
     by_query: dict[int, list[int]] = {}
     for i, q in enumerate(chosen.query.tolist()):
         by_query.setdefault(q, []).append(i)
     groups: list[tuple[str | None, str, list[int]]]
-    if chosen.query.size and chosen.query[0] < 0:  # no queries: rows of a random draw
+    if chosen.query.size and chosen.query[0] < 0:  # without queries, the rows show a random draw
         picks = rng.permutation(len(uris))[: SHEET_ROWS * SHEET_COLUMNS].tolist()
         groups = [(None, "random", picks[i : i + SHEET_COLUMNS]) for i in range(0, len(picks), SHEET_COLUMNS)]
     else:
@@ -335,11 +339,11 @@ def _sheet(
         for query, label, hits in groups
     ]
     part = inputs.transfer
-    title = f"Transfer set, {part.source}: queries (left) and the nearest images they fetched (right)"
+    title = f"Transfer set, {part.source}: queries (left) and the nearest images that they found (right)"
     copied = sum(count for reason, count in dropped.items() if reason != REPEATED)
     counts = (
         f"{len(asked)} queries · {len(uris):,} images · dropped: {copied} copies of held-out images, "
-        f"{dropped.get(REPEATED, 0)} that show the same as another"
+        f"{dropped.get(REPEATED, 0)} near-duplicates within the set"
     )
     stream = io.BytesIO()
     contact_sheet(sheet, stream, title, counts)
@@ -347,17 +351,17 @@ def _sheet(
 
 
 def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
-    """Images to be shown, uint8 (H, W, 3), by uri; decoded small where the format allows, unusable ones (and what is no
-    image, such as a class's name) left out."""
-    found = {}
+    """Images for display, uint8 (H, W, 3), by uri. They are decoded at a reduced size where the format allows it.
+    Unusable images, and uris that are no images (such as text queries), are left out."""
+    images = {}
     for uri, data, error in fetch(list(dict.fromkeys(uris))):
         try:
-            found[uri] = decode_image(uri, data, error, max_pixels=max_pixels, enough=lambda *sides: min(sides) / 128)
+            images[uri] = decode_image(uri, data, error, max_pixels=max_pixels, enough=lambda *sides: min(sides) / 128)
         except BadImage:
             continue
-    return found
+    return images
 
 
 def _caption(inputs: CurateInputs, uri: str, label: int) -> str:
-    """A query's class; its file name where it has none."""
+    """The class of a query; its file name if it has no class."""
     return inputs.task.classes[label] if task_kind(inputs.kind).image_classes else uri.rpartition("/")[2]

@@ -1,1 +1,1 @@
-"""EVALUATE: score the models on validation and test."""
+"""EVALUATE: score the models on the test split."""

@@ -1,7 +1,7 @@
-"""EVALUATE: read the test split, once, for the student, the scratch floor and the teacher.
+"""EVALUATE: read the test split once, for the student, the scratch baseline and the teacher.
 
-Every test image is scored by itself and the counts are made on the driver, so the result depends neither on
-the number of workers nor on how images were cut into shards. Unusable test images are quarantined and named.
+Each test image is scored separately and the driver computes the metrics, so the result depends neither on the number of
+workers nor on the division into shards. Unusable test images are quarantined.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.inputs import StudentSpec
 
 STUDENT, TEACHER = "student", "teacher"
-CONFUSION = ".confusion"  # ends the files of the student's counts
+CONFUSION = ".confusion"  # suffix of the files with the student's confusion counts
 
 
 @dataclass(frozen=True)
 class _Prepare:
-    """Each image in the geometry of every model, and its label."""
+    """Decodes each image in the input geometry of every model, and reads its label."""
 
     transforms: dict[str, Preprocess]
     max_pixels: int
@@ -58,7 +58,7 @@ class _Prepare:
 
 
 class _Score:
-    """What each model says of a shard's images, as rows of the task kind's."""
+    """Predicts the images of a shard with each model, and stores the rows of the task kind."""
 
     def __init__(self, plan: _MakeScore) -> None:
         from ktray.training.worker import WorkerContext
@@ -87,7 +87,7 @@ class _Score:
         return finish_shard(plan.stage, summary)
 
     def _predictions(self, name: str, columns: Rows) -> np.ndarray:
-        """(N, ...) float32, the model's output."""
+        """The output of a model, (N, ...) float32."""
         batch = self.plan.kind.test_batch
         if name == TEACHER and self.teacher is not None:
             return predict_numpy(self.teacher, columns[TEACHER], batch)
@@ -103,7 +103,7 @@ class _Score:
 
 @dataclass(frozen=True)
 class _MakeScore:
-    """Makes the actor's `_Score` where it runs."""
+    """Creates `_Score` in the actor that runs it."""
 
     stage: Stage
     kind: TaskKind
@@ -117,12 +117,12 @@ class _MakeScore:
 
 @dataclass(frozen=True)
 class EvaluateInputs(StageInputs):
-    """What EVALUATE reads.
+    """The inputs of EVALUATE.
 
     Attributes:
-        weights: by student, the stage that made its weights.
-        adapt: made the teacher.
-        kind: of the task.
+        weights: by name of a student, the stage that trained it.
+        adapt: the ADAPT stage of the teacher; None: the teacher is not tested.
+        kind: the task kind.
         reader: how labels are read.
     """
 
@@ -136,17 +136,18 @@ class EvaluateInputs(StageInputs):
     max_pixels: int
     kind: str
     reader: LabelReader
-    teacher: Annotated[AdaptedSpec | None, NotInKey("it is what ADAPT has made")]
+    teacher: Annotated[AdaptedSpec | None, NotInKey("it is the result of ADAPT, whose key is in `adapt`")]
 
 
 def run(
     context: RunContext, weights: dict[str, StageResult], teacher: tuple[AdaptedSpec, StageResult] | None
 ) -> StageResult:
-    """Shards of what the task kind keeps of each model's predictions, and ``metrics`` by model in the manifest.
+    """Store shards with what the task kind keeps from the predictions of each model, and ``metrics`` by model in the
+    manifest.
 
     Args:
-        weights: by name of a student, the stage that made its weights.
-        teacher: (adapted teacher, ADAPT), or None.
+        weights: by name of a student, the stage that trained it.
+        teacher: (adapted teacher, ADAPT stage); None: no teacher is tested.
     """
     inputs = EvaluateInputs(
         task=context.task,
@@ -183,12 +184,13 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
 
 
 def load(stage: Stage) -> Rows:
-    """All test rows: ``uri``, and the task kind's columns of the labels and of each model."""
+    """All test rows: ``uri``, and the columns of the task kind for the labels and for each model."""
     shards = [read_rows(stage, name) for name in stage.names(".parquet")]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 
 def confusion(context: RunContext, stage: Stage) -> np.ndarray | None:
-    """(C, C) counts of the student on test: rows are true classes, columns predictions; None where there are none."""
+    """Confusion counts (C, C) of the student on the test split: rows are true classes, columns are predicted classes;
+    None where the task kind has no counts."""
     counts = [stage.read_json(name) for name in stage.names(CONFUSION)]
     return context.kind.confusion(load(stage), counts, context.task.classes)

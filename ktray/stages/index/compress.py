@@ -1,4 +1,4 @@
-"""The compressed index of a gallery: when there is one, what it is made of, and what is found with it."""
+"""The compressed index of a gallery: whether one is needed, how it is built, and how it is searched."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from ktray.stages.index.gallery import Gallery, exact
 
 logger = logging.getLogger("ktray")
 
-# Above this, one pass over the embeddings takes longer than all else that is done with them.
+# Above this number of rows, exact search takes longer than everything else that is done with the embeddings.
 EXACT_ROWS = 100_000_000
 
 
 def wanted(kind: str, rows: int) -> bool:
-    """Whether a gallery of so many rows is searched compressed, by ``gallery.search``."""
+    """Whether ``gallery.search=KIND`` uses a compressed index for a gallery with this number of rows."""
     return kind == "compressed" or (kind == "auto" and rows > EXACT_ROWS)
 
 
 def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation) -> dict[str, Any]:
-    """Build what is missing; returns the manifest's entry (`ktray.retrieval.faiss_index.Compressed`).
+    """Build the compressed index unless it exists; returns the entry for the manifest
+    (`ktray.retrieval.faiss_index.Compressed`).
 
     Raises:
-        KtrayError: the index does not lie in a folder that can be mapped into memory.
+        KtrayError: the index is not in a local folder, so it cannot be mapped into memory.
     """
     if not gallery.folder.is_local:
         raise KtrayError(
             f"gallery.search=compressed maps its index into memory, and '{gallery.folder.uri}' is not a local folder",
-            "Set gallery.index to a folder that all nodes see, or gallery.search=exact.",
+            "Set gallery.index to a folder that all nodes can read, or gallery.search=exact.",
         )
     read = vectors(gallery)
     dimensions = read(np.zeros(1, np.int64)).shape[1]
@@ -47,9 +48,9 @@ def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation) -> dict[st
     pieces = gallery.blocks()
     blocks = [(digest([p.name for p in piece.parts]), sum(p.rows for p in piece.parts)) for piece in pieces]
     key = digest(blocks)
-    known = faiss_index.saved(home)
-    if known is not None and known.key == key:
-        return asdict(known)
+    existing = faiss_index.saved(home)
+    if existing is not None and existing.key == key:
+        return asdict(existing)
     rng = np.random.default_rng(0)
 
     def sample(count: int) -> np.ndarray:
@@ -60,15 +61,15 @@ def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation) -> dict[st
     queries = sample(faiss_index.SAMPLE)
     truth: Callable[[int], Hits] = lambda k: exact(queries, gallery, k, plan)  # noqa: E731
     probes, recall = faiss_index.measured(index, queries, truth, read, part.recall)
-    made = faiss_index.Compressed(factory, gallery.total, trained_on, probes, recall, key)
-    faiss_index.save(home, made)
-    found = ", ".join(f"{share:.1%} at {k}" for k, share in recall.items())
-    logger.info(f"search    {factory}, {probes} cells a query: recall {found}")
-    return asdict(made)
+    built = faiss_index.Compressed(factory, gallery.total, trained_on, probes, recall, key)
+    faiss_index.save(home, built)
+    recalls = ", ".join(f"{share:.1%} at {k}" for k, share in recall.items())
+    logger.info(f"search    {factory}, {probes} cells per query: recall {recalls}")
+    return asdict(built)
 
 
 def nearest(found: dict[str, Any], gallery: Gallery) -> Callable[[np.ndarray, int], Hits]:
-    """(queries, k) to hits by the compressed index of a manifest."""
+    """A function from (queries, k) to hits, which searches the compressed index of a manifest."""
     index, read = faiss_index.load(_home(gallery, found["factory"])), vectors(gallery)
     return lambda queries, k: faiss_index.search(index, queries, k, int(found["probes"]), read)
 
@@ -78,5 +79,5 @@ def _home(gallery: Gallery, factory: str) -> Path:
 
 
 def vectors(gallery: Gallery) -> Callable[[np.ndarray], np.ndarray]:
-    """Gallery rows to their (n, D) float32 embeddings."""
+    """A function from gallery rows (n,) to their embeddings (n, D) float32."""
     return lambda rows: np.stack(gallery.take("embedding", rows)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The reading half of INDEX: a gallery shard to pieces of pixels and fingerprints, each as much as memory bears."""
+"""The CPU part of INDEX: decode a gallery shard into pieces of pixels and fingerprints that fit into memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from ktray.retrieval.crops import Crops
 from ktray.retrieval.heldout_duplicates import Small, fingerprint_small, shrink
 from ktray.storage.columns import Rows
 
-# Pixels that go to the device at once, in bytes. Ray Data's own blocks are of this size; some copies of it are alive.
+# Bytes of pixels in one piece, which goes to the device at once. Ray Data's blocks have this size, too; several copies
+# of a piece exist at the same time.
 PIECE_BYTES = 128_000_000
-# Of embeddings that others have made, how many of a piece come with pixels, to be compared with the teacher's own.
+# Number of images in a piece with precomputed embeddings that are also decoded, to compare them with the teacher's.
 CHECKED = 4
 
 
 @dataclass(frozen=True)
 class DecodeGallery:
-    """Reads a shard and gives its images and crops in pieces of about `PIECE_BYTES`."""
+    """Reads a shard and yields its images and crops in pieces of about `PIECE_BYTES`."""
 
     shards: list[Shard]
     preprocess: Preprocess | None
@@ -35,7 +36,7 @@ class DecodeGallery:
     max_pixels: int
 
     def __call__(self, item: Item) -> Iterator[Rows]:
-        # Without an encoder only fingerprints are kept, and pixels no longer than until they are made.
+        # Without an encoder, only fingerprints are kept, and the pixels of each image are released at once.
         image_bytes = 3 * int(np.prod(self.preprocess.size)) if self.preprocess else 3 * 256**2
         most = max(1, PIECE_BYTES // image_bytes)
         piece = _Piece(self.preprocess)
@@ -60,7 +61,7 @@ class DecodeGallery:
         yield piece.columns()
 
     def _records(self, item: Item) -> Iterator[tuple[ImageRecord, np.ndarray | None]]:
-        """Images, and the embedding of those that have one."""
+        """The images, each with its precomputed embedding; None for an image without one."""
         if "shard" not in item:
             yield from ((ImageRecord(uri, data, error=error), None) for uri, data, error in fetch(item["uris"]))
             return
@@ -93,7 +94,7 @@ class _Piece:
 
     def columns(self) -> Rows:
         prints = fingerprint_small(self.small)
-        found = {
+        rows = {
             "uri": np.array(self.uris, dtype=str),
             "caption": np.array(self.captions, dtype=str),
             "hash": prints.hash,
@@ -103,7 +104,7 @@ class _Piece:
         }
         if self.preprocess:
             empty = np.zeros((0, 3, *self.preprocess.size), np.uint8)
-            found["pixels"] = np.stack(self.pixels) if self.pixels else empty
+            rows["pixels"] = np.stack(self.pixels) if self.pixels else empty
         if self.given:
-            found["given"] = np.stack(self.given)
-        return found
+            rows["given"] = np.stack(self.given)
+        return rows

@@ -1,4 +1,4 @@
-"""The gallery as INDEX left it, and what the queries find in it."""
+"""The gallery that INDEX has stored, and the search in it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from ktray.stages.base import StageResult
 from ktray.stages.manifests import IndexManifest
 from ktray.storage.columns import Rows
 
-# Hits a query, for each image of its share: those that others have taken first, and what a strategy may choose among.
+# Hits per query, as a multiple of the query's share: other queries take some of them, and strategies choose among them.
 CANDIDATES = 4
-# Rows that are searched at once: in float32 some 200 MB at 512 dimensions, beside which the queries' share is small.
+# Rows that are searched at once: about 200 MB in float32 at 512 dimensions; the queries take little memory in addition.
 BLOCK_ROWS = 100_000
 NO_ROWS = np.zeros(0, np.int64)
-# Candidates (hits of all queries) up to which a set is held against the other strategies' choices: some seconds.
+# Number of candidates (hits of all queries) up to which the other strategies run for comparison: a few seconds.
 COMPARED = 200_000
 
 
 class Gallery:
-    """The index's parts as one long table."""
+    """The parts of the index as one long table."""
 
     def __init__(self, folder: IndexDir, named: Sequence[tuple[str, int]]) -> None:
-        """``named``: parts and their rows, in order."""
+        """``named``: (name, rows) of the parts, in order."""
         self.folder = folder
         self.parts = [Part(name, rows, {}) for name, rows in named if rows]
         self.offsets: list[int] = np.concatenate([[0], np.cumsum([p.rows for p in self.parts], dtype=int)]).tolist()
@@ -48,7 +48,7 @@ class Gallery:
 
     @classmethod
     def of(cls, index: StageResult) -> Gallery:
-        """The gallery of INDEX's directory; an index in the store is named from the store's root."""
+        """The gallery of an INDEX stage. The folder of an index in the store is relative to the root of the store."""
         facts = cast(IndexManifest, index.manifest)
         folder = facts["folder"]
         if not folder.startswith("/") and "://" not in folder:
@@ -59,7 +59,7 @@ class Gallery:
         return [self.folder.rows(part, [column])[column] for part in self.parts]
 
     def blocks(self) -> list[GalleryPart]:
-        """The gallery in pieces of about `BLOCK_ROWS`."""
+        """The gallery in blocks of about `BLOCK_ROWS` rows."""
         groups: list[list[int]] = []
         rows = BLOCK_ROWS
         for number, part in enumerate(self.parts):
@@ -73,7 +73,7 @@ class Gallery:
         ]
 
     def take(self, column: str, rows: np.ndarray) -> list[Any]:
-        """A column's values of some rows, in their order; ``embedding`` is one of them."""
+        """Values of a column (``embedding`` included) at the given rows (n,), in their order."""
         out: dict[int, Any] = {}
         shard = np.searchsorted(self.offsets, rows, side="right") - 1
         for number in np.unique(shard).tolist():
@@ -85,13 +85,13 @@ class Gallery:
         return [out[row] for row in rows.tolist()]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """(n, D) float32 of some rows, in their order."""
+        """Embeddings (n, D) float32 of the given rows (n,), in their order."""
         return np.stack(self.take("embedding", rows)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class GalleryPart:
-    """Consecutive rows of a gallery. Picklable; reads when it is asked."""
+    """Consecutive rows of a gallery. It is picklable, and reads its data on demand."""
 
     folder: IndexDir
     offset: int
@@ -113,33 +113,39 @@ class GalleryPart:
 def duplicates(
     gallery: Gallery, heldout: np.ndarray | None, prints: Fingerprints, similarity: float, plan: Allocation
 ) -> DuplicateTable:
-    """The gallery's copies of held-out images; ``heldout`` (M, D) unit embeddings, None where there is no encoder."""
+    """Find the gallery images that are copies of held-out images.
+
+    Args:
+        heldout: (M, D) unit embeddings of the held-out images; None without an encoder.
+        prints: fingerprints of the held-out images.
+        similarity: cosine similarity from which a pair is compared by pixels.
+    """
     work = partial(_duplicates, heldout=heldout, prints=prints, similarity=similarity)
-    found = []
+    tables = []
     for _, rows in map_numbered(gallery.blocks(), work, plan):
         reason, similar = rows.pop("reason").astype(str).tolist(), int(rows.pop("similar")[0])
-        found.append(DuplicateTable(**rows, reason=reason, similar=similar))
-    return DuplicateTable.joined(found)
+        tables.append(DuplicateTable(**rows, reason=reason, similar=similar))
+    return DuplicateTable.joined(tables)
 
 
 def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerprints, similarity: float) -> Rows:
-    found = (
+    table = (
         hash_duplicates([(part.offset, part.prints())], prints)
         if heldout is None
         else near_duplicates([part.block()], heldout, prints, similarity=similarity)
     )
-    columns = {name: getattr(found, name) for name in ("gallery", "heldout", "similarity", "distance")}
-    return {**columns, "reason": np.array(found.reason, dtype=str), "similar": np.array([found.similar])}
+    columns = {name: getattr(table, name) for name in ("gallery", "heldout", "similarity", "distance")}
+    return {**columns, "reason": np.array(table.reason, dtype=str), "similar": np.array([table.similar])}
 
 
 def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Allocation) -> Hits:
-    """`ktray.retrieval.search.search` over the whole gallery, a task for each block."""
-    found: Hits | None = None
+    """`ktray.retrieval.search.search` over the whole gallery, with one task for each block."""
+    hits: Hits | None = None
     for _, rows in map_numbered(gallery.blocks(), partial(_search, queries=queries, k=k), plan):
-        more = rows["similarity"], rows["index"]
-        found = merge(found, more) if found else more
-    assert found is not None  # a gallery has rows
-    return found
+        block_hits = rows["similarity"], rows["index"]
+        hits = merge(hits, block_hits) if hits else block_hits
+    assert hits is not None  # a gallery has rows
+    return hits
 
 
 def _search(part: GalleryPart, queries: np.ndarray, k: int) -> Rows:
@@ -157,15 +163,16 @@ def retrieve(
     predict: Callable[[np.ndarray], np.ndarray] | None = None,
     repeats: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Selection:
-    """``size`` gallery images for the queries.
+    """Choose ``size`` gallery images for the queries.
 
     Args:
-        strategy: of ``transfer.strategy``.
-        hits: k to the k nearest of each query.
-        queries: how many they are.
-        exclude: gallery rows that must not be taken.
-        predict: unit embeddings to class probabilities, for a strategy with ``needs_predictions``.
-        repeats: of chosen rows, in their order, those that show what an earlier one shows; others take their places.
+        strategy: the strategy of ``transfer.strategy``.
+        hits: a function from k to the k nearest gallery rows of each query.
+        queries: number of queries.
+        exclude: gallery rows that must not be chosen.
+        predict: a function from unit embeddings to class probabilities, for a strategy with ``needs_predictions``.
+        repeats: a function from chosen rows, in order, to those that are near-duplicates of an earlier one; they are
+            replaced by other images.
     """
     total = gallery.total
     k = min(total, CANDIDATES * -(-size // queries) + 8)
@@ -175,8 +182,8 @@ def retrieve(
         again = repeats(chosen.gallery) if repeats else NO_ROWS
         if len(again):
             exclude = np.union1d(exclude, again)
-        # Searching on is only worth it while images are missing: a shortfall that other queries filled is told
-        # by coverage, and chasing it would search the whole gallery for the odd query.
+        # A larger search is worth its cost only while images are missing. If other queries have filled the share of a
+        # query, coverage reports it; to fill that share, the whole gallery might be searched for a single query.
         elif not chosen.missing or not chosen.retry_k or k >= total:
             return chosen
         else:
@@ -192,22 +199,24 @@ def agreement(
     predict: Callable[[np.ndarray], np.ndarray] | None,
     own: StrategyConfig | None = None,
 ) -> dict[str, np.ndarray]:
-    """By strategy, (n,) whether it takes each chosen image too, of the same candidates and as many in all.
+    """By strategy, (n,) bool: whether it would also choose each chosen image, if it chose equally many images among the
+    same candidates.
 
     Args:
         found: the candidates.
-        exclude, predict: as for `retrieve`; without ``predict`` the strategies that need it are left out.
-        own: the strategy that has chosen; held against the others with its own keys.
+        exclude, predict: as in `retrieve`; without ``predict``, strategies that need it are left out.
+        own: the strategy that chose the images; it is compared with its own keys.
 
     Returns:
-        Nothing where there are more than `COMPARED` candidates.
+        An empty dictionary if there are more than `COMPARED` candidates.
     """
     if found[1].size > COMPARED:
         return {}
     candidates = Candidates(*found, gallery.embeddings, predict)
-    # Those of other packages only where they are chosen: what is stored must not depend on what else is installed.
-    asked = {config.strategy_name(): config() for config in strategies() if config.compared}
-    asked |= {own.name: own} if own else {}
-    able = {name: one for name, one in asked.items() if predict is not None or not one.needs_predictions}
-    others = {name: one.select(candidates, len(chosen), exclude).gallery for name, one in able.items()}
-    return {name: np.isin(chosen.gallery, taken) for name, taken in others.items()}
+    # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
+    # installed.
+    compared = {config.strategy_name(): config() for config in strategies() if config.compared}
+    compared |= {own.name: own} if own else {}
+    usable = {name: s for name, s in compared.items() if predict is not None or not s.needs_predictions}
+    choices = {name: s.select(candidates, len(chosen), exclude).gallery for name, s in usable.items()}
+    return {name: np.isin(chosen.gallery, rows) for name, rows in choices.items()}

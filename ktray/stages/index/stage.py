@@ -1,9 +1,9 @@
 """INDEX: embed the gallery with the frozen teacher, shard by shard, into a folder that grows with it.
 
-The folder (`ktray.retrieval.index_dir`) is ``gallery.index``, or one in the store that all galleries of an encoder
-share. What it holds already is not embedded again: a gallery that grows costs its new shards. A way of pretraining that
-has no teacher draws its images at random, so that its index holds fingerprints alone. For ``supervised`` the gallery is
-the labelled generic set.
+The folder (`ktray.retrieval.index_dir`) is ``gallery.index``, or a folder in the store that all galleries of an encoder
+share. Shards that it holds already are not embedded again, so a gallery that grows costs only its new shards. An
+objective without a teacher draws its images at random, and its index holds only fingerprints. For the objective
+``supervised``, the gallery is the labelled generic set.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from ktray.storage.store import Stage
 
 logger = logging.getLogger("ktray")
 
-SHARDS_VERSION = 3  # of the shards in a gallery's folder; 2: captions; 3: shared among galleries, crops
+SHARDS_VERSION = 3  # version of the shards in the folder of an index; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
-# The least cosine of embeddings that others have made with the teacher's own: half precision and another JPEG decoder
-# cost some thousandths, another encoder has nothing in common.
+# Lowest accepted cosine similarity between precomputed embeddings and the teacher's: half precision and another JPEG
+# decoder change it by a few thousandths; embeddings of another encoder have a similarity near 0.
 SAME = 0.95
 
 
 @dataclass(frozen=True)
 class IndexPiece(ShardSummary):
-    """A piece of a shard: its accounts are of this piece alone, ``name`` is the shard's.
+    """The summary of one piece of a shard: the counts are those of the piece, ``name`` is the name of the shard.
 
     Attributes:
-        piece: its number.
-        pieces: how many the shard has; None where this one is not the last.
-        part: what was written, as `Part.to_json`.
+        piece: number of the piece.
+        pieces: number of pieces in the shard, in the summary of its last piece; None in the others.
+        part: the part of the index that was written, as `Part.to_json`.
     """
 
     piece: int = 0
@@ -65,8 +65,8 @@ def _write_part(
     """Write a piece as a part of its shard."""
     bad, read = pairs(columns.pop("bad").tolist()), int(columns.pop("read")[0])
     if "labels" in item:
-        known = dict(zip(item["uris"], item["labels"], strict=True))
-        columns["label"] = np.array([known[uri] for uri in columns["uri"].tolist()], dtype=np.int64)
+        label_of = dict(zip(item["uris"], item["labels"], strict=True))
+        columns["label"] = np.array([label_of[uri] for uri in columns["uri"].tolist()], dtype=np.int64)
     number = int(item.get("piece", 0))
     part = folder.write_part(f"{item['name']}-{number:05d}", columns, embedding)
     rows = len(columns["uri"])
@@ -79,15 +79,15 @@ class _WriteFingerprints:
     prepare: DecodeGallery
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        made = [
+        pieces = [
             _write_part(self.folder, {**item, "piece": number}, columns, None)
             for number, columns in enumerate(self.prepare(item))
         ]
-        return {"several": [replace(piece, pieces=len(made)).to_json() for piece in made]}
+        return {"several": [replace(piece, pieces=len(pieces)).to_json() for piece in pieces]}
 
 
 class _EmbedGallery:
-    """The device half: pixels to unit-length fp16 embeddings."""
+    """The device part: compute unit-length fp16 embeddings from pixels."""
 
     def __init__(self, plan: MakeEmbedGallery) -> None:
         self.plan, self.model = plan, plan.spec.tower()
@@ -103,7 +103,8 @@ class _EmbedGallery:
 
 @dataclass(frozen=True)
 class MakeEmbedGallery:
-    """Makes the device half of INDEX where it runs: embeddings and fingerprints into the folder."""
+    """Creates the device part of INDEX in the actor that runs it. It writes embeddings and fingerprints into the
+    folder."""
 
     folder: IndexDir
     spec: TeacherSpec
@@ -114,7 +115,7 @@ class MakeEmbedGallery:
 
 
 def unit_embedding(model: Any, pixels: np.ndarray, batch: int) -> np.ndarray:
-    """(N, 3, H, W) uint8 to (N, D) float16 of unit length."""
+    """Embeddings (N, D) float16 of unit length, from pixels (N, 3, H, W) uint8."""
     return _unit(embed_numpy(model, pixels, batch))
 
 
@@ -125,20 +126,20 @@ def _unit(embedding: np.ndarray) -> np.ndarray:
 
 
 def _check_given(given: np.ndarray, made: np.ndarray, source: str, spec: TeacherSpec) -> None:
-    """Raises `KtrayError` unless the teacher finds the embeddings that others have made of the same images."""
+    """Raise `KtrayError` unless precomputed embeddings agree with the teacher's embeddings of the same images."""
     widths = given.shape[1], made.shape[1]
     cosine = float(np.median((given.astype(np.float32) * made).sum(1))) if widths[0] == widths[1] else 0.0
     if cosine < SAME:
         raise KtrayError(
             f"'{source}' holds embeddings of another encoder than {spec.source.name}: width {widths[0]} against "
             f"{widths[1]}, median cosine {cosine:.2f} on {len(made)} of its images",
-            "Name the teacher that made them (teacher.name, teacher.checkpoint), or index the images themselves.",
+            "Set teacher.name and teacher.checkpoint to their encoder, or index the images themselves.",
         )
 
 
 def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
-    """The gallery's shards in the index: ``uri``, ``caption`` (or empty), ``hash``, ``digest`` and, with a teacher,
-    embeddings of the whole gallery."""
+    """Add the shards of the gallery to the index: ``uri``, ``caption`` (empty without one), ``hash``, ``digest`` and,
+    with a teacher, embeddings."""
     part = context.recipe.gallery
     if index_alone(context.recipe):
         return _index(context, spec, [], None, None, Crops(part.crops, part.crop_count))
@@ -149,14 +150,14 @@ def run(context: RunContext, spec: TeacherSpec | None) -> StageResult:
     crops = Crops(part.crops, part.crop_count) if spec else Crops()
     if crops.kind != "none" and any(s.source.has_embeddings for s in shards):
         raise KtrayError(
-            f"gallery.crops={crops.kind} needs crops embedded, and gallery.data has embeddings of whole images",
-            "Set gallery.crops=none, or name the images themselves.",
+            f"gallery.crops={crops.kind} needs embeddings of crops, and gallery.data has only those of whole images",
+            "Set gallery.crops=none, or set gallery.data to the images themselves.",
         )
     return _index(context, spec, shards, items, total, crops)
 
 
 def run_labelled(context: RunContext, source: LabelledSet) -> StageResult:
-    """The labelled generic set as a gallery: ``uri``, ``hash``, ``digest`` and ``label`` of all its images."""
+    """Index the labelled generic set as a gallery: ``uri``, ``hash``, ``digest`` and ``label`` of all its images."""
     examples = [*source.train, *source.val, *source.test]
     items: list[Item] = []
     for i in range(0, len(examples), LABELLED_SHARD):
@@ -169,14 +170,14 @@ def run_labelled(context: RunContext, source: LabelledSet) -> StageResult:
 
 @dataclass(frozen=True)
 class IndexInputs(StageInputs):
-    """What INDEX reads.
+    """The inputs of INDEX.
 
     Attributes:
-        names: of the shards, which are hashes of what is in them.
-        facts: by what shards are made: encoder, preprocessing, crops, limits.
-        own: the folder that the user names, where it is not one in the store.
-        classes: of the labelled generic set; None for a gallery.
-        search: how the gallery will be searched; None where there is nothing to search with.
+        names: names of the shards, which are hashes of their content.
+        facts: everything that the content of a shard in the index depends on: encoder, preprocessing, crops, limits.
+        own: the folder in ``gallery.index``; None: a folder in the store.
+        classes: classes of the labelled generic set; None for a gallery.
+        search: settings of the compressed index; None: exact search, or no encoder to search with.
     """
 
     stage = "index"
@@ -187,13 +188,13 @@ class IndexInputs(StageInputs):
     own: str | None
     classes: list[str] | None
     search: dict[str, Any] | None
-    gallery: Annotated[GalleryConfig, NotInKey("what of it counts stands in `search`, `facts` and `names`")]
-    encoder: Annotated[TeacherSpec | None, NotInKey("its fingerprint stands in `facts`")]
-    items: Annotated[list[Item], NotInKey("where the images of `names` are")]
-    prepare: Annotated[DecodeGallery, NotInKey("reads `items` as `facts` say")]
-    total: Annotated[int | None, NotInKey("images of `items`, for the progress line")]
-    folder: Annotated[IndexDir, NotInKey("named by `facts`, or `own`")]
-    shared: Annotated[str, NotInKey("the folder's name in the store, by `facts`")]
+    gallery: Annotated[GalleryConfig, NotInKey("`search`, `facts` and `names` contain the relevant part")]
+    encoder: Annotated[TeacherSpec | None, NotInKey("`facts` contains its fingerprint")]
+    items: Annotated[list[Item], NotInKey("addresses of the images of `names`")]
+    prepare: Annotated[DecodeGallery, NotInKey("reads `items`, with the settings in `facts`")]
+    total: Annotated[int | None, NotInKey("number of images in `items`, for the progress line")]
+    folder: Annotated[IndexDir, NotInKey("follows from `facts` or `own`")]
+    shared: Annotated[str, NotInKey("name of the folder in the store, follows from `facts`")]
 
 
 def _index(
@@ -213,7 +214,7 @@ def _index(
         "crops": [crops.kind, crops.count] if crops.kind != "none" else None,
         "max_pixels": recipe.data.max_pixels,
     }
-    # Named from the store's root, so that a store can be moved.
+    # Relative to the root of the store, so that a store can be moved.
     shared = f"galleries/{digest('gallery', [SHARDS_VERSION, facts])}"
     own = g.index if spec else None
     folder = IndexDir(own or f"{context.store.uri}/{shared}")
@@ -253,21 +254,21 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     finished, broken = folder.shards(names)
     sources = {str(item["name"]): item["source"] for item in inputs.items}
     for name, problem in broken.items():
-        logger.info(f"index     {problem}: {sources[name]} is indexed again")
+        logger.info(f"index     {problem}; {sources[name]} will be indexed again")
         folder.forget(name)
     if inputs.items:
         folder.begin(digest(names), len(names))
     reporter.expect(inputs.total)
     reporter.shards(ShardSummary(s.shard, s.rows, s.read, s.bad) for s in finished.values())
     if finished and len(finished) < len(names):
-        logger.info(f"index     {len(finished):,} of {len(names):,} shards are there")
+        logger.info(f"index     {len(finished):,} of {len(names):,} shards are already in the index")
     todo = [item for item in inputs.items if item["name"] not in finished]
-    found = (
+    results = (
         map_shards(todo, inputs.prepare, MakeEmbedGallery(folder, spec), runtime.plan)
         if spec
         else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
     )
-    for shard in _gathered(IndexPiece.each(found), reporter, sources):
+    for shard in _gathered(IndexPiece.each(results), reporter, sources):
         folder.finish(shard)
         finished[shard.shard] = shard
     folder.copy_summaries()
@@ -276,10 +277,10 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     if not sum(rows for _, rows in listed):
         raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
     gallery = Gallery(folder, listed)
-    shrunk = bool(spec) and wanted(inputs.gallery.search, gallery.total)
+    is_compressed = bool(spec) and wanted(inputs.gallery.search, gallery.total)
     more: IndexClasses = {} if inputs.classes is None else {"classes": inputs.classes}
     return {
-        "search": compress(inputs.gallery, gallery, runtime.plan) if shrunk else None,
+        "search": compress(inputs.gallery, gallery, runtime.plan) if is_compressed else None,
         "rows": gallery.total,
         "folder": folder.uri if inputs.own else inputs.shared,
         "shards": listed,
@@ -290,46 +291,46 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
 
 
 def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:
-    """All shards of an index that is the gallery."""
+    """Names of all shards of an index that is used without ``gallery.data``."""
     if spec is None:
         raise KtrayError(
-            "gallery.index is set without gallery.data, and this way of pretraining has no teacher to read it with",
+            "gallery.index is set without gallery.data, and this objective has no teacher to search it with",
             "Set gallery.data=DIR.",
         )
     whole, broken = folder.shards()
     if broken:
         name, problem = next(iter(broken.items()))
         raise KtrayError(
-            f"{len(broken):,} shards of '{folder.uri}' are broken; of {name}: {problem}",
-            "Name the images with gallery.data: what is broken is then embedded again.",
+            f"{len(broken):,} shards of the index '{folder.uri}' are damaged, such as {name}: {problem}",
+            "Set gallery.data to the images; ktray then embeds the damaged shards again.",
         )
     if unfinished := folder.unfinished():
         raise KtrayError(
-            f"'{folder.uri}' is not whole: a job that adds shards to it works or was interrupted ({len(whole):,} are "
-            f"there, and it alone has {max(unfinished):,})",
-            "Run that job to its end (jobs/index.py with the same gallery.data goes on where it was), or name the "
-            "images with gallery.data.",
+            f"The index '{folder.uri}' is incomplete: a job that adds shards to it is running or was interrupted (the "
+            f"index has {len(whole):,} shards, and that job adds up to {max(unfinished):,})",
+            "Let that job finish (jobs/index.py with the same gallery.data continues it), or set gallery.data to the "
+            "images.",
         )
     if not whole:
-        raise KtrayError(f"'{folder.uri}' holds no index", "Make one: python jobs/index.py gallery.data=DIR.")
+        raise KtrayError(f"There is no index in '{folder.uri}'", "Create one: python jobs/index.py gallery.data=DIR.")
     return sorted(whole)
 
 
 def _each(several: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for one in several:
-        yield from one["several"]
+    for result in several:
+        yield from result["several"]
 
 
 def _gathered(pieces: Iterable[IndexPiece], reporter: Reporter, sources: dict[str, str]) -> Iterator[IndexedShard]:
-    """Pieces to shards, each as soon as its last piece is there."""
+    """Combine pieces into shards; a shard is yielded as soon as its last piece has arrived."""
     open_: dict[str, dict[int, IndexPiece]] = {}
     for piece in pieces:
         reporter.shards([piece])
-        mine = open_.setdefault(piece.name, {})
-        mine[piece.piece] = piece
-        of = next((p.pieces for p in mine.values() if p.pieces), None)
-        if of == len(mine):
-            ordered = [mine[number] for number in sorted(open_.pop(piece.name))]
+        received = open_.setdefault(piece.name, {})
+        received[piece.piece] = piece
+        count = next((p.pieces for p in received.values() if p.pieces), None)
+        if count == len(received):
+            ordered = [received[number] for number in sorted(open_.pop(piece.name))]
             yield IndexedShard(
                 piece.name,
                 tuple(Part.from_json(p.part) for p in ordered),

@@ -1,5 +1,5 @@
-"""What TEACH does with a shard of the transfer set: store its views with their targets, list its images, or compare
-what is stored with what the teacher says now."""
+"""The work of TEACH on one shard of the transfer set: store its views with their targets, store a list of its images,
+or compare stored targets with those that the teacher computes now."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ktray.targets.predict import Predict
 from ktray.targets.top_k import dense_rows
 from ktray.training.read_windows import listed
 
-# The least cosine of a stored target with the live teacher's: half precision and another batch change far less.
+# Lowest accepted cosine similarity between a stored target and the live teacher's. Half precision and another batch
+# change the cosine by far less.
 SAME = 0.999
 CHECKED_IMAGES = 4, 32
 
@@ -35,7 +36,7 @@ def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | No
 
 @dataclass(frozen=True)
 class WithoutTeacher:
-    """Stores views alone; ``jpeg`` as for `encode_views`."""
+    """Stores views without teacher targets; ``jpeg`` as in `encode_views`."""
 
     stage: Stage
     cut: MakeViews
@@ -47,7 +48,8 @@ class WithoutTeacher:
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """Makes, where it runs, what stores views with the teacher's outputs; ``jpeg`` as for `encode_views`."""
+    """Creates, in the actor that runs it, a function that stores views with the teacher's outputs; ``jpeg`` as in
+    `encode_views`."""
 
     stage: Stage
     predict: Predict
@@ -64,7 +66,7 @@ class WithTeacher:
 
 @dataclass(frozen=True)
 class ListImages:
-    """Stores the list of the images alone, for rows that are made while training asks for them; says how many rows."""
+    """Stores only the list of the images, for rows that are computed during training; returns the number of rows."""
 
     stage: Stage
     per_image: int
@@ -75,12 +77,13 @@ class ListImages:
 
 
 def checked_images(images: int) -> int:
-    """How many images of a transfer set are compared with the live teacher: one in twenty, from 4 to 32."""
+    """The number of images of a transfer set that are compared with the live teacher: one in twenty, between 4 and
+    32."""
     return min(images, CHECKED_IMAGES[1], max(CHECKED_IMAGES[0], images // 20))
 
 
 def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
-    """`checked_images` of the images, spread evenly over the shards that have rows."""
+    """Choose `checked_images` images, spread evenly over the shards that have rows."""
     places = [(number, i) for number, item in enumerate(items) if rows[item["name"]] for i in range(len(item["uris"]))]
     chosen: dict[int, list[str]] = {}
     for at in np.linspace(0, len(places) - 1, checked_images(len(places))).astype(int):
@@ -91,7 +94,8 @@ def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
 
 @dataclass(frozen=True)
 class CheckedShard(ShardSummary):
-    """``checked``: views whose stored targets were compared; ``cosine``: the least one with the live teacher's."""
+    """The summary of a comparison. ``checked``: number of views whose stored targets were compared; ``cosine``: their
+    lowest cosine similarity with the live teacher's targets."""
 
     checked: int = 0
     cosine: float = 1.0
@@ -99,7 +103,8 @@ class CheckedShard(ShardSummary):
 
 @dataclass(frozen=True)
 class CheckTargets:
-    """Makes, where it runs, the comparison of stored targets with the live teacher's on views that are cut again."""
+    """Creates, in the actor that runs it, a function that compares stored targets with the live teacher's, on views
+    that are cut again."""
 
     stage: Stage
     predict: Predict
@@ -111,22 +116,25 @@ class CheckTargets:
         def finish(item: Item, columns: Rows) -> dict[str, Any]:
             fresh = loaded.rows(columns["pixels"])
             stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
-            there, now = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
+            stored_rows, fresh_rows = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
             row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
             worst = 1.0
             for here, view in enumerate(columns["view_id"].tolist()):
                 where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
                 if view not in row_of:
-                    raise KtrayError(f"The target cache lacks {where}", f"Delete {self.stage.uri} and run again.")
+                    raise KtrayError(
+                        f"{where} is missing in the stored targets", f"Delete {self.stage.uri} and run the job again."
+                    )
                 for name in self.predict.targets:
-                    cosine = _cosine(there[name][row_of[view]], now[name][here])
+                    cosine = _cosine(stored_rows[name][row_of[view]], fresh_rows[name][here])
                     worst = min(worst, cosine)
                     if not cosine >= SAME:
                         raise KtrayError(
-                            f"The target cache is wrong: the stored {name} of {where} has a cosine of {cosine:.4f} "
-                            f"with what the teacher says now, {SAME} is the least",
-                            f"Delete {self.stage.uri} and run again. If it comes again, the teacher's outputs differ "
-                            "between machines or batches (does it run in another precision on some of them?).",
+                            f"The stored targets are wrong: the stored {name} of {where} has a cosine similarity of "
+                            f"{cosine:.4f} with the live teacher's output; at least {SAME} is required",
+                            f"Delete {self.stage.uri} and run the job again. If the error occurs again, the teacher's "
+                            "outputs differ between machines or batches; check whether all machines use the same "
+                            "precision.",
                         )
             views = len(columns["view_id"])
             return CheckedShard(item["name"], flops=loaded.flops * views, checked=views, cosine=worst).to_json()
@@ -137,5 +145,5 @@ class CheckTargets:
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     left, right = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     size = float(np.linalg.norm(left) * np.linalg.norm(right))
-    # Two zeros are alike; a NaN is like nothing.
+    # Two zero vectors count as equal; a NaN equals nothing.
     return float(left @ right) / size if size else float(np.array_equal(left, right))

@@ -1,10 +1,11 @@
-"""TEACH: K replayable views of every image of the transfer set, and what the objective needs with each.
+"""TEACH: K replayable views of each image of the transfer set, and the targets that the objective needs for each view.
 
-With a teacher that is its predictions or its embeddings of the very view that the student will see; a caption or a
-generic label goes along as it is. ``teach.mode=cached`` stores them with the view's pixels at the student's size, so
-that training never decodes an original again; cached outputs are never transformed, and some are compared with the live
-teacher's before they count. In the other modes only lists of images are stored, and training makes the same rows from
-them. An objective that cuts its own views gets one whole image in place of K views.
+The targets of a teacher are its predictions or embeddings of exactly the view that the student will see; a caption or a
+generic label is copied. ``teach.mode=cached`` stores the targets with the pixels of the view at the student's size, so
+that training never decodes an original image again. Cached outputs are never transformed, and a sample of them is
+compared with the live teacher's outputs before training uses them. In the other modes, only lists of images are stored,
+and training computes the same rows from them. An objective that cuts its own views gets one whole image instead of K
+views.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Targets = tuple[str, ...]
 
 @dataclass
 class TeachResult:
-    """TEACH's result, and how its rows are made where they are not stored."""
+    """The result of TEACH, with what is needed to compute rows that are not stored."""
 
     done: StageResult
     cut: MakeViews
@@ -55,7 +56,7 @@ class TeachResult:
 
     @property
     def images(self) -> int:
-        """Images that training will decode itself."""
+        """The number of images that training decodes itself."""
         return self.manifest["images"] if self.manifest["mode"] != "cached" else 0
 
     @property
@@ -63,7 +64,7 @@ class TeachResult:
         return cast(TeachManifest, self.done.manifest)
 
     def taught(self) -> TargetSet:
-        """What training needs to know of a whole TEACH directory."""
+        """The complete TEACH stage as training reads it."""
         m = self.manifest
         mode = m["mode"]
         return TargetSet(
@@ -86,16 +87,16 @@ class TeachResult:
 
 @dataclass(frozen=True)
 class TeachInputs(StageInputs):
-    """What TEACH reads.
+    """The inputs of TEACH.
 
     Attributes:
-        adapt: the adapted teacher; None where the objective needs none.
-        targets: what the objective needs with each view.
-        cut: how views are cut, or whole images for an objective that cuts its own.
+        adapt: the ADAPT stage of the teacher; None where the objective needs no teacher.
+        targets: the targets that the objective needs for each view.
+        cut: how views are cut; whole images for an objective that cuts its own views.
         student_size: side of the student's input, pixels.
-        map_side: side of the student's last map, to which patch embeddings are fitted; 0 where there are none.
-        classes: of the task.
-        positions: predictions of a view, as a guess of a row's size where nothing is stored.
+        map_side: side of the student's last feature map, to which patch embeddings are resampled; 0 without them.
+        classes: number of classes of the task.
+        positions: number of predictions for a view, to estimate the size of a row that is not stored.
     """
 
     stage = "teach"
@@ -112,7 +113,7 @@ class TeachInputs(StageInputs):
     map_side: int
     classes: int
     positions: int
-    predict: Annotated[Predict | None, NotInKey("it asks the teacher of ADAPT for the targets, at the sizes above")]
+    predict: Annotated[Predict | None, NotInKey("it uses the teacher of ADAPT, at the sizes above")]
 
 
 def run(
@@ -123,14 +124,14 @@ def run(
     student: Preprocess,
     map_side: int,
 ) -> TeachResult:
-    """Shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs: ``logits``
-    (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text``
-    (int32), ``label`` (int64).
+    """Store shards of ``uri``, ``view_index``, ``view_id``, ``view``, ``pixels`` and what the objective needs:
+    ``logits`` (fp16, calibrated), ``embedding``, ``patch_embedding`` (fp16, not normalised), ``text`` (int32),
+    ``label`` (int64).
 
     Args:
-        adapt, spec: the adapted teacher; None where the objective needs none.
+        adapt, spec: the ADAPT stage and its adapted teacher; None where the objective needs no teacher.
         student: the student's preprocessing.
-        map_side: side of its last map, to which patch embeddings are fitted.
+        map_side: side of the student's last feature map, to which patch embeddings are resampled.
     """
     recipe, part = context.recipe, context.recipe.teach
     traits = recipe.objective.traits
@@ -175,8 +176,11 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     else:
         rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
     if not sum(rows.values()):
-        raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
-    known: TargetSizes = {
+        raise KtrayError(
+            "No image of the transfer set can be used",
+            "Check gallery.data and the files that the quarantine list names.",
+        )
+    sizes: TargetSizes = {
         "classes": inputs.classes if part.top_k and "logits" in targets else 0,
         "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
         "patch_dim": int(facts.get("patch_dim") or 0) if "patch_embedding" in targets else 0,
@@ -189,13 +193,13 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         stored = columns(("logits",), int(part.top_k))
         first = read_rows(stage, next(name for name in rows if rows[name]), stored)
         logits = sum(math.prod(value.shape[1:]) * value.dtype.itemsize for value in first.values()) // 2
-    elif "logits" in targets:  # of a map of predictions it is a guess, for the size of a window
+    elif "logits" in targets:  # an estimate for maps of predictions; it only sets the size of a window
         logits = per_prediction(inputs.classes, int(part.top_k)) * inputs.positions
-    halves = logits + known["embed_dim"] + known["patch_dim"] * inputs.map_side**2
+    halves = logits + sizes["embed_dim"] + sizes["patch_dim"] * inputs.map_side**2
     side = cut.canvas.size[0] if cut.canvas else inputs.student_size
     if part.mode == "live":
         side, halves = view_size, 0
-    halves += 2 * known["text_length"]
+    halves += 2 * sizes["text_length"]
     return {
         "mode": part.mode,
         "jpeg": part.jpeg,
@@ -205,14 +209,14 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "targets": list(targets),
         "view_size": view_size,
         "shards": [(name, rows[name]) for name in sorted(rows)],
-        **known,
+        **sizes,
     }
 
 
 def _store(
     inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter, items: list[Item]
 ) -> dict[str, int]:
-    """Rows of every shard, all of them stored."""
+    """Store all shards; returns the number of rows of each shard by name."""
     cut, predict, jpeg = inputs.cut, inputs.predict, inputs.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
@@ -226,16 +230,16 @@ def _store(
     rows = {s.name: s.rows for s in [*before, *reporter.shards(ShardSummary.each(summaries))]}
     if predict and any(rows.values()):
         checks = map_shards(sample(items, rows), cut, CheckTargets(stage, predict), runtime.plan)
-        found = reporter.shards(CheckedShard.each(checks))
+        checked = reporter.shards(CheckedShard.each(checks))
         logger.info(
-            f"teach     {sum(f.checked for f in found)} stored targets compared with the live teacher's: cosine at "
-            f"least {min(f.cosine for f in found):.5f}"
+            f"teach     compared the stored targets of {sum(s.checked for s in checked)} views with the live teacher's "
+            f"outputs: lowest cosine similarity {min(s.cosine for s in checked):.5f}"
         )
     return rows
 
 
 def view_policy(part: TeachConfig) -> ViewPolicy:
-    """The views of training."""
+    """The view policy of training."""
     return ViewPolicy(
         scale=(part.crop_min, 1.0),
         hflip=part.hflip,

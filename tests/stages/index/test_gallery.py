@@ -165,5 +165,5 @@ def test_frozen_predictions_are_the_adapted_teachers(tmp_path):
 
 
 def test_a_task_without_classes_of_images_has_no_class_to_ask_for(tmp_path):
-    with pytest.raises(KtrayError, match="asks the teacher for an image's class, and this task kind has none"):
+    with pytest.raises(KtrayError, match="needs a class for each image, and this task kind has no classes of images"):
         frozen_predictions(StageResult(Stage(str(tmp_path)), {"frozen": None}, True))
