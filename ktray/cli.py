@@ -79,7 +79,7 @@ def _without_value(option: str, action: argparse.Action) -> KtrayError:
 
 def parser(program: str, purpose: str, options: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
     """The options of a job. Words without a dash are overrides, which argparse leaves over (`parse`)."""
-    made = _Parser(
+    command = _Parser(
         prog=f"python jobs/{program}.py",
         usage=f"python jobs/{program}.py {USAGE}\n       ktray {program} ...  (the same, where ktray is installed)",
         description=purpose,
@@ -87,7 +87,7 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
         add_help=False,
         allow_abbrev=False,
     )
-    group = made.add_argument_group("Options")
+    group = command.add_argument_group("Options")
     group.add_argument(
         "--recipe",
         action=_Collected,
@@ -112,9 +112,11 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
     )
     group.add_argument("--version", action="store_true", help="show the version of ktray, and the commit in a checkout")
     group.add_argument("-h", "--help", action="store_true", help="show this text")
-    made.set_defaults(overrides=[])
+    command.set_defaults(overrides=[])
     if options:
-        own = made.add_argument_group(f"Options of {program} (a key that is written as key.path=value wins over them)")
+        own = command.add_argument_group(
+            f"Options of {program} (a key that is written as key.path=value wins over them)"
+        )
         for name, pattern in options.items():
             takes = "{}" in pattern
             own.add_argument(
@@ -127,7 +129,7 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
                 default=argparse.SUPPRESS,
                 help=f"stands for {pattern.format('VALUE')}",
             )
-    return made
+    return command
 
 
 def parse(argv: Sequence[str], options: Mapping[str, str] | None = None) -> Arguments:
@@ -141,11 +143,11 @@ def parse(argv: Sequence[str], options: Mapping[str, str] | None = None) -> Argu
         KtrayError: an unknown option, or one without its value.
     """
     reader = parser("JOB", "", options)
-    known, rest = reader.parse_known_args(list(argv))
+    options_given, rest = reader.parse_known_args(list(argv))
     for word in rest:
         if word.startswith("-"):
             raise _unknown(word, reader)
-    return Arguments(**{**vars(known), "overrides": [*known.overrides, *rest]})
+    return Arguments(**{**vars(options_given), "overrides": [*options_given.overrides, *rest]})
 
 
 def _unknown(word: str, reader: argparse.ArgumentParser) -> KtrayError:
@@ -172,8 +174,8 @@ def version() -> str:
     """``ktray 0.1.0``, with the commit where ktray runs from a checkout."""
     from ktray.tracking.tags import commit
 
-    found = commit()
-    return f"ktray {ktray.__version__}" + (f" (commit {found[:12]})" if found else "")
+    head = commit()
+    return f"ktray {ktray.__version__}" + (f" (commit {head[:12]})" if head else "")
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
@@ -233,7 +235,7 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
 
 
 def _main(job: Job, words: list[str]) -> None:
-    begun = time.monotonic()
+    started = time.monotonic()
     arguments = parse(words, job.options)
     log.verbosity(arguments.quiet, arguments.verbose or arguments.debug)
     if arguments.help:
@@ -268,7 +270,7 @@ def _main(job: Job, words: list[str]) -> None:
             job.plan(recipe)
     else:
         job.run(recipe, arguments.debug)
-    log.logger.debug(f"{job.name:<9} ended after {humanise(time.monotonic() - begun)}")
+    log.logger.debug(f"{job.name:<9} ended after {humanise(time.monotonic() - started)}")
 
 
 def _show(text: str) -> None:

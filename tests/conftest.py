@@ -6,9 +6,10 @@ import time
 import uuid
 from pathlib import Path
 
-# Ray's workers import the tests' own callables.
+# Ray's workers import the tests' own callables, from whichever folder a test stands in.
 _HERE = Path(__file__).parent
-_PATHS = [str(_HERE), str(_HERE / "helpers"), str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
+_FOLDERS = sorted({str(path.parent) for path in _HERE.rglob("*.py")})
+_PATHS = [*_FOLDERS, str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in _PATHS if p)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a token file of this machine must not decide a test

@@ -1,4 +1,4 @@
-"""Augmentation of resident images in batches, on whatever device they lie: for training that caches nothing."""
+"""Batched augmentation of images in memory, on the CPU or a device, for training without stored views."""
 
 from __future__ import annotations
 
@@ -43,21 +43,22 @@ def random_views(
     size: int | None = None,
     masks: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """One random view of each image: resized crop, horizontal flip, colour, as `ViewPolicy` says.
+    """One random view of each image: resized crop, horizontal flip and colour changes.
 
-    An image's draws follow from its key alone, and are the same on every device and in any batch. Crops are sampled
-    bilinearly without antialiasing: keep canvases at most twice as large as ``size``.
+    The random numbers of an image depend only on its key, so they are the same on every device and in every batch.
+    Crops are sampled bilinearly without antialiasing, so the images should be at most twice as large as ``size``.
 
     Args:
         images: (N, 3, H, W) uint8.
+        policy: ranges of the random changes.
         keys: (N,) int64, one for each image and visit; see `view_keys`.
-        salt: for several views of one key.
+        salt: number of the view, if a key has several views.
         size: side of the result; None: the shorter side of the images.
-        masks: (N, H, W) uint8, label maps on the images' pixels.
+        masks: (N, H, W) uint8 label maps of the images.
 
     Returns:
-        (N, 3, size, size) uint8 on the same device; with ``masks`` also theirs, (N, size, size) uint8, each pixel the
-        nearest in the same crop and flip.
+        (N, 3, size, size) uint8 on the same device; with ``masks`` also (N, size, size) uint8, the masks with the same
+        crop and flip, by nearest-neighbour sampling.
     """
     n, _, height, width = images.shape
     size = size or min(height, width)
@@ -78,23 +79,23 @@ def random_views(
 
 
 def view_keys(seed: int, rows: np.ndarray, visits: np.ndarray) -> torch.Tensor:
-    """(N,) int64 keys for `random_views`: of row number ``rows[i]`` at its visit number ``visits[i]``."""
+    """(N,) int64 keys for `random_views`: for row ``rows[i]`` at its visit number ``visits[i]``."""
     with np.errstate(over="ignore"):
         mixed = _mix(_mix(np.asarray(rows, np.uint64) + _mix(np.uint64(seed % 2**63))) + np.asarray(visits, np.uint64))
     return torch.from_numpy(mixed.view(np.int64).copy())
 
 
 def _uniforms(keys: torch.Tensor, salt: int, count: int) -> torch.Tensor:
-    """(count, N) float64 in [0, 1), each from its key, salt and number."""
-    base = keys.cpu().numpy().view(np.uint64)
+    """(count, N) float64 in [0, 1), determined by key, salt and row number."""
+    values = keys.cpu().numpy().view(np.uint64)
     with np.errstate(over="ignore"):
-        salted = _mix(base + _mix(np.uint64(salt + 1)))
+        salted = _mix(values + _mix(np.uint64(salt + 1)))
         drawn = np.stack([_mix(salted + np.uint64(i + 1) * _STEP) for i in range(count)])
     return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al., OOPSLA 2014): neighbouring numbers to unrelated ones."""
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014): maps consecutive numbers to pseudorandom ones."""
     z = np.asarray(x, np.uint64) + _STEP
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -102,12 +103,12 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
 
 
 def _boxes(draws: torch.Tensor, policy: ViewPolicy, height: int, width: int) -> torch.Tensor:
-    """(N, 2, 3) maps from the result's coordinates (-1..1) to the image's, with the flip in them."""
+    """(N, 2, 3) affine maps from coordinates of the view (-1..1) to coordinates of the image, including the flip."""
     area, aspect, across, down, flip = draws
     low, high = math.log(policy.ratio[0]), math.log(policy.ratio[1])
     pixels = height * width * (policy.scale[0] + area * (policy.scale[1] - policy.scale[0]))
     ratio = torch.exp(low + aspect * (high - low))
-    # Redrawing boxes that do not fit would need a loop; cutting them to the image keeps the area's law nearly.
+    # Drawing again for boxes that do not fit would need a loop; clipping nearly preserves the distribution of areas.
     w = (torch.sqrt(pixels * ratio) / width).clamp(max=1.0)
     h = (torch.sqrt(pixels / ratio) / height).clamp(max=1.0)
     sign = torch.where(flip < policy.hflip, -1.0, 1.0)
@@ -117,7 +118,7 @@ def _boxes(draws: torch.Tensor, policy: ViewPolicy, height: int, width: int) -> 
 
 
 def _recolour(pixels: torch.Tensor, b: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """Brightness, saturation, contrast as one linear map; see `ktray.data.views`."""
+    """Brightness, saturation and contrast as one linear map; see `ktray.data.views`."""
     weights = torch.tensor(_LUMA, device=pixels.device).view(1, 3, 1, 1)
     luma = (pixels * weights).sum(1, keepdim=True)
     return (b * c * s) * pixels + (b * c * (1 - s)) * luma + (b * (1 - c)) * luma.mean((2, 3), keepdim=True)
@@ -128,16 +129,16 @@ def mixup(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix pairs of images and, with the same weight, their targets (Zhang et al., arXiv 1710.09412, eq. 1).
 
-    One weight lambda ~ Beta(alpha, alpha) a batch and one random pairing, as in the authors' experiments.
+    Each batch has one weight lambda ~ Beta(alpha, alpha) and one random pairing, as in the authors' experiments.
 
     Args:
         images: (N, C, H, W) floating point.
         targets: (N, K) soft targets.
-        alpha: above 0.
-        generator: its state alone decides the weight and the pairing.
+        alpha: parameter of the Beta distribution, above 0.
+        generator: source of the weight and the pairing.
 
     Returns:
-        ``lambda x + (1 - lambda) x[pairing]`` of both.
+        ``lambda x + (1 - lambda) x[pairing]`` for images and for targets.
     """
     device = generator.device
     seed = int(torch.randint(2**62, (), generator=generator, device=device))

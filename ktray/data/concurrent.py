@@ -1,4 +1,4 @@
-"""Calls that wait for a store, many at once, with their results in order."""
+"""Concurrent calls that wait for a remote store, with their results in order."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# As many as keep a decoder busy where an answer takes some 30 ms (S3 from within its region).
+# Enough to keep a decoder busy if a response takes about 30 ms (S3 in the same region).
 AT_ONCE = 16
 
 
 def in_order(calls: Iterable[Callable[[], T]], at_once: int = AT_ONCE) -> Iterator[T]:
-    """The result of each call, in order; at most twice ``at_once`` of them are begun and not yet taken.
+    """The result of each call, in order. At most 2 ``at_once`` calls are started before their results are consumed.
 
-    With ``at_once`` of 1 each is called at its turn, in the thread of who asks. A call that raises does so at its turn;
-    calls that were not begun by then, or when nobody asks any more, are not made.
+    If ``at_once`` is 1, each call runs in the thread of the consumer, when its result is requested. An exception of a
+    call is raised in place of its result. Calls that have not started by then, or when the consumer stops, are skipped.
     """
     if at_once == 1:
         for call in calls:
@@ -26,13 +26,13 @@ def in_order(calls: Iterable[Callable[[], T]], at_once: int = AT_ONCE) -> Iterat
         return
     pool = ThreadPoolExecutor(at_once)
     try:
-        begun: deque[Future[T]] = deque()
+        started: deque[Future[T]] = deque()
         for call in calls:
-            # Each in the settings of who asks, such as `patience`.
-            begun.append(pool.submit(copy_context().run, call))
-            if len(begun) >= 2 * at_once:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            # Each call has the context variables of the consumer, such as `patience`.
+            started.append(pool.submit(copy_context().run, call))
+            if len(started) >= 2 * at_once:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,11 +1,11 @@
-"""Encoded bytes to pixels: one function, one kind of failure.
+"""Decoding of images: one function and one exception.
 
-What is converted: CMYK, palette, grey, 16-bit (scaled to 8 bit), transparency (laid on white, as a viewer
-shows it), EXIF orientation (applied), animations (first frame). What cannot be: `BadImage`.
+Converted to RGB are CMYK, palette, grey, 16-bit (scaled to 8 bits), transparency (on a white background, as in an image
+viewer) and animations (the first frame); EXIF orientation is applied. For anything else, `BadImage` is raised.
 
-RGB JPEGs go through libjpeg-turbo (simplejpeg): the same pixels as Pillow's, bit for bit, and faster than Pillow and
-torchvision. A JPEG that is much larger than its caller needs is decoded at 1/2, 1/4 or 1/8 of its size, for a part of
-the work. Everything else goes through Pillow, and so does what libjpeg-turbo finds fault with.
+RGB JPEGs are decoded by libjpeg-turbo (simplejpeg): the pixels are identical to those of Pillow, and it is faster than
+Pillow and torchvision. A JPEG that is much larger than its caller needs is decoded at 1/2, 1/4 or 1/8 of its size,
+which takes less work. Pillow decodes all other images, including those that libjpeg-turbo rejects.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from PIL import ExifTags, Image, ImageOps
 
 from ktray.errors import BadImage
 
-# Pillow warns of sizes, which are checked here, and of odd metadata, once per file. A filter for good and not
-# `catch_warnings` around each call, which is not safe among threads.
+# Pillow warns of large sizes, which are checked here, and of unusual metadata, once per file. The filter is permanent,
+# because `catch_warnings` around each call is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 178_956_970
 
-# Formats that hold photos and whose decoders run in this process: EPS would start Ghostscript, for example.
+# Formats for photos whose decoders run in this process. EPS, for example, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "PPM")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-# Height and width of a whole, upright image -> how many times smaller would do.
+# Takes height and width of the whole, upright image and returns the acceptable factor of size reduction.
 Enough = Callable[[int, int], float]
 
 
@@ -41,17 +41,18 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, enough: Enough | No
 
     Args:
         data: the file's bytes.
-        max_pixels: largest width x height, checked from the header before any pixel is decoded. Pillow's own
-            limit of 2 x 178,956,970 stands above it.
-        enough: called with the whole image's height and width; says how many times smaller is enough. From 2 on,
-            RGB JPEGs are decoded at 1/2, 1/4 or 1/8, never below what was said; other images keep their size.
+        max_pixels: largest width x height; it is checked in the header before any pixel is decoded. Pillow's own limit
+            of 2 x 178,956,970 also applies.
+        enough: called with height and width of the whole image; returns the factor by which the image may be smaller.
+            From a factor of 2 on, RGB JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, but not below the factor;
+            other images keep their size.
 
     Returns:
         (H, W, 3) uint8, RGB, contiguous and writable.
 
     Raises:
-        BadImage: empty, of an unknown format, truncated, broken, too large, or without pixels. Nothing else
-            is raised, whatever the bytes are.
+        BadImage: empty, in an unknown format, truncated, broken, too large, or without pixels. No other exception is
+            raised for any bytes.
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
@@ -60,22 +61,22 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, enough: Enough | No
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage("not an image, or of a format that is not read") from None
+        raise BadImage("not an image, or in an unsupported format") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from None
-    # Decoders raise what they like on broken input: OSError, SyntaxError, struct.error, ValueError, ...
+    # Decoders raise many types of exceptions for broken input: OSError, SyntaxError, struct.error, ValueError, ...
     except Exception as error:
         raise BadImage(_reason(error)) from None
 
 
 def _decode(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndarray:
-    found = _decode_jpeg(data, max_pixels, enough)
-    if found is not None:
-        return found
+    jpeg = _decode_jpeg(data, max_pixels, enough)
+    if jpeg is not None:
+        return jpeg
     with Image.open(io.BytesIO(data), formats=formats()) as image:
         width, height = image.size
         if width < 1 or height < 1:
-            raise BadImage(f"no pixels ({width} x {height})")
+            raise BadImage(f"the image has no pixels ({width} x {height})")
         _check_size(height, width, max_pixels)
         pixels = np.array(_to_rgb(image))
         if enough:
@@ -85,7 +86,7 @@ def _decode(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndarray:
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage(f"too large: {width} x {height} pixels is above the limit of {max_pixels}")
+        raise BadImage(f"too large: {width} x {height} pixels are above the limit of {max_pixels}")
 
 
 def _shrink(times: float) -> int:
@@ -93,7 +94,7 @@ def _shrink(times: float) -> int:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndarray | None:
-    """None of what is not a clean JPEG in colours: Pillow says what is wrong with it, or reads it nevertheless."""
+    """None if it is not a valid colour JPEG. Pillow then reads it, or reports what is wrong."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     try:
@@ -104,7 +105,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndar
         return None
     _check_size(height, width, max_pixels)
     turn = _orientation(data)
-    # Orientations from 5 on lie on their side.
+    # Orientations from 5 on are rotated by 90 degrees.
     shrink = _shrink(enough(*((width, height) if turn > 4 else (height, width)))) if enough else 1
     least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
     try:
@@ -114,7 +115,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, enough: Enough | None) -> np.ndar
 
 
 def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """By EXIF orientation: from 5 on the axes are exchanged, and then each way is mirrored or not."""
+    """Apply the EXIF orientation: from 5 on the axes are exchanged; then each axis may be mirrored."""
     if turn > 4:
         pixels = pixels.swapaxes(0, 1)
     if turn in (3, 4, 7, 8):
@@ -125,19 +126,19 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _orientation(data: bytes) -> int:
-    """By a JPEG's EXIF; 1 where it says nothing of use."""
+    """The orientation in the EXIF data of a JPEG; 1 if it is missing or invalid."""
     if not _has_exif(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=formats()) as image:
             turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
         return turn if 1 <= turn <= 8 else 1
-    except Exception:  # broken metadata beside good pixels
+    except Exception:  # the metadata are broken, but the pixels are valid
         return 1
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether one of a JPEG's segments before its pixels holds EXIF; most have none, and Pillow is slower to say so."""
+    """Whether a JPEG has a segment with EXIF data before its pixels. Most have none, and this check is fast."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
         if data[at + 1] == 0xE1 and data[at + 4 : at + 9] == b"Exif\0":
@@ -149,16 +150,16 @@ def _has_exif(data: bytes) -> bool:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    # TIFF's loader applies the orientation itself and takes the tag away.
+    # The TIFF loader applies the orientation itself and removes the tag.
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata beside good pixels
+    except Exception:  # the metadata are broken, but the pixels are valid
         image = image.copy()
     if image.mode in _SIXTEEN_BIT:
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise BadImage("floating-point pixels, whose range is not known")
+        raise BadImage("floating-point pixels, whose range is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -175,6 +176,6 @@ def _reason(error: Exception) -> str:
 
 @functools.lru_cache(maxsize=1)
 def formats() -> list[str]:
-    """Pillow's formats that are read: what decodes them runs in this process, and no other program."""
+    """The supported formats of Pillow. Their decoders run in this process and start no other program."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]

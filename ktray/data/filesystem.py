@@ -1,11 +1,11 @@
-"""Files here and on S3, by one set of functions.
+"""Access to local files and S3 objects with the same functions.
 
-A path is a local path or ``s3://bucket/key``. Keys are taken as they are, spaces and non-ASCII included. An
-S3-compatible server is named by ``AWS_ENDPOINT_URL``, credentials and region come from the environment.
+A path is a local path or ``s3://bucket/key``. Keys are used unchanged, including spaces and non-ASCII characters.
+``AWS_ENDPOINT_URL`` names an S3-compatible server; credentials and region come from the environment.
 
-Paths come from lists that others have written. What is opened is a regular file or an object of a plainly named
-bucket, and, where ``KTRAY_DATA_ROOTS`` names folders and buckets (``/data,s3://bucket/prefix``), lies in one of them,
-whatever links and ``..`` lead to.
+Paths come from lists of unknown authors. Therefore only regular files and objects of buckets with plain names are
+opened. If ``KTRAY_DATA_ROOTS`` names folders and buckets (``/data,s3://bucket/prefix``), the file must be inside one of
+them after links and ``..`` are resolved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ktray.errors import KtrayError
 from ktray.redact import scrub
 from ktray.storage import s3
 
-# One encoded image is held in memory as a whole; nothing that is a photo comes near this.
+# An encoded image is read into memory completely; photos are far smaller than this.
 MAX_FILE_BYTES = 1 << 28
 
 ROOTS = "KTRAY_DATA_ROOTS"
@@ -47,7 +47,7 @@ class OutsideRoots(OSError):
 
 @dataclass(frozen=True)
 class FileStat:
-    """A file and what tells one version of it from another."""
+    """A file with the size and modification time of its current version."""
 
     path: str
     size: int
@@ -59,14 +59,14 @@ def is_remote(path: str) -> bool:
 
 
 def normalise(path: str) -> str:
-    """Absolute local path, or the uri without a closing slash."""
+    """The absolute local path, or the uri without trailing slashes."""
     if is_remote(path):
         return path.rstrip("/")
     return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
 
 
 def bucket_filesystem(root: str) -> pafs.FileSystem:
-    """The file system of ``s3://bucket``. Bucket names need no encoding, so keys never go through a parser."""
+    """The file system of ``s3://bucket``. Only the bucket name is parsed, because keys may contain any characters."""
     try:
         return s3.open_uri(root)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -76,35 +76,35 @@ def bucket_filesystem(root: str) -> pafs.FileSystem:
 
 
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
-    """File system and the path inside it."""
+    """The file system of a path, and the path inside it."""
     if not is_remote(path):
         return pafs.LocalFileSystem(), normalise(path)
     scheme, _, rest = path.partition("://")
     bucket = rest.partition("/")[0]
-    # pyarrow would read credentials and another endpoint here, to which requests with our own credentials would go.
+    # pyarrow would parse credentials and another endpoint here, and send requests with our credentials to it.
     if not _BUCKET.fullmatch(bucket):
         raise KtrayError(
-            f"'{scrub(f'{scheme}://{bucket}')}' is not a bucket's name",
-            "Server and credentials come from the environment.",
+            f"'{scrub(f'{scheme}://{bucket}')}' is not the name of a bucket",
+            "Use s3://BUCKET/KEY; the server and credentials are set in the environment.",
         )
     return bucket_filesystem(f"{scheme}://{bucket}"), rest.rstrip("/")
 
 
 def _check_root(path: str) -> None:
-    """Raises `OutsideRoots` for a path outside of ``KTRAY_DATA_ROOTS``."""
+    """Raises `OutsideRoots` if a path is outside of ``KTRAY_DATA_ROOTS``."""
     roots = [root for root in os.environ.get(ROOTS, "").split(",") if root]
     real = path if is_remote(path) else os.path.realpath(normalise(path))
     for root in roots:
         home = (root if is_remote(root) else os.path.realpath(normalise(root))).rstrip("/")
-        # Keys of buckets have no "..", it is a name like others.
+        # In keys of buckets, ".." is an ordinary name.
         if real == home or real.startswith(f"{home}/"):
             return
     if roots:
-        raise OutsideRoots(f"outside of {ROOTS}")
+        raise OutsideRoots(f"the path is outside of {ROOTS}")
 
 
 def _regular(path: str, flags: int) -> int:
-    """Opens for `open`. A pipe would be waited for without end, and a device has none."""
+    """Opener for `open` that refuses pipes, which could block forever, and devices, which may be endless."""
     handle = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(handle).st_mode
     if not S_ISREG(mode) and not S_ISDIR(mode):  # `open` refuses folders
@@ -114,20 +114,20 @@ def _regular(path: str, flags: int) -> int:
 
 
 def stat(path: str) -> FileStat | None:
-    """None unless it is a file. ``mtime_ns`` is S3's LastModified there."""
+    """The status of a file, or None if it is not a file. On S3, ``mtime_ns`` is LastModified."""
     if not is_remote(path):
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             return None
-        return FileStat(path, found.st_size, found.st_mtime_ns) if os.path.isfile(path) else None
+        return FileStat(path, status.st_size, status.st_mtime_ns) if os.path.isfile(path) else None
     fs, inside = locate(path)
     info = fs.get_file_info(inside)
     return FileStat(path, info.size, info.mtime_ns or 0) if info.type == pafs.FileType.File else None
 
 
 def printable(name: str) -> str:
-    """A name that a table can hold: bytes that are no UTF-8, which Linux allows in names, become escapes."""
+    """The name as valid UTF-8. Linux allows other bytes in names; these are replaced with escape sequences."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -139,27 +139,27 @@ def is_folder(path: str) -> bool:
 
 
 def hidden(name: str) -> bool:
-    """Not meant as data: dot files (``.DS_Store``, ``._photo.jpg``) and archive left-overs."""
+    """Whether a name does not belong to the data: dot files (``.DS_Store``, ``._photo.jpg``), remains of archives."""
     return name.startswith(".") or name in _JUNK
 
 
 def children(path: str) -> tuple[list[str], list[str]]:
-    """Names of the folders (links to folders included) and of the files directly in a folder, sorted."""
+    """Names of the subfolders (including links to folders) and of the files directly in a folder, both sorted."""
     if not is_remote(path):
         with os.scandir(path) as entries:
-            found = [(e.name, e.is_dir()) for e in entries]
+            named = [(e.name, e.is_dir()) for e in entries]
     else:
         fs, inside = locate(path)
-        found = [(i.base_name, i.type == pafs.FileType.Directory) for i in s3.entries(fs, inside)]
-    found = sorted((name, is_dir) for name, is_dir in found if not hidden(name))
-    return [name for name, is_dir in found if is_dir], [name for name, is_dir in found if not is_dir]
+        named = [(i.base_name, i.type == pafs.FileType.Directory) for i in s3.entries(fs, inside)]
+    named = sorted((name, is_dir) for name, is_dir in named if not hidden(name))
+    return [name for name, is_dir in named if is_dir], [name for name, is_dir in named if not is_dir]
 
 
 def walk(path: str) -> Iterator[FileStat]:
-    """All files below a folder, in no order, hidden ones left out.
+    """All files below a folder, in no particular order, without hidden files.
 
-    A linked folder is not entered (it may lead in a circle, or to what is read elsewhere already), nor one
-    without permission: either comes out as a `FileStat` of size -1, so that it is reported when it is read.
+    Linked folders are not entered, because links may form cycles or lead to files that are read already. Linked folders
+    and folders without permission are returned as a `FileStat` of size -1, so that reading reports them.
 
     Raises:
         KtrayError: the folder itself cannot be listed.
@@ -190,9 +190,9 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
             yield FileStat(entry.path, -1, 0)
         else:
             try:
-                found = entry.stat()
-                yield FileStat(entry.path, found.st_size, found.st_mtime_ns)
-            except OSError:  # a link to nowhere: reading it says so
+                status = entry.stat()
+                yield FileStat(entry.path, status.st_size, status.st_mtime_ns)
+            except OSError:  # a broken link is reported when it is read
                 yield FileStat(entry.path, 0, 0)
 
 
@@ -215,7 +215,7 @@ def expand(pattern: str) -> list[str]:
         return sorted(glob.glob(normalise(pattern), recursive=True))
     base = pattern[: re.search(r"[*?\[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     if base.endswith(":/"):
-        raise KtrayError(f"'{pattern}' has a wildcard in the bucket's name", "Name the bucket in full.")
+        raise KtrayError(f"'{pattern}' has a wildcard in the name of the bucket", "Write the full name of the bucket.")
     parts = pattern.split("/")
     return sorted(s.path for s in _walk_remote(base) if _match(s.path.split("/"), parts))
 
@@ -229,17 +229,17 @@ def _match(path: list[str], pattern: list[str]) -> bool:
 
 
 def open_stream(path: str) -> Any:
-    """A file for reading from start to end (``with`` closes it)."""
+    """Open a file for sequential reading; use it as a context manager."""
     _check_root(path)
     if not is_remote(path):
         return open(path, "rb", opener=_regular)
     fs, inside = locate(path)
-    # It would unpack .gz by itself; each read that is not buffered is a request.
+    # By default, .gz files would be decompressed. Without a buffer, each read would be a request.
     return fs.open_input_stream(inside, compression=None, buffer_size=_STREAM_BLOCK)
 
 
 def open_random(path: str) -> Any:
-    """A file for reading anywhere (``with`` closes it)."""
+    """Open a file for random access; use it as a context manager."""
     _check_root(path)
     if not is_remote(path):
         return open(path, "rb", opener=_regular)
@@ -248,20 +248,20 @@ def open_random(path: str) -> Any:
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole file.
+    """Read a whole file.
 
     Raises:
-        OSError: it cannot be read; `FileTooLarge` above `MAX_FILE_BYTES`.
+        OSError: the file cannot be read; `FileTooLarge` above `MAX_FILE_BYTES`.
     """
     with open_stream(path) as stream:
         data = bytes(stream.read(MAX_FILE_BYTES + 1))
     if len(data) > MAX_FILE_BYTES:
-        raise FileTooLarge(f"more than {MAX_FILE_BYTES >> 20} MiB")
+        raise FileTooLarge(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a whole file; local folders on the way are made."""
+    """Write a whole file, and create missing local folders."""
     fs, inside = locate(path)
     if not is_remote(path):
         Path(inside).parent.mkdir(parents=True, exist_ok=True)
@@ -270,13 +270,13 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def why(error: Exception) -> str:
-    """A file error in a few words, for a quarantine list or an error line."""
+    """A short description of a file error, for the quarantine or an error message."""
     if isinstance(error, IsADirectoryError):
-        return "a linked or closed folder, which is not entered: name it as a source of its own"
+        return "a linked or unreadable folder, which is not entered: name it as a separate source"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, PermissionError):
-        return "no permission to read it"
+        return "no permission to read the file"
     return _line(error)
 
 

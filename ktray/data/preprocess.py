@@ -1,9 +1,9 @@
-"""Preprocessing that travels with a model.
+"""Preprocessing, which is part of a model.
 
-Loaders hand out uint8 pixels; the model that looks at them brings its own size, interpolation, mean and std.
-Two uses: `Preprocess.eval_transform` is the geometry (resize and crop) of one whole image on the CPU, equal to
-what open_clip and timm do with PIL; `Preprocess.normalise` turns a batch of uint8 crops into a model's input
-on the device that the batch is on.
+Loaders return uint8 pixels; each model has its own input size, interpolation, mean and standard deviation. There are
+two operations: `Preprocess.eval_transform` applies the geometry (resize and crop) to one whole image on the CPU, with
+the same result as open_clip and timm with PIL; `Preprocess.normalise` converts a batch of uint8 crops to the input of a
+model, on the device of the batch.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Preprocess:
     """What a model expects of its input.
 
     Attributes:
-        size: (height, width) of the input, pixels.
-        mean, std: per channel (RGB), on the scale 0..1.
-        interpolation: of every resize.
+        size: (height, width) of the input, in pixels.
+        mean, std: mean and standard deviation per channel (RGB), on the scale 0..1.
+        interpolation: interpolation of every resize.
         resize_mode: ``shortest`` fits the shorter edge and crops the centre, ``squash`` ignores the aspect
             ratio, ``longest`` fits the longer edge and pads with `fill`.
-        crop_pct: the crop's share of the resized image's edge, as in timm.
+        crop_pct: side of the crop as a share of the edge of the resized image, as in timm.
         fill: RGB of the padding, 0..255.
     """
 
@@ -53,8 +53,8 @@ class Preprocess:
 
     @classmethod
     def from_open_clip(cls, model: nn.Module | dict[str, Any]) -> Preprocess:
-        """From an open_clip model (its ``visual.preprocess_cfg``) or such a dictionary."""
-        import open_clip  # slow to import, and students do without it
+        """The preprocessing of an open_clip model (its ``visual.preprocess_cfg``), or of such a dictionary."""
+        import open_clip  # slow to import, and not needed for students
 
         cfg = open_clip.get_model_preprocess_cfg(model) if isinstance(model, nn.Module) else model
         mean = cfg.get("mean") or open_clip.OPENAI_DATASET_MEAN
@@ -70,7 +70,7 @@ class Preprocess:
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> Preprocess:
-        """From a timm model (its ``pretrained_cfg``, as timm resolves it)."""
+        """The preprocessing of a timm model (its ``pretrained_cfg``, as timm resolves it)."""
         cfg = timm.data.resolve_model_data_config(model)
         mean = _three(cfg["mean"])
         return cls(
@@ -86,16 +86,16 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Preprocess:
-        """Inverse of `to_dict`, also after a trip through JSON."""
+        """Inverse of `to_dict`, also after conversion to and from JSON."""
         tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         return cls(**tuples)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """The fields as JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def timm_config(self) -> dict[str, Any]:
-        """The same in the words of a timm ``pretrained_cfg``."""
+        """This preprocessing as entries of a timm ``pretrained_cfg``."""
         modes = {ours: theirs for theirs, ours in _TIMM_CROP_MODES.items()}
         return {
             "input_size": [3, *self.size],
@@ -107,12 +107,12 @@ class Preprocess:
         }
 
     def with_size(self, size: int | tuple[int, int]) -> Preprocess:
-        """The same for another input size, pixels."""
+        """This preprocessing with another input size, in pixels."""
         return replace(self, size=_pair(size))
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any field."""
+        """Hash of all fields, 16 hex digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def eval_transform(self, image: np.ndarray | Image.Image) -> np.ndarray:
@@ -129,10 +129,10 @@ class Preprocess:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
-        """uint8 crops to this model's input, on the batch's device.
+        """Convert uint8 crops to the input of the model, on the device of the batch.
 
-        A batch of another size is resized to `size` (antialiased, whole frame: the crop has been chosen by
-        then, so `resize_mode` and `crop_pct` do not apply).
+        A batch of another size is resized to `size` with antialiasing. The images are crops already, so `resize_mode`
+        and `crop_pct` do not apply.
 
         Args:
             batch: (N, 3, H, W) uint8, or float on the scale 0..255 (mixed images).
@@ -143,12 +143,12 @@ class Preprocess:
         x = batch.float()
         if tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True, align_corners=False)
-            # Bicubic overshoots at edges; PIL clips there too.
+            # Bicubic interpolation overshoots at edges; PIL clips as well.
             x = x.clamp_(0, 255)
         return self.scale(x)
 
     def scale(self, batch: torch.Tensor) -> torch.Tensor:
-        """As `normalise`, of images that keep their size: (N, 3, H, W) on the scale 0..255 to the same in float32."""
+        """Like `normalise`, but without resizing: (N, 3, H, W) on the scale 0..255 to (N, 3, H, W) float32."""
         scale, bias = _affine(self.mean, self.std, batch.device)
         return torch.addcmul(bias, batch.float(), scale)
 
@@ -163,14 +163,14 @@ def _geometry(p: Preprocess) -> transforms.Compose:
         resize = ResizeKeepRatio(scaled, longest=1.0, interpolation=p.interpolation)
         return transforms.Compose([resize, CenterCropOrPad(list(p.size), fill=p.fill)])
     if scaled[0] == scaled[1]:
-        # Not ResizeKeepRatio: both libraries take torchvision's rounding of the longer edge here.
+        # ResizeKeepRatio would be wrong: in this case both libraries round the longer edge as torchvision does.
         return transforms.Compose([transforms.Resize(scaled[0], mode), transforms.CenterCrop(p.size)])
     return transforms.Compose([ResizeKeepRatio(scaled, interpolation=p.interpolation), transforms.CenterCrop(p.size)])
 
 
 @lru_cache(maxsize=64)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    # (x / 255 - mean) / std as one multiply-add over the batch; cached, else each batch would wait for a copy.
+    # (x / 255 - mean) / std as one multiply-add over the batch. Cached, because each batch would wait for a copy.
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     scale, bias = 1 / (255 * s), -m / s
     return scale.float().view(1, 3, 1, 1).to(device), bias.float().view(1, 3, 1, 1).to(device)
@@ -188,5 +188,5 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _interpolation(name: str | None) -> Interpolation:
-    # Rare others ("random", "lanczos") have no antialiased kernel on devices; bicubic is the nearest.
+    # Rare values ("random", "lanczos") have no antialiased kernel on devices; bicubic is the closest one.
     return "bilinear" if name == "bilinear" else "bicubic"

@@ -1,4 +1,4 @@
-"""Quarantine: images that could not be used, each with its reason."""
+"""Quarantine: the list of images that could not be used, with the reason for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string()), ("stage", pa.
 
 @dataclass(frozen=True, order=True)
 class Bad:
-    """One unusable image and the stage that met it."""
+    """One unusable image, with the reason and the stage that tried to use it."""
 
     uri: str
     reason: str
@@ -24,7 +24,7 @@ class Bad:
 
 
 class Quarantine:
-    """Collects unusable images. An image counts once a stage, however often it is met (retries, views)."""
+    """Collects unusable images. An image counts once per stage, also if it is added several times (retries, views)."""
 
     def __init__(self, rows: Iterable[Bad] = ()) -> None:
         self._rows: dict[tuple[str, str], Bad] = {}
@@ -32,12 +32,12 @@ class Quarantine:
             self.add(row.uri, row.reason, row.stage)
 
     def add(self, uri: str, reason: str, stage: str) -> None:
-        # Whatever is in a name or a decoder's message, the table can hold it.
+        # Names and decoder messages may contain bytes that the table cannot store.
         row = Bad(filesystem.printable(uri), filesystem.printable(reason), stage)
         self._rows.setdefault((row.uri, stage), row)
 
     def merge(self, other: Iterable[Bad]) -> None:
-        """Take over another quarantine's rows."""
+        """Add the rows of another quarantine."""
         for row in other:
             self.add(row.uri, row.reason, row.stage)
 
@@ -49,18 +49,18 @@ class Quarantine:
         return iter(sorted(self._rows.values()))
 
     def images(self) -> int:
-        """Different images, over all stages."""
+        """Number of distinct images over all stages."""
         return len({uri for uri, _ in self._rows})
 
     def check(self, read: int, max_fraction: float) -> None:
-        """Fail when too large a share was unusable.
+        """Fail if too large a share of the images was unusable.
 
         Args:
-            read: images that were tried, the unusable ones included.
-            max_fraction: largest share that is borne (``data.max_bad_fraction``).
+            read: number of images that were read, including the unusable ones.
+            max_fraction: largest accepted share (``data.max_bad_fraction``).
 
         Raises:
-            KtrayError: the share is above it; names three of the images.
+            KtrayError: the share is larger; the message names three of the images.
         """
         bad = self.images()
         if bad <= max_fraction * read:
@@ -70,7 +70,7 @@ class Quarantine:
         raise KtrayError(
             f"{bad} of {read} images cannot be used ({bad / max(read, 1):.1%}, the limit is {max_fraction:.1%}), "
             f"for example {examples}",
-            "Mend or remove them, or raise data.max_bad_fraction.",
+            "Repair or remove these images, or raise data.max_bad_fraction.",
         )
 
     def table(self) -> pa.Table:
@@ -78,13 +78,13 @@ class Quarantine:
         return pa.Table.from_pylist([vars(row) for row in self], schema=SCHEMA)
 
     def write(self, path: str) -> None:
-        """Write as Parquet, local or ``s3://``; also when it is empty."""
+        """Write as a Parquet file, to a local path or ``s3://``; also if there are no rows."""
         sink = pa.BufferOutputStream()
         pq.write_table(self.table(), sink)
         filesystem.write_bytes(path, sink.getvalue().to_pybytes())
 
     @classmethod
     def read(cls, path: str) -> Quarantine:
-        """What `write` wrote."""
+        """Inverse of `write`."""
         table = pq.read_table(pa.BufferReader(filesystem.read_bytes(path)), columns=SCHEMA.names)
         return cls(Bad(**row) for row in table.to_pylist())

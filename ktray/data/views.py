@@ -1,8 +1,8 @@
-"""Views: augmentation as a small integer record from which the exact pixels can be made again.
+"""Views: augmentation as a small integer record from which the exact pixels can be reproduced.
 
-A record is drawn from the image's key, the view's number and a seed alone, so any machine draws the same one
-in any order; crop, resize, flip and colour follow from it. A teacher's cached output belongs to one record and
-one image.
+A record depends only on the key of the image, the number of the view and a seed, so every machine draws the same record
+in any order. The record determines crop, resize, flip and colour. A cached output of the teacher belongs to one record
+and one image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Colour factors are stored in 1/1024: fine enough to be invisible, coarse enough to be exact.
+# Colour factors are stored in units of 1/1024: the rounding is invisible, and the stored value is exact.
 UNIT = 1024
 _TRIES = 10
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """What views are drawn from.
+    """The distribution of views.
 
     Attributes:
-        kind: ``train`` draws; ``eval`` is the centred square crop, the same for every key.
+        kind: ``train``: random views; ``eval``: the centred square crop for every key.
         scale: smallest and largest crop, as a share of the image's area.
         ratio: smallest and largest width / height of a crop.
         hflip: probability of a horizontal flip.
@@ -48,10 +48,10 @@ class ViewPolicy:
 
 
 class View(NamedTuple):
-    """One view. Crop box in pixels of the decoded, upright image; colour factors in 1/1024.
+    """One view: crop box in pixels of the decoded, upright image, and colour factors in units of 1/1024.
 
-    It is a tuple of `VIEW_LENGTH` ints: ``np.array(view, np.int32)`` is its column form and ``View(*row)`` the
-    way back (see `view_from_ints`).
+    It is a tuple of `VIEW_LENGTH` ints. ``np.array(view, np.int32)`` is its form in a column; `view_from_ints` is the
+    inverse.
     """
 
     x: int
@@ -70,15 +70,15 @@ VIEW_LENGTH = len(View._fields)
 def view_from_ints(row: Sequence[int] | np.ndarray) -> View:
     """The view stored as `VIEW_LENGTH` ints."""
     if len(row) != VIEW_LENGTH:
-        raise ValueError(f"a view has {VIEW_LENGTH} ints, not {len(row)}")
+        raise ValueError(f"a view has {VIEW_LENGTH} ints, but the row has {len(row)}")
     return View(*(int(value) for value in row))
 
 
 def make_view(policy: ViewPolicy, key: str, index: int, seed: int, height: int, width: int) -> View:
-    """The view number ``index`` of the image named ``key`` with this many pixels.
+    """View number ``index`` of the image ``key`` with the given height and width in pixels.
 
     Random resized crop as in Szegedy et al., arXiv 1409.4842, section 6: area and aspect ratio (log-uniform)
-    are drawn until the box fits, ten times at most; then the largest centred box within ``policy.ratio``.
+    are drawn until the box fits, at most ten times; otherwise the largest centred box within ``policy.ratio`` is used.
     """
     if policy.kind == "eval":
         side = max(1, round(min(height, width) * policy.crop_pct))
@@ -102,31 +102,33 @@ def render(
     Args:
         image: (H, W, 3) uint8 RGB.
         size: height and width of the result, or one number for both.
-        whole: height and width of the image that the view was made for, where ``image`` is that one decoded smaller.
-        out: (3, height, width) uint8 that the pixels are written to, such as a place in a batch.
+        view: the view.
+        whole: height and width of the original image, if ``image`` was decoded at a lower resolution.
+        out: (3, height, width) uint8 to which the pixels are written, such as an item of a batch.
 
     Returns:
-        (3, height, width) uint8, contiguous: ``out``, or an array of its own. The same bits for the same input on
-        processors with the same vector instructions; on others a value may differ by one, as torch rounds
-        differently there.
+        (3, height, width) uint8, contiguous: ``out``, or a new array. The result is bitwise reproducible on processors
+        with the same vector instructions; on others a value may differ by one, because torch rounds differently.
 
     Raises:
-        ValueError: the crop does not lie in the image.
+        ValueError: the crop is not inside the image.
     """
     height, width = (size, size) if isinstance(size, int) else size
     full_height, full_width = whole or image.shape[:2]
     if view.x < 0 or view.y < 0 or view.y + view.height > full_height or view.x + view.width > full_width:
-        raise ValueError(f"{view} does not lie in {full_height} x {full_width} pixels: was it made for another size?")
+        raise ValueError(
+            f"{view} is not inside of {full_height} x {full_width} pixels; the view belongs to another image size"
+        )
     top, bottom = _scaled(view.y, view.height, image.shape[0], full_height)
     left, right = _scaled(view.x, view.width, image.shape[1], full_width)
     part = image[top:bottom, left:right]
     if (height, width) != part.shape[:2]:
-        # Interleaved, and where it lies in the image: for such bytes torch has a vectorised kernel, faster than
-        # Pillow's.
+        # The crop stays interleaved and is not copied: torch has a vectorised kernel for this memory layout, which is
+        # faster than Pillow's.
         crop = torch.from_numpy(part if part.flags.writeable else part.copy()).permute(2, 0, 1)[None]
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True, align_corners=False)
         part = crop[0].permute(1, 2, 0).numpy()
-    # To planes by NumPy, whose copy takes the flip along and is faster than torch's.
+    # NumPy converts to planes, because its copy includes the flip and is faster than that of torch.
     planes = (part[:, ::-1] if view.flip else part).transpose(2, 0, 1)
     if out is None:
         out = np.empty((3, height, width), np.uint8)
@@ -137,7 +139,7 @@ def render(
 
 
 def _scaled(start: int, length: int, pixels: int, whole: int) -> tuple[int, int]:
-    """A span of ``whole`` pixels on an axis of fewer: first and one past the last."""
+    """Convert a span on an axis of ``whole`` pixels to an axis of ``pixels``: first pixel, and one past the last."""
     if pixels == whole:
         return start, start + length
     first = start * pixels // whole
@@ -172,7 +174,7 @@ def _random_box(policy: ViewPolicy, draws: Iterator[float], height: int, width: 
     for _ in range(_TRIES):
         u, v, across, down = itertools.islice(draws, 4)
         area = height * width * (policy.scale[0] + u * (policy.scale[1] - policy.scale[0]))
-        # exp and log differ in the last bit between C libraries; to nine digits they do not.
+        # exp and log differ in the last bit between C libraries; rounding to nine digits removes the difference.
         ratio = round(math.exp(math.log(low) + v * (math.log(high) - math.log(low))), 9)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -183,7 +185,7 @@ def _random_box(policy: ViewPolicy, draws: Iterator[float], height: int, width: 
 
 
 def _uniforms(key: str, index: int, seed: int) -> Iterator[float]:
-    """Numbers in [0, 1): 53 bits each of BLAKE2b over the name and a counter, as many as are asked for."""
+    """Endless numbers in [0, 1): 53 bits each from BLAKE2b of the name and a counter."""
     name = f"{seed}\0{index}\0{key}".encode("utf-8", "surrogatepass")
     for block in itertools.count():
         digest = hashlib.blake2b(name, salt=block.to_bytes(16, "little"), person=b"ktray.view").digest()

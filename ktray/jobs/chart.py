@@ -39,16 +39,16 @@ def axes(runs: Sequence[Mapping[str, float]]) -> tuple[list[str], list[str]]:
         KtrayError: no run has both.
     """
     for split in SPLITS:
-        known = Counter(name for run in runs for name in run if name.startswith(split))
-        judged = [run for run in runs if any(name in known for name in run)]
-        if judged:
+        counts = Counter(name for run in runs for name in run if name.startswith(split))
+        with_accuracy = [run for run in runs if any(name in counts for name in run)]
+        if with_accuracy:
             break
     flops, usd, seconds = COSTS
-    priced = judged and all(run.get(usd, 0.0) > 0 for run in judged)
-    costs = [c for c in (flops, usd if priced else seconds) if any(c in run for run in judged)]
+    priced = with_accuracy and all(run.get(usd, 0.0) > 0 for run in with_accuracy)
+    costs = [c for c in (flops, usd if priced else seconds) if any(c in run for run in with_accuracy)]
     if not costs:
         raise KtrayError("No run of the experiment has a cost and an accuracy yet", "Wait until one is finished.")
-    return costs, [name for name, _ in known.most_common()]
+    return costs, [name for name, _ in counts.most_common()]
 
 
 def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = None) -> dict[str, Any]:
@@ -124,21 +124,21 @@ def _preset(uri: str, experiment: str, compare: str | None) -> str:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    entry = client.get_experiment_by_name(experiment)
+    if entry is None:
         raise KtrayError(
             f"{scrub(uri)} has no experiment '{experiment}'",
             f"There are: {', '.join(e.name for e in client.search_experiments(max_results=20)) or 'none'}.",
         )
     where = f"tags.compare = '{compare}'" if compare else ""
-    runs = client.search_runs([found.experiment_id], where, max_results=1000)
+    runs = client.search_runs([entry.experiment_id], where, max_results=1000)
     costs, accuracies = axes([run.data.metrics for run in runs])
     key = f"ktray-{compare}" if compare else "ktray"
     state = json.dumps(view(costs, accuracies, compare), separators=(",", ":"))
-    client.set_experiment_tag(found.experiment_id, f"mlflow.sharedViewState.{key}", state)
-    if "mlflow.experimentKind" not in found.tags:  # else the pages open as those of a chat application
-        client.set_experiment_tag(found.experiment_id, "mlflow.experimentKind", "custom_model_development")
-    return where_to_look(uri, found.experiment_id, key)
+    client.set_experiment_tag(entry.experiment_id, f"mlflow.sharedViewState.{key}", state)
+    if "mlflow.experimentKind" not in entry.tags:  # else the pages open as those of a chat application
+        client.set_experiment_tag(entry.experiment_id, "mlflow.experimentKind", "custom_model_development")
+    return where_to_look(uri, entry.experiment_id, key)
 
 
 def where_to_look(uri: str, experiment_id: str, key: str) -> str:

@@ -39,10 +39,10 @@ def _distill(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import run
     from ktray.reporting.report import closing_table
 
-    found = run(recipe, debug)
-    folder, uri = found["folder"], found["mlflow"]["tracking_uri"]
+    content = run(recipe, debug)
+    folder, uri = content["folder"], content["mlflow"]["tracking_uri"]
     result("")
-    result(closing_table(found))
+    result(closing_table(content))
     result(f"\nreport    {folder}/report.html\nstudent   {folder}/student\nresult    {folder}/result.json")
     result(f"runs      mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"runs      {uri}")
 
@@ -56,12 +56,12 @@ def _plan_distill(recipe: Recipe) -> None:
 def _index(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import index_only
 
-    found = index_only(recipe, debug)
-    held = found["index"]
+    content = index_only(recipe, debug)
+    index = content["index"]
     result(
-        f"\nindex     {held['folder']}: {held['images']:,} images, {held['rows']:,} rows in {held['shards']:,} shards"
+        f"\nindex     {index['folder']}: {index['images']:,} images, {index['rows']:,} rows in {index['shards']:,} shards"
     )
-    result(f"result    {found['folder']}/result.json")
+    result(f"result    {content['folder']}/result.json")
 
 
 def _plan_index(recipe: Recipe) -> None:
@@ -73,13 +73,13 @@ def _plan_index(recipe: Recipe) -> None:
 def _curate(recipe: Recipe, debug: bool) -> None:
     from ktray.pipeline.run import curate_only
 
-    found = curate_only(recipe, debug)
-    folder, chosen = found["folder"], found["transfer_set"]
-    dropped = ", ".join(f"{count} {reason}" for reason, count in chosen["dropped"].items()) or "none"
+    content = curate_only(recipe, debug)
+    folder, transfer_set = content["folder"], content["transfer_set"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in transfer_set["dropped"].items()) or "none"
     result(
-        f"\nkept      {chosen['kept']:,} of {chosen['gallery']:,} images; dropped as copies of held-out ones: {dropped}"
+        f"\nkept      {transfer_set['kept']:,} of {transfer_set['gallery']:,} images; dropped as copies of held-out ones: {dropped}"
     )
-    result(f"list      {chosen['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
+    result(f"list      {transfer_set['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
 
 
 def _plan_curate(recipe: Recipe) -> None:
@@ -116,8 +116,8 @@ def _export(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.export.card import closing
     from ktray.jobs.export.run import export
 
-    found = export(recipe, debug)
-    result(f"\n{closing(found)}\n\nexport    {found['folder']}\ncard      {found['folder']}/README.md")
+    content = export(recipe, debug)
+    result(f"\n{closing(content)}\n\nexport    {content['folder']}\ncard      {content['folder']}/README.md")
 
 
 def _plan_export(recipe: Recipe) -> None:
@@ -129,8 +129,8 @@ def _plan_export(recipe: Recipe) -> None:
 def _bench(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.bench.run import bench
 
-    found = bench(recipe, debug)
-    result(f"\ntable     {found['folder']}/bench.md\nresult    {found['folder']}/result.json")
+    content = bench(recipe, debug)
+    result(f"\ntable     {content['folder']}/bench.md\nresult    {content['folder']}/result.json")
 
 
 def _plan_bench(recipe: Recipe) -> None:

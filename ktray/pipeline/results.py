@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ktray.reporting.report import write_report
 from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
+from ktray.stages.manifests import AdaptManifest, CurateManifest, TrainedManifest
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.store import Dir
 from ktray.tasks.base import TestSet
@@ -100,7 +102,7 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
         }
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
     if made.adapt:
-        adapted = made.adapt.manifest
+        adapted = cast(AdaptManifest, made.adapt.manifest)
         found["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
     if made.floor:
         floor = best_validation(made.floor.manifest, context.metric)
@@ -110,24 +112,25 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
     return DistillResult(**found) if metrics else TrialResult(**found)
 
 
-def transfer_set(recipe: Recipe, curated: dict[str, Any], folder: Dir) -> dict[str, Any]:
+def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dict[str, Any]:
     """What ``result.json`` says of the transfer set, from CURATE's manifest; ``folder`` holds its list."""
-    part = recipe.transfer
+    part, facts = recipe.transfer, cast(CurateManifest, curated)
     return {
         "source": part.source,
         "strategy": part.chosen_strategy.name,
         "size": part.size,
-        "kept": curated["kept"],
-        "dropped": curated["dropped"],
+        "kept": facts["kept"],
+        "dropped": facts["dropped"],
         "path": folder.file("transfer.parquet"),
     }
 
 
-def best_validation(manifest: dict[str, Any], metric: str) -> float:
+def best_validation(manifest: Mapping[str, Any], metric: str) -> float:
     """The metric on validation of the weights that a stage kept."""
     name = f"val_{metric}"
-    curve = [row for row in manifest["curve"] if name in row]
-    kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
+    trained = cast(TrainedManifest, manifest)
+    curve = [row for row in trained["curve"] if name in row]
+    kept = [row for row in curve if row["step"] == trained["best_step"]] or curve[-1:]
     return float(kept[-1][name])
 
 

@@ -1,4 +1,4 @@
-"""A page to browse a transfer set with the queries that brought it; one file, opened offline."""
+"""A page to browse a transfer set together with its queries: one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SIDE = 72
 
 @dataclass(frozen=True)
 class Query:
-    """A query, or with an empty ``uri`` a draw without one.
+    """A query. An empty ``uri`` stands for a random draw without a query.
 
     Attributes:
-        uri: where it is.
-        label: its class, a position in the page's list of classes; None where it has none.
+        uri: where the query image is.
+        label: the class of the query, as a position in the page's list of classes; None if it has no class.
         image: uint8 (H, W, 3), or None.
     """
 
@@ -35,8 +35,15 @@ class Query:
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the transfer set: ``image`` uint8 (H, W, 3), ``query`` its position in the list of queries,
-    ``similarity`` its cosine, NaN without a query, and the ``strategies`` that take it."""
+    """An image of the transfer set.
+
+    Attributes:
+        uri: where the image is.
+        query: position of its query in the page's list of queries.
+        similarity: cosine similarity to the query; NaN without a query.
+        image: uint8 (H, W, 3).
+        strategies: names of the strategies that select the image.
+    """
 
     uri: str
     query: int
@@ -46,22 +53,22 @@ class Match:
 
 
 def choose(query: np.ndarray, most: int = MOST) -> np.ndarray:
-    """Positions of at most ``most`` images to show, the first of each query first.
+    """Positions of at most ``most`` images to show; the best-ranked images of all queries have priority.
 
     Args:
-        query: (n,) query of each image, -1 for none.
+        query: (n,) query of each image; -1 if the image has no query.
     """
-    place = np.zeros(len(query), dtype=np.int64)
-    seen: dict[int, int] = {}
+    rank = np.zeros(len(query), dtype=np.int64)
+    counts: dict[int, int] = {}
     for i, q in enumerate(query.tolist()):
-        place[i] = seen.get(q, 0)
-        seen[q] = int(place[i]) + 1
-    kept: np.ndarray = np.sort(np.lexsort((np.arange(len(query)), place))[:most])
+        rank[i] = counts.get(q, 0)
+        counts[q] = int(rank[i]) + 1
+    kept: np.ndarray = np.sort(np.lexsort((np.arange(len(query)), rank))[:most])
     return kept
 
 
 def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Query], images: Sequence[Match]) -> str:
-    """The page as HTML: images by query, filtered by class, query, similarity, and which strategies take them."""
+    """The page as HTML: images grouped by query, with filters for class, query, similarity and strategy."""
     data = {
         "classes": list(classes),
         "queries": [
@@ -78,7 +85,7 @@ def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Qu
             for i in images
         ],
     }
-    # Inside of a script element nothing may look like its end.
+    # The data must not contain anything that looks like the end of the script element.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = resources.files("ktray.retrieval").joinpath("browse.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)

@@ -1,4 +1,4 @@
-"""The contact sheet: queries on the left, what each of them fetched on the right, to be judged at a glance."""
+"""The contact sheet: queries on the left and the retrieved images of each query on the right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROW_GAP = 12
 _ARROW = 34
 _TITLE, _SUBTITLE, _NAME, _NUMBER = 21, 14, 14, 12
 
-_EXPLAINED = "fetched, nearest first; below each its cosine to the query"
+_EXPLAINED = "retrieved images, most similar first, with their cosine similarity to the query"
 
 _PAPER = (255, 255, 255)
 _BAND = (246, 247, 249)
@@ -33,12 +33,12 @@ _QUERY = (0, 90, 181)
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One query and what it fetched.
+    """One query and its retrieved images.
 
     Attributes:
-        query: uint8 (H, W, 3); None for a row of images that no query brought.
-        label: the query's class, or what the row is.
-        hits: (uint8 (H, W, 3), cosine) pairs, nearest first; a NaN is not written.
+        query: uint8 (H, W, 3); None for a row of images without a query.
+        label: the class of the query, or a description of the row.
+        hits: (uint8 (H, W, 3), cosine similarity) pairs, most similar first; a similarity of NaN is not written.
     """
 
     query: np.ndarray | None
@@ -47,10 +47,10 @@ class SheetRow:
 
 
 def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str, subtitle: str = "") -> None:
-    """Draw the sheet as PNG.
+    """Draw the contact sheet as PNG.
 
     Args:
-        rows: the queries to show; all columns line up, so a row may have fewer hits than another.
+        rows: the queries to show. Rows may have different numbers of hits; the columns are aligned.
         target: a path or a binary file.
         title: one line, such as the task and the source.
         subtitle: one line of counts, such as ``260 queries · 4,000 images · 12 near-duplicates dropped``.
@@ -61,9 +61,9 @@ def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str
     head = _MARGIN + 30 + (24 if subtitle else 0) + 26
     heading = _font(_TITLE, True)
     small = _font(_NUMBER, True)
-    beside = max(columns * (THUMB + _GAP) - _GAP, round(small.getlength(_EXPLAINED)))
-    texts = max(heading.getlength(title), _font(_SUBTITLE).getlength(subtitle))
-    width = max(hits_left + beside, _MARGIN + round(texts)) + _MARGIN
+    hits_width = max(columns * (THUMB + _GAP) - _GAP, round(small.getlength(_EXPLAINED)))
+    text_width = max(heading.getlength(title), _font(_SUBTITLE).getlength(subtitle))
+    width = max(hits_left + hits_width, _MARGIN + round(text_width)) + _MARGIN
     sheet = Image.new("RGB", (width, head + max(1, len(rows)) * row_height + _MARGIN // 2), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN - 6), title, _INK, heading)
@@ -73,7 +73,7 @@ def contact_sheet(rows: Sequence[SheetRow], target: Path | IO[bytes], title: str
         draw.text((_MARGIN + _LABEL + THUMB / 2, head - 10), "query", _QUERY, small, anchor="ms")
         draw.text((hits_left, head - 10), _EXPLAINED, _SOFT, small, anchor="ls")
     if not rows:
-        draw.text((_MARGIN, head + 20), "nothing to show", _SOFT, _font(_NAME))
+        draw.text((_MARGIN, head + 20), "There are no images to show.", _SOFT, _font(_NAME))
     for number, row in enumerate(rows):
         top = head + number * row_height
         if number % 2 == 0:
@@ -102,22 +102,22 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top:
             where = (x + THUMB / 2, top + THUMB + _LINE - 3)
             draw.text(where, f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
     if not row.hits:
-        draw.text((hits_left, middle), "fetched nothing", _SOFT, _font(_NAME), anchor="lm")
+        draw.text((hits_left, middle), "no image retrieved", _SOFT, _font(_NAME), anchor="lm")
 
 
 def _thumbnail(image: np.ndarray) -> Image.Image:
-    """The whole image in a square of `THUMB` pixels on grey; small images keep their pixels visible."""
+    """The whole image in a grey square of `THUMB` pixels. Small images are enlarged without smoothing."""
     picture = Image.fromarray(image)
     scale = THUMB / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     square = Image.new("RGB", (THUMB, THUMB), _EDGE)
-    square.paste(picture.resize(size, how), ((THUMB - size[0]) // 2, (THUMB - size[1]) // 2))
+    square.paste(picture.resize(size, resampling), ((THUMB - size[0]) // 2, (THUMB - size[1]) // 2))
     return square
 
 
 def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont, most: int) -> list[str]:
-    """At most ``most`` lines that fit, broken at spaces where there are any, the rest behind an ellipsis."""
+    """Break a text into at most ``most`` lines of the width, at spaces if possible; an ellipsis replaces the rest."""
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest:
@@ -137,7 +137,7 @@ def _wrap(text: str, width: float, font: ImageFont.FreeTypeFont, most: int) -> l
 
 @lru_cache(maxsize=8)
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # matplotlib is a dependency anyway and carries a font; a system need not have any.
+    # matplotlib is a dependency anyway and includes a font; a system may have none.
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -1,4 +1,4 @@
-"""What the queries brought: how evenly, for which classes, and how near."""
+"""Coverage of a transfer set: how many images each query and each class contributed, and how similar they are."""
 
 from __future__ import annotations
 
@@ -13,57 +13,62 @@ BINS = 20
 
 
 def coverage(chosen: Selection, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """JSON-like counts of a selection that queries made.
+    """Counts of a selection that was made with queries, as JSON values.
 
-    ``queries``: how many there are, how many brought nothing, and the fewest, the median and the most that one brought;
-    ``share``: images that each would have at an equal share. ``classes``: by name the queries, the images that they
-    brought, and their mean similarity (None without images). ``similarity``: ``edges`` (BINS + 1) and ``counts`` (BINS)
-    of a histogram over what was found.
+    ``queries``: the number of queries, the number of queries that contributed no image, and the minimum, median and
+    maximum of images per query; ``share``: images per query if all queries had equal shares. ``classes``: for each
+    class name the number of queries, the number of images that they contributed, and the mean similarity of these
+    images (None without images). ``similarity``: ``edges`` (BINS + 1) and ``counts`` (BINS) of a histogram over the
+    similarities of all selected images.
 
     Args:
         labels: (Q,) class of each query.
-        classes: names in the order of the labels; none where a query has no class.
+        classes: class names in the order of the labels; empty if queries have no class.
     """
-    brought = np.bincount(chosen.query, minlength=len(labels))
-    of_each = labels[chosen.query]
-    found = {}
+    images_per_query = np.bincount(chosen.query, minlength=len(labels))
+    label_per_image = labels[chosen.query]
+    per_class = {}
     for number, name in enumerate(classes):
-        own = chosen.similarity[of_each == number]
-        found[name] = {
+        similarities = chosen.similarity[label_per_image == number]
+        per_class[name] = {
             "queries": int((labels == number).sum()),
-            "images": len(own),
-            "similarity": float(own.mean()) if len(own) else None,
+            "images": len(similarities),
+            "similarity": float(similarities.mean()) if len(similarities) else None,
         }
     counts, edges = np.histogram(chosen.similarity, bins=BINS)
     return {
         "queries": {
             "count": len(labels),
-            "empty": int((brought == 0).sum()),
-            "least": int(brought.min()),
-            "median": float(np.median(brought)),
-            "most": int(brought.max()),
+            "empty": int((images_per_query == 0).sum()),
+            "least": int(images_per_query.min()),
+            "median": float(np.median(images_per_query)),
+            "most": int(images_per_query.max()),
         },
         "share": len(chosen) / max(1, len(labels)),
-        "classes": found,
+        "classes": per_class,
         "similarity": {"edges": [float(e) for e in edges], "counts": [int(c) for c in counts]},
     }
 
 
-def lines(found: dict[str, Any], widest: int = 10) -> list[str]:
-    """The coverage in a few lines for a person: queries, the classes with the fewest images, similarities."""
-    q = found["queries"]
-    out = [
-        f"{q['count']:,} queries brought {q['least']} to {q['most']} images each (median {q['median']:g}, "
-        f"an equal share is {found['share']:.1f}); {q['empty']} brought none"
+def lines(counted: dict[str, Any], widest: int = 10) -> list[str]:
+    """The coverage as a few lines of text: queries, the classes with the fewest images, similarities."""
+    q = counted["queries"]
+    text = [
+        f"{q['count']:,} queries contributed {q['least']} to {q['most']} images each (median {q['median']:g}, "
+        f"an equal share is {counted['share']:.1f}); {q['empty']} contributed none"
     ]
-    ordered = sorted(found["classes"].items(), key=lambda item: item[1]["images"])
-    shown = ", ".join(f"{name} {one['images']}" for name, one in ordered[:widest])
-    more = f" and {len(ordered) - widest} classes with more" if len(ordered) > widest else ""
+    ordered = sorted(counted["classes"].items(), key=lambda item: item[1]["images"])
+    shown = ", ".join(f"{name} {row['images']}" for name, row in ordered[:widest])
+    more = f" and {len(ordered) - widest} classes with more images" if len(ordered) > widest else ""
     if shown:
-        out.append(f"images by the queries' class, fewest first: {shown}{more}")
-    counts, edges = np.array(found["similarity"]["counts"]), np.array(found["similarity"]["edges"])
+        text.append(f"images per class of the queries, fewest first: {shown}{more}")
+    counts, edges = np.array(counted["similarity"]["counts"]), np.array(counted["similarity"]["edges"])
     if counts.sum():
-        reached = np.cumsum(counts) / counts.sum()
-        low, middle, high = (float(edges[1 + int(np.searchsorted(reached, part))]) for part in (0.05, 0.5, 0.95))
-        out.append(f"cosine to the query: 5% up to {low:.2f}, half up to {middle:.2f}, 95% up to {high:.2f}")
-    return out
+        cumulative = np.cumsum(counts) / counts.sum()
+        low, middle, high = (
+            float(edges[1 + int(np.searchsorted(cumulative, quantile))]) for quantile in (0.05, 0.5, 0.95)
+        )
+        text.append(
+            f"cosine similarity to the query: 5% at most {low:.2f}, median {middle:.2f}, 95% at most {high:.2f}"
+        )
+    return text

@@ -1,7 +1,7 @@
-"""Crops of a gallery image: parts that may be on the task where the whole is not.
+"""Crops of a gallery image: a part of an image may fit the task even if the whole image does not.
 
 The paper retrieves crops of web images for small target sets (arXiv 2311.18237, figure on retrieval). The whole image
-always stays a candidate too.
+is always a candidate as well.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Literal
 from ktray.data.sources.uris import Box
 from ktray.data.views import ViewPolicy, make_view
 
-# The random crops of ImageNet training with a larger smallest area: a crop must still show something.
+# The random crops of ImageNet training with a larger minimum area, so that a crop still has recognisable content.
 _RANDOM = ViewPolicy(scale=(0.1, 0.6), hflip=0.0)
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Which crops an image has beside itself.
+    """Which crops of an image are candidates in addition to the whole image.
 
     Attributes:
-        kind: ``none``; ``grid``: n x n equal cells, n the root of ``count``; ``random``: random resized crops of a
-            tenth to six tenths of the area, the same ones for the same uri on any machine.
-        count: crops of an image.
+        kind: ``none``; ``grid``: n x n equal cells, where n is the square root of ``count``; ``random``: random resized
+            crops with 10% to 60% of the area, which are the same for the same uri on every machine.
+        count: number of crops per image.
     """
 
     kind: Literal["none", "grid", "random"] = "none"
     count: int = 4
 
     def boxes(self, uri: str, height: int, width: int) -> list[Box]:
-        """(left, top, width, height) of each crop; fewer where an image is too small to be divided."""
+        """(left, top, width, height) of each crop; fewer if an image is too small to be divided."""
         if self.kind == "none":
             return []
         if self.kind == "grid":
@@ -47,5 +47,5 @@ class Crops:
 
     @property
     def most(self) -> int:
-        """Rows of the index that an image may have."""
+        """The maximum number of rows of the index per image."""
         return 1 if self.kind == "none" else 1 + self.count

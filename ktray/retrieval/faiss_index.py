@@ -1,11 +1,12 @@
-"""Compressed search, for galleries too large to be searched row by row: IVF-PQ in FAISS, mapped into memory.
+"""Compressed search for galleries that are too large for exact search: an IVF-PQ index of FAISS, mapped into memory.
 
-Vectors are grouped in cells and coded in a few bytes each; a query looks into the nearest cells only. What it finds is
-scored again with the exact embeddings. How much of the true nearest is found is measured on a sample against exact
-search, and stands in ``search.json`` beside the index.
+Vectors are grouped into cells and coded in a few bytes each; a query searches only the nearest cells. Its hits are
+scored again with the exact embeddings. The recall is measured on a sample, with exact search as the reference, and
+recorded in ``search.json`` in the folder of the index.
 
-Trained on a bounded sample, filled block by block (a file each, so that a killed job goes on and a gallery that grows
-codes its new blocks alone), merged into one file of inverted lists.
+The index is trained on a bounded sample and filled block by block. Each block has its own file, so that a job that was
+killed can resume, and only the new blocks of a growing gallery are coded. Finally all blocks are merged into one file
+of inverted lists.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from ktray.retrieval.search import Hits, top
 
 logger = logging.getLogger("ktray")
 
-# Bytes of a code that are tried, most first.
+# Lengths of a code in bytes, in the order in which they are tried.
 CODES = (64, 48, 32, 24, 16, 8)
 ID_BYTES = 8
-# Vectors a cell that k-means is trained on: FAISS warns below 39 and takes no more than 256.
+# Training vectors per cell for k-means. FAISS warns below 39 and uses at most 256.
 TRAIN_A_CELL = 64
 TRAIN_BYTES = 1_000_000_000
-# Times that a gallery may outgrow what its cells were chosen for.
+# The index is trained again when the gallery has grown by more than this factor.
 RETRAIN = 4
-# Candidates that are scored again, for each hit that is wanted.
+# Number of candidates that are scored again, per requested hit.
 AGAIN = 4
 SAMPLE = 200
 RECALL_AT = (10, 100)
@@ -44,14 +45,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished index.
+    """Description of a finished index.
 
     Attributes:
-        factory: FAISS's string.
-        rows, trained_on: vectors in it, and in the sample.
-        probes: cells that a query looks into.
-        recall: share of the true k nearest that are found after the exact scores, by k, on `SAMPLE` gallery vectors.
-        key: of the blocks.
+        factory: FAISS's factory string.
+        rows, trained_on: number of vectors in the index, and in the training sample.
+        probes: number of cells that are searched for a query.
+        recall: for each k the share of the true k nearest vectors that are found, after scoring with the exact
+            embeddings, measured with `SAMPLE` gallery vectors as queries.
+        key: hash of the blocks.
     """
 
     factory: str
@@ -63,10 +65,11 @@ class Compressed:
 
 
 def choose_factory(rows: int, dimensions: int, memory_bytes: float) -> str:
-    """FAISS's factory string for ``rows`` vectors whose codes and ids fit into ``memory_bytes``.
+    """FAISS's factory string for ``rows`` vectors, so that codes and ids fit into ``memory_bytes``.
 
-    Cells: the power of two next to 4 sqrt(rows), at most 2^20 and so few that each has 39 vectors to train on; from
-    4,096 on they are found by an HNSW graph. Code: the most bytes of `CODES` that fit, after an OPQ rotation.
+    Number of cells: the power of two closest to 4 sqrt(rows), at most 2^20, and low enough for 39 training vectors per
+    cell. From 4,096 cells on, an HNSW graph finds the nearest cells. Code: the longest of `CODES` that fits, after an
+    OPQ rotation.
 
     Raises:
         KtrayError: even the shortest code does not fit.
@@ -77,8 +80,8 @@ def choose_factory(rows: int, dimensions: int, memory_bytes: float) -> str:
             coarse = f"IVF{cells}_HNSW32" if cells >= 4096 else f"IVF{cells}"
             return f"OPQ{code},{coarse},PQ{code}"
     raise KtrayError(
-        f"{rows:,} vectors of {dimensions} dimensions do not fit into {memory_bytes / 1e9:.2f} GB, "
-        f"at {CODES[-1] + ID_BYTES} bytes each",
+        f"{rows:,} vectors of {dimensions} dimensions do not fit into {memory_bytes / 1e9:.2f} GB "
+        f"with at least {CODES[-1] + ID_BYTES} bytes per vector",
         "Raise gallery.search_gb.",
     )
 
@@ -90,49 +93,54 @@ def build(
     sample: Callable[[int], np.ndarray],
     factory: str,
 ) -> tuple[Any, int]:
-    """Train and fill; what an earlier call has done is not done again.
+    """Train and fill the index. The files of earlier calls are reused.
 
     Args:
-        home: local folder.
-        blocks: (key, rows) of each, in the order of the gallery.
-        read: number of a block to its (n, D) vectors.
-        sample: n to at most n gallery vectors, spread over the gallery.
+        home: local folder of the index.
+        blocks: (key, rows) of each block, in the order of the gallery.
+        read: takes the number of a block and returns its (n, D) vectors.
+        sample: takes n and returns at most n vectors, spread over the gallery.
+        factory: FAISS's factory string.
 
     Returns:
-        The index, its lists mapped into memory, and the vectors it was trained on.
+        The index, with its lists mapped into memory, and the number of training vectors.
     """
     import faiss
     from faiss.contrib.ondisk import merge_ondisk
 
     home.mkdir(parents=True, exist_ok=True)
     rows = sum(count for _, count in blocks)
-    trained, facts = home / "trained.index", home / "trained.json"
-    known = json.loads(facts.read_text()) if facts.exists() else {}
-    if known.get("factory") != factory or rows > RETRAIN * known.get("rows", 0):
+    trained_file, training_file = home / "trained.index", home / "trained.json"
+    training = json.loads(training_file.read_text()) if training_file.exists() else {}
+    if training.get("factory") != factory or rows > RETRAIN * training.get("rows", 0):
         index = _train(factory, sample)
         for file in home.glob("block-*.index"):
             file.unlink()
-        _write_index(index[0], trained)
-        known = {"factory": factory, "rows": rows, "trained_on": index[1]}
-        _replace(facts, json.dumps(known).encode())
-        logger.info(f"search    trained {factory} on {known['trained_on']:,} vectors")
+        _write_index(index[0], trained_file)
+        training = {"factory": factory, "rows": rows, "trained_on": index[1]}
+        _replace(training_file, json.dumps(training).encode())
+        logger.info(f"search    trained {factory} on {training['trained_on']:,} vectors")
     files = []
     for number, (key, count) in enumerate(blocks):
         files.append(home / f"block-{key}.index")
         if not files[-1].exists():
-            part = faiss.read_index(str(trained))
+            part = faiss.read_index(str(trained_file))
             part.add_with_ids(_float32(read(number)), np.arange(count, dtype=np.int64))
             _write_index(part, files[-1])
-    merged = faiss.read_index(str(trained))
-    data = home / "merged.ivfdata"
-    data.unlink(missing_ok=True)
-    merge_ondisk(merged, [str(file) for file in files], str(data), shift_ids=True)
+    merged = faiss.read_index(str(trained_file))
+    lists_file = home / "merged.ivfdata"
+    lists_file.unlink(missing_ok=True)
+    merge_ondisk(merged, [str(file) for file in files], str(lists_file), shift_ids=True)
     _write_index(merged, home / "merged.index")
-    return load(home), int(known["trained_on"])
+    return load(home), int(training["trained_on"])
 
 
 def load(home: Path) -> Any:
-    """The index, its lists mapped into memory."""
+    """Read the finished index, with its lists mapped into memory.
+
+    Raises:
+        KtrayError: the files cannot be read.
+    """
     import faiss
 
     try:
@@ -140,31 +148,32 @@ def load(home: Path) -> Any:
     except RuntimeError as error:
         raise KtrayError(
             f"The compressed index in '{home}' cannot be read: {str(error).splitlines()[-1]}",
-            f"Delete '{home}' and run again: it is made anew from the embeddings.",
+            f"Delete '{home}' and run the command again. The index is then built again from the embeddings.",
         ) from error
 
 
 def search(index: Any, queries: np.ndarray, k: int, probes: int, exact: Callable[[np.ndarray], np.ndarray]) -> Hits:
-    """The k nearest that the index finds, by their exact similarity.
+    """The k nearest vectors that the index finds, with their exact similarity.
 
     Args:
         queries: (Q, D) float32 of unit length.
-        probes: cells to look into.
-        exact: gallery rows to their (n, D) embeddings.
+        k: number of hits per query.
+        probes: number of cells to search.
+        exact: takes gallery rows and returns their (n, D) embeddings.
 
     Returns:
-        As `ktray.retrieval.search.search`.
+        Similarity and gallery index in the format of `ktray.retrieval.search.search`.
     """
     import faiss
 
     faiss.ParameterSpace().set_index_parameter(index, "nprobe", probes)
     _, rows = index.search(_float32(queries), min(int(index.ntotal), AGAIN * k))
-    wanted, where = np.unique(rows, return_inverse=True)
-    first = int((wanted < 0).any())  # -1 comes first, and stands for no hit
-    vectors = np.zeros((len(wanted), queries.shape[1]), np.float32)
-    vectors[first:] = exact(wanted[first:])
+    distinct_rows, positions = np.unique(rows, return_inverse=True)
+    first_valid = int((distinct_rows < 0).any())  # -1 is the first value and means no hit
+    vectors = np.zeros((len(distinct_rows), queries.shape[1]), np.float32)
+    vectors[first_valid:] = exact(distinct_rows[first_valid:])
     similarity = np.empty(rows.shape, np.float32)
-    for q, places in enumerate(where.reshape(rows.shape)):
+    for q, places in enumerate(positions.reshape(rows.shape)):
         similarity[q] = vectors[places].astype(np.float64) @ queries[q].astype(np.float64)
     similarity[rows < 0] = -np.inf
     return top(similarity, rows, k)
@@ -177,11 +186,11 @@ def measured(
     exact: Callable[[np.ndarray], np.ndarray],
     target: float,
 ) -> tuple[int, dict[str, float]]:
-    """The fewest probes (a power of two) that reach the recall, and the recall at each of `RECALL_AT`.
+    """The smallest number of probes (a power of two) that reaches the recall, and the recall at each of `RECALL_AT`.
 
     Args:
-        truth: k to the true hits of the queries.
-        target: wanted at the largest k; where all cells do not reach it, they are what is taken.
+        truth: takes k and returns the true hits of the queries.
+        target: required recall at the largest k. If no number of probes reaches it, all cells are searched.
     """
     import faiss
 
@@ -208,11 +217,11 @@ def _train(factory: str, sample: Callable[[int], np.ndarray]) -> tuple[Any, int]
     cells = int("".join(c for c in factory.split("IVF")[1].split(",")[0].split("_")[0] if c.isdigit()))
     vectors = _float32(sample(max(TRAIN_A_CELL * cells, 10_000)))
     index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    cells_of = faiss.downcast_index(faiss.extract_index_ivf(index))
-    if hasattr(cells_of, "do_polysemous_training"):
-        # It renumbers codes so that their Hamming distance means something, in minutes; nothing here asks for that.
-        cells_of.do_polysemous_training = False
-    if faiss.get_num_gpus() > 0:  # k-means is nearly all of the training
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    if hasattr(ivf, "do_polysemous_training"):
+        # This training takes minutes. It renumbers the codes for comparisons by Hamming distance; these are not used.
+        ivf.do_polysemous_training = False
+    if faiss.get_num_gpus() > 0:  # k-means takes most of the training time
         flat = faiss.IndexFlatIP(faiss.extract_index_ivf(index).d)
         faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_all_gpus(flat)
     index.train(vectors)
@@ -220,17 +229,17 @@ def _train(factory: str, sample: Callable[[int], np.ndarray]) -> tuple[Any, int]
 
 
 def sample_size(wanted: int, dimensions: int) -> int:
-    """How many vectors of a sample fit into `TRAIN_BYTES`."""
+    """The size of a sample of ``wanted`` vectors, limited to what fits into `TRAIN_BYTES`."""
     return min(wanted, TRAIN_BYTES // (4 * dimensions))
 
 
 def save(home: Path, made: Compressed) -> None:
-    """Write ``search.json``: last, so that an index without it does not count."""
+    """Write ``search.json``. It is written last, because an index without it is incomplete."""
     _replace(home / "search.json", json.dumps(asdict(made), indent=1).encode())
 
 
 def saved(home: Path) -> Compressed | None:
-    """What `save` wrote."""
+    """Read ``search.json``; None if the index is incomplete."""
     file = home / "search.json"
     return Compressed(**json.loads(file.read_text())) if file.exists() else None
 

@@ -1,21 +1,22 @@
 """Near-duplicates of held-out images, which must not enter a transfer set.
 
-The rule. A gallery image is dropped when
+The rule. A gallery image is dropped if
 
-- its pixels are those of a held-out image (``identical``), or
-- its embedding has at least the given cosine to that of a held-out image or its mirror image AND its perceptual
-  hash lies within ``distance`` bits of a hash of that same image, its mirror image, or one of a few slight crops of
-  either (``near_duplicate``).
+- its pixels are identical to those of a held-out image (``identical``), or
+- the cosine similarity of its embedding to that of a held-out image or its mirror image reaches a threshold, AND its
+  perceptual hash differs in at most ``distance`` bits from a hash of the same held-out image, its mirror image, or one
+  of several slight crops of either (``near_duplicate``).
 
-Neither test would do alone. Embeddings of one class in one style can have a cosine of 0.99 without showing the
-same picture, so the cosine alone would drop such a class wholesale; these are counted (``similar``) and kept.
-A hash of 64 bits does not see colour and agrees by chance somewhere in a large gallery, so it is asked only
-about pairs that the embedding takes for alike.
+Neither condition is sufficient alone. Embeddings of one class in one style can have a cosine similarity of 0.99
+although the images differ, so that the cosine similarity alone would drop all images of such a class. These images are
+counted (``similar``) and kept. A hash of 64 bits ignores colour, and in a large gallery some hashes agree by chance.
+Therefore hashes are compared only for pairs with similar embeddings.
 
-With the default of 6 bits, and before the cosine is asked, 200 miniverse letters matched 4 of 1,500 unrelated
-gallery images. They were found again from copies in 97% of cases after JPEG at quality 60, 88% at quality 30,
-99% at half size, 97% after a central crop of 10% of the sides, 96% after one of 8% to a corner, and always when
-mirrored. Images of 8 x 8 pixels are another matter: of 600 scanned digits, 24% matched another digit of the set.
+With the default of 6 bits and without the condition on the embeddings, 200 miniverse letters matched 4 of 1,500
+unrelated gallery images. Modified copies of the letters were found in 97% of cases after JPEG at quality 60, 88% at
+quality 30, 99% at half size, 97% after a central crop of 10% of the sides, 96% after a crop of 8% towards a corner, and
+always after mirroring. Images of 8 x 8 pixels give worse results: of 600 scanned digits, 24% matched another digit of
+the set.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NEAR_DUPLICATE = "near_duplicate"
 
 _GRID = 32
 _LOW = 8
-# Crops (left, top, right, bottom as shares of the sides) under which a held-out image is looked for.
+# Crops of a held-out image that are compared with the gallery (left, top, right, bottom as fractions of the sides).
 _CROPS = (
     (0.0, 0.0, 1.0, 1.0),
     (0.025, 0.025, 0.975, 0.975),
@@ -50,14 +51,14 @@ _CROPS = (
     (0.0, 0.08, 0.92, 1.0),
     (0.08, 0.08, 1.0, 1.0),
 )
-# Similarities (float32) and pairs that are held at once: 64 MB and some 16 MB.
+# Number of similarities (float32) and of pairs in memory at a time: 64 MB and about 16 MB.
 _VALUES_AT_ONCE = 16_000_000
 _PAIRS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What is kept of the pixels of n images: ``hash`` (n,) or (n, V) uint64, ``digest`` (n,) uint64."""
+    """Fingerprints of n images: perceptual ``hash`` (n,) or (n, V) uint64, and ``digest`` of the pixels (n,) uint64."""
 
     hash: np.ndarray
     digest: np.ndarray
@@ -65,7 +66,7 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class GalleryBlock:
-    """Consecutive gallery images: index of the first, (n, D) unit embeddings, fingerprints with (n,) hashes."""
+    """Consecutive gallery images: index of the first image, (n, D) unit embeddings, fingerprints with (n,) hashes."""
 
     offset: int
     embedding: np.ndarray
@@ -74,15 +75,15 @@ class GalleryBlock:
 
 @dataclass(frozen=True)
 class DuplicateTable:
-    """The gallery images to drop, by rising gallery index; one row each, with the held-out image it copies best.
+    """The gallery images to drop, in ascending order of gallery index, each with its closest held-out image.
 
     Attributes:
         gallery: (n,) int64 gallery index.
         heldout: (n,) int64 row of the held-out image.
-        similarity: (n,) float32 cosine of the embeddings.
-        distance: (n,) int64 bits in which the hashes differ.
+        similarity: (n,) float32 cosine similarity of the embeddings.
+        distance: (n,) int64 number of bits in which the hashes differ.
         reason: n times ``identical`` or ``near_duplicate``.
-        similar: gallery images that reach the cosine but show another picture, and stay.
+        similar: number of gallery images that reach the cosine similarity but have other hashes, and are kept.
     """
 
     gallery: np.ndarray
@@ -97,28 +98,28 @@ class DuplicateTable:
 
     @classmethod
     def joined(cls, tables: Iterable[DuplicateTable]) -> DuplicateTable:
-        """The tables of several parts of a gallery as one."""
-        every = list(tables)
+        """Concatenate the tables of several parts of a gallery."""
+        parts = list(tables)
 
         def column(name: str, kind: type) -> np.ndarray:
-            return np.concatenate([np.zeros(0, kind), *(getattr(table, name) for table in every)])
+            return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)])
 
         gallery = column("gallery", np.int64)
         order = np.argsort(gallery, kind="stable")
-        reason = [why for table in every for why in table.reason]
+        reason = [text for part in parts for text in part.reason]
         return cls(
             gallery[order],
             column("heldout", np.int64)[order],
             column("similarity", np.float32)[order],
             column("distance", np.int64)[order],
             [reason[i] for i in order.tolist()],
-            sum(table.similar for table in every),
+            sum(part.similar for part in parts),
         )
 
     def counts(self) -> dict[str, int]:
-        """Dropped images by reason; every reason is there, also with 0."""
-        found = Counter(self.reason)
-        return {reason: found[reason] for reason in (IDENTICAL, NEAR_DUPLICATE)}
+        """Number of dropped images by reason; every reason is a key, also if its number is 0."""
+        number = Counter(self.reason)
+        return {reason: number[reason] for reason in (IDENTICAL, NEAR_DUPLICATE)}
 
 
 def _cosines(size: int) -> np.ndarray:
@@ -135,14 +136,14 @@ def _small(grey: Image.Image, box: tuple[float, float, float, float]) -> np.ndar
 
 
 def _hashes(small: Sequence[np.ndarray]) -> np.ndarray:
-    """(n, `_GRID`, `_GRID`) grey pictures to (n,) uint64: 64 bits of what each looks like, few of which differ between
-    similar pictures.
+    """(n, `_GRID`, `_GRID`) grey images to (n,) uint64 perceptual hashes. The hashes of similar images differ in
+    few of their 64 bits.
 
     The common "pHash" (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010): the
     8 x 8 lowest frequencies of the DCT of the 32 x 32 grey image, each compared with their median. The constant
-    term is left out (its bit is 0), so brightness does not count.
+    term is omitted (its bit is 0), so that brightness has no influence.
     """
-    # Rounded, so that a frequency that a plain image does not have is 0 and not the noise of the sum.
+    # Values are rounded, so that a frequency that is absent in a plain image is 0 instead of rounding noise.
     grids = np.asarray(small, dtype=np.float64).reshape(-1, _GRID, _GRID)
     low = np.round(_DCT @ grids @ _DCT.T, 6).reshape(len(small), _LOW * _LOW)
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
@@ -151,7 +152,7 @@ def _hashes(small: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def fingerprint(images: Iterable[np.ndarray]) -> Fingerprints:
-    """Fingerprints with one hash an image, for the gallery. ``images``: uint8 (H, W, 3) each, any sizes."""
+    """Fingerprints with one hash per image, for the gallery. ``images``: uint8 (H, W, 3) each, of any sizes."""
     return fingerprint_small([shrink(image) for image in images])
 
 
@@ -159,18 +160,18 @@ Small = tuple[np.ndarray, int]
 
 
 def shrink(image: np.ndarray) -> Small:
-    """All that `fingerprint_small` needs of an image, in a kilobyte: for those who cannot keep many images."""
+    """What `fingerprint_small` needs of an image, in a kilobyte, for callers that cannot keep many images in memory."""
     grey = Image.fromarray(image).convert("L")
     return _small(grey, (0, 0, *grey.size)), _digest(image)
 
 
 def fingerprint_small(small: Sequence[Small]) -> Fingerprints:
-    """`fingerprint` of what `shrink` gave."""
+    """`fingerprint`, computed from the results of `shrink`."""
     return Fingerprints(_hashes([s[0] for s in small]), np.array([s[1] for s in small], dtype=np.uint64))
 
 
 def fingerprint_heldout(images: Sequence[np.ndarray]) -> Fingerprints:
-    """Fingerprints with several hashes an image (crops, mirrored crops), for what must be found again."""
+    """Fingerprints with several hashes per image (of crops and mirrored crops), for held-out images."""
     hashes = []
     for image in images:
         small = []
@@ -199,14 +200,14 @@ def near_duplicates(
     similarity: float = SIMILARITY,
     distance: int = DISTANCE,
 ) -> DuplicateTable:
-    """The gallery images that copy a held-out image, by the rule at the top of this file.
+    """The gallery images that are near-duplicates of held-out images, by the rule at the top of this file.
 
     Args:
-        gallery: the gallery, block by block, read once.
-        heldout_embedding: (M, D) float unit embeddings of the held-out images, by the gallery's encoder.
-        heldout: their fingerprints, from `fingerprint_heldout`.
-        similarity: cosine from which the hashes are compared.
-        distance: bits, of 64, by which the hashes of a copy may differ.
+        gallery: the gallery in blocks; it is read once.
+        heldout_embedding: (M, D) float unit embeddings of the held-out images, from the encoder of the gallery.
+        heldout: fingerprints of the held-out images, from `fingerprint_heldout`.
+        similarity: cosine similarity from which the hashes are compared.
+        distance: maximum number of bits, of 64, in which the hashes of near-duplicates differ.
     """
     reference = np.ascontiguousarray(heldout_embedding, dtype=np.float32)
     digests, first_with = np.unique(heldout.digest, return_index=True)
@@ -218,10 +219,10 @@ def near_duplicates(
             part = slice(first, first + step)
             embedding = np.asarray(block.embedding[part], dtype=np.float32)
             digest, hash_ = block.fingerprints.digest[part], block.fingerprints.hash[part]
-            at = np.searchsorted(digests, digest).clip(max=len(digests) - 1)
-            same = digests[at] == digest
+            positions = np.searchsorted(digests, digest).clip(max=len(digests) - 1)
+            identical = digests[positions] == digest
             cosine = embedding @ reference.T
-            g, h = np.nonzero((cosine >= similarity) & ~same[:, None])
+            g, h = np.nonzero((cosine >= similarity) & ~identical[:, None])
             bits = _distances(hash_[g], heldout.hash, h)
             close = bits <= distance
             similar += len(np.unique(g)) - len(np.unique(g[close]))
@@ -229,9 +230,9 @@ def near_duplicates(
             for i, j, b in zip(g[close].tolist(), h[close].tolist(), bits[close].tolist(), strict=True):
                 best[i] = min(best.get(i, (b, -cosine[i, j], j)), (b, -cosine[i, j], j))
             start = block.offset + first
-            rows += [(start + i, j, -minus, b, NEAR_DUPLICATE) for i, (b, minus, j) in best.items()]
-            for i in np.flatnonzero(same).tolist():
-                j = int(first_with[at[i]])
+            rows += [(start + i, j, -negative, b, NEAR_DUPLICATE) for i, (b, negative, j) in best.items()]
+            for i in np.flatnonzero(identical).tolist():
+                j = int(first_with[positions[i]])
                 rows.append((start + i, j, cosine[i, j], 0, IDENTICAL))
     rows.sort()
     columns = list(zip(*rows, strict=True)) or [()] * 5
@@ -248,33 +249,36 @@ def near_duplicates(
 def hash_duplicates(
     gallery: Iterable[tuple[int, Fingerprints]], heldout: Fingerprints, *, distance: int = DISTANCE
 ) -> DuplicateTable:
-    """The gallery images that copy a held-out image, where no encoder is at hand: by pixels or by hash alone.
+    """The gallery images that are near-duplicates of held-out images, by pixels or hash alone, without an encoder.
 
-    Every pair of hashes is compared, so that some images are dropped by chance (in the miniverse one in fifty): that
-    costs a random draw nothing.
+    Every pair of hashes is compared, so that some images are dropped by chance (in the miniverse one in fifty). This
+    is no disadvantage for a random draw.
 
     Args:
-        gallery: index of a block's first image, fingerprints with (n,) hashes.
-        heldout, distance: as for `near_duplicates`; ``similarity`` of the result is not a number.
+        gallery: for each block the index of its first image, and fingerprints with (n,) hashes.
+        heldout, distance: see `near_duplicates`.
+
+    Returns:
+        The table; its ``similarity`` is NaN.
     """
     import faiss
 
     variants = heldout.hash.shape[1]
     tree = faiss.IndexBinaryFlat(64)
     tree.add(_bytes(heldout.hash.reshape(-1)))
-    known = {digest: row for row, digest in reversed(list(enumerate(heldout.digest.tolist())))}
+    row_by_digest = {digest: row for row, digest in reversed(list(enumerate(heldout.digest.tolist())))}
     rows: list[tuple[int, int, int, str]] = []
     for offset, prints in gallery:
         if not len(prints.hash) or not len(heldout.digest):
             continue
-        # faiss counts a distance as found when it is below the radius.
-        limits, bits, found = tree.range_search(_bytes(prints.hash), distance + 1)
+        # FAISS returns the distances that are below the radius, without the radius itself.
+        bounds, bits, variant_rows = tree.range_search(_bytes(prints.hash), distance + 1)
         for i, digest in enumerate(prints.digest.tolist()):
-            if digest in known:
-                rows.append((offset + i, known[digest], 0, IDENTICAL))
-            elif limits[i] < limits[i + 1]:
-                span = slice(int(limits[i]), int(limits[i + 1]))
-                best = min(zip(bits[span].tolist(), (found[span] // variants).tolist(), strict=True))
+            if digest in row_by_digest:
+                rows.append((offset + i, row_by_digest[digest], 0, IDENTICAL))
+            elif bounds[i] < bounds[i + 1]:
+                span = slice(int(bounds[i]), int(bounds[i + 1]))
+                best = min(zip(bits[span].tolist(), (variant_rows[span] // variants).tolist(), strict=True))
                 rows.append((offset + i, int(best[1]), int(best[0]), NEAR_DUPLICATE))
     columns = list(zip(*rows, strict=True)) or [()] * 4
     return DuplicateTable(
@@ -292,7 +296,7 @@ def _bytes(hashes: np.ndarray) -> np.ndarray:
 
 
 def _distances(hash_: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(P,) int64: for pair p, the fewest bits in which ``hash_[p]`` differs from one of ``hashes[rows[p]]``."""
+    """(P,) int64: for pair p, the minimum of bits in which ``hash_[p]`` differs from one of ``hashes[rows[p]]``."""
     out = np.full(len(rows), 64, dtype=np.int64)
     for first in range(0, len(rows), _PAIRS_AT_ONCE):
         part = slice(first, first + _PAIRS_AT_ONCE)
@@ -306,5 +310,5 @@ _BITS_OF_BYTE = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8
 
 
 def bit_counts(values: np.ndarray) -> np.ndarray:
-    """(P,) numbers of set bits of (P,) uint64; numpy's own ``bitwise_count`` came with 2.0 only."""
+    """(P,) number of set bits of each of (P,) uint64. NumPy has its own ``bitwise_count`` only since version 2.0."""
     return np.asarray(_BITS_OF_BYTE[values.view(np.uint8).reshape(-1, 8)].sum(1, dtype=np.int64))

@@ -1,24 +1,25 @@
-"""The embedded gallery as a folder: what INDEX writes, shard by shard, and CURATE searches.
+"""The index of a gallery as a folder: the stage INDEX writes it shard by shard, and CURATE searches it.
 
 ``index.json``
-    by what the shards were made (encoder, preprocessing, crops). Another encoder's shards never come in.
+    the settings of all shards (encoder, preprocessing, crops). Shards of another encoder are never added.
 ``shards/ID-NNNNN.npy``
-    (rows, D) float16 embeddings of unit length, to be mapped into memory.
+    (rows, D) float16 embeddings of unit length; the file can be mapped into memory.
 ``shards/ID-NNNNN.parquet``
-    in the same order ``uri`` (with the crop's box, see `data.sources.uris`), ``caption``, ``hash``, ``digest``, perhaps
-    ``label``.
+    for the same rows in the same order: ``uri`` (with the crop's box, see `data.sources.uris`), ``caption``, ``hash``,
+    ``digest`` and, if the gallery has labels, ``label``.
 ``shards/ID.json``
-    summary of one shard of the source (a tar, some files), which has one or several such parts, with their rows, sizes
-    and checksums. Written last: a shard without it does not exist.
+    summary of one shard of the source (a tar file, or several image files). It names the shard's parts (one or
+    several pairs of the files above) with their rows, sizes and checksums. It is written last: a shard without a
+    summary does not exist.
 ``unfinished/KEY.json``
-    of a job that adds shards, from its start to its end, with how many there shall be: while one stands there, the
-    folder does not count as a whole gallery.
+    written when a job starts to add shards, with the planned number of shards, and deleted when the job ends. As
+    long as such a file exists, the folder does not count as a complete index.
 ``shards.parquet``
-    all summaries in one file, so that opening a large index does not read each. A copy: `IndexDir.shards` works
-    without it.
+    a copy of all summaries in one file, so that opening a large index does not read many small files.
+    `IndexDir.shards` works without it.
 
-``ID`` is the fingerprint of the shard's source, so that a gallery which grows has its new shards embedded alone, and
-galleries that overlap share theirs. Every file is written whole or not at all.
+``ID`` is the fingerprint of the shard's source. Therefore only the new shards of a growing gallery are embedded, and
+overlapping galleries share shards. Every file is written atomically.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ _UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class Part:
-    """A stored piece of a shard: ``name`` without suffix, its rows, and [size in bytes, checksum] of its files."""
+    """A stored part of a shard.
+
+    Attributes:
+        name: file name without suffix.
+        rows: number of rows.
+        files: suffix to (size in bytes, checksum).
+    """
 
     name: str
     rows: int
@@ -65,15 +72,15 @@ class Part:
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """The file ``shards/ID.json``.
+    """The summary of a shard, stored as ``shards/ID.json``.
 
     Attributes:
-        shard: its id.
-        parts: what is stored of it, in order.
-        rows: of all parts.
-        read: images that were looked at.
-        bad: those that could not be used, as (uri, reason).
-        source: where its images were read from when it was made.
+        shard: the shard's id.
+        parts: the stored parts, in order.
+        rows: number of rows of all parts together.
+        read: number of images that were read.
+        bad: the images that could not be used, as (uri, reason).
+        source: where the images were read from when the shard was written.
     """
 
     shard: str
@@ -84,11 +91,19 @@ class IndexedShard:
     source: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "parts": [part.to_json() for part in self.parts], "bad": [list(one) for one in self.bad]}
+        return {
+            **vars(self),
+            "parts": [part.to_json() for part in self.parts],
+            "bad": [list(pair) for pair in self.bad],
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> IndexedShard:
-        """Raises KeyError, TypeError or ValueError: the content is not a shard's."""
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the content is not the summary of a shard.
+        """
         return cls(
             content["shard"],
             tuple(Part.from_json(part) for part in content["parts"]),
@@ -100,50 +115,52 @@ class IndexedShard:
 
 
 class IndexDir(Dir):
-    """The folder. Picklable; parts may be written from any machine, summaries are written by one."""
+    """The folder of an index. It is picklable. Any machine may write parts; one machine writes the summaries."""
 
     def settle(self, facts: dict[str, Any]) -> None:
-        """Declare by what shards are made; the first to do so decides.
+        """Record the settings of the shards, or check that the folder has the same settings already.
 
         Raises:
-            KtrayError: the folder holds shards that were made otherwise.
+            KtrayError: the folder has shards with other settings.
         """
-        head = self.facts()
-        if head is None:
+        stored = self.facts()
+        if stored is None:
             if self.create(_HEAD, json.dumps({"format": FORMAT, **facts}, indent=1).encode()):
                 return
-            head = self.facts() or {}
+            stored = self.facts() or {}
         facts = json.loads(json.dumps({"format": FORMAT, **facts}))
-        other = [f"{name} {head.get(name)} and not {facts[name]}" for name in facts if head.get(name) != facts[name]]
-        if other:
+        differences = [
+            f"{name} {stored.get(name)} instead of {facts[name]}" for name in facts if stored.get(name) != facts[name]
+        ]
+        if differences:
             raise KtrayError(
-                f"The index '{self.uri}' was made with {'; '.join(other)}",
-                "Embeddings of two kinds cannot be searched together: go back to those settings, or name another "
-                "folder with gallery.index.",
+                f"The index '{self.uri}' was made with {'; '.join(differences)}",
+                "Embeddings of two kinds cannot be searched together. Restore the settings of the index, or set "
+                "gallery.index to another folder.",
             )
 
     def facts(self) -> dict[str, Any] | None:
-        """By what the shards are made; None in a new folder."""
+        """The settings of the shards; None in a new folder."""
         if not self.exists(_HEAD):
             return None
-        found: dict[str, Any] = self.read_json(_HEAD)
-        return found
+        settings: dict[str, Any] = self.read_json(_HEAD)
+        return settings
 
     def begin(self, key: str, shards: int) -> None:
-        """Say that a job, named by ``key``, adds shards until there are so many of its own."""
+        """Record that the job ``key`` has started and plans ``shards`` shards."""
         self.write_json(f"{_UNFINISHED}/{key}.json", {"shards": shards})
 
     def end(self, key: str) -> None:
-        """The job's shards are all there."""
+        """Record that the job ``key`` has written all its shards."""
         self.delete(f"{_UNFINISHED}/{key}.json")
 
     def unfinished(self) -> list[int]:
-        """Shards that each job which has not ended (it may still work) is to have."""
+        """The planned number of shards of each job that has not ended. Such a job may still be working."""
         folder = self.sub(_UNFINISHED)
         return [int(folder.read_json(name)["shards"]) for name in folder.names(".json")]
 
     def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> Part:
-        """Write a part's files; it counts once its shard is finished."""
+        """Write the files of a part. The part is only valid after `finish` was called for its shard."""
         files = {".parquet": pack_rows(columns)}
         if embedding is not None:
             stream = io.BytesIO()
@@ -155,47 +172,47 @@ class IndexDir(Dir):
         return Part(name, rows, {suffix: (len(data), _checksum(data)) for suffix, data in files.items()})
 
     def finish(self, shard: IndexedShard) -> None:
-        """Declare a shard whole, whose parts are written."""
+        """Write the summary of a shard. All its parts must be written already."""
         self.write_json(f"{_SHARDS}/{shard.shard}.json", shard.to_json())
 
     def shards(self, wanted: Sequence[str] | None = None) -> tuple[dict[str, IndexedShard], dict[str, str]]:
-        """The whole shards by id, and of the broken ones what is wrong with them.
+        """The complete shards by id, and for each broken shard what is wrong with it.
 
         Args:
-            wanted: ids; None for all.
+            wanted: the ids to read; None for all.
         """
         sizes = self.sub(_SHARDS).names()
-        known = self._copied()
-        whole: dict[str, IndexedShard] = {}
+        copied = self._copied()
+        complete: dict[str, IndexedShard] = {}
         broken: dict[str, str] = {}
         ids = wanted if wanted is not None else [name[:-5] for name in sizes if name.endswith(".json")]
         for shard in ids:
             if f"{shard}.json" not in sizes:
                 continue
             try:
-                found = IndexedShard.from_json(known.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json"))
+                summary = IndexedShard.from_json(copied.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json"))
             except (ValueError, KeyError, TypeError) as error:
-                broken[shard] = f"its summary cannot be read ({error})"
+                broken[shard] = f"the summary cannot be read ({error})"
                 continue
-            problem = _problem(found, sizes)
+            problem = _problem(summary, sizes)
             if problem:
                 broken[shard] = problem
             else:
-                whole[shard] = found
-        return whole, broken
+                complete[shard] = summary
+        return complete, broken
 
     def forget(self, shard: str) -> None:
-        """Give up a broken shard: without its summary it is made again."""
+        """Delete the summary of a broken shard, so that the shard is computed again."""
         self.delete(f"{_SHARDS}/{shard}.json")
         self.delete(_COPY)
 
     def copy_summaries(self) -> None:
-        """Write ``shards.parquet`` anew where shards have come."""
-        known = self._copied()
+        """Rewrite ``shards.parquet`` if shards were added."""
+        copied = self._copied()
         names = [name[:-5] for name in self.sub(_SHARDS).names(".json")]
-        if set(names) <= set(known):
+        if set(names) <= set(copied):
             return
-        texts = [json.dumps(known.get(n) or self.read_json(f"{_SHARDS}/{n}.json")) for n in names]
+        texts = [json.dumps(copied.get(n) or self.read_json(f"{_SHARDS}/{n}.json")) for n in names]
         stream = pa.BufferOutputStream()
         pq.write_table(pa.table({"shard": names, "summary": texts}), stream, compression="zstd")
         self.write(_COPY, stream.getvalue().to_pybytes())
@@ -205,7 +222,7 @@ class IndexDir(Dir):
             return {}
         try:
             table = pq.read_table(pa.BufferReader(self.read(_COPY)))
-        except pa.ArrowException:  # only a copy
+        except pa.ArrowException:  # the file is only a copy of the summaries
             return {}
         pairs = zip(table.column("shard").to_pylist(), table.column("summary").to_pylist(), strict=True)
         return {name: json.loads(text) for name, text in pairs}
@@ -219,47 +236,47 @@ class IndexDir(Dir):
         for suffix, (_, checksum) in part.files.items():
             if _checksum(self.read(f"{_SHARDS}/{part.name}{suffix}")) != checksum:
                 raise KtrayError(
-                    f"'{self.uri}/{_SHARDS}/{part.name}{suffix}' is not what was written (its checksum differs)",
-                    f"Delete '{self.uri}/{_SHARDS}/{part.name.rpartition('-')[0]}.json' and run again: the shard is "
-                    "then embedded anew.",
+                    f"'{self.uri}/{_SHARDS}/{part.name}{suffix}' is damaged: its checksum differs from the recorded one",
+                    f"Delete '{self.uri}/{_SHARDS}/{part.name.rpartition('-')[0]}.json' and run the command again, "
+                    "so that the shard is embedded again.",
                 )
 
     def rows(self, part: Part, columns: Sequence[str]) -> Rows:
-        """Columns of a part."""
+        """The named columns of a part."""
         return read_rows(self, f"{_SHARDS}/{part.name}.parquet", columns)
 
     def embedding(self, part: Part) -> np.ndarray:
-        """(rows, D) float16; mapped into memory where the folder is local, read otherwise.
+        """(rows, D) float16 embeddings of a part; mapped into memory if the folder is local, otherwise read.
 
         Raises:
-            KtrayError: the file does not hold what the summary says.
+            KtrayError: the file is damaged or does not have the recorded number of rows.
         """
         name = f"{_SHARDS}/{part.name}.npy"
         try:
-            found: np.ndarray = (
+            embeddings: np.ndarray = (
                 np.load(Path(self.path) / name, mmap_mode="r", allow_pickle=False)
                 if self.is_local
                 else np.load(io.BytesIO(self.read(name)), allow_pickle=False)
             )
-            if len(found) != part.rows:
-                raise ValueError(f"{len(found)} rows, not {part.rows}")
+            if len(embeddings) != part.rows:
+                raise ValueError(f"it has {len(embeddings)} rows instead of {part.rows}")
         except (OSError, ValueError) as error:
             raise KtrayError(
                 f"'{self.uri}/{name}' cannot be read as embeddings: {error}",
-                "Run the same command again: a shard that is cut short or missing is embedded anew.",
+                "Run the same command again. It embeds truncated and missing shards again.",
             ) from error
-        return found
+        return embeddings
 
 
 def _problem(shard: IndexedShard, sizes: dict[str, int]) -> str:
-    """What is wrong with a shard's files; empty if nothing is."""
+    """What is wrong with the files of a shard; empty if the files have the recorded sizes."""
     for part in shard.parts:
         for suffix, (size, _) in part.files.items():
-            found = sizes.get(part.name + suffix)
-            if found is None:
+            actual = sizes.get(part.name + suffix)
+            if actual is None:
                 return f"{part.name}{suffix} is missing"
-            if found != size:
-                return f"{part.name}{suffix} has {found} bytes, not {size}"
+            if actual != size:
+                return f"{part.name}{suffix} has {actual} bytes instead of {size}"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
+from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
@@ -138,7 +139,7 @@ class Reporter:
     ) -> None:
         self.runtime, self.name, self.meter, self.check = runtime, name, meter, check
         self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
-        self.starts: list[dict[str, int]] = []  # the starts of training workers: their step and number of workers
+        self.starts: list[WorkerStart] = []  # the starts of training workers: their step and number of workers
         self.run = runtime.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
@@ -232,7 +233,7 @@ class Reporter:
 
 
 Inputs = TypeVar("Inputs", bound=StageInputs)
-Work = Callable[[Inputs, Runtime, Stage, "Reporter"], dict[str, Any]]
+Work = Callable[[Inputs, Runtime, Stage, "Reporter"], Mapping[str, Any]]  # an entry of `ktray.stages.manifests`
 
 
 def run_stage(
@@ -297,7 +298,7 @@ def _attempt(
         status = "FAILED"
         try:
             with watch(watchdog):
-                manifest = work(inputs, runtime, stage, reporter)
+                manifest = dict(work(inputs, runtime, stage, reporter))
             reporter.quarantine.check(reporter.read, runtime.max_bad_fraction)
             status = "FINISHED"
         finally:

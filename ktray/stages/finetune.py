@@ -7,7 +7,7 @@ finetuning can destroy what was transferred, and then it is skipped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from ktray.data.views import ViewPolicy
 from ktray.recipe.objective import ObjectiveConfig
@@ -15,6 +15,7 @@ from ktray.recipe.schema import FinetuneConfig, TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs
 from ktray.stages.labels import labels_of
+from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.stages.transfer import HOW, fit, starting_at, student_spec
 from ktray.storage.store import Stage
@@ -67,7 +68,7 @@ def run(context: RunContext, transfer: StageResult, targets: TeachResult, labels
     return run_stage(context.runtime, inputs, work)
 
 
-def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.finetune
     settings = TrainerSettings.of(
         part,
@@ -128,7 +129,7 @@ def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> Sta
     return run_stage(context.runtime, inputs, work_scratch, ledger_name=booked)
 
 
-def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
     settings = TrainerSettings.of(part, steps=inputs.steps, seed=inputs.seed, evals=15, patience=5, keep="best")
     job = FinetuneSpec(

@@ -16,6 +16,7 @@ from ktray.distributed.ray_data import Item, cpu_shards
 from ktray.errors import KtrayError
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs
+from ktray.stages.manifests import LabelsManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
@@ -88,7 +89,7 @@ def run(context: RunContext, preprocess: Preprocess) -> StageResult:
     return run_stage(context.runtime, inputs, work)
 
 
-def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> LabelsManifest:
     items = shard_items("train", inputs.task.train) + shard_items("val", inputs.task.val)
     reporter.expect(sum(len(i["examples"]) for i in items))
     decode = _Decode(stage, inputs.preprocess, inputs.canvas, inputs.max_pixels, inputs.reader)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ktray.data.views import ViewPolicy
 from ktray.distributed.mailbox import open_mailbox
@@ -13,6 +13,7 @@ from ktray.recipe.schema import TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import labels_of
+from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
@@ -82,7 +83,7 @@ def run(
     return run_stage(context.runtime, TransferInputs.of(context, targets, labels, start), work)
 
 
-def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
     settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, evals=5)
     reporter.read = inputs.targets.images
@@ -111,7 +112,7 @@ def starting_at(student: StudentSpec, made: StageResult | None) -> StudentSpec:
     return student if made is None else replace(student, start=(made.stage, WEIGHTS))
 
 
-def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> dict[str, Any]:
+def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> TrainedManifest:
     """Run a student's job and keep its final weights in the stage."""
     reporter.expect(steps, "step")
 

@@ -1,1 +1,1 @@
-"""What the student is to match: replayable views, and the teacher's outputs on each of them."""
+"""The targets of the student: reproducible views, and the outputs of the teacher for each view."""

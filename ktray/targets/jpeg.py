@@ -1,7 +1,7 @@
-"""Views stored as JPEG instead of as they are: a part of the bytes, for a fraction of a millisecond a view when read.
+"""Views stored as JPEG: they take less space than raw pixels, and a fraction of a millisecond per view to decode.
 
-The teacher has answered for the view before it was encoded, so the student sees pixels that differ a little from those
-that the targets belong to.
+The teacher processes a view before it is encoded. Therefore the pixels that the student is trained on differ slightly
+from the pixels that the targets belong to.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import simplejpeg
 from ktray.storage.columns import Rows
 
 PIXELS, JPEG = "pixels", "jpeg"
-# Of a photo-like view at quality 90: a file's tables, and bytes a pixel.
+# Size of a photo-like view at quality 90: bytes for the tables of a file, and bytes per pixel.
 TABLES, BYTES_PER_PIXEL = 620, 0.4
 
 
 def view_bytes(size: int, quality: int | None) -> int:
-    """Of a stored view, about."""
+    """Approximate size of a stored view, in bytes."""
     return 3 * size**2 if quality is None else TABLES + round(BYTES_PER_PIXEL * size**2)
 
 
 def encode_views(rows: Rows, quality: int | None) -> Rows:
-    """Rows with ``jpeg`` (n,), bytes, in place of ``pixels`` (n, 3, H, W) uint8. With None they stay as they are.
+    """Replace the column ``pixels`` (n, 3, H, W) uint8 with ``jpeg`` (n,), bytes.
 
     Args:
-        quality: 1 to 100, as libjpeg has it; colours keep their resolution.
+        rows: columns with ``pixels``.
+        quality: quality of libjpeg, 1 to 100, without chroma subsampling. None returns the rows unchanged.
     """
     if quality is None:
         return rows
@@ -37,7 +38,7 @@ def encode_views(rows: Rows, quality: int | None) -> Rows:
 
 
 def decode_views(rows: Rows) -> Rows:
-    """Inverse of `encode_views`, but for what JPEG loses."""
+    """Inverse of `encode_views`, except for the losses of JPEG."""
     if JPEG not in rows:
         return rows
     images = [simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1) for data in rows[JPEG]]

@@ -1,4 +1,4 @@
-"""Images to the pixels of their views, with what goes along with each: the reading half of TEACH."""
+"""Decode images and cut their views: the part of TEACH that runs on CPUs, before the teacher."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ktray.storage.columns import Rows
 
 @dataclass(frozen=True)
 class MakeViews:
-    """Decode images and cut ``views`` views of ``size`` pixels of each; with ``canvas`` one whole image in its
-    geometry."""
+    """Decodes images and cuts ``views`` views of ``size`` pixels from each. With ``canvas``, the only view is the whole
+    image in the geometry of that preprocessing."""
 
     policy: ViewPolicy
     views: int
@@ -30,63 +30,65 @@ class MakeViews:
 
     @property
     def per_image(self) -> int:
-        """Rows that an image has."""
+        """Number of rows (views) per image."""
         return 1 if self.canvas else self.views
 
     def __call__(self, item: dict[str, Any]) -> Rows:
-        """Views of all usable images of an item, the views of an image one after the other.
+        """Cut all views of the usable images of an item. The views of an image are consecutive rows.
 
         Args:
-            item: ``uris``, and ``beside``: name -> a value for each of them, such as ``text`` or ``label``.
+            item: ``uris``, and ``beside``: the name of a column, such as ``text`` or ``label``, to one value per uri.
 
         Returns:
             ``uri``, ``view_index`` (n,) int32, ``view_id`` (n,) int64, ``view`` (n, `VIEW_LENGTH`) int32, ``pixels``
-            (n, 3, H, W) uint8, the columns of ``beside``, and ``bad``: (uri, reason) of what cannot be used.
+            (n, 3, H, W) uint8, the columns of ``beside``, and ``bad``: (uri, reason) of each image that cannot be used.
         """
         return self._cut(item, [(number, range(self.per_image)) for number in range(len(item["uris"]))])
 
     def some(self, item: dict[str, Any], start: int, step: int) -> Rows:
-        """Rows ``start::step`` of what an item of whole images gives, and only these are cut. A row of an image that
-        cannot be used holds another row's content, so that there are as many as were asked for.
+        """Rows ``start::step`` of the views of an item; the other views are not cut.
+
+        The row of an image that cannot be used is replaced by a copy of another row, so that the number of rows is as
+        expected.
 
         Raises:
             KtrayError: none of the images can be used.
         """
         wanted = range(start, len(item["uris"]) * self.per_image, step)
         by_image: dict[int, list[int]] = {}
-        for row in wanted:
-            by_image.setdefault(row // self.per_image, []).append(row % self.per_image)
-        found = self._cut(item, list(by_image.items()))
-        got, bad = len(found["pixels"]), found.pop("bad")
-        if got == len(wanted):
-            return {**found, "bad": bad}
-        if not got:
+        for number in wanted:
+            by_image.setdefault(number // self.per_image, []).append(number % self.per_image)
+        rows = self._cut(item, list(by_image.items()))
+        count, bad = len(rows["pixels"]), rows.pop("bad")
+        if count == len(wanted):
+            return {**rows, "bad": bad}
+        if not count:
             raise KtrayError(
-                f"None of {len(by_image)} images can be used; '{bad[0][0]}': {bad[0][1]}",
-                "They could when they were chosen: check whether they have moved.",
+                f"None of {len(by_image)} images can be used; the first one is '{bad[0][0]}': {bad[0][1]}",
+                "CURATE could read these images: check whether they were moved or deleted.",
             )
-        return {**{name: np.resize(v, (len(wanted), *v.shape[1:])) for name, v in found.items()}, "bad": bad}
+        return {**{name: np.resize(v, (len(wanted), *v.shape[1:])) for name, v in rows.items()}, "bad": bad}
 
-    def _cut(self, item: dict[str, Any], wanted: list[tuple[int, Any]]) -> Rows:
+    def _cut(self, item: dict[str, Any], requested: list[tuple[int, Any]]) -> Rows:
         uris: list[str] = []
         indices: list[int] = []
         records: list[View] = []
         height, width = self.canvas.size if self.canvas else (self.size, self.size)
-        pixels = np.empty((sum(len(views) for _, views in wanted), 3, height, width), np.uint8)
+        pixels = np.empty((sum(len(views) for _, views in requested), 3, height, width), np.uint8)
         bad: list[tuple[str, str]] = []
-        beside: list[int] = []
-        images = fetch([item["uris"][number] for number, _ in wanted])
-        for (number, views), (uri, data, error) in zip(wanted, images, strict=True):
+        image_number: list[int] = []
+        images = fetch([item["uris"][number] for number, _ in requested])
+        for (number, views), (uri, data, error) in zip(requested, images, strict=True):
             try:
-                made = self.views_of(uri, data, error, views, pixels[len(uris) :])
+                views_of_image = self.views_of(uri, data, error, views, pixels[len(uris) :])
             except BadImage as reason:
                 bad.append((uri, reason.reason))
                 continue
-            records += made
-            uris += [uri] * len(made)
+            records += views_of_image
+            uris += [uri] * len(views_of_image)
             indices += views
-            beside += [number] * len(made)
-        found = {
+            image_number += [number] * len(views_of_image)
+        rows = {
             "uri": np.array(uris, dtype=str),
             "view_index": np.array(indices, dtype=np.int32),
             "view_id": np.array([_view_id(*pair) for pair in zip(uris, indices, strict=True)], dtype=np.int64),
@@ -95,26 +97,34 @@ class MakeViews:
             "bad": np.array(bad, dtype=str).reshape(-1, 2),
         }
         for name, values in item["beside"].items():
-            column = np.array(values, dtype=np.int64).reshape(len(values), -1)[np.array(beside, dtype=np.int64)]
-            found[name] = column.astype(np.int32) if name == "text" else column[:, 0]
-        return found
+            values_per_row = np.array(values, dtype=np.int64).reshape(len(values), -1)[
+                np.array(image_number, dtype=np.int64)
+            ]
+            rows[name] = values_per_row.astype(np.int32) if name == "text" else values_per_row[:, 0]
+        return rows
 
     def views_of(
         self, uri: str, data: bytes | None, error: str | None, wanted: Sequence[int], out: np.ndarray
     ) -> list[View]:
-        """The wanted views of one image, from an image decoded no larger than they need.
+        """The requested views of one image. The image is decoded at the lowest sufficient resolution.
 
         Args:
-            out: (at least as many as wanted, 3, H, W) uint8: their pixels are written to its first rows. What an image
-                that cannot be used leaves there is of no meaning.
+            uri: where the image is.
+            data, error: the encoded image, or why it could not be read.
+            wanted: numbers of the requested views.
+            out: (at least ``len(wanted)``, 3, H, W) uint8. The pixels are written to its first rows. If the image
+                cannot be used, the content of these rows is undefined.
+
+        Raises:
+            BadImage: the image cannot be used.
         """
         if self.canvas:
             image = decode_image(uri, data, error, max_pixels=self.max_pixels)
             out[0] = self.canvas.eval_transform(image)
             return [View(0, 0, image.shape[1], image.shape[0])]
         whole: tuple[int, int] = (0, 0)
-        # All views of an image, not the wanted ones alone, decide how small it is decoded: so each has the same
-        # pixels whichever others are asked for.
+        # The resolution depends on all views of the image, not only on the requested views, so that a view has the
+        # same pixels in every request.
         views: list[View] = []
 
         def enough(height: int, width: int) -> float:
@@ -125,8 +135,8 @@ class MakeViews:
 
         image = decode_image(uri, data, error, max_pixels=self.max_pixels, enough=enough)
         chosen = [views[i] for i in wanted]
-        for view, place in zip(chosen, out, strict=False):
-            render(image, view, self.size, whole, place)
+        for view, target in zip(chosen, out, strict=False):
+            render(image, view, self.size, whole, target)
         return chosen
 
 

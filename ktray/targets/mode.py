@@ -1,39 +1,42 @@
-"""Whether the teacher's outputs are stored, or made while the student trains: the arithmetic of ``teach.mode=auto``."""
+"""The rule of ``teach.mode=auto``: whether targets are stored, or computed while the student is trained."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-# Of a disk's free space, for one transfer set.
+# The share of a disk's free space that one transfer set may use.
 SHARE = 0.5
 
 
 def choose_mode(rows: int, drawn: int, row_bytes: int, free: int | None, streaming: int) -> tuple[str, str]:
-    """(mode, reason).
+    """Choose between cached, streamed and live targets.
 
-    The teacher sees ``rows`` views when its outputs are stored, and ``drawn`` when they are not.
+    The teacher processes ``rows`` views if its outputs are stored, and ``drawn`` views if they are not.
 
     Args:
         rows: views in the transfer set.
-        drawn: views that training will use, each as often as it comes.
-        row_bytes: of a stored view with its targets.
-        free: bytes for the store; None: as many as are wanted.
-        streaming: teachers that have a device beside each training worker.
+        drawn: views that training uses, with repetitions.
+        row_bytes: size of a stored view with its targets, in bytes.
+        free: free space of the store, in bytes; None: unlimited.
+        streaming: number of teachers that have devices of their own, in addition to those of the training workers.
+
+    Returns:
+        Mode (``cached``, ``streamed`` or ``live``) and the reason for the log.
     """
     size = rows * row_bytes
-    often = f"training uses {drawn:,} views, there are {rows:,}"
+    usage = f"training uses {drawn:,} views, and the transfer set has {rows:,}"
     if free is not None and size > SHARE * free:
-        why = f"{size / 1e9:.3g} GB of targets are too much for {free / 1e9:.3g} GB of free space"
+        reason = f"{size / 1e9:.3g} GB of targets are too large for {free / 1e9:.3g} GB of free space"
     elif drawn >= rows:
-        return "cached", f"{often}: the teacher is paid once a view, {size / 1e9:.2g} GB stored"
+        return "cached", f"{usage}: the teacher processes each view once, and {size / 1e9:.2g} GB are stored"
     else:
-        why = f"{often}: storing them all would cost the teacher more"
-    return ("streamed", f"{why}; teachers have devices of their own") if streaming else ("live", why)
+        reason = f"{usage}: storing all of them would cost more teacher time"
+    return ("streamed", f"{reason}; the teachers have devices of their own") if streaming else ("live", reason)
 
 
 def free_bytes(store: str) -> int | None:
-    """Free space where a store lies; None for object storage."""
+    """Free space of the file system of a store, in bytes; None for object storage."""
     if "://" in store:
         return None
     folder = Path(store).expanduser().absolute()

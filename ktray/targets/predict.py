@@ -1,4 +1,4 @@
-"""The teacher's outputs on views: the device half of TEACH, the same wherever it runs."""
+"""The outputs of the teacher for views: the part of TEACH that runs on devices."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ Batch = dict[str, torch.Tensor]
 
 
 class Loads(Protocol):
-    """A teacher as a picklable description."""
+    """A picklable description of a teacher, which can load it."""
 
     def load(self) -> AdaptedTeacher: ...
 
 
 @dataclass(frozen=True)
 class Predict:
-    """What to ask a teacher; picklable.
+    """Which outputs of a teacher to compute. It is picklable.
 
     Attributes:
-        targets: ``logits``, ``embedding``, ``patch_embedding``: those of them that the objective needs.
-        student_size: side of the pixels that go to the student.
-        patch_side: side of the student's last map, to which patch embeddings are fitted.
-        batch: images at once.
-        top_k: classes whose logits are kept one by one (`ktray.targets.top_k`); 0: all.
+        source: the teacher.
+        targets: the targets that the objective needs, of ``logits``, ``embedding`` and ``patch_embedding``.
+        student_size: side of the student's images, in pixels.
+        patch_side: side of the student's last feature map, to which patch embeddings are resized.
+        batch: number of images per batch.
+        top_k: number of classes whose logits are kept (`ktray.targets.top_k`); 0: all.
     """
 
     source: Loads
@@ -45,16 +46,16 @@ class Predict:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the targets are called where they are stored."""
+        """The names of the columns in which the targets are stored."""
         return columns(self.targets, self.top_k)
 
     def load(self) -> Loaded:
-        """With the teacher, on this process's device."""
+        """Load the teacher on the device of this process."""
         return Loaded(self, self.source.load())
 
 
 class Loaded:
-    """A teacher that answers."""
+    """A loaded teacher that computes the outputs of a `Predict`."""
 
     def __init__(self, plan: Predict, teacher: AdaptedTeacher) -> None:
         self.plan, self.teacher = plan, teacher
@@ -63,34 +64,41 @@ class Loaded:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Batch:
-        """Views (N, 3, H, W) uint8 on any device to ``pixels`` of the student's size (uint8), calibrated ``logits``
-        (N, C) or maps of them (N, C, h, w), or what `sparsify` makes of either, ``embedding`` (N, D),
-        ``patch_embedding`` (N, D, side, side), not normalised; all float16, on the teacher's device."""
+        """Compute the targets of views.
+
+        Args:
+            pixels: (N, 3, H, W) uint8, on any device.
+
+        Returns:
+            ``pixels`` of the student's size, uint8, and the targets, float16, all on the teacher's device: calibrated
+            ``logits`` (N, C) or maps of logits (N, C, h, w), or the result of `sparsify` for either; ``embedding``
+            (N, D); ``patch_embedding`` (N, D, side, side), not normalised.
+        """
         parts = [self._batch(pixels[at : at + self.plan.batch]) for at in range(0, len(pixels), self.plan.batch)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def rows(self, pixels: np.ndarray) -> Rows:
-        """The same for arrays in memory."""
+        """Compute the targets of views (N, 3, H, W) uint8 as NumPy arrays; N may be 0."""
         if not len(pixels):
-            one = self(torch.zeros((1, *pixels.shape[1:]), dtype=torch.uint8))
-            return {name: value[:0].cpu().numpy() for name, value in one.items()}
+            example = self(torch.zeros((1, *pixels.shape[1:]), dtype=torch.uint8))
+            return {name: value[:0].cpu().numpy() for name, value in example.items()}
         return {name: value.cpu().numpy() for name, value in self(torch.from_numpy(pixels)).items()}
 
     def _batch(self, pixels: torch.Tensor) -> Batch:
         plan, teacher = self.plan, self.teacher
         views = pixels.to(self.device, non_blocking=True)
-        found = {"pixels": fit_pixels(views, plan.student_size)}
+        outputs = {"pixels": fit_pixels(views, plan.student_size)}
         if "patch_embedding" in plan.targets:
             maps = patch_embeddings(teacher.image_tower, teacher.preprocess, teacher.source, views)
-            found["patch_embedding"] = fit_maps(maps, plan.patch_side).half()
+            outputs["patch_embedding"] = fit_maps(maps, plan.patch_side).half()
         embedding: torch.Tensor | None = None
         if "embedding" in plan.targets:
             embedding = teacher.embed(views).float()
-            found["embedding"] = embedding.half()
+            outputs["embedding"] = embedding.half()
         if "logits" in plan.targets:
             logits = teacher.logits(views, embedding)
-            found |= sparsify(logits, plan.top_k) if plan.top_k else {"logits": logits.half()}
-        return found
+            outputs |= sparsify(logits, plan.top_k) if plan.top_k else {"logits": logits.half()}
+        return outputs
 
 
 def fit_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -102,7 +110,7 @@ def fit_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fit_maps(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, D, h, w) averaged or interpolated to (N, D, side, side)."""
+    """Resize (N, D, h, w) to (N, D, side, side), by averaging or interpolation."""
     if min(maps.shape[2:]) >= side:
         return F.adaptive_avg_pool2d(maps, side)
     return F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)

@@ -182,5 +182,5 @@ def test_eval_view_is_the_centre_for_every_key():
 
 
 def test_a_view_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="made for another size"):
+    with pytest.raises(ValueError, match="belongs to another image size"):
         interleaved(photo(0, 20, 20), View(0, 0, 30, 10), 8)

@@ -161,7 +161,7 @@ def transfer_key(store: Path, *overrides: str) -> str:
     plan = this_machine(recipe)
     found = resolve(recipe, plan)
     context = pipeline._context(Store(str(store)), found, plan, Ledger(describe_device()), None, "plan")
-    context.planned = {}
+    context.runtime.planned = {}
     made = stages(context).transfer
     assert made is not None
     return made.key

@@ -153,7 +153,7 @@ def test_the_whole_job_runs_with_both(toys: Path, tmp_path: Path) -> None:
     assert all(uri.startswith(f"{gallery}#entry=deep/") for uri in uris)
     crash = run_job("distill", [*data, *more], [])  # its package is gone
     assert crash.returncode != 0
-    assert "is of a kind that is not read" in crash.stderr + crash.stdout
+    assert "has an unsupported file type" in crash.stderr + crash.stdout
 
 
 def test_an_outside_family_is_like_the_built_in_ones(toys: Path) -> None:
@@ -200,6 +200,6 @@ def test_an_outside_source_is_like_the_built_in_ones(toys: Path, tmp_path: Path)
             gallery_shards(str(tmp_path), "auto", None)
         with pytest.raises(KtrayError, match=r"\.parquet files or \.zip archives"):
             gallery_shards(str(toys / "toyplaces" / "source.py"), "auto", None)
-    with pytest.raises(KtrayError, match="of a kind that is not read"):
+    with pytest.raises(KtrayError, match="unsupported file type"):
         gallery_shards(str(path), "auto", None)
     assert ImageRef.parse(uri) == ImageRef(uri)

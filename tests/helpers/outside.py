@@ -48,6 +48,8 @@ def run_job(job: str, arguments: list[str], folders: list[Path], timeout: float 
 @contextlib.contextmanager
 def installed(folder: Path, *registries):
     """The packages of a folder in this process: the registries find them inside the block, and not after it."""
+    for registry in registries:
+        registry.names()  # what ktray itself has is imported, and so registered, only once
     modules, kept = set(sys.modules), [(r, dict(r._items), r._loaded) for r in registries]
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()

@@ -4,8 +4,6 @@ import math
 import sys
 import threading
 
-from heard import heard
-
 from ktray import recipe as recipes
 from ktray.jobs.tune import engine
 from ktray.jobs.tune.budget import CostRate, SearchBudget, limits
@@ -27,8 +25,8 @@ class Toy:
         self.space = read(BASE, space)
         self.records = Records(Dir(str(folder)))
         self.records.load()
-        self.purse = SearchBudget(limits(BudgetConfig(flops=limit)), CostRate(1.0), hourly=1.0)
-        self.work, self.asked, self.told = work, [], []
+        self.budget = SearchBudget(limits(BudgetConfig(flops=limit)), CostRate(1.0), hourly=1.0)
+        self.work, self.asked = work, []
         self.lock = threading.Lock()
         self.most = self.now = 0
         self.bad = {}
@@ -48,12 +46,12 @@ class Toy:
             self.now -= 1
         keys = {"train.lr": BASE.train.lr, "train.batch_size": BASE.train.batch_size, **self.space.keys(record.params)}
         cost = share * keys["train.batch_size"]
-        if number in self.bad or self.purse.promise(str(number), {"transfer": cost}):
+        if number in self.bad or self.budget.promise(str(number), {"transfer": cost}):
             state, reason = self.bad.get(number, (OVER_BUDGET, "planned more than is left"))
             self.records.close(record, state, reason)
             return {"validation": math.nan, "cost": math.nan, "full_cost": math.nan, "done": True, "ended": state}
-        self.purse.promised.clear()
-        self.purse.charged[f"{number}-{rung}"] = {"flops": cost, "device_seconds": cost, "usd": 0.0}
+        self.budget.promised.clear()
+        self.budget.charged[f"{number}-{rung}"] = {"flops": cost, "device_seconds": cost, "usd": 0.0}
         value = share * math.exp(-abs(math.log(keys["train.lr"] / 0.03)) / 3)
         before = record.points[-1].resource if record.points else 0.0
         point = TrialPoint(number, rung, share, 1, f"{number}-{rung}", value, cost, {"flops": cost}, {"transfer": cost},
@@ -62,12 +60,12 @@ class Toy:
         self.records.keep(record)
         last = rung == len(self.shares(number)) - 1
         return {"validation": value, "cost": point.resource, "full_cost": keys["train.batch_size"], "done": last,
-                "ended": "", "given": number == BASELINE}  # fmt: skip
+                "ended": "", "baseline": number == BASELINE}  # fmt: skip
 
     def run(self, at_once=2, former=()):
         first = self.part.rungs[0] * BASE.train.batch_size
-        heard(
-            self.told, engine.run, self.part, self.space, self.records, self.purse, self.answer, at_once, first, former
+        engine.run(
+            self.part, self.space, self.records, self.budget, self.answer, at_once, first, lambda record: None, former
         )
         return self.records.in_order()
 

@@ -310,7 +310,7 @@ def test_a_corrupt_tar_is_named_and_the_rest_is_indexed(world):
     (place / "1.tar").write_bytes(whole[: len(whole) // 2])
     keys_ = [f"store={world / 'store'}", f"gallery.data={place}", "teacher.name=miniverse"]
     with pytest.raises(
-        KtrayError, match=r"1\.tar' \(tar shard is broken or truncated"
+        KtrayError, match=r"1\.tar' \(the tar shard is broken or truncated"
     ):  # too much for the default limit
         index_only(recipes.load(None, keys_))
     result = index_only(recipes.load(None, [*keys_, "data.max_bad_fraction=0.1"]))

@@ -22,6 +22,7 @@ from ktray.jobs.definitions import Job
 from ktray.models.student.classifier import build_student
 from ktray.pipeline.run import run
 from ktray.stages.evaluate import stage as evaluate
+from ktray.stages.manifests import MANIFESTS, StageManifest
 from ktray.storage.store import Stage
 
 
@@ -64,6 +65,18 @@ def test_result_holds_the_contract_and_the_student_learned(first):
     assert result["cost"]["without_cache"]["flops"] == flops["total"]
     assert result["label_budget"] == 15
     assert result["transfer_set"]["kept"] == 60
+
+
+def test_manifests_hold_the_keys_that_their_types_name(first):
+    store = first[0]
+    common = StageManifest.__required_keys__
+    found = {}
+    for kind, manifest in MANIFESTS.items():
+        for folder in (store / "stages" / kind).glob("*"):
+            found[kind] = Stage(str(folder)).manifest().keys()
+            assert manifest.__required_keys__ | common <= found[kind], kind
+            assert found[kind] <= manifest.__required_keys__ | manifest.__optional_keys__ | common, kind
+    assert found.keys() == MANIFESTS.keys()
 
 
 def test_the_export_finds_its_student_and_images(first):

@@ -51,7 +51,7 @@ def test_the_set_is_listed_counted_and_shown(world, balanced):
     assert covered["queries"]["count"] == 15
     assert covered["queries"]["least"] == covered["queries"]["most"] == 4
     assert {name: one["images"] for name, one in covered["classes"].items()} == dict.fromkeys(CLASSES, 20)
-    assert any("15 queries brought 4 to 4 images each" in line for line in lines)
+    assert any("15 queries contributed 4 to 4 images each" in line for line in lines)
     page = (folder / "transfer.html").read_text()
     assert all(row["uri"].rpartition("/")[2] in page for row in rows)
     assert (folder / "contact_sheet.png").read_bytes()[:4] == b"\x89PNG"

@@ -76,5 +76,5 @@ def test_auto_says_why(cluster, tmp_path):
         found = resolve(recipes.load(None, [*data, *SMALL, f"train.steps={steps}"]), cluster)
         assert found.recipe.teach.mode == mode
         (why,) = [reason for reason in found.reasons if reason.startswith("teach.mode=")]
-        assert f"training uses {steps * 32:,} views, there are 120" in why
+        assert f"training uses {steps * 32:,} views, and the transfer set has 120" in why
     assert json.loads(found.recipe.model_dump_json())["teach"]["mode"] == "live"

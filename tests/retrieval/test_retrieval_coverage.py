@@ -32,8 +32,8 @@ def test_counts_by_query_and_class():
 
 def test_lines_name_what_is_scarce_first():
     text = "\n".join(lines(coverage(selection(), np.array([0, 0, 1, 2]), ["ant", "bee", "cat"])))
-    assert "4 queries brought 0 to 3 images each" in text
-    assert "1 brought none" in text
+    assert "4 queries contributed 0 to 3 images each" in text
+    assert "1 contributed none" in text
     assert "bee 0, cat 1, ant 4" in text
 
 

@@ -110,7 +110,7 @@ def test_the_copy_of_the_summaries_says_the_same_and_may_be_broken(folder, tmp_p
 
 def test_another_encoder_is_refused_with_the_reason(folder):
     folder.settle(dict(FACTS))
-    with pytest.raises(KtrayError, match=r"made with encoder abc and not xyz.*gallery\.index"):
+    with pytest.raises(KtrayError, match=r"made with encoder abc instead of xyz.*gallery\.index"):
         folder.settle({**FACTS, "encoder": "xyz"})
 
 

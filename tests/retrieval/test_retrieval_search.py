@@ -77,7 +77,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
     x = np.ones((2, 3), dtype=np.float32)
     with pytest.raises(ValueError, match="at 7 have shape"):
         search(x, [(7, np.ones((2, 4), dtype=np.float32))], 1)
-    with pytest.raises(ValueError, match="at 0 hold values that are not finite"):
+    with pytest.raises(ValueError, match="at 0 contain values that are not finite"):
         search(x, [(0, np.full((2, 3), np.nan, dtype=np.float16))], 1)
     with pytest.raises(ValueError, match="k is 0"):
         search(x, [(0, x)], 0)

@@ -114,7 +114,7 @@ def test_a_gallery_that_is_too_small_is_taken_whole() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="both must be"):
         in_turn(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.int64), 1)
     with pytest.raises(ValueError, match="size is -1"):
         in_turn(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int64), -1)

@@ -1,1 +1,1 @@
-"""Labelled images: the forms in which people keep them, splits, masks."""
+"""Labelled images: their file formats, splits and masks."""

@@ -1,4 +1,4 @@
-"""Labelled images in memory: fetched, decoded, in the geometry of the models, with what each label is stored as."""
+"""Labelled images in memory: fetched, decoded and transformed for the models, with their labels as columns."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ Transforms = Mapping[str, Preprocess]
 
 @dataclass(frozen=True)
 class DecodedExample:
-    """A labelled image: (H, W, 3) uint8, its label, and its label map (H, W) uint8 where it has one; of an unusable
-    one the reason, and no image."""
+    """A labelled image.
+
+    Attributes:
+        uri: where the image is.
+        label: as in `ktray.data.labelled.labelled_set.LabelledExample`.
+        image: (H, W, 3) uint8; None if the image cannot be used.
+        mask: label map (H, W) uint8, if it has one.
+        reason: why the image cannot be used, or empty.
+    """
 
     uri: str
     label: Any
@@ -31,32 +38,32 @@ class DecodedExample:
 
 
 class LabelReader(Protocol):
-    """How the labels of a task are read and stored; picklable."""
+    """Reads the labels of a task and stores them as columns. It is picklable."""
 
     @property
     def key(self) -> Any:
-        """JSON-like: what enters the key of a stage that reads with it; None where there is nothing to say."""
+        """JSON value that becomes part of the key of every stage that uses this reader; None: nothing to add."""
         ...
 
     def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
-        """Every example, in order."""
+        """Read every example, in order."""
         ...
 
     def label(self, example: DecodedExample, transforms: Transforms) -> dict[str, Any]:
-        """Columns of one usable image's label; `columns` makes arrays of them."""
+        """The label of one usable image as values by column; `columns` makes arrays of them."""
         ...
 
     def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
-        """What `label` gave for N images, as arrays; also of no image."""
+        """The results of `label` for N images as arrays; N may be 0."""
         ...
 
 
 @dataclass(frozen=True)
 class NumberReader:
-    """Labels that are one number an image, in the column ``label``: a class's index, or a quantity.
+    """Labels that are one number per image, in the column ``label``: the index of a class, or a quantity.
 
     Attributes:
-        dtype: of the column.
+        dtype: dtype of the column.
     """
 
     dtype: str = "int64"
@@ -77,7 +84,7 @@ class NumberReader:
         return {"label": example.label}
 
     def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
-        return {"label": np.array([one["label"] for one in labels], dtype=self.dtype)}
+        return {"label": np.array([row["label"] for row in labels], dtype=self.dtype)}
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ class MaskReader:
     and ``label`` (N,) int64, which is 0.
 
     Attributes:
-        num_classes: of the task.
-        offset: the file's value of class 0; see `ktray.data.labelled.masks.decode_mask`.
-        whole: masks are kept at their own size in place of the transforms': ``mask``, those of all images one after
-            the other, flat, and ``shape`` (N, 2).
+        num_classes: number of classes of the task.
+        offset: value of class 0 in the file; see `ktray.data.labelled.masks.decode_mask`.
+        whole: masks keep their own size instead of the transforms': ``mask`` contains the flattened masks of all
+            images in sequence, and ``shape`` (N, 2) their sizes.
     """
 
     num_classes: int
@@ -107,7 +114,7 @@ class MaskReader:
             try:
                 image = decode_image(uri, data, error, max_pixels=max_pixels)
                 if map_data is None:
-                    raise BadImage(f"its mask: {map_error or 'cannot be read'}")
+                    raise BadImage(f"the mask cannot be used: {map_error or 'it cannot be read'}")
                 mask = decode_mask(map_data, self.num_classes, offset=self.offset, max_pixels=max_pixels)
                 check_mask(image, mask)
             except BadImage as reason:
@@ -123,16 +130,16 @@ class MaskReader:
         return {"label": example.label, **masks}
 
     def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
-        found: Rows = {"label": np.array([one["label"] for one in labels], dtype=np.int64)}
+        arrays: Rows = {"label": np.array([row["label"] for row in labels], dtype=np.int64)}
         if self.whole:
-            flat = [one["mask"] for one in labels]
-            found["mask"] = np.concatenate(flat) if flat else np.zeros(0, np.uint8)
-            found["shape"] = np.array([one["shape"] for one in labels], dtype=np.int64).reshape(-1, 2)
-            return found
+            flat = [row["mask"] for row in labels]
+            arrays["mask"] = np.concatenate(flat) if flat else np.zeros(0, np.uint8)
+            arrays["shape"] = np.array([row["shape"] for row in labels], dtype=np.int64).reshape(-1, 2)
+            return arrays
         for name, transform in transforms.items():
-            masks = [one[f"{name}_mask"] for one in labels]
-            found[f"{name}_mask"] = np.stack(masks) if masks else np.zeros((0, *transform.size), np.uint8)
-        return found
+            masks = [row[f"{name}_mask"] for row in labels]
+            arrays[f"{name}_mask"] = np.stack(masks) if masks else np.zeros((0, *transform.size), np.uint8)
+        return arrays
 
 
 def decode_examples(
@@ -141,8 +148,8 @@ def decode_examples(
     """Fetch, decode and transform labelled images.
 
     Returns:
-        Columns ``uri``, one (N, 3, H, W) uint8 per transform, and the reader's, of the usable images; and the
-        (uri, reason) of the others.
+        For the usable images the columns ``uri``, one (N, 3, H, W) uint8 column per transform, and the columns of the
+        reader; for the other images (uri, reason).
     """
     uris: list[str] = []
     pixels: dict[str, list[np.ndarray]] = {name: [] for name in transforms}
@@ -158,6 +165,6 @@ def decode_examples(
             pixels[name].append(transform.eval_transform(example.image))
     columns: Rows = {"uri": np.array(uris, dtype=str), **reader.columns(labels, transforms)}
     for name, transform in transforms.items():
-        found = pixels[name]
-        columns[name] = np.stack(found) if found else np.zeros((0, 3, *transform.size), np.uint8)
+        images = pixels[name]
+        columns[name] = np.stack(images) if images else np.zeros((0, 3, *transform.size), np.uint8)
     return columns, bad

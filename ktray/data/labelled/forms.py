@@ -1,4 +1,4 @@
-"""The forms that labelled images come in, each read to plain rows."""
+"""The file formats of labelled images: folders of class folders and lists are read as rows of one type."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ SPLITS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 FORMS = (
-    "Name a folder with train/ val/ test/ of class folders, a folder of class folders, or a CSV or Parquet list "
-    "with path,label[,split]."
+    "Name a folder with train/, val/ and test/ that contain class folders, a folder of class folders, or a CSV or "
+    "Parquet list with the columns path,label[,split]."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """One labelled image as it was found.
+    """One labelled image before the splits are drawn.
 
     Attributes:
-        uri: where it lies.
-        key: its path inside the data, or ``class/file`` of a split list: the same on every machine; what is drawn
-            depends on it.
-        label: the class's name, Unicode NFC; empty where a mask holds the classes.
-        split: ``train``, ``val``, ``test``, or ``pool`` (a training image outside of the chosen split list).
-        version: size and time of the file (and of its mask), or empty.
-        mask: where its label map lies, or empty.
+        uri: where the image is.
+        key: path of the image inside the data, or ``class/file`` of a split list. It is the same on every machine, and
+            random draws depend on it.
+        label: the name of the class, Unicode NFC; empty if a mask contains the classes.
+        split: ``train``, ``val``, ``test``, or ``pool`` (a training image that is not in the chosen split list).
+        version: size and modification time of the file (and of its mask), or empty.
+        mask: where the label map of the image is, or empty.
     """
 
     uri: str
@@ -55,17 +55,21 @@ class LabelledRow:
 
 
 def read_rows(data: str, notes: list[str]) -> list[LabelledRow]:
-    """All labelled images of a folder of class folders or of a list; what was left out goes to ``notes``."""
+    """All labelled images of a folder of class folders or of a list. Ignored files are reported in ``notes``."""
     path, file = place(data)
     if file is None:
         return _folder(path, notes)
     if is_csv(path) or is_parquet(path):
         return _list(file, notes)
-    raise KtrayError(f"'{path}' is not a kind of labelled data", FORMS)
+    raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
 
 
 def place(data: str) -> tuple[str, FileStat | None]:
-    """The absolute path, and its `FileStat` when it is a file and no folder. Raises KtrayError: it is neither."""
+    """The absolute path, and its `FileStat` if it is a file, or None if it is a folder.
+
+    Raises:
+        KtrayError: it is neither a file nor a folder, or cannot be read.
+    """
     path = filesystem.normalise(data)
     try:
         if filesystem.is_folder(path):
@@ -88,52 +92,52 @@ def _folder(path: str, notes: list[str]) -> list[LabelledRow]:
         twice = [names for names in parts.values() if len(names) > 1]
         if twice:
             raise KtrayError(
-                f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge or remove one."
+                f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge the folders, or remove one."
             )
         others = [n for n in folders if n.lower() not in SPLITS]
         if others:
-            notes.append(f"Folders beside train, val and test are ignored: {', '.join(others[:5])}.")
+            notes.append(f"Folders other than train, val and test are ignored: {', '.join(others[:5])}.")
         rows = [row for split, (name,) in sorted(parts.items()) for row in _classes(path, name, split, notes)]
     else:
         if parts and set(folders) == {name for names in parts.values() for name in names}:
             raise KtrayError(f"'{path}' has {' and '.join(sorted(parts))} but no train folder", FORMS)
         rows = _classes(path, "", "train", notes)
     if not rows:
-        raise KtrayError(f"No image in a class folder was found in '{path}'", FORMS)
+        raise KtrayError(f"'{path}' has no images in class folders", FORMS)
     return rows
 
 
 def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[LabelledRow]:
-    """Rows of a folder of class folders. Images in folders below a class belong to the class."""
+    """Rows of a folder of class folders. Images in subfolders of a class folder belong to its class."""
     folder = f"{root}/{inside}" if inside else root
     where = f"{inside}/" if inside else ""
     names, files = filesystem.children(folder)
     rows: list[LabelledRow] = []
     empty: list[str] = []
-    counts = {"not images": 0, "named in something else than UTF-8": 0, "in linked or closed folders": 0}
+    counts = {"they are not images": 0, "their names are not UTF-8": 0, "they are in linked or unreadable folders": 0}
     for name in names:
         before = len(rows)
         for file in filesystem.walk(f"{folder}/{name}"):
             key = where + name + file.path[len(folder) + 1 + len(name) :]
             if filesystem.printable(file.path) != file.path:
-                counts["named in something else than UTF-8"] += 1
+                counts["their names are not UTF-8"] += 1
             elif file.size < 0:
-                counts["in linked or closed folders"] += 1
+                counts["they are in linked or unreadable folders"] += 1
             elif not is_image(file.path):
-                counts["not images"] += 1
+                counts["they are not images"] += 1
             else:
                 rows.append(LabelledRow(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
         if len(rows) == before:
             empty.append(filesystem.printable(name))
-    for what, number in counts.items():
+    for reason, number in counts.items():
         if number:
-            notes.append(f"{number} files in '{where or './'}' are ignored: {what}.")
+            notes.append(f"{number} files in '{where or './'}' are ignored: {reason}.")
     loose = sum(map(is_image, files))
     if loose:
-        notes.append(f"{loose} images directly in '{where or './'}' are ignored: they are in no class folder.")
+        notes.append(f"{loose} images directly in '{where or './'}' are ignored: they are not in a class folder.")
     if empty:
         shown = ", ".join(f"'{name}'" for name in empty[:5])
-        notes.append(f"{len(empty)} class folders in '{where or './'}' hold no image and are dropped: {shown}.")
+        notes.append(f"{len(empty)} class folders in '{where or './'}' have no images and are ignored: {shown}.")
     return rows
 
 
@@ -142,48 +146,56 @@ def _list(file: FileStat, notes: list[str]) -> list[LabelledRow]:
     version = f"{file.size}:{file.mtime_ns}"
     lines = read_csv(path) if is_csv(path) else _parquet_lines(path)
     if not lines:
-        raise KtrayError(f"List '{path}' has no rows", "Its first line names the columns path,label[,split].")
+        raise KtrayError(
+            f"List '{path}' has no rows",
+            "The first line has the column names path,label[,split]. Add one line per image.",
+        )
     names = {name.lower(): name for name in reversed(list(lines[0]))}
     for needed in ("path", "label"):
         if needed not in names:
             near = difflib.get_close_matches(needed, names, n=1)
-            hint = f"rename '{names[near[0]]}'" if near else f"its columns are {', '.join(lines[0])}"
-            raise KtrayError(f"List '{path}' has no column '{needed}'", f"Lists have path,label[,split]: {hint}.")
+            hint = f"Rename '{names[near[0]]}'" if near else f"This one has the columns {', '.join(lines[0])}"
+            raise KtrayError(
+                f"List '{path}' has no column '{needed}'", f"A list has the columns path,label[,split]. {hint}."
+            )
     rows: list[LabelledRow] = []
     for number, line in enumerate(lines, 2 if is_csv(path) else 1):
         name, label = line[names["path"]], nfc(line[names["label"]])
         split = line[names["split"]].lower() if "split" in names else "train"
         if not name or not label or split not in SPLITS:
-            what = "no path" if not name else "no label" if not label else f"split '{split}'"
-            raise KtrayError(f"List '{path}' has {what} in row {number}", "Splits are train, val and test.")
+            problem = "no path" if not name else "no label" if not label else f"split '{split}'"
+            raise KtrayError(
+                f"List '{path}' has {problem} in row {number}",
+                "Fill in path and label; splits are train, val and test.",
+            )
         rows.append(LabelledRow(resolve(name, path), nfc(name), label, SPLITS[split], version))
     if not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
-            "Paths in a list are absolute, s3://, or relative to the list's own folder.",
+            "Check the paths: they are absolute, s3://, or relative to the folder of the list.",
         )
     return rows
 
 
 def _reachable(row: LabelledRow) -> bool:
-    """False only where it is certain; single files that are missing are quarantined when they are read."""
+    """False if the file is certainly missing. Single missing files are quarantined when they are read."""
     container = ImageRef.parse(row.uri).path
     return filesystem.is_remote(container) or filesystem.stat(container) is not None
 
 
 def _parquet_lines(path: str) -> list[dict[str, str]]:
-    """A Parquet list as text; images inside the file become uris of its rows."""
+    """The rows of a Parquet list as text. For images inside the file, the path is the uri of the row."""
     try:
         with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
             schema = file.schema_arrow
             lower = {name.lower(): name for name in reversed(schema.names)}
             inside = "path" not in lower and any(holds_bytes(f.type) for f in schema)
             images = image_column(schema, "auto", path) if inside else None
-            small = [f.name for f in schema if not pa.types.is_nested(f.type) and not holds_bytes(f.type)]
-            columns: list[dict[str, Any]] = file.read(columns=small).to_pylist()
+            text_columns = [f.name for f in schema if not pa.types.is_nested(f.type) and not holds_bytes(f.type)]
+            columns: list[dict[str, Any]] = file.read(columns=text_columns).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise KtrayError(
-            f"List '{path}' is not a whole Parquet file: {filesystem.why(error)}", "Write it anew."
+            f"List '{path}' is not a complete Parquet file: {filesystem.why(error)}", "Write the file again."
         ) from error
     lines = [{name: _text(value) for name, value in row.items()} for row in columns]
     if images is not None:
@@ -194,7 +206,7 @@ def _parquet_lines(path: str) -> list[dict[str, str]]:
 def _text(value: Any) -> str:
     if value is None or value != value:  # null or NaN
         return ""
-    if isinstance(value, float) and value.is_integer():  # integers with nulls come as floats from pandas
+    if isinstance(value, float) and value.is_integer():  # pandas writes integers with nulls as floats
         return str(int(value))
     return str(value).strip()
 
@@ -204,10 +216,10 @@ def nfc(name: str) -> str:
 
 
 def three(names: Iterable[str]) -> str:
-    """Up to three of some names, and how many more."""
-    every = list(names)
-    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
-    return ", ".join(f"'{filesystem.printable(name)}'" for name in every[:3]) + more
+    """Up to three of the names, and the number of further names."""
+    listed = list(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(f"'{filesystem.printable(name)}'" for name in listed[:3]) + more
 
 
 def count(things: Sized, one: str, many: str = "") -> str:

@@ -1,7 +1,6 @@
-"""The paper's data sets as their hosts lay them out: what tells them apart and what their classes are called.
+"""Layouts in which the paper's data sets are published: how they are recognised, and the names of their classes.
 
-Where the images of a list lie is found by `ktray.data.labelled.split_lists`; ADE20K's masks by
-`ktray.data.labelled.masked`.
+`ktray.data.labelled.split_lists` finds the images of a list; `ktray.data.labelled.masked` finds the masks of ADE20K.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ SAMPLE = 50
 
 @dataclass(frozen=True)
 class Layout:
-    """One host's way.
+    """The layout of one published data set.
 
     Attributes:
         name: value of ``task.layout``.
-        file: regular expression of the names in its official lists.
-        mark: what one name at least has, so that nobody else's lists are taken for these.
-        classes: class in the lists to a name that reads as text, where the set is small and fixed.
-        class_folders: each class has a folder of its own (test images need not lie in it).
-        val_is_test: the host's validation images are the test set, and nothing is left for validation.
+        file: regular expression that matches every file name in its official lists.
+        mark: regular expression that matches at least one file name, so that other lists are not mistaken for these.
+        classes: class in the lists to a readable class name, if the set of classes is small and fixed.
+        class_folders: each class has its own folder (test images may be elsewhere).
+        val_is_test: the published validation images are the test set, and there is no other validation set.
     """
 
     name: str
@@ -79,7 +78,7 @@ LAYOUTS = {
 
 
 def recognise(lists: Iterable[Pairs]) -> Layout:
-    """The layout whose lists these are, by the first names of each; `PLAIN` when they are nobody's."""
+    """The layout of these lists, recognised by the first file names of each list; `PLAIN` if none matches."""
     names = [name.rpartition("/")[2] for pairs in lists for name, _ in pairs[:SAMPLE]]
     for layout in LAYOUTS.values():
         if all(re.fullmatch(layout.file, n) for n in names) and any(re.fullmatch(layout.mark, n) for n in names):
@@ -88,11 +87,11 @@ def recognise(lists: Iterable[Pairs]) -> Layout:
 
 
 def readable(layout: Layout, root: str, classes: Sequence[str]) -> list[str]:
-    """Names that read as text, one a class, all different; empty where nothing better than the class is known."""
+    """Readable class names, all different, one for each class; empty if nothing better than the class is known."""
     if layout.name == "imagenet":
         texts = _synsets(root)
-        known = {c: texts[c] for c in classes if c in texts}
-        return distinct([known[c] for c in classes]) if len(known) == len(classes) else []
+        words = {c: texts[c] for c in classes if c in texts}
+        return distinct([words[c] for c in classes]) if len(words) == len(classes) else []
     if layout.name == "places365":
         return [c.strip("/").replace("_", " ").replace("/", " ") for c in classes]
     if layout.classes:
@@ -101,22 +100,22 @@ def readable(layout: Layout, root: str, classes: Sequence[str]) -> list[str]:
 
 
 def distinct(synonyms: Sequence[str]) -> list[str]:
-    """The first of each comma-separated list of synonyms, or all of them where two classes share the first."""
+    """The first of each comma-separated list of synonyms, or the whole list if two classes have the same first one."""
     first = [text.partition(",")[0].strip() for text in synonyms]
-    often = Counter(first)
-    return [name if often[name] == 1 else text for name, text in zip(first, synonyms, strict=True)]
+    frequency = Counter(first)
+    return [name if frequency[name] == 1 else text for name, text in zip(first, synonyms, strict=True)]
 
 
 def _synsets(root: str) -> dict[str, str]:
-    """WordNet id to words, from the file that Kaggle or the development kit lays beside the images."""
+    """WordNet id to words, from the file that Kaggle or the development kit stores next to the images."""
     folder = root
-    for _ in range(4):  # task.data may be ILSVRC/Data/CLS-LOC, and the file lies beside ILSVRC
+    for _ in range(4):  # task.data may be ILSVRC/Data/CLS-LOC, and the file is in the same folder as ILSVRC
         for name in ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt"):
             file = filesystem.stat(f"{folder}/{name}")
             if file is not None:
                 lines = filesystem.read_bytes(file.path).decode("utf-8-sig", "replace").splitlines()
                 split = (re.match(r"(n\d{8})\s+(.+)", line) for line in lines)
-                return {found[1]: found[2].strip() for found in split if found}
+                return {match[1]: match[2].strip() for match in split if match}
         folder = folder.rpartition("/")[0]
         if not folder or folder.endswith("/"):
             break

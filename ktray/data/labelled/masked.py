@@ -1,4 +1,4 @@
-"""Images with label maps, for segmentation: ktray's own folders, and ADE20K as its host lays it out."""
+"""Read images with masks (label maps) for segmentation, in ktray's own folder layout or that of ADE20K."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ktray.data.labelled.split_lists import choose_lists, read_list
 from ktray.data.sources.records import is_image
 from ktray.errors import BadImage, KtrayError
 
-MOST_CLASSES = 255  # values 0 to 254; 255 is no class
+MOST_CLASSES = 255  # values 0 to 254; 255 is not a class
 SAMPLE = 16
 FORMS = (
-    "For segmentation it has train/images/NAME.jpg and train/masks/NAME.png (one channel, value = class, "
-    "255 = ignore), the same for val and test if there are any, and classes.txt with one name a line."
+    "A segmentation data set has train/images/NAME.jpg and train/masks/NAME.png (one channel, value = class, "
+    "255 = ignore), optionally val/ and test/ with the same folders, and classes.txt with one class name per line."
 )
 ADE_PARTS = {"train": "training", "test": "validation"}
 
 
 @dataclass(frozen=True)
 class Masked:
-    """What was found.
+    """The images and classes of a segmentation data set.
 
     Attributes:
         rows: images with their masks; labels are empty.
-        classes: names in the order of the masks' values.
-        names: the same as text for people, or empty.
+        classes: class names in the order of the masks' values.
+        names: readable class names, or empty.
         offset: class = pixel value - offset.
     """
 
@@ -59,38 +59,38 @@ def read_masked(
     layout: str = "auto",
     train_list: str | None = None,
 ) -> LabelledSet:
-    """Read images with label maps.
+    """Read images with masks. Several masks are opened to check that they are label maps of these classes.
 
     Args:
-        data: a folder with ``train/images``, ``train/masks``, perhaps the same for val and test, and ``classes.txt``;
-            or ADE20K's. Local or ``s3://``.
-        splits: for ADE20K a folder of lists ``train*.txt``, ``val*.txt``, ``test*.txt`` of plain file names.
+        data: local path or ``s3://`` of a folder with ``train/images``, ``train/masks``, optionally the same folders
+            for val and test, and ``classes.txt``; or of the folder of ADE20K.
+        splits: only for ADE20K: a folder with lists ``train*.txt``, ``val*.txt``, ``test*.txt`` of file names.
         seed, val_fraction, test_fraction: see `ktray.data.labelled.labelled_set.divide`.
-        labels: label budget: training images with their masks, in total; a smaller one is a subset of a larger one.
+        labels: label budget: number of training images with masks, in total; a smaller budget is a subset of a larger
+            one.
         layout: ``auto`` or ``ade20k``.
-        train_list: which train list of ``splits``, with or without its ending; None: by the budget, else the full.
-
-    A few masks are opened to see that they are maps of these classes.
+        train_list: name of the train list in ``splits``, with or without suffix; None: the list for the budget if there
+            is one, otherwise the full list.
 
     Raises:
-        KtrayError: not one of the forms, images without mask or masks without image, a class list that cannot be,
-            masks that are no label maps, a key that would have no effect. Each says how many and shows three.
+        KtrayError: the data has neither layout, images have no mask or masks no image, the class list is invalid, masks
+            are not label maps, or a key would have no effect. Messages contain the number of cases and three examples.
     """
     check_train_list(train_list, splits)
     notes: list[str] = []
-    found = _find(data, splits, labels, train_list, layout, notes)
+    masked = _find(data, splits, labels, train_list, layout, notes)
     return divide(
-        found.rows,
-        classes=lambda rows: found.classes,
+        masked.rows,
+        classes=lambda rows: masked.classes,
         label=lambda row, number: 0,
         seed=seed,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         budget=labels,
         notes=notes,
-        names=lambda classes: found.names,
-        mask_offset=found.offset,
-        facts=(found.classes, found.offset),
+        names=lambda classes: masked.names,
+        mask_offset=masked.offset,
+        facts=(masked.classes, masked.offset),
     )
 
 
@@ -99,32 +99,34 @@ def _find(
 ) -> Masked:
     root, file = place(data)
     if file is not None:
-        raise KtrayError(f"'{root}' is a file, and a segmentation data set is a folder", FORMS)
+        raise KtrayError(f"'{root}' is a file, but a segmentation data set is a folder", FORMS)
     ade = _ade_root(root)
     if layout == "ade20k" and ade is None:
         raise KtrayError(
             f"'{root}' has no images/training and annotations/training",
-            "task.data for task.layout=ade20k is the folder ADEChallengeData2016.",
+            "For task.layout=ade20k, set task.data to the folder ADEChallengeData2016.",
         )
     if layout not in ("auto", "ade20k"):
-        raise KtrayError(f"task.layout={layout} has no masks", "Set task.kind=classification for it.")
+        raise KtrayError(
+            f"task.layout={layout} is a layout without masks", "Set task.kind=classification for this layout."
+        )
     if ade is not None:
-        found = _ade20k(ade, splits, labels, train_list, notes)
+        masked = _ade20k(ade, splits, labels, train_list, notes)
     elif splits:
         raise KtrayError(
-            f"task.splits goes with ADE20K's folders for segmentation, which '{root}' does not have",
-            "Leave it out: train/, val/ and test/ are the splits; task.labels sets the label budget.",
+            f"For segmentation, task.splits is only for the layout of ADE20K, which '{root}' does not have",
+            "Remove task.splits: train/, val/ and test/ are the splits, and task.labels sets the label budget.",
         )
     else:
-        found = _own(root, notes)
-    _check_some(found)
-    return found
+        masked = _read_own_layout(root, notes)
+    _check_sample(masked)
+    return masked
 
 
-def _own(root: str, notes: list[str]) -> Masked:
+def _read_own_layout(root: str, notes: list[str]) -> Masked:
     parts = {name: SPLITS[name.lower()] for name in filesystem.children(root)[0] if name.lower() in SPLITS}
     if len(set(parts.values())) < len(parts):
-        raise KtrayError(f"'{root}' has two folders for one split: {three(parts)}", "Merge or remove one.")
+        raise KtrayError(f"'{root}' has two folders for one split: {three(parts)}", "Merge the folders, or remove one.")
     if "train" not in parts.values():
         raise KtrayError(f"'{root}' has no train folder", FORMS)
     classes = _class_list(f"{root}/classes.txt")
@@ -145,27 +147,27 @@ def _class_list(path: str) -> list[str]:
         lines.pop()
     empty = [f"line {i}" for i, line in enumerate(lines, 1) if not line]
     seen: set[str] = set()
-    again = [line for line in lines if line in seen or seen.add(line)]  # type: ignore[func-returns-value]
-    for what, wrong in (("empty lines", empty), ("names that were there before", again)):
+    repeated = [line for line in lines if line in seen or seen.add(line)]  # type: ignore[func-returns-value]
+    for problem, wrong in (("empty lines", empty), ("repeated names", repeated)):
         if wrong:
             raise KtrayError(
-                f"Class list '{path}' has {len(wrong)} {what}: {three(wrong)}",
-                "It has one name a line, in the order of the masks' values from 0, each once.",
+                f"Class list '{path}' has {len(wrong)} {problem}: {three(wrong)}",
+                "Write each class name once, one per line, in the order of the masks' values from 0.",
             )
     if not 2 <= len(lines) <= MOST_CLASSES:
         raise KtrayError(
             f"Class list '{path}' has {count(lines, 'class', 'classes')}: {three(lines) or 'none'}",
-            f"It takes two at least and {MOST_CLASSES} at most: {IGNORE} is what is ignored.",
+            f"Use at least two and at most {MOST_CLASSES} classes; the value {IGNORE} marks ignored pixels.",
         )
     return lines
 
 
 def _pair(root: str, images: str, masks: str, split: str, notes: list[str]) -> list[LabelledRow]:
-    """Rows of the images below one folder, each with the mask of its name below the other."""
-    found = {kind: _by_stem(folder, notes) for kind, folder in (("image", images), ("mask", masks))}
+    """Rows of the images below one folder, each with the mask of the same name below the other folder."""
+    files = {kind: _by_stem(folder, notes) for kind, folder in (("image", images), ("mask", masks))}
     missing = {
-        "image": sorted(found["image"].keys() - found["mask"].keys()),
-        "mask": sorted(found["mask"].keys() - found["image"].keys()),
+        "image": sorted(files["image"].keys() - files["mask"].keys()),
+        "mask": sorted(files["mask"].keys() - files["image"].keys()),
     }
     problems = [
         f"{count(stems, kind)} in '{images if kind == 'image' else masks}' without {other}: {three(stems)}"
@@ -174,36 +176,39 @@ def _pair(root: str, images: str, masks: str, split: str, notes: list[str]) -> l
     ]
     if problems:
         raise KtrayError(
-            "; ".join(problems), "Each image has a mask of the same name (NAME.jpg and NAME.png): add or remove."
+            "; ".join(problems),
+            "Each image needs a mask of the same name (NAME.jpg and NAME.png): add or remove files.",
         )
     rows = []
-    for stem, image in sorted(found["image"].items()):
-        mask = found["mask"][stem]
+    for stem, image in sorted(files["image"].items()):
+        mask = files["mask"][stem]
         version = f"{image.size}:{image.mtime_ns}|{mask.size}:{mask.mtime_ns}"
         rows.append(LabelledRow(image.path, nfc(image.path[len(root) + 1 :]), "", split, version, mask.path))
     return rows
 
 
 def _by_stem(folder: str, notes: list[str]) -> dict[str, FileStat]:
-    out: dict[str, FileStat] = {}
+    files_by_stem: dict[str, FileStat] = {}
     twice: list[str] = []
-    others = 0
+    ignored = 0
     for file in filesystem.walk(folder):
         if file.size < 0 or not is_image(file.path):
-            others += 1
+            ignored += 1
             continue
         stem = posixpath.splitext(file.path[len(folder) + 1 :])[0]
-        if stem in out:
+        if stem in files_by_stem:
             twice.append(stem)
-        out[stem] = file
+        files_by_stem[stem] = file
     if twice:
         raise KtrayError(
             f"{count(twice, 'name')} in '{folder}' with two files: {three(sorted(twice))}",
-            "Keep one file a name: image and mask are matched by it.",
+            "Keep one file per name: images and masks are matched by name.",
         )
-    if others:
-        notes.append(f"{others} files in '{folder}' are ignored: not images, or in linked or closed folders.")
-    return out
+    if ignored:
+        notes.append(
+            f"{ignored} files in '{folder}' are ignored: they are not images, or in linked or unreadable folders."
+        )
+    return files_by_stem
 
 
 def _ade_root(root: str) -> str | None:
@@ -221,7 +226,7 @@ def _ade20k(root: str, splits: str | None, labels: int | None, train_list: str |
         if filesystem.is_folder(f"{root}/images/{part}")
         for row in _pair(root, f"{root}/images/{part}", f"{root}/annotations/{part}", split, notes)
     }
-    notes.append("Layout: ade20k; value 0 of its masks (other objects) is ignored.")
+    notes.append("Layout: ade20k; the value 0 of the masks (other objects) is ignored.")
     if not splits:
         notes.append("ADE20K's validation images are the test set, as in the paper.")
         return Masked(list(rows.values()), classes, distinct(classes), offset=1)
@@ -230,75 +235,76 @@ def _ade20k(root: str, splits: str | None, labels: int | None, train_list: str |
     notes.append("Split lists: " + ", ".join(f"{file.rpartition('/')[2]}" for file in chosen.values()) + ".")
     named = {kind: [name for name, _ in read_list(file, classes=False)] for kind, file in chosen.items()}
     train = set(named["train"])
-    others = dict.fromkeys(name for file in larger for name, _ in read_list(file, classes=False))
-    named["pool"] = [name for name in others if name not in train]
-    if missing := [name for some in named.values() for name in some if posixpath.basename(name) not in rows]:
+    pool = dict.fromkeys(name for file in larger for name, _ in read_list(file, classes=False))
+    named["pool"] = [name for name in pool if name not in train]
+    if missing := [name for names in named.values() for name in names if posixpath.basename(name) not in rows]:
         raise KtrayError(
-            f"{count(missing, 'image')} of the lists in '{splits}' not found in '{root}/images': {three(missing)}",
-            "The lists for ADE20K hold one file name a line, such as ADE_train_00000001.jpg.",
+            f"{count(missing, 'image')} of the lists in '{splits}' cannot be found in '{root}/images': "
+            f"{three(missing)}",
+            "Lists for ADE20K have one file name per line, such as ADE_train_00000001.jpg: correct the lists.",
         )
-    out = []
-    for kind, some in named.items():
-        for name in some:
+    listed = []
+    for kind, names in named.items():
+        for name in names:
             row = rows[posixpath.basename(name)]
-            out.append(LabelledRow(row.uri, row.key, "", kind, row.version, row.mask))
-    return Masked(out, classes, distinct(classes), offset=1)
+            listed.append(LabelledRow(row.uri, row.key, "", kind, row.version, row.mask))
+    return Masked(listed, classes, distinct(classes), offset=1)
 
 
 def _ade_classes(path: str) -> list[str]:
-    """Names by index from objectInfo150.txt: columns Idx, Ratio, Train, Val, Stuff, Name under a heading."""
+    """Class names by index from objectInfo150.txt: a heading, then columns Idx, Ratio, Train, Val, Stuff, Name."""
     if filesystem.stat(path) is None:
-        raise KtrayError(f"'{path}' does not exist", "It comes with ADEChallengeData2016 and names the classes.")
+        raise KtrayError(f"'{path}' does not exist", "Copy it from ADEChallengeData2016: it contains the class names.")
     lines = filesystem.read_bytes(path).decode("utf-8-sig").splitlines()
-    found = [re.match(r"\s*(\d+)\s+[\d.]+\s+\d+\s+\d+\s+\d+\s+(.+)", line) for line in lines]
-    numbered = [(int(row[1]), nfc(row[2].strip())) for row in found if row]
+    matches = [re.match(r"\s*(\d+)\s+[\d.]+\s+\d+\s+\d+\s+\d+\s+(.+)", line) for line in lines]
+    numbered = [(int(row[1]), nfc(row[2].strip())) for row in matches if row]
     names = [name for _, name in numbered]
     if [i for i, _ in numbered] != list(range(1, len(numbered) + 1)) or len(set(names)) < 2:
-        raise KtrayError(f"'{path}' does not number the classes from 1", "Take the one of ADEChallengeData2016.")
+        raise KtrayError(f"'{path}' does not number the classes from 1", "Use the file of ADEChallengeData2016.")
     return names
 
 
-def _check_some(found: Masked) -> None:
-    """Open a few masks, the same ones on every machine. Rare broken ones are for the stage that reads them all."""
-    sample = sorted(found.rows, key=lambda r: hashlib.blake2b(r.key.encode(), digest_size=8).digest())[:SAMPLE]
+def _check_sample(masked: Masked) -> None:
+    """Check several masks, the same on every machine. Rare broken masks are left to the stage that reads all masks."""
+    sample = sorted(masked.rows, key=lambda r: hashlib.blake2b(r.key.encode(), digest_size=8).digest())[:SAMPLE]
     not_maps: list[str] = []
     other_size: list[str] = []
     unknown: list[str] = []
     for row in sample:
         name = posixpath.basename(row.mask)
         try:
-            mask = decode_mask(filesystem.read_bytes(row.mask), MOST_CLASSES, offset=found.offset)
+            mask = decode_mask(filesystem.read_bytes(row.mask), MOST_CLASSES, offset=masked.offset)
         except (OSError, BadImage) as error:
             not_maps.append(f"{name} ({error.reason if isinstance(error, BadImage) else filesystem.why(error)})")
             continue
         height, width = mask.shape
-        shown = _image_size(row.uri)
-        if shown and tuple(shown) != (width, height):
-            other_size.append(f"{name} ({width} x {height}, its image {shown[0]} x {shown[1]})")
-        strange = mask[(mask != IGNORE) & (mask >= len(found.classes))]
-        if strange.size:
-            unknown.append(f"{name} (value {int(strange.min()) + found.offset})")
-    of = f"of {count(sample, 'mask')} that were opened"
+        image_size = _image_size(row.uri)
+        if image_size and tuple(image_size) != (width, height):
+            other_size.append(f"{name} ({width} x {height}, but the image is {image_size[0]} x {image_size[1]})")
+        values = mask[(mask != IGNORE) & (mask >= len(masked.classes))]
+        if values.size:
+            unknown.append(f"{name} (value {int(values.min()) + masked.offset})")
+    checked = f"of {count(sample, 'checked mask')}"
     rare = len(sample) // 8
     if len(not_maps) > rare:
         raise KtrayError(
-            f"{len(not_maps)} {of} are no label maps: {three(not_maps)}",
-            "A mask is a PNG of one channel whose pixel values are the classes' numbers, not their colours.",
+            f"{len(not_maps)} {checked} are not label maps: {three(not_maps)}",
+            "A mask must be a PNG with one channel, whose pixel values are the numbers of the classes, not colours.",
         )
     if len(other_size) > rare:
         raise KtrayError(
-            f"{len(other_size)} {of} have another size than their image: {three(other_size)}",
-            "Image and mask are of one size (the image's with its EXIF orientation applied).",
+            f"{len(other_size)} {checked} and their images have different sizes: {three(other_size)}",
+            "Resize the masks to the size of the images, after EXIF orientation.",
         )
     if unknown:
         raise KtrayError(
-            f"{len(unknown)} {of} have values beyond the {len(found.classes)} classes: {three(unknown)}",
-            f"Name every value in classes.txt, in order from 0; {IGNORE} marks what is not labelled.",
+            f"{len(unknown)} {checked} have values beyond the {len(masked.classes)} classes: {three(unknown)}",
+            f"Add a class name for every value to classes.txt, in order from 0; {IGNORE} marks unlabelled pixels.",
         )
 
 
 def _image_size(uri: str) -> Sequence[int] | None:
-    """Width and height as they are shown, or None where it cannot be read (the stage that decodes it tells)."""
+    """Displayed width and height, or None if the image cannot be read (the stage that decodes it reports that)."""
     try:
         with Image.open(io.BytesIO(filesystem.read_bytes(uri)), formats=formats()) as image:
             turned = image.getexif().get(0x0112, 1) >= 5

@@ -1,4 +1,4 @@
-"""Images with one class each: a folder, a list, or official split lists become train, val and test."""
+"""Read images with one class each, from a folder, a list or official split lists, as train, val and test."""
 
 from __future__ import annotations
 
@@ -27,32 +27,33 @@ def read_labelled(
     """Read images with one class each.
 
     Args:
-        data: a folder with ``train/`` and perhaps ``val/`` (or ``valid/``, ``validation/``) and ``test/``, each of
-            class folders; a folder of class folders; a CSV or Parquet list with columns path, label and perhaps split
-            (paths absolute, ``s3://``, or relative to the list's folder; a Parquet list may hold image bytes in place
-            of paths). Local or ``s3://``.
-        splits: a folder of lists ``train*.txt``, ``val*.txt``, ``test*.txt`` of lines ``file,class`` for the images
-            under ``data``. Images of the other train lists are unlabeled.
+        data: local path or ``s3://`` of one of: a folder with ``train/`` and optionally ``val/`` (or ``valid/``,
+            ``validation/``) and ``test/``, each with class folders; a folder of class folders; a CSV or Parquet list
+            with columns path, label and optionally split. Paths in a list are absolute, ``s3://``, or relative to the
+            list's folder; a Parquet list may contain image bytes in place of paths.
+        splits: a folder with the lists ``train*.txt``, ``val*.txt``, ``test*.txt``, whose lines are ``file,class`` for
+            the images under ``data``. Images that are only in other train lists are unlabeled.
         seed, val_fraction, test_fraction: see `ktray.data.labelled.labelled_set.divide`.
-        labels_per_class: label budget; a smaller one is a subset of a larger one with the same seed. None takes all of
-            train.
-        layout: whose folders and lists these are (`layouts.LAYOUTS`); auto recognises it by the lists' names.
-        train_list: which train list of ``splits``, with or without its ending; None: by the budget, else the full.
+        labels_per_class: label budget; a smaller budget is a subset of a larger one with the same seed. None keeps all
+            of train.
+        layout: the layout of folders and lists (`layouts.LAYOUTS`); auto recognises it by the file names in the lists.
+        train_list: name of the train list in ``splits``, with or without suffix; None: the list for the budget if there
+            is one, otherwise the full list.
 
     Returns:
         The set, each part in a fixed order.
 
     Raises:
-        KtrayError: nothing there, a list without the columns, fewer than two classes, classes in val or test
-            that train lacks, one image in two splits or with two labels, no image where the list says, a key that
-            would have no effect.
+        KtrayError: the data does not exist, a list lacks a column, there are fewer than two classes, val or test has a
+            class that train lacks, an image is in two splits or has two labels, images of a list do not exist, or a
+            key would have no effect.
     """
     if layout == "ade20k":
-        raise KtrayError("task.layout=ade20k has masks", "Set task.kind=segmentation.")
+        raise KtrayError("task.layout=ade20k is a layout with masks", "Set task.kind=segmentation.")
     if layout != "auto" and not splits:
         raise KtrayError(
             f"task.layout={layout} needs its split lists",
-            "Set task.splits to the folder with them, or task.layout=auto for train/ val/ test/ of class folders.",
+            "Set task.splits to their folder, or task.layout=auto for train/, val/ and test/ with class folders.",
         )
     check_train_list(train_list, splits)
     notes: list[str] = []
@@ -60,9 +61,10 @@ def read_labelled(
         root, file = place(data)
         if file is not None:
             raise KtrayError(
-                f"task.splits goes with a folder of images, and '{root}' is a list", "Leave one of them out."
+                f"task.splits needs a folder of images, but '{root}' is a list",
+                "Remove task.splits, or set task.data to a folder.",
             )
-        rows, known = read_split_lists(root, normalise(splits), labels_per_class, train_list, layout, notes)
+        rows, recognised = read_split_lists(root, normalise(splits), labels_per_class, train_list, layout, notes)
     else:
         rows = read_rows(data, notes)
     return divide(
@@ -74,7 +76,7 @@ def read_labelled(
         test_fraction=test_fraction,
         budget=labels_per_class,
         notes=notes,
-        names=lambda classes: readable(known, root, classes) if splits else [],
+        names=lambda classes: readable(recognised, root, classes) if splits else [],
     )
 
 
@@ -85,12 +87,12 @@ def _classes(rows: Sequence[LabelledRow], data: str) -> list[str]:
         raise KtrayError(
             f"{count(unknown, 'class', 'classes')} of val or test has no training image in '{data}': "
             f"{three(sorted(unknown))}",
-            "Check the spelling, add training images, or take these classes out.",
+            "Check the spelling, add training images, or remove these classes.",
         )
     if len(names) < 2:
-        only = f"only one class, {three(names)}" if names else "no training images"
+        present = f"only one class, {three(names)}" if names else "no training images"
         raise KtrayError(
-            f"'{data}' has {only}", "Classification needs two classes at least, such as 'it' and 'everything else'."
+            f"'{data}' has {present}", "Classification needs at least two classes. Add a class, for example 'other'."
         )
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))

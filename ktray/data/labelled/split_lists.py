@@ -1,6 +1,6 @@
-"""Split lists: lines ``file,class`` for images that lie in a folder as their host laid them out.
+"""Split lists: lines ``file,class`` for the images of a published data set in its own folder layout.
 
-The folder is listed once, without a look at each file: a million images and more are usual here.
+The folder is listed once, without accessing each file, because such data sets often have more than a million images.
 """
 
 from __future__ import annotations
@@ -20,45 +20,47 @@ from ktray.errors import KtrayError
 def read_split_lists(
     root: str, splits: str, budget: int | None, train_list: str | None, layout: str, notes: list[str]
 ) -> tuple[list[LabelledRow], Layout]:
-    """Rows of all images that the lists in ``splits`` name, found below ``root``, and the layout they have.
+    """Rows of all images of the lists in ``splits``, whose files are below ``root``, and the layout of the data.
 
-    Images of the other train lists that the chosen one does not name are rows of split ``pool``.
+    Images that are in other train lists but not in the chosen one are rows of the split ``pool``.
 
     Raises:
-        KtrayError: lists that are not there or not of the form, images that are missing, or there twice, classes
-            that the data does not have. Each says how many and shows three.
+        KtrayError: lists are missing or malformed, images are missing or ambiguous, or the data lacks a class of the
+            lists. Messages contain the number of cases and three examples.
     """
     chosen, larger = choose_lists(splits, budget, train_list, "task.labels_per_class")
     pairs = {kind: read_list(file) for kind, file in chosen.items()}
-    found = recognise(pairs.values()) if layout == "auto" else LAYOUTS[layout]
+    recognised = recognise(pairs.values()) if layout == "auto" else LAYOUTS[layout]
     notes.append("Split lists: " + ", ".join(f"{file.rpartition('/')[2]}" for file in chosen.values()) + ".")
-    if found is not PLAIN:
-        notes.append(f"Layout: {found.name}.")
-    if found.val_is_test and "test" not in pairs and "ILSVRC2012_val_" in pairs.get("val", [("", "")])[0][0]:
+    if recognised is not PLAIN:
+        notes.append(f"Layout: {recognised.name}.")
+    if recognised.val_is_test and "test" not in pairs and "ILSVRC2012_val_" in pairs.get("val", [("", "")])[0][0]:
         pairs["test"] = pairs.pop("val")
         notes.append("ImageNet's val.txt is the test set, as in the paper.")
-    named = set(pairs["train"])
-    pairs["pool"] = [p for p in dict.fromkeys(p for other in larger for p in read_list(other)) if p not in named]
+    train = set(pairs["train"])
+    pairs["pool"] = [p for p in dict.fromkeys(p for path in larger for p in read_list(path)) if p not in train]
     files = Files(root, pairs.values())
-    _check_classes(found, files, pairs, splits)
-    rows = [files.row(name, label, kind) for kind, some in pairs.items() for name, label in some]
+    _check_classes(recognised, files, pairs, splits)
+    rows = [files.row(name, label, kind) for kind, listed in pairs.items() for name, label in listed]
     files.check(splits)
-    return rows, found
+    return rows, recognised
 
 
 def choose_lists(
     splits: str, budget: int | None, train_list: str | None, budget_key: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Split to the path of its list, and the paths of the other train lists."""
+    """The path of the list of each split, and the paths of the other train lists."""
     if not filesystem.is_folder(splits):
-        raise KtrayError(f"task.splits '{splits}' is not a folder", "Name a folder with train*.txt, val.txt, test.txt.")
+        raise KtrayError(
+            f"task.splits '{splits}' is not a folder", "Set it to a folder with train*.txt, val.txt and test.txt."
+        )
     lists: dict[str, list[str]] = defaultdict(list)
     for name in filesystem.children(splits)[1]:
         kind = SPLITS.get(re.split(r"[_.\-]", name.lower())[0])
         if kind and name.lower().endswith((".txt", ".csv")):
             lists[kind].append(f"{splits}/{name}")
     if not lists["train"]:
-        raise KtrayError(f"'{splits}' has no train*.txt", "Split lists are named train*.txt, val*.txt and test*.txt.")
+        raise KtrayError(f"'{splits}' has no train*.txt", "Name the lists train*.txt, val*.txt and test*.txt.")
     chosen = {kind: _choose(paths, budget if kind == "train" else None, budget_key)
               for kind, paths in lists.items() if paths and not (kind == "train" and train_list)}  # fmt: skip
     if train_list:
@@ -73,7 +75,8 @@ def _named(paths: Sequence[str], wanted: str) -> str:
         near = difflib.get_close_matches(stem, stems, n=1)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise KtrayError(
-            f"task.train_list '{wanted}' is not in task.splits", f"{hint}It has {', '.join(sorted(stems))}."
+            f"task.train_list '{wanted}' is not in the folder task.splits",
+            f"{hint}The folder has {', '.join(sorted(stems))}.",
         )
     return stems[stem]
 
@@ -82,27 +85,27 @@ def _choose(paths: Sequence[str], budget: int | None, budget_key: str) -> str:
     if len(paths) == 1:
         return paths[0]
     full = r"(train_full|train|val|test)\."
-    wanted = rf"train_{budget}img" if budget else full
-    fits = [p for p in paths if re.match(wanted, p.rpartition("/")[2])]
-    if len(fits) != 1 and budget:
-        fits = [p for p in paths if re.match(full, p.rpartition("/")[2])]
-    if len(fits) == 1:
-        return fits[0]
+    pattern = rf"train_{budget}img" if budget else full
+    matching = [p for p in paths if re.match(pattern, p.rpartition("/")[2])]
+    if len(matching) != 1 and budget:
+        matching = [p for p in paths if re.match(full, p.rpartition("/")[2])]
+    if len(matching) == 1:
+        return matching[0]
     listed = ", ".join(p.rpartition("/")[2] for p in paths)
     raise KtrayError(
-        f"It is not clear which of these lists is meant: {listed}",
-        f"Set task.train_list to a train list's name, or {budget_key} to the number in it.",
+        f"There are several lists for one split, and none of them is the default: {listed}",
+        f"Set task.train_list to the name of a train list, or {budget_key} to the number in its name.",
     )
 
 
 def read_list(path: str, classes: bool = True) -> list[tuple[str, str]]:
-    """(file, class) of each line; with ``classes=False`` a line is a file's name and the class is empty."""
+    """(file, class) of each line. With ``classes=False`` a line is a file name, and the class is empty."""
     pairs = []
     try:
         lines = filesystem.read_bytes(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KtrayError(
-            f"Split list '{path}' cannot be read: {filesystem.why(error)}", "It is text in UTF-8."
+            f"Split list '{path}' cannot be read: {filesystem.why(error)}", "Save it as text in UTF-8."
         ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -112,44 +115,47 @@ def read_list(path: str, classes: bool = True) -> list[tuple[str, str]]:
             continue
         name, comma, label = (part.strip() for part in line.rpartition(","))
         if not comma or not name or not label:
-            raise KtrayError(f"Split list '{path}' has no 'file,class' in line {number}", "Mend the line.")
+            raise KtrayError(f"Split list '{path}' has no 'file,class' in line {number}", "Correct the line.")
         pairs.append((name, nfc(label)))
     if not pairs:
-        raise KtrayError(f"Split list '{path}' is empty", "Fill it, or remove it: its split is then drawn from train.")
+        raise KtrayError(
+            f"Split list '{path}' is empty", "Add images, or remove the list: its split is then drawn from train."
+        )
     return pairs
 
 
 def _check_classes(layout: Layout, files: Files, pairs: Mapping[str, Pairs], splits: str) -> None:
-    lines = Counter(label for some in pairs.values() for _, label in some)
-    known = set(layout.classes) or (files.classes if layout.class_folders else set())
-    if unknown := [label for label in lines if known and label not in known]:
+    lines = Counter(label for listed in pairs.values() for _, label in listed)
+    valid = set(layout.classes) or (files.classes if layout.class_folders else set())
+    if unknown := [label for label in lines if valid and label not in valid]:
         number = sum(lines[label] for label in unknown)
         raise KtrayError(
-            f"{number} lines of the lists in '{splits}' name {count(unknown, 'class', 'classes')} that {layout.name} "
+            f"{number} lines of the lists in '{splits}' have {count(unknown, 'class', 'classes')} that {layout.name} "
             f"in '{files.root}' does not have: {three(unknown)}",
-            "Check the spelling, and that the archive is unpacked whole.",
+            "Check the spelling, and whether the archive was unpacked completely.",
         )
 
 
 class Files:
-    """Finds the images that lists name: by the list's path, by name and class folder, or by name alone.
+    """Finds the images of lists by path, by file name and class folder, or by file name alone.
 
     Attributes:
-        root: the folder.
-        classes: those of the lists' classes that have a folder.
+        root: the folder with the images.
+        classes: the classes of the lists that have a folder.
     """
 
     def __init__(self, root: str, lists: Iterable[Pairs]) -> None:
         self.root = root
         lists = list(lists)
-        wanted = {_base(name) for some in lists for name, _ in some}
-        # Places365's class "hunting_lodge_outdoor" lies in "h/hunting_lodge/outdoor" or "hunting_lodge-outdoor".
-        self._plain = {label: _plain(label) for some in lists for _, label in some}
+        wanted = {_base(name) for listed in lists for name, _ in listed}
+        # The class "hunting_lodge_outdoor" of Places365 has the folder "h/hunting_lodge/outdoor" or
+        # "hunting_lodge-outdoor".
+        self._plain = {label: _plain(label) for listed in lists for _, label in listed}
         labels = set(self._plain.values())
         self._names: dict[str, set[str]] = {}
         self._by_class: dict[str, list[str]] = defaultdict(list)
         self._by_last: dict[str, list[str]] = defaultdict(list)
-        self._free: dict[str, list[str]] = defaultdict(list)  # names in folders that are no class's
+        self._free: dict[str, list[str]] = defaultdict(list)  # file names in folders that do not belong to a class
         self._versions: dict[str, str] = {}
         self._missing: list[str] = []
         self._twice: dict[str, list[str]] = {}
@@ -164,7 +170,7 @@ class Files:
         self.classes = {label for label, plain in self._plain.items() if plain in self._by_class}
 
     def row(self, name: str, label: str, split: str) -> LabelledRow:
-        """The image's row; one that is not found is counted for `check`."""
+        """The row of an image. If its file is missing or ambiguous, `check` reports it."""
         candidates = self._candidates(name, label)
         key = nfc(f"{label}/{name}")
         if len(candidates) != 1:
@@ -179,7 +185,7 @@ class Files:
 
     def _candidates(self, name: str, label: str) -> list[str]:
         base = _base(name)
-        if "/" in name:  # a path says where, whatever the folder is called
+        if "/" in name:  # a path is unambiguous, independent of class folders
             folder = name.rpartition("/")[0].removeprefix("./").strip("/")
             below = [f for f in self._by_last.get(_base(folder), []) if base in self._names[f]]
             return [f for f in below if f == folder] or [f for f in below if f.endswith(f"/{folder}")]
@@ -192,10 +198,10 @@ class Files:
         if filesystem.is_remote(path):
             return self._versions[path]
         try:
-            found = os.stat(path)
-        except OSError:  # a link to nowhere: reading it says so
+            status = os.stat(path)
+        except OSError:  # a broken link is reported when it is read
             return ""
-        return f"{found.st_size}:{found.st_mtime_ns}"
+        return f"{status.st_size}:{status.st_mtime_ns}"
 
     def _remote(self) -> Iterator[tuple[str, list[str]]]:
         folders: dict[str, list[str]] = defaultdict(list)
@@ -206,34 +212,34 @@ class Files:
         yield from folders.items()
 
     def check(self, splits: str) -> None:
-        """Raises KtrayError: images of the lists were not found, or are there more than once."""
+        """Raises KtrayError if images of the lists are missing or ambiguous."""
         if self._missing:
             raise KtrayError(
-                f"{count(self._missing, 'image')} of the lists in '{splits}' not found in '{self.root}': "
+                f"{count(self._missing, 'image')} of the lists in '{splits}' cannot be found in '{self.root}': "
                 f"{three(self._missing)}",
-                "Check task.data: files lie in it by the list's path, in a folder of their class, or by a name of "
-                "their own outside of class folders.",
+                "Check task.data: an image must have the path of the list, or be in the folder of its class, or have a "
+                "unique file name outside of class folders.",
             )
         if self._twice:
             where = " and ".join(f"'{folder or '.'}'" for folder in next(iter(self._twice.values()))[:2])
             raise KtrayError(
-                f"{count(self._twice, 'image')} of the lists in '{splits}' can be more than one file in "
-                f"'{self.root}': {three(self._twice)} (the first is in {where})",
-                "Keep one copy below task.data, or write paths in the lists.",
+                f"{count(self._twice, 'image')} of the lists in '{splits}' can be one of several files in "
+                f"'{self.root}': {three(self._twice)} (the first one is in {where})",
+                "Keep only one copy below task.data, or use paths in the lists.",
             )
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(path below the root, names of its files) of each folder; linked folders are entered, none twice."""
-    seen: set[str] = set()
-    todo = deque([""])
-    while todo:
-        inside = todo.popleft()
+    """(path below the root, file names) of each folder. Linked folders are followed, and no folder is visited twice."""
+    visited: set[str] = set()
+    queue = deque([""])
+    while queue:
+        inside = queue.popleft()
         path = f"{root}/{inside}" if inside else root
         real = os.path.realpath(path)
-        if real in seen:
+        if real in visited:
             continue
-        seen.add(real)
+        visited.add(real)
         try:
             folders, names = filesystem.children(path)
         except OSError as error:
@@ -241,15 +247,15 @@ def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
                 f"Folder '{path}' cannot be listed: {filesystem.why(error)}", "Check its permissions."
             ) from error
         yield inside, names
-        todo.extend(f"{inside}/{name}" if inside else name for name in folders)
+        queue.extend(f"{inside}/{name}" if inside else name for name in folders)
 
 
 def _class_of(folder: str, labels: set[str]) -> str:
-    """The class, in `_plain` spelling, whose images a folder holds by its name; empty for others."""
+    """The class, in the spelling of `_plain`, to which a folder belongs by its name; empty for other folders."""
     parts = [_plain(part) for part in nfc(folder).split("/")]
-    for start in range(len(parts)):  # the longest name first: "arcade" is not "amusement/arcade"
+    for start in range(len(parts)):  # the longest name first: "arcade" is different from "amusement/arcade"
         name = "_".join(parts[start:])
-        # A folder "train" at the top holds the training images, even where a class is called so.
+        # A top-level folder "train" contains the training images, even if there is a class of that name.
         if name in labels and not (len(parts) == 1 and name.lower() in SPLITS):
             return name
     return ""

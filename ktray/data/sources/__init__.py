@@ -1,6 +1,6 @@
-"""Where unlabelled images come from, one file for each kind of place: ``files`` (folders of images), ``csv_lists``,
-``tars``, ``parquets``, ``clip_retrieval``.
+"""Sources of unlabelled images. Each has its own file: ``files`` (folders of images), ``csv_lists``, ``tars``,
+``parquets`` and ``clip_retrieval``.
 
-``base`` says what such a source is. The other files serve all sources: ``listing`` (paths to shards), ``lists``
-(``gallery.data`` and ``transfer.list``), ``shards`` and ``fetch`` (reading), ``uris`` and ``records``.
+``base`` defines what a source must provide. The other files are used for all sources: ``listing`` (paths to shards),
+``lists`` (``gallery.data`` and ``transfer.list``), ``shards`` and ``fetch`` (reading), ``uris`` and ``records``.
 """

@@ -1,8 +1,8 @@
-"""What a source of unlabelled images is, and the shard: some images that are read together.
+"""Sources of unlabelled images, and shards: groups of images that are read together.
 
-A source is registered in `ktray.recipe.registries.SOURCES` under a name that its shards and uris carry (`Shard.kind`,
-`ImageRef.kind`). It recognises its files (or a whole folder), cuts them into shards and reads a shard from start to
-end. Where an image is a part of a file, it gives the image a uri and fetches it by that uri.
+A source is registered in `ktray.recipe.registries.SOURCES` under the name that its shards and uris contain
+(`Shard.kind`, `ImageRef.kind`). It recognises its files (or a whole folder), divides them into shards and reads a shard
+sequentially. If an image is a part of a file, the source gives it a uri and can fetch it by this uri.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images that are read together. Picklable.
+    """A group of images that are read together. It is picklable.
 
     Attributes:
         kind: name of the source that reads it.
-        paths: what the source reads: the images of ``files``, the file of ``tar`` and ``parquet``, other sources as
-            they say.
-        fingerprint: hash of paths, sizes and modification times (not of contents). For images from a list it covers
-            the list's rows, not the images.
-        count: images in it; None where only reading tells (tars, a Parquet file whose footer is broken).
+        paths: the files that the source reads: all images for ``files``, the one file for ``tar`` and ``parquet``; see
+            the other sources.
+        fingerprint: hash of paths, sizes and modification times (not of contents). For images of a list, it is a hash
+            of the list's rows, not of the images.
+        count: number of images; None if it is unknown before reading (tars, a Parquet file with a broken footer).
         start: first row of a Parquet file or of embeddings.
-        column: the Parquet file's image column.
-        named: the user named the column, so that uris must carry it.
-        caption: the Parquet file's caption column.
-        captions: one for each of ``paths`` (CSV lists), or empty.
+        column: the image column of the Parquet file.
+        named: the user named the column, so that uris must contain it.
+        caption: the caption column of the Parquet file.
+        captions: one caption for each of ``paths`` (CSV lists), or empty.
     """
 
     kind: str
@@ -53,18 +53,18 @@ class Shard:
 
     @property
     def source(self) -> Source:
-        """The source that reads it."""
-        found: Source = SOURCES.get(self.kind)
-        return found
+        """The source that reads the shard."""
+        source: Source = SOURCES.get(self.kind)
+        return source
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How files are cut into shards.
+    """How files are divided into shards.
 
     Attributes:
-        rows: images in a shard, about.
-        column: ``gallery.column``, column of tables with image bytes or paths; ``auto`` finds it.
+        rows: approximate number of images per shard.
+        column: ``gallery.column``: the column with image bytes or paths; ``auto`` detects it.
     """
 
     rows: int = ROWS
@@ -72,38 +72,38 @@ class Cut:
 
 
 class Source(ABC):
-    """One kind of place for unlabelled images. Instances have no state and are registered in ``SOURCES``."""
+    """A source of unlabelled images. Instances have no state and are registered in ``SOURCES``."""
 
     noun: str = ""
-    """Several of its files, in messages: ``tar shards``; empty where its places are folders."""
+    """Plural name of its files in messages, such as ``tar shards``; empty if the source reads whole folders."""
     accepts: str = ""
-    """What may be named, in messages: ``.tar/.tar.gz/.tgz shards``."""
+    """Description of accepted files in messages, such as ``.tar/.tar.gz/.tgz shards``."""
     pattern: str = "*"
-    """A pattern for its files, in messages: ``*.tar``."""
+    """A pattern for its files in messages, such as ``*.tar``."""
     order: int = 100
-    """Where its shards stand in a gallery of several kinds; equal numbers go by name."""
+    """Position of its shards in a gallery with several sources; sources with equal numbers are sorted by name."""
     in_folders: bool = True
-    """Whether its files count where a folder above them is named (lists do not, they are named themselves)."""
+    """Whether its files are included if a folder above them is named. Lists are not: they must be named themselves."""
     lists_images: bool = False
-    """Whether one of its files may be ``transfer.list``."""
+    """Whether ``transfer.list`` may be one of its files."""
     loose: bool = False
-    """Whether the paths of its shards are single images, which a list may call by their names."""
+    """Whether the paths of its shards are single images, which a list may refer to by file name."""
     has_embeddings: bool = False
-    """Whether its shards come with embeddings (see `read_embedded`)."""
+    """Whether its shards contain embeddings (see `read_embedded`)."""
 
     def fits(self, path: str) -> bool:
-        """Whether a file is one of this kind, by its name."""
+        """Whether the source reads a file with this name."""
         return False
 
     def fits_folder(self, folder: str) -> bool:
-        """Whether a folder as a whole is one of this kind; ``folder`` is normalised and exists."""
+        """Whether the source reads this folder as a whole. ``folder`` is normalised and exists."""
         return False
 
     def shards(self, files: Sequence[FileStat], cut: Cut) -> list[Shard]:
-        """The shards of files that `fits` accepted, sorted by path; the same ones for the same files.
+        """The shards of files that `fits` accepted. The files are sorted by path; equal files give equal shards.
 
         Raises:
-            KtrayError: a file that cannot be cut, such as a table without a column of images.
+            KtrayError: a file cannot be divided into shards, such as a table without an image column.
         """
         return []
 
@@ -118,29 +118,29 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[ImageRecord]:
-        """The shard's images in order, encoded, few in memory at a time. What cannot be read is a record with an
-        error, never an exception."""
+        """The encoded images of the shard, in order, with few of them in memory at a time. An image that cannot be read
+        is a record with an error; no exception is raised."""
 
     def read_embedded(self, shard: Shard) -> Iterator[tuple[ImageRecord, np.ndarray]]:
-        """As `read`, with each image's embedding (D,), for sources with ``has_embeddings``."""
+        """Like `read`, together with the embedding (D,) of each image; for sources with ``has_embeddings``."""
         raise NotImplementedError
 
     def parse(self, uri: str) -> ImageRef | None:
-        """The image that a uri names, where it is one of this source's uris (``FILE#...``); None for all others."""
+        """Parse a uri of this source (``FILE#...``); None for all other uris."""
         return None
 
     def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
-        """Calls that together read these images of one file, each (bytes, None) or (None, error); see `parse`."""
+        """Calls that together read these images of one file. Each image gives (bytes, None) or (None, error)."""
         raise NotImplementedError
 
 
 def in_order() -> list[tuple[str, Source]]:
-    """All sources in the order of their shards in a gallery."""
+    """All sources with their names, in the order of their shards in a gallery."""
     return sorted(SOURCES, key=lambda item: (item[1].order, item[0]))
 
 
 def fingerprint(files: Iterable[FileStat], *more: object) -> str:
-    """32 hex digits over paths, sizes and modification times, and anything else by its repr."""
+    """Hash of paths, sizes and modification times, and of the repr of ``more``; 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode("utf-8", "surrogateescape"))
@@ -149,17 +149,17 @@ def fingerprint(files: Iterable[FileStat], *more: object) -> str:
 
 
 def spans(keys: Sequence[str], rows: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of groups of half to twice ``rows`` keys, cut where a key's hash says so.
+    """(first, last + 1) of groups of half to twice ``rows`` keys. The hashes of the keys determine the boundaries.
 
-    So a key that comes or goes changes its own group and perhaps a neighbour, and an index of the others still holds;
-    groups of equal size would all be others from there on.
+    Therefore a key that is added or removed changes only its own group and perhaps a neighbouring group, and the index
+    of the other groups stays valid. With groups of equal size, all later groups would change.
     """
-    out, first = [], 0
-    least = max(1, rows // 2)
-    for at, key in enumerate(keys, 1):
-        size = at - first
-        cut = zlib.crc32(key.encode("utf-8", "surrogateescape")) % least == 0
-        if size >= 2 * rows or (size >= least and cut) or at == len(keys):
-            out.append((first, at))
-            first = at
-    return out
+    groups, first = [], 0
+    minimum = max(1, rows // 2)
+    for end, key in enumerate(keys, 1):
+        size = end - first
+        cut = zlib.crc32(key.encode("utf-8", "surrogateescape")) % minimum == 0
+        if size >= 2 * rows or (size >= minimum and cut) or end == len(keys):
+            groups.append((first, end))
+            first = end
+    return groups

@@ -1,11 +1,11 @@
-"""Embeddings that others have made: the output folders of clip-retrieval, as shards of a gallery.
+"""Existing embeddings: the output folders of clip-retrieval, as shards of a gallery.
 
-``FOLDER/img_emb/img_emb_N.npy`` holds (rows, D) embeddings, ``FOLDER/metadata/metadata_N.parquet`` in the same order
-``image_path`` and perhaps ``caption``. An ``image_path`` is a path, or, where the images came from tar shards, the key
-of a sample. Where the images lie is said by ``gallery.images``: the folder that relative paths start at, or the tars.
+``FOLDER/img_emb/img_emb_N.npy`` contains (rows, D) embeddings; ``FOLDER/metadata/metadata_N.parquet`` contains, in the
+same order, ``image_path`` and optionally ``caption``. An ``image_path`` is a path or, if the images are in tar shards,
+the key of a sample. ``gallery.images`` is the folder at which relative paths start, or the tars.
 
-The images themselves are still read, once: without their fingerprints nobody could tell which of them copy a test
-image.
+The images themselves are also read once, because their fingerprints are needed to detect near-duplicates of test
+images.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ktray.recipe.registries import SOURCES
 EMBEDDED = "embedded"
 _EMBEDDINGS, _METADATA = "img_emb", "metadata"
 _NAME, _CAPTION = "image_path", "caption"
-# Images that are asked for together, and may be in memory together.
+# Number of images that are fetched, and in memory, at a time.
 _TOGETHER = 64
 ROWS = 16_384
 
 
 class ClipRetrievalSource(Source):
-    """Output folders of clip-retrieval, whose embeddings are taken over."""
+    """Output folders of clip-retrieval; their embeddings are used for the index."""
 
     order, has_embeddings = 40, True
 
@@ -56,7 +56,7 @@ class ClipRetrievalSource(Source):
 
 
 def is_embedded(folder: str) -> bool:
-    """Whether it is an output folder of clip-retrieval."""
+    """Whether a folder is an output folder of clip-retrieval."""
     folder = filesystem.normalise(folder)
     if not filesystem.is_folder(folder):
         return False
@@ -64,28 +64,32 @@ def is_embedded(folder: str) -> bool:
 
 
 def embedded_shards(folder: str, images: str | Sequence[str] | None, rows_per_shard: int = ROWS) -> list[Shard]:
-    """Its shards: ``paths`` are the embeddings, the metadata, and where the images lie.
+    """The shards of an output folder. Their ``paths`` are the embeddings, the metadata, and the places of the images.
 
     Raises:
-        KtrayError: a partition lacks its other file, holds another number of rows, or has no ``image_path``.
+        KtrayError: a partition lacks one of its files, its files have different numbers of rows, or it has no column
+            ``image_path``.
     """
     folder = filesystem.normalise(folder)
     places = tuple(filesystem.normalise(p) for p in ([images] if isinstance(images, str) else images or []))
-    found: dict[str, dict[str, str]] = {}
+    partitions: dict[str, dict[str, str]] = {}
     for part, suffix in ((_EMBEDDINGS, ".npy"), (_METADATA, ".parquet")):
         for name in filesystem.children(f"{folder}/{part}")[1]:
             if name.endswith(suffix):
                 number = name[: -len(suffix)].rpartition("_")[2]
-                found.setdefault(number, {})[part] = f"{folder}/{part}/{name}"
-    if not found:
-        raise KtrayError(f"Folder '{folder}' has no embeddings in {_EMBEDDINGS}/", "Was clip-retrieval interrupted?")
+                partitions.setdefault(number, {})[part] = f"{folder}/{part}/{name}"
+    if not partitions:
+        raise KtrayError(
+            f"Folder '{folder}' has no embeddings in {_EMBEDDINGS}/",
+            "Check whether clip-retrieval was interrupted, and run it again.",
+        )
     shards = []
-    for number, pair in sorted(found.items()):
+    for number, pair in sorted(partitions.items()):
         if len(pair) < 2:
-            (there,) = pair.values()
+            (present,) = pair.values()
             raise KtrayError(
-                f"'{there}' has no partner: partition {number} needs {_EMBEDDINGS}/ and {_METADATA}/ alike",
-                "Was clip-retrieval interrupted? Its metadata must be on (--enable_metadata).",
+                f"Partition {number} has only '{present}'; it needs one file in {_EMBEDDINGS}/ and one in {_METADATA}/",
+                "Run clip-retrieval again until it is complete, with metadata (--enable_metadata).",
             )
         shards += _partition(pair[_EMBEDDINGS], pair[_METADATA], places, rows_per_shard)
     return shards
@@ -95,33 +99,35 @@ def _partition(vectors: str, metadata: str, places: tuple[str, ...], rows_per_sh
     try:
         footer, (rows, _) = read_footer(metadata), _shape(vectors)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise KtrayError(f"'{vectors}' or '{metadata}' cannot be read: {error}", "Make it anew.") from error
+        raise KtrayError(
+            f"'{vectors}' or '{metadata}' cannot be read: {error}", "Write the file again with clip-retrieval."
+        ) from error
     if _NAME not in footer.schema.names:
         raise KtrayError(
             f"'{metadata}' has no column {_NAME}, only {', '.join(footer.schema.names)}",
-            "Run clip-retrieval with metadata enabled.",
+            "Run clip-retrieval with metadata (--enable_metadata).",
         )
     if footer.rows != rows:
         raise KtrayError(
-            f"'{vectors}' has {rows:,} rows and '{metadata}' {footer.rows:,}",
-            "They are of different runs: make both anew.",
+            f"'{vectors}' has {rows:,} rows, but '{metadata}' has {footer.rows:,}",
+            "They are from different runs of clip-retrieval. Write both again.",
         )
     files = [file for path in (vectors, metadata) if (file := filesystem.stat(path))]
     paths = (vectors, metadata, *places)
-    out = []
+    shards = []
     for first in range(0, rows, rows_per_shard):
         count = min(rows_per_shard, rows - first)
-        out.append(Shard(EMBEDDED, paths, fingerprint(files, first, count, places), count, first))
-    return out
+        shards.append(Shard(EMBEDDED, paths, fingerprint(files, first, count, places), count, first))
+    return shards
 
 
 def read_vectors(shard: Shard) -> np.ndarray:
-    """(count, D) embeddings of a shard, as they are stored."""
+    """(count, D) stored embeddings of a shard, in the stored dtype."""
     path = shard.paths[0]
     assert shard.count is not None
     if not filesystem.is_remote(path):
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)[shard.start : shard.start + shard.count]
-        return found
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array[shard.start : shard.start + shard.count]
     with filesystem.open_random(path) as stream:
         _, width, dtype, offset = _header(stream)
         stream.seek(offset + shard.start * width * dtype.itemsize)
@@ -130,7 +136,7 @@ def read_vectors(shard: Shard) -> np.ndarray:
 
 
 def read_records(shard: Shard) -> Iterator[tuple[int, ImageRecord]]:
-    """Each row of a shard, counted from its start, with its image; those of tars in the tars' order."""
+    """Each row of a shard, counted from its start, with its image. Images of tars are in the order of the tars."""
     assert shard.count is not None
     _, metadata, *places = shard.paths
     columns = [name for name in (_NAME, _CAPTION) if name in read_footer(metadata).schema.names]
@@ -157,7 +163,7 @@ def _placed(name: str, metadata: str, places: Sequence[str]) -> str:
     if filesystem.is_remote(name) or (name.startswith("/") and not filesystem.is_remote(metadata)):
         return name
     folders = [place for place in places if not is_tar(place)]
-    # Without gallery.images a relative path starts beside img_emb/ and metadata/.
+    # Without gallery.images, a relative path starts at the folder that contains img_emb/ and metadata/.
     start = folders[0] if folders else posixpath.dirname(posixpath.dirname(metadata))
     return f"{start}/{name}"
 
@@ -167,10 +173,10 @@ def _from_tars(
 ) -> Iterator[tuple[int, ImageRecord]]:
     missing = dict(keys)
     tars = _tars(places)
-    # img2dataset's keys begin with the name of their tar, so the others are opened only for what these do not have.
+    # The keys of img2dataset start with the name of their tar. Other tars are opened only for the remaining keys.
     lengths = {len(_stem(tar)) for tar in tars}
-    begins = {key[:length] for key in keys for length in lengths}
-    for tar in sorted(tars, key=lambda tar: _stem(tar) not in begins):
+    prefixes = {key[:length] for key in keys for length in lengths}
+    for tar in sorted(tars, key=lambda tar: _stem(tar) not in prefixes):
         if not missing:
             return
         for record in read_tar(tar):
@@ -179,7 +185,7 @@ def _from_tars(
             if row is not None:
                 yield row, replace(record, caption=captions[row] or record.caption)
     for key, row in missing.items():
-        yield row, ImageRecord(key, None, error="no tar of gallery.images has a sample of this key")
+        yield row, ImageRecord(key, None, error="no tar of gallery.images has a sample with this key")
 
 
 def _stem(tar: str) -> str:
@@ -187,15 +193,15 @@ def _stem(tar: str) -> str:
 
 
 def _tars(places: Sequence[str]) -> list[str]:
-    out = []
+    tars = []
     for place in places:
         if is_tar(place):
-            out.append(place)
+            tars.append(place)
         elif filesystem.has_glob(place):
-            out += [path for path in filesystem.expand(place) if is_tar(path)]
+            tars += [path for path in filesystem.expand(place) if is_tar(path)]
         elif filesystem.is_folder(place):
-            out += sorted(file.path for file in filesystem.walk(place) if is_tar(file.path))
-    return out
+            tars += sorted(file.path for file in filesystem.walk(place) if is_tar(file.path))
+    return tars
 
 
 def _shape(path: str) -> tuple[int, int]:
@@ -205,12 +211,14 @@ def _shape(path: str) -> tuple[int, int]:
 
 
 def _header(stream: object) -> tuple[int, int, np.dtype, int]:
-    """Rows, width, kind of number, and where the numbers begin in a .npy file."""
+    """Number of rows, width, dtype, and offset of the data in a .npy file."""
     version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)  # type: ignore[arg-type]
     if len(shape) != 2 or fortran or dtype.kind != "f":
-        raise ValueError(f"an array of shape {shape} and type {dtype}, not rows of embeddings")
+        raise ValueError(
+            f"the array has shape {shape} and dtype {dtype}, but embeddings are 2-dimensional and floating point"
+        )
     return int(shape[0]), int(shape[1]), dtype, int(stream.tell())  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""CSV lists of images: a path column, and perhaps a caption column. Their images become shards of ``files``."""
+"""CSV lists of images, with a path column and optionally a caption column. Their shards are shards of ``files``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CSV_SUFFIXES = (".csv",)
 
 
 class CsvSource(Source):
-    """CSV lists, which are named themselves: a folder may hold tables that are no lists."""
+    """CSV lists. They must be named themselves, because a folder may contain tables that are not lists."""
 
     noun, accepts, pattern, order = "CSV lists", "a .csv list with a path column", "*.csv", 10
     in_folders, lists_images = False, True
@@ -46,11 +46,14 @@ def _shards(file: FileStat, cut: Cut) -> list[Shard]:
     names = list(table[0]) if table else []
     schema = pa.schema([(name, pa.string()) for name in names])
     if not table:
-        raise KtrayError(f"List '{file.path}' has no rows", "Its first line names the columns, path among them.")
+        raise KtrayError(
+            f"List '{file.path}' has no rows",
+            "The first line has the column names, including path. Add one line per image.",
+        )
     if cut.column == "auto" and not {n.lower() for n in names} & set(PATH_NAMES):
         raise KtrayError(
             f"List '{file.path}' has no path column, only {', '.join(names)}",
-            "Name the column 'path', or say which it is with gallery.column.",
+            "Name the column 'path', or set gallery.column to the column with the paths.",
         )
     paths_in = image_column(schema, cut.column, file.path)
     captions_in = caption_column(schema)
@@ -60,10 +63,10 @@ def _shards(file: FileStat, cut: Cut) -> list[Shard]:
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
-    """Rows of a CSV list with a header, cells stripped, missing cells empty.
+    """Rows of a CSV list with a header. Cells are stripped; missing cells are empty.
 
     Raises:
-        KtrayError: unreadable, not UTF-8, or rows longer than the header.
+        KtrayError: the list cannot be read, is not UTF-8, or has a row with more cells than the header.
     """
     try:
         text = filesystem.read_bytes(path).decode("utf-8-sig")

@@ -1,6 +1,7 @@
-"""Reading: shards from start to end, or single images by uri.
+"""Read and decode images by uri.
 
-A file that cannot be read is a record with an error, never an exception: one broken file ends no run.
+For a file that cannot be read, an error is returned and no exception is raised, so that one broken file does not stop a
+run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from ktray.recipe.registries import SOURCES
 
 
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
-    """Images by uri, as (uri, bytes or None, error or None), in the order asked for.
+    """Fetch images by uri, as (uri, bytes or None, error or None), in the order of ``uris``.
 
-    A crop's bytes are those of its whole image (`decode_image` cuts it). What comes from tars and Parquet files is held
-    until its turn, so ask for as many images as may be in memory together. Plain files are read at their turn. On S3,
-    where an answer takes its time however little is asked for, many are asked for at once.
+    The bytes of a crop are those of its whole image (`decode_image` cuts the crop). Images from tars and Parquet files
+    stay in memory until they are returned, so ``uris`` should have at most as many images as fit into memory. Image
+    files are read when they are returned. On S3, where each request has a latency, many requests run concurrently.
     """
     refs = [ImageRef.parse(uri).whole for uri in uris]
     groups: dict[tuple[str, str], dict[ImageRef, None]] = {}
@@ -34,12 +35,12 @@ def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]
     calls: list[Callable[[], Held]] = []
     for (kind, path), group in groups.items():
         calls += SOURCES.get(kind).fetch(path, list(group))
-    held: Held = {}
-    for found in in_order(calls, _at_once(path for _, path in groups)):
-        held |= found
+    contents: Held = {}
+    for result in in_order(calls, _at_once(path for _, path in groups)):
+        contents |= result
     files = read_files([ref.path for ref in refs if not ref.fragment])
     for uri, ref in zip(uris, refs, strict=True):
-        data, error = held[ref] if ref.fragment else next(files)
+        data, error = contents[ref] if ref.fragment else next(files)
         yield uri, data, error
 
 
@@ -48,41 +49,45 @@ def _at_once(paths: Iterable[str]) -> int:
 
 
 def read_files(paths: Sequence[str]) -> Iterator[One]:
-    """Each file, or what else its name as a uri names, in order."""
+    """Read files in order. Each path may also be a uri."""
     return in_order((partial(read_file, path) for path in paths), _at_once(paths))
 
 
 def decode_image(
     uri: str, data: bytes | None, error: str | None = None, *, max_pixels: int, enough: Enough | None = None
 ) -> np.ndarray:
-    """Pixels of what `fetch` or `read_shard` gave for a uri: uint8 (H, W, 3), cut where the uri names a crop.
+    """Decode the result of `fetch` or `read_shard` for a uri to uint8 (H, W, 3). If the uri is a crop, the crop is cut.
 
     Args:
-        enough: as for `decode_rgb`; a crop, whose box is in pixels of the full image, keeps its size.
+        uri: the uri of the image.
+        data: the encoded bytes, or None.
+        error: why there are no bytes.
+        max_pixels: see `decode_rgb`.
+        enough: see `decode_rgb`. Crops are not reduced, because their box is in pixels of the full image.
 
     Raises:
-        BadImage: there is no data, it cannot be decoded, or the crop lies outside.
+        BadImage: there is no data, the image cannot be decoded, or the crop is not inside the image.
     """
     if data is None:
-        raise BadImage(error or "cannot be read")
+        raise BadImage(error or "the image cannot be read")
     box = ImageRef.parse(uri).box
     image = decode_rgb(data, max_pixels=max_pixels, enough=None if box else enough)
     if not box:
         return image
     left, top, width, height = box
     if not width or not height or left + width > image.shape[1] or top + height > image.shape[0]:
-        raise BadImage(f"the crop {box} does not lie within its {image.shape[1]} x {image.shape[0]} pixels")
+        raise BadImage(f"the crop {box} is not inside the {image.shape[1]} x {image.shape[0]} pixels of the image")
     if enough:
         enough(height, width)
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def read_file(path: str) -> One:
-    """As `read_files`, for one."""
+    """Read one file or uri: (bytes, None) or (None, error)."""
     if not path:
-        return None, "empty path"
+        return None, "the path is empty"
     ref = ImageRef.parse(path)
-    if ref.fragment:  # a list may name members and rows
+    if ref.fragment:  # a list may contain uris of members and rows
         _, data, error = next(fetch([path]))
         return data, error
     try:

@@ -16,7 +16,7 @@ FILES = ImageRef.kind
 
 
 class FilesSource(Source):
-    """Image files. Their shards hold the paths, in order; a path may be any uri (from lists)."""
+    """Image files. Their shards contain the paths, in order. For lists, a path may be any uri."""
 
     noun, accepts, pattern, order, loose = "image files", "images", "*.jpg", 0, True
 
@@ -32,21 +32,21 @@ class FilesSource(Source):
         files = read_files([path for path in shard.paths if filesystem.printable(path) == path])
         for path, caption in zip(shard.paths, captions, strict=True):
             if filesystem.printable(path) != path:
-                yield ImageRecord(filesystem.printable(path), None, error="the file's name is not UTF-8: rename it")
+                yield ImageRecord(filesystem.printable(path), None, error="the file name is not UTF-8: rename the file")
                 continue
             data, error = next(files)
             yield ImageRecord(path, data, caption, error)
 
 
 def path_shards(paths: Sequence[str], captions: Sequence[str | None] = (), rows: int = ROWS) -> list[Shard]:
-    """Shards of single images by path or uri, in the order given. Their fingerprints cover the paths and captions."""
+    """Shards of single images by path or uri, in this order. Their fingerprints are hashes of paths and captions."""
     return [
         Shard(
             FILES,
             part := tuple(paths[first:last]),
-            fingerprint([], part, beside := tuple(captions[first:last])),
+            fingerprint([], part, captions_of_part := tuple(captions[first:last])),
             len(part),
-            captions=beside,
+            captions=captions_of_part,
         )
         for first, last in spans(paths, rows)
     ]

@@ -1,7 +1,7 @@
-"""Unlabelled images: what the user names (a folder, tars, Parquet, a list, any mix) becomes shards.
+"""List the shards of unlabelled images in folders, tars, Parquet files and CSV lists.
 
-A shard is a small description of some images; its source reads it, on any machine that sees the same files. Listing
-reads directories, Parquet footers and CSV lists, never an image.
+A shard is a small description of a group of images. Its source can read it on any machine that has access to the same
+files. Listing reads directories, Parquet footers and CSV lists, but no images.
 """
 
 from __future__ import annotations
@@ -19,64 +19,65 @@ from ktray.recipe.registries import SOURCES
 
 
 def kinds() -> str:
-    """What may be named, for messages."""
+    """Description of all accepted files and lists, for messages."""
     *most, last = [source.accepts for _, source in in_order() if source.noun]
     return f"{', '.join(most)} or {last}"
 
 
-class _Found:
-    """Files by the name of their source. Keyed by path, so that what two entries name is read once."""
+class _Files:
+    """Files by the name of their source and by path, so that a file that two entries match is read once."""
 
     def __init__(self) -> None:
         self.files: defaultdict[str, dict[str, FileStat]] = defaultdict(dict)
         self.sources = in_order()
 
     def add(self, file: FileStat, in_folder: bool = False) -> bool:
-        """Whether some source reads the file."""
+        """Add a file; returns whether a source can read it."""
         for name, source in self.sources:
             if source.fits(file.path) and (source.in_folders or not in_folder):
                 self.files[name][file.path] = file
                 return True
         return False
 
-    def merge(self, other: _Found) -> None:
+    def merge(self, other: _Files) -> None:
         for name, files in other.files.items():
             self.files[name].update(files)
 
 
 def list_shards(spec: str | Sequence[str], *, rows_per_shard: int = ROWS, column: str = "auto") -> list[Shard]:
-    """The shards of a source of unlabelled images.
+    """List the shards of unlabelled images.
 
     Args:
-        spec: one or several of: a folder (searched at any depth for images, or for tar shards, or for Parquet
-            files; linked folders are not entered), a file of one of these kinds, a CSV list with a path column,
-            a pattern with ``*``, ``?``, ``[...]``, ``**``. Local or ``s3://``.
-        rows_per_shard: images in a shard, about (see `spans`). A tar is a shard.
-        column: column of Parquet and CSV files with image bytes or paths; ``auto`` finds it.
+        spec: one or several local paths or ``s3://``. Each is a folder (searched at any depth for images, tar shards or
+            Parquet files; linked folders are not entered), a file of one of these types, a CSV list with a path
+            column, or a pattern with ``*``, ``?``, ``[...]``, ``**``.
+        rows_per_shard: approximate number of images per shard (see `spans`). Each tar is one shard.
+        column: column of Parquet and CSV files with image bytes or paths; ``auto`` detects it.
 
     Returns:
-        The same shards in the same order for the same files: loose images (sorted by path), CSV lists, tars,
-        Parquet files, then what other packages read.
+        The shards, in an order that depends only on the files: single images (sorted by path), CSV lists, tars, Parquet
+        files, and then the sources of other packages.
 
     Raises:
-        KtrayError: nothing there, no permission, no images, no such column, or a folder that mixes kinds.
+        KtrayError: a path does not exist or cannot be read, there are no images, there is no such column, or a folder
+            has files of several types.
     """
-    found = _Found()
+    files = _Files()
     entries = [spec] if isinstance(spec, str) else list(spec)
     if not entries:
-        raise KtrayError("The list of image sources is empty", f"Name {kinds()}.")
+        raise KtrayError("The list of image sources is empty", f"Set it to {kinds()}.")
     for entry in entries:
-        found.merge(_entry(entry))
+        files.merge(_entry(entry))
     cut = Cut(rows_per_shard, column)
     return [
         shard
         for name, source in in_order()
-        if found.files[name]
-        for shard in source.shards([file for _, file in sorted(found.files[name].items())], cut)
+        if files.files[name]
+        for shard in source.shards([file for _, file in sorted(files.files[name].items())], cut)
     ]
 
 
-def _entry(entry: str) -> _Found:
+def _entry(entry: str) -> _Files:
     path = filesystem.normalise(entry)
     try:
         file, folder = filesystem.stat(path), filesystem.is_folder(path)
@@ -91,79 +92,86 @@ def _entry(entry: str) -> _Found:
     raise KtrayError(f"'{path}' does not exist", _nearby(path))
 
 
-def _file(file: FileStat) -> _Found:
-    found = _Found()
-    if not found.add(file):
-        raise KtrayError(f"'{file.path}' is of a kind that is not read", f"Name {kinds()}.")
-    return found
+def _file(file: FileStat) -> _Files:
+    files = _Files()
+    if not files.add(file):
+        raise KtrayError(f"'{file.path}' has an unsupported file type", f"Use {kinds()}.")
+    return files
 
 
-def _pattern(pattern: str) -> _Found:
-    found = _Found()
+def _pattern(pattern: str) -> _Files:
+    files = _Files()
     matches = filesystem.expand(pattern)
     for path in matches:
         if filesystem.is_folder(path):
-            found.merge(_folder(path))
+            files.merge(_folder(path))
         elif file := filesystem.stat(path):
-            found.add(file)
-    if not found.files:
-        saw = f"; it matches {_saw(matches)}" if matches else ""
-        raise KtrayError(f"No images match '{pattern}'{saw}", f"A pattern must match {kinds()}.")
-    return found
+            files.add(file)
+    if not files.files:
+        matched = f"; it matches only {_summary(matches)}" if matches else ""
+        raise KtrayError(f"No images match '{pattern}'{matched}", f"A pattern must match {kinds()}.")
+    return files
 
 
-def _folder(path: str) -> _Found:
-    found, others, unread = _Found(), [], []
+def _folder(path: str) -> _Files:
+    files, others, unread = _Files(), [], []
     for file in filesystem.walk(path):
         if file.size < 0:
             unread.append(file)
-        elif not found.add(file, in_folder=True):
+        elif not files.add(file, in_folder=True):
             others.append(file.path)
-    if not found.files:
-        saw = f"it holds {_saw(others)}" if others else "it is empty"
-        linked = f", and {len(unread)} linked or closed folders that are not entered" if unread else ""
-        raise KtrayError(f"Folder '{path}' has no images: {saw}{linked}", f"Name a folder or pattern with {kinds()}.")
-    if len(found.files) > 1:
-        held = [(source, len(found.files[name])) for name, source in in_order() if name in found.files]
+    if not files.files:
+        content = f"it contains {_summary(others)}" if others else "it is empty"
+        linked = f", and {len(unread)} linked or unreadable folders that are not entered" if unread else ""
+        raise KtrayError(
+            f"Folder '{path}' has no images: {content}{linked}", f"Use a folder or pattern with {kinds()}."
+        )
+    if len(files.files) > 1:
+        held = [(source, len(files.files[name])) for name, source in in_order() if name in files.files]
         patterns = " or ".join(f"'{path}/**/{source.pattern}'" for source, _ in held)
         raise KtrayError(
-            f"Folder '{path}' holds {' and '.join(f'{count} {source.noun}' for source, count in held)}",
-            f"Say which are meant by a pattern: {patterns}.",
+            f"Folder '{path}' contains {' and '.join(f'{count} {source.noun}' for source, count in held)}",
+            f"Select one type with a pattern: {patterns}.",
         )
-    found.files[FILES].update({file.path: file for file in unread})  # so that reading reports them
-    return found
+    files.files[FILES].update({file.path: file for file in unread})  # so that reading reports them
+    return files
 
 
-def _saw(paths: Sequence[str]) -> str:
+def _summary(paths: Sequence[str]) -> str:
     names = [path.rpartition("/")[2] for path in paths]
     ends = Counter("." + name.rpartition(".")[2] if "." in name else name for name in names)
     return ", ".join(f"{n} x {end}" for end, n in sorted(ends.most_common(5), key=lambda e: (-e[1], e[0])))
 
 
 def _nearby(path: str) -> str:
-    """The nearest name in the folder above, as a remedy."""
+    """A remedy for a missing path, with the most similar name in its parent folder."""
     parent, _, name = path.rpartition("/")
     if filesystem.is_remote(path):
-        return "Check bucket, key and credentials."
+        return "Check the bucket, the key and the credentials."
     if not filesystem.is_folder(parent or "/"):
-        return "Check the path (a relative one starts at the current folder)."
+        return "Check the path; a relative path starts at the current folder."
     folders, files = filesystem.children(parent or "/")
     near = difflib.get_close_matches(name, [*folders, *files], n=1)
-    return f"Did you mean '{parent}/{near[0]}'?" if near else f"Folder '{parent or '/'}' exists: check the last part."
+    return (
+        f"Did you mean '{parent}/{near[0]}'?"
+        if near
+        else f"Folder '{parent or '/'}' exists. Check the last part of the path."
+    )
 
 
 def folder_shards(folder: str, images: str | Sequence[str] | None, embedded: bool = False) -> list[Shard] | None:
-    """The shards of a folder that is as a whole of one kind, such as clip-retrieval's output; None for all else.
+    """The shards of a folder that a source reads as a whole, such as output of clip-retrieval; None for other paths.
 
     Args:
+        folder: path of the folder.
         images: ``gallery.images``.
-        embedded: only of sources with embeddings.
+        embedded: use only sources with embeddings.
     """
     folder = filesystem.normalise(folder)
     if not filesystem.is_folder(folder):
         return None
     for _, source in SOURCES:
         if (source.has_embeddings or not embedded) and source.fits_folder(folder):
-            found: list[Shard] = source.folder_shards(folder, images)
-            return found
+            shards: list[Shard] = source.folder_shards(folder, images)
+            return shards
     return None

@@ -1,8 +1,8 @@
-"""A transfer set of one's own: a list of images, as paths or uris, or as the names of gallery images.
+"""Transfer sets from lists of images: paths, uris, or names of gallery images.
 
-CSV and Parquet lists have a path column (as galleries have). A text list has an image a line: a path or uri, or, with a
-gallery of loose files, a file's name with or without its suffix, as in the lists that accompany the paper (YFCC15M
-images retrieved for ADE20K).
+CSV and Parquet lists have a path column, as in galleries. A text list has one image per line: a path or uri or, if the
+gallery consists of image files, a file name with or without suffix, as in the lists that were published with the paper
+(YFCC15M images retrieved for ADE20K).
 """
 
 from __future__ import annotations
@@ -24,24 +24,32 @@ _SHOWN = 3
 def gallery_shards(
     data: str | Sequence[str] | None, column: str, listed: str | None, images: str | Sequence[str] | None = None
 ) -> list[Shard]:
-    """Where a transfer set may come from: ``gallery.data``, or the images of ``transfer.list``; none without either.
+    """The shards from which a transfer set is chosen.
 
     Args:
-        images: ``gallery.images``, where the images of embedded folders lie.
+        data: ``gallery.data``.
+        column: ``gallery.column``.
+        listed: ``transfer.list``. If it is set, the result is the images of this list.
+        images: ``gallery.images``, the places of the images of embedded folders.
+
+    Returns:
+        The shards; none if neither ``data`` nor ``listed`` is set.
     """
     if listed is not None:
         return listed_shards(listed, data, column)
     if data is None:
         return []
     entries = [data] if isinstance(data, str) else list(data)
-    whole = {entry: found for entry in entries if (found := folder_shards(entry, images)) is not None}
-    others = [entry for entry in entries if entry not in whole]
-    shards = list_shards(others, column=column) if others or not whole else []
-    return [*shards, *(shard for entry in entries if entry in whole for shard in whole[entry])]
+    whole_folders = {
+        entry: shards_of_folder for entry in entries if (shards_of_folder := folder_shards(entry, images)) is not None
+    }
+    others = [entry for entry in entries if entry not in whole_folders]
+    shards = list_shards(others, column=column) if others or not whole_folders else []
+    return [*shards, *(shard for entry in entries if entry in whole_folders for shard in whole_folders[entry])]
 
 
 def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None) -> list[Shard]:
-    """Of ``gallery_shards`` those of folders with embeddings."""
+    """The shards of `gallery_shards` that are from folders with embeddings."""
     entries = [data] if isinstance(data, str) else data
     return [shard for entry in entries for shard in folder_shards(entry, images, embedded=True) or []]
 
@@ -51,12 +59,13 @@ def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = 
 
     Args:
         path: the list.
-        gallery: where named images lie; None where the list holds paths (relative ones start at the list's folder).
+        gallery: the gallery with the named images; None if the list contains paths (relative paths start at the folder
+            of the list).
         column: column of a CSV or Parquet list.
 
     Raises:
-        KtrayError: it cannot be read, is empty, repeats an image, or names images that the gallery has not or has
-            several times.
+        KtrayError: the list cannot be read, is empty or repeats an image, or a name matches no gallery image or several
+            of them.
     """
     path = filesystem.normalise(path)
     if any(source.lists_images and source.fits(path) for _, source in SOURCES):
@@ -67,42 +76,42 @@ def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = 
         raise KtrayError(f"List '{path}' cannot be read: {filesystem.why(error)}", "Check the path.") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
-        raise KtrayError(f"List '{path}' is empty", "It names an image a line.")
+        raise KtrayError(f"List '{path}' is empty", "Write one image per line.")
     if len(set(names)) < len(names):
         twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(names) < 10_000 else []
-        shown = f", {', '.join(twice[:_SHOWN])} among them" if twice else ""
-        raise KtrayError(f"List '{path}' repeats {len(names) - len(set(names))} images{shown}", "Name each once.")
+        shown = f", for example {', '.join(twice[:_SHOWN])}" if twice else ""
+        raise KtrayError(f"List '{path}' repeats {len(names) - len(set(names))} images{shown}", "List each image once.")
     if gallery is None:
         return path_shards([resolve(name, path) for name in names])
-    return path_shards(_found(names, path, gallery))
+    return path_shards(_look_up(names, path, gallery))
 
 
-def _found(names: list[str], path: str, gallery: str | Sequence[str]) -> list[str]:
+def _look_up(names: list[str], path: str, gallery: str | Sequence[str]) -> list[str]:
     shards = list_shards(gallery)
     if not all(shard.source.loose for shard in shards):
         raise KtrayError(
-            f"The images of '{path}' are named, and the gallery is not made of image files alone",
-            "Names are looked up among loose files: unpack them, or list uris (X.tar#member=...).",
+            f"List '{path}' contains names of images, but the gallery does not consist of image files only",
+            "Names can only refer to image files. Unpack the gallery, or list uris (X.tar#member=...).",
         )
-    known: dict[str, str | None] = {}
+    path_of: dict[str, str | None] = {}
     for shard in shards:
         for file in shard.paths:
             base = posixpath.basename(file)
             for name in {file, base, posixpath.splitext(base)[0]}:
-                known[name] = None if name in known else file
-    # A full path or a uri needs no looking up.
-    known |= {name: name for name in names if name.startswith("/") or filesystem.is_remote(name)}
-    missing = [name for name in names if name not in known]
+                path_of[name] = None if name in path_of else file
+    # Absolute paths and uris need no lookup.
+    path_of |= {name: name for name in names if name.startswith("/") or filesystem.is_remote(name)}
+    missing = [name for name in names if name not in path_of]
     if missing:
         raise KtrayError(
             f"{len(missing):,} of the {len(names):,} images of '{path}' are not in the gallery: "
             f"{', '.join(missing[:_SHOWN])}",
-            "Point gallery.data at the folder that holds them.",
+            "Set gallery.data to the folder with these images.",
         )
-    several = [name for name in names if known[name] is None]
-    if several:
+    ambiguous = [name for name in names if path_of[name] is None]
+    if ambiguous:
         raise KtrayError(
-            f"{len(several):,} names of '{path}' stand for several gallery images: {', '.join(several[:_SHOWN])}",
-            "List their paths.",
+            f"{len(ambiguous):,} names of '{path}' match several gallery images: {', '.join(ambiguous[:_SHOWN])}",
+            "List the paths of these images.",
         )
-    return [str(known[name]) for name in names]
+    return [str(path_of[name]) for name in names]

@@ -1,4 +1,4 @@
-"""Parquet files as tables: which column holds images, and chosen rows read without the others."""
+"""Parquet files as tables: detection of the image column, and reading of selected rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ktray.errors import KtrayError
 BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
 CAPTION_NAMES = ("caption", "text", "txt")
-# A batch of encoded images in memory, not a whole row group: so many rows, and fewer where they may be large.
+# Instead of a whole row group, a batch of rows is in memory at a time; it has fewer rows if they may be large.
 _BATCH_ROWS = 64
 _BATCH_BYTES = 1 << 32
-# As for tar shards: images hardly compress.
+# Limits as for tar shards, because images hardly compress.
 MAX_UNPACKED_RATIO = 100
 MAX_UNPACKED_FLOOR = 1 << 28
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a Parquet file says of itself."""
+    """Schema of a Parquet file, and the number of rows of each row group."""
 
     schema: pa.Schema
     group_rows: tuple[int, ...]
@@ -37,7 +37,7 @@ class Footer:
 
 
 def read_footer(path: str) -> Footer:
-    """Raises OSError or pyarrow's errors when the file is not whole."""
+    """Read the footer. Raises OSError or pyarrow's errors if the file is incomplete."""
     with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
         groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
         return Footer(file.schema_arrow, groups)
@@ -57,37 +57,39 @@ def holds_text(kind: pa.DataType) -> bool:
 
 
 def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> str:
-    """The column with the images: the named one, else found by type and name (bytes before paths).
+    """The image column: the named column, or for ``auto`` the column that matches by type and name.
+
+    Columns with bytes have priority over columns with paths.
 
     Raises:
-        KtrayError: no such column (the nearest is named), of a wrong type, none fits, or several do.
+        KtrayError: there is no such column, it has a wrong type, or no column or several columns match.
     """
     listed = ", ".join(f"{f.name} ({f.type})" for f in schema) or "none"
     if wanted != "auto":
         if wanted not in schema.names:
             near = difflib.get_close_matches(wanted, schema.names, n=1, cutoff=0.0)
             hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise KtrayError(f"'{where}' has no column '{wanted}'", f"{hint}Its columns are {listed}.")
+            raise KtrayError(f"'{where}' has no column '{wanted}'", f"{hint}The columns are {listed}.")
         kind = schema.field(wanted).type
         if not holds_bytes(kind) and not holds_text(kind):
             raise KtrayError(
-                f"Column '{wanted}' of '{where}' is of type {kind}, which holds neither image bytes nor paths",
+                f"Column '{wanted}' of '{where}' has the type {kind}, which is neither image bytes nor paths",
                 f"Its columns are {listed}.",
             )
         return wanted
     with_bytes = [f.name for f in schema if holds_bytes(f.type)]
-    named = _named([f.name for f in schema if holds_text(f.type)], PATH_NAMES)
-    found = _named(with_bytes, BYTES_NAMES) or (with_bytes[0] if len(with_bytes) == 1 else None)
-    if found is None and len(with_bytes) > 1:
+    path_column = _named([f.name for f in schema if holds_text(f.type)], PATH_NAMES)
+    bytes_column = _named(with_bytes, BYTES_NAMES) or (with_bytes[0] if len(with_bytes) == 1 else None)
+    if bytes_column is None and len(with_bytes) > 1:
         raise KtrayError(
-            f"'{where}' has several columns of bytes: {', '.join(with_bytes)}", "Name one with gallery.column."
+            f"'{where}' has several columns of bytes: {', '.join(with_bytes)}", "Set gallery.column to one of them."
         )
-    if found is None and named is None:
+    if bytes_column is None and path_column is None:
         raise KtrayError(
-            f"'{where}' has no column that looks like images",
-            f"Name one of its columns with gallery.column: {listed}.",
+            f"'{where}' has no column that is recognised as the image column",
+            f"Set gallery.column to one of its columns: {listed}.",
         )
-    return found or str(named)
+    return bytes_column or str(path_column)
 
 
 def caption_column(schema: pa.Schema) -> str | None:
@@ -100,23 +102,27 @@ def _named(columns: Sequence[str], preferred: Sequence[str]) -> str | None:
 
 
 def iter_rows(path: str, columns: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Chosen rows (ascending, no repeats) of some columns as (row, values). The file is opened once.
+    """Selected rows (ascending, without repeats) of the columns, as (row, values). The file is opened once.
 
-    Only row groups that hold a chosen row are read, in small batches. Raises OSError or pyarrow's errors where
-    the file is broken, after the rows before it.
+    Only row groups with a selected row are read, in small batches.
+
+    Raises:
+        OSError, pyarrow.ArrowException: the file is broken. The rows before the broken part are returned first.
     """
     with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
-        at = first = 0
+        position = first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            last = at
+            last = position
             while last < len(rows) and rows[last] < first + count:
                 last += 1
-            if last > at:
-                yield from _group_rows(file, group, columns, rows[at:last], first)
-            at, first = last, first + count
-        if at < len(rows):
-            raise OSError(f"row {rows[at]} of a file with {first} rows: it has changed since it was listed")
+            if last > position:
+                yield from _group_rows(file, group, columns, rows[position:last], first)
+            position, first = last, first + count
+        if position < len(rows):
+            raise OSError(
+                f"row {rows[position]} does not exist, the file has {first} rows: it has changed since it was listed"
+            )
 
 
 def _group_rows(
@@ -135,17 +141,17 @@ def _group_rows(
 
 
 def _batch_rows(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Rows that may be in memory together, by what the footer says.
+    """The number of rows per batch, calculated from the sizes in the footer.
 
     Raises:
-        OSError: a column unpacks to far more than images do.
+        OSError: a column unpacks to far more than its compressed size, which images do not.
     """
     chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
     read = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
     for chunk in read:
         unpacked = chunk.total_uncompressed_size
         if unpacked > max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * chunk.total_compressed_size):
-            raise OSError(f"unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
-    # A dictionary holds a value once that any number of rows may repeat.
+            raise OSError(f"it unpacks to more than {MAX_UNPACKED_RATIO} times its size: refused as a bomb")
+    # A dictionary stores a value once, and any number of rows may repeat it.
     largest = sum(chunk.total_uncompressed_size for chunk in read)
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))

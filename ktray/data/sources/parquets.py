@@ -1,4 +1,4 @@
-"""Images in Parquet files: as bytes, as Hugging Face's ``{bytes, path}``, or as paths to files."""
+"""Images in Parquet files: as bytes, as ``{bytes, path}`` (Hugging Face), or as paths to files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
 class ParquetSource(Source):
-    """Parquet files; a shard is some rows of one."""
+    """Parquet files; a shard is a range of rows of one file."""
 
     noun, accepts, pattern, order = "Parquet files", ".parquet files", "*.parquet", 30
     lists_images = True
@@ -34,18 +34,18 @@ class ParquetSource(Source):
         return is_parquet(path)
 
     def shards(self, files: Sequence[FileStat], cut: Cut) -> list[Shard]:
-        with ThreadPoolExecutor(16) as pool:  # footers on S3 are a round trip each
+        with ThreadPoolExecutor(16) as pool:  # on S3, each footer takes a request
             return [shard for part in pool.map(lambda file: _shards(file, cut), files) for shard in part]
 
     def read(self, shard: Shard) -> Iterator[ImageRecord]:
         return _read(shard)
 
     def parse(self, uri: str) -> ImageRef | None:
-        found = ParquetRow.PATTERN.fullmatch(uri)
-        if found is None:
+        match = ParquetRow.PATTERN.fullmatch(uri)
+        if match is None:
             return None
-        column = unquote(found["column"]) if found["column"] else None
-        return ParquetRow(found["path"], row=int(found["row"]), column=column)
+        column = unquote(match["column"]) if match["column"] else None
+        return ParquetRow(match["path"], row=int(match["row"]), column=column)
 
     def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
         return [partial(_fetch_rows, path, [ref for ref in refs if isinstance(ref, ParquetRow)])]
@@ -53,11 +53,11 @@ class ParquetSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetRow(ImageRef):
-    """``X.parquet#row=R``, a row of a Parquet file; ``&column=C`` where the column was named.
+    """``X.parquet#row=R``: a row of a Parquet file; with ``&column=C`` if the user named the image column.
 
     Attributes:
-        row: from 0.
-        column: None where the column with the images is found by itself.
+        row: number of the row, from 0.
+        column: the image column; None if it is detected.
     """
 
     row: int
@@ -81,7 +81,7 @@ def _shards(file: FileStat, cut: Cut) -> list[Shard]:
     try:
         footer = read_footer(file.path)
     except (OSError, pa.ArrowException):
-        return [Shard(PARQUET, (file.path,), fingerprint([file]), None)]  # reading it reports it
+        return [Shard(PARQUET, (file.path,), fingerprint([file]), None)]  # reading reports the error
     images, captions = image_column(footer.schema, cut.column, file.path), caption_column(footer.schema)
     return [
         Shard(
@@ -99,18 +99,18 @@ def _shards(file: FileStat, cut: Cut) -> list[Shard]:
 
 
 def _ranges(group_rows: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    """(first, count) of about ``rows`` each: whole row groups where they are small, parts of large ones."""
-    out: list[tuple[int, int]] = []
+    """(first, count) of ranges of about ``rows`` rows: several small row groups, or parts of large ones."""
+    ranges: list[tuple[int, int]] = []
     first = count = 0
     for group in group_rows:
         if count and count + group > rows:
-            out.append((first, count))
+            ranges.append((first, count))
             first, count = first + count, 0
         count += group
         while count > rows:
-            out.append((first, rows))
+            ranges.append((first, rows))
             first, count = first + rows, count - rows
-    return [*out, (first, count)] if count else out
+    return [*ranges, (first, count)] if count else ranges
 
 
 def _read(shard: Shard) -> Iterator[ImageRecord]:
@@ -120,15 +120,15 @@ def _read(shard: Shard) -> Iterator[ImageRecord]:
         return
     columns = [shard.column, *([shard.caption] if shard.caption else [])]
     named = shard.column if shard.named else None
-    done = shard.start
+    next_row = shard.start
     last = shard.start + shard.count
     try:
         for row, values in iter_rows(path, columns, range(shard.start, last)):
             uri, data, error = _cell(values[shard.column], path, ParquetRow(path, row=row, column=named))
             yield ImageRecord(uri, data, values.get(shard.caption) if shard.caption else None, error)
-            done = row + 1
+            next_row = row + 1
     except Exception as error:  # pyarrow raises its own types, OSError and ValueError on broken pages
-        for row in range(done, last):
+        for row in range(next_row, last):
             uri = str(ParquetRow(path, row=row, column=named))
             yield ImageRecord(uri, None, error=f"broken Parquet file: {why(error)}")
 
@@ -138,37 +138,37 @@ def _broken(path: str) -> str:
         read_footer(path)
     except Exception as error:
         return why(error)
-    return "it was broken when it was listed and has changed since"
+    return "the file was broken when it was listed, and has changed since"
 
 
 def _cell(value: Any, path: str, ref: ParquetRow) -> tuple[str, bytes | None, str | None]:
-    """Uri and content of one cell: bytes, ``{bytes, path}``, or a path."""
+    """The uri, content and error of one cell, which has bytes, ``{bytes, path}`` or a path."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
         if len(value) > MAX_FILE_BYTES:
-            return str(ref), None, f"more than {MAX_FILE_BYTES >> 20} MiB"
+            return str(ref), None, f"the image is larger than {MAX_FILE_BYTES >> 20} MiB"
         return str(ref), value, None
     if not value:
-        return str(ref), None, "empty cell"
+        return str(ref), None, "the cell is empty"
     uri = resolve(str(value), path)
-    if isinstance(ImageRef.parse(uri), ParquetRow):  # it may name itself
-        return uri, None, "a Parquet cell that names a Parquet cell"
+    if isinstance(ImageRef.parse(uri), ParquetRow):  # the uri may refer to this cell, without end
+        return uri, None, "the Parquet cell refers to another Parquet cell"
     return uri, *read_file(uri)
 
 
 def _fetch_rows(path: str, refs: Sequence[ParquetRow]) -> Held:
-    out: Held = {}
+    contents: Held = {}
     for column in dict.fromkeys(ref.column for ref in refs):
         by_row = {ref.row: ref for ref in refs if ref.column == column}
         try:
             name = image_column(read_footer(path).schema, column or "auto", path)
             for row, values in iter_rows(path, [name], sorted(by_row)):
-                out[by_row[row]] = _cell(values[name], path, by_row[row])[1:]
+                contents[by_row[row]] = _cell(values[name], path, by_row[row])[1:]
         except Exception as error:
             for ref in by_row.values():
-                out.setdefault(ref, (None, f"broken Parquet file: {why(error)}"))
-    return out
+                contents.setdefault(ref, (None, f"broken Parquet file: {why(error)}"))
+    return contents
 
 
 SOURCES.register(PARQUET)(ParquetSource())

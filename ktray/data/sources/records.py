@@ -1,4 +1,4 @@
-"""What reading gives, and which files are images."""
+"""The record of an image that was read, and the file suffixes of images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ IMAGE_SUFFIXES = (
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image as it was read, or why it was not.
+    """One image that was read, or the reason why it could not be read.
 
     Attributes:
-        uri: see `ktray.data.sources.uris`; with an error it may name the container.
-        data: the encoded bytes (not yet decoded), None with an error.
-        caption: the text that came with the image, if any.
-        error: why there is no data; None when there is.
+        uri: see `ktray.data.sources.uris`; with an error it may be the uri of the containing file.
+        data: the encoded bytes; None with an error.
+        caption: the caption of the image, if it has one.
+        error: why there is no data; None if there is data.
     """
 
     uri: str

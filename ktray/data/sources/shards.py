@@ -1,4 +1,4 @@
-"""Shards read from start to end, whatever source they are of."""
+"""Sequential reading of shards of any source."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from ktray.data.sources.records import ImageRecord
 
 
 def read_shard(shard: Shard) -> Iterator[ImageRecord]:
-    """The shard's images in order, encoded, one in memory at a time (Parquet: a batch; files on S3: some dozens)."""
+    """The encoded images of a shard, in order, one in memory at a time (Parquet: a batch; files on S3: several dozen)."""
     yield from shard.source.read(shard)

@@ -1,7 +1,7 @@
-"""Tar shards (WebDataset): read from start to end, or member by member.
+"""Tar shards (WebDataset): sequential reading, and reading of single members.
 
-Nothing is ever extracted to a disk. A caption is the ``.txt`` member beside an image: the same name up to the
-first dot, next to it in the archive, as WebDataset writes samples.
+Nothing is extracted to disk. The caption of an image is the ``.txt`` member next to it in the archive with the same
+name up to the first dot, as in WebDataset.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ktray.recipe.registries import SOURCES
 
 TAR = "tar"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Images of a tar on S3 that one call reads one after the other.
+# Number of images of a tar on S3 that one call reads sequentially.
 _A_PART = 8
 
 MAX_CAPTION_BYTES = 1 << 16
-# Photos hardly compress: an archive that unpacks to more than this is made to hurt.
+# Photos hardly compress, so an archive that unpacks to more than this is probably malicious.
 MAX_UNPACKED_RATIO = 100
 MAX_UNPACKED_FLOOR = 1 << 30
-_BOMB = f"unpacks to more than {MAX_UNPACKED_RATIO} times its size"
+_BOMB = f"it unpacks to more than {MAX_UNPACKED_RATIO} times its size"
 _BLOCK = 512
 
 
 class TarSource(Source):
-    """Tar shards, packed or not; each is one shard."""
+    """Tar files, compressed or not; each is one shard."""
 
     noun, accepts, pattern, order = "tar shards", ".tar/.tar.gz/.tgz shards", "*.tar", 20
 
@@ -51,11 +51,11 @@ class TarSource(Source):
         return read_tar(shard.paths[0])
 
     def parse(self, uri: str) -> ImageRef | None:
-        found = TarMember.PATTERN.fullmatch(uri)
-        if found is None:
+        match = TarMember.PATTERN.fullmatch(uri)
+        if match is None:
             return None
-        member = unquote(found["member"], errors="surrogateescape")
-        return TarMember(found["path"], member=member, offset=int(found["offset"]), size=int(found["size"]))
+        member = unquote(match["member"], errors="surrogateescape")
+        return TarMember(match["path"], member=member, offset=int(match["offset"]), size=int(match["size"]))
 
     def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
         members = [ref for ref in refs if isinstance(ref, TarMember)]
@@ -67,8 +67,8 @@ class TarMember(ImageRef):
     """``X.tar#member=M&offset=O&size=N``: N bytes from byte O of the (unpacked) archive.
 
     Attributes:
-        member: its name.
-        offset, size: first byte and bytes.
+        member: name of the member.
+        offset, size: position and number of its bytes.
     """
 
     member: str
@@ -90,36 +90,40 @@ def is_tar(name: str) -> bool:
 
 
 def read_tar(path: str) -> Iterator[ImageRecord]:
-    """All images of a tar shard in the archive's order.
+    """All images of a tar shard, in the order of the archive.
 
-    What is not usable becomes a record with an error: members that are links, devices, sparse, too large, or
-    named to escape a folder (absolute, ``..``), and, once per archive, a broken or truncated archive.
+    Unusable members are records with an error: links, devices, sparse or too large files, and names that leave the
+    folder (absolute paths, ``..``). A broken or truncated archive gives one record with an error.
     """
     try:
         with filesystem.open_stream(path) as raw:
             yield from _samples(path, _unpacked(path, raw))
     except Exception as error:  # tarfile, gzip and zlib raise a dozen types on broken archives
-        yield ImageRecord(path, None, error=f"tar shard is broken or truncated, what follows is lost: {why(error)}")
+        yield ImageRecord(
+            path, None, error=f"the tar shard is broken or truncated, and the rest of it is lost: {why(error)}"
+        )
 
 
 def fetch_members(path: str, refs: Iterable[TarMember]) -> Held:
-    """Members of one archive by offset: (bytes, None) or (None, error) each. The archive is opened once."""
-    wanted = sorted(set(refs), key=lambda ref: ref.offset)
-    out: Held = {}
+    """Read members of one archive by offset: (bytes, None) or (None, error) each. The archive is opened once."""
+    members = sorted(set(refs), key=lambda ref: ref.offset)
+    contents: Held = {}
     try:
         limit = _limit(path)
         with _seekable(path) as stream:
-            for ref in wanted:
-                out[ref] = _member(stream, ref) if ref.offset <= limit else (None, f"{_BOMB}: refused as a bomb")
+            for ref in members:
+                contents[ref] = _member(stream, ref) if ref.offset <= limit else (None, f"{_BOMB}: refused as a bomb")
     except Exception as error:
-        for ref in wanted:
-            out.setdefault(ref, (None, f"tar shard cannot be read: {why(error)}"))
-    return out
+        for ref in members:
+            contents.setdefault(ref, (None, f"the tar shard cannot be read: {why(error)}"))
+    return contents
 
 
 def _parts(path: str, refs: list[TarMember]) -> list[list[TarMember]]:
-    """An archive's images for calls that open it each, neighbours together."""
-    if not filesystem.is_remote(path) or not path.lower().endswith(".tar"):  # what is packed is read from its start
+    """Divide the images of an archive into groups of neighbours. One call, which opens the archive, reads a group."""
+    if not filesystem.is_remote(path) or not path.lower().endswith(
+        ".tar"
+    ):  # a compressed archive is read from its start
         return [refs]
     refs = sorted(refs, key=lambda ref: ref.offset)
     return [refs[first : first + _A_PART] for first in range(0, len(refs), _A_PART)]
@@ -129,24 +133,24 @@ def _member(stream: Any, ref: TarMember) -> tuple[bytes | None, str | None]:
     changed = "the tar shard has changed since it was listed"
     if ref.offset < _BLOCK or ref.size > MAX_FILE_BYTES:
         return None, changed
-    # The header stands right before the data; it tells whether the shard is still the one that was listed. Both are
-    # read at once, since a read of a shard on S3 is a request.
+    # The header before the data shows whether the shard has changed since it was listed. Header and data are read
+    # together, because each read from S3 is a request.
     stream.seek(ref.offset - _BLOCK)
-    both = bytes(stream.read(_BLOCK + ref.size))
+    header_and_data = bytes(stream.read(_BLOCK + ref.size))
     try:
-        header = tarfile.TarInfo.frombuf(both[:_BLOCK], "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(header_and_data[:_BLOCK], "utf-8", "surrogateescape")
     except tarfile.TarError:
         return None, changed
     if header.size != ref.size:
         return None, changed
-    data = both[_BLOCK:]
+    data = header_and_data[_BLOCK:]
     if len(data) < ref.size:
-        return None, "truncated tar shard"
+        return None, "the tar shard is truncated"
     return data, None
 
 
 class _Header(tarfile.TarInfo):
-    """Remembers why the list of members ended: `tarfile` ends silently at a broken header."""
+    """Records why the list of members ended, because `tarfile` silently stops at a broken header."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
@@ -158,14 +162,14 @@ class _Header(tarfile.TarInfo):
 
 
 def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
-    """Images with the caption of their sample; a sample ends when the key changes."""
+    """Images with the captions of their samples. A sample ends when the key changes."""
     key, caption = "", None
     images: list[ImageRecord] = []
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
         broken = None
         try:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # a stream keeps every header otherwise
+                archive.members = []  # type: ignore[attr-defined]  # otherwise all headers stay in memory
                 if member.isdir() or _skipped(member.name):
                     continue
                 if sample_key(member.name) != key:
@@ -175,7 +179,7 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
                     images.append(_image(path, archive, member))
                 elif member.name.lower().endswith(".txt") and member.isreg() and member.size <= MAX_CAPTION_BYTES:
                     caption = _content(archive, member).decode("utf-8", "replace").strip() or None
-        except Exception as error:  # what was read before it is whole
+        except Exception as error:  # everything before the error is valid
             broken = error
         yield from (_with(record, caption) for record in images)
         if broken is not None:
@@ -186,11 +190,11 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
 def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> ImageRecord:
     uri = str(TarMember(path, member=member.name, offset=member.offset_data, size=member.size))
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return ImageRecord(uri, None, error="unsafe name in a tar shard (absolute or with '..')")
+        return ImageRecord(uri, None, error="unsafe name in a tar shard (absolute, or with '..')")
     if not member.isreg() or member.issparse():
         return ImageRecord(uri, None, error="not a regular file in the tar shard (link, device or sparse)")
     if member.size > MAX_FILE_BYTES:
-        return ImageRecord(uri, None, error=f"more than {MAX_FILE_BYTES >> 20} MiB")
+        return ImageRecord(uri, None, error=f"the image is larger than {MAX_FILE_BYTES >> 20} MiB")
     return ImageRecord(uri, _content(archive, member))
 
 
@@ -198,7 +202,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     content = archive.extractfile(member)
     data = content.read() if content else b""
     if len(data) < member.size:
-        raise EOFError(f"member '{member.name}' is cut short")
+        raise EOFError(f"member '{member.name}' is truncated")
     return data
 
 
@@ -209,11 +213,11 @@ def _check_end(archive: tarfile.TarFile) -> None:
     rest: Any = archive.fileobj
     while block := rest.read(1 << 20):
         if block.strip(b"\0"):
-            raise EOFError("data after the end-of-archive mark (a zeroed part, or several archives in one file)")
+            raise EOFError("data after the end-of-archive mark (a part with zeros, or several archives in one file)")
 
 
 def sample_key(name: str) -> str:
-    """The sample that a member belongs to: its name up to the first dot, as in WebDataset."""
+    """The key of the sample of a member: the name up to the first dot, as in WebDataset."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.partition(".")[0])
 
@@ -227,7 +231,7 @@ def _with(record: ImageRecord, caption: str | None) -> ImageRecord:
 
 
 class _Limited:
-    """A stream that refuses to unpack without end."""
+    """A stream with a limit of unpacked bytes."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self.stream, self.left = stream, limit
@@ -247,9 +251,9 @@ def _unpacked(path: str, raw: Any) -> Any:
 
 
 def _limit(path: str) -> int:
-    """Bytes that an archive may unpack to."""
-    found = filesystem.stat(path)
-    return max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * (found.size if found else 0))
+    """The maximum number of bytes to which an archive may unpack."""
+    status = filesystem.stat(path)
+    return max(MAX_UNPACKED_FLOOR, MAX_UNPACKED_RATIO * (status.size if status else 0))
 
 
 def _seekable(path: str) -> Any:

@@ -1,14 +1,14 @@
-"""How one image is named, wherever it is.
+"""Uris of images.
 
 ==================================  ==============================================================
 ``/folder/photo.jpg``               a file; also ``s3://bucket/key.jpg``
-``FILE#...``                        a part of a file, as the source that reads it writes it, such as
+``FILE#...``                        a part of a file, in the format of its source, such as
                                     ``X.tar#member=M&offset=O&size=N`` and ``X.parquet#row=R``
 ``photo.jpg#xywh=X,Y,W,H``          a crop of an image, in pixels (W3C Media Fragments 1.0, 4.2.2);
-                                    ``&xywh=...`` behind the others
+                                    ``&xywh=...`` after another fragment
 ==================================  ==============================================================
 
-Names are percent-encoded after the ``#``; paths before it are kept as they are.
+Names after the ``#`` are percent-encoded; paths before it are unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _CROP = re.compile(r"(?P<rest>.+)(?P<mark>[#&])xywh=(?P<box>\d+,\d+,\d+,\d+)", r
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A parsed uri; ``str()`` gives it back. Sources derive their own for images that are parts of a file.
+    """A parsed uri; ``str()`` is the inverse. Sources have subclasses for images that are parts of a file.
 
     Attributes:
-        path: the file that holds the image: itself, a tar, a Parquet file, ...
-        box: left, top, width and height of a crop, in pixels of the upright image; None for all of it.
+        path: the file that contains the image: the image file itself, a tar, a Parquet file, ...
+        box: left, top, width and height of a crop, in pixels of the upright image; None for the whole image.
         kind: name of the source that reads it.
     """
 
@@ -41,18 +41,18 @@ class ImageRef:
 
     @property
     def fragment(self) -> str:
-        """What names the image inside ``path``; empty where the file is the image."""
+        """The name of the image inside ``path``; empty if the file is the image."""
         return ""
 
     @staticmethod
     def parse(uri: str) -> ImageRef:
-        """Any string is a uri: what does not end in a fragment of some source is a file."""
+        """Parse a uri. Any string is a uri: if it does not end in a fragment of a source, it is the path of a file."""
         if "#" not in uri:
             return ImageRef(uri)
-        if found := _CROP.fullmatch(uri):
-            whole = ImageRef.parse(found["rest"])
-            if found["mark"] == ("&" if whole.fragment else "#") and whole.box is None:
-                left, top, width, height = (int(n) for n in found["box"].split(","))
+        if match := _CROP.fullmatch(uri):
+            whole = ImageRef.parse(match["rest"])
+            if match["mark"] == ("&" if whole.fragment else "#") and whole.box is None:
+                left, top, width, height = (int(n) for n in match["box"].split(","))
                 return replace(whole, box=(left, top, width, height))
         refs = (source.parse(uri) for _, source in SOURCES)
         return next((ref for ref in refs if ref is not None), None) or ImageRef(uri)
@@ -64,27 +64,27 @@ class ImageRef:
 
     @property
     def whole(self) -> ImageRef:
-        """The image that a crop is cut from."""
+        """The whole image of a crop."""
         return replace(self, box=None)
 
     def crop(self, box: Box) -> ImageRef:
-        """A part of this image; ``box`` is in its own pixels."""
+        """A crop of this image; ``box`` is in pixels of this image, which may be a crop itself."""
         left, top = self.box[:2] if self.box else (0, 0)
         return replace(self, box=(left + box[0], top + box[1], box[2], box[3]))
 
 
-# Bytes, or why there are none.
+# The bytes, or the reason why there are none.
 One = tuple[bytes | None, str | None]
 Held = dict[ImageRef, One]
 
 
 def resolve(path: str, listed_in: str) -> str:
-    """A path from a list: absolute, a uri, or relative to the list's folder."""
+    """Resolve a path from a list: an absolute path, a uri, or a path relative to the folder of the list."""
     if not path:
         return path
     if filesystem.is_remote(path):
         return filesystem.normalise(path)
     folder = listed_in.rpartition("/")[0]
-    if filesystem.is_remote(listed_in):  # a list from elsewhere names no files of this machine, file:// or not
+    if filesystem.is_remote(listed_in):  # a remote list must not refer to local files, also not with file://
         return f"{folder}/{path}"
     return filesystem.normalise(path if path.startswith(("/", "~", "file://")) else f"{folder}/{path}")

@@ -36,12 +36,12 @@ def encoder(name: str, folder: Path) -> TeacherSpec:
     path = folder / f"random-{name.replace(':', '-').replace('/', '-')}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        made = family_of(name).untrained(model_of(name))
-        if made is None:
+        tower = family_of(name).untrained(model_of(name))
+        if tower is None:
             return TeacherSpec.of(TeacherSource(name))
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in made.state_dict().items()}, str(part))
+        save_file({key: value.contiguous() for key, value in tower.state_dict().items()}, str(part))
         part.replace(path)
     return TeacherSpec.of(TeacherSource(name, str(path)))
 
@@ -75,17 +75,17 @@ def bare(model: Any, cores: int) -> float:
     torch.set_num_threads(cores)
     try:
         pixels = torch.randint(0, 256, (BATCH, 3, *model.preprocess.size), dtype=torch.uint8, device=device())
-        _finished(model.embed(pixels))
+        _wait_for(model.embed(pixels))
         began, images = time.perf_counter(), 0
         while (spent := time.perf_counter() - began) < SECONDS:
-            _finished(model.embed(pixels))
+            _wait_for(model.embed(pixels))
             images += BATCH
         return images / spent
     finally:
         torch.set_num_threads(before)
 
 
-def _finished(out: torch.Tensor) -> None:
+def _wait_for(out: torch.Tensor) -> None:
     out.sum().item()
 
 

@@ -35,24 +35,24 @@ def ingest(folder: Path, plan: Allocation, cores: int, repeats: int, quick: bool
     Args:
         quick: few images.
     """
-    lesson = ensure_targets(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
-    data = encoded(lesson)
+    targets = ensure_targets(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
+    data = encoded(targets)
     paths = loose(data, folder / "photos" / "loose")
-    what = f"JPEGs of 500 x 375 to {lesson.cut.size} px"
-    rates = in_turns(lambda: by_loader(lesson, paths, cores), lambda: by_ray(lesson, plan), repeats)
+    what = f"JPEGs of 500 x 375 to {targets.cut.size} px"
+    rates = in_turns(lambda: by_loader(targets, paths, cores), lambda: by_ray(targets, plan), repeats)
     yield BenchRow(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
     steps = 48 // (FEWER if quick else 1)
-    rates = in_turns(lambda: bare(lesson, steps, plan), lambda: by_ray(lesson, plan), repeats, warm=False)
-    yield BenchRow(f"ingest, {what}", "images/s", f"what the bare step of {lesson.case.name} takes", *rates)
+    rates = in_turns(lambda: bare(targets, steps, plan), lambda: by_ray(targets, plan), repeats, warm=False)
+    yield BenchRow(f"ingest, {what}", "images/s", f"what the bare step of {targets.case.name} takes", *rates)
     # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
-    in_worker = partial(_in_worker, lesson=lesson, data=data)
+    in_worker = partial(_in_worker, targets=targets, data=data)
     rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
     yield BenchRow(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 
-def encoded(lesson: BenchTargets) -> list[tuple[str, bytes]]:
+def encoded(targets: BenchTargets) -> list[tuple[str, bytes]]:
     """Uris and bytes of the case's images, in memory."""
-    uris = [uri for name, _ in lesson.shards for uri in lesson.stage.read_json(listed(name))["uris"]]
+    uris = [uri for name, _ in targets.shards for uri in targets.stage.read_json(listed(name))["uris"]]
     return [(uri, data) for uri, data, _ in fetch(uris) if data is not None]
 
 
@@ -65,22 +65,22 @@ def loose(data: list[tuple[str, bytes]], folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def by_ray(lesson: BenchTargets, plan: Allocation) -> float:
+def by_ray(targets: BenchTargets, plan: Allocation) -> float:
     """Of TRANSFER's own reading of originals in tars, in a worker like TRANSFER's, with all CPUs for its decoders."""
     import ray
 
     remote: Any = ray.remote(num_cpus=plan.worker_cpus)(_read)
-    found: float = ray.get(remote.remote(lesson, plan.decode_cpus))
-    return found
+    rate: float = ray.get(remote.remote(targets, plan.decode_cpus))
+    return rate
 
 
-def _read(lesson: BenchTargets, decode_cpus: float) -> float:
+def _read(targets: BenchTargets, decode_cpus: float) -> float:
     env = WorkerContext(torch.device("cpu"), 0, 1, decode_cpus)
     # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
-    part = TrainConfig(resident_bytes=0, window_bytes=SHARD * lesson.taught("live").row_bytes)
-    batch, steps = lesson.case.batch, PASSES * lesson.case.images // lesson.case.batch
+    part = TrainConfig(resident_bytes=0, window_bytes=SHARD * targets.target_set("live").row_bytes)
+    batch, steps = targets.case.batch, PASSES * targets.case.images // targets.case.batch
     half, began = steps // 2, 0.0
-    for number, _ in enumerate(lesson.taught("live").batches(part, env, batch, 0, 0, steps)):
+    for number, _ in enumerate(targets.target_set("live").batches(part, env, batch, 0, 0, steps)):
         if number == half - 1:
             began = time.perf_counter()
     return (steps - half) * batch / (time.perf_counter() - began)
@@ -104,11 +104,11 @@ def _view(cut: MakeViews, uri: str, data: bytes) -> np.ndarray:
     return pixels[0]
 
 
-def by_loader(lesson: BenchTargets, paths: list[str], cores: int) -> float:
+def by_loader(targets: BenchTargets, paths: list[str], cores: int) -> float:
     """Of a DataLoader over the images as files, in random order, with a worker for each core."""
-    batch = lesson.case.batch
+    batch = targets.case.batch
     how: dict[str, Any] = {"shuffle": True, "num_workers": cores, "multiprocessing_context": "fork"}
-    loader = DataLoader(_Views(paths, lesson.cut), batch_size=batch, **how)
+    loader = DataLoader(_Views(paths, targets.cut), batch_size=batch, **how)
     half, began = len(loader) // 2, 0.0
     for number, _ in enumerate(loader):
         if number == half - 1:
@@ -117,16 +117,16 @@ def by_loader(lesson: BenchTargets, paths: list[str], cores: int) -> float:
 
 
 def _in_worker(
-    work: Callable[[BenchTargets, list[tuple[str, bytes]]], float], lesson: BenchTargets, data: Any
+    work: Callable[[BenchTargets, list[tuple[str, bytes]]], float], targets: BenchTargets, data: Any
 ) -> float:
     import ray
 
     remote: Any = ray.remote(num_cpus=1)(work)
-    found: float = ray.get(remote.remote(lesson, data))
-    return found
+    rate: float = ray.get(remote.remote(targets, data))
+    return rate
 
 
-def decoded(lesson: BenchTargets, data: list[tuple[str, bytes]]) -> float:
+def decoded(targets: BenchTargets, data: list[tuple[str, bytes]]) -> float:
     """Of the decoder alone, on one core."""
     began = time.perf_counter()
     for _, content in data:
@@ -134,10 +134,10 @@ def decoded(lesson: BenchTargets, data: list[tuple[str, bytes]]) -> float:
     return len(data) / (time.perf_counter() - began)
 
 
-def cut(lesson: BenchTargets, data: list[tuple[str, bytes]]) -> float:
+def cut(targets: BenchTargets, data: list[tuple[str, bytes]]) -> float:
     """Of decoder and views, on one core."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     for uri, content in data:
-        _view(lesson.cut, uri, content)
+        _view(targets.cut, uri, content)
     return len(data) / (time.perf_counter() - began)

@@ -81,7 +81,7 @@ class BenchTargets:
     cut: MakeViews
     predict: Predict
 
-    def taught(self, mode: str) -> TargetSet:
+    def target_set(self, mode: str) -> TargetSet:
         """The transfer set in a mode of ``teach.mode``."""
         size = self.cut.size if mode == "live" else self.case.size
         how = (None, None) if mode == "cached" else (self.cut, self.predict)
@@ -97,7 +97,7 @@ class BenchTargets:
         return TransferSpec(
             TrainerSettings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
             self.student,
-            self.taught(mode),
+            self.target_set(mode),
             Labels(self.home.sub("labels"), KIND),
             ViewPolicy(),
             0,

@@ -74,7 +74,7 @@ def held_by_process(root: int) -> dict[int, int]:
         except (OSError, ValueError, IndexError):  # it has ended
             continue
         children.setdefault(parent, []).append(int(entry.name))
-    found, todo = {}, [root]
+    bytes_of, todo = {}, [root]
     while todo:
         pid = todo.pop()
         todo += children.get(pid, [])
@@ -82,5 +82,5 @@ def held_by_process(root: int) -> dict[int, int]:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
             continue
-        found[pid] = 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return found
+        bytes_of[pid] = 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return bytes_of

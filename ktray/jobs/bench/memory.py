@@ -22,7 +22,7 @@ from ktray.distributed.ray_internals import spilled_bytes
 from ktray.jobs.bench.lesson import CASES, ensure_targets
 from ktray.jobs.bench.machine import held_by_process
 from ktray.jobs.bench.rows import BenchRow
-from ktray.jobs.bench.training import WAYS, run_job
+from ktray.jobs.bench.training import VARIANTS, run_job
 from ktray.recipe.schema import TrainConfig
 from ktray.training.worker import WorkerContext
 
@@ -35,11 +35,11 @@ WINDOW_BYTES = 64_000_000
 
 def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[BenchRow]:
     """Memory in the last epochs against that in the second and third, and what the object store spilled."""
-    lesson = ensure_targets(CASES[CASE], folder, plan)
-    way = next(way for way in WAYS if not way.resident)
-    batch = lesson.case.batch
-    an_epoch = lesson.case.images // batch
-    job = lesson.job(way.mode, epochs * an_epoch, way.part(batch))
+    targets = ensure_targets(CASES[CASE], folder, plan)
+    variant = next(variant for variant in VARIANTS if not variant.resident)
+    batch = targets.case.batch
+    steps_per_epoch = targets.case.images // batch
+    job = targets.job(variant.mode, epochs * steps_per_epoch, variant.part(batch))
     samples: list[tuple[float, dict[int, int]]] = []
     spilled, stop = spilled_bytes(), threading.Event()
 
@@ -74,20 +74,20 @@ def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[Ben
 
 def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: float) -> dict[int, float]:
     """By process, the mean of the samples in a span of time, of those that were there in all of them."""
-    chosen = [found for at, found in samples if first <= at <= last]
+    chosen = [held for at, held in samples if first <= at <= last]
     if not chosen:
         return {}
-    pids = set.intersection(*(set(found) for found in chosen))
-    return {pid: sum(found[pid] for found in chosen) / len(chosen) for pid in pids}
+    pids = set.intersection(*(set(held) for held in chosen))
+    return {pid: sum(held[pid] for held in chosen) / len(chosen) for pid in pids}
 
 
 def passing(folder: Path) -> BenchRow:
     """Bytes of rows that training reads through an object store of a tenth of their size."""
     command = [sys.executable, "-m", "ktray.jobs.bench.memory", str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    facts: dict[str, float | int | str] = {"spilled bytes": int(found["spilled"]), "rows": int(found["rows"])}
-    sizes = [found["store"] / 1e9], [found["read"] / 1e9]
+    amounts = json.loads(done.stdout.splitlines()[-1])
+    facts: dict[str, float | int | str] = {"spilled bytes": int(amounts["spilled"]), "rows": int(amounts["rows"])}
+    sizes = [amounts["store"] / 1e9], [amounts["read"] / 1e9]
     return BenchRow("rows read through a small object store", "GB", "its size", *sizes, facts)
 
 
@@ -95,24 +95,26 @@ def main(arguments: list[str]) -> None:
     """Read `TIMES` times the object store's size; prints what was read and what was spilled."""
     connect(object_store=STORE_BYTES)
     folder, plan = Path(arguments[0]), cluster_allocation(1, False)
-    found: dict[str, Any] = read_past(folder, plan, TIMES * STORE_BYTES)
-    print(json.dumps({**found, "store": STORE_BYTES, "spilled": spilled_bytes()}))
+    amounts: dict[str, Any] = read_past(folder, plan, TIMES * STORE_BYTES)
+    print(json.dumps({**amounts, "store": STORE_BYTES, "spilled": spilled_bytes()}))
 
 
 def read_past(folder: Path, plan: Allocation, most: int) -> dict[str, int]:
     """Stream a set of that many bytes once, as training reads what is not kept in memory. Its shards are the lesson's,
     named again and again."""
-    lesson = ensure_targets(CASES[CASE], folder, plan)
-    taught = lesson.taught("cached")
-    again = -(-most // (taught.row_bytes * lesson.case.images))
-    taught = replace(taught, shards=taught.shards * again)
+    targets = ensure_targets(CASES[CASE], folder, plan)
+    target_set = targets.target_set("cached")
+    again = -(-most // (target_set.row_bytes * targets.case.images))
+    target_set = replace(target_set, shards=target_set.shards * again)
     part = TrainConfig(resident_bytes=0, window_bytes=WINDOW_BYTES)
-    batch = lesson.case.batch
-    steps = sum(rows for _, rows in taught.shards) // batch
+    batch = targets.case.batch
+    steps = sum(rows for _, rows in target_set.shards) // batch
     read = rows = 0
-    for found in taught.batches(part, WorkerContext(torch.device("cpu"), 0, 1, plan.decode_cpus), batch, 0, 0, steps):
-        rows += len(found["pixels"])
-        read += sum(value.nbytes for value in found.values() if isinstance(value, torch.Tensor))
+    for batch_rows in target_set.batches(
+        part, WorkerContext(torch.device("cpu"), 0, 1, plan.decode_cpus), batch, 0, 0, steps
+    ):
+        rows += len(batch_rows["pixels"])
+        read += sum(value.nbytes for value in batch_rows.values() if isinstance(value, torch.Tensor))
     return {"rows": rows, "read": read}
 
 

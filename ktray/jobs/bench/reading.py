@@ -58,14 +58,14 @@ def bare(shards: list[Shard], preprocess: Preprocess, cores: int, prints: bool =
     """Images a second of ``cores`` processes together, their start and reading the files not counted."""
     context = multiprocessing.get_context("spawn")
     work = _Bare(shards, preprocess, prints)
-    ready, told = context.Barrier(cores), context.SimpleQueue()
-    processes = [context.Process(target=work, args=(part, cores, ready, told)) for part in range(cores)]
+    ready, results = context.Barrier(cores), context.SimpleQueue()
+    processes = [context.Process(target=work, args=(part, cores, ready, results)) for part in range(cores)]
     for process in processes:
         process.start()
-    found = [told.get() for _ in processes]
+    timings = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    images, began, ended = zip(*found, strict=True)
+    images, began, ended = zip(*timings, strict=True)
     return sum(images) / (max(ended) - min(began))
 
 
@@ -75,7 +75,7 @@ class _Bare:
     preprocess: Preprocess
     prints: bool
 
-    def __call__(self, part: int, parts: int, ready: Any, told: Any) -> None:
+    def __call__(self, part: int, parts: int, ready: Any, results: Any) -> None:
         torch.set_num_threads(1)
         records = [r for shard in self.shards for r in read_shard(shard)][part::parts]
         kept = None
@@ -86,4 +86,4 @@ class _Bare:
             kept = self.preprocess.eval_transform(image), fingerprint([image]) if self.prints else None
         ended = time.monotonic()
         assert kept is not None
-        told.put((len(records), began, ended))
+        results.put((len(records), began, ended))

@@ -68,23 +68,23 @@ class Sweep:
 def reuse(folder: Path, plan: Allocation, trials: int = len(TRIALS), images: int = IMAGES) -> Iterator[BenchRow]:
     """Compute and time of a live teacher, with stored targets as the limit."""
     for pair in PAIRS:
-        found = {}
+        sweeps = {}
         for mode in ("cached", "live"):
-            found[mode] = sweep(pair, mode, folder, plan, trials, images)
-            logger.info(f"bench     {pair.name}, {mode}: {sum(found[mode].seconds):.0f} s for {trials} trials")
-        yield from compared(pair.name, found["cached"], found["live"])
+            sweeps[mode] = sweep(pair, mode, folder, plan, trials, images)
+            logger.info(f"bench     {pair.name}, {mode}: {sum(sweeps[mode].seconds):.0f} s for {trials} trials")
+        yield from compared(pair.name, sweeps["cached"], sweeps["live"])
 
 
 def compared(name: str, cached: Sweep, live: Sweep) -> list[BenchRow]:
     """Two rows, with what else there is to know among the first one's facts."""
     trials = len(live.flops)
     # The first trial of each has adapted the teacher and drawn the set; both did.
-    an_epoch = (sum(live.flops) - sum(cached.flops) + cached.stored) / (EPOCHS * trials)
+    flops_per_epoch = (sum(live.flops) - sum(cached.flops) + cached.stored) / (EPOCHS * trials)
     apart = [a - b for a, b in zip(cached.accuracy, live.accuracy, strict=True)]
     facts: dict[str, float | int | str] = {
         "one trial's compute": live.flops[0] / cached.flops[0],
         "one trial's time": live.seconds[0] / cached.seconds[0],
-        "stored targets pay off after epochs": cached.stored / an_epoch if an_epoch else 0.0,
+        "stored targets pay off after epochs": cached.stored / flops_per_epoch if flops_per_epoch else 0.0,
         "accuracy stored": mean(cached.accuracy),
         "accuracy live": mean(live.accuracy),
         "difference, mean over trials": mean(apart),

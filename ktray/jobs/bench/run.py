@@ -39,7 +39,7 @@ from ktray.tracking.tags import commit
 logger = logging.getLogger("ktray")
 
 # Cores that others keep busy above which the table says so.
-_CALM = 0.2
+_IDLE = 0.2
 
 
 def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     store.check_writable()
     recipe = quick(recipe) if recipe.bench.quick else recipe
     busy = busy_cores()
-    if busy is not None and busy > _CALM:
+    if busy is not None and busy > _IDLE:
         logger.info(
             f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven"
         )
@@ -102,8 +102,8 @@ def quick(recipe: Recipe) -> Recipe:
 
 def _read(recipe: Recipe, folder: Path, plan: Allocation) -> list[BenchRow]:
     # As large as a shard that ktray makes of loose files, and at least two for each core.
-    a_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
-    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, a_tar))
+    images_per_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
+    shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, images_per_tar))
     return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
 
 

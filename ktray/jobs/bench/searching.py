@@ -28,7 +28,7 @@ QUERIES = 1000
 K = 100
 PART_ROWS = 50_000
 # Rows around one centre, on average, and how far from it: cosines of 0.5 to 0.8 within, about 0 between.
-_A_CENTRE = 200
+_ROWS_PER_CENTRE = 200
 _SPREAD = 0.8
 
 
@@ -60,17 +60,17 @@ def searching(
     part = GalleryConfig(search="compressed")
     shutil.rmtree(Path(gallery.folder.path) / "search", ignore_errors=True)  # of an earlier bench: it is built anew
     began = time.perf_counter()
-    made = compress(part, gallery, plan)
+    index = compress(part, gallery, plan)
     built = time.perf_counter() - began
-    search = nearest(made, gallery)
+    search = nearest(index, gallery)
     limit, reached = in_turns(
         lambda: _timed(lambda: exact(queries, gallery, K, plan)), lambda: _timed(lambda: search(queries, K)), repeats
     )
     home = next((Path(gallery.folder.path) / "search").glob("*/merged.ivfdata"))
     more = {
-        "factory": made["factory"],
-        "probes": made["probes"],
-        **{f"recall_at_{k}": share for k, share in made["recall"].items()},
+        "factory": index["factory"],
+        "probes": index["probes"],
+        **{f"recall_at_{k}": share for k, share in index["recall"].items()},
         "build_seconds": built,
         "bytes_per_row": home.stat().st_size / rows,
     }
@@ -87,8 +87,8 @@ def synthetic(folder: Path, rows: int, plan: Allocation) -> Gallery:
     ]
     whole, _ = index.shards([item["name"] for item in items])
     todo = [item for item in items if item["name"] not in whole]
-    for made in cpu_shards(todo, _Synthesise(index, rows, DIMENSIONS), plan):
-        index.finish(IndexedShard.from_json(made))
+    for shard in cpu_shards(todo, _Synthesise(index, rows, DIMENSIONS), plan):
+        index.finish(IndexedShard.from_json(shard))
     return Gallery(index, [(f"{item['name']}-00000", item["rows"]) for item in items])
 
 
@@ -100,7 +100,7 @@ class _Synthesise:
 
     def __call__(self, item: Item) -> dict[str, object]:
         centres = np.random.default_rng(0).standard_normal(
-            (max(1, self.total // _A_CENTRE), self.dimensions), dtype=np.float32
+            (max(1, self.total // _ROWS_PER_CENTRE), self.dimensions), dtype=np.float32
         )
         rng = np.random.default_rng([2, int(item["name"])])
         near = rng.integers(0, len(centres), item["rows"])
@@ -140,5 +140,5 @@ def _product(queries: np.ndarray, gallery: Gallery, cores: int) -> float:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     vectors = vectors.astype(np.float32)
-    found: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return found
+    unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit

@@ -15,9 +15,9 @@ from ktray.distributed.allocation import cluster_allocation
 from ktray.distributed.connect import connect
 from ktray.jobs.bench.lesson import CASES, ensure_targets, less
 from ktray.jobs.bench.rows import BenchRow
-from ktray.jobs.bench.training import WAYS, Watched, run_job
+from ktray.jobs.bench.training import VARIANTS, Watched, run_job
 
-AIM = 10.0  # seconds from the start of TRANSFER to its first batch
+TARGET = 10.0  # seconds from the start of TRANSFER to its first batch
 CASE = "mobilenetv3_small_050"
 
 
@@ -37,7 +37,7 @@ def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[BenchRo
     facts: dict[str, float | int | str] = {f"{part} (s)": seconds for part, seconds in middle.items()}
     reached = [turn["first batch"] for turn in turns]
     yield BenchRow(
-        "first batch after transfer starts, fresh processes", "s", "at most", [AIM] * repeats, reached, facts
+        "first batch after transfer starts, fresh processes", "s", "at most", [TARGET] * repeats, reached, facts
     )
 
 
@@ -55,11 +55,11 @@ def main(arguments: list[str]) -> None:
     connect()
     plan = cluster_allocation(1, "auto")
     connected = time.time()
-    lesson = ensure_targets(case, folder, plan)
-    way, path = WAYS[0], folder / "first-batch"
+    targets = ensure_targets(case, folder, plan)
+    variant, path = VARIANTS[0], folder / "first-batch"
     path.unlink(missing_ok=True)
     started = time.time()
-    run_job(Watched(lesson.job(way.mode, 4, way.part(lesson.case.batch)), partial(note, path)), plan, folder)
+    run_job(Watched(targets.job(variant.mode, 4, variant.part(targets.case.batch)), partial(note, path)), plan, folder)
     ended, first = time.time(), float(path.read_text())
     parts = {
         "imports": imported - began,

@@ -36,7 +36,7 @@ class Variant:
     name: str
     mode: str
     resident: bool
-    taught: bool
+    with_teacher: bool
 
     def part(self, batch: int) -> TrainConfig:
         """The recipe's part, for a batch over all workers."""
@@ -47,7 +47,7 @@ class Variant:
         return PART.model_copy(update=keys)
 
 
-WAYS = (
+VARIANTS = (
     Variant("cached", "cached", True, False),
     Variant("cached, read from disk", "cached", False, False),
     Variant("streamed", "streamed", False, True),
@@ -66,35 +66,43 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
     for name, case in CASES.items():
         if quick:
             case = less(case)
-        lesson = ensure_targets(case, folder, plan)
-        plain, dear = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
+        targets = ensure_targets(case, folder, plan)
+        steps_without, steps_with_teacher = (max(4, steps // FEWER) if quick else steps for steps in STEPS[name])
         limit_name = "bare step, tensors in memory"
 
-        def limit(lesson: BenchTargets = lesson, steps: int = plain) -> float:
-            return bare(lesson, steps, plan)
+        def limit(targets: BenchTargets = targets, steps: int = steps_without) -> float:
+            return bare(targets, steps, plan)
 
-        for way in WAYS[:1] if quick and case.large else WAYS:
+        for variant in VARIANTS[:1] if quick and case.large else VARIANTS:
             waits: list[float] = []
-            ours = partial(through_ktray, lesson, way, dear if way.taught else plain, plan, folder, waits)
+            through = partial(
+                through_ktray,
+                targets,
+                variant,
+                steps_with_teacher if variant.with_teacher else steps_without,
+                plan,
+                folder,
+                waits,
+            )
             facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
-            rates = in_turns(limit, ours, repeats, warm=not quick)
+            rates = in_turns(limit, through, repeats, warm=not quick)
             facts["data_wait"] = max(waits)
-            yield BenchRow(f"train {way.name}, {case.name}", "images/s", limit_name, *rates, facts)
+            yield BenchRow(f"train {variant.name}, {case.name}", "images/s", limit_name, *rates, facts)
         if case.large and not quick:
-            rates = in_turns(limit, partial(_in_worker, _timm_step, lesson, dear, plan), repeats)
+            rates = in_turns(limit, partial(_in_worker, _timm_step, targets, steps_with_teacher, plan), repeats)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 
 
 def through_ktray(
-    lesson: BenchTargets, way: Variant, steps: int, plan: Allocation, folder: Path, waits: list[float]
+    targets: BenchTargets, variant: Variant, steps: int, plan: Allocation, folder: Path, waits: list[float]
 ) -> float:
     """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch;
     of streamed ones of all steps and the wait for the first, since rows that were made ahead cost as much as others.
     ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
-    batch = lesson.case.batch * plan.workers
-    outcome, posts = run_job(lesson.job(way.mode, steps, way.part(batch)), plan, folder)
+    batch = targets.case.batch * plan.workers
+    outcome, posts = run_job(targets.job(variant.mode, steps, variant.part(batch)), plan, folder)
     waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, Progress) and p.data_wait is not None))
-    if way.mode == "streamed":
+    if variant.mode == "streamed":
         return float(steps * batch / outcome.state.seconds)
     return _second_half(outcome.state.curve, batch)
 
@@ -136,23 +144,23 @@ class Watched:
         return replace(program, batches=batches)
 
 
-def bare(lesson: BenchTargets, steps: int, plan: Allocation) -> float:
+def bare(targets: BenchTargets, steps: int, plan: Allocation) -> float:
     """Images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory, in a
     worker like TRANSFER's."""
-    return float(_in_worker(_bare_step, lesson, steps, plan))
+    return float(_in_worker(_bare_step, targets, steps, plan))
 
 
-def _in_worker(work: Any, lesson: BenchTargets, steps: int, plan: Allocation) -> float:
+def _in_worker(work: Any, targets: BenchTargets, steps: int, plan: Allocation) -> float:
     import ray
 
     how: dict[str, Any] = {"num_cpus": plan.worker_cpus, "num_gpus": plan.worker_gpus}
     task: Any = ray.remote(**how)(work)
-    found: float = ray.get(task.remote(lesson, steps, plan.worker_threads))
-    return found
+    rate: float = ray.get(task.remote(targets, steps, plan.worker_threads))
+    return rate
 
 
-def _bare_step(lesson: BenchTargets, steps: int, threads: int) -> float:
-    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
+def _bare_step(targets: BenchTargets, steps: int, threads: int) -> float:
+    case, (model, preprocess, precision, device) = targets.case, _student(targets, threads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
     batches = _tensors(case, device)
 
@@ -167,14 +175,14 @@ def _bare_step(lesson: BenchTargets, steps: int, threads: int) -> float:
     return _rate(step, steps, case.batch, device)
 
 
-def _timm_step(lesson: BenchTargets, steps: int, threads: int) -> float:
+def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
     """timm's LogitDistillationTask with the teacher's tower as it is, and the same student and optimizer."""
     from timm.task import LogitDistillationTask
 
     from ktray.jobs.bench.embedding import encoder
 
-    case, (model, preprocess, precision, device) = lesson.case, _student(lesson, threads)
-    teacher = encoder(case.teacher, Path(lesson.home.path).parent).tower()
+    case, (model, preprocess, precision, device) = targets.case, _student(targets, threads)
+    teacher = encoder(case.teacher, Path(targets.home.path).parent).tower()
     tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(device).eval()
     task = LogitDistillationTask(
         model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=device, verbose=False
@@ -193,14 +201,14 @@ def _timm_step(lesson: BenchTargets, steps: int, threads: int) -> float:
     return _rate(step, steps, case.batch, device)
 
 
-def _student(lesson: BenchTargets, threads: int) -> Any:
+def _student(targets: BenchTargets, threads: int) -> Any:
     """The student in the number format and layout that TRANSFER has settled on."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     env = WorkerContext(device, 0, 1, 1.0)
-    model, preprocess = lesson.student.build(env, 0)
+    model, preprocess = targets.student.build(env, 0)
     precision = settle_precision(
-        lesson.home.sub("precision"), lesson.student, model, env, lesson.case.batch, PART.precision
+        targets.home.sub("precision"), targets.student, model, env, targets.case.batch, PART.precision
     )
     return model.train(), preprocess, precision.autocast_dtype, device
 

@@ -85,9 +85,14 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
         out.append(Step(f"embed on {device}", constant, ASSUMED, _hours(images * flops / RATES[device], price, "GPU")))
     vectors = images * dimensions * 2
     out.append(Step("embeddings", f"{dimensions} x 2 bytes", "arithmetic", f"{vectors / 1e12:,.2f} TB"))
-    aside = float(exact["facts"]["table_bytes_per_row"])
+    bytes_per_row = float(exact["facts"]["table_bytes_per_row"])
     out.append(
-        Step("uris, hashes, captions", f"{aside:.0f} bytes an image", MEASURED, f"{images * aside / 1e9:,.0f} GB")
+        Step(
+            "uris, hashes, captions",
+            f"{bytes_per_row:.0f} bytes an image",
+            MEASURED,
+            f"{images * bytes_per_row / 1e9:,.0f} GB",
+        )
     )
     products = median(exact["reached"]) * float(exact["facts"]["rows"]) * float(exact["facts"]["dimensions"]) * 2
     seconds = QUERIES * images * dimensions * 2 / products
@@ -130,18 +135,18 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
 
 
 def _named(rows: Sequence[dict[str, Any]], start: str, bench: str) -> list[dict[str, Any]]:
-    found = [row for row in rows if row["name"].startswith(start)]
-    if not found:
+    rows_named = [row for row in rows if row["name"].startswith(start)]
+    if not rows_named:
         raise KtrayError(
             f"The runs have no figure for '{start}'", f"Run jobs/bench.py bench.only=[{bench}] and add it."
         )
-    return found
+    return rows_named
 
 
-def table(found: Sequence[Step], images: float) -> str:
+def table(steps_of_table: Sequence[Step], images: float) -> str:
     """Markdown."""
     lines = [f"| for {images:,.0f} images | constant | | takes |", "|---|---|---|---|"]
-    lines += [f"| {s.what} | {s.constant} | {s.source} | {s.result} |" for s in found]
+    lines += [f"| {s.what} | {s.constant} | {s.source} | {s.result} |" for s in steps_of_table]
     return "\n".join(lines) + "\n"
 
 
@@ -162,8 +167,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(machines) != 1:
         raise KtrayError(f"The runs are of {len(machines)} machines: {sorted(machines)}", "Name runs of one machine.")
     rows = [row for result in results for row in result["rows"]]
-    given: list[float] = [float(text) for text in arguments if _number(text)]
-    images, flops, dimensions = [*given, *[IMAGES, FLOPS, float(DIMENSIONS)][len(given) :]]
+    numbers: list[float] = [float(text) for text in arguments if _number(text)]
+    images, flops, dimensions = [*numbers, *[IMAGES, FLOPS, float(DIMENSIONS)][len(numbers) :]]
     ((_, cores),) = machines
     print(table(steps(rows, int(cores), images, flops, int(dimensions)), images))
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.jobs.bench.lesson import CASES, FEWER, BenchTargets, ensure_targets, less
 from ktray.jobs.bench.rows import BenchRow, in_turns
-from ktray.jobs.bench.training import STEPS, WAYS, Watched, run_job, through_ktray
+from ktray.jobs.bench.training import STEPS, VARIANTS, Watched, run_job, through_ktray
 from ktray.training.worker import TrainingSpec
 
 CASE = "mobilenetv3_small_050"
-CACHED = WAYS[0]
+CACHED = VARIANTS[0]
 
 
 def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
@@ -25,50 +25,50 @@ def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -
     Args:
         quick: few images and steps, no turn to warm up, and no worker killed.
     """
-    lesson = ensure_targets(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
+    targets = ensure_targets(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
     steps = STEPS[CASE][0] // (FEWER if quick else 1)
     one, two = (replace(cluster_allocation(count, False), worker_threads=1) for count in (1, 2))
     rates = in_turns(
-        lambda: 2 * through_ktray(lesson, CACHED, steps, one, folder, []),
-        lambda: through_ktray(lesson, CACHED, steps, two, folder, []),
+        lambda: 2 * through_ktray(targets, CACHED, steps, one, folder, []),
+        lambda: through_ktray(targets, CACHED, steps, two, folder, []),
         repeats,
         warm=not quick,
     )
     yield BenchRow(
-        f"train cached, 2 workers of a thread, {lesson.case.name}", "images/s", "twice one of a thread", *rates
+        f"train cached, 2 workers of a thread, {targets.case.name}", "images/s", "twice one of a thread", *rates
     )
     if quick:
         return
     whole, broken = in_turns(
-        lambda: undisturbed(lesson, steps, plan, folder), lambda: killed(lesson, steps, plan, folder), repeats
+        lambda: undisturbed(targets, steps, plan, folder), lambda: killed(targets, steps, plan, folder), repeats
     )
-    lost = [steps * lesson.case.batch * (1 / b - 1 / a) for a, b in zip(whole, broken, strict=True)]
+    lost = [steps * targets.case.batch * (1 / b - 1 / a) for a, b in zip(whole, broken, strict=True)]
     facts: dict[str, float | int | str] = {"seconds lost": sorted(lost)[len(lost) // 2], "steps": steps}
-    name = f"transfer from start to end, its worker killed half-way, {lesson.case.name}"
+    name = f"transfer from start to end, its worker killed half-way, {targets.case.name}"
     yield BenchRow(name, "images/s", "undisturbed", whole, broken, facts)
 
 
-def undisturbed(lesson: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
+def undisturbed(targets: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
     """Images a second from the call to the last checkpoint, a checkpoint each second."""
-    return _rate(_often(lesson, steps), lesson, plan, folder)
+    return _rate(_often(targets, steps), targets, plan, folder)
 
 
-def killed(lesson: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
+def killed(targets: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
     """The same where the worker dies half-way and another goes on from its checkpoint."""
     marker = folder / "killed"
     marker.unlink(missing_ok=True)
-    return _rate(Watched(_often(lesson, steps), partial(_die, marker, steps // 2)), lesson, plan, folder)
+    return _rate(Watched(_often(targets, steps), partial(_die, marker, steps // 2)), targets, plan, folder)
 
 
-def _often(lesson: BenchTargets, steps: int) -> TrainingSpec:
-    job = lesson.job(CACHED.mode, steps, CACHED.part(lesson.case.batch))
+def _often(targets: BenchTargets, steps: int) -> TrainingSpec:
+    job = targets.job(CACHED.mode, steps, CACHED.part(targets.case.batch))
     return replace(job, settings=replace(job.settings, checkpoint_seconds=1.0))
 
 
-def _rate(job: TrainingSpec, lesson: BenchTargets, plan: Allocation, folder: Path) -> float:
+def _rate(job: TrainingSpec, targets: BenchTargets, plan: Allocation, folder: Path) -> float:
     began = time.perf_counter()
     run_job(job, plan, folder, max_failures=1)
-    return job.settings.steps * lesson.case.batch / (time.perf_counter() - began)
+    return job.settings.steps * targets.case.batch / (time.perf_counter() - began)
 
 
 def _die(marker: Path, at: int, step: int) -> None:

@@ -39,7 +39,7 @@ class MeasuredSpeed:
 
 def measure(
     base: Recipe,
-    ways: Methods,
+    methods: Methods,
     store: Store,
     plan: Allocation,
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
@@ -52,15 +52,15 @@ def measure(
     directory = store.sub("calibration")
     seed = base.compare.seeds[0]
     devices = plan.workers if plan.worker_gpus else 1
-    found: dict[str, MeasuredSpeed] = {}
-    for name, way in ways.items():
-        recipes = [recipe_of(base, way.keys, seed=seed, train__steps=n) for n in (SHORT, LONG)]
+    speeds: dict[str, MeasuredSpeed] = {}
+    for name, method in methods.items():
+        recipes = [recipe_of(base, method.keys, seed=seed, train__steps=n) for n in (SHORT, LONG)]
         file = f"{digest(dump(recipes[0]), cpu_model(), plan.workers, plan.worker_gpus)}.json"
         if not directory.exists(file):
             short, long = run([(f"{name}, {r.train.steps} steps", r) for r in recipes])
             directory.write_json(file, asdict(speed(store, short, long, devices)))
-        found[name] = MeasuredSpeed(**directory.read_json(file))
-    return found
+        speeds[name] = MeasuredSpeed(**directory.read_json(file))
+    return speeds
 
 
 def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: int) -> MeasuredSpeed:

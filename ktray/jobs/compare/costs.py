@@ -14,7 +14,7 @@ TEACHER = ("adapt", "index", "curate", "teach")  # stages in which the teacher w
 def by_stage(store: Store, result: dict[str, Any]) -> dict[str, float]:
     """FLOPs of each stage that a run's student needed, reused ones at what they took when they were made."""
     kinds = store.sub("stages").children()
-    found: dict[str, float] = {}
+    flops_of: dict[str, float] = {}
     for row in result["stages"]:
         # A row bears the name that its cost is booked under, which may be another than the folder's.
         folder = next((k for k in (row["name"], *kinds) if store.stage(k, row["key"]).exists()), None)
@@ -22,10 +22,10 @@ def by_stage(store: Store, result: dict[str, Any]) -> dict[str, float]:
             continue
         name = PART_OF.get(row["name"], row["name"])
         name = name if name in STAGES else "finetune"
-        found[name] = found.get(name, 0.0) + sum(
+        flops_of[name] = flops_of.get(name, 0.0) + sum(
             e.flops for e in attempts(DirLog(store.stage(folder, row["key"])).read())
         )
-    return {name: found[name] for name in STAGES if name in found}
+    return {name: flops_of[name] for name in STAGES if name in flops_of}
 
 
 def teacher_share(stages: dict[str, float]) -> float:

@@ -34,12 +34,12 @@ class _Cost:
 
     def __init__(self, recipe: Recipe, plan: Allocation) -> None:
         with muted():
-            found = resolve(recipe, plan)
-        self.steps = int(found.recipe.train.steps or 1)
+            resolved = resolve(recipe, plan)
+        self.steps = int(resolved.recipe.train.steps or 1)
         totals = []
         for steps in (self.steps, 2 * self.steps):
-            found.recipe.train.steps = steps
-            totals.append(sum(line.flops for line in lines(found)))
+            resolved.recipe.train.steps = steps
+            totals.append(sum(line.flops for line in lines(resolved)))
         self._step = (totals[1] - totals[0]) / self.steps
         self._fixed = totals[0] - self._step * self.steps
 
@@ -54,7 +54,7 @@ class _Cost:
 
 def budgets(
     base: Recipe,
-    ways: Methods,
+    methods: Methods,
     plan: Allocation,
     measure: Callable[[Methods, int], dict[str, MeasuredSpeed]] | None = None,
 ) -> dict[str, EqualBudget]:
@@ -69,8 +69,8 @@ def budgets(
     Raises:
         KtrayError: a way's other stages alone cost more than the budget.
     """
-    costs = {name: _Cost(recipe_of(base, way.keys), plan) for name, way in ways.items()}
-    first = next(iter(ways))
+    costs = {name: _Cost(recipe_of(base, method.keys), plan) for name, method in methods.items()}
+    first = next(iter(methods))
     equal, most = base.compare.equal, costs[first].steps
     steps = {name: cost.steps if equal == "own" else most for name, cost in costs.items()}
     if equal == "flops":
@@ -78,17 +78,17 @@ def budgets(
         for name, cost in costs.items():
             steps[name] = cost.within(total)
             if not steps[name]:
-                raise _too_dear(name, f"{cost(1):.3g} FLOP", f"{total:.3g}")
+                raise _over_budget(name, f"{cost(1):.3g} FLOP", f"{total:.3g}")
     elif equal == "device_seconds" and measure is not None:
-        speeds = measure(ways, most)
+        speeds = measure(methods, most)
         seconds = speeds[first].total(most)
         for name, speed in speeds.items():
             steps[name] = most if name == first else speed.within(seconds)
             if not steps[name]:
-                raise _too_dear(name, f"{speed.total(1):.0f} device-seconds", f"{seconds:.0f}")
+                raise _over_budget(name, f"{speed.total(1):.0f} device-seconds", f"{seconds:.0f}")
     result = {}
-    for name, way in ways.items():
-        taken = max(1, round(way.share * steps[name]))
+    for name, method in methods.items():
+        taken = max(1, round(method.share * steps[name]))
         result[name] = EqualBudget(taken, costs[name](taken))
         logger.info(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
     return result
@@ -98,11 +98,11 @@ def show(recipe: Recipe) -> None:
     """``--plan`` of a comparison: what each way will cost, stages that are shared or reused counted each time."""
     recipe = with_steps(recipe)
     part = recipe.compare
-    ways = list_methods(recipe)
-    planned = budgets(recipe, ways, this_machine(recipe))
+    methods = list_methods(recipe)
+    planned = budgets(recipe, methods, this_machine(recipe))
     if part.equal == "device_seconds":
         logger.info("the steps of all ways but the first will follow from measured speeds")
-    tried = sum(planned[name].flops for name, way in ways.items() if way.family == name)
+    tried = sum(planned[name].flops for name, method in methods.items() if method.family == name)
     total = len(part.seeds) * sum(b.flops for b in planned.values()) + len(part.lr_search) * tried
     prices = price_table()["accelerators"]
     head = "".join(f"{f'{name} hours':>14}{'USD':>10}" for name in DEVICES)
@@ -122,7 +122,7 @@ def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> s
     return f"{name:<34}{steps:>9}{flops:>12.3g}{shown}"
 
 
-def _too_dear(name: str, cost: str, budget: str) -> KtrayError:
+def _over_budget(name: str, cost: str, budget: str) -> KtrayError:
     return KtrayError(
         f"Way '{name}' costs {cost} with a single step, more than the budget of {budget}",
         "Raise train.steps, or leave the way out of compare.ways.",

@@ -33,63 +33,65 @@ SHADES = {
 }
 
 
-def metric_name(found: dict[str, Any]) -> str:
+def metric_name(content: dict[str, Any]) -> str:
     """The task's metric for a reader."""
-    return metric_label(str(found["metric"]))
+    return metric_label(str(content["metric"]))
 
 
-def styles(ways: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:
+def styles(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:
     """Colour, marker and whether it is filled, by way; runs of one family share the look and are hollow."""
     heads: dict[str, tuple[str, str]] = {}
-    for way in ways:
-        if way["family"] in heads:
+    for method in methods:
+        if method["family"] in heads:
             continue
-        known = way["objective"] in OBJECTIVES
-        colour = OBJECTIVES.get(way["objective"]).colour if known else OTHER
-        wish = MARKERS.get(way["source"], "o")
+        known = method["objective"] in OBJECTIVES
+        colour = OBJECTIVES.get(method["objective"]).colour if known else OTHER
+        wish = MARKERS.get(method["source"], "o")
         taken = {m for c, m in heads.values() if c == colour}
-        heads[way["family"]] = (colour, next((m for m in (wish, *SPARE) if m not in taken), wish))
-    return {w["name"]: (*heads[w["family"]], w["name"] == w["family"]) for w in ways}
+        heads[method["family"]] = (colour, next((m for m in (wish, *SPARE) if m not in taken), wish))
+    return {w["name"]: (*heads[w["family"]], w["name"] == w["family"]) for w in methods}
 
 
-def compute(found: dict[str, Any]) -> bytes:
+def compute(content: dict[str, Any]) -> bytes:
     """PNG of the test metric, with its interval, against the FLOPs of all stages, and the Pareto front."""
-    ways = found["ways"]
-    figure = Figure(figsize=(9.6, max(4.6, 0.27 * len(ways) + 1.6)), dpi=150, layout="constrained", facecolor="white")
+    methods = content["ways"]
+    figure = Figure(
+        figsize=(9.6, max(4.6, 0.27 * len(methods) + 1.6)), dpi=150, layout="constrained", facecolor="white"
+    )
     axes = figure.subplots()
     axes.set_xscale("log")
-    front = sorted((w["flops"], w["accuracy"]) for w in ways if w["pareto"])
+    front = sorted((w["flops"], w["accuracy"]) for w in methods if w["pareto"])
     # Steps: between two runs nothing was measured.
     x, y = zip(*front, strict=True)
     handles = axes.plot(x, y, color="#b0b7bf", linewidth=1.4, zorder=1, drawstyle="steps-post", label="Pareto front")
-    teacher = found.get("teacher_metric")
+    teacher = content.get("teacher_metric")
     if teacher:
         label = f"adapted teacher  {teacher['test']:.1%}"
         dashed = (0, (5, 4))
         handles.append(
             axes.axhline(teacher["test"], color=SOFT, linewidth=1.2, linestyle=dashed, zorder=1, label=label)
         )
-    look = styles(ways)
-    for way in sorted(ways, key=lambda w: -w["accuracy"]):  # the legend is in the order of the points
-        handles.append(_point(axes, way, look[way["name"]]))
-    costs = [w["flops"] for w in ways]
+    look = styles(methods)
+    for method in sorted(methods, key=lambda w: -w["accuracy"]):  # the legend is in the order of the points
+        handles.append(_point(axes, method, look[method["name"]]))
+    costs = [w["flops"] for w in methods]
     _log_axis(axes, min(costs), max(costs), EngFormatter(unit="FLOP"))
     axes.set_xlabel("compute of all stages, the teacher's included (logarithmic)")
-    _finish(axes, found)
+    _finish(axes, content)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8.5)
     return _png(figure)
 
 
-def sizes(found: dict[str, Any]) -> bytes | None:
+def sizes(content: dict[str, Any]) -> bytes | None:
     """PNG of the test metric against the images in the transfer set; None where no way has several sizes."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for way in found["ways"]:
-        if way["images"] and way.get("share", 1.0) == 1.0:
-            groups.setdefault(way["family"], []).append(way)
+    for method in content["ways"]:
+        if method["images"] and method.get("share", 1.0) == 1.0:
+            groups.setdefault(method["family"], []).append(method)
     several = {name: group for name, group in groups.items() if len({w["images"] for w in group}) > 1}
     if not several:
         return None
-    look = styles(found["ways"])
+    look = styles(content["ways"])
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -103,20 +105,20 @@ def sizes(found: dict[str, Any]) -> bytes | None:
     counts = [w["images"] for group in several.values() for w in group]
     _log_axis(axes, min(counts), max(counts), FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("images in the transfer set (logarithmic)")
-    _finish(axes, found)
+    _finish(axes, content)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return _png(figure)
 
 
-def shares(found: dict[str, Any]) -> bytes:
+def shares(content: dict[str, Any]) -> bytes:
     """PNG of stacked bars: each way's FLOPs by stage, what the teacher's stages take in warm colours."""
-    ways = found["ways"]
-    figure = Figure(figsize=(9.6, 0.3 * len(ways) + 1.4), dpi=150, layout="constrained", facecolor="white")
+    methods = content["ways"]
+    figure = Figure(figsize=(9.6, 0.3 * len(methods) + 1.4), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
-    names = [w["name"] for w in ways]
-    left = [0.0] * len(ways)
+    names = [w["name"] for w in methods]
+    left = [0.0] * len(methods)
     for stage in STAGES:
-        widths = [w["stages"].get(stage, 0.0) for w in ways]
+        widths = [w["stages"].get(stage, 0.0) for w in methods]
         if any(widths):
             axes.barh(names, widths, left=left, color=SHADES[stage], label=stage, height=0.72)
         left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -132,13 +134,13 @@ def shares(found: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _point(axes: Axes, way: dict[str, Any], look: tuple[str, str, bool]) -> Line2D:
+def _point(axes: Axes, method: dict[str, Any], look: tuple[str, str, bool]) -> Line2D:
     """Draw a way; returns its entry of the legend."""
     colour, marker, filled = look
-    low, high = way["accuracy"] - way["low"], way["high"] - way["accuracy"]
+    low, high = method["accuracy"] - method["low"], method["high"] - method["accuracy"]
     bars = axes.errorbar(
-        way["flops"],
-        way["accuracy"],
+        method["flops"],
+        method["accuracy"],
         yerr=[[max(0.0, low)], [max(0.0, high)]],
         fmt=marker,
         color=colour,
@@ -147,7 +149,7 @@ def _point(axes: Axes, way: dict[str, Any], look: tuple[str, str, bool]) -> Line
         elinewidth=1,
         capsize=2.5,
     )
-    bars[0].set_label(f"{way['name']}  {way['accuracy']:.1%}")
+    bars[0].set_label(f"{method['name']}  {method['accuracy']:.1%}")
     return bars[0]
 
 
@@ -161,9 +163,9 @@ def _log_axis(axes: Axes, low: float, high: float, formatter: Any) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _finish(axes: Axes, found: dict[str, Any]) -> None:
+def _finish(axes: Axes, content: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel(f"test {metric_name(found)}")
+    axes.set_ylabel(f"test {metric_name(content)}")
     axes.grid(True, color=FAINT)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

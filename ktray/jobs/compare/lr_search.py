@@ -31,7 +31,7 @@ class LrSearchResult:
 
 def search(
     base: Recipe,
-    ways: Methods,
+    methods: Methods,
     budgets: Mapping[str, EqualBudget],
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
 ) -> LrSearchResult:
@@ -48,18 +48,18 @@ def search(
         raise KtrayError(
             f"compare.lr_search={list(factors)} has a factor that is not above 0", "Write e.g. [0.5, 1, 2]."
         )
-    own = {name: recipe_of(base, way.keys).train.lr for name, way in ways.items()}
-    heads = [name for name, way in ways.items() if way.family == name]
+    own = {name: recipe_of(base, method.keys).train.lr for name, method in methods.items()}
+    heads = [name for name, method in methods.items() if method.family == name]
     jobs = [(name, factor) for name in heads for factor in factors]
-    results = run([(f"{name}, lr x {f:g}", trial(base, ways, budgets, own, name, f)) for name, f in jobs])
+    results = run([(f"{name}, lr x {f:g}", trial(base, methods, budgets, own, name, f)) for name, f in jobs])
     trials: dict[str, list[dict[str, float]]] = {name: [] for name in heads}
     for (name, factor), result in zip(jobs, results, strict=True):
         lr = own[name] * factor
         trials[name].append({"factor": factor, "lr": lr, "validation": float(result["metric"]["val"])})
     chosen = dict(own)
-    for name, way in ways.items():
-        if trials[way.family]:
-            best = max(trials[way.family], key=lambda t: t["validation"])
+    for name, method in methods.items():
+        if trials[method.family]:
+            best = max(trials[method.family], key=lambda t: t["validation"])
             chosen[name] = own[name] * best["factor"]
     for name in heads if factors else []:
         tried = ", ".join(f"{t['lr']:g}: {t['validation']:.1%}" for t in trials[name])
@@ -68,8 +68,13 @@ def search(
 
 
 def trial(
-    base: Recipe, ways: Methods, budgets: Mapping[str, EqualBudget], own: Mapping[str, float], name: str, factor: float
+    base: Recipe,
+    methods: Methods,
+    budgets: Mapping[str, EqualBudget],
+    own: Mapping[str, float],
+    name: str,
+    factor: float,
 ) -> Recipe:
     """The recipe of one trial: the way at its full budget, with the first seed."""
     more = {"seed": base.compare.seeds[0], "train__steps": budgets[name].steps, "train__lr": own[name] * factor}
-    return recipe_of(base, ways[name].keys, **more)
+    return recipe_of(base, methods[name].keys, **more)

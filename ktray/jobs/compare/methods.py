@@ -50,21 +50,21 @@ def list_methods(recipe: Recipe) -> Methods:
         KtrayError: a name that no default way has, or of one that the data does not allow; a share or a size that
             makes no sense.
     """
-    asked = recipe.compare.ways
-    if isinstance(asked, dict) and asked:
-        keys = asked
+    requested = recipe.compare.ways
+    if isinstance(requested, dict) and requested:
+        keys = requested
     else:
         keys, missing = default_methods(recipe)
         for name, reason in missing.items():
-            if not asked:
+            if not requested:
                 logger.info(f"way       {name}: left out, {reason}")
-        if isinstance(asked, list) and asked:
-            keys = {name: _named(name, keys, missing) for name in asked}
-    found = {name: Method(dict(value), name) for name, value in keys.items()}
+        if isinstance(requested, list) and requested:
+            keys = {name: _method_named(name, keys, missing) for name in requested}
+    methods = {name: Method(dict(value), name) for name, value in keys.items()}
     for size in recipe.compare.sizes:
         if size < 1:
             raise KtrayError(f"compare.sizes has {size}", "Sizes are numbers of images, from 1.")
-        found |= {
+        methods |= {
             f"{name}, {size:,} images": Method({**value, "transfer.size": size}, name)
             for name, value in keys.items()
             if _retrieves(recipe, value)
@@ -73,8 +73,8 @@ def list_methods(recipe: Recipe) -> Methods:
     for budget in recipe.compare.budgets:
         if not 0 < budget < 1:
             raise KtrayError(f"compare.budgets has {budget:g}", "They are shares of the first way's steps, below 1.")
-        found[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Method(dict(keys[first]), first, budget)
-    return found
+        methods[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Method(dict(keys[first]), first, budget)
+    return methods
 
 
 def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -82,10 +82,10 @@ def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str
     built_in = recipe.task.data is None
     gallery = built_in or recipe.gallery.data is not None
     possible = ["retrieved", "generic", "target"] if gallery else ["target"]
-    found = {name: keys for config in objectives() for name, keys in config.comparisons(possible).items()}
+    defaults = {name: keys for config in objectives() for name, keys in config.comparisons(possible).items()}
     reasons = unavailable(recipe)
-    missing = {name: reasons[k["objective.name"]] for name, k in found.items() if k["objective.name"] in reasons}
-    return {name: keys for name, keys in found.items() if name not in missing}, missing
+    missing = {name: reasons[k["objective.name"]] for name, k in defaults.items() if k["objective.name"] in reasons}
+    return {name: keys for name, keys in defaults.items() if name not in missing}, missing
 
 
 def unavailable(recipe: Recipe) -> dict[str, str]:
@@ -122,14 +122,14 @@ def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
     return recipes.override(plain, {**wanted, **fixed})
 
 
-def _named(name: str, known: dict[str, dict[str, Any]], missing: dict[str, str]) -> dict[str, Any]:
+def _method_named(name: str, methods: dict[str, dict[str, Any]], missing: dict[str, str]) -> dict[str, Any]:
     if name in missing:
         raise KtrayError(f"Way '{name}' cannot be run: {missing[name]}", "Leave it out of compare.ways.")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    if name not in methods:
+        near = difflib.get_close_matches(name, methods, n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
-        raise KtrayError(f"No default way is named '{name}'", f"{hint}There are: {', '.join(known)}.")
-    return known[name]
+        raise KtrayError(f"No default way is named '{name}'", f"{hint}There are: {', '.join(methods)}.")
+    return methods[name]
 
 
 def _retrieves(recipe: Recipe, keys: dict[str, Any]) -> bool:

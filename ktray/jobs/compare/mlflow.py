@@ -11,10 +11,10 @@ from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker, tracking_uri
 
-PER_WAY = ("accuracy", "spread", "low", "high", "validation", "flops", "device_seconds", "usd", "teacher_share")
+PER_METHOD = ("accuracy", "spread", "low", "high", "validation", "flops", "device_seconds", "usd", "teacher_share")
 
 
-def log(recipe: Recipe, store: Store, found: dict[str, Any], kept: Dir, files: Sequence[str]) -> dict[str, Any]:
+def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files: Sequence[str]) -> dict[str, Any]:
     """Log the comparison; returns the ``mlflow`` object of its ``result.json``. A server that is away stops nothing.
 
     Metrics are ``<way>.<number>``, the tag ``compare`` is the comparison's id, and the parameter ``runs.<way>`` names
@@ -24,25 +24,30 @@ def log(recipe: Recipe, store: Store, found: dict[str, Any], kept: Dir, files: S
         kept, files: the comparison's folder, and names in it to keep with the run.
     """
     home = local_home(store)
-    folder = home / "runs" / found["run_id"]
+    folder = home / "runs" / content["run_id"]
     tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
     part = recipe.compare
     tracker.start(
-        found["run_id"],
+        content["run_id"],
         params={
             "equal": part.equal,
             "seeds": str(part.seeds),
             "lr_search": str(part.lr_search),
-            **{f"runs.{way['name']}": ", ".join(way["runs"]) for way in found["ways"]},
-            **{f"train.lr.{way['name']}": way["lr"] for way in found["ways"]},
+            **{f"runs.{method['name']}": ", ".join(method["runs"]) for method in content["ways"]},
+            **{f"train.lr.{method['name']}": method["lr"] for method in content["ways"]},
         },
         tags=run_tags(
             recipe.mlflow,
-            {"compare": found["run_id"], "task": str(found["task"]), "chosen": found["chosen_on_validation"]},
+            {"compare": content["run_id"], "task": str(content["task"]), "chosen": content["chosen_on_validation"]},
         ),
     )
-    values = {f"{way['name']}.{key}": way[key] for way in found["ways"] for key in PER_WAY if way[key] is not None}
-    tracker.final({**values, "cost.total_flops": found["spent"]["flops"]})
+    values = {
+        f"{method['name']}.{key}": method[key]
+        for method in content["ways"]
+        for key in PER_METHOD
+        if method[key] is not None
+    }
+    tracker.final({**values, "cost.total_flops": content["spent"]["flops"]})
     for name in files:
         tracker.stored(kept, name)
     tracker.finish()
@@ -50,11 +55,11 @@ def log(recipe: Recipe, store: Store, found: dict[str, Any], kept: Dir, files: S
     return tracker.info()
 
 
-def chart(recipe: Recipe, store: Store, found: dict[str, Any]) -> str:
+def chart(recipe: Recipe, store: Store, content: dict[str, Any]) -> str:
     """Have MLflow draw the ways' cost against their accuracy; says where, or what to do where the server is away."""
     from ktray.jobs.chart import preset
 
     try:
-        return preset(tracking_uri(recipe.mlflow.uri, local_home(store)), recipe.mlflow.experiment, found["run_id"])
+        return preset(tracking_uri(recipe.mlflow.uri, local_home(store)), recipe.mlflow.experiment, content["run_id"])
     except KtrayError as error:  # no comparison is lost over a picture
         return f"MLflow has none ({error}); later: python -m ktray.jobs.chart {recipe.mlflow.experiment}"

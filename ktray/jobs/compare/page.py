@@ -17,28 +17,28 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write(folder: Path, found: dict[str, Any]) -> list[Path]:
+def write(folder: Path, content: dict[str, Any]) -> list[Path]:
     """Write the page, its pictures and the CSV into ``folder``; returns their paths."""
     return page.write(
         folder,
         "compare",
         "ktray.jobs.compare",
-        {"compare": figure.compute(found), "sizes": figure.sizes(found), "shares": figure.shares(found)},
+        {"compare": figure.compute(content), "sizes": figure.sizes(content), "shares": figure.shares(content)},
         COLUMNS,
-        (_csv_row(way) for way in found["ways"]),
+        (_csv_row(method) for method in content["ways"]),
         {"accuracy": accuracy},
-        f=found,
-        metric=figure.metric_name(found),
+        f=content,
+        metric=figure.metric_name(content),
         times=times,
         points=points,
-        headline=headline(found),
+        headline=headline(content),
     )
 
 
-def accuracy(way: dict[str, Any]) -> str:
+def accuracy(method: dict[str, Any]) -> str:
     """``88.9 ± 0.3%``; without ± where one seed tells of no spread."""
-    spread = "" if way["spread"] is None else f" ± {100 * way['spread']:.1f}"
-    return f"{100 * way['accuracy']:.1f}{spread}%"
+    spread = "" if method["spread"] is None else f" ± {100 * method['spread']:.1f}"
+    return f"{100 * method['accuracy']:.1f}{spread}%"
 
 
 def points(lead: list[float] | None) -> str:
@@ -65,13 +65,13 @@ def times(reach: dict[str, Any] | None) -> str:
     return word if word.startswith("the same") and bounds == ["1.00"] * 2 else f"{word} ({' to '.join(bounds)})"
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(content: dict[str, Any]) -> str:
     """The first way against the best (on validation) of the others, in a sentence; empty without others."""
-    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    others = [w for w in content["ways"] if w["family"] != content["ways"][0]["family"]]
     if not others:
         return ""
     best = max(others, key=lambda w: w["validation"])
-    text = f"{found['first']} gains {points(best['lead'])} points on {best['name']}, the best of the others"
+    text = f"{content['first']} gains {points(best['lead'])} points on {best['name']}, the best of the others"
     if best["reach"] is None:
         return f"{text}, and no run of it reaches that way's {percent(best['accuracy'])}"
     return f"{text}, and reaches its {percent(best['accuracy'])} with {times(best['reach'])}: {best['reach']['name']}"
@@ -81,22 +81,22 @@ def _factor(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
-def table(found: dict[str, Any]) -> str:
+def table(content: dict[str, Any]) -> str:
     """The comparison for a terminal, best on validation first."""
-    width = max(len(w["name"]) for w in found["ways"]) + 2
+    width = max(len(w["name"]) for w in content["ways"]) + 2
     head = (
         f"{'way':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}"
         f"{'compute':>14}{'teacher':>9}{'time':>10}{'money':>11}"
     )
     out = [head, "-" * len(head)]
-    for w in sorted(found["ways"], key=lambda w: -w["validation"]):
+    for w in sorted(content["ways"], key=lambda w: -w["validation"]):
         span = f"{100 * w['low']:.1f} to {100 * w['high']:.1f}%"
         cost = f"{flops(w['flops']):>14}{w['teacher_share']:>9.0%}{seconds(w['device_seconds']):>10}{usd(w['usd']):>11}"
         out.append(f"{w['name']:<{width}}{accuracy(w):>15}{span:>18}{percent(w['validation']):>12}{cost}")
-    first = found["first"]
-    others = [w for w in found["ways"] if w["family"] != found["ways"][0]["family"]]
+    first = content["first"]
+    others = [w for w in content["ways"] if w["family"] != content["ways"][0]["family"]]
     if others:
-        out.append(f"\n{headline(found)}\n")
+        out.append(f"\n{headline(content)}\n")
         out.append(f"{first} against the others: points gained, and its cheapest run that is as accurate")
     for w in others:
         by = f" by '{w['reach']['name']}'" if w["reach"] else ""
@@ -104,9 +104,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def _csv_row(way: dict[str, Any]) -> dict[str, Any]:
+def _csv_row(method: dict[str, Any]) -> dict[str, Any]:
     """A way as a row of the CSV: the interval of its lead and what reached it in columns of their own."""
-    lead, reach = way["lead"] or (None, None, None), way["reach"] or {}
+    lead, reach = method["lead"] or (None, None, None), method["reach"] or {}
     more = {"reached_by": reach.get("name"), "times_less": reach.get("times")}
     more |= {"times_low": reach.get("low"), "times_high": reach.get("high")}
-    return {**way, "lead": lead[0], "lead_low": lead[1], "lead_high": lead[2], **more}
+    return {**method, "lead": lead[0], "lead_low": lead[1], "lead_high": lead[2], **more}

@@ -19,7 +19,7 @@ T = TypeVar("T")
 BYTES_A_PIPELINE = 4e9
 
 
-def how_many(wish: int | Literal["auto"], whole: Allocation, jobs: int, memory: float) -> tuple[int, str]:
+def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, memory: float) -> tuple[int, str]:
     """Pipelines at once, and why so many.
 
     On CPUs one core a training worker does more than several: two workers of a small student with a thread each make
@@ -38,14 +38,14 @@ def how_many(wish: int | Literal["auto"], whole: Allocation, jobs: int, memory: 
     else:
         room = max(1, min(int(whole.total_cpus // whole.least), int(memory // (BYTES_A_PIPELINE * whole.least))))
         why = f"{whole.total_cpus:g} CPUs and {memory / 1e9:.0f} GB: a core and {BYTES_A_PIPELINE / 1e9:g} GB a worker"
-    if wish == "auto":
+    if requested == "auto":
         return min(room, jobs), why
-    if on_gpu and wish > room:
+    if on_gpu and requested > room:
         raise KtrayError(
-            f"compare.parallel={wish} pipelines of {whole.least} GPUs do not fit on {whole.total_gpus:g}",
+            f"compare.parallel={requested} pipelines of {whole.least} GPUs do not fit on {whole.total_gpus:g}",
             f"Set compare.parallel to at most {room}.",
         )
-    return min(wish, jobs), "compare.parallel"
+    return min(requested, jobs), "compare.parallel"
 
 
 def share(whole: Allocation, count: int) -> Allocation:

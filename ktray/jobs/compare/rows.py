@@ -28,7 +28,7 @@ def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> WeightedScor
     return kind.weighted_scores(results[0]["metric"]["name"], seeds)
 
 
-def build(store: Store, ways: Methods, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def build(store: Store, methods: Methods, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A JSON-like row for each way, in order.
 
     ``accuracy``, ``spread`` (standard deviation over seeds, None for one seed), ``low``, ``high``, ``validation``: of
@@ -37,23 +37,23 @@ def build(store: Store, ways: Methods, results: Mapping[str, list[dict[str, Any]
     with its interval. ``reach``: the first way's cheapest run that is as accurate as this way.
     ``images``: in the transfer set, None without one.
     """
-    found = [_row(store, name, results[name]) for name in ways]
-    sample = resample([load_scores(store, results[name]) for name in ways])
-    return compare_rows(found, [way.family for way in ways.values()], sample)
+    rows = [_row(store, name, results[name]) for name in methods]
+    sample = resample([load_scores(store, results[name]) for name in methods])
+    return compare_rows(rows, [method.family for method in methods.values()], sample)
 
 
-def compare_rows(found: list[dict[str, Any]], families: Sequence[str], sample: np.ndarray) -> list[dict[str, Any]]:
+def compare_rows(rows: list[dict[str, Any]], families: Sequence[str], sample: np.ndarray) -> list[dict[str, Any]]:
     """Rows with what they say about each other; ``sample`` is (draws, rows), see `resample`."""
-    accuracy, cost = [r["accuracy"] for r in found], [r["flops"] for r in found]
+    accuracy, cost = [r["accuracy"] for r in rows], [r["flops"] for r in rows]
     front = pareto(list(zip(cost, accuracy, strict=True)))
     own = [i for i, family in enumerate(families) if family == families[0]]
-    rows = []
-    for i, row in enumerate(found):
+    compared = []
+    for i, row in enumerate(rows):
         low, high = interval(sample[:, i])
         lead = None
         if i:
             lead = [accuracy[0] - accuracy[i], *interval(sample[:, 0] - sample[:, i])]
-        rows.append(
+        compared.append(
             {
                 **row,
                 "low": low,
@@ -61,16 +61,16 @@ def compare_rows(found: list[dict[str, Any]], families: Sequence[str], sample: n
                 "family": families[i],
                 "pareto": i in front,
                 "lead": lead,
-                "reach": None if i in own else _reached(found, reach(accuracy, cost, sample, i, own)),
+                "reach": None if i in own else _reached(rows, reach(accuracy, cost, sample, i, own)),
             }
         )
-    return rows
+    return compared
 
 
-def _reached(found: Sequence[dict[str, Any]], what: Any) -> dict[str, Any] | None:
-    if what is None:
+def _reached(rows: Sequence[dict[str, Any]], reached: Any) -> dict[str, Any] | None:
+    if reached is None:
         return None
-    return {"name": found[what.index]["name"], "times": what.times, "low": what.low, "high": what.high}
+    return {"name": rows[reached.index]["name"], "times": reached.times, "low": reached.low, "high": reached.high}
 
 
 def _row(store: Store, name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

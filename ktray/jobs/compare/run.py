@@ -51,9 +51,9 @@ def _compare(
     recipe: Recipe, debug: bool, begun: float, session: Session, until: contextlib.ExitStack
 ) -> dict[str, Any]:
     store, whole = session.store, session.allocation
-    ways = list_methods(recipe)
+    methods = list_methods(recipe)
     seeds = recipe.compare.seeds
-    at_once, why = how_many(recipe.compare.parallel, whole, len(ways) * len(seeds), session.memory)
+    at_once, why = how_many(recipe.compare.parallel, whole, len(methods) * len(seeds), session.memory)
     logger.info(f"cluster   {at_once} at once ({why})")
     run_id, folder = open_folder(store, recipe, until)
     logger.info(f"compare   {folder.uri}")
@@ -65,26 +65,26 @@ def _compare(
     measure = partial(
         calibration.measure, aside, store=store, plan=runner.share, run=partial(runner.run, at_once=1, trial=True)
     )
-    budget = budgets(recipe, ways, runner.share, lambda ways, most: measure(ways))
+    budget = budgets(recipe, methods, runner.share, lambda methods, most: measure(methods))
     measured = costs.totals(runner.results.values())
-    searched = search(aside, ways, budget, partial(runner.run, trial=True))
+    searched = search(aside, methods, budget, partial(runner.run, trial=True))
     recipes = {
         (name, seed): recipe_of(
-            recipe, way.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
+            recipe, method.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
         )
         for seed in seeds  # outside: a comparison that is stopped early has all ways with fewer seeds
         # Later seeds the other way round, as all stages that ways share are there: so the slowest ways (no teacher, and
         # many steps for their share) do not come last of all, where other workers have nothing left to do.
-        for name, way in (ways.items() if seed == seeds[0] else reversed(ways.items()))
+        for name, method in (methods.items() if seed == seeds[0] else reversed(methods.items()))
     }
     done = runner.run([(name, one) for (name, _), one in recipes.items()])
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     for (name, _), result in zip(recipes, done, strict=True):
         results[name].append(result)
-    found = rows.build(store, ways, results)
-    for row in found:
+    method_rows = rows.build(store, methods, results)
+    for row in method_rows:
         name = row["name"]
-        row.update(steps=budget[name].steps, lr=searched.lr[name], share=ways[name].share, keys=ways[name].keys)
+        row.update(steps=budget[name].steps, lr=searched.lr[name], share=methods[name].share, keys=methods[name].keys)
         row.update(trials=searched.trials.get(name, []))
     any_result = done[0]
     teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
@@ -100,9 +100,9 @@ def _compare(
         "label_budget": any_result["label_budget"],
         "metric": any_result["metric"]["name"],
         "test_images": any_result["metric"]["test_images"],
-        "first": found[0]["name"],
-        "chosen_on_validation": max(found, key=lambda row: row["validation"])["name"],
-        "ways": found,
+        "first": method_rows[0]["name"],
+        "chosen_on_validation": max(method_rows, key=lambda row: row["validation"])["name"],
+        "ways": method_rows,
         "teacher_metric": max(teachers, key=lambda t: t["val"]) if teachers else None,
         "spent": {
             **costs.totals(runner.results.values()),

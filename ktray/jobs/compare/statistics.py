@@ -20,15 +20,15 @@ _CHUNK_BYTES = 64_000_000  # of drawn weights held at once
 
 def plain(scores: WeightedScores) -> np.ndarray:
     """(S,) scores on the test set as it is."""
-    found: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
-    return found
+    scores_on_test: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
+    return scores_on_test
 
 
-def resample(ways: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def resample(methods: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Bootstrap of each way's mean over seeds: images and seeds are drawn with replacement.
 
     Args:
-        ways: all with the same N test images in the same order; the numbers of seeds may differ.
+        methods: all with the same N test images in the same order; the numbers of seeds may differ.
         draws: resamples.
         seed: of the resampling.
 
@@ -36,16 +36,16 @@ def resample(ways: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 0) 
         (draws, len(ways)) float64.
     """
     rng = np.random.default_rng(seed)
-    (images,) = {way.shape[1] for way in ways}
-    out = np.empty((draws, len(ways)))
+    (images,) = {method.shape[1] for method in methods}
+    out = np.empty((draws, len(methods)))
     chunk = max(1, min(draws, _CHUNK_BYTES // (8 * images)))
     for at in range(0, draws, chunk):
         some = min(chunk, draws - at)
         weights = np.stack([np.bincount(rng.integers(0, images, images), minlength=images) for _ in range(some)])
-        for column, way in enumerate(ways):
-            seeds = way.shape[0]
+        for column, method in enumerate(methods):
+            seeds = method.shape[0]
             taken = rng.integers(0, seeds, (some, seeds))
-            scores = way.score(weights.astype(np.float64))
+            scores = method.score(weights.astype(np.float64))
             out[at : at + some, column] = np.take_along_axis(scores, taken, axis=1).mean(1)
     return out
 

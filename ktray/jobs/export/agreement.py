@@ -46,21 +46,21 @@ class AgreementScores:
 
 def score(student: Student, files: Mapping[str, Scorer], batches: Iterable[Batch]) -> AgreementScores:
     """Run the student on ktray's pixels and each file on those of the shipped preprocessing."""
-    found = AgreementScores()
+    scores = AgreementScores()
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (PYTORCH, *files)}
     labels = []
     for batch in batches:
         gap = np.abs(batch.pixels.astype(np.int16) - batch.shipped).reshape(len(batch.labels), -1).max(1)
-        found.levels = max(found.levels, int(gap.max()))
-        found.differing += int((gap > 0).sum())
+        scores.levels = max(scores.levels, int(gap.max()))
+        scores.differing += int((gap > 0).sum())
         labels.append(batch.labels)
         with torch.inference_mode():
             rows[PYTORCH].append(student.logits(torch.from_numpy(batch.pixels)).numpy())
         for name, model in files.items():
             rows[name].append(model.logits(batch.shipped))
-    found.logits = {name: np.concatenate(parts) for name, parts in rows.items()}
-    found.labels = np.concatenate(labels)
-    return found
+    scores.logits = {name: np.concatenate(parts) for name, parts in rows.items()}
+    scores.labels = np.concatenate(labels)
+    return scores
 
 
 def logits(model: Scorer, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
@@ -88,20 +88,21 @@ def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     }
 
 
-def require(found: dict[str, Any], what: str) -> None:
+def require(comparison: dict[str, Any], what: str) -> None:
     """Raises KtrayError: the file's logits are not those of the student, beyond rounding."""
-    allowed = TOLERANCE * max(1.0, found["largest_logit"])
-    if not found["max_difference"] <= allowed:  # not a number is not below it either
+    allowed = TOLERANCE * max(1.0, comparison["largest_logit"])
+    if not comparison["max_difference"] <= allowed:  # not a number is not below it either
         raise KtrayError(
-            f"{what} does not say what the PyTorch model says: its logits differ by {found['max_difference']:.3g} "
-            f"(at most {allowed:.3g} would be rounding), top-1 on {found['top1_differs']} of {found['images']} images",
+            f"{what} does not say what the PyTorch model says: its logits differ by {comparison['max_difference']:.3g} "
+            f"(at most {allowed:.3g} would be rounding), top-1 on {comparison['top1_differs']} of {comparison['images']} images",
             "It was not written. Report the student's name; its folder loads in timm as it is.",
         )
 
 
 def metrics(scores: AgreementScores, classes: list[str], metric: str) -> dict[str, Any]:
     """By model, ``metric``, ``top1`` and ``per_class``, fractions (see `ktray.tasks.classification.metrics`)."""
-    found = {name: classification.metrics(rows, scores.labels, classes) for name, rows in scores.logits.items()}
+    by_model = {name: classification.metrics(rows, scores.labels, classes) for name, rows in scores.logits.items()}
     return {
-        name: {"metric": one[metric], "top1": one["top1"], "per_class": one["per_class"]} for name, one in found.items()
+        name: {"metric": values[metric], "top1": values["top1"], "per_class": values["per_class"]}
+        for name, values in by_model.items()
     }

@@ -27,14 +27,14 @@ def _files() -> dict[str, str]:
     return {PYTORCH: "model.safetensors", **{name: target.file for name, target in all_targets()}}
 
 
-def write(folder: Path, source: Source, student: Student, task: LabelledSet, found: dict[str, Any]) -> None:
+def write(folder: Path, source: Source, student: Student, task: LabelledSet, content: dict[str, Any]) -> None:
     """Write ``README.md``.
 
     Args:
-        found: what ``export.json`` holds.
+        content: what ``export.json`` holds.
     """
     r, recipe = source.result, source.recipe
-    values = found["metric"]
+    values = content["metric"]
     split = "test" if values["test"] else "val"
     per_class = {name: v for name, v in values[split]["pytorch"]["per_class"].items() if v is not None}
     weakest = sorted(per_class.items(), key=lambda item: item[1])[:_WEAKEST]
@@ -43,7 +43,7 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
     files = _files()
     names = {name: f"`{file}`" for name, file in files.items()} | {PYTORCH: "PyTorch (timm)"}
     title = f"{student.name} for {task_name(source)}"
-    latency = found["latency"]
+    latency = content["latency"]
     cells = [(row["batch"], row["threads"]) for row in latency["models"]["pytorch"]["rows"]]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
@@ -62,7 +62,7 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
         title=title,
         task=task_name(source),
         r=r,
-        student=found["student"],
+        student=content["student"],
         classes=task.classes,
         shown_classes=", ".join(task.classes[:_SHOWN]) + (", ..." if len(task.classes) > _SHOWN else ""),
         per_class_budget=f"{counts[least]} to {counts[most]} a class"
@@ -86,24 +86,24 @@ def write(folder: Path, source: Source, student: Student, task: LabelledSet, fou
             }
             for name in values["val"]
         ],
-        notes=found["notes"],
+        notes=content["notes"],
         agreements=[
-            {"file": target.file, "splits": found[name]["agreement"]}
+            {"file": target.file, "splits": content[name]["agreement"]}
             for name, target in all_targets()
-            if target.exact and found.get(name)
+            if target.exact and content.get(name)
         ],
-        uses=[target.use for name, target in all_targets() if target.use and found.get(name)],
+        uses=[target.use for name, target in all_targets() if target.use and content.get(name)],
         per_class=sorted(per_class.items(), key=lambda item: task.classes.index(item[0])),
         per_class_split="test" if split == "test" else "validation",
-        machine=_machine(found["device"]),
-        measured_on=found["date"],
+        machine=_machine(content["device"]),
+        measured_on=content["date"],
         busy=latency["busy_cores"],
         batch=latency["batch"],
         cells=cells,
         speeds=[
             {
                 "name": names[name],
-                "file": found["files"][file]["bytes"],
+                "file": content["files"][file]["bytes"],
                 "memory": latency["models"][name]["memory_bytes"],
                 "cells": latency["models"][name]["rows"],
             }
@@ -125,16 +125,16 @@ def task_name(source: Source) -> str:
     return Path(data.rstrip("/")).stem if data else str(recipe.task.name)
 
 
-def closing(found: dict[str, Any]) -> str:
+def closing(content: dict[str, Any]) -> str:
     """What an export says at its end, as a table for the terminal."""
-    models, files = found["latency"]["models"], _files()
+    models, files = content["latency"]["models"], _files()
     cells = [(row["batch"], row["threads"]) for row in models["pytorch"]["rows"]]
     heads = [f"{n} image{'s' if n > 1 else ''}, {t} thread{'s' if t > 1 else ''}" for n, t in cells]
     rows = [["model", "file", "validation", "test", *heads]]
-    for name, one in models.items():
-        values = [(found["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
-        times = [f"{row['median_ms']:.2f} ms" for row in one["rows"]]
-        size = units.size(found["files"][files[name]]["bytes"])
+    for name, model in models.items():
+        values = [(content["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
+        times = [f"{row['median_ms']:.2f} ms" for row in model["rows"]]
+        size = units.size(content["files"][files[name]]["bytes"])
         rows.append([files[name], size, *map(units.percent, values), *times])
     return units.aligned(rows, words=1, rules=(1,))
 

@@ -55,7 +55,7 @@ class Split:
         done = 0
         facts = self.preprocess.to_dict()
 
-        def one(
+        def prepare(
             item: tuple[LabelledExample, tuple[str, bytes | None, str | None]],
         ) -> tuple[np.ndarray, np.ndarray, int] | None:
             example, (uri, data, error) = item
@@ -70,9 +70,9 @@ class Split:
         with ThreadPoolExecutor(usable_cpus()) as pool, Progress(f"export {self.name}", len(self.examples)) as progress:
             for at in range(0, len(self.examples), BATCH):
                 part = self.examples[at : at + BATCH]
-                found = list(pool.map(one, zip(part, fetch([e.uri for e in part]), strict=True)))
-                usable = [row for row in found if row is not None]
-                self.unusable += len(found) - len(usable)
+                prepared = list(pool.map(prepare, zip(part, fetch([e.uri for e in part]), strict=True)))
+                usable = [row for row in prepared if row is not None]
+                self.unusable += len(prepared) - len(usable)
                 progress.update(at + len(part))
                 if usable:
                     done += len(usable)

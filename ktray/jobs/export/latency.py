@@ -46,10 +46,12 @@ def measure(target: Path, batch: int, seconds: float = SECONDS) -> dict[str, Any
     command = [sys.executable, "-m", __name__, str(target), str(batch), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise KtrayError(f"The latency of '{target.name}' could not be measured: {said[-1][:200]}", "Run it again.")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        stderr_lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise KtrayError(
+            f"The latency of '{target.name}' could not be measured: {stderr_lines[-1][:200]}", "Run it again."
+        )
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def timed(run: Callable[[], object], seconds: float) -> dict[str, Any]:

@@ -50,15 +50,15 @@ def write(student: Student, path: Path) -> None:
         assert program is not None
         # All in one file: protobuf ends at 2 GB, and no student is near it.
         program.save(str(path))
-        found = onnx.load(str(path))
+        graph = onnx.load(str(path))
     except Exception as error:  # torch's exporter has a dozen kinds of its own
         raise KtrayError(
             f"Student '{student.name}' cannot be exported to ONNX: {cause(error)}",
             "Its folder loads in timm as it is; choose another student.name for ONNX.",
         ) from error
-    annotate(found, student)
-    check(found, path)
-    onnx.save(found, str(path))
+    annotate(graph, student)
+    check(graph, path)
+    onnx.save(graph, str(path))
 
 
 def annotate(model: onnx.ModelProto, student: Student) -> None:
@@ -81,11 +81,11 @@ def check(model: onnx.ModelProto, path: Path) -> None:
 def signature(model: onnx.ModelProto) -> dict[str, Any]:
     """Opset, and name and shape of input and output; free sizes are null."""
 
-    def value(one: onnx.ValueInfoProto) -> dict[str, Any]:
-        shape = [d.dim_value if d.HasField("dim_value") else None for d in one.type.tensor_type.shape.dim]
-        return {"name": one.name, "dtype": "float32", "shape": shape}
+    def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
+        shape = [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+        return {"name": info.name, "dtype": "float32", "shape": shape}
 
-    opsets = {one.domain: one.version for one in model.opset_import}
+    opsets = {info.domain: info.version for info in model.opset_import}
     return {
         "opset": opsets.get("", opsets.get("ai.onnx")),
         "input": value(model.graph.input[0]),

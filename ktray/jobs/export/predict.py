@@ -147,13 +147,13 @@ class Classifier:
         Raises:
             ValueError: one of them is not a usable image.
         """
-        found = [np.zeros((0, len(self.classes)))]
+        parts = [np.zeros((0, len(self.classes)))]
         for at in range(0, len(images), batch):
             pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
             scores = self.logits(pixels).astype(np.float64)
             odds = np.exp(scores - scores.max(1, keepdims=True))
-            found.append(odds / odds.sum(1, keepdims=True))
-        return np.concatenate(found)
+            parts.append(odds / odds.sum(1, keepdims=True))
+        return np.concatenate(parts)
 
     def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
         """For each encoded image ``label``, its ``probability``, and ``probabilities`` of all classes by name.
@@ -161,12 +161,12 @@ class Classifier:
         Raises:
             ValueError: as `probabilities`.
         """
-        found = []
+        predictions = []
         for row in self.probabilities(images).tolist():
             named = dict(zip(self.classes, row, strict=True))
             label = max(named, key=lambda name: named[name])
-            found.append({"label": label, "probability": named[label], "probabilities": named})
-        return found
+            predictions.append({"label": label, "probability": named[label], "probabilities": named})
+        return predictions
 
 
 def main() -> int:

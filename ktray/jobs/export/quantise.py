@@ -165,9 +165,9 @@ def quantise(student: Student, prepared: Path, target: Path, calibration: np.nda
             calibrate_method=_METHODS[setting.ranges],
             extra_options={"CalibStridedMinMax": stride},
         )
-    found = onnx.load(str(target))
-    annotate(found, student)
-    onnx.save(found, str(target))
+    quantised = onnx.load(str(target))
+    annotate(quantised, student)
+    onnx.save(quantised, str(target))
 
 
 class _Reader(CalibrationDataReader):

@@ -28,12 +28,12 @@ REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
 
 
-def log(source: Source, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+def log(source: Source, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Log the model, and register it where the recipe says so; what is there already is left as it is.
 
     Args:
         folder: the export, local.
-        found: what ``export.json`` holds.
+        content: what ``export.json`` holds.
 
     Returns:
         ``model_uri`` (null where the server is away), and where it was registered ``name``, ``version``, ``alias``.
@@ -44,7 +44,7 @@ def log(source: Source, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     part = source.recipe.export
     uri = tracking_uri(source.recipe.mlflow.uri, local_home(source.store))
     try:
-        return _log(source, folder, found, uri)
+        return _log(source, folder, content, uri)
     except KtrayError:
         raise
     except Exception as error:  # MLflow's, its database's, its server's
@@ -59,30 +59,30 @@ def log(source: Source, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         return {"model_uri": None}
 
 
-def _log(source: Source, folder: Path, found: dict[str, Any], uri: str) -> dict[str, Any]:
+def _log(source: Source, folder: Path, content: dict[str, Any], uri: str) -> dict[str, Any]:
     part = source.recipe.export
     server = Server(uri, source.recipe.mlflow.experiment, {"run_id": None, "stages": {}}, _TIMEOUT_S)
-    mark = f"{found['key']}-{part.serve}"
-    model_id, location = _model(server, source, folder, found, mark)
+    mark = f"{content['key']}-{part.serve}"
+    model_id, location = _model(server, source, folder, content, mark)
     logged: dict[str, Any] = {"model_uri": f"models:/{model_id}"}
     if not part.register_as:
         return logged
     with _default(uri):
-        version = _version(server, part.register_as, model_id, location, mark, found)
+        version = _version(server, part.register_as, model_id, location, mark, content)
     server.client.set_registered_model_alias(part.register_as, part.alias, version)
     logger.info(f"mlflow    models:/{part.register_as}@{part.alias} is version {version}")
     return {**logged, "name": part.register_as, "version": version, "alias": part.alias}
 
 
-def _model(server: Server, source: Source, folder: Path, found: dict[str, Any], mark: str) -> tuple[str, str]:
+def _model(server: Server, source: Source, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
     """Id and place of the logged model; that of an earlier call with the same files, if there is one."""
     client = server.client
-    known = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
+    models = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
-    for one in known:
-        if one.status == LoggedModelStatus.READY:
-            return str(one.model_id), str(one.artifact_location)
+    for model in models:
+        if model.status == LoggedModelStatus.READY:
+            return str(model.model_id), str(model.artifact_location)
     run_id = _run(server, source)
     entry = client.create_logged_model(
         server.experiment_id, name=MODEL, source_run_id=run_id, tags={TAG: mark, "ktray.run": source.run_id}
@@ -95,8 +95,8 @@ def _model(server: Server, source: Source, folder: Path, found: dict[str, Any], 
         client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, step=0)])
         for name in ("README.md", "export.json"):
             client.log_artifact(run_id, str(folder / name), "export_files")  # MODEL would be the model's own folder
-        now = int(found["time"] * 1000)
-        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics(found).items()])
+        now = int(content["time"] * 1000)
+        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics(content).items()])
     return str(entry.model_id), str(entry.artifact_location)
 
 
@@ -141,16 +141,16 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
         )
 
 
-def metrics(found: dict[str, Any]) -> dict[str, float]:
+def metrics(content: dict[str, Any]) -> dict[str, float]:
     """``export.<model>.<number>`` for MLflow: the metric on validation, bytes, and the median of each row."""
     values: dict[str, float] = {}
-    for name, one in found["latency"]["models"].items():
-        values[f"export.{name}.val"] = found["metric"]["val"][name]["metric"]
-        for row in one["rows"]:
+    for name, model in content["latency"]["models"].items():
+        values[f"export.{name}.val"] = content["metric"]["val"][name]["metric"]
+        for row in model["rows"]:
             values[f"export.{name}.median_ms_batch{row['batch']}_threads{row['threads']}"] = row["median_ms"]
     for name, target in all_targets():
-        if target.file in found["files"]:
-            values[f"export.{name}.bytes"] = float(found["files"][target.file]["bytes"])
+        if target.file in content["files"]:
+            values[f"export.{name}.bytes"] = float(content["files"][target.file]["bytes"])
     return values
 
 
@@ -182,7 +182,7 @@ def _default(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def _version(server: Server, name: str, model_id: str, location: str, mark: str, found: dict[str, Any]) -> str:
+def _version(server: Server, name: str, model_id: str, location: str, mark: str, content: dict[str, Any]) -> str:
     client = server.client
     try:
         client.create_registered_model(name)
@@ -190,14 +190,14 @@ def _version(server: Server, name: str, model_id: str, location: str, mark: str,
         if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
             raise
     quoted = name.replace("'", "\\'")
-    for one in client.search_model_versions(f"name = '{quoted}'", max_results=1000):
-        if one.tags.get(TAG) == mark:
-            return str(one.version)
-    made = client.create_model_version(
+    for version in client.search_model_versions(f"name = '{quoted}'", max_results=1000):
+        if version.tags.get(TAG) == mark:
+            return str(version.version)
+    created = client.create_model_version(
         name,
         location,
-        tags={TAG: mark, "ktray.run": found["run_id"]},
-        description=f"{found['student']['name']}, exported by ktray from run {found['run_id']}",
+        tags={TAG: mark, "ktray.run": content["run_id"]},
+        description=f"{content['student']['name']}, exported by ktray from run {content['run_id']}",
         model_id=model_id,
     )
-    return str(made.version)
+    return str(created.version)

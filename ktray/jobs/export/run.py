@@ -38,7 +38,7 @@ LIBRARIES = ("torch", "timm", "numpy", "pillow")
 _SAME = 0.005
 
 
-def export(asked: Recipe, debug: bool = False) -> dict[str, Any]:
+def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
     """Export a run's student into its folder; returns the content of ``export.json``, and ``folder``.
 
     The same call again reuses what is there; other options, another machine or other versions make it anew.
@@ -47,7 +47,7 @@ def export(asked: Recipe, debug: bool = False) -> dict[str, Any]:
         KtrayError: there is no such run, its student or images are damaged, PyTorch's and ONNX's predictions differ,
             or MLflow could not register it (the export is whole then).
     """
-    source = find(asked)
+    source = find(requested)
     part = source.recipe.export
     served = serving(part)
     if served is None or not served.wanted(part):
@@ -60,30 +60,30 @@ def export(asked: Recipe, debug: bool = False) -> dict[str, Any]:
     target = source.folder.sub(FOLDER)
     # One job at a time; it is the run's folder that is held, since what is in the export's own is shipped.
     with Lease(source.folder):
-        found = _whole(target, key)
-        if found is not None:
+        content = _whole(target, key)
+        if content is not None:
             logger.info(f"export    reused {target.uri}")
         else:
             with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
-                found = _make(source, task, key, Path(scratch))
+                content = _make(source, task, key, Path(scratch))
                 target.delete()
                 target.put(Path(scratch) / FOLDER)
-            found = write_result(target, ExportResult(**found), RESULT)
+            content = write_result(target, ExportResult(**content), RESULT)
         with target.local() as folder:
-            logged = registry.log(source, folder, found)
-        if logged != found.get("mlflow"):
-            found = write_result(target, ExportResult(**{**found, "mlflow": logged}), RESULT)
-    return {**found, "folder": target.uri}
+            logged = registry.log(source, folder, content)
+        if logged != content.get("mlflow"):
+            content = write_result(target, ExportResult(**{**content, "mlflow": logged}), RESULT)
+    return {**content, "folder": target.uri}
 
 
-def show(asked: Recipe) -> None:
+def show(requested: Recipe) -> None:
     """``--plan``: which run would be exported, what is there, and how much is computed."""
-    source = find(asked)
+    source = find(requested)
     task, student, part = source.task(), source.student(), source.recipe.export
-    there = _whole(source.folder.sub(FOLDER), _key(source, task)) is not None
+    stored = _whole(source.folder.sub(FOLDER), _key(source, task)) is not None
     logger.info(f"run       {source.folder.uri}")
     logger.info(f"student   {student.name}, {_parameters(student):,} parameters, {len(task.classes)} classes")
-    logger.info(f"export    {'in the store' if there else 'to be made'}: {source.folder.uri}/{FOLDER}")
+    logger.info(f"export    {'in the store' if stored else 'to be made'}: {source.folder.uri}/{FOLDER}")
     targets = [target for _, target in wanted_targets(part)]
     passes = len(task.val) + len(task.test) + sum(target.passes(part, task) for target in targets)
     flops = forward_flops(student.model, (3, *student.preprocess.size)) * passes
@@ -117,12 +117,12 @@ def _libraries(part: ExportConfig) -> dict[str, str]:
 def _whole(target: Dir, key: str) -> dict[str, Any] | None:
     """``export.json`` of an export with this key whose files are all there, else None."""
     try:
-        found: dict[str, Any] = target.read_json(RESULT)
+        content: dict[str, Any] = target.read_json(RESULT)
         sizes = target.names()
-        same = found["key"] == key and all(sizes.get(n) == f["bytes"] for n, f in found["files"].items())
+        same = content["key"] == key and all(sizes.get(n) == f["bytes"] for n, f in content["files"].items())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return found if same else None
+    return content if same else None
 
 
 def _make(source: Source, task: LabelledSet, key: str, scratch: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path) -> dict[st
             checked[name]["test"] = _checked(on_test, name, target)
     values["test"] = agreement.metrics(on_test, task.classes, source.metric) if on_test else None
     logger.info(f"export    latency and memory of {', '.join((PYTORCH, *files))}")
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "key": key,
         "time": time.time(),
@@ -179,17 +179,17 @@ def _make(source: Source, task: LabelledSet, key: str, scratch: Path) -> dict[st
         "versions": {**versions(), **_libraries(part)},
         "mlflow": None,
     }
-    found["notes"] = notes(source.result, found)
-    found["files"] = {
+    content["notes"] = notes(source.result, content)
+    content["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in sorted(folder.iterdir())
     }
-    card.write(folder, source, student, task, found)
+    card.write(folder, source, student, task, content)
     text = (folder / "README.md").read_bytes()
-    found["files"]["README.md"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    for line in found["notes"]:
+    content["files"]["README.md"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    for line in content["notes"]:
         logger.info(f"note      {line}")
-    return found
+    return content
 
 
 def _opened(folder: Path, targets: list[tuple[str, ExportTarget]]) -> dict[str, Scorer]:
@@ -198,15 +198,15 @@ def _opened(folder: Path, targets: list[tuple[str, ExportTarget]]) -> dict[str, 
 
 def _checked(scores: AgreementScores, name: str, target: ExportTarget) -> dict[str, Any]:
     """How far a file's logits are from the student's; raises KtrayError beyond rounding."""
-    found = agreement.compare(scores.logits[PYTORCH], scores.logits[name])
-    agreement.require(found, target.file)
-    return found
+    comparison = agreement.compare(scores.logits[PYTORCH], scores.logits[name])
+    agreement.require(comparison, target.file)
+    return comparison
 
 
 def _latency(folder: Path, batch: int, targets: list[tuple[str, ExportTarget]]) -> dict[str, Any]:
     busy = busy_cores()
     measured = {name: target.latency(folder / target.file, batch) for name, target in targets}
-    models = {PYTORCH: latency.measure(folder, batch), **{name: one for name, one in measured.items() if one}}
+    models = {PYTORCH: latency.measure(folder, batch), **{name: result for name, result in measured.items() if result}}
     return {"batch": batch, "busy_cores": busy, "models": models}
 
 
@@ -214,36 +214,36 @@ def _parameters(student: Student) -> int:
     return sum(p.numel() for p in student.model.parameters())
 
 
-def notes(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def notes(result: dict[str, Any], content: dict[str, Any]) -> list[str]:
     """What a person should know of an export, one sentence each; empty where all is as it should be.
 
     Args:
         result: the run's ``result.json``.
-        found: what ``export.json`` holds.
+        content: what ``export.json`` holds.
     """
-    said: list[str] = []
-    values = found["metric"]
+    sentences: list[str] = []
+    values = content["metric"]
     for split, what in (("val", "validation"), ("test", "test")):
         for name, target in all_targets():
             if target.exact:
-                said += target.notes(name, found, split, what)
+                sentences += target.notes(name, content, split, what)
         before, now = (result.get("metric") or {}).get(split), (values[split] or {}).get(PYTORCH)
         if before is not None and now and abs(before - now["metric"]) > _SAME:
-            said.append(
+            sentences.append(
                 f"The PyTorch model has {now['metric']:.1%} on {what} here, and the run found {before:.1%}: its "
                 "images, its labels or its weights are not what they were."
             )
         for name, target in all_targets():
             if not target.exact:
-                said += target.notes(name, found, split, what)
-    if found["preprocessing"]["images"]:
-        said.append(
-            f"predict.py prepares {found['preprocessing']['images']} images otherwise than in training, by at most "
-            f"{found['preprocessing']['levels']} of 255 levels."
+                sentences += target.notes(name, content, split, what)
+    if content["preprocessing"]["images"]:
+        sentences.append(
+            f"predict.py prepares {content['preprocessing']['images']} images otherwise than in training, by at most "
+            f"{content['preprocessing']['levels']} of 255 levels."
         )
     for split, what in (("val", "validation"), ("test", "test")):
-        if found["unusable"][split]:
-            said.append(f"{found['unusable'][split]} {what} images cannot be used and are in no figure.")
+        if content["unusable"][split]:
+            sentences.append(f"{content['unusable'][split]} {what} images cannot be used and are in no figure.")
     if values["test"] is None:
-        said.append("There is no test split, so nothing was checked on one.")
-    return said
+        sentences.append("There is no test split, so nothing was checked on one.")
+    return sentences

@@ -63,7 +63,7 @@ class Source:
             KtrayError: they are not where they were, or their classes are others.
         """
         try:
-            found = labelled_task(self.recipe, lambda key, value, why: None)[0]
+            labelled = labelled_task(self.recipe, lambda key, value, why: None)[0]
         except KtrayError as error:
             raise KtrayError(
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
@@ -71,25 +71,25 @@ class Source:
             ) from error
         with self.folder.local("student/config.json") as path:
             classes = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]["label_names"]
-        if found.classes != classes:
+        if labelled.classes != classes:
             raise KtrayError(
                 f"The labelled images have other classes than the student of run '{self.run_id}' "
-                f"({len(found.classes)}, it has {len(classes)})",
+                f"({len(labelled.classes)}, it has {len(classes)})",
                 "Set task.data to the images that the run learnt from.",
             )
-        return found
+        return labelled
 
 
-def find(asked: Recipe) -> Source:
+def find(requested: Recipe) -> Source:
     """The run that ``export.run`` names.
 
     Args:
-        asked: the recipe of the command line; its ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
+        requested: the recipe of the command line; its ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
 
     Raises:
         KtrayError: no such run, one that left no student, a damaged result, a task kind that has no export.
     """
-    folder = _folder(asked)
+    folder = _folder(requested)
     missing = [name for name in _NEEDED if not folder.exists(name)]
     if missing:
         raise KtrayError(
@@ -108,18 +108,18 @@ def find(asked: Recipe) -> Source:
             what, remedy = kind.no_export
             raise KtrayError(f"Run '{result['run_id']}' {what}", remedy)
     home, _, last = folder.uri.rpartition("/")[0].rpartition("/")
-    store = Store(home if last == "runs" else asked.store)
-    recipe.store, recipe.export = store.uri, asked.export
-    recipe.mlflow.uri = asked.mlflow.uri or recipe.mlflow.uri
-    if asked.task.data:
-        recipe.task.data = asked.task.data
-    if not asked.export.run:
+    store = Store(home if last == "runs" else requested.store)
+    recipe.store, recipe.export = store.uri, requested.export
+    recipe.mlflow.uri = requested.mlflow.uri or recipe.mlflow.uri
+    if requested.task.data:
+        recipe.task.data = requested.task.data
+    if not requested.export.run:
         logger.info(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
     return Source(store, folder, recipe, result)
 
 
-def _folder(asked: Recipe) -> Dir:
-    store, name = Store(asked.store), asked.export.run
+def _folder(requested: Recipe) -> Dir:
+    store, name = Store(requested.store), requested.export.run
     if name and ("/" in name or not store.run(name).exists()):
         folder = Dir(name.rstrip("/"))
         if folder.exists():

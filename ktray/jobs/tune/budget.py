@@ -20,10 +20,10 @@ from ktray.recipe.tune import BudgetConfig
 UNITS = ("flops", "device_seconds", "usd")
 DEFAULT_WALL = 15.0  # minutes, where no limit is set
 SLACK = 1.5  # a run may cost so many times what was planned
-LOOKS = 4.0  # seconds of work that may pass between two looks at the accounts, stopping included
-BEAT = 5.0  # seconds between records of the time that has passed
+LOOK_SECONDS = 4.0  # seconds of work that may pass between two looks at the accounts, stopping included
+RECORD_SECONDS = 5.0  # seconds between records of the time that has passed
 START = 5.0  # seconds in which a stage starts, before any was seen
-BESIDE = 5.0  # seconds that a run takes beside its stages, likewise
+OVERHEAD = 5.0  # seconds that a run takes beside its stages, likewise
 RUN = "run"
 CLOSING = 0.04  # share of the time that is left for the page and the logs
 CLOSING_LEAST = 8.0  # seconds
@@ -37,23 +37,23 @@ class BudgetExceeded(KtrayError):
 
 def limits(budget: BudgetConfig) -> Amounts:
     """The limits of the recipe, with ``wall`` and ``device_seconds`` in seconds."""
-    found = {
+    by_unit = {
         "usd": budget.usd,
         "device_seconds": None if budget.device_hours is None else 3600 * budget.device_hours,
         "flops": budget.flops,
         "wall": None if budget.wall is None else 60 * budget.wall,
     }
-    given = {name: float(value) for name, value in found.items() if value is not None}
-    return given or {"wall": 60 * DEFAULT_WALL}
+    limited = {name: float(value) for name, value in by_unit.items() if value is not None}
+    return limited or {"wall": 60 * DEFAULT_WALL}
 
 
 def amounts(entries: Iterable[Entry]) -> Amounts:
     """What attempts cost, in each unit; USD are left out where a device has no price."""
     made = [e for e in entries if PART_OF.get(e.stage, e.stage) in STAGES]
-    found = {"flops": float(sum(e.flops for e in made)), "device_seconds": sum(e.device_seconds for e in made)}
+    total = {"flops": float(sum(e.flops for e in made)), "device_seconds": sum(e.device_seconds for e in made)}
     if all(e.usd is not None for e in made):
-        found["usd"] = float(sum(e.usd or 0.0 for e in made))
-    return found
+        total["usd"] = float(sum(e.usd or 0.0 for e in made))
+    return total
 
 
 Seen = tuple[float, float, float]  # FLOPs, wall seconds, device-seconds
@@ -81,16 +81,16 @@ class CostRate:
         for e in made:
             seen = self.seen.setdefault(e.stage, [])
             seen.append((float(e.flops), e.wall_seconds, e.device_seconds))
-        beside = max(0.0, wall - sum(e.wall_seconds for e in made))
+        overhead = max(0.0, wall - sum(e.wall_seconds for e in made))
         if len(made) < 3:  # one that makes much may have waited for what others made
-            self.seen.setdefault(RUN, []).append((0.0, beside, 0.0))
+            self.seen.setdefault(RUN, []).append((0.0, overhead, 0.0))
 
     def cost(self, stages: Mapping[str, float]) -> tuple[float, float]:
         """Wall seconds and device-seconds of a run that makes stages of so many FLOPs."""
-        found = [self._stage(name, flops) for name, flops in stages.items()]
-        beside = self.seen.get(RUN)
-        extra = sum(s[1] for s in beside) / len(beside) if beside else BESIDE
-        return extra + sum(wall for wall, _ in found), sum(device for _, device in found)
+        costs = [self._stage(name, flops) for name, flops in stages.items()]
+        overhead = self.seen.get(RUN)
+        extra = sum(s[1] for s in overhead) / len(overhead) if overhead else OVERHEAD
+        return extra + sum(wall for wall, _ in costs), sum(device for _, device in costs)
 
     def _stage(self, name: str, flops: float) -> tuple[float, float]:
         guess = START + flops / self.rate
@@ -158,18 +158,18 @@ class SearchBudget:
 
     def spent(self) -> Amounts:
         with self._lock:
-            found = {unit: sum(c.get(unit, 0.0) for c in self.charged.values()) for unit in UNITS}
-        return {**found, "wall": self.elapsed}
+            total = {unit: sum(c.get(unit, 0.0) for c in self.charged.values()) for unit in UNITS}
+        return {**total, "wall": self.elapsed}
 
     def left(self) -> Amounts:
         """What nobody has spent, been promised, or needs at the end; of time, what is left until the winner's turn."""
         with self._lock:
             spent = self.spent()
-            found = {}
+            left = {}
             for unit, limit in self.limits.items():
                 promised = 0.0 if unit == "wall" else sum(p.get(unit, 0.0) for p in self.promised.values())
-                found[unit] = limit - spent[unit] - promised - self.reserve.get(unit, 0.0) - self.closing(unit)
-            return found
+                left[unit] = limit - spent[unit] - promised - self.reserve.get(unit, 0.0) - self.closing(unit)
+            return left
 
     def share(self) -> float:
         """Share of the budget that is spent, of the limit that is nearest."""
@@ -197,7 +197,7 @@ class SearchBudget:
     def load(self, state: Mapping[str, Any]) -> list[str]:
         """Go on from a kept `state`; returns the runs that were under way when the process ended."""
         self.charged = {run: dict(value) for run, value in state["charged"].items()}
-        self.before = float(state["wall"]) + BEAT  # so much may have passed since it was written
+        self.before = float(state["wall"]) + RECORD_SECONDS  # so much may have passed since it was written
         self.speed.seen = {name: [(a, b, c) for a, b, c in rows] for name, rows in state["seen"].items()}
         self.grown = state["limits"] != self.limits
         return list(state["open"].values())
@@ -225,7 +225,7 @@ class SearchBudget:
             planned, left = self.estimate(stages), self.left()
             for unit, room in left.items():
                 # A run that goes beyond its plan is stopped some moments later, for which there must be room too.
-                moments = LOOKS * planned[unit] / max(1.0, planned["device_seconds"])
+                moments = LOOK_SECONDS * planned[unit] / max(1.0, planned["device_seconds"])
                 if planned[unit] + (0.0 if unit == "wall" else moments) > room and not anyway:
                     return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
             self.planned[name] = planned
@@ -254,7 +254,7 @@ class SearchBudget:
                 used = now.get(unit, 0.0) - before.get(unit, 0.0)
                 # What is within its plan ends by itself: a stage may begin faster than it goes on.
                 beyond = used > self.planned[name][unit]
-                if beyond and used + LOOKS * now.get(unit, 0.0) / seconds > most:
+                if beyond and used + LOOK_SECONDS * now.get(unit, 0.0) / seconds > most:
                     raise BudgetExceeded(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
             if "wall" in self.limits:
                 until = self.limits["wall"] - self.closing("wall") - (0.0 if final else self.reserve.get("wall", 0.0))
@@ -273,13 +273,13 @@ class SearchBudget:
             self.promised.pop(name, None)
             self.planned.pop(name, None)
             self.open_runs.pop(name, None)
-            found = amounts(entries)
+            spent = amounts(entries)
             if run:
-                self.charged[run] = found
+                self.charged[run] = spent
             if wall is not None:
                 self.speed.learn(entries, wall)
         self.record()
-        return found
+        return spent
 
 
 def show(unit: str, value: float) -> str:

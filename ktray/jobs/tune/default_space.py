@@ -24,52 +24,52 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
     size, steps = int(recipe.transfer.size or 0), int(recipe.train.steps or 1)
     batch, lr = int(recipe.train.batch_size or 1), recipe.train.lr
     searched = [config() for config in objectives() if config.searched]
-    found: dict[str, Any] = {}
+    space: dict[str, Any] = {}
     if recipe.gallery.data is not None or recipe.gallery.index is not None:
         drawn = {"transfer.source": ["retrieved"]}
-        found["transfer.source"] = ["retrieved", "generic"]
-        found["transfer.strategy"] = {
+        space["transfer.source"] = ["retrieved", "generic"]
+        space["transfer.strategy"] = {
             "choices": [config.strategy_name() for config in strategies() if config.searched],
             "when": drawn,
         }
-        found["transfer.size"] = sorted({max(1, size // 2), size})
-        found["transfer.per"] = {"choices": ["query", "class"], "when": drawn}
+        space["transfer.size"] = sorted({max(1, size // 2), size})
+        space["transfer.per"] = {"choices": ["query", "class"], "when": drawn}
         if text:
-            found["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
-        found["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
-    found["teach.views"] = sorted({max(1, recipe.teach.views // 2), recipe.teach.views})
-    found["objective.name"] = [config.name for config in searched]
+            space["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
+        space["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
+    space["teach.views"] = sorted({max(1, recipe.teach.views // 2), recipe.teach.views})
+    space["objective.name"] = [config.name for config in searched]
     # An objective that compares no predictions takes the teacher as it is.
     predicting = [config.name for config in searched if "logits" in config.traits.targets_needed]
     adapted = {"choices": [*(["text"] if text else []), "probe", "finetune"], "when": {"objective.name": predicting}}
     if predicting:
-        found["teacher.adapt"] = adapted
-    found |= _objective_keys(searched)
-    found["student"] = students(recipe, on_gpu)
-    found["train.steps"] = {"low": max(1, steps // 4), "high": steps} if steps > 4 else [steps]
-    found["train.batch_size"] = sorted({max(1, batch // 4), max(1, batch // 2), batch})
-    found["train.lr"] = {"low": lr / 4, "high": lr * 4, "log": True}
-    found["train.weight_decay"] = {"low": 0.005, "high": 0.2, "log": True}
-    found["train.ema"] = [0.0, 0.98, 0.99]
+        space["teacher.adapt"] = adapted
+    space |= _objective_keys(searched)
+    space["student"] = students(recipe, on_gpu)
+    space["train.steps"] = {"low": max(1, steps // 4), "high": steps} if steps > 4 else [steps]
+    space["train.batch_size"] = sorted({max(1, batch // 4), max(1, batch // 2), batch})
+    space["train.lr"] = {"low": lr / 4, "high": lr * 4, "log": True}
+    space["train.weight_decay"] = {"low": 0.005, "high": 0.2, "log": True}
+    space["train.ema"] = [0.0, 0.98, 0.99]
     replaying = [config.name for config in searched if config.traits.replays and not config.traits.labelled]
     if replaying:
         low, high = recipe.finetune.lr / 4, recipe.finetune.lr * 4
-        found["finetune.lr"] = {"low": low, "high": high, "log": True, "when": {"objective.name": replaying}}
-    return found
+        space["finetune.lr"] = {"low": low, "high": high, "log": True, "when": {"objective.name": replaying}}
+    return space
 
 
 def _objective_keys(searched: Sequence[ObjectiveConfig]) -> dict[str, Any]:
     """The objectives' own keys, each under the objectives that search it alike."""
-    found: dict[str, Any] = {}
+    specs: dict[str, Any] = {}
     names: dict[str, list[str]] = {}
     for config in searched:
         for key, value in config.search_space().items():
             key = f"objective.{key}"
             spec = value if isinstance(value, dict) else {"choices": value}
-            if found.setdefault(key, spec) == spec:
+            if specs.setdefault(key, spec) == spec:
                 names.setdefault(key, []).append(config.name)
     return {
-        key: {**spec, "when": {**spec.get("when", {}), "objective.name": names[key]}} for key, spec in found.items()
+        key: {**spec, "when": {**spec.get("when", {}), "objective.name": names[key]}} for key, spec in specs.items()
     }
 
 

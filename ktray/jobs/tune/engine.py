@@ -98,9 +98,9 @@ class Proposer(_NotPickled, Searcher):
         number = self._mine.pop(trial_id, BASELINE)
         if number == BASELINE:
             record = self._records.trials.get(BASELINE)
-            if record and (told := study_trial(self._space, record, self._inner.metric)):
+            if record and (earlier := study_trial(self._space, record, self._inner.metric)):
                 study: Any = self._inner._ot_study
-                study.add_trial(told)
+                study.add_trial(earlier)
             return
         bad = error or result is None or bool(result.get("ended"))
         self._inner.on_trial_complete(trial_id, None if bad else self._seen(result or {}), error=bad)
@@ -126,7 +126,7 @@ class _KeepBaseline(_NotPickled):
         if result["ended"]:
             return str(TrialScheduler.CONTINUE)
         action: str = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        return str(TrialScheduler.CONTINUE) if result["given"] or result["done"] else action
+        return str(TrialScheduler.CONTINUE) if result["baseline"] or result["done"] else action
 
 
 class Halving(_KeepBaseline, ASHAScheduler):
@@ -161,7 +161,7 @@ class Watcher(_NotPickled, Callback):
     """Keeps the records as trials end, and tells how far the search is."""
 
     records: Records
-    told: Callable[[TrialRecord], None]
+    report: Callable[[TrialRecord], None]
     numbers: dict[str, int] = field(default_factory=dict)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -170,7 +170,7 @@ class Watcher(_NotPickled, Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.told(self.records.trials[int(trial.config["number"])])
+        self.report(self.records.trials[int(trial.config["number"])])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.records.trials[int(trial.config["number"])]
@@ -179,24 +179,24 @@ class Watcher(_NotPickled, Callback):
             finished = ended and record.last is not None and record.last.share == 1
             reason = "" if finished else "weaker on validation than others that have cost as much"
             self.records.close(record, "finished" if finished else "stopped", reason)
-        self.told(record)
+        self.report(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.records.trials[int(trial.config["number"])]
         if record.state == OPEN:
             self.records.close(record, "failed", "its process in Ray Tune died")
-        self.told(record)
+        self.report(record)
 
 
 def run(
     part: TuneConfig,
     space: Space,
     records: Records,
-    purse: SearchBudget,
+    budget: SearchBudget,
     answer: Ask,
     at_once: int,
     unit: float,
-    told: Callable[[TrialRecord], None],
+    report: Callable[[TrialRecord], None],
     former: Sequence[FrozenTrial] = (),
 ) -> None:
     """Run the search until the budget, the space or `tune.trials` is used up.
@@ -204,7 +204,7 @@ def run(
     Args:
         answer: runs a rung, see `ktray.jobs.tune.trial`.
         unit: what the first rung of the recipe as given would cost for its student.
-        told: gets a trial whenever there is news of it.
+        report: gets a trial whenever there is news of it.
         former: trials of former experiments.
     """
     import ray
@@ -218,18 +218,18 @@ def run(
     storage, most = _storage(part, space, records, begun, metric, former)
     sampler = _sampler(part, records)
     inner = OptunaSearch(space.define, metric=metric, mode=mode, sampler=sampler, storage=storage, study_name=STUDY)
-    proposer = Proposer(inner, space, records, begun, most, lambda: _over(records, purse))
+    proposer = Proposer(inner, space, records, begun, most, lambda: _over(records, budget))
     scheduler = _scheduler(part, unit, records)
     node = f"node:{ray.util.get_node_ip_address()}"
     actor: Any = ray.remote(TrialBridge)
-    desk = actor.options(num_cpus=0, resources={node: 0.001}, max_concurrency=1000).remote()
+    bridge = actor.options(num_cpus=0, resources={node: 0.001}, max_concurrency=1000).remote()
     with contextlib.ExitStack() as until:
-        until.callback(ray.kill, desk)
+        until.callback(ray.kill, bridge)
         folder = until.enter_context(tempfile.TemporaryDirectory(prefix="ktray-tune-"))
-        until.enter_context(Servers(desk, answer, at_once))
+        until.enter_context(Servers(bridge, answer, at_once))
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(Trial, desk=desk), tune.PlacementGroupFactory([{"CPU": 0.0, node: 0.001}])
+                tune.with_parameters(Trial, bridge=bridge), tune.PlacementGroupFactory([{"CPU": 0.0, node: 0.001}])
             ),
             tune_config=tune.TuneConfig(
                 search_alg=proposer,
@@ -241,7 +241,7 @@ def run(
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=folder,
-                callbacks=[Watcher(records, told)],
+                callbacks=[Watcher(records, report)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -251,7 +251,7 @@ def run(
     for record in records.in_order():  # begun by an earlier process, and not paid any more
         if record.state == OPEN:
             records.close(record, OVER_BUDGET, "interrupted, and then the budget was used up")
-            told(record)
+            report(record)
 
 
 def _quiet() -> None:
@@ -303,18 +303,18 @@ def _storage(
     for trial in former:
         study.add_trial(trial)
     for record in records.in_order():
-        told = study_trial(space, record, metric)
-        if told is not None:
-            study.add_trial(told)
+        earlier = study_trial(space, record, metric)
+        if earlier is not None:
+            study.add_trial(earlier)
     for record in begun:
         if record.number != BASELINE:
             study.enqueue_trial(record.params)
     if part.search != "grid":
         return storage, part.trials
-    known = [r.params for r in records.in_order() if r.number != BASELINE]
+    ended = [r.params for r in records.in_order() if r.number != BASELINE]
     grid = space.grid()
     for point in grid:
-        if point not in known:
+        if point not in ended:
             study.enqueue_trial(point)
     return storage, min(len(grid) + 1, part.trials or len(grid) + 1)
 
@@ -358,7 +358,7 @@ def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
     return halving
 
 
-def _over(records: Records, purse: SearchBudget) -> bool:
+def _over(records: Records, budget: SearchBudget) -> bool:
     """Whether the budget is used up: there is nothing left, or no run as cheap as the cheapest first one would fit."""
     ended = [r for r in records.in_order() if r.state != OPEN]
     if records.trials[BASELINE].state not in (OPEN, "finished"):  # there is nothing to compare with
@@ -366,7 +366,7 @@ def _over(records: Records, purse: SearchBudget) -> bool:
     for most, state in ((REFUSED, OVER_BUDGET), (FAILED, "failed")):
         if len(ended) >= most and all(r.state == state for r in ended[-most:]):
             return True
-    left = purse.left()
+    left = budget.left()
     if any(room <= 0 for room in left.values()):
         return True
     firsts = [r.points[0] for r in records.in_order() if r.points and r.number != BASELINE]

@@ -15,7 +15,7 @@ from ktray.jobs.compare.figure import FAINT, SOFT, _finish, _log_axis, _png
 from ktray.reporting.units import flatten, flops, percent, seconds, usd
 from ktray.tasks.base import metric_label
 
-GIVEN, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
+BASELINE_COLOUR, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
 UNITS = {"flops": "compute", "device_seconds": "device time", "usd": "money"}
 LONGEST = 44  # characters of a choice
@@ -26,21 +26,21 @@ def formatter(unit: str) -> EngFormatter:
     return EngFormatter(unit={"flops": "FLOP", "device_seconds": "s", "usd": "USD"}[unit])
 
 
-def front(found: dict[str, Any]) -> bytes:
+def front(content: dict[str, Any]) -> bytes:
     """PNG of validation against cost: all runs, the Pareto set, the recipe as given, the winner."""
-    points = [p for trial in found["trials"] for p in trial["points"]]
-    best = {p["run"] for p in found["front"]}
+    points = [p for trial in content["trials"] for p in trial["points"]]
+    best = {p["run"] for p in content["front"]}
     figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.set_xscale("log")
-    for trial in found["trials"]:  # the runs of one trial belong together
+    for trial in content["trials"]:  # the runs of one trial belong together
         x, y = [p["cost"] for p in trial["points"]], [p["validation"] for p in trial["points"]]
         axes.plot(x, y, color="#dfe3e8", linewidth=1, zorder=1)
     others = [p for p in points if p["run"] not in best]
     axes.scatter(
         [p["cost"] for p in others], [p["validation"] for p in others], s=26, color=OTHER, label="run of a trial"
     )
-    line = found["front"]
+    line = content["front"]
     # Steps: between two runs nothing was measured.
     axes.plot(
         [p["cost"] for p in line],
@@ -51,9 +51,15 @@ def front(found: dict[str, Any]) -> bytes:
         markersize=6,
         label="Pareto set",
     )
-    given, winner = found["given"], found["winner"]
+    baseline, winner = content["given"], content["winner"]
     axes.plot(
-        given["cost"], given["validation"], "s", color=GIVEN, markersize=10, label="the recipe as given", zorder=4
+        baseline["cost"],
+        baseline["validation"],
+        "s",
+        color=BASELINE_COLOUR,
+        markersize=10,
+        label="the recipe as given",
+        zorder=4,
     )
     axes.plot(
         winner["cost"],
@@ -66,25 +72,25 @@ def front(found: dict[str, Any]) -> bytes:
         zorder=5,
     )
     costs = [p["cost"] for p in points if p["cost"] > 0]
-    _log_axis(axes, min(costs), max(costs), formatter(found["cost"]))
-    axes.set_xlabel(f"{UNITS[found['cost']]} of all stages that the model needs (logarithmic)")
-    _finish(axes, found)
-    axes.set_ylabel(f"validation {metric_label(found['metric'])}")
+    _log_axis(axes, min(costs), max(costs), formatter(content["cost"]))
+    axes.set_xlabel(f"{UNITS[content['cost']]} of all stages that the model needs (logarithmic)")
+    _finish(axes, content)
+    axes.set_ylabel(f"validation {metric_label(content['metric'])}")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return _png(figure)
 
 
-def parallel(found: dict[str, Any]) -> bytes | None:
+def parallel(content: dict[str, Any]) -> bytes | None:
     """PNG of parallel coordinates: a line for each trial through its choices to its cost and validation; None where
     no trial had choices."""
-    trials = [t for t in found["trials"] if t["points"] and t["params"]]
-    keys = axes_of(found, trials)
+    trials = [t for t in content["trials"] if t["points"] and t["params"]]
+    keys = axes_of(content, trials)
     if not trials or not keys:
         return None
     last = [t["points"][-1] for t in trials]
     costs, values = np.array([p["cost"] for p in last]), np.array([p["validation"] for p in last])
     columns = [_column([t["params"].get(key) for t in trials]) for key in keys]
-    columns.append((_scaled(np.log(costs)), _ends(costs, SHOWN[found["cost"]])))
+    columns.append((_scaled(np.log(costs)), _ends(costs, SHOWN[content["cost"]])))
     columns.append((_scaled(values), _ends(values, percent)))
     names = [*(key.replace(".", ".\n", 1) for key in keys), "cost", "validation"]
     figure = Figure(figsize=(max(7.0, 1.15 * len(names)), 4.6), dpi=150, layout="constrained", facecolor="white")
@@ -109,17 +115,17 @@ def parallel(found: dict[str, Any]) -> bytes | None:
     return _png(figure)
 
 
-def axes_of(found: dict[str, Any], trials: list[dict[str, Any]]) -> list[str]:
+def axes_of(content: dict[str, Any], trials: list[dict[str, Any]]) -> list[str]:
     """The keys that differ between the trials, those that matter most, in the order of the space."""
     keys = list(dict.fromkeys(key for t in trials for key in t["params"]))
     keys = [key for key in keys if len({str(t["params"].get(key)) for t in trials}) > 1]
-    matters = sorted(keys, key=lambda key: -found["importance"].get(key, 0.0))[:MOST_AXES]
+    matters = sorted(keys, key=lambda key: -content["importance"].get(key, 0.0))[:MOST_AXES]
     return [key for key in keys if key in matters]
 
 
-def importance(found: dict[str, Any]) -> bytes | None:
+def importance(content: dict[str, Any]) -> bytes | None:
     """PNG of bars: the share of the variance of validation that each key explains; None where it is not known."""
-    matters = found["importance"]
+    matters = content["importance"]
     if not matters:
         return None
     names = sorted(matters, key=lambda key: matters[key])
@@ -169,13 +175,13 @@ def labels(choices: Sequence[Any]) -> dict[str, str]:
     if all(objects.values()):
         keys = {key for own in objects.values() for key in own}
         differ = {key for key in keys if len({json.dumps(own.get(key)) for own in objects.values()}) > 1}
-        found = {text: _lines({k: own[k] for k in own if k in differ} or own) for text, own in objects.items()}
+        content = {text: _lines({k: own[k] for k in own if k in differ} or own) for text, own in objects.items()}
     else:
-        found = {str(choice): f"{choice:.3g}" if isinstance(choice, float) else str(choice) for choice in choices}
-    found = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in found.items()}
-    if len(set(found.values())) < len(found):  # cut to the same: a number tells them apart
-        found = {choice: f"{number} {text}" for number, (choice, text) in enumerate(found.items(), 1)}
-    return found
+        content = {str(choice): f"{choice:.3g}" if isinstance(choice, float) else str(choice) for choice in choices}
+    content = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in content.items()}
+    if len(set(content.values())) < len(content):  # cut to the same: a number tells them apart
+        content = {choice: f"{number} {text}" for number, (choice, text) in enumerate(content.items(), 1)}
+    return content
 
 
 def _keys(choice: Any) -> dict[str, Any]:

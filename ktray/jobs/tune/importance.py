@@ -35,21 +35,21 @@ def importance(space: Space, records: Records, seed: int = 0) -> dict[str, float
     distributions: dict[str, Any] = {spec.key: _whole(spec, rows) for spec in space.specs}
     shares = sorted({params[SHARE] for params, _ in rows})
     distributions[SHARE] = optuna.distributions.CategoricalDistribution(shares)
-    known = {spec.key: spec for spec in space.specs}
+    specs = {spec.key: spec for spec in space.specs}
     for params, value in rows:
-        full = {key: params.get(key, _absent(known[key])) if key in known else params[key] for key in distributions}
+        full = {key: params.get(key, _absent(specs[key])) if key in specs else params[key] for key in distributions}
         study.add_trial(optuna.trial.create_trial(params=full, distributions=distributions, value=value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = optuna.importance.get_param_importances(
+        shares_of = optuna.importance.get_param_importances(
             study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed)
         )
-    return {key: float(value) for key, value in found.items() if math.isfinite(value)}
+    return {key: float(value) for key, value in shares_of.items() if math.isfinite(value)}
 
 
-def of_transfer_set(found: dict[str, float]) -> float:
+def of_transfer_set(importances: dict[str, float]) -> float:
     """What the choices of the transfer set matter together."""
-    return sum(value for key, value in found.items() if key.split(".")[0] in TRANSFER)
+    return sum(value for key, value in importances.items() if key.split(".")[0] in TRANSFER)
 
 
 def _whole(spec: Spec, rows: list[tuple[dict[str, Any], float]]) -> Any:

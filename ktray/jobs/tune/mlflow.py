@@ -14,7 +14,7 @@ from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import WAY, Tracker, tracking_uri
 
 
-def open_run(base: Recipe, store: Store, run_id: str, purse: SearchBudget) -> Tracker:
+def open_run(base: Recipe, store: Store, run_id: str, budget: SearchBudget) -> Tracker:
     """The run of the search, or that of its earlier process. A server that is away stops nothing."""
     home = local_home(store)
     folder = home / "runs" / run_id
@@ -23,7 +23,7 @@ def open_run(base: Recipe, store: Store, run_id: str, purse: SearchBudget) -> Tr
     tracker.start(
         run_id,
         params={
-            **{f"budget.{unit}": value for unit, value in purse.limits.items()},
+            **{f"budget.{unit}": value for unit, value in budget.limits.items()},
             **{f"tune.{name}": getattr(part, name) for name in ("search", "stop", "cost", "cost_limit", "seed")},
         },
         tags=run_tags(base.mlflow, {"tune": run_id, "task": str(base.task.name or base.task.data)}),
@@ -42,21 +42,21 @@ def trial(tracker: Tracker, base: Recipe, search: str, record: TrialRecord) -> N
     run.finish({}, "FAILED" if record.state == "failed" else "FINISHED")
 
 
-def close(tracker: Tracker, found: dict[str, Any], kept: Dir, files: Sequence[str], rest: float) -> dict[str, Any]:
+def close(tracker: Tracker, content: dict[str, Any], kept: Dir, files: Sequence[str], rest: float) -> dict[str, Any]:
     """Log the end of the search; returns the ``mlflow`` object of its ``result.json``.
 
     Args:
         kept, files: the search's folder, and names in it to keep with the run.
         rest: seconds that a server may take; what it has not got then, a later job sends.
     """
-    winner = found["winner"]
+    winner = content["winner"]
     values: dict[str, Any] = {
-        f"val.{found['metric']}": winner["validation"],
-        f"test.{found['metric']}": winner["test"],
-        "given.val": found["given"]["validation"],
-        "cost.total_flops": found["sharing"]["flops"],
-        "sharing.flops_times": found["sharing"]["flops_times"],
-        **{f"importance.{key}": value for key, value in found["importance"].items()},
+        f"val.{content['metric']}": winner["validation"],
+        f"test.{content['metric']}": winner["test"],
+        "given.val": content["given"]["validation"],
+        "cost.total_flops": content["sharing"]["flops"],
+        "sharing.flops_times": content["sharing"]["flops_times"],
+        **{f"importance.{key}": value for key, value in content["importance"].items()},
     }
     tracker.final({name: value for name, value in values.items() if value is not None})
     for name in files:

@@ -14,38 +14,38 @@ from ktray.reporting import page
 COLUMNS = ("trial", "state", "steps", "share", "validation", "flops", "device_seconds", "usd", "run", "pareto")
 
 
-def write(folder: Path, found: dict[str, Any], files: dict[str, str]) -> list[Path]:
+def write(folder: Path, content: dict[str, Any], files: dict[str, str]) -> list[Path]:
     """Write the page, its pictures and the CSV into ``folder``; returns their paths.
 
     Args:
         files: by run of the Pareto set, the name of its recipe beside the page.
     """
-    keys = list(dict.fromkeys(key for trial in found["trials"] for key in trial["params"]))
+    keys = list(dict.fromkeys(key for trial in content["trials"] for key in trial["params"]))
     return page.write(
         folder,
         "tune",
         "ktray.jobs.tune",
         {
-            "tune": figure.front(found),
-            "parallel": figure.parallel(found),
-            "importance": figure.importance(found),
+            "tune": figure.front(content),
+            "parallel": figure.parallel(content),
+            "importance": figure.importance(content),
         },
         [*COLUMNS, *keys],
-        rows(found),
+        rows(content),
         {},
-        f=found,
-        metric=metric_name(found),
+        f=content,
+        metric=metric_name(content),
         files=files,
-        titles={p["run"]: title(TrialPoint(**p)) for p in found["front"]},
+        titles={p["run"]: title(TrialPoint(**p)) for p in content["front"]},
         values=_value,
     )
 
 
-def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     """A flat row for each run of each trial."""
-    front = {p["run"] for p in found["front"]}
+    front = {p["run"] for p in content["front"]}
     out = []
-    for trial in found["trials"]:
+    for trial in content["trials"]:
         for p in trial["points"]:
             out.append({**p["whole"], **trial["params"], **p, "state": trial["state"], "pareto": p["run"] in front})
     return out

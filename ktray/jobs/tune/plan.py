@@ -6,7 +6,7 @@ import logging
 
 from ktray.jobs.tune.budget import limits, show
 from ktray.jobs.tune.result import described
-from ktray.jobs.tune.run import given, space_of
+from ktray.jobs.tune.run import baseline, space_of
 from ktray.jobs.tune.trial import STUDENTS
 from ktray.pipeline.plan import lines, machine, this_machine
 from ktray.recipe.schema import Recipe
@@ -19,17 +19,17 @@ def report(recipe: Recipe) -> None:
     """Print the plan of this machine."""
     local = this_machine(recipe)
     logger.info(local.line)
-    found = given(recipe, local)
-    for reason in found.reasons:
+    resolved = baseline(recipe, local)
+    for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
-    space = space_of(found.recipe, local)
+    space = space_of(resolved.recipe, local)
     for spec in space.specs:
         logger.info(f"space     {described(spec)}")
-    rate, price, kind = machine(found.recipe)
-    planned = {line.stage: line.flops for line in lines(found) if line.stage != "scratch"}
+    rate, price, kind = machine(resolved.recipe)
+    planned = {line.stage: line.flops for line in lines(resolved) if line.stage != "scratch"}
     own = sum(planned.get(stage, 0.0) for stage in STUDENTS)
     shared = sum(planned.values()) - own
-    part = found.recipe.tune
+    part = resolved.recipe.tune
     logger.info("")
     logger.info(
         f"as given  {flops(own + shared)}: {flops(own)} for the student, {flops(shared)} that trials have in common"
@@ -40,7 +40,7 @@ def report(recipe: Recipe) -> None:
     )
     winner = part.seeds * own
     logger.info(f"winner    at most {flops(winner)} for {part.seeds} seeds")
-    for unit, limit in limits(found.recipe.budget).items():
+    for unit, limit in limits(resolved.recipe.budget).items():
         each = {"flops": 1.0, "device_seconds": 1 / rate, "wall": 1 / rate, "usd": (price or 0.0) / rate / 3600}[unit]
         rest = limit - (own + shared + winner) * each
         count = max(0, int(rest / (first * each))) if first * each > 0 else 0

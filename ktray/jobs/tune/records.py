@@ -68,7 +68,7 @@ class Records:
         for record in self.in_order():
             yield from list(record.points)
 
-    def given(self) -> TrialPoint | None:
+    def baseline(self) -> TrialPoint | None:
         """The recipe as given, trained to its end; None as long as it is not."""
         record = self.trials.get(BASELINE)
         return record.points[-1] if record and record.state == "finished" and record.points else None
@@ -84,7 +84,7 @@ class Records:
         Args:
             cost_limit: times the cost of the recipe as given, that it may cost at most.
         """
-        given = self.given()
-        most = math.inf if given is None or cost_limit is None else cost_limit * given.cost * (1 + 1e-9)
+        baseline = self.baseline()
+        most = math.inf if baseline is None or cost_limit is None else cost_limit * baseline.cost * (1 + 1e-9)
         fits = [p for p in self.points() if p.cost <= most and math.isfinite(p.validation)]
         return max(fits, key=lambda p: (p.validation, -p.cost), default=None)

@@ -59,17 +59,17 @@ class SearchReporter:
 
     base: Recipe
     records: Records
-    purse: SearchBudget
+    budget: SearchBudget
     folder: Dir
     log: Callable[[TrialRecord], None]
-    _told: set[tuple[int, int, str]] = field(default_factory=set)
+    _reported: set[tuple[int, int, str]] = field(default_factory=set)
 
     def __call__(self, record: TrialRecord) -> None:
         point = record.last
         news = (record.number, len(record.points), record.state)
-        if news in self._told:
+        if news in self._reported:
             return
-        self._told.add(news)
+        self._reported.add(news)
         name = "as given" if record.number == BASELINE else f"trial {record.number}"
         if record.state in ("failed", OVER_BUDGET, OVER_COST_LIMIT, "stopped"):
             logger.info(f"{name:<10}{record.state}: {record.reason}")
@@ -79,43 +79,43 @@ class SearchReporter:
                 f"{name:<10}{point.validation:>6.1%} after {point.steps} steps, {flops(point.whole['flops'])}  {keys}"
             )
         if record.state != OPEN:
-            logger.info(progress(self.base, self.records, self.purse))
+            logger.info(progress(self.base, self.records, self.budget))
             self.save()
             self.log(record)
 
     def save(self) -> None:
         """The best so far, as `result.json` and a recipe."""
         best = self.records.best(self.base.tune.cost_limit)
-        found = TuneProgress(
+        progress_so_far = TuneProgress(
             schema=SCHEMA,
             state="running",
-            budget=Spending(limits=self.purse.limits, spent=self.purse.spent()),
+            budget=Spending(limits=self.budget.limits, spent=self.budget.spent()),
             best=best,
             front=self.records.front(),
             trials=self.records.in_order(),
         )
-        write_result(self.folder, found)
+        write_result(self.folder, progress_so_far)
         if best is not None:
             self.folder.write(BEST, dump(recipe_at(self.base, self.records, best)).encode())
 
 
-def progress(base: Recipe, records: Records, purse: SearchBudget) -> str:
+def progress(base: Recipe, records: Records, budget: SearchBudget) -> str:
     """``tune      12 trials, 48% of the budget spent, best 83.1% (trial 5), about 6m10s to go``."""
     ended = sum(r.state != OPEN for r in records.in_order())
     best = records.best(base.tune.cost_limit)
-    found = f", best {best.validation:.1%} ({title(best)})" if best else ""
-    spent = purse.share()
-    to_go = purse.elapsed * (1 - spent) / spent if spent > 0.01 else 0.0
+    best_so_far = f", best {best.validation:.1%} ({title(best)})" if best else ""
+    spent = budget.share()
+    to_go = budget.elapsed * (1 - spent) / spent if spent > 0.01 else 0.0
     more = f", about {humanise(to_go)} to go" if to_go > 0 else ""
-    return f"tune      {ended} trials, {spent:.0%} of the budget spent{found}{more}"
+    return f"tune      {ended} trials, {spent:.0%} of the budget spent{best_so_far}{more}"
 
 
-def check_given(records: Records) -> None:
+def check_baseline(records: Records) -> None:
     """Raises `KtrayError` where the recipe as given did not come to its end: there is nothing to compare with."""
     record = records.trials[BASELINE]
     if record.state == "failed":
         raise KtrayError(f"The recipe as given fails: {record.reason}", "Mend it first: jobs/distill.py tells more.")
-    if records.given() is None:
+    if records.baseline() is None:
         raise KtrayError(
             f"The budget does not pay for the recipe as given once ({record.reason or 'stopped'})",
             "Raise budget.*, or lower tune.steps. The same command goes on from what is stored.",
@@ -127,27 +127,27 @@ def recipe_at(base: Recipe, records: Records, point: TrialPoint) -> Recipe:
     return recipe_of(base, records.trials[point.trial].keys, point.share)
 
 
-def sharing(records: Records, purse: SearchBudget, results: Sequence[dict[str, Any]]) -> dict[str, float]:
+def sharing(records: Records, budget: SearchBudget, results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """FLOPs and device-seconds that the search spent, and what its runs would have cost without stages in common."""
-    found: dict[str, float] = {}
-    spent = purse.spent()
+    amounts: dict[str, float] = {}
+    spent = budget.spent()
     lost = [r.lost for r in records.in_order()]
     for unit in ("flops", "device_seconds"):
         runs = [p.whole[unit] or 0.0 for p in records.points()]
         runs += [float(r["cost"]["without_cache"][unit]) for r in results]
-        found[unit] = spent[unit]
-        found[f"{unit}_without"] = sum(runs) + sum(one.get(unit, 0.0) for one in lost)
-        found[f"{unit}_times"] = found[f"{unit}_without"] / spent[unit] if spent[unit] else 1.0
-    return found
+        amounts[unit] = spent[unit]
+        amounts[f"{unit}_without"] = sum(runs) + sum(one.get(unit, 0.0) for one in lost)
+        amounts[f"{unit}_times"] = amounts[f"{unit}_without"] / spent[unit] if spent[unit] else 1.0
+    return amounts
 
 
 def build(
-    base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, purse: SearchBudget, final: dict[str, Any]
+    base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, budget: SearchBudget, final: dict[str, Any]
 ) -> dict[str, Any]:
     """``result.json`` of a search that has come to its end."""
     point: TrialPoint = final["point"]
-    given = records.given()
-    assert given is not None  # see `check_given`
+    baseline = records.baseline()
+    assert baseline is not None  # see `check_given`
     front = records.front()
     results = final["results"]
     tests = [float(r["metric"]["test"]) for r in results]
@@ -165,10 +165,10 @@ def build(
         "cost": base.tune.cost,
         "cost_limit": base.tune.cost_limit,
         "space": [described(spec) for spec in space.specs],
-        "budget": {"limits": purse.limits, "spent": purse.spent()},
+        "budget": {"limits": budget.limits, "spent": budget.spent()},
         "trials": [asdict(r) for r in records.in_order()],
         "front": [asdict(p) for p in front],
-        "given": {**asdict(given), "on_front": any(p.run == given.run for p in front)},
+        "given": {**asdict(baseline), "on_front": any(p.run == baseline.run for p in front)},
         "winner": {
             **asdict(point),
             "name": title(point),
@@ -185,19 +185,19 @@ def build(
         },
         "importance": matters,
         "importance_of_transfer_set": of_transfer_set(matters),
-        "sharing": sharing(records, purse, results),
+        "sharing": sharing(records, budget, results),
         "versions": versions(),
         "device": dict(describe_device()),
         "ktray": ktray.__version__,
-        "wall_seconds": round(purse.elapsed, 2),
+        "wall_seconds": round(budget.elapsed, 2),
     }
     content["says"] = headline(content)
     return content
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(content: dict[str, Any]) -> str:
     """What came of it, in a sentence."""
-    winner, given = found["winner"], found["given"]
+    winner, baseline = content["winner"], content["given"]
     test = ""
     if winner["seeds"]:
         # The best of many runs was lucky, too: what to expect is the mean over seeds.
@@ -205,38 +205,38 @@ def headline(found: dict[str, Any]) -> str:
         spread = f" ± {100 * winner['spread']:.1f}" if winner["spread"] is not None else ""
         validation = percent(mean(winner["validation_seeds"]))
         test = f"; over {seeds} {validation} on validation, {percent(winner['test'])}{spread} on test"
-    if winner["is_given"] or winner["validation"] <= given["validation"]:
-        where = "is already on the front" if given["on_front"] else "is as accurate as any"
-        most = percent(given["validation"])
+    if winner["is_given"] or winner["validation"] <= baseline["validation"]:
+        where = "is already on the front" if baseline["on_front"] else "is as accurate as any"
+        most = percent(baseline["validation"])
         return f"the recipe as given {where}: no trial within its cost has more than its {most} on validation{test}"
-    less = given["cost"] / winner["cost"] if winner["cost"] else 1.0
+    less = baseline["cost"] / winner["cost"] if winner["cost"] else 1.0
     return (
         f"{winner['name']} has {percent(winner['validation'])} on validation for {less:.2f} times less cost than the "
-        f"recipe as given, which has {percent(given['validation'])}{test}"
+        f"recipe as given, which has {percent(baseline['validation'])}{test}"
     )
 
 
-def table(found: dict[str, Any]) -> str:
+def table(content: dict[str, Any]) -> str:
     """The front for a terminal, the cheapest first."""
     head = f"{'model':<34}{'validation':>11}{'compute':>14}{'time':>10}{'money':>11}  recipe"
     out = [head, "-" * len(head)]
-    for raw in found["front"]:
+    for raw in content["front"]:
         p = TrialPoint(**raw)
-        mark = "*" if p.run == found["winner"]["run"] else " "
+        mark = "*" if p.run == content["winner"]["run"] else " "
         w = p.whole
         out.append(
             f"{mark}{title(p):<33}{percent(p.validation):>11}{flops(w['flops']):>14}{seconds(w['device_seconds']):>10}"
             f"{usd(w['usd']):>11}  {front_file(p)}"
         )
-    s = found["sharing"]
-    out.append(f"\n{found['says']}")
+    s = content["sharing"]
+    out.append(f"\n{content['says']}")
     out.append(
-        f"{len(found['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared stages "
-        f"({s['flops_times']:.1f} times); {seconds(found['budget']['spent']['wall'])} by the clock"
+        f"{len(content['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared stages "
+        f"({s['flops_times']:.1f} times); {seconds(content['budget']['spent']['wall'])} by the clock"
     )
-    if found["importance"]:
-        top = ", ".join(f"{k} {v:.0%}" for k, v in list(found["importance"].items())[:5])
-        out.append(f"what matters: {top}; the transfer set in all {found['importance_of_transfer_set']:.0%}")
+    if content["importance"]:
+        top = ", ".join(f"{k} {v:.0%}" for k, v in list(content["importance"].items())[:5])
+        out.append(f"what matters: {top}; the transfer set in all {content['importance_of_transfer_set']:.0%}")
     return "\n".join(out)
 
 
@@ -245,7 +245,7 @@ def front_file(point: TrialPoint) -> str:
 
 
 def write(
-    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, purse: SearchBudget, tracker: Tracker
+    content: dict[str, Any], base: Recipe, folder: Dir, records: Records, budget: SearchBudget, tracker: Tracker
 ) -> dict[str, Any]:
     """Write the recipes of the front, the page and ``result.json``, and log them; returns the result."""
     files = {point.run: front_file(point) for point in records.front()}
@@ -257,8 +257,8 @@ def write(
         pages = page.write(Path(scratch), content, files)
         for file in pages:
             folder.put(file)
-        content["mlflow"] = mlflow.close(tracker, content, folder, [file.name for file in pages], purse.rest())
-    content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(purse.elapsed, 2)
+        content["mlflow"] = mlflow.close(tracker, content, folder, [file.name for file in pages], budget.rest())
+    content["wall_seconds"] = content["budget"]["spent"]["wall"] = round(budget.elapsed, 2)
     content = write_result(folder, TuneResult(**content))
     folder.delete(RUNNING)
     return content

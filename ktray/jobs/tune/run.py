@@ -23,7 +23,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.tune import mlflow, result
-from ktray.jobs.tune.budget import BEAT, Amounts, CostRate, SearchBudget, amounts, limits, show
+from ktray.jobs.tune.budget import RECORD_SECONDS, Amounts, CostRate, SearchBudget, amounts, limits, show
 from ktray.jobs.tune.default_space import default_space
 from ktray.jobs.tune.records import Records
 from ktray.jobs.tune.space import Space, read
@@ -45,7 +45,7 @@ from ktray.tracking.tracker import tracking_uri
 
 logger = logging.getLogger("ktray")
 
-PURSE = "purse.json"
+BUDGET_FILE = "purse.json"
 SPARE = 1.2  # of the time that the winner's seeds are planned to take: side by side, some take longer than others
 
 
@@ -67,8 +67,8 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, session.memory)
     logger.info(f"cluster   {at_once} at once ({why})")
     part = share(whole, at_once)
-    found = given(recipe, part)
-    base = found.recipe
+    resolved = baseline(recipe, part)
+    base = resolved.recipe
     space = space_of(base, part)
     for spec in space.specs:
         logger.info(f"space     {result.described(spec)}")
@@ -79,29 +79,29 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     logger.info(f"tune      {folder.uri}")
     records = Records(folder)
     records.load()
-    purse = _purse(base, store, folder, at_once, begun)
-    logger.info("budget    " + ", ".join(show(unit, limit) for unit, limit in purse.limits.items()))
-    if purse.grown:
+    budget = _open_budget(base, store, folder, at_once, begun)
+    logger.info("budget    " + ", ".join(show(unit, limit) for unit, limit in budget.limits.items()))
+    if budget.grown:
         records.reopen()
     if records.trials:
-        logger.info(f"tune      goes on after {len(records.trials)} trials and {show('wall', purse.elapsed)}")
-    rungs = TrialRunner(base, store, part, purse, records, run_id, debug)
-    tracker = mlflow.open_run(base, store, run_id, purse)
+        logger.info(f"tune      goes on after {len(records.trials)} trials and {show('wall', budget.elapsed)}")
+    rungs = TrialRunner(base, store, part, budget, records, run_id, debug)
+    tracker = mlflow.open_run(base, store, run_id, budget)
     status = "FAILED"
     try:
-        teller = result.SearchReporter(base, records, purse, folder, partial(mlflow.trial, tracker, base, run_id))
-        own, test = _planned(found, STUDENTS), _planned(found, ("evaluate",))
-        first = base.tune.rungs[0] * purse.estimate(own)[base.tune.cost]
-        with _beating(purse, lambda: keep_for_the_winner(purse, records, base, own, test)):
+        reporter = result.SearchReporter(base, records, budget, folder, partial(mlflow.trial, tracker, base, run_id))
+        own, test = _planned(resolved, STUDENTS), _planned(resolved, ("evaluate",))
+        first = base.tune.rungs[0] * budget.estimate(own)[base.tune.cost]
+        with _recording(budget, lambda: keep_for_the_winner(budget, records, base, own, test)):
             engine.run(
-                base.tune, space, records, purse, rungs.answer, at_once, first, teller, _former(base, store, space)
+                base.tune, space, records, budget, rungs.answer, at_once, first, reporter, _former(base, store, space)
             )
-        result.check_given(records)
-        purse.reserve = {}
-        with _beating(purse, lambda: None):
-            final = train_winner(base, records, purse, rungs, test, at_once)
-        content = result.build(base, run_id, folder, space, records, purse, final)
-        content = result.write(content, base, folder, records, purse, tracker)
+        result.check_baseline(records)
+        budget.reserve = {}
+        with _recording(budget, lambda: None):
+            final = train_winner(base, records, budget, rungs, test, at_once)
+        content = result.build(base, run_id, folder, space, records, budget, final)
+        content = result.write(content, base, folder, records, budget, tracker)
         status = "FINISHED"
     finally:
         tracker.finish(status)
@@ -120,12 +120,12 @@ def _former(base: Recipe, store: Store, space: Space) -> list[Any]:
     if base.tune.warm_start is None:
         return []
     uri = tracking_uri(base.mlflow.uri, local_home(store))
-    found = earlier_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
-    logger.info(f"tune      learns from {len(found)} runs of '{base.tune.warm_start}' that lie within the space")
-    return found
+    trials = earlier_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
+    logger.info(f"tune      learns from {len(trials)} runs of '{base.tune.warm_start}' that lie within the space")
+    return trials
 
 
-def given(recipe: Recipe, plan: Allocation) -> Resolved:
+def baseline(recipe: Recipe, plan: Allocation) -> Resolved:
     """The recipe as given, resolved, with the search's own number of steps."""
     if recipe.tune.steps:
         recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
@@ -134,38 +134,38 @@ def given(recipe: Recipe, plan: Allocation) -> Resolved:
 
 def space_of(base: Recipe, plan: Allocation) -> Space:
     """The space that a resolved recipe asks for."""
-    asked = base.tune.space
-    if not asked:
+    requested = base.tune.space
+    if not requested:
         text = base.teacher.name is not None and family_of(base.teacher.name).has_text
-        asked = default_space(base, text, plan.worker_gpus > 0)
-    return read(recipe_of(base, {}), asked)
+        requested = default_space(base, text, plan.worker_gpus > 0)
+    return read(recipe_of(base, {}), requested)
 
 
-def _planned(found: Resolved, stages: Sequence[str]) -> dict[str, float]:
+def _planned(resolved: Resolved, stages: Sequence[str]) -> dict[str, float]:
     """FLOPs of stages of the recipe as given."""
-    return {line.stage: line.flops for line in planning.lines(found) if line.stage in stages}
+    return {line.stage: line.flops for line in planning.lines(resolved) if line.stage in stages}
 
 
-def _purse(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:
+def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:
     device = describe_device()
     if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
         raise KtrayError("tune.cost=usd, and a device of this cluster has no price", "Set prices.NAME (USD an hour).")
     rate, _, _ = planning.machine(base)
-    purse = SearchBudget(
+    budget = SearchBudget(
         limits(base.budget),
         CostRate(rate / at_once),
         at_once,
         hourly_price(device, base.prices),
-        lambda state: folder.write_json(PURSE, state),
+        lambda state: folder.write_json(BUDGET_FILE, state),
     )
-    purse.before = time.monotonic() - begun
-    if folder.exists(PURSE):
-        under_way = purse.load(folder.read_json(PURSE))
-        purse.before += time.monotonic() - begun
+    budget.before = time.monotonic() - begun
+    if folder.exists(BUDGET_FILE):
+        under_way = budget.load(folder.read_json(BUDGET_FILE))
+        budget.before += time.monotonic() - begun
         for run, spent in lost(store, under_way).items():
-            purse.charged[run] = spent
-    purse.record()
-    return purse
+            budget.charged[run] = spent
+    budget.record()
+    return budget
 
 
 def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
@@ -181,7 +181,7 @@ def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
 
 
 def keep_for_the_winner(
-    purse: SearchBudget, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
+    budget: SearchBudget, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
 ) -> None:
     """Set aside what the winner needs: its seeds trained, and all of them tested.
 
@@ -190,35 +190,35 @@ def keep_for_the_winner(
         test: FLOPs of the stage that reads the test split.
     """
     best = records.best(base.tune.cost_limit)
-    whole = purse.estimate({**(own if best is None else best.own), **test})
-    first = purse.estimate(test) if best is not None else whole  # the search has trained it
+    whole = budget.estimate({**(own if best is None else best.own), **test})
+    first = budget.estimate(test) if best is not None else whole  # the search has trained it
     more = base.tune.seeds - 1
-    turns = math.ceil(more / purse.parallel)
+    turns = math.ceil(more / budget.parallel)
     # A budget that is too small for all seeds is not spent on them alone.
-    purse.reserve = {
+    budget.reserve = {
         unit: min(first[unit] + (SPARE * turns if unit == "wall" else more) * whole[unit], limit / 2)
-        for unit, limit in purse.limits.items()
+        for unit, limit in budget.limits.items()
     }
 
 
 @contextlib.contextmanager
-def _beating(purse: SearchBudget, reserve: Callable[[], None]) -> Iterator[None]:
+def _recording(budget: SearchBudget, reserve: Callable[[], None]) -> Iterator[None]:
     """Record the time that has passed, and set aside what the winner needs, every few seconds."""
     end = threading.Event()
 
-    def beat() -> None:
+    def record() -> None:
         while True:
             with contextlib.suppress(Exception):  # a store that is away for a while costs a record, no search
                 reserve()
-                purse.record()
-            if end.wait(BEAT):
+                budget.record()
+            if end.wait(RECORD_SECONDS):
                 return
 
     reserve()
-    thread = threading.Thread(target=beat, name="ktray-purse", daemon=True)
+    thread = threading.Thread(target=record, name="ktray-purse", daemon=True)
     thread.start()
     try:
         yield
     finally:
         end.set()
-        thread.join(2 * BEAT)
+        thread.join(2 * RECORD_SECONDS)

@@ -66,11 +66,11 @@ class Spec:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
-    def expand(self, given: Plain) -> dict[str, Any]:
+    def expand(self, value: Plain) -> dict[str, Any]:
         """Recipe keys of a value that Optuna gave."""
         if not self.choices:
-            return {self.key: int(given) if self.whole else float(given)}  # type: ignore[arg-type]
-        return self.keys_of(next(c for c in self.choices if label(c) == given))
+            return {self.key: int(value) if self.whole else float(value)}  # type: ignore[arg-type]
+        return self.keys_of(next(c for c in self.choices if label(c) == value))
 
     def keys_of(self, choice: Any) -> dict[str, Any]:
         if _section(self.key) is None:
@@ -126,23 +126,23 @@ class Space:
 
     def keys(self, params: Mapping[str, Plain]) -> dict[str, Any]:
         """Recipe keys of a point."""
-        known = {spec.key: spec for spec in self.specs}
-        return {name: value for key, given in params.items() for name, value in known[key].expand(given).items()}
+        specs = {spec.key: spec for spec in self.specs}
+        return {name: value for key, given in params.items() for name, value in specs[key].expand(given).items()}
 
     def distributions(self, params: Mapping[str, Plain]) -> dict[str, BaseDistribution]:
-        known = {spec.key: spec for spec in self.specs}
-        return {key: known[key].distribution for key in params}
+        specs = {spec.key: spec for spec in self.specs}
+        return {key: specs[key].distribution for key in params}
 
-    def locate(self, given: Mapping[str, Any]) -> dict[str, Plain] | None:
+    def locate(self, values: Mapping[str, Any]) -> dict[str, Plain] | None:
         """The point at which a recipe lies, whose keys are `flat`; None where it lies outside."""
 
         def ask(spec: Spec) -> Plain:
             if spec.choices:
-                fits = [c for c in spec.choices if all(given.get(k) == v for k, v in spec.keys_of(c).items())]
+                fits = [c for c in spec.choices if all(values.get(k) == v for k, v in spec.keys_of(c).items())]
                 if not fits:
                     raise LookupError(spec.key)
                 return label(fits[0])
-            value = given.get(spec.key)
+            value = values.get(spec.key)
             if not isinstance(value, int | float) or not spec.low <= value <= spec.high:
                 raise LookupError(spec.key)
             if (
@@ -163,10 +163,10 @@ class Space:
         Raises:
             KtrayError: a range without steps, or more points than anybody would run.
         """
-        found = list(itertools.islice(self._grid({}, {}, 0), GRID_MOST + 1))
-        if len(found) > GRID_MOST:
+        points = list(itertools.islice(self._grid({}, {}, 0), GRID_MOST + 1))
+        if len(points) > GRID_MOST:
             raise KtrayError(f"The grid of tune.space has more than {GRID_MOST:,} points", "Choose tune.search=random.")
-        return found
+        return points
 
     def _grid(self, drawn: dict[str, Plain], keys: dict[str, Any], at: int) -> Iterator[dict[str, Plain]]:
         if at == len(self.specs):
@@ -182,8 +182,8 @@ class Space:
     def _counts(self, spec: Spec, keys: Mapping[str, Any]) -> bool:
         if not spec.when:
             return True
-        given = values_of(self.base)
-        return all(keys.get(key, given.get(key)) in values for key, values in spec.when)
+        base_values = values_of(self.base)
+        return all(keys.get(key, base_values.get(key)) in values for key, values in spec.when)
 
 
 def label(choice: Any) -> Plain:
@@ -199,7 +199,7 @@ def values_of(recipe: Recipe) -> dict[str, Any]:
     return flatten(recipe.model_dump(mode="json"), keep=lambda name, value: name in known)
 
 
-def read(base: Recipe, given: Mapping[str, Any]) -> Space:
+def read(base: Recipe, description: Mapping[str, Any]) -> Space:
     """The space that a mapping such as ``tune.space`` describes.
 
     A key of some objectives counts under those alone, whether or not a condition says so.
@@ -209,9 +209,9 @@ def read(base: Recipe, given: Mapping[str, Any]) -> Space:
             form that is none, a condition on a key that comes later.
     """
     specs: list[Spec] = []
-    later = list(given)
-    for key, value in given.items():
-        spec = _under_its_objectives(_spec(key, value), base, given)
+    later = list(description)
+    for key, value in description.items():
+        spec = _under_its_objectives(_spec(key, value), base, description)
         for name, values in spec.when:
             _check_condition(key, name, values, later)
         later.remove(key)
@@ -228,17 +228,17 @@ def read(base: Recipe, given: Mapping[str, Any]) -> Space:
     return Space(base, tuple(specs))
 
 
-def _under_its_objectives(spec: Spec, base: Recipe, given: Mapping[str, Any]) -> Spec:
+def _under_its_objectives(spec: Spec, base: Recipe, description: Mapping[str, Any]) -> Spec:
     """The spec of an objective's key with the condition that the objective has it."""
     section, _, name = spec.key.partition(".")
     if section != "objective" or name in ("", "name") or any(key == NAME for key, _ in spec.when):
         return spec
     having = owners(name)
     possible = {base.objective.name}
-    if NAME in given:
-        possible = set(_spec(NAME, given[NAME]).choices)
-    elif section in given:
-        possible = {choice.get("name", base.objective.name) for choice in _spec(section, given[section]).choices}
+    if NAME in description:
+        possible = set(_spec(NAME, description[NAME]).choices)
+    elif section in description:
+        possible = {choice.get("name", base.objective.name) for choice in _spec(section, description[section]).choices}
     return spec if possible <= set(having) else replace(spec, when=(*spec.when, (NAME, tuple(having))))
 
 
@@ -298,12 +298,12 @@ def _choices(key: str, choices: list[Any], when: tuple[tuple[str, tuple[Any, ...
     return Spec(key, tuple(choices), when=when)
 
 
-def _range(key: str, given: Mapping[str, Any], when: tuple[tuple[str, tuple[Any, ...]], ...]) -> Spec:
-    low, high, step, log = given["low"], given["high"], given.get("step"), given.get("log", False)
+def _range(key: str, limits: Mapping[str, Any], when: tuple[tuple[str, tuple[Any, ...]], ...]) -> Spec:
+    low, high, step, log = limits["low"], limits["high"], limits.get("step"), limits.get("log", False)
     numbers = [v for v in (low, high, step) if v is not None]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers) or not isinstance(log, bool):
         raise KtrayError(
-            f"tune.space: '{key}' is {dict(given)!r}", "low, high and step are numbers, log true or false."
+            f"tune.space: '{key}' is {dict(limits)!r}", "low, high and step are numbers, log true or false."
         )
     if not low < high or (step is not None and (step <= 0 or log)) or (log and low <= 0):
         raise KtrayError(
@@ -317,10 +317,10 @@ def _range(key: str, given: Mapping[str, Any], when: tuple[tuple[str, tuple[Any,
     return Spec(key, low=float(low), high=float(high), log=log, step=step, whole=whole, when=when)
 
 
-def _when(key: str, given: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
-    if not isinstance(given, dict) or not all(isinstance(v, list) and v for v in given.values()):
-        raise KtrayError(f"tune.space: the condition of '{key}' is {given!r}", "Write when: {other.key: [a, b]}.")
-    return tuple((name, tuple(values)) for name, values in given.items())
+def _when(key: str, conditions: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    if not isinstance(conditions, dict) or not all(isinstance(v, list) and v for v in conditions.values()):
+        raise KtrayError(f"tune.space: the condition of '{key}' is {conditions!r}", "Write when: {other.key: [a, b]}.")
+    return tuple((name, tuple(values)) for name, values in conditions.items())
 
 
 def _section(key: str) -> type[Section] | None:

@@ -40,11 +40,11 @@ def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int 
         base: with ``train.steps`` set.
     """
     plain = base.model_copy(update={"tune": TuneConfig(), "budget": BudgetConfig()}, deep=True)
-    found = methods.recipe_of(plain, keys, **({} if seed is None else {"seed": seed}))
+    recipe = methods.recipe_of(plain, keys, **({} if seed is None else {"seed": seed}))
     if share < 1:
-        found.train.steps = max(1, round(share * int(found.train.steps or 1)))
-        found.finetune.steps = max(1, round(share * found.finetune.steps)) if found.finetune.steps else 0
-    return found
+        recipe.train.steps = max(1, round(share * int(recipe.train.steps or 1)))
+        recipe.finetune.steps = max(1, round(share * recipe.finetune.steps)) if recipe.finetune.steps else 0
+    return recipe
 
 
 class CostLimitExceeded(KtrayError):
@@ -55,14 +55,14 @@ class CostLimitExceeded(KtrayError):
 class RunMeter:
     """The accounts of one run, from its first look on, and what ends it."""
 
-    purse: SearchBudget
+    budget: SearchBudget
     name: str
     final: bool = False
     ledger: Ledger | None = None
 
     def __call__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.purse.watch(self.name, ledger.spent(), ledger.run, self.final)
+        self.budget.watch(self.name, ledger.spent(), ledger.run, self.final)
 
     @property
     def run(self) -> str:
@@ -73,11 +73,11 @@ class RunMeter:
 
     def students(self, unit: str) -> dict[str, float]:
         """What each of the stages that train the student is worth, in a unit."""
-        found: dict[str, float] = {}
+        worth: dict[str, float] = {}
         for entry in self.ledger.entries if self.ledger else []:
             if entry.stage in STUDENTS:
-                found[entry.stage] = found.get(entry.stage, 0.0) + float(getattr(entry, unit) or 0.0)
-        return found
+                worth[entry.stage] = worth.get(entry.stage, 0.0) + float(getattr(entry, unit) or 0.0)
+        return worth
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TrialRunner:
     base: Recipe
     store: Store
     share: Allocation
-    purse: SearchBudget
+    budget: SearchBudget
     records: Records
     search: str
     debug: bool = False
@@ -120,7 +120,7 @@ class TrialRunner:
         record = self.records.trials[number]
         last = rung == len(self.shares_of(record)) - 1
         if rung < len(record.points):
-            return self._told(record, record.points[rung], last)
+            return self._result(record, record.points[rung], last)
         try:
             point = self._run(record, rung)
         except CostLimitExceeded as exceeded:
@@ -132,17 +132,17 @@ class TrialRunner:
         else:
             record.points.append(point)
             self.records.keep(record)
-            return self._told(record, point, last)
+            return self._result(record, point, last)
         return {"validation": math.nan, "cost": math.nan, "full_cost": math.nan, "done": True, "ended": record.state}
 
-    def _told(self, record: TrialRecord, point: TrialPoint, last: bool) -> dict[str, Any]:
+    def _result(self, record: TrialRecord, point: TrialPoint, last: bool) -> dict[str, Any]:
         return {
             "validation": point.validation,
             "cost": point.resource,
             "full_cost": record.planned if record.planned is not None else point.cost,
             "done": last,
             "ended": "",
-            "given": record.number == BASELINE,
+            "baseline": record.number == BASELINE,
         }
 
     def _run(self, record: TrialRecord, rung: int) -> TrialPoint:
@@ -150,20 +150,20 @@ class TrialRunner:
         recipe, to_make = self._plan(record, rung)
         unit = self.base.tune.cost
         name = f"{record.number}/{rung}"
-        if refused := self.purse.promise(name, to_make):
+        if refused := self.budget.promise(name, to_make):
             raise BudgetExceeded(f"rung {rung + 1} cannot be paid: {refused}")
         # Without the recipe as given there is nothing to compare with: it may take the time that the winner is kept.
-        tally, begun, made = RunMeter(self.purse, name, final=record.number == BASELINE), time.monotonic(), False
+        meter, begun, finished = RunMeter(self.budget, name, final=record.number == BASELINE), time.monotonic(), False
         title = "as given" if record.number == BASELINE else f"trial {record.number}"
         tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
         try:
             with self.lines_of(title):
-                result = pipeline(recipe, self.debug, self.share, tags, trial=True, limit=tally)
-            made = True
+                result = pipeline(recipe, self.debug, self.share, tags, trial=True, limit=meter)
+            finished = True
         finally:
             seconds = time.monotonic() - begun
-            spent = self.purse.settle(name, tally.spent(), tally.run, seconds if made else None)
-            if not made:
+            spent = self.budget.settle(name, meter.spent(), meter.run, seconds if finished else None)
+            if not finished:
                 record.lost = spent
         validation = float(result["metric"]["val"])
         if not math.isfinite(validation):
@@ -179,8 +179,8 @@ class TrialRunner:
             validation=validation,
             cost=float(whole[unit] or 0.0),
             whole=whole,
-            own=tally.students("flops"),
-            resource=before + sum(tally.students(unit).values()),
+            own=meter.students("flops"),
+            resource=before + sum(meter.students(unit).values()),
             spent=spent,
             seconds=seconds,
         )
@@ -200,29 +200,29 @@ class TrialRunner:
 
     def _stages(self, recipe: Recipe) -> dict[str, float]:
         with muted():
-            found = resolve(recipe, self.share)
-        return {line.stage: line.flops for line in planning.lines(found) if line.stage != "evaluate"}
+            resolved = resolve(recipe, self.share)
+        return {line.stage: line.flops for line in planning.lines(resolved) if line.stage != "evaluate"}
 
     def _fit(self, record: TrialRecord) -> None:
         """A model that would cost more than the winner may gets so many steps fewer."""
         stages, first = self._plans[record.number], self.records.trials[BASELINE]
         if self.base.tune.cost_limit is not None and record.number != BASELINE:
             # Of trials that begin together another one may be planned before the recipe as given.
-            given = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
-            self._cut(record, stages, given, self.base.tune.cost_limit * given)
+            baseline_flops = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
+            self._cut(record, stages, baseline_flops, self.base.tune.cost_limit * baseline_flops)
         record.flops = sum(stages.values())
-        record.planned = self.purse.estimate(stages)[self.base.tune.cost]
+        record.planned = self.budget.estimate(stages)[self.base.tune.cost]
         self.records.keep(record)
 
-    def _cut(self, record: TrialRecord, stages: dict[str, float], given: float, limit: float) -> None:
+    def _cut(self, record: TrialRecord, stages: dict[str, float], baseline_flops: float, limit: float) -> None:
         whole, transfer = sum(stages.values()), stages.get("transfer", 0.0)
         if whole <= limit * (1 + 1e-9):
             return
         share = (limit - (whole - transfer)) / transfer if transfer else 0.0
         if share < LEAST:
             raise CostLimitExceeded(
-                f"it would cost {whole / given:.2f} times what the recipe as given does (tune.cost_limit)"
+                f"it would cost {whole / baseline_flops:.2f} times what the recipe as given does (tune.cost_limit)"
             )
-        asked = int(recipe_of(self.base, record.keys).train.steps or 1)
-        record.keys["train.steps"] = max(1, int(share * asked))
-        stages["transfer"] = transfer * record.keys["train.steps"] / asked
+        requested = int(recipe_of(self.base, record.keys).train.steps or 1)
+        record.keys["train.steps"] = max(1, int(share * requested))
+        stages["transfer"] = transfer * record.keys["train.steps"] / requested

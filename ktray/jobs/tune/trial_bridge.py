@@ -20,22 +20,22 @@ class TrialBridge:
     """Questions of trials and their answers; an actor."""
 
     def __init__(self) -> None:
-        self._asked: asyncio.Queue[tuple[int, int, int]] = asyncio.Queue()
+        self._questions: asyncio.Queue[tuple[int, int, int]] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._count = 0
 
     async def ask(self, number: int, rung: int) -> dict[str, Any]:
         """The result of a trial's rung; returns when the driver has it."""
         self._count += 1
-        mine = self._count
-        self._waiting[mine] = asyncio.get_running_loop().create_future()
-        await self._asked.put((mine, number, rung))
-        return await self._waiting[mine]
+        question = self._count
+        self._waiting[question] = asyncio.get_running_loop().create_future()
+        await self._questions.put((question, number, rung))
+        return await self._waiting[question]
 
     async def next(self, seconds: float) -> tuple[int, int, int] | None:
         """The next question; None where there is none for so long."""
         try:
-            return await asyncio.wait_for(self._asked.get(), seconds)
+            return await asyncio.wait_for(self._questions.get(), seconds)
         except asyncio.TimeoutError:
             return None
 
@@ -46,15 +46,15 @@ class TrialBridge:
 class Trial(tune.Trainable):
     """A trial for Ray Tune: a step is a rung."""
 
-    def setup(self, config: dict[str, Any], desk: Any = None) -> None:
-        self._desk, self._rung = desk, 0
+    def setup(self, config: dict[str, Any], bridge: Any = None) -> None:
+        self._bridge, self._rung = bridge, 0
 
     def step(self) -> dict[str, Any]:
         import ray
 
-        found: dict[str, Any] = ray.get(self._desk.ask.remote(int(self.config["number"]), self._rung))
+        result: dict[str, Any] = ray.get(self._bridge.ask.remote(int(self.config["number"]), self._rung))
         self._rung += 1
-        return found
+        return result
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._rung = 0
@@ -75,8 +75,8 @@ class Servers:
         count: of questions that are worked on at once.
     """
 
-    def __init__(self, desk: Any, answer: Ask, count: int) -> None:
-        self._desk, self._answer, self._end = desk, answer, threading.Event()
+    def __init__(self, bridge: Any, answer: Ask, count: int) -> None:
+        self._bridge, self._answer, self._end = bridge, answer, threading.Event()
         # Daemons: the interpreter does not wait for them after an interrupt.
         self._threads = [
             threading.Thread(target=self._serve, name=f"ktray-trial-{i}", daemon=True) for i in range(count)
@@ -97,7 +97,7 @@ class Servers:
         import ray
 
         while not self._end.is_set():
-            asked = ray.get(self._desk.next.remote(0.5))
-            if asked is not None:
-                question, number, rung = asked
-                ray.get(self._desk.answer.remote(question, self._answer(number, rung)))
+            request = ray.get(self._bridge.next.remote(0.5))
+            if request is not None:
+                question, number, rung = request
+                ray.get(self._bridge.answer.remote(question, self._answer(number, rung)))

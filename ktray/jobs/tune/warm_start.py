@@ -36,11 +36,11 @@ def earlier_trials(uri: str, experiment: str, base: Recipe, space: Space, multi:
 
     try:
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
+        entry = client.get_experiment_by_name(experiment)
+        if entry is None:
             names = ", ".join(e.name for e in client.search_experiments(max_results=20))
             raise KtrayError(f"{scrub(uri)} has no experiment '{experiment}'", f"tune.warm_start is one of: {names}.")
-        runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", max_results=MOST)
+        runs = client.search_runs([entry.experiment_id], "attributes.status = 'FINISHED'", max_results=MOST)
     except KtrayError:
         raise
     except Exception as error:
@@ -65,13 +65,13 @@ def point_of(
     params: Mapping[str, str], metrics: Mapping[str, float], base: Recipe, space: Space
 ) -> tuple[dict[str, Any], float, float] | None:
     """Where a logged run lies in the space, its validation and its cost; None of another task or outside."""
-    given = {key: parse(text) for key, text in params.items()}
+    values = {key: parse(text) for key, text in params.items()}
     validation = metrics.get(f"val.{base.task.metric}")
     cost = metrics.get(f"cost.without_cache_{base.tune.cost}")
-    same = all(given.get(f"task.{key}") == getattr(base.task, key) for key in ("name", "data", "kind", "metric"))
+    same = all(values.get(f"task.{key}") == getattr(base.task, key) for key in ("name", "data", "kind", "metric"))
     if validation is None or cost is None or not same:
         return None
-    point = space.locate(given)
+    point = space.locate(values)
     return None if point is None else (point, validation, cost)
 
 

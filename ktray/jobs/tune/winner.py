@@ -26,7 +26,7 @@ FOLDER = "winner"  # in the search's: the runs of its seeds
 
 
 def train_winner(
-    base: Recipe, records: Records, purse: SearchBudget, rungs: TrialRunner, test: Mapping[str, float], at_once: int
+    base: Recipe, records: Records, budget: SearchBudget, rungs: TrialRunner, test: Mapping[str, float], at_once: int
 ) -> dict[str, Any]:
     """Train the best on validation with ``tune.seeds`` seeds and test it; of these as many as the budget has room for.
 
@@ -45,23 +45,23 @@ def train_winner(
         f"winner    {title(point)}: validation {point.validation:.1%}; {base.tune.seeds} seeds are trained and tested"
     )
     home = records.folder.sub(FOLDER)
-    results = {seed: found for seed in seeds if (found := _known(rungs.store, home, point, seed))}
+    results = {seed: result for seed in seeds if (result := _stored_result(rungs.store, home, point, seed))}
     missing: dict[int, str] = {}
 
-    def one(seed: int) -> None:
+    def train_seed(seed: int) -> None:
         recipe = recipe_of(base, records.trials[point.trial].keys, point.share, seed)
         first, name = seed == base.seed, f"{TITLE}/{seed}"
         # The first one is trained, and for its test something was kept back; a plan in seconds must not prevent it.
-        refused = purse.promise(name, test if first else {**point.own, **test}, anyway=first)
+        refused = budget.promise(name, test if first else {**point.own, **test}, anyway=first)
         if refused:
             missing[seed] = refused
             return
-        tally, begun, made = RunMeter(purse, name, final=True), time.monotonic(), False
+        meter, begun, finished = RunMeter(budget, name, final=True), time.monotonic(), False
         tags = {"tune": rungs.search, WAY: TITLE, RUN_NAME: f"{TITLE}, seed {seed}"}
         try:
             with rungs.lines_of(f"seed {seed}"):
-                results[seed] = pipeline(recipe, rungs.debug, rungs.share, tags, limit=tally)
-            made = True
+                results[seed] = pipeline(recipe, rungs.debug, rungs.share, tags, limit=meter)
+            finished = True
             home.write_json(_name(point, seed), {"run": results[seed]["run_id"]})
             logger.info(f"winner    seed {seed}: test {results[seed]['metric']['test']:.1%}")
         except BudgetExceeded as spent:
@@ -69,9 +69,9 @@ def train_winner(
         except Exception as error:  # another seed may still come to its end
             missing[seed] = explain(error)
         finally:
-            purse.settle(name, tally.spent(), tally.run, time.monotonic() - begun if made else None)
+            budget.settle(name, meter.spent(), meter.run, time.monotonic() - begun if finished else None)
 
-    run_all([partial(one, seed) for seed in seeds if seed not in results], at_once)
+    run_all([partial(train_seed, seed) for seed in seeds if seed not in results], at_once)
     for seed, reason in sorted(missing.items()):
         logger.info(f"winner    seed {seed} is missing: {reason}")
     return {
@@ -85,12 +85,12 @@ def _name(point: TrialPoint, seed: int) -> str:
     return f"{point.run}-{seed}.json"
 
 
-def _known(store: Store, home: Dir, point: TrialPoint, seed: int) -> dict[str, Any] | None:
+def _stored_result(store: Store, home: Dir, point: TrialPoint, seed: int) -> dict[str, Any] | None:
     """What an earlier process of this search has found with a seed of this very winner."""
     if not home.exists(_name(point, seed)):
         return None
-    found: dict[str, Any] = store.run(str(home.read_json(_name(point, seed))["run"])).read_json("result.json")
-    return found
+    result: dict[str, Any] = store.run(str(home.read_json(_name(point, seed))["run"])).read_json("result.json")
+    return result
 
 
 def title(point: TrialPoint) -> str:

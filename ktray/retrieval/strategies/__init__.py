@@ -1,2 +1,4 @@
-"""Strategies: one file each, found by `ktray.recipe.registries.STRATEGIES`; `ktray.retrieval.strategies.base` is the
-contract."""
+"""Strategies: each has its own file, which `ktray.recipe.registries.STRATEGIES` finds.
+
+`ktray.retrieval.strategies.base` describes what a strategy must provide.
+"""

@@ -1,4 +1,4 @@
-"""The images most similar to any query."""
+"""Select the images that are most similar to any of the queries."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ktray.retrieval.strategies.base import (
 
 @STRATEGIES.register("best_first")
 class BestFirst(StrategyConfig):
-    """The images most similar to any query are taken, without equal shares. Use it when similarity says more than
-    balance. A query whose images are all far away may then bring nothing."""
+    """Selects the images that are most similar to any of the queries, without equal shares. Use it if similarity
+    matters more than balance. A query without similar images may contribute no image."""
 
     name: Literal["best_first"] = "best_first"
 
@@ -35,7 +35,7 @@ class BestFirst(StrategyConfig):
 
 
 def best_first(similarity: np.ndarray, index: np.ndarray, size: int, *, exclude: Excluded = ()) -> Selection:
-    """The ``size`` images most similar to any query, whichever that is.
+    """The ``size`` images that are most similar to any of the queries.
 
     Args:
         similarity, index, size, exclude: as for `in_turn`.

@@ -1,4 +1,4 @@
-"""Every predicted class brings the same number of images."""
+"""Select the same number of images for every predicted class."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from ktray.retrieval.strategies.base import (
 
 @STRATEGIES.register("class_balanced")
 class ClassBalanced(StrategyConfig):
-    """Every class that the teacher predicts brings the same number of images, whichever queries found them. Use it when
-    some classes have queries that find little. It is for classification, and needs a teacher that predicts classes."""
+    """Selects the same number of images for every class that the teacher predicts, independent of the queries. Use it
+    if the queries of some classes retrieve few images. It is for classification and needs a teacher that predicts
+    classes."""
 
     name: Literal["class_balanced"] = "class_balanced"
 
@@ -39,15 +40,15 @@ class ClassBalanced(StrategyConfig):
 def class_balanced(
     similarity: np.ndarray, index: np.ndarray, classes: np.ndarray, size: int, *, exclude: Excluded = ()
 ) -> Selection:
-    """Each predicted class in turn takes its most similar image, round after round, until ``size`` are taken.
+    """In each round, every predicted class selects its most similar image, until there are ``size`` images.
 
-    A class without candidates left is passed over, and the others go on.
+    A class without remaining candidates is skipped in later rounds.
 
     Args:
-        classes: (Q, k) int64 predicted class of each hit; what it holds where ``index`` is -1 does not matter.
+        classes: (Q, k) int64 predicted class of each hit; the values where ``index`` is -1 have no meaning.
     """
     flat = first_of_each(similarity, index)
-    of_each = classes.ravel()[flat]
-    groups = [flat[of_each == one] for one in np.unique(of_each).tolist()]
+    class_of_each = classes.ravel()[flat]
+    groups = [flat[class_of_each == number] for number in np.unique(class_of_each).tolist()]
     chosen = in_turn(*as_table(groups, similarity, index), size, exclude=exclude)
     return traced(chosen, groups, index, size)

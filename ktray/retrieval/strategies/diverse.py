@@ -1,4 +1,4 @@
-"""Each query's share is spread over what it finds."""
+"""Select images for each query that differ from each other."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ktray.retrieval.strategies.base import STRATEGIES, Candidates, Excluded, Se
 
 @STRATEGIES.register("diverse")
 class Diverse(StrategyConfig):
-    """Every query has an equal share, filled with those of its candidates that differ most from each other. Use it when
-    the nearest images of a query are nearly the same image many times."""
+    """Every query has an equal share, which consists of the candidates that differ most from each other. Use it if the
+    most similar images of a query are almost copies of one image."""
 
     name: Literal["diverse"] = "diverse"
 
@@ -37,9 +37,10 @@ def diverse(
 ) -> Selection:
     """`in_turn` with each query's candidates in the order of a farthest-point traversal (Gonzalez 1985).
 
-    The nearest comes first, then always the candidate that is least similar to its most similar one among those before
-    it, so that any beginning of the order covers the candidates as well as few images can (within a factor of two of
-    the best radius). A query's share is taken from as many hits as are given: give a few times the share.
+    The most similar candidate is first. Each following candidate is the one with the lowest maximum similarity to the
+    candidates before it. Every prefix of this order covers the candidates with a radius of at most twice the optimum
+    for the same number of images. A query's share is selected from all its hits: ``index`` should have several times
+    as many hits as the share.
 
     Args:
         embeddings: (M, D) float32 unit vectors of the candidates.
@@ -47,8 +48,8 @@ def diverse(
     """
     order = np.tile(np.arange(index.shape[1]), (len(index), 1))
     for q in range(len(index)):
-        found = int((index[q] >= 0).sum())
-        order[q, :found] = farthest_points(embeddings[rows[q, :found]])
+        hits = int((index[q] >= 0).sum())
+        order[q, :hits] = farthest_points(embeddings[rows[q, :hits]])
     return reordered(similarity, index, order, size, exclude)
 
 
@@ -56,7 +57,7 @@ def farthest_points(vectors: np.ndarray) -> np.ndarray:
     """(n,) order in which a farthest-point traversal from the first of (n, D) unit vectors visits them."""
     n = len(vectors)
     order = np.zeros(n, dtype=np.int64)
-    nearest = np.full(n, -np.inf)  # similarity to the most similar one visited so far
+    nearest = np.full(n, -np.inf)  # similarity to the most similar vector visited so far
     for place in range(1, n):
         np.maximum(nearest, vectors @ vectors[order[place - 1]], out=nearest)
         nearest[order[place - 1]] = np.inf

@@ -1,7 +1,7 @@
-"""Every query brings the same number of images, none twice: the paper's choice.
+"""Select the same number of images for every query, without repeats, as in the paper.
 
-arXiv 2311.18237, section on retrieval. The released lists show the arithmetic: 1,200 queries that count themselves
-among their 128 bring 127 x 1,200 = 152,400 retrieved images.
+See arXiv 2311.18237, section on retrieval. The released lists confirm the numbers: each of 1,200 queries counts itself
+among its 128 images, so that 127 x 1,200 = 152,400 images are retrieved.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ktray.retrieval.strategies.base import STRATEGIES, Candidates, Excluded, Se
 
 @STRATEGIES.register("query_balanced")
 class QueryBalanced(StrategyConfig):
-    """Every query brings the same number of images, none twice (arXiv 2311.18237). Use it by default: each labelled
-    image has an equal share of the transfer set. Other strategies differ from it in one respect each."""
+    """Selects the same number of images for every query, without repeats (arXiv 2311.18237). This is the default: each
+    labelled image has an equal share of the transfer set. Every other strategy differs from it in one respect."""
 
     name: Literal["query_balanced"] = "query_balanced"
 

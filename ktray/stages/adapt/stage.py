@@ -31,6 +31,7 @@ from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.manifests import AdaptManifest
 from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows
@@ -110,7 +111,7 @@ def run(context: RunContext, spec: TeacherSpec) -> StageResult:
     return run_stage(context.runtime, AdaptInputs.of(context, spec), work)
 
 
-def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> AdaptManifest:
     plan, spec, metric, wanted = runtime.plan, inputs.teacher, inputs.metric, inputs.wanted
     reporter.expect(inputs.images)
     kind = task_kind(inputs.kind)

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from ktray.stages.curate.queries import Queries, QueryInputs, queries
 from ktray.stages.index import compress
 from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, retrieve
 from ktray.stages.inputs import StageInputs
+from ktray.stages.manifests import CurateManifest
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import task_kind
@@ -126,7 +126,7 @@ def run(
     return run_stage(context.runtime, inputs, work)
 
 
-def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> CurateManifest:
     part, index, embedded = inputs.transfer, inputs.index, inputs.encoder is not None
     if index is None:
         return _target(inputs, stage)
@@ -282,7 +282,7 @@ def _write(
     return uris
 
 
-def _target(inputs: CurateInputs, stage: Stage) -> dict[str, Any]:
+def _target(inputs: CurateInputs, stage: Stage) -> CurateManifest:
     uris = [e.uri for e in inputs.task.train] + list(inputs.task.unlabeled)
     size = inputs.transfer.size
     if size is not None and size < len(uris):

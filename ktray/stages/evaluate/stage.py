@@ -30,6 +30,7 @@ from ktray.stages.base import (
 )
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import shard_items
+from ktray.stages.manifests import EvaluateManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -160,7 +161,7 @@ def run(
     return run_stage(context.runtime, inputs, work)
 
 
-def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> EvaluateManifest:
     classes, teacher, kind = inputs.task.classes, inputs.teacher, task_kind(inputs.kind)
     transforms = {STUDENT: inputs.student.make(bare=True).preprocess}
     if teacher:

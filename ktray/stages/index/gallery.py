@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ktray.retrieval.search import Hits, merge, search
 from ktray.retrieval.select import Selection
 from ktray.retrieval.strategies.base import Candidates, StrategyConfig
 from ktray.stages.base import StageResult
+from ktray.stages.manifests import IndexManifest
 from ktray.storage.columns import Rows
 
 # Hits a query, for each image of its share: those that others have taken first, and what a strategy may choose among.
@@ -48,10 +49,11 @@ class Gallery:
     @classmethod
     def of(cls, index: StageResult) -> Gallery:
         """The gallery of INDEX's directory; an index in the store is named from the store's root."""
-        folder = str(index.manifest["folder"])
+        facts = cast(IndexManifest, index.manifest)
+        folder = facts["folder"]
         if not folder.startswith("/") and "://" not in folder:
             folder = f"{index.stage.uri.rsplit('/', 3)[0]}/{folder}"
-        return cls(IndexDir(folder), [(name, rows) for name, rows in index.manifest["shards"]])
+        return cls(IndexDir(folder), [(name, rows) for name, rows in facts["shards"]])
 
     def columns(self, column: str) -> list[np.ndarray]:
         return [self.folder.rows(part, [column])[column] for part in self.parts]

@@ -30,6 +30,7 @@ from ktray.stages.index.compress import compress, wanted
 from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
 from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.manifests import IndexClasses, IndexManifest
 from ktray.stages.shard_summary import ShardSummary, pairs
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
@@ -246,7 +247,7 @@ def _index(
     return run_stage(context.runtime, inputs, work, whole=whole)
 
 
-def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> IndexManifest:
     folder, names, spec = inputs.folder, inputs.names, inputs.encoder
     folder.settle(inputs.facts)
     finished, broken = folder.shards(names)
@@ -276,7 +277,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         raise KtrayError("The gallery has no usable image", "Check gallery.data and the quarantine list.")
     gallery = Gallery(folder, listed)
     shrunk = bool(spec) and wanted(inputs.gallery.search, gallery.total)
-    more = {} if inputs.classes is None else {"classes": inputs.classes}
+    more: IndexClasses = {} if inputs.classes is None else {"classes": inputs.classes}
     return {
         "search": compress(inputs.gallery, gallery, runtime.plan) if shrunk else None,
         "rows": gallery.total,

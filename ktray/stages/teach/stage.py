@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
@@ -25,6 +25,7 @@ from ktray.recipe.schema import TeachConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
+from ktray.stages.manifests import TargetSizes, TeachManifest
 from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
@@ -37,8 +38,6 @@ from ktray.training.inputs import TargetSet
 logger = logging.getLogger("ktray")
 
 SHARD_BYTES = 64_000_000
-# What the manifest says of the targets' sizes, as `TargetSet` has it.
-SIZES = "embed_dim", "patch_dim", "vocabulary", "text_length", "source_classes", "classes"
 Targets = tuple[str, ...]
 
 
@@ -57,22 +56,31 @@ class TeachResult:
     @property
     def images(self) -> int:
         """Images that training will decode itself."""
-        return int(self.done.manifest["images"]) if self.done.manifest["mode"] != "cached" else 0
+        return self.manifest["images"] if self.manifest["mode"] != "cached" else 0
+
+    @property
+    def manifest(self) -> TeachManifest:
+        return cast(TeachManifest, self.done.manifest)
 
     def taught(self) -> TargetSet:
         """What training needs to know of a whole TEACH directory."""
-        m = self.done.manifest
-        mode = str(m["mode"])
+        m = self.manifest
+        mode = m["mode"]
         return TargetSet(
             self.done.stage,
-            tuple((str(name), int(rows)) for name, rows in m["shards"] if rows),
-            int(m["row_bytes"]),
+            tuple((name, rows) for name, rows in m["shards"] if rows),
+            m["row_bytes"],
             tuple(m["targets"]),
             mode,
             self.cut if mode != "cached" else None,
             self.predict if mode != "cached" else None,
             jpeg=mode == "cached" and m["jpeg"] is not None,
-            **{name: int(m[name]) for name in SIZES},
+            embed_dim=m["embed_dim"],
+            patch_dim=m["patch_dim"],
+            vocabulary=m["vocabulary"],
+            text_length=m["text_length"],
+            source_classes=m["source_classes"],
+            classes=m["classes"],
         )
 
 
@@ -147,7 +155,7 @@ def run(
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
 
 
-def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, Any]:
+def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TeachManifest:
     part, targets, cut = inputs.teach, inputs.targets, inputs.cut
     cached, view_size = part.mode == "cached", cut.size
     facts = inputs.adapt.manifest if inputs.adapt else {}
@@ -168,7 +176,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
     if not sum(rows.values()):
         raise KtrayError("No image of the transfer set can be used", "Check the quarantine list and gallery.data.")
-    known = {
+    known: TargetSizes = {
         "classes": inputs.classes if part.top_k and "logits" in targets else 0,
         "embed_dim": int(facts.get("embed_dim", 0)) if "embedding" in targets else 0,
         "patch_dim": int(facts.get("patch_dim") or 0) if "patch_embedding" in targets else 0,
@@ -196,7 +204,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "row_bytes": 3 * side**2 + 2 * halves + 16,
         "targets": list(targets),
         "view_size": view_size,
-        "shards": [[name, rows[name]] for name in sorted(rows)],
+        "shards": [(name, rows[name]) for name in sorted(rows)],
         **known,
     }
 

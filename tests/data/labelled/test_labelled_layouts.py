@@ -99,7 +99,9 @@ def test_train_lists_by_name(tmp_path):
         for name in ("train_1percent", "train_10percent", "train_50percent", "train_full")
     }
     assert sizes == {"train_1percent": 24, "train_10percent": 18, "train_50percent": 15, "train_full": 0}
-    with pytest.raises(KtrayError, match=r"'train_1_percent' is not in task\.splits.*Did you mean 'train_1percent'"):
+    with pytest.raises(
+        KtrayError, match=r"'train_1_percent' is not in the folder task\.splits.*Did you mean 'train_1percent'"
+    ):
         read_labelled(str(root), splits=splits, seed=0, train_list="train_1_percent")
     with pytest.raises(KtrayError, match=r"task\.train_list=train_full is looked for in task\.splits"):
         read_labelled(str(root), seed=0, train_list="train_full")
@@ -203,7 +205,9 @@ def test_ham10k_by_unique_names_with_fewer_images_than_the_budget(tmp_path):
 def test_ham10k_twice_and_unknown_lesions(tmp_path):
     root = ham(tmp_path)
     put(root, *(f"ISIC2018_Task3_Training_Input/{name}" for name, _ in HAM_TRAIN[:5]))
-    with pytest.raises(KtrayError, match=r"5 images .* can be more than one file .* and 2 more \(the first is in 'HAM"):
+    with pytest.raises(
+        KtrayError, match=r"5 images .* can be one of several files .* and 2 more \(the first one is in 'HAM"
+    ):
         read_labelled(str(root), splits=write_lists(tmp_path / "s", HAM_LISTS), seed=0)
     lists = {**HAM_LISTS, "test": [(n, "SCC" if c == "BCC" else c) for n, c in HAM_LISTS["test"]]}
     with pytest.raises(KtrayError, match=r"1 lines .* name 1 class that ham10k .*: 'SCC'"):
@@ -295,7 +299,7 @@ def test_lists_that_cannot_be_read(tmp_path):
         read_labelled(root, splits=empty, seed=0)
     with pytest.raises(KtrayError, match=r"layout=eurosat needs its split lists"):
         read_labelled(root, layout="eurosat", seed=0)
-    with pytest.raises(KtrayError, match=r"has masks.*task\.kind=segmentation"):
+    with pytest.raises(KtrayError, match=r"is a layout with masks.*task\.kind=segmentation"):
         read_labelled(root, layout="ade20k", splits=str(tmp_path / "s"), seed=0)
 
 

@@ -138,9 +138,9 @@ def test_clutter_is_ignored_and_counted(tmp_path):
     assert out.classes == ["a", "b"]
     assert len(out.train) == 10
     notes = " ".join(out.notes)
-    assert "2 files in 'train/' are ignored: not images" in notes
+    assert "2 files in 'train/' are ignored: they are not images" in notes
     assert "1 images directly in 'train/'" in notes
-    assert "1 class folders in 'train/' hold no image and are dropped: 'empty'" in notes
+    assert "1 class folders in 'train/' have no images and are ignored: 'empty'" in notes
     assert "extras" in notes
 
 
@@ -247,7 +247,7 @@ def test_split_lists_choose_by_budget_and_find_images_by_class(tmp_path):
     assert set(out.unlabeled) == {f"{root}/{c}/{i}.jpg" for c in ("a/airfield", "h/lodge/outdoor") for i in (2, 3, 4)}
     assert any("train_2img_per_class.txt" in note for note in out.notes)
     with pytest.raises(
-        KtrayError, match=r"not clear which of these lists.*train_2img_per_class.*task\.train_list.*labels_per_class"
+        KtrayError, match=r"several lists for one split.*train_2img_per_class.*task\.train_list.*labels_per_class"
     ):
         read_labelled(root, splits=splits, seed=0)
 
@@ -269,8 +269,8 @@ def test_split_lists_name_what_is_not_there(tmp_path):
         ({"train/a": 2, "train/b": 0, "val/b": 1}, "1 class of val or test .* 'b'"),
         ({"test/a": 2, "val/a": 2}, "has test and val but no train"),
         ({"val/a": 1, "valid/a": 1, "train/a": 1}, "two folders for one split: val and valid"),
-        ({"a": 0}, "No image in a class folder"),
-        ({".": 3}, "No image in a class folder"),
+        ({"a": 0}, "has no images in class folders"),
+        ({".": 3}, "has no images in class folders"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, counts, what):
@@ -293,7 +293,10 @@ HEAD = "path,label,split\n"
         ("path;label\nx/0.jpg;a\n", "no column 'path'"),
         (HEAD + "x/0.jpg,a,train\nx/1.jpg,,train\n", "no label in row 3"),
         (HEAD + "x/0.jpg,a,trian\n", "split 'trian' in row 2"),
-        (HEAD + "gone/0.jpg,a,train\ngone/1.jpg,b,train\n", "None of the 2 images .* exists.*relative to the list"),
+        (
+            HEAD + "gone/0.jpg,a,train\ngone/1.jpg,b,train\n",
+            "None of the 2 images .* exists.*relative to the folder of the list",
+        ),
         (HEAD + "".join(f"x/{i}.jpg,a,{s}\n" for i in range(5) for s in ("train", "test")), "5 images stand in two"),
         (HEAD + "x/0.jpg,a,train\nx/./0.jpg,a,test\n", "1 image stands in two splits: '.*x/0.jpg'"),
         (HEAD + "x/0.jpg,a,train\nx/0.jpg,b,train\n", "1 image has two labels"),
@@ -315,15 +318,15 @@ def test_repeated_lines_count_once(tmp_path):
     (tmp_path / "list.csv").write_text(HEAD + "\n".join([*lines, *lines[:3]]))
     out = read_labelled(str(tmp_path / "list.csv"), seed=0)
     assert len(out.train) + len(out.val) + len(out.test) == 4
-    assert any("3 repeated lines" in note for note in out.notes)
+    assert any("3 lines of the list are repeats" in note for note in out.notes)
 
 
 def test_what_is_not_there_or_not_data(tmp_path):
     with pytest.raises(KtrayError, match=r"does not exist.*task\.data"):
         read_labelled(str(tmp_path / "gone"), seed=0)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(KtrayError, match="not a kind of labelled data"):
+    with pytest.raises(KtrayError, match="not in a format of labelled data"):
         read_labelled(str(tmp_path / "x.txt"), seed=0)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(KtrayError, match="not a whole Parquet file"):
+    with pytest.raises(KtrayError, match="not a complete Parquet file"):
         read_labelled(str(tmp_path / "x.parquet"), seed=0)

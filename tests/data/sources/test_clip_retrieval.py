@@ -94,7 +94,7 @@ def test_keys_are_looked_up_in_the_tars(tmp_path):
     assert [found[i].data for i in range(4)] == [jpeg(0), jpeg(0), jpeg(1), jpeg(1)]
     assert "00001.tar#member=000010000.jpg" in found[0].uri
     assert [found[i].caption for i in range(4)] == ["no 0", "no 0", "no 1", "no 1"]
-    assert found[4].error == "no tar of gallery.images has a sample of this key"
+    assert found[4].error == "no tar of gallery.images has a sample with this key"
 
 
 def test_what_does_not_fit_together_is_named(files):
@@ -103,14 +103,16 @@ def test_what_does_not_fit_together_is_named(files):
         embedded_shards(str(files / "a"), None)
     write(files / "b", 0, ["x.jpg"])
     (files / "b" / "metadata" / "metadata_0.parquet").unlink()
-    with pytest.raises(KtrayError, match=r"img_emb_0\.npy' has no partner"):
+    with pytest.raises(
+        KtrayError, match=r"Partition 0 has only '.*img_emb_0\.npy'; it needs one file in img_emb/ and one in metadata/"
+    ):
         embedded_shards(str(files / "b"), None)
     write(files / "c", 0, ["x.jpg"])
     pq.write_table(pa.table({"url": ["x"]}), files / "c" / "metadata" / "metadata_0.parquet")
     with pytest.raises(KtrayError, match="has no column image_path, only url"):
         embedded_shards(str(files / "c"), None)
     write(files / "d", 0, ["x.jpg"], np.zeros(4))
-    with pytest.raises(KtrayError, match="not rows of embeddings"):
+    with pytest.raises(KtrayError, match="but embeddings are 2-dimensional"):
         embedded_shards(str(files / "d"), None)
     (files / "e" / "img_emb").mkdir(parents=True)
     (files / "e" / "metadata").mkdir()

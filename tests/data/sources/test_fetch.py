@@ -40,7 +40,7 @@ def test_every_container_is_read(mixed):
     expected |= {f"{n}#member={i:02d}.jpg": jpeg(10 + i) for n in ("x.tar", "y.tar.gz") for i in range(6)}
     expected |= {f"p.parquet#row={i}": jpeg(20 + i) for i in range(7)}
     assert good == expected
-    assert {u: r.error for u, r in found.items() if r.error} == {f"{folder}/h.parquet#row=2": "empty cell"}
+    assert {u: r.error for u, r in found.items() if r.error} == {f"{folder}/h.parquet#row=2": "the cell is empty"}
 
 
 def test_fetch_gives_what_reading_gave_in_the_order_asked(mixed, monkeypatch):
@@ -79,7 +79,7 @@ def test_fetch_reports_what_is_gone_or_changed(mixed):
     errors = [(data, error) for _, data, error in fetch(asked)]
     assert errors[6] == (jpeg(0), None)
     for (data, error), part in zip(
-        errors[:6], ["changed", "changed", "no such file", "no such file", "not entered", "empty path"], strict=True
+        errors[:6], ["changed", "changed", "no such file", "no such file", "not entered", "path is empty"], strict=True
     ):
         assert data is None
         assert part in error
@@ -121,7 +121,7 @@ def test_parquet_cell_that_names_itself_ends(tmp_path):
     write_parquet(path, {"path": [f"{path}#row=0"]})
     (record,) = records(path)
     assert record.data is None
-    assert "names a Parquet cell" in record.error
+    assert "refers to another Parquet cell" in record.error
 
 
 def test_read_file_understands_members_in_lists(mixed):
@@ -129,7 +129,7 @@ def test_read_file_understands_members_in_lists(mixed):
     member = next(u for u in found if "x.tar#member=03" in u)
     (folder / "list.csv").write_text(f"path\n{member}\n")
     assert records(str(folder / "list.csv"))[0].data == jpeg(13)
-    assert reading.read_file("")[1] == "empty path"
+    assert reading.read_file("")[1] == "the path is empty"
 
 
 def test_images_on_s3_come_in_order_by_one_read_each(s3):

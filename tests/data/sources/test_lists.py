@@ -52,7 +52,7 @@ def test_neither_list_nor_gallery_is_no_gallery():
         ("", "is empty"),
         ("1\n1\n", "repeats 1 images, 1 among them"),
         ("1\n9\n8\n7\n6\n", "4 of the 5 images .* are not in the gallery: 9, 8, 7"),
-        ("2\n", "1 names .* stand for several gallery images: 2"),
+        ("2\n", "1 names .* match several gallery images: 2"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_counted_and_shown(photos, text, message):

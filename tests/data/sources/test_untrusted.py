@@ -59,7 +59,7 @@ def test_an_address_in_a_list_is_a_bucket_and_nothing_else(tmp_path, monkeypatch
     monkeypatch.setattr(filesystem, "bucket_filesystem", lambda root: asked.append(root))
     (tmp_path / "l.csv").write_text(f"path\n{uri}\n")
     ((_, error),) = errors(tmp_path / "l.csv").items()
-    assert "not a bucket's name" in error
+    assert "not the name of a bucket" in error
     assert "hunter22" not in error
     assert not asked
 

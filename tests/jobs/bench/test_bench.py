@@ -146,8 +146,8 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
             "bench.repeats=2",
         ],
     )
-    told = []
-    result = heard(told, bench, recipe)
+    lines = []
+    result = heard(lines, bench, recipe)
     folder = Path(result["folder"])
     assert {**check_result("bench", folder / "result.json"), "folder": str(folder)} == json.loads(json.dumps(result))
     row = result["rows"][0]

@@ -17,13 +17,13 @@ CASE = lesson.Case("test_resnet", 32, "miniverse", 8, 24, {"output_stride": 16})
 
 
 @pytest.fixture(scope="module")
-def made(cluster, tmp_path_factory):
+def targets(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lesson")
     return folder, lesson.ensure_targets(CASE, folder, cluster)
 
 
-def test_a_lesson_is_what_teach_stores(made, cluster):
-    folder, one = made
+def test_a_lesson_is_what_teach_stores(targets, cluster):
+    folder, one = targets
     assert sum(rows for _, rows in one.shards) == 24
     rows = read_rows(one.stage, one.shards[0][0])
     assert rows["pixels"].shape == (24, 3, 32, 32)
@@ -33,23 +33,23 @@ def test_a_lesson_is_what_teach_stores(made, cluster):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-@pytest.mark.parametrize("way", training.WAYS, ids=lambda way: way.name)
-def test_training_goes_through_the_job_of_a_run(made, cluster, way):
-    folder, one = made
+@pytest.mark.parametrize("way", training.VARIANTS, ids=lambda variant: variant.name)
+def test_training_goes_through_the_job_of_a_run(targets, cluster, variant):
+    folder, one = targets
     waits = []
-    assert training.through_ktray(one, way, 4, cluster, folder, waits) > 0
+    assert training.through_ktray(one, variant, 4, cluster, folder, waits) > 0
     assert len(waits) == 1
     assert 0 <= waits[0] <= 1
 
 
-def test_the_limit_and_the_peer_train_the_same_student(made, cluster):
-    _, one = made
+def test_the_limit_and_the_peer_train_the_same_student(targets, cluster):
+    _, one = targets
     assert training.bare(one, 4, cluster) > 0
     assert training._in_worker(training._timm_step, one, 4, cluster) > 0
 
 
-def test_ingest_reads_every_image(made, cluster, tmp_path):
-    _, one = made
+def test_ingest_reads_every_image(targets, cluster, tmp_path):
+    _, one = targets
     data = ingest.encoded(one)
     assert len(data) == len({uri for uri, _ in data}) == 24
     paths = ingest.loose(data, tmp_path)
@@ -60,8 +60,8 @@ def test_ingest_reads_every_image(made, cluster, tmp_path):
     assert ingest.decoded(one, data) > 0
 
 
-def test_a_killed_worker_is_followed_by_another(made, cluster):
-    folder, one = made
+def test_a_killed_worker_is_followed_by_another(targets, cluster):
+    folder, one = targets
     marker = folder / "killed"
     assert workers.undisturbed(one, 4, cluster, folder) > 0
     assert not marker.exists()
@@ -69,8 +69,8 @@ def test_a_killed_worker_is_followed_by_another(made, cluster):
     assert marker.exists()
 
 
-def test_a_start_is_told_by_part(made, cluster, monkeypatch, capsys):
-    folder, _ = made
+def test_a_start_is_told_by_part(targets, cluster, monkeypatch, capsys):
+    folder, _ = targets
     monkeypatch.setattr(startup, "CASES", {startup.CASE: CASE})
     startup.main([str(folder), repr(time.time() - 5), "16"])
     parts = json.loads(capsys.readouterr().out)
@@ -79,8 +79,8 @@ def test_a_start_is_told_by_part(made, cluster, monkeypatch, capsys):
     assert 0 < parts["first batch"] < 60
 
 
-def test_a_set_is_read_as_often_as_it_takes(made, cluster, monkeypatch, capsys):
-    folder, _ = made
+def test_a_set_is_read_as_often_as_it_takes(targets, cluster, monkeypatch, capsys):
+    folder, _ = targets
     monkeypatch.setattr(memory, "CASES", {memory.CASE: CASE})
     monkeypatch.setattr(memory, "STORE_BYTES", 50_000)
     memory.main([str(folder)])

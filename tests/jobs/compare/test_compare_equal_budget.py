@@ -28,43 +28,39 @@ def given(tmp_path_factory):
     return [*SMALL, *data, "transfer.size=20", "train.steps=40", WAYS]
 
 
-def silent(text):
-    pass
-
-
-def cost(base, way, steps):
-    found = resolve(recipe_of(base, way.keys, train__steps=steps), HERE, silent)
+def cost(base, method, steps):
+    found = resolve(recipe_of(base, method.keys, train__steps=steps), HERE)
     return sum(line.flops for line in lines(found))
 
 
 def test_equal_flops_gives_every_way_the_first_ones_cost(given):
     base = recipes.load(None, [*given, "compare.equal=flops", "compare.budgets=[0.25]"])
-    ways = list_methods(base, silent)
-    found = budgets(base, ways, HERE, silent)
+    methods = list_methods(base)
+    found = budgets(base, methods, HERE)
     assert found["mse"].steps == 40
     assert found["mse, 1/4 steps"].steps == 10
     assert found["scratch"].steps > 40
     for name in ("mse, 1/4 steps", "scratch"):
-        assert found[name].flops == pytest.approx(cost(base, ways[name], found[name].steps))
-    assert found["scratch"].flops <= found["mse"].flops < cost(base, ways["scratch"], found["scratch"].steps + 1)
+        assert found[name].flops == pytest.approx(cost(base, methods[name], found[name].steps))
+    assert found["scratch"].flops <= found["mse"].flops < cost(base, methods["scratch"], found["scratch"].steps + 1)
 
 
 def test_a_budget_that_a_way_cannot_meet_names_it(given):
     base = recipes.load(None, [*given, "train.steps=1", "compare.equal=flops"])
-    ways = {"scratch": Method({"objective.name": "scratch"}, "scratch"), "dear": Method({}, "dear")}
+    methods = {"scratch": Method({"objective.name": "scratch"}, "scratch"), "dear": Method({}, "dear")}
     with pytest.raises(KtrayError, match="'dear'"):
-        budgets(base, ways, HERE, silent)
+        budgets(base, methods, HERE)
 
 
 def test_equal_device_seconds_follows_the_measured_speeds(given):
     base = recipes.load(None, [*given, "compare.equal=device_seconds"])
-    ways = list_methods(base, silent)
+    methods = list_methods(base)
     speeds = {"mse": MeasuredSpeed(100.0, 0.5), "scratch": MeasuredSpeed(20.0, 0.25)}
-    found = budgets(base, ways, HERE, silent, lambda ways, most: speeds)
+    found = budgets(base, methods, HERE, lambda methods, most: speeds)
     assert {name: b.steps for name, b in found.items()} == {"mse": 40, "scratch": 400}  # 120 s for both
     speeds["scratch"] = MeasuredSpeed(119.9, 0.25)
     with pytest.raises(KtrayError, match="'scratch' costs 120 device-seconds"):
-        budgets(base, ways, HERE, silent, lambda ways, most: speeds)
+        budgets(base, methods, HERE, lambda methods, most: speeds)
 
 
 def result(store, name, key, steps, seconds, total):
@@ -101,11 +97,11 @@ def test_what_was_measured_is_kept(given, tmp_path):
         ran.extend(jobs)
         return [result(store, "transfer", f"k{r.train.steps}", r.train.steps, r.train.steps / 4, 30.0) for _, r in jobs]
 
-    ways = {"mse": list_methods(base, silent)["mse"]}
-    first = calibration.measure(base, ways, store, HERE, run)
+    methods = {"mse": list_methods(base)["mse"]}
+    first = calibration.measure(base, methods, store, HERE, run)
     assert [r.train.steps for _, r in ran] == [calibration.SHORT, calibration.LONG]
     assert first["mse"] == MeasuredSpeed(30.0 - calibration.SHORT / 4, 0.25)
-    assert calibration.measure(base, ways, store, HERE, run) == first
+    assert calibration.measure(base, methods, store, HERE, run) == first
     assert len(ran) == 2
 
 
@@ -113,7 +109,7 @@ def test_a_plan_counts_seeds_and_trials(given):
     base = recipes.load(
         None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"]
     )
-    found, said = budgets(base, list_methods(base, silent), HERE, silent), []
+    found, said = budgets(base, list_methods(base), HERE), []
     heard(said, show, base)
     heads = found["mse"].flops + found["scratch"].flops
     title = "all, 2 seeds and 3 learning rates"

@@ -9,10 +9,6 @@ from ktray.jobs.compare.lr_search import search
 from ktray.jobs.compare.methods import list_methods
 
 
-def silent(text):
-    pass
-
-
 def setting(*more):
     base = recipes.load(
         None,
@@ -25,12 +21,12 @@ def setting(*more):
             *more,
         ],
     )
-    ways = list_methods(base, silent)
-    return base, ways, {name: EqualBudget(round(100 * way.share), 1.0) for name, way in ways.items()}
+    methods = list_methods(base)
+    return base, methods, {name: EqualBudget(round(100 * method.share), 1.0) for name, method in methods.items()}
 
 
 def test_each_way_gets_the_same_trials_and_its_best_on_validation():
-    base, ways, budgets = setting("compare.lr_search=[0.5, 1, 2]")
+    base, methods, budgets = setting("compare.lr_search=[0.5, 1, 2]")
     jobs = []
 
     def run(named):
@@ -40,7 +36,7 @@ def test_each_way_gets_the_same_trials_and_its_best_on_validation():
         val = [-abs(r.train.lr - best[r.objective.name]) for _, r in named]
         return [{"metric": {"val": v, "test": -v}} for v in val]
 
-    found = search(base, ways, budgets, run, silent)
+    found = search(base, methods, budgets, run)
     assert [r.train.lr for r in jobs] == pytest.approx([0.01, 0.02, 0.04, 0.05, 0.1, 0.2])
     assert {r.seed for r in jobs} == {7}
     assert {r.train.steps for r in jobs} == {100}
@@ -50,13 +46,13 @@ def test_each_way_gets_the_same_trials_and_its_best_on_validation():
 
 
 def test_without_a_search_each_way_keeps_its_own():
-    base, ways, budgets = setting()
-    found = search(base, ways, budgets, lambda named: [], silent)
+    base, methods, budgets = setting()
+    found = search(base, methods, budgets, lambda named: [])
     assert found.lr == {"a": 0.02, "b": 0.1, "a, 1/2 steps": 0.02}
     assert found.results == []
 
 
 def test_a_factor_must_be_above_zero():
-    base, ways, budgets = setting("compare.lr_search=[0, 1]")
+    base, methods, budgets = setting("compare.lr_search=[0, 1]")
     with pytest.raises(KtrayError, match="lr_search"):
-        search(base, ways, budgets, lambda named: [], silent)
+        search(base, methods, budgets, lambda named: [])

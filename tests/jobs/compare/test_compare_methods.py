@@ -26,10 +26,6 @@ def bare(tmp_path):
     return folder
 
 
-def silent(text):
-    pass
-
-
 def test_default_ways_follow_the_data(bare, captioned):
     keys, missing = default_methods(recipes.load(None, ["task.data=x"]))
     assert {"oriented target", "agnostic target", "scratch"} <= set(keys)
@@ -61,12 +57,12 @@ def test_what_is_left_out_is_said(bare):
 
 def test_ways_by_name(bare):
     base = recipes.load(None, ["compare.ways=[scratch, oriented retrieved]", "compare.budgets=[]"])
-    assert list(list_methods(base, silent)) == ["scratch", "oriented retrieved"]
+    assert list(list_methods(base)) == ["scratch", "oriented retrieved"]
     with pytest.raises(KtrayError, match="'oriented retrieved'"):
-        list_methods(recipes.load(None, ["compare.ways=[orientd retrieved]"]), silent)
+        list_methods(recipes.load(None, ["compare.ways=[orientd retrieved]"]))
     own = ["task.data=x", f"gallery.data={bare}"]
     with pytest.raises(KtrayError, match=r"supervised generic.*cannot be run"):
-        list_methods(recipes.load(None, [*own, "compare.ways=[supervised generic]"]), silent)
+        list_methods(recipes.load(None, [*own, "compare.ways=[supervised generic]"]))
 
 
 def test_sizes_and_budgets_are_runs_of_their_way():
@@ -78,21 +74,21 @@ def test_sizes_and_budgets_are_runs_of_their_way():
             "compare.budgets=[0.125, 0.5]",
         ],
     )
-    ways = list_methods(base, silent)
+    methods = list_methods(base)
     families = {}
-    for name, way in ways.items():
-        families.setdefault(way.family, []).append(name)
+    for name, method in methods.items():
+        families.setdefault(method.family, []).append(name)
     assert {family: len(names) for family, names in families.items()} == {
         "oriented retrieved": 5,
         "agnostic retrieved": 3,
         "oriented generic": 1,
         "scratch": 1,
     }
-    assert ways["agnostic retrieved, 1,000 images"].keys["transfer.size"] == 1000
-    assert ways["oriented retrieved, 1/8 steps"].share == 0.125
+    assert methods["agnostic retrieved, 1,000 images"].keys["transfer.size"] == 1000
+    assert methods["oriented retrieved, 1/8 steps"].share == 0.125
     for wrong in ("compare.budgets=[2]", "compare.sizes=[0]"):
         with pytest.raises(KtrayError, match=wrong.split("=")[0]):
-            list_methods(recipes.load(None, [wrong]), silent)
+            list_methods(recipes.load(None, [wrong]))
 
 
 def test_a_way_with_an_unknown_key_names_its_nearest():

@@ -109,9 +109,9 @@ def test_files_say_what_the_rows_say(found, tmp_path):
     assert [f.name for f in files] == names
     html = (tmp_path / "compare.html").read_text()
     text = page.table(found)
-    for way in found["ways"]:
-        assert page.accuracy(way) in html
-        assert page.accuracy(way) in text
+    for method in found["ways"]:
+        assert page.accuracy(method) in html
+        assert page.accuracy(method) in text
     sentence = "reaches its 80.0% with 3.00x less compute (3.00 to 3.00): oriented retrieved, 1/4 steps"
     assert sentence in html
     assert sentence in text
@@ -152,11 +152,11 @@ def test_ticks_do_not_touch_each_other(high):
 
 def test_ways_look_different(found):
     more = [row(n, "oriented", 0.5, 1e12) for n in ("mine", "yours")]
-    ways = [*found["ways"], *({**w, "family": w["name"]} for w in more)]
-    heads = [picture.styles(ways)[w["name"]] for w in ways if w["name"] == w["family"]]
+    methods = [*found["ways"], *({**w, "family": w["name"]} for w in more)]
+    heads = [picture.styles(methods)[w["name"]] for w in methods if w["name"] == w["family"]]
     assert len(set(heads)) == len(heads)
-    colour, marker, filled = picture.styles(ways)["oriented retrieved"]
-    assert picture.styles(ways)["oriented retrieved, 1/4 steps"] == (colour, marker, False)
+    colour, marker, filled = picture.styles(methods)["oriented retrieved"]
+    assert picture.styles(methods)["oriented retrieved, 1/4 steps"] == (colour, marker, False)
     assert filled
 
 

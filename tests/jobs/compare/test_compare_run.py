@@ -49,8 +49,8 @@ def done(cluster, given):
     return store, keys, found, lines, titles
 
 
-def results(store, way):
-    return [check_result("distill", store / "runs" / r / "result.json") for r in way["runs"]]
+def results(store, method):
+    return [check_result("distill", store / "runs" / r / "result.json") for r in method["runs"]]
 
 
 def test_an_interrupted_comparison_goes_on_in_its_folder(done):
@@ -64,17 +64,17 @@ def test_an_interrupted_comparison_goes_on_in_its_folder(done):
 def test_rows_are_the_runs(done):
     store, _, found, lines, _ = done
     assert [w["name"] for w in found["ways"]] == ["mse", "scratch"]
-    for way in found["ways"]:
-        runs = results(store, way)
+    for method in found["ways"]:
+        runs = results(store, method)
         tests = [r["metric"]["test"] for r in runs]
         assert [r["seed"] for r in runs] == [0, 1]
-        assert way["accuracy"] == pytest.approx(np.mean(tests))
-        assert way["spread"] == pytest.approx(np.std(tests, ddof=1))
-        assert way["low"] <= way["accuracy"] <= way["high"]
-        assert way["flops"] == pytest.approx(np.mean([r["cost"]["without_cache"]["flops"] for r in runs]))
-        assert sum(way["stages"].values()) == pytest.approx(way["flops"])
-        assert way["steps"] == 40
-        assert way["lr"] == 0.003
+        assert method["accuracy"] == pytest.approx(np.mean(tests))
+        assert method["spread"] == pytest.approx(np.std(tests, ddof=1))
+        assert method["low"] <= method["accuracy"] <= method["high"]
+        assert method["flops"] == pytest.approx(np.mean([r["cost"]["without_cache"]["flops"] for r in runs]))
+        assert sum(method["stages"].values()) == pytest.approx(method["flops"])
+        assert method["steps"] == 40
+        assert method["lr"] == 0.003
     mse, scratch = found["ways"]
     stages = mse["stages"]
     share = (stages["adapt"] + stages["index"] + stages["curate"] + stages["teach"]) / mse["flops"]
@@ -92,7 +92,7 @@ def test_rows_are_the_runs(done):
 
 def test_what_was_spent_is_the_sum_of_the_runs(done):
     store, _, found, _, _ = done
-    runs = [r for way in found["ways"] for r in results(store, way)]
+    runs = [r for method in found["ways"] for r in results(store, method)]
     spent = found["spent"]
     assert spent["flops"] == pytest.approx(sum(r["cost"]["flops"]["total"] for r in runs))
     assert spent["flops"] < spent["flops_without_cache"], "no stage was shared"
@@ -109,8 +109,8 @@ def test_files_hold_the_same_numbers(done):
     assert [float(r["accuracy"]) for r in rows] == [w["accuracy"] for w in found["ways"]]
     html = (folder / "compare.html").read_text()
     assert (folder / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    for way in found["ways"]:
-        assert page.accuracy(way) in html
+    for method in found["ways"]:
+        assert page.accuracy(method) in html
     assert "http" not in html
 
 
@@ -122,9 +122,9 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
     run = client.get_run(found["mlflow"]["run_id"])
     assert run.data.tags["compare"] == found["run_id"]
     assert run.info.status == "FINISHED"
-    for way in found["ways"]:
-        assert run.data.metrics[f"{way['name']}.accuracy"] == pytest.approx(way["accuracy"])
-        assert run.data.params[f"runs.{way['name']}"] == ", ".join(way["runs"])
+    for method in found["ways"]:
+        assert run.data.metrics[f"{method['name']}.accuracy"] == pytest.approx(method["accuracy"])
+        assert run.data.params[f"runs.{method['name']}"] == ", ".join(method["runs"])
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"compare.html", "compare.png", "compare.csv"} <= kept
     assert len(client.search_runs([run.info.experiment_id], "tags.`ktray.run` != ''")) == 5
@@ -133,7 +133,7 @@ def test_mlflow_has_the_comparison_beside_its_runs(done):
     assert any(line.startswith("chart     mlflow ui ") and line.endswith(f"viewStateShareKey={view}") for line in lines)
     drawn = client.search_runs([run.info.experiment_id], f"tags.compare = '{found['run_id']}' and tags.way != ''")
     assert {(r.info.run_name, r.data.tags["way"]) for r in drawn} == {
-        (f"{way}, seed {seed}", way) for way in ("mse", "scratch") for seed in (0, 1)
+        (f"{method}, seed {seed}", method) for method in ("mse", "scratch") for seed in (0, 1)
     }
     assert {"mlflow.user", "ray.job_id"} <= set(run.data.tags)
 
@@ -155,11 +155,11 @@ def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_a
     mse, scratch = found["ways"]
     assert mse["steps"] == 40
     assert scratch["steps"] > 40, "without teacher and gallery there is time for more steps"
-    for way in (mse, scratch):
-        assert [t["factor"] for t in way["trials"]] == [0.01, 1]
-        best = max(way["trials"], key=lambda t: t["validation"])
-        assert way["lr"] == best["lr"]
-        assert way["validation"] == pytest.approx(best["validation"]), "the chosen trial is the way's first run"
+    for method in (mse, scratch):
+        assert [t["factor"] for t in method["trials"]] == [0.01, 1]
+        best = max(method["trials"], key=lambda t: t["validation"])
+        assert method["lr"] == best["lr"]
+        assert method["validation"] == pytest.approx(best["validation"]), "the chosen trial is the way's first run"
     spent = found["spent"]
     assert spent["search"]["flops"] > 0
     assert spent["flops"] == pytest.approx(sum(spent[part]["flops"] for part in ("ways", "search", "calibration")))

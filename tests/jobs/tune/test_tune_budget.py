@@ -6,7 +6,7 @@ import pytest
 
 from ktray.accounting.ledger import DirLog, Entry, Ledger
 from ktray.errors import KtrayError
-from ktray.jobs.tune.budget import BEAT, BudgetExceeded, CostRate, SearchBudget, amounts, limits
+from ktray.jobs.tune.budget import RECORD_SECONDS, BudgetExceeded, CostRate, SearchBudget, amounts, limits
 from ktray.jobs.tune.run import keep_for_the_winner
 from ktray.recipe.tune import BudgetConfig
 from ktray.storage.store import Store
@@ -21,7 +21,7 @@ class Clock:
         return self.now
 
 
-def purse(clock=None, hourly=1.0, parallel=1, **given):
+def search_budget(clock=None, hourly=1.0, parallel=1, **given):
     return SearchBudget(limits(BudgetConfig(**given)), CostRate(1e9), parallel, hourly, clock=clock or Clock())
 
 
@@ -34,7 +34,7 @@ def test_units_of_the_recipe():
     assert limits(BudgetConfig()) == {"wall": 900.0}
     assert limits(BudgetConfig(device_hours=2, usd=3)) == {"usd": 3.0, "device_seconds": 7200.0}
     with pytest.raises(KtrayError, match="no price"):
-        purse(hourly=None, usd=1)
+        search_budget(hourly=None, usd=1)
 
 
 def test_what_a_run_spent_leaves_out_baselines():
@@ -46,50 +46,50 @@ def test_what_a_run_spent_leaves_out_baselines():
 
 
 def test_what_does_not_fit_is_not_begun_and_promises_add_up():
-    one = purse(flops=100.0)
-    assert one.promise("a", {"transfer": 50.0}) == ""
-    assert one.promised["a"] == {"flops": 75.0}
-    assert "planned 50 FLOP, left 25 FLOP" in one.promise("b", {"transfer": 50.0})
-    one.settle("a", [entry(40, 10.0)], "a", 12.0)
-    assert one.left() == {"flops": 60.0}
-    one.reserve = {"flops": 30.0}
-    assert one.promise("b", {"transfer": 31.0})
-    assert one.promise("b", {"transfer": 24.0}), "in the moments that stopping takes it would go beyond"
-    assert one.promise("b", {"transfer": 20.0}) == ""
-    assert one.promised["b"] == {"flops": 30.0}
+    budget = search_budget(flops=100.0)
+    assert budget.promise("a", {"transfer": 50.0}) == ""
+    assert budget.promised["a"] == {"flops": 75.0}
+    assert "planned 50 FLOP, left 25 FLOP" in budget.promise("b", {"transfer": 50.0})
+    budget.settle("a", [entry(40, 10.0)], "a", 12.0)
+    assert budget.left() == {"flops": 60.0}
+    budget.reserve = {"flops": 30.0}
+    assert budget.promise("b", {"transfer": 31.0})
+    assert budget.promise("b", {"transfer": 24.0}), "in the moments that stopping takes it would go beyond"
+    assert budget.promise("b", {"transfer": 20.0}) == ""
+    assert budget.promised["b"] == {"flops": 30.0}
 
 
 def test_a_run_is_stopped_before_its_allowance_is_spent():
-    one = purse(flops=100e9)
-    assert one.promise("a", {"transfer": 20e9}) == ""
-    one.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
+    budget = search_budget(flops=100e9)
+    assert budget.promise("a", {"transfer": 20e9}) == ""
+    budget.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
     with pytest.raises(BudgetExceeded, match="of 30 GFLOP that it may cost"):
-        one.watch("a", [entry(26.5e9, 26.5)], "a")
+        budget.watch("a", [entry(26.5e9, 26.5)], "a")
 
 
 def test_a_run_within_its_plan_is_not_stopped_however_fast_it_begins():
-    one = purse(flops=100e9)
-    assert one.promise("a", {"transfer": 20e9}) == ""
-    one.watch("a", [entry(19e9, 1.0)], "a")
+    budget = search_budget(flops=100e9)
+    assert budget.promise("a", {"transfer": 20e9}) == ""
+    budget.watch("a", [entry(19e9, 1.0)], "a")
     with pytest.raises(BudgetExceeded):
-        one.watch("a", [entry(21e9, 1.0)], "a")
+        budget.watch("a", [entry(21e9, 1.0)], "a")
 
 
 def test_time_ends_trials_before_the_winner():
     clock = Clock()
-    one = purse(clock, wall=10.0)
-    one.reserve = {"wall": 200.0}
-    assert one.promise("a", {"transfer": 1e9}) == ""
+    budget = search_budget(clock, wall=10.0)
+    budget.reserve = {"wall": 200.0}
+    assert budget.promise("a", {"transfer": 1e9}) == ""
     clock.now += 600 - 24 - 200 - 1
-    one.watch("a", [entry()], "a")
+    budget.watch("a", [entry()], "a")
     clock.now += 2
     with pytest.raises(BudgetExceeded, match="the time that there is"):
-        one.watch("a", [entry()], "a")
-    one.watch("winner", [entry()], "w", final=True)
+        budget.watch("a", [entry()], "a")
+    budget.watch("winner", [entry()], "w", final=True)
     clock.now += 200
     with pytest.raises(BudgetExceeded):
-        one.watch("winner", [entry()], "w", final=True)
-    assert one.elapsed < 600
+        budget.watch("winner", [entry()], "w", final=True)
+    assert budget.elapsed < 600
 
 
 def test_a_stage_that_two_runs_need_is_charged_to_the_one_that_made_it(tmp_path):
@@ -101,37 +101,37 @@ def test_a_stage_that_two_runs_need_is_charged_to_the_one_that_made_it(tmp_path)
     second.reuse(log, "teach", "k")
     with second.attempt(DirLog(Store(str(tmp_path)).stage("transfer", "t")), "transfer", "t") as meter:
         meter.add(flops=7)
-    one = purse(flops=100.0)
-    one.settle("1", first.spent(), "first", 1.0)
-    one.settle("2", second.spent(), "second", 1.0)
-    assert one.spent()["flops"] == 77
+    budget = search_budget(flops=100.0)
+    budget.settle("1", first.spent(), "first", 1.0)
+    budget.settle("2", second.spent(), "second", 1.0)
+    assert budget.spent()["flops"] == 77
 
 
 def test_a_run_that_is_gone_on_with_is_not_charged_twice():
-    one = purse(flops=100.0)
-    one.settle("a", [entry(30, state="running")], "a")
-    one.settle("a", [entry(30, state="running"), Entry("transfer", "k", 2, "a", flops=20)], "a", 1.0)
-    assert one.spent()["flops"] == 50
+    budget = search_budget(flops=100.0)
+    budget.settle("a", [entry(30, state="running")], "a")
+    budget.settle("a", [entry(30, state="running"), Entry("transfer", "k", 2, "a", flops=20)], "a", 1.0)
+    assert budget.spent()["flops"] == 50
 
 
 def test_what_was_kept_is_gone_on_with():
     clock, kept = Clock(), []
-    one = purse(clock, wall=10.0)
-    one.keep = kept.append
-    one.promise("0/0", {"transfer": 1e9})
-    one.watch("0/0", [entry(5)], "run-0")
-    one.settle("0/0", [entry(5, 1.0)], "run-0", 2.0)
-    one.promise("1/0", {"transfer": 1e9})
-    one.watch("1/0", [entry(6)], "run-1")
+    budget = search_budget(clock, wall=10.0)
+    budget.keep = kept.append
+    budget.promise("0/0", {"transfer": 1e9})
+    budget.watch("0/0", [entry(5)], "run-0")
+    budget.settle("0/0", [entry(5, 1.0)], "run-0", 2.0)
+    budget.promise("1/0", {"transfer": 1e9})
+    budget.watch("1/0", [entry(6)], "run-1")
     clock.now += 50
-    one.record()
-    again = purse(Clock(), wall=10.0)
+    budget.record()
+    again = search_budget(Clock(), wall=10.0)
     assert again.load(kept[-1]) == ["run-1"]
-    assert again.elapsed == 50 + BEAT
+    assert again.elapsed == 50 + RECORD_SECONDS
     assert again.spent()["flops"] == 5
-    assert again.speed.seen == one.speed.seen
+    assert again.speed.seen == budget.speed.seen
     assert not again.grown
-    more = purse(Clock(), wall=20.0)
+    more = search_budget(Clock(), wall=20.0)
     more.load(kept[-1])
     assert more.grown
 
@@ -153,10 +153,13 @@ def test_what_the_winner_needs_is_kept_with_time_to_spare(parallel, turns):
     base = SimpleNamespace(tune=SimpleNamespace(cost_limit=1.0, seeds=3))
     best = SimpleNamespace(own={"transfer": 50e9})
     own, test = {"transfer": 90e9}, {"evaluate": 5e9}
-    one = purse(parallel=parallel, wall=10.0, flops=1e12)
+    budget = search_budget(parallel=parallel, wall=10.0, flops=1e12)
     # At 1 GFLOP/s, with 5 s for each stage and 5 s beside them. The first seed is trained already, the others are not.
-    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: best), base, own, test)
-    assert one.reserve == {"wall": pytest.approx(15 + 1.2 * turns * 70), "flops": pytest.approx(5e9 + 2 * 55e9)}
+    keep_for_the_winner(budget, SimpleNamespace(best=lambda limit: best), base, own, test)
+    assert budget.reserve == {"wall": pytest.approx(15 + 1.2 * turns * 70), "flops": pytest.approx(5e9 + 2 * 55e9)}
     # Nothing is trained yet: all seeds of the recipe as given, but never more than half of the budget.
-    keep_for_the_winner(one, SimpleNamespace(best=lambda limit: None), base, own, test)
-    assert one.reserve == {"wall": pytest.approx(min(300, 110 + 1.2 * turns * 110)), "flops": pytest.approx(3 * 95e9)}
+    keep_for_the_winner(budget, SimpleNamespace(best=lambda limit: None), base, own, test)
+    assert budget.reserve == {
+        "wall": pytest.approx(min(300, 110 + 1.2 * turns * 110)),
+        "flops": pytest.approx(3 * 95e9),
+    }

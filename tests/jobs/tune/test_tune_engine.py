@@ -37,7 +37,7 @@ def test_the_recipe_as_given_runs_to_its_end_weak_trials_are_stopped_and_failed_
 def test_nothing_begins_that_cannot_be_paid_and_then_the_search_ends(cluster, tmp_path):
     toy = Toy(tmp_path, limit=200.0, rungs=[0.5, 1.0], search="random")
     trials = toy.run(at_once=1)
-    assert 0.5 * 200 < toy.purse.spent()["flops"] <= 200
+    assert 0.5 * 200 < toy.budget.spent()["flops"] <= 200
     assert {t.state for t in trials} <= {"finished", "stopped", OVER_BUDGET}
 
 

@@ -42,7 +42,7 @@ def test_the_front_is_what_nobody_beats(records):
 
 
 def test_the_best_costs_no_more_than_it_may(records):
-    given = records.given()
+    given = records.baseline()
     for limit in (0.5, 1.0, 1.5, None):
         fits = [p for p in records.points() if limit is None or p.cost <= limit * given.cost]
         best = records.best(limit)

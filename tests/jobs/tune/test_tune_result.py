@@ -36,7 +36,7 @@ def search(tmp_path):
 
 def test_the_best_so_far_meets_the_schema(search, tmp_path):
     base, folder, toy = search
-    reporter = result.SearchReporter(base, toy.records, toy.purse, folder, print, lambda record: None)
+    reporter = result.SearchReporter(base, toy.records, toy.budget, folder, lambda record: None)
     reporter.save()
     found = check_result("tune-running", tmp_path / "run" / "result.json")
     assert found["best"]["run"] == "run-1"
@@ -49,12 +49,12 @@ def test_the_end_meets_the_schema_and_says_what_came_of_it(search, tmp_path):
     worth = {"without_cache": {"flops": 4.0, "device_seconds": 2.0}}
     tested = {"seed": 0, "run_id": "run-1", "folder": "runs/run-1", "metric": {"val": 0.75, "test": 0.7}, "cost": worth}
     final = {"point": toy.records.best(None), "results": [tested], "missing": {"1": "planned too much"}}
-    content = result.build(base, "tune-0", folder, toy.space, toy.records, toy.purse, final)
+    content = result.build(base, "tune-0", folder, toy.space, toy.records, toy.budget, final)
     where = {"tracking_uri": "sqlite:///mlflow.db", "experiment": "ktray", "run_id": "0123"}
     tracker = SimpleNamespace(
         final=lambda values: None, stored=lambda kept, name: None, flush=lambda rest: 0, info=lambda rest: where
     )
-    written = result.write(content, base, folder, toy.records, toy.purse, tracker)
+    written = result.write(content, base, folder, toy.records, toy.budget, tracker)
     found = check_result("tune", tmp_path / "run" / "result.json")
     assert found == written
     assert found["winner"]["name"] == "trial 1"

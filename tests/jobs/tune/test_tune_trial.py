@@ -21,8 +21,8 @@ def rungs(folder, limit=1.0):
     base = recipes.override(recipes.Recipe(), {"train.steps": 100, "tune.cost_limit": limit})
     records = Records(Dir(str(folder)))
     records.begin({}, {})
-    purse = SearchBudget(limits(BudgetConfig(flops=1e6)), CostRate(1.0), hourly=1.0)
-    return Planned(base, None, None, purse, records, "search")
+    budget = SearchBudget(limits(BudgetConfig(flops=1e6)), CostRate(1.0), hourly=1.0)
+    return Planned(base, None, None, budget, records, "search")
 
 
 def test_a_trial_that_would_cost_more_than_the_recipe_as_given_gets_fewer_steps_whichever_is_planned_first(tmp_path):

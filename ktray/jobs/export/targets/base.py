@@ -108,15 +108,15 @@ class ExportTarget(ABC):
         """See `ktray.jobs.export.latency.measure`, which knows ONNX files; None where it is not measured."""
         return latency.measure(path, batch)
 
-    def notes(self, name: str, found: dict[str, Any], split: str, what: str) -> list[str]:
+    def notes(self, name: str, content: dict[str, Any], split: str, what: str) -> list[str]:
         """What a person should know of its file, one sentence each.
 
         Args:
             name: its own.
-            found: what ``export.json`` holds.
+            content: what ``export.json`` holds.
             split, what: ``val`` or ``test``, and in words.
         """
-        checked = (found.get(name) or {}).get("agreement", {}).get(split)
+        checked = (content.get(name) or {}).get("agreement", {}).get(split)
         if not checked or not checked["top1_differs"]:
             return []
         return [

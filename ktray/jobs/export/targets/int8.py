@@ -51,11 +51,11 @@ class Int8Target(ExportTarget):
         source, target = work.folder / onnx.FILE, work.folder / self.file
         return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
 
-    def notes(self, name: str, found: dict[str, Any], split: str, what: str) -> list[str]:
-        values = found["metric"][split] or {}
+    def notes(self, name: str, content: dict[str, Any], split: str, what: str) -> list[str]:
+        values = content["metric"][split] or {}
         if name not in values:
             return []
-        eight, full = (values[one]["metric"] for one in (name, "onnx"))
+        eight, full = (values[model]["metric"] for model in (name, "onnx"))
         if full - eight <= quantise.NOTABLE:
             return []
         return [
