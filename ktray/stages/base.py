@@ -1,4 +1,4 @@
-"""What every stage shares: its key, reuse, lease, cost, progress, and the count of bad images."""
+"""What all stages have in common: reuse by key, lease, cost, progress, and the count of bad images."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ logger = logging.getLogger("ktray")
 
 @dataclass
 class Runtime:
-    """The services that a stage works with. Nothing in it says what a stage is to make: that is in its inputs.
+    """The services that a stage uses. They do not influence its result, which only depends on its inputs.
 
     Attributes:
-        plan: which part of the cluster the run has.
-        cluster: how failures, missing machines and hangs are met.
-        max_bad_fraction: of unusable images, above which a stage fails.
-        phase: name of a part of the pretraining, where there are several; it marks their progress and curves.
-        read, quarantine: images that the run has read, and those of them that cannot be used.
-        planned: for ``--plan``: nothing is run, and each stage notes here whether it is whole. None in a run.
+        plan: the run's part of the cluster.
+        cluster: how to handle failures, missing machines and stalls.
+        max_bad_fraction: fraction of unusable images above which a stage fails.
+        phase: name of the phase if the pretraining has several; it marks their progress and curves.
+        read: number of images that the run has read.
+        quarantine: those of these images that cannot be used.
+        planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
     """
 
     store: Store
@@ -58,15 +59,17 @@ class Runtime:
 
 @dataclass
 class RunContext:
-    """One run: what the stages' inputs are taken from, and the services that the stages work with.
+    """One run: the sources of the stages' inputs, and the services that the stages use.
 
     Attributes:
-        recipe: fully resolved.
-        task: labels, splits and class names; ``prompts`` are the text head's templates.
-        fingerprint: of the labelled set (which image has which label in which split).
-        canvas: side of the labelled images kept for finetuning, as a factor on a model's input size.
-        metric: what models are chosen by and judged on: a key of the task's metrics.
-        source: the labelled generic set (``supervised.data``) of an objective that learns from one.
+        recipe: the recipe, completely resolved.
+        task: the labelled images with their labels and splits.
+        class_names: names of the classes in the recipe.
+        prompts: templates for the text head.
+        fingerprint: hash of the labelled set (which image has which label in which split).
+        canvas: side of the labelled images that are stored for finetuning, as a multiple of a model's input size.
+        metric: name of the task's metric that models are chosen and evaluated by.
+        source: the labelled generic set (``supervised.data``), if the objective learns from one.
     """
 
     recipe: Recipe
@@ -101,7 +104,7 @@ class RunContext:
 
     @property
     def names(self) -> list[str]:
-        """The classes as text for a text tower."""
+        """The names of the classes for a text tower."""
         return self.class_names if len(self.class_names) == len(self.task.classes) else self.task.classes
 
     @property
@@ -112,7 +115,7 @@ class RunContext:
 
 @dataclass
 class StageResult:
-    """A whole stage; in a plan perhaps one that is still to be made, with nothing but its key in the manifest."""
+    """A complete stage. In a plan, the stage may not be computed yet; its manifest then has only the key."""
 
     stage: Stage
     manifest: dict[str, Any]
@@ -124,7 +127,7 @@ class StageResult:
 
 
 class Reporter:
-    """Progress, cost and MLflow steps of one attempt; fed by shard summaries or by the board."""
+    """Reports progress, cost and MLflow steps of one attempt, from shard summaries or from messages in the mailbox."""
 
     def __init__(
         self,
@@ -136,38 +139,38 @@ class Reporter:
     ) -> None:
         self.runtime, self.name, self.meter, self.check = runtime, name, meter, check
         self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
-        self.starts: list[WorkerStart] = []  # of the training workers: at which step, how many
+        self.starts: list[WorkerStart] = []  # the starts of training workers: their step and number of workers
         self.run = runtime.tracker.stage(name)
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
         self._refused = ""
         self._lock = threading.Lock()
-        self._images = self._flops = 0.0  # totals of the training that are counted
+        self._images = self._flops = 0.0  # totals of the training that are already counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
-        """Start a progress line; ``total`` None when it is not known beforehand."""
+        """Start a progress line; ``total`` is None if it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
 
     def shards(self, summaries: Iterable[S]) -> list[S]:
-        """Count shards as they are finished; returns their summaries."""
-        kept = []
-        for s in summaries:
+        """Count shards as they are finished. Returns their summaries."""
+        finished = []
+        for summary in summaries:
             self.check()
             check_limit()
-            self.done += s.read
-            self.read += s.read
+            self.done += summary.read
+            self.read += summary.read
             self.watchdog.heartbeat(f"{self.done:,} images")
-            for uri, reason in s.bad:
+            for uri, reason in summary.bad:
                 self.quarantine.add(uri, reason, self.name)
-            self.meter.add(flops=s.flops, images=s.images)
+            self.meter.add(flops=summary.flops, images=summary.images)
             if self.progress:
                 self.progress.update(self.done)
-            kept.append(s)
-        return kept
+            finished.append(summary)
+        return finished
 
     def post(self, message: Message) -> None:
-        """A message of a training worker or of Ray Train's controller."""
+        """Process a message of a training worker or of Ray Train's controller."""
         with self._lock:
             match message:
                 case BadImages(images):
@@ -187,10 +190,10 @@ class Reporter:
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
                 case _:
-                    raise TypeError(f"no message: {message!r}")
+                    raise TypeError(f"not a message of a training: {message!r}")
 
     def _advance(self, message: messages.Progress) -> None:
-        """Steps are done: what is new in their totals is counted."""
+        """Count the steps that are done since the last message."""
         if self.progress:
             self.progress.update(message.step, message.data_wait)
         self.meter.add(
@@ -199,31 +202,32 @@ class Reporter:
         self._images, self._flops = message.images, message.flops
 
     def _start(self, message: Started) -> None:
-        """Workers begin at a step: what they do again after a checkpoint counts again."""
+        """Count the start of workers. Steps that they repeat after a restart count again."""
         if not self.starts:
-            # The checkpoint of a killed attempt proves steps that its last heartbeat knew nothing of.
-            mine = (self.meter.entry.stage, self.meter.entry.key)
-            earlier = [e for e in self.runtime.ledger.entries if (e.stage, e.key) == mine]
+            # The checkpoint of a killed attempt may contain steps that are not in its last heartbeat.
+            stage = (self.meter.entry.stage, self.meter.entry.key)
+            earlier = [e for e in self.runtime.ledger.entries if (e.stage, e.key) == stage]
             self.meter.add(
                 images=max(0, int(message.images - sum(e.images for e in earlier))),
                 flops=max(0, int(message.flops - sum(e.flops for e in earlier))),
             )
         else:
             self.meter.restart(max(0.0, self._flops - message.flops))
-            logger.info(f"{self.name:<9} goes on from step {message.step} with {message.workers} worker(s)")
+            workers = "1 worker" if message.workers == 1 else f"{message.workers} workers"
+            logger.info(f"{self.name:<9} resumed at step {message.step} with {workers}")
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
         self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)
 
     def _state(self, state: str, why: str) -> None:
-        """What Ray Train's controller does; no sign of life, since it may do so for ever."""
+        """Record the state of Ray Train's controller. It is no heartbeat, because the controller may retry for ever."""
         if state != "running":
             self.watchdog.waits(f"its training workers (Ray Train is {state})")
         else:
             self.watchdog.waits("the steps of its training workers")
         if why and state == "restarting":
             logger.info(f"{self.name:<9} lost its workers: {why}")
-        elif why and state == "rescheduling" and why != self._refused:  # again and again, while machines are missing
+        elif why and state == "rescheduling" and why != self._refused:  # it repeats while machines are missing
             logger.info(f"{self.name:<9} could not start its workers: {why}")
             self._refused = why
 
@@ -240,58 +244,61 @@ def run_stage(
     ledger_name: str | None = None,
     whole: Callable[[dict[str, Any]], bool] | None = None,
 ) -> StageResult:
-    """Reuse the stage's directory when it is whole, else do the work under a lease and commit it.
+    """Reuse the stage's directory if it is complete, else compute the stage under a lease and commit it.
 
     Args:
-        inputs: all that the stage may read; their key names the directory.
-        work: does the stage in its directory and returns the manifest's own entries. It is a plain function, not a
-            closure, so that it reads nothing but what it is given.
-        ledger_name: the name that the cost is booked under, where it is not the stage's.
-        whole: asked of the manifest of a finished stage, whether what it names outside its directory still stands;
-            where it does not, the work is done again.
+        inputs: everything that the stage may read; their key is the name of the directory.
+        work: computes the stage in its directory, and returns the entries of the manifest. It is a plain function, not
+            a closure, so that it reads only its arguments.
+        ledger_name: the stage's name in the ledger, if it differs from the stage's own name.
+        whole: checks the manifest of a finished stage: whether everything that it names outside its directory still
+            exists. If not, the stage is computed again.
+
+    Raises:
+        KtrayError: more images are unusable than ``Runtime.max_bad_fraction`` allows, or the stage stalled.
     """
     key, stage_name = inputs.key, inputs.stage
     stage = runtime.store.stage(stage_name, key)
-    booked = ledger_name or stage_name
+    ledger_stage = ledger_name or stage_name
     shown = f"{stage_name}-{runtime.phase}" if runtime.phase else stage_name
 
-    def made() -> dict[str, Any] | None:
-        found = stage.manifest()
-        return None if found is None or (whole and not whole(found)) else found
+    def complete() -> dict[str, Any] | None:
+        manifest = stage.manifest()
+        return None if manifest is None or (whole and not whole(manifest)) else manifest
 
-    manifest = made()
+    manifest = complete()
     if runtime.planned is not None:
-        runtime.planned[booked] = manifest is not None and runtime.planned.get(booked, True)
+        runtime.planned[ledger_stage] = manifest is not None and runtime.planned.get(ledger_stage, True)
         return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
         check_limit()
         try:
             with stage.lease() as lease:
-                manifest = made()  # another job may have finished it while this one waited
+                manifest = complete()  # another job may have finished the stage while this one waited
                 if manifest is None:
                     check_limit()
-                    return _attempt(runtime, stage, lease, (shown, booked), inputs, work)
+                    return _attempt(runtime, stage, lease, (shown, ledger_stage), inputs, work)
         except LeaseLost as lost:
-            logger.info(f"{shown:<9} {lost.what}; going on with what it makes")
-    runtime.ledger.reuse(DirLog(stage), booked, key)
+            logger.info(f"{shown:<9} {lost.what}; continuing with the results of that job")
+    runtime.ledger.reuse(DirLog(stage), ledger_stage, key)
     _count(runtime, manifest)
-    again = " (made earlier in this run)" if manifest.get("run") == runtime.run_id else ""
-    logger.info(f"{shown:<9} reused {key}{again}")
+    note = " (computed earlier in this run)" if manifest.get("run") == runtime.run_id else ""
+    logger.info(f"{shown:<9} reused {key}{note}")
     return StageResult(stage, manifest, cached=True)
 
 
 def _attempt(
     runtime: Runtime, stage: Stage, lease: Lease, names: tuple[str, str], inputs: Inputs, work: Work[Inputs]
 ) -> StageResult:
-    shown, booked = names
+    shown, ledger_stage = names
     devices = runtime.plan.least if runtime.plan.worker_gpus else 1
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with runtime.ledger.attempt(DirLog(stage), booked, inputs.key, devices) as meter:
+    with runtime.ledger.attempt(DirLog(stage), ledger_stage, inputs.key, devices) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
             with watch(watchdog):
-                found = dict(work(inputs, runtime, stage, reporter))
+                manifest = dict(work(inputs, runtime, stage, reporter))
             reporter.quarantine.check(reporter.read, runtime.max_bad_fraction)
             status = "FINISHED"
         finally:
@@ -301,23 +308,24 @@ def _attempt(
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
             )
-    found.update(key=inputs.key, stage=inputs.stage, inputs=inputs.key_parts(), run=runtime.run_id, read=reporter.read)
-    found["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
-    manifest = stage.commit(found, lease)
+    manifest.update(key=inputs.key, stage=inputs.stage, inputs=inputs.key_parts())
+    manifest.update(run=runtime.run_id, read=reporter.read)
+    manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
+    manifest = stage.commit(manifest, lease)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
 
 
 def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     bad = Quarantine(Bad(uri, reason, stage) for uri, reason, stage in manifest.get("quarantine", []))
-    # Also of a reused stage: the limit is this recipe's, the stage may have been made under a laxer one.
+    # A reused stage is also checked: it may have been computed with a higher limit than this recipe's.
     bad.check(int(manifest.get("read", 0)), runtime.max_bad_fraction)
     runtime.read += int(manifest.get("read", 0))
     runtime.quarantine.merge(bad)
 
 
 def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
-    """Summaries of the shards that an earlier attempt has finished, by shard name."""
+    """The summaries of the shards that earlier attempts have finished, by name of the shard."""
     return {
         name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
         for name in stage.names(".parquet.json")
@@ -325,7 +333,7 @@ def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
 
 
 def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:
-    """Declare a shard finished: its summary is written after its data, so that a restart counts it once.
+    """Declare a shard finished. Its summary is written after its data, so that a restart counts the shard once.
 
     Returns:
         `ShardSummary.to_json`, for `ktray.distributed.ray_data.map_shards`.

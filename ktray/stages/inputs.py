@@ -1,7 +1,8 @@
-"""Declared inputs: all that a stage may read, as one frozen object whose hash is the stage's key.
+"""Declared inputs: everything that a stage may read, as one frozen object whose hash is the stage's key.
 
-A stage's work gets this object and the services of the run (`ktray.stages.base.Runtime`), and no recipe. What it reads
-is therefore in its key, unless its field says with `NotInKey` why it cannot change the result.
+The function that computes a stage receives this object and the services of the run (`ktray.stages.base.Runtime`), but
+no recipe. Everything that it reads is therefore in its key, except a field that is marked with `NotInKey`, which states
+why the field cannot change the result.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class NotInKey:
     """Marks a field that does not go into the key: ``field: Annotated[int, NotInKey("why")]``.
 
     Attributes:
-        reason: why it cannot change what the stage makes.
-        names: of the value's own fields that are left out; empty: the whole value is.
+        reason: why the field cannot change the result of the stage.
+        names: names of the value's own fields that are left out of the key; empty: the whole value is left out.
     """
 
     reason: str
@@ -32,18 +33,18 @@ class NotInKey:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What a stage reads. A subclass is a frozen dataclass, one for each stage.
+    """The inputs of a stage. Each stage has one subclass, which is a frozen dataclass.
 
     Attributes:
         stage: name of the stage's folder in the store.
-        version: of the stage's code; raised when the same inputs give another result.
+        version: version of the stage's code. It must be raised if the same inputs give another result.
     """
 
     stage: ClassVar[str]
     version: ClassVar[int]
 
     def key_parts(self) -> dict[str, Any]:
-        """What the key is made of, JSON-like; stored in the manifest, so that two keys can be compared."""
+        """The content that is hashed, as JSON-like data. The manifest stores it, so that two keys can be compared."""
         parts: dict[str, Any] = {"version": self.version}
         marks = self.not_in_key()
         for f in dataclasses.fields(self):
@@ -57,7 +58,7 @@ class StageInputs:
 
     @classmethod
     def not_in_key(cls) -> dict[str, NotInKey]:
-        """Fields that are not in the key, or not with all they have."""
+        """The fields that are left out of the key, entirely or in part, with their marks."""
         return {
             name: mark
             for name, kind in get_type_hints(cls, include_extras=True).items()
@@ -67,18 +68,18 @@ class StageInputs:
 
     @property
     def key(self) -> str:
-        """16 hex digits."""
+        """The key of the stage: 16 hexadecimal digits."""
         return digest(self.stage, self.key_parts())
 
 
 def key_value(value: Any) -> Any:
-    """A value as JSON-like data that tells it from all values that could lead to another result.
+    """A value as JSON-like data that differs from that of every value that could lead to another result.
 
-    A whole stage and a task kind stand for themselves by their ``key``, a labelled set, a teacher and a preprocessing
-    by their ``fingerprint``; models, dataclasses and containers by their content.
+    A completed stage and a task kind are represented by their ``key``; a labelled set, a teacher and a preprocessing by
+    their ``fingerprint``; models, dataclasses and containers by their content.
 
     Raises:
-        TypeError: it is none of these, so that nothing says what it depends on.
+        TypeError: the value is none of these, so its content is not known.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -87,9 +88,9 @@ def key_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     for name in ("key", "fingerprint"):
-        told = getattr(value, name, None)
-        if isinstance(told, str):
-            return told
+        identity = getattr(value, name, None)
+        if isinstance(identity, str):
+            return identity
     if dataclasses.is_dataclass(value):
         return {f.name: key_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -15,9 +15,9 @@ from ktray.training.worker import WorkerContext
 Evaluate = Callable[[nn.Module], tuple[float, dict[str, float]]]
 
 
-def score(found: dict[str, float], metric: str, loss: float) -> float:
-    """What models are ranked by: the metric, and among equals the lower loss."""
-    return found[metric] - 1e-5 * min(loss, 50.0)
+def score(scores: dict[str, float], metric: str, loss: float) -> float:
+    """The score that ranks models: the value of the metric; among equal values, a lower loss is better."""
+    return scores[metric] - 1e-5 * min(loss, 50.0)
 
 
 def evaluator(
@@ -29,19 +29,21 @@ def evaluator(
     metric: str,
     batch: int = 256,
 ) -> Evaluate:
-    """model -> (score, {"val_loss", "val_<metric>"...}) over all rows, which the ranks share.
+    """A function model -> (score, {"val_loss", "val_<metric>"...}) over all rows, which are divided among the ranks.
 
-    Counts are summed before scores are made of them, so accuracy does not depend on the number of ranks.
+    The counts of all ranks are summed before the scores are computed, so accuracy does not depend on the number of
+    ranks.
 
     Args:
-        kind: counts and scores.
-        pixels: (N, 3, H, W) uint8, all of validation on every rank.
+        kind: the task kind, which defines counts and scores.
+        pixels: (N, 3, H, W) uint8, the whole validation split on every rank.
         labels: (N, ...), the targets.
         predict: (model, pixels on the device) -> the model's output (n, ...).
-        metric: of the kind's scores; what the score is.
+        metric: name of the score among the kind's scores.
+        batch: number of images that are predicted together.
     """
     idle = env.rank >= len(labels)
-    # A rank without rows takes the first one, and counts nothing of it: the counts of all ranks have one size.
+    # A rank without rows predicts the first row without counting it, so that the counts of all ranks have one shape.
     mine = slice(1) if idle else slice(env.rank, None, env.world)
     pixels, labels = pixels[mine], labels[mine]
 

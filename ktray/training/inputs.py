@@ -1,4 +1,4 @@
-"""What training reads, as plain data: labelled images, cached targets, and the student to start from."""
+"""The inputs of a training, as plain data: labelled images, targets, and the initial student."""
 
 from __future__ import annotations
 
@@ -34,14 +34,19 @@ from ktray.training.worker import WorkerContext
 
 @dataclass(frozen=True)
 class Labels:
-    """A folder of the ``labels`` stage: shards of ``canvas`` (train), ``pixels`` (evaluation view), and the columns
-    that the task kind keeps of the labels."""
+    """A folder of the stage LABELS. Its shards have the columns ``canvas`` (train) or ``pixels`` (evaluation view), and
+    the columns of labels that the task kind defines."""
 
     directory: Dir
     kind: TaskKind
 
     def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 3, H, W) uint8 and the targets of each (N, ...), see `ktray.tasks.base.TaskKind.targets`."""
+        """Images (N, 3, H, W) uint8 and their targets (N, ...), see `ktray.tasks.base.TaskKind.targets`.
+
+        Args:
+            split: ``train`` or ``val``.
+            column: ``canvas`` or ``pixels``.
+        """
         target = self.kind.label_column(column)
         shards = [
             read_rows(self.directory, name, [column, target])
@@ -55,8 +60,8 @@ class Labels:
     def batches(
         self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
-        """Batches ``start``..``stop - 1`` of random views, ``batch`` of each of the worker's lanes: ``images``
-        (N, 3, size, size) uint8 and ``label``, the targets of the same views."""
+        """Batches ``start``..``stop - 1`` of random views: ``images`` (N, 3, size, size) uint8, and ``label`` with the
+        targets of the same views. ``batch`` is the number of views of each of the worker's virtual ranks."""
         canvases, labels = self.load("train", "canvas")
         for rows in _order(len(labels), env, batch, seed, start, stop):
             take = torch.from_numpy(rows["row"])
@@ -67,33 +72,34 @@ class Labels:
 
 
 def _order(count: int, env: WorkerContext, batch: int, seed: int, start: int, stop: int) -> Iterator[Rows]:
-    """``row`` and ``visit`` of each batch of the worker's lanes."""
-    shards = [("labels", count)]
-    if count >= env.of:
-        yield from RowSampler(shards, _numbers, batch=batch, lanes=env.mine, of=env.of, seed=seed).batches(start, stop)
+    """``row`` and ``visit`` of each batch of the worker's virtual ranks."""
+    shards, ranks, rank_count = [("labels", count)], env.own_ranks, env.rank_count
+    if count >= rank_count:
+        sampler = RowSampler(shards, _row_numbers, batch=batch, ranks=ranks, rank_count=rank_count, seed=seed)
+        yield from sampler.batches(start, stop)
         return
-    # With fewer images than lanes each lane sees all, in an order and in views of its own.
-    feeds = [RowSampler(shards, _numbers, batch=batch, seed=seed + lane).batches(start, stop) for lane in env.mine]
-    for found in zip(*feeds, strict=True):
-        visits = [rows["visit"] * env.of + lane for rows, lane in zip(found, env.mine, strict=True)]
-        yield {"row": np.concatenate([rows["row"] for rows in found]), "visit": np.concatenate(visits)}
+    # With fewer images than virtual ranks, each virtual rank has all images, in its own order and with its own views.
+    streams = [RowSampler(shards, _row_numbers, batch=batch, seed=seed + rank).batches(start, stop) for rank in ranks]
+    for parts in zip(*streams, strict=True):
+        visits = [rows["visit"] * rank_count + rank for rows, rank in zip(parts, ranks, strict=True)]
+        yield {"row": np.concatenate([rows["row"] for rows in parts]), "visit": np.concatenate(visits)}
 
 
-def _numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
+def _row_numbers(windows: Any) -> Iterator[dict[str, np.ndarray]]:
     for window in windows:
         yield {"row": np.concatenate([np.arange(s.start, s.rows, s.step) for s in window])}
 
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher in the trainer's process: (N, 3, H, W) uint8 views to what rows would bring."""
+    """A teacher in the trainer's process. It computes from views (N, 3, H, W) uint8 what stored rows would contain."""
 
     loaded: Loaded
     classes: int
 
     @property
     def flops(self) -> float:
-        """Of a view."""
+        """FLOPs for one view."""
         return self.loaded.flops
 
     def __call__(self, pixels: torch.Tensor) -> Batch:
@@ -102,19 +108,23 @@ class Live:
 
 @dataclass(frozen=True)
 class TargetSet:
-    """What TEACH has left: rows of ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each, stored
-    (``cached``) or to be made from its lists of images.
+    """The result of TEACH: rows with ``pixels`` (views or canvases), ``view_id`` and the ``targets`` of each view. The
+    rows are stored (``cached``), or they are computed from TEACH's lists of images.
 
     Attributes:
-        row_bytes: of a row as it is read.
-        mode: ``cached``: rows are read as they are. ``streamed``: teachers beside the training make them. ``live``:
-            rows come without the teacher's targets, which the trainer adds (`teacher`).
-        cut, predict: how rows are made, where they are not stored.
-        embed_dim, patch_dim: widths of the teacher's embeddings, 0 where they are not needed.
-        vocabulary, text_length: of the captions' tokens, 0 where they are not stored.
-        source_classes: of the labelled generic set, 0 where there is none.
-        jpeg: views are stored as JPEG (`ktray.targets.jpeg`).
-        classes: of the task, where the largest logits alone are stored (`ktray.targets.top_k`); 0: all are.
+        directory: the directory of TEACH.
+        shards: name and number of rows of each shard.
+        row_bytes: size of a row when it is read.
+        targets: names of the targets.
+        mode: ``cached``: rows are read from the store. ``streamed``: teachers that run during training compute them.
+            ``live``: rows have no targets of the teacher, and the trainer adds them (`teacher`).
+        cut, predict: how rows are computed if they are not stored.
+        embed_dim, patch_dim: widths of the teacher's embeddings; 0 if they are not needed.
+        vocabulary, text_length: size of the vocabulary and length of the captions' tokens; 0 if they are not stored.
+        source_classes: number of classes of the labelled generic set; 0 if there is none.
+        classes: number of classes of the task if only the largest logits are stored (`ktray.targets.top_k`); 0: all
+            logits are stored.
+        jpeg: whether views are stored as JPEG (`ktray.targets.jpeg`).
     """
 
     directory: Dir
@@ -132,59 +142,66 @@ class TargetSet:
     classes: int = 0
     jpeg: bool = False
 
-    def feed(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
+    def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
+        """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
         rows = sum(n for _, n in self.shards)
         resident = rows * self.row_bytes <= part.resident_bytes
-        # A lane's windows are the same with any number of workers, so they have the size that the fewest can hold.
-        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes // env.most)
+        # The windows of a virtual rank are the same with any number of workers, so their size is what each worker can
+        # hold when there are the fewest workers.
+        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes // env.max_ranks)
         return RowSampler(
             self.shards,
             self._reader(env, resident),
             batch=batch,
-            lanes=env.mine,
-            of=env.of,
+            ranks=env.own_ranks,
+            rank_count=env.rank_count,
             seed=seed,
             window_rows=window,
         )
 
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:
         live = self.mode == "live"
-        wanted = tuple(t for t in self.targets if not (live and t in TEACHER_TARGETS))
-        columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(wanted, self.classes)]
+        targets = tuple(t for t in self.targets if not (live and t in TEACHER_TARGETS))
+        columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(targets, self.classes)]
         if self.cut is None:
             return (
                 read_windows(self.directory, columns)
                 if resident
                 else stream_windows(self.directory, columns, env.read_cpus)
             )
-        crew = WorkerPool(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
-        beside = None if live else self.predict
-        return made_windows(self.directory, self.cut, beside, columns, crew, env.report)
+        pool = WorkerPool(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
+        predict = None if live else self.predict
+        return made_windows(self.directory, self.cut, predict, columns, pool, env.report)
 
     def teacher(self) -> Live | None:
-        """The teacher that the trainer asks at each step, in this process; None where rows bring their targets."""
+        """The teacher that the trainer calls in each step, in this process; None if rows already have their targets."""
         return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
 
     def batches(
         self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
-        """Batches on the device, ``batch`` rows of each of the worker's lanes, as
-        `ktray.objectives.base.Objective.step` takes them."""
-        for rows in self.feed(part, env, batch, seed).batches(start, stop):
+        """Batches ``start``..``stop - 1`` on the device, with ``batch`` rows of each of the worker's virtual ranks, as
+        `ktray.objectives.base.Objective.step` expects them."""
+        for rows in self.sampler(part, env, batch, seed).batches(start, stop):
             keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
-            found = {
+            columns = {
                 k: torch.from_numpy(np.ascontiguousarray(v)).to(env.device, non_blocking=True) for k, v in rows.items()
             }
-            yield {**densify(found, self.classes), "view_key": keys}
+            yield {**densify(columns, self.classes), "view_key": keys}
 
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """How to make the student, and the weights to start from (a file in the store).
+    """How to build the student, with its initial weights.
 
     Attributes:
-        num_classes: outputs of the model.
-        options: what else the task kind's student has; see `ktray.tasks.base.TaskKind.student_options`.
+        kind: the task kind.
+        name, kwargs: timm's name of the model and its arguments.
+        num_classes: number of outputs of the model.
+        image_size: side of the input in pixels.
+        pretrained, checkpoint: whether to use published weights, and a file to read them from.
+        options: other options of the task kind's student; see `ktray.tasks.base.TaskKind.student_options`.
+        start: directory and name of a file in the store with the initial weights; None: a new student.
     """
 
     kind: TaskKind
@@ -201,20 +218,21 @@ class StudentSpec:
     def of(cls, recipe: recipes.Recipe, num_classes: int, start: tuple[Dir, str] | None = None) -> StudentSpec:
         """The student of a resolved recipe."""
         part, kind = recipe.student, task_kind(recipe.task.kind)
-        known = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
-        return cls(kind, *known, part.pretrained, part.checkpoint, kind.student_options(part), start)
+        model = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
+        return cls(kind, *model, part.pretrained, part.checkpoint, kind.student_options(part), start)
 
     def make(self, bare: bool = False) -> Student:
-        """The student with its facts.
+        """Build the student.
 
         Args:
-            bare: from random weights, whatever it shall start from: for those who fill it or only count.
+            bare: with random weights, without loading any: for callers that load weights or only count FLOPs.
         """
-        start = (False, None) if bare else (self.pretrained, self.checkpoint)
-        known = (self.name, self.kwargs, self.num_classes, self.image_size)
-        return self.kind.build_student(*known, *start, **self.options)
+        weights = (False, None) if bare else (self.pretrained, self.checkpoint)
+        model = (self.name, self.kwargs, self.num_classes, self.image_size)
+        return self.kind.build_student(*model, *weights, **self.options)
 
     def build(self, env: WorkerContext, seed: int) -> tuple[nn.Module, Preprocess]:
+        """The student's model on the worker's device, with its initial weights, and its preprocessing."""
         torch.manual_seed(seed)
         student = self.make(bare=self.start is not None)
         if self.start is not None:

@@ -1,6 +1,7 @@
-"""The training loop: plain torch, no Ray. Runs in a worker, a notebook or a test.
+"""The training loop in plain torch, without Ray. It can run in a worker, in a notebook or in a test.
 
-Restart-exact: every random draw is a function of the seed and the step, and a checkpoint holds all else.
+A restart changes no result: every random number is a function of the seed and the step, and a checkpoint holds all
+other state.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ktray.recipe.section import Section
 from ktray.training.messages import CurvePoint, LoopMessage, Progress, Started
 
 Batch = dict[str, torch.Tensor]
-STATE = "outcome.json"  # the file in a checkpoint
+STATE = "outcome.json"  # name of the file in a checkpoint
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to optimise. ``checkpoint_seconds`` is turned into steps once the speed is known."""
+    """The settings of the optimisation. ``checkpoint_seconds`` is converted to steps once the speed is known."""
 
     steps: int
     lr: float
@@ -39,33 +40,37 @@ class TrainerSettings:
     seed: int
     evals: int = 5
     checkpoint_seconds: float = 15.0
-    keep: str = "last"  # or "best": the weights with the best validation score, the starting ones included
-    accumulate: int = 1  # parts of a step's batch, one after the other
-    patience: int = 0  # evaluations without a better score after which training stops; 0: never
+    keep: str = "last"  # or "best": the weights with the best validation score, including the initial weights
+    accumulate: int = 1  # number of parts of a step's batch, which are processed one after the other
+    patience: int = 0  # number of evaluations without a better score after which training stops; 0: never
 
     @classmethod
     def of(cls, part: Section, **others: Any) -> TrainerSettings:
-        """Those of a recipe's section, by their names there, and ``others``, which also win over the section's."""
+        """The settings in a section of a recipe, by their names there. ``others`` are added, and override them."""
         names = {field.name for field in fields(cls)}
         return cls(**{**{name: value for name, value in part if name in names}, **others})
 
 
 @dataclass
 class TrainingProgram:
-    """What is trained.
+    """A program that the `Trainer` runs: the model with its loss, its data and its evaluation.
 
     Attributes:
-        module: called with (batch, generator), returns ``{"loss": ...}``; holds ``model``.
-        model: the weights that are evaluated and handed on.
-        groups: optimizer groups (``params``, ``lr_scale``, optional ``weight_decay``).
+        module: called with (batch, generator), returns ``{"loss": ...}``; contains ``model``.
+        model: the model that is evaluated and saved.
+        groups: groups of the optimizer (``params``, ``lr_scale``, optional ``weight_decay``).
         batches: (start, stop) -> this rank's batches, on the device.
-        evaluate: model -> (score, metrics) on validation, the same on every rank; higher score is better.
-        flops_per_step, images_per_step: over all ranks.
-        weight: of this rank's loss in the mean over ranks: more than 1 where it has more rows than others.
-        averaged: what is averaged; None: the model. Otherwise a module that holds it.
-        after_step: called after each optimizer step with the share of the steps that are done.
-        teach: adds to a batch what a teacher in this process says of it; part of the step, not of the waiting for data.
-        finish: puts into the model what other modules have learnt for it; called before it is evaluated or handed on.
+        evaluate: model -> (score, metrics) on validation, the same on every rank; a higher score is better.
+        flops_per_step, images_per_step: FLOPs and images of a step, over all ranks.
+        device: the device of this rank.
+        autocast: number format of the matrix products; None: no autocast.
+        weight: weight of this rank's loss in the mean over ranks: above 1 if it has more rows than other ranks.
+        averaged: the module whose weights are averaged, which contains the model; None: the model itself.
+        after_step: called after each optimizer step with the fraction of the steps that are done.
+        finish: copies into the model what other modules have learnt for it; called before the model is evaluated or
+            saved.
+        teach: adds the targets of a teacher in this process to a batch. Its time counts as part of the step, not as
+            waiting for data.
     """
 
     module: nn.Module
@@ -86,15 +91,15 @@ class TrainingProgram:
 
 @dataclass
 class State:
-    """Where training stands; all of it goes into a checkpoint, as ``outcome.json``.
+    """The state of a training, which is saved in each checkpoint as ``outcome.json``.
 
     Attributes:
-        step: steps that are done.
-        seconds: that they took, over all attempts.
-        best_score, best_step: the best evaluation on validation and the step it was made after.
-        stale: evaluations since then.
-        finished: there is no step left to do.
-        curve: a row for each evaluation: ``step``, ``seconds``, ``loss`` and the metrics of validation.
+        step: number of steps that are done.
+        seconds: time that they took, over all attempts.
+        best_score, best_step: the best score on validation, and the step after which it was reached.
+        stale: number of evaluations since then.
+        finished: whether the training has ended.
+        curve: a row for each evaluation: ``step``, ``seconds``, ``loss`` and the metrics on validation.
     """
 
     step: int = 0
@@ -107,22 +112,25 @@ class State:
 
     @classmethod
     def load(cls, checkpoint: Path) -> State:
-        """The state in a folder of a checkpoint."""
+        """Read the state from the folder of a checkpoint."""
         return cls(**json.loads((checkpoint / STATE).read_text()))
 
     def save(self, checkpoint: Path) -> None:
-        """Write the state into a folder of a checkpoint."""
+        """Write the state into the folder of a checkpoint."""
         (checkpoint / STATE).write_text(json.dumps(asdict(self)))
 
 
 @dataclass
 class TrainerCallbacks:
-    """How the loop talks to whatever runs it.
+    """The functions with which the loop reports to its caller.
 
-    ``progress`` gets a `Started` when the loop begins, then `Progress` about twice a second, and a `CurvePoint` for
-    each evaluation. ``save(directory, metrics, last)`` is called on every rank with a folder of files on rank 0 (None
-    elsewhere). It may go on with it behind the training, which does not touch the folder again, but for the
-    last one.
+    Attributes:
+        save: (folder, metrics, last) -> None; called on every rank to save a checkpoint, with the folder of its files
+            on rank 0 and None on other ranks. It may save the folder in the background, because the loop does not use
+            the folder again; the last checkpoint must be saved when the call returns.
+        progress: receives a `Started` when the loop starts, then a `Progress` about twice a second, and a `CurvePoint`
+            for each evaluation.
+        folder: returns a new, empty folder.
     """
 
     save: Callable[[Path | None, dict[str, Any], bool], None]
@@ -131,7 +139,7 @@ class TrainerCallbacks:
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:
-    """Linear warm-up to 1, then a half cosine to 0; a factor on the peak rate."""
+    """Factor on the peak learning rate at a step: a linear warm-up to 1, then half a cosine down to 0."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
@@ -140,7 +148,7 @@ def learning_rate(step: int, settings: TrainerSettings) -> float:
 
 
 def decay_groups(model: nn.Module, weight_decay: float, lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels with weight decay, biases and norms without."""
+    """Two groups for the optimizer: matrices and kernels with weight decay, biases and norms without."""
     named = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
@@ -150,22 +158,22 @@ def decay_groups(model: nn.Module, weight_decay: float, lr_scale: float = 1.0) -
 
 
 def _parts(batch: Batch, count: int) -> list[Batch]:
-    """The batch in ``count`` equal parts.
+    """Split a batch into ``count`` equal parts.
 
     Raises:
-        ValueError: its rows cannot be divided so.
+        ValueError: the number of rows is not a multiple of ``count``.
     """
     if count == 1:
         return [batch]
     if any(len(value) % count for value in batch.values()):
         sizes = {name: len(value) for name, value in batch.items()}
-        raise ValueError(f"batches of {sizes} rows cannot be cut into {count} equal parts: see train.accumulate")
-    cut = {name: value.tensor_split(count) for name, value in batch.items()}
-    return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
+        raise ValueError(f"batches of {sizes} rows cannot be split into {count} equal parts: see train.accumulate")
+    split = {name: value.tensor_split(count) for name, value in batch.items()}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(count)]
 
 
 class Average:
-    """Exponential moving average of a model's weights (buffers are copied)."""
+    """Exponential moving average of a model's weights. Buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -173,7 +181,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        # Early steps average over fewer weights, else the random start would linger.
+        # Early steps average over fewer steps, otherwise the random initial weights would keep their influence.
         decay = min(self.decay, (1 + step) / (10 + step))
         live = model.state_dict()
         floats = [k for k, v in self.state.items() if v.is_floating_point()]
@@ -184,12 +192,20 @@ class Average:
 
 
 class Trainer:
-    """One training run on this rank."""
+    """One training on this rank.
+
+    Args:
+        resume: the folder of a checkpoint to resume from; None: start at step 0.
+    """
 
     def __init__(
-        self, program: TrainingProgram, settings: TrainerSettings, hooks: TrainerCallbacks, resume: Path | None = None
+        self,
+        program: TrainingProgram,
+        settings: TrainerSettings,
+        callbacks: TrainerCallbacks,
+        resume: Path | None = None,
     ) -> None:
-        self.p, self.s, self.hooks = program, settings, hooks
+        self.p, self.s, self.callbacks = program, settings, callbacks
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.state = State()
         fused = program.device.type in ("cuda", "cpu")
@@ -206,7 +222,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def finished_model(self) -> Iterator[nn.Module]:
-        """The model to evaluate and hand on: averaged where averaging is on; training goes on from its own weights."""
+        """The model to evaluate and save, with averaged weights if averaging is on. Training then continues with the
+        weights that are not averaged."""
         live = {k: v.clone() for k, v in self.averaged.state_dict().items()}
         if self.average:
             self.averaged.load_state_dict(self.average.state)
@@ -216,61 +233,65 @@ class Trainer:
         self.averaged.load_state_dict(live)
 
     def run(self) -> State:
-        """Train to the end. The last save holds ``weights.safetensors`` and ``outcome.json``."""
+        """Train to the end. The last checkpoint contains ``weights.safetensors`` and ``outcome.json``.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         s, state = self.s, self.state
         if state.finished:
             return state
         images, flops = state.step * self.p.images_per_step, state.step * self.p.flops_per_step
-        self.hooks.progress(Started(state.step, images, flops))
+        self.callbacks.progress(Started(state.step, images, flops))
         eval_every = max(1, s.steps // s.evals)
         save_every: int | None = None
-        # The first step, which allocates and compiles, tells nothing. The second look is the better one, but where
-        # steps are slow much would be lost until then.
-        looks = {2, max(2, min(20, s.steps // 20))}
+        # The speed is measured twice. The first step is left out, because it allocates and compiles. The second
+        # measurement is more accurate, but with slow steps much work could be lost before it.
+        measured_at = {2, max(2, min(20, s.steps // 20))}
         losses: list[torch.Tensor] = []
         if state.step == 0:
             self._evaluate()
         begun = since = warm = time.perf_counter()
         waited, first = 0.0, state.step
-        before, told = state.seconds, state.step
+        before, reported = state.seconds, state.step
         stream = self.p.batches(state.step, s.steps)
         while state.step < s.steps and not (s.patience and state.stale >= s.patience):
-            asked = time.perf_counter()
+            wait_began = time.perf_counter()
             batch = next(stream)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - wait_began
             losses.append(self._step(batch, state.step))
             state.step += 1
             state.seconds = before + time.perf_counter() - begun
             now = time.perf_counter()
             if now - since > 0.5:
-                self._tell(waited / (now - begun))
-                since, told = now, state.step
+                self._report(waited / (now - begun))
+                since, reported = now, state.step
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {state.step}; lower the learning rate")
+                    raise FloatingPointError(f"the loss is {loss} at step {state.step}: lower the learning rate")
                 self._evaluate(loss)
             done = state.step - first
             if done == 1:
                 warm = now
-            elif done in looks:
+            elif done in measured_at:
                 save_every = self._agree(max(1, round(s.checkpoint_seconds * (done - 1) / (now - warm))))
             if save_every and state.step % save_every == 0 and state.step < s.steps:
                 self._save()
-        if told < state.step:  # also of a run that stops early, so that all of its steps are counted
-            self._tell(waited / (time.perf_counter() - begun))
+        if reported < state.step:  # also if the training stops early, so that all of its steps are counted
+            self._report(waited / (time.perf_counter() - begun))
         state.finished = True
         self._save()
         return state
 
-    def _tell(self, data_wait: float) -> None:
-        """Report the steps that are done, and the share of the time that went into waiting for data."""
+    def _report(self, data_wait: float) -> None:
+        """Report the steps that are done, and the fraction of the time in which the loop waited for data."""
         step = self.state.step
-        self.hooks.progress(Progress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait))
+        self.callbacks.progress(Progress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait))
 
     def _agree(self, value: int) -> int:
-        # Saving is a barrier over all ranks, so all must save at the same steps.
+        # Saving is a barrier over all ranks, so all ranks must save at the same steps.
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return value
         shared = torch.tensor([value], device=self.p.device)
@@ -278,7 +299,7 @@ class Trainer:
         return int(shared)
 
     def _step(self, batch: Batch, step: int) -> torch.Tensor:
-        """One optimizer step; the mean loss, on the device."""
+        """Make one optimizer step. Returns the mean loss, on the device."""
         factor = learning_rate(step, self.s)
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0)
@@ -308,7 +329,7 @@ class Trainer:
         return total
 
     def _gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients of a part of the batch; ranks exchange those of the whole."""
+        """Context for the gradients of a part of the batch. Ranks exchange gradients only after the last part."""
         if last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         unsynced: contextlib.AbstractContextManager[None] = self.module.no_sync()
@@ -321,23 +342,23 @@ class Trainer:
             row["loss"] = loss
         if self.p.evaluate is not None:
             with self.finished_model() as model:
-                score, found = self.p.evaluate(model)
+                score, metrics = self.p.evaluate(model)
                 if score > state.best_score:
                     state.best_score, state.best_step, state.stale = score, state.step, 0
                     if self.s.keep == "best":
                         self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 else:
                     state.stale += 1
-            row.update(found)
+            row.update(metrics)
         if loss is not None or self.p.evaluate is not None:
             state.curve.append(row)
-            self.hooks.progress(CurvePoint(state.step, {k: v for k, v in row.items() if k != "step"}))
+            self.callbacks.progress(CurvePoint(state.step, {k: v for k, v in row.items() if k != "step"}))
 
     def _save(self) -> None:
         if self.rank:
-            self.hooks.save(None, {}, self.state.finished)
+            self.callbacks.save(None, {}, self.state.finished)
             return
-        folder = self.hooks.folder()
+        folder = self.callbacks.folder()
         if self.state.finished:
             with self.finished_model() as model:
                 last = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -355,7 +376,7 @@ class Trainer:
                 folder / "state.pt",
             )
         self.state.save(folder)
-        self.hooks.save(folder, {"step": self.state.step}, self.state.finished)
+        self.callbacks.save(folder, {"step": self.state.step}, self.state.finished)
 
     def _restore(self, folder: Path) -> None:
         self.state = State.load(folder)

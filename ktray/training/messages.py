@@ -1,8 +1,9 @@
-"""What training workers, and the controller that starts them, tell the driver; `ktray.stages.base.Reporter` reads it.
+"""Messages of training workers and of Ray Train's controller to the driver; `ktray.stages.base.Reporter` reads them.
 
-A message passes through the mailbox (`ktray.distributed.mailbox`), which drops the oldest ones when nobody reads.
-Counts of images and FLOPs in `Started` and `Progress` are therefore totals since the first step of the run, over all
-workers: a lost message loses no count. Only `TeacherFlops` is an increment, because each worker knows its own part.
+A message passes through the mailbox (`ktray.distributed.mailbox`), which drops the oldest messages if the driver does
+not read them. The counts of images and FLOPs in `Started` and `Progress` are therefore totals since the first step of
+the run, over all workers: if a message is lost, no count is lost. Only `TeacherFlops` is an increment, because each
+worker knows only its own part.
 
 This module imports neither torch nor Ray, as the controller and the mailbox unpickle these classes.
 """
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Started:
-    """Workers begin, or begin again after a failure, at a step.
+    """The workers start, or restart after a failure, at a step.
 
     Attributes:
-        step: the first step that they do is the one after it; 0 at the start of a run.
+        step: number of steps that are already done; 0 at the start of a run.
         images, flops: totals up to this step.
-        workers: how many there are.
-        machines: on how many nodes they run.
+        workers: number of workers.
+        machines: number of nodes that they run on.
     """
 
     step: int
@@ -33,10 +34,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps are done.
+    """The progress of the training.
 
     Attributes:
-        step: how many.
+        step: number of steps that are done.
         images, flops: totals up to this step.
         data_wait: the share of this attempt's time in which the first worker waited for data, 0 to 1; None: unknown.
     """
@@ -49,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An evaluation along the way: ``values`` by name (loss, seconds, metrics on validation) after ``step`` steps."""
+    """An evaluation during training: ``values`` by name (loss, seconds, metrics on validation) after ``step`` steps."""
 
     step: int
     values: Mapping[str, float]
@@ -64,14 +65,14 @@ class BadImages:
 
 @dataclass(frozen=True)
 class TeacherFlops:
-    """FLOPs of a teacher that ran beside the training since the last message of this kind: an increment."""
+    """FLOPs of a teacher that runs during training: an increment since the last message of this kind."""
 
     flops: float
 
 
 @dataclass(frozen=True)
 class ControllerState:
-    """Ray Train's controller is in another state: its name in lower case; ``why`` it failed, empty if it did not."""
+    """A new state of Ray Train's controller: its name in lower case, and ``why`` it failed; empty if it did not."""
 
     state: str
     why: str = ""

@@ -1,4 +1,4 @@
-"""What a training run leaves: where its loop stands, and what the attempt really cost; both are in each checkpoint."""
+"""The outcome of a training: the state of its loop and the measured cost of the attempt; each checkpoint has both."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class CostReport:
     """The file ``report.json`` of a checkpoint.
 
     Attributes:
-        flops_per_step, images_per_step: over all workers.
+        flops_per_step, images_per_step: FLOPs and images of a step, over all workers.
         autocast: the number format of the matrix products: fp32, bfloat16 or float16.
-        peak_memory_bytes: of the first worker; on a GPU the GPU's, else the process's.
-        seconds: of this attempt.
-        pid: of the first worker's process.
-        span: the fewest and the most workers that the run was begun with; None in checkpoints of older versions.
+        peak_memory_bytes: peak memory of the first worker: of its GPU if it has one, else of its process.
+        seconds: duration of this attempt.
+        pid: process id of the first worker.
+        span: minimum and maximum number of workers at the start of the run; None in checkpoints of older versions.
     """
 
     flops_per_step: float
@@ -34,24 +34,24 @@ class CostReport:
 
     @classmethod
     def load(cls, checkpoint: Path) -> CostReport:
-        """The report in a folder of a checkpoint."""
-        found = json.loads((checkpoint / REPORT).read_text())
-        span = found.get("span")
-        return cls(**{**found, "span": (int(span[0]), int(span[1])) if span else None})
+        """Read the report from the folder of a checkpoint."""
+        content = json.loads((checkpoint / REPORT).read_text())
+        span = content.get("span")
+        return cls(**{**content, "span": (int(span[0]), int(span[1])) if span else None})
 
     def save(self, checkpoint: Path) -> None:
-        """Write the report into a folder of a checkpoint."""
+        """Write the report into the folder of a checkpoint."""
         (checkpoint / REPORT).write_text(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run left: state of the loop, and the cost that this attempt really had."""
+    """The outcome of a training: the state of the loop, and the measured cost of this attempt."""
 
     state: State
     report: CostReport
 
     @classmethod
     def load(cls, checkpoint: Path) -> Outcome:
-        """Both files of a folder of a checkpoint."""
+        """Read both files from the folder of a checkpoint."""
         return cls(State.load(checkpoint), CostReport.load(checkpoint))

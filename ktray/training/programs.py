@@ -1,6 +1,6 @@
-"""What the workers train: adaptation of the teacher, transfer to the student, finetuning on labels.
+"""The three trainings: adaptation of the teacher, pretraining of the student, and finetuning on labels.
 
-A job is plain data (paths in the store, numbers); a worker builds the models and the feed from it.
+A specification is plain data (paths in the store, numbers); a worker builds the models and the sampler from it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Pretrain(nn.Module):
-    """Student under an objective."""
+    """The student with an objective."""
 
     def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective) -> None:
         super().__init__()
@@ -44,15 +44,15 @@ class Pretrain(nn.Module):
         self.preprocess = preprocess
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        # Views have the size that they shall have; small crops are to stay small.
+        # The views already have their final size, so they are not resized: small crops must stay small.
         return self.objective.step(self.student, self.preprocess.scale, batch, generator)
 
 
 class Supervise(nn.Module):
-    """Student on labels, with the distillation term on replayed transfer images where there are any.
+    """The student with the loss on labels, plus a distillation term on replayed images of the transfer set, if any.
 
     Args:
-        objective: gives that term; None where nothing is replayed.
+        objective: computes that term; None if nothing is replayed.
     """
 
     def __init__(self, kind: TaskKind, student: nn.Module, preprocess: Preprocess, objective: Objective | None) -> None:
@@ -67,10 +67,10 @@ class Supervise(nn.Module):
             replay = {"images": batch["replay_pixels"].float(), "logits": batch["replay_logits"]}
             replay = self.objective.prepare(replay, generator)
             images = torch.cat([images, replay["images"]])
-        out = self.student(self.preprocess.normalise(images)).float()
-        loss = self.kind.loss(out[: len(labels)], labels)
+        outputs = self.student(self.preprocess.normalise(images)).float()
+        loss = self.kind.loss(outputs[: len(labels)], labels)
         if self.objective is not None and replay:
-            loss = loss + self.objective.loss(out[len(labels) :], replay)["loss"]
+            loss = loss + self.objective.loss(outputs[len(labels) :], replay)["loss"]
         return {"loss": loss}
 
 
@@ -84,7 +84,8 @@ def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, en
 def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> None:
     """Set a pretrained student's untrained last layer to a linear head on its features, for a fair start.
 
-    The probe sees features of unit length; its weights are divided by the mean length, since the classifier does not.
+    The head is fitted on features of unit length. The classifier's features have other lengths, so the weights are
+    divided by the mean length.
     """
     pixels, y = labels.load("train", "pixels")
     val_pixels, val_y = labels.load("val", "pixels")
@@ -100,25 +101,31 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
 
 
 def settle_precision(
-    directory: Dir, spec: StudentSpec, model: nn.Module, env: WorkerContext, rows: int, wish: Any
+    directory: Dir, spec: StudentSpec, model: nn.Module, env: WorkerContext, rows: int, requested: Any
 ) -> Precision:
-    """The number format and layout of the student, put into effect; ``rows`` are those of a lane."""
+    """Choose the number format and memory layout of the student's training, and apply the layout to the model.
+
+    Args:
+        directory: the directory of the store where decisions are kept.
+        rows: number of rows of a virtual rank in a step.
+        requested: the precision in the recipe.
+    """
     size = spec.image_size
-    # What a worker has when there are the most: it stays as it is when some come or go.
+    # The batch of a worker when there are the most workers, so that the decision does not depend on their number.
     world = env.span[1] if env.span else env.world
-    batch = rows * -(-env.of // world)
-    # A measurement may end differently next time. The first decision of a store holds for every rank, restart
-    # and seed, so that runs differ by what the recipe says alone.
-    name = f"{digest([spec.name, spec.kwargs, size, batch, world, str(env.device.type), cpu_model(), wish])}.json"
-    found: list[Any] = [None]
+    batch = rows * -(-env.rank_count // world)
+    # A repeated measurement may have another result. The first decision in a store is used for every rank, restart and
+    # seed, so that runs differ only by their recipes.
+    name = f"{digest([spec.name, spec.kwargs, size, batch, world, str(env.device.type), cpu_model(), requested])}.json"
+    decision: list[Any] = [None]
     if env.rank == 0:
         if not directory.exists(name):
-            measured = choose_precision(model, env.device, size, batch, train=True, precision=wish)
-            directory.create(name, json.dumps(measured.to_dict()).encode())  # unless one that runs beside was first
-        found = [Precision.from_dict(directory.read_json(name))]
+            measured = choose_precision(model, env.device, size, batch, train=True, precision=requested)
+            directory.create(name, json.dumps(measured.to_dict()).encode())  # has no effect if another job was first
+        decision = [Precision.from_dict(directory.read_json(name))]
     if env.world > 1:
-        dist.broadcast_object_list(found, 0)
-    chosen: Precision = found[0]
+        dist.broadcast_object_list(decision, 0)
+    chosen: Precision = decision[0]
     if chosen.channels_last:
         model.to(memory_format=torch.channels_last)
     return chosen
@@ -129,9 +136,13 @@ class TransferSpec:
     """Pretraining on the transfer set.
 
     Attributes:
-        taught: its views with the teacher's targets.
-        labels: the task's labelled images: validation, and, where the objective takes them, ``label_batch`` a step.
-        policy: their views.
+        taught: the views of the transfer set with their targets.
+        labels: the task's labelled images, for validation and, if the objective uses them, for ``label_batch`` images
+            in each step.
+        policy: the random views of the labelled images.
+        part: the recipe's section ``train``.
+        metric: name of the metric for validation.
+        directory: the directory of the store for decisions about precision.
     """
 
     settings: TrainerSettings
@@ -184,9 +195,9 @@ class TransferSpec:
             if not label_batch:
                 yield from stream
                 return
-            more_of = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
-            for views, more in zip(stream, more_of, strict=True):
-                yield {**views, "label_images": more["images"], "label_of": more["label"]}
+            labelled_stream = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
+            for views, labelled_views in zip(stream, labelled_stream, strict=True):
+                yield {**views, "label_images": labelled_views["images"], "label_of": labelled_views["label"]}
 
         evaluate = None
         if traits.reads == "logits" or labelled:
@@ -204,12 +215,12 @@ class TransferSpec:
             groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
             batches=batches,
             evaluate=evaluate,
-            flops_per_step=((per_image + live) * batch + labelled_cost) * env.of,
-            images_per_step=(batch + label_batch) * env.of,
+            flops_per_step=((per_image + live) * batch + labelled_cost) * env.rank_count,
+            images_per_step=(batch + label_batch) * env.rank_count,
             device=env.device,
             weight=env.weight,
             autocast=precision.autocast_dtype,
-            # Heads that end up in the student are averaged with it.
+            # Heads that become part of the student are averaged with it.
             averaged=module if labelled else None,
             after_step=lambda progress: objective.after_step(student, progress),
             finish=objective.finish,
@@ -219,11 +230,14 @@ class TransferSpec:
 
 @dataclass(frozen=True)
 class FinetuneSpec:
-    """Finetuning on the labels; from random weights it is the scratch floor.
+    """Finetuning on the labels. With random initial weights, it trains the baseline from scratch.
 
     Attributes:
-        objective: of the pretraining that came before; None without one.
-        taught, replay: its transfer set, and the images of it for each labelled one.
+        batch: number of labelled images in a step, over all workers.
+        objective: the objective of the pretraining; None if there was none.
+        part: the recipe's section for this training.
+        taught: the transfer set of the pretraining.
+        replay: number of images of the transfer set for each labelled image.
     """
 
     settings: TrainerSettings
@@ -246,7 +260,7 @@ class FinetuneSpec:
         traits = self.objective.traits if self.objective else Traits()
         if self.student.start is not None and traits.reads != "logits" and kind.linear_student:
             _fit_classifier(model, preprocess, self.labels, env)
-        # After a pretraining that compares no predictions there is no distillation term to keep.
+        # If the pretraining did not compare predictions, there is no distillation term to continue.
         extra = round(batch * self.replay) if self.taught and traits.replays else 0
         precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
         freeze_idle(model, model, preprocess.size[0])
@@ -263,18 +277,18 @@ class FinetuneSpec:
                 yield from labelled
                 return
             replayed = self.taught.batches(self.part, env, extra, s.seed + 1, start, stop)
-            for images, more in zip(labelled, replayed, strict=True):
-                yield {**images, **{f"replay_{name}": value for name, value in more.items()}}
+            for images, replay in zip(labelled, replayed, strict=True):
+                yield {**images, **{f"replay_{name}": value for name, value in replay.items()}}
 
         teacher = self.taught.teacher() if self.taught and extra else None
 
         def teach(views: Batch) -> Batch:
             assert teacher is not None
-            more = teacher(views["replay_pixels"])
-            return {**views, **{f"replay_{name}": value for name, value in more.items()}}
+            targets = teacher(views["replay_pixels"])
+            return {**views, **{f"replay_{name}": value for name, value in targets.items()}}
 
-        live = teacher.flops * extra * env.of if teacher else 0.0
-        images = (batch + extra) * env.of
+        live = teacher.flops * extra * env.rank_count if teacher else 0.0
+        images = (batch + extra) * env.rank_count
         return TrainingProgram(
             module=module,
             model=model,
@@ -296,7 +310,11 @@ def _predict(preprocess: Preprocess) -> Callable[[nn.Module, torch.Tensor], torc
 
 @dataclass(frozen=True)
 class AdaptSpec:
-    """Finetuning of the teacher's image tower and head on the labels, with layer-wise learning rate decay."""
+    """Finetuning of the teacher's image tower and head on the labels, with layer-wise decay of the learning rate.
+
+    Attributes:
+        start: the directory of the adapted teacher that the training starts from.
+    """
 
     settings: TrainerSettings
     start: Dir
@@ -321,8 +339,8 @@ class AdaptSpec:
             groups=groups,
             batches=lambda start, stop: self.labels.batches(env, batch, self.policy, size[0], seed, start, stop),
             evaluate=evaluator(kind, pixels, val_labels, lambda m, x: m.logits(x), env, self.metric),
-            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.of,
-            images_per_step=batch * env.of,
+            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.rank_count,
+            images_per_step=batch * env.rank_count,
             device=env.device,
             weight=env.weight,
             autocast=torch.bfloat16 if env.device.type == "cuda" else None,

@@ -1,8 +1,9 @@
-"""The shells around the loop: workers, DDP, checkpoints in the store, progress on the board.
+"""The launcher of the training loop: workers, DDP, checkpoints in the store, and progress in the mailbox.
 
-Ray Train runs what has several workers or a GPU. For each run it starts a controller, workers, and helpers, each of
-which imports for seconds: nothing for an hour of training on a cluster, but on two cores 20 s a stage. There a single
-worker without a GPU is a plain Ray task, whose process Ray keeps for the next one.
+Ray Train runs trainings with several workers or a GPU. For each training it starts a controller, workers and helper
+processes, and each of them needs seconds for its imports. That does not matter for an hour of training on a cluster,
+but on two cores it takes 20 s per stage. A single worker without a GPU is therefore a plain Ray task, whose process Ray
+keeps for the next task.
 """
 
 from __future__ import annotations
@@ -30,51 +31,55 @@ from ktray.training.messages import LoopMessage, Message, Started
 from ktray.training.outcome import CostReport, Outcome
 from ktray.training.worker import TrainingSpec, WorkerContext
 
-FOLDER = "train"  # in the stage's directory, for checkpoints
-LAST = "last.json"  # names a lone worker's
-MANAGED = "checkpoint_manager_snapshot.json"  # names those of Ray Train's workers; the file is its own
+FOLDER = "train"  # folder for checkpoints in the stage's directory
+LAST = "last.json"  # names the last checkpoint of a single worker
+MANAGED = "checkpoint_manager_snapshot.json"  # Ray Train's own file, which names the checkpoints of its workers
 
 
 def train(
     job: TrainingSpec,
     stage: Stage,
     plan: Allocation,
-    board: Any,
+    mailbox: Any,
     *,
     max_failures: int,
     on_weights: Callable[[Path], None],
     resize_seconds: float = 60.0,
 ) -> Outcome:
-    """Run a job on ``plan.least`` to ``plan.workers`` workers to its end; goes on from the stage's last checkpoint if
-    there is one, however many workers wrote it.
+    """Run a training to its end on ``plan.least`` to ``plan.workers`` workers.
+
+    It resumes from the stage's last checkpoint if there is one, with any number of workers.
 
     Args:
-        max_failures: of workers that die or fail, and as many of their set-up; -1: any number.
-        on_weights: gets the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
-        resize_seconds: between looks for room for more workers.
+        job: the specification of the training.
+        stage: the directory of the stage.
+        mailbox: handle of the `ktray.distributed.mailbox.ProgressActor` for messages; None: no messages.
+        max_failures: number of times that workers may die or fail, and that their set-up may fail; -1: any number.
+        on_weights: called with the path of the final ``weights.safetensors``; the checkpoints are deleted after it.
+        resize_seconds: seconds between two checks whether there is room for more workers.
 
     Raises:
-        KtrayError: the stage's watchdog has stopped (`ktray.distributed.watchdog`).
+        KtrayError: the stage's watchdog found a stall (`ktray.distributed.watchdog`).
     """
     from ray import cloudpickle
 
-    # Pickled apart, so that a controller, which only passes it on, need not import what it is made of.
+    # The job is pickled separately, so that the controller, which only passes it on, does not have to import its parts.
     config = {
         "job": cloudpickle.dumps(job),
-        "board": board,
+        "mailbox": mailbox,
         "threads": plan.worker_threads,
         "span": (plan.least, plan.workers),
-        "beside": {
+        "resources": {
             "read_cpus": plan.decode_cpus,
             "teachers": plan.streaming,
             "teacher_gpus": plan.actor_gpus,
             "teacher_threads": plan.actor_threads,
         },
     }
-    alone = plan.workers == 1 and not plan.worker_gpus and not stage.exists(f"{FOLDER}/{MANAGED}")
+    single = plan.workers == 1 and not plan.worker_gpus and not stage.exists(f"{FOLDER}/{MANAGED}")
     try:
-        if alone:
-            outcome = _alone(config, stage, plan, max_failures, on_weights)
+        if single:
+            outcome = _single_worker(config, stage, plan, max_failures, on_weights)
         else:
             outcome = _ray_train(config, stage, plan, max_failures, on_weights, resize_seconds)
     except OSError as error:
@@ -96,16 +101,16 @@ def _ray_train(
 
     from ktray.training.ray_train_callback import ControllerWatcher, should_restart
 
-    board = config["board"]
+    mailbox = config["mailbox"]
     resources = {"CPU": plan.worker_cpus}
     if plan.worker_gpus:
         resources["GPU"] = plan.worker_gpus
     least, most = plan.least, plan.workers
     count = str(most) if least == most else f"{least} to {most}"
-    asks = " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
-    watchdog.waiting_for("its training workers", f"{count} times {asks} (on one node each time)")
+    shares = " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
+    watchdog.waiting_for("its training workers", f"{count} workers with {shares} each, each worker on one node")
 
-    api: Any = ray.train  # its types are those of the older Train
+    api: Any = ray.train  # Ray declares the types of the older Train
 
     def fit() -> Any:
         trainer = TorchTrainer(
@@ -115,7 +120,8 @@ def _ray_train(
                 num_workers=most if least == most else (least, most),
                 use_gpu=plan.worker_gpus > 0,
                 resources_per_worker=resources,
-                # Each has the threads of a whole machine (see `resources.plan`); GPUs are better off close together.
+                # Each worker has the threads of a whole machine (see `ktray.distributed.allocation`). GPUs exchange
+                # gradients faster if they are close together.
                 placement_strategy="PACK" if plan.worker_gpus else "SPREAD",
                 elastic_resize_monitor_interval_s=resize_seconds,
             ),
@@ -126,7 +132,7 @@ def _ray_train(
                 storage_filesystem=stage.fs,
                 failure_config=api.FailureConfig(max_failures=max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=1),
-                callbacks=[ControllerWatcher(board, max_failures)],
+                callbacks=[ControllerWatcher(mailbox, max_failures)],
             ),
         )
         return trainer.fit()
@@ -134,7 +140,7 @@ def _ray_train(
     failures = 0
     while True:
         try:
-            result = watchdog.run_watched(fit, lambda: _end(board))
+            result = watchdog.run_watched(fit, lambda: _end(mailbox))
             break
         except api.ControllerError as error:
             if not should_restart(error.controller_failure, failures, max_failures):
@@ -148,18 +154,18 @@ def _ray_train(
 
 
 def _managed(checkpoint: Any) -> str:
-    """Name in the stage of a checkpoint of Ray Train's."""
+    """Name of one of Ray Train's checkpoints in the stage."""
     return f"{FOLDER}/{Path(checkpoint.path).name}"
 
 
-def _end(board: Any) -> None:
-    """End the training whose controller the board holds."""
+def _end(mailbox: Any) -> None:
+    """End the training whose controller is known to the mailbox."""
     import ray
 
-    if board is None:
+    if mailbox is None:
         return
-    for controller in ray.get(board.controller.remote(), timeout=10):
-        with contextlib.suppress(ray.exceptions.RayError):  # it ends by dying
+    for controller in ray.get(mailbox.controller.remote(), timeout=10):
+        with contextlib.suppress(ray.exceptions.RayError):  # the controller dies when it aborts
             ray.get(controller.abort.remote(), timeout=5)
         ray.kill(controller)
 
@@ -170,20 +176,20 @@ def _outcome(folder: Path, on_weights: Callable[[Path], None]) -> Outcome:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What each of Ray Train's workers does."""
+    """The work of each of Ray Train's workers."""
     import ray.train
     import ray.train.torch
 
     context, stage = ray.train.get_context(), config["stage"]
 
     def upload(local: Any, name: str) -> Any:
-        # By the store and not by Ray, which gives up on a busy one after seconds.
+        # The store uploads, not Ray, because Ray gives up after seconds if a store is busy.
         stage.put(Path(local.path), f"{FOLDER}/{name}")
         return ray.train.Checkpoint(f"{context.get_storage().experiment_fs_path}/{name}", stage.fs)
 
     def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
-        # Reports keep their order: the last one, which is waited for, has all others behind it.
+        # Reports are processed in order: when the last one, which is waited for, is done, so are all others.
         mode = ray.train.CheckpointUploadMode.SYNC if last else ray.train.CheckpointUploadMode.ASYNC
         ray.train.report(
             metrics,
@@ -194,31 +200,33 @@ def _worker(config: dict[str, Any]) -> None:
         )
 
     checkpoint = ray.train.get_checkpoint()
-    last = _last(stage) if checkpoint is None else Path(checkpoint.path).name  # a lone worker may have begun it
-    where = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
+    last = _last(stage) if checkpoint is None else Path(checkpoint.path).name  # a single worker may have started it
+    place = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
     with stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume:
-        # Left where it is when the training fails: what is being uploaded must stay whole.
+        # If the training fails, the folder is not deleted, because a checkpoint may still be uploaded from it.
         scratch = Path(tempfile.mkdtemp(prefix="ktray-train-"))
-        _fit(config, WorkerContext(*where, **config["beside"]), save, resume, scratch)
+        _fit(config, WorkerContext(*place, **config["resources"]), save, resume, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _alone(
+def _single_worker(
     config: dict[str, Any], stage: Stage, plan: Allocation, max_failures: int, on_weights: Callable[[Path], None]
 ) -> Outcome:
     watchdog.waiting_for("its training worker", f"{plan.worker_cpus:g} CPUs")
-    # As Ray Train would: a worker that dies, or that loses its disk or network, goes on from its last checkpoint.
-    work = partial(_lone_worker, config, stage)
-    remedy = "Lower train.batch_size, take a smaller student, or machines with more memory."
+    # As with Ray Train, a worker that dies, or that loses its disk or network, resumes from its last checkpoint.
+    work = partial(_work_alone, config, stage)
+    remedy = "Lower train.batch_size, or use a smaller student or machines with more memory."
     run_with_retries(work, "the training worker", remedy, max_failures, cpus=plan.worker_cpus, also=(OSError,))
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 
 
-def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
+def _work_alone(config: dict[str, Any], stage: Stage) -> None:
+    """The work of a single worker without Ray Train."""
+
     def upload(folder: Path, step: int) -> None:
         before, name = _last(stage), f"step-{step}"
-        if before == name:  # finished right after a checkpoint of the same step
+        if before == name:  # the training ended right after a checkpoint of the same step
             name += "-end"
         stage.put(folder, f"{FOLDER}/{name}")
         stage.write_json(f"{FOLDER}/{LAST}", {"checkpoint": name})
@@ -226,27 +234,27 @@ def _lone_worker(config: dict[str, Any], stage: Stage) -> None:
             stage.delete(f"{FOLDER}/{before}")
         shutil.rmtree(folder)
 
-    under_way: list[Future[None]] = []
+    uploads: list[Future[None]] = []
 
     def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
-        assert folder is not None  # this is rank 0
-        while under_way:  # one at a time, and what went wrong with it ends the attempt
-            under_way.pop().result()
-        under_way.append(behind.submit(upload, folder, metrics["step"]))
+        assert folder is not None  # a single worker is rank 0
+        while uploads:  # there is one upload at a time, and its error ends the attempt
+            uploads.pop().result()
+        uploads.append(background.submit(upload, folder, metrics["step"]))
         if last:
-            under_way.pop().result()
+            uploads.pop().result()
 
     last = _last(stage)
     with (
-        tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch,  # outlives what is being uploaded from it
-        ThreadPoolExecutor(1) as behind,
+        tempfile.TemporaryDirectory(prefix="ktray-train-") as scratch,  # exists until the uploads from it are done
+        ThreadPoolExecutor(1) as background,
         stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
     ):
-        _fit(config, WorkerContext(torch.device("cpu"), 0, 1, **config["beside"]), save, resume, Path(scratch))
+        _fit(config, WorkerContext(torch.device("cpu"), 0, 1, **config["resources"]), save, resume, Path(scratch))
 
 
 def _last(stage: Stage) -> str | None:
-    """The newest whole checkpoint of a lone worker."""
+    """Name of the newest complete checkpoint of a single worker; None if there is none."""
     name = f"{FOLDER}/{LAST}"
     return str(stage.read_json(name)["checkpoint"]) if stage.exists(name) else None
 
@@ -262,12 +270,12 @@ def _fit(
 
     torch.set_num_threads(config["threads"])
     job: TrainingSpec = cloudpickle.loads(config["job"])
-    board = config["board"]
+    mailbox = config["mailbox"]
     torch.manual_seed(job.settings.seed)
 
     def report(message: Message) -> None:
-        if board is not None:
-            board.post.remote(message)
+        if mailbox is not None:
+            mailbox.post.remote(message)
 
     span = _span(config["span"], env.world, resume)
     program = job.build(replace(env, report=report, span=span))
@@ -276,7 +284,7 @@ def _fit(
 
     def progress(message: LoopMessage) -> None:
         if env.rank == 0:
-            if isinstance(message, Started):  # the loop does not know of the others
+            if isinstance(message, Started):  # the loop does not know the other workers
                 message = replace(message, workers=env.world, machines=machines)
             report(message)
 
@@ -296,14 +304,17 @@ def _fit(
 
 
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:
-    """The run's fewest and most workers, by which its rows are ordered: those that it began with, as long as they
-    allow for the workers that there are now (the same command may have been given again with another number)."""
+    """Minimum and maximum number of workers, which the order of the rows depends on.
+
+    These are the numbers at the start of the run, as long as they allow the current number of workers: the run may be
+    resumed with another number in its recipe.
+    """
     low, high = (CostReport.load(resume).span if resume else None) or span
     return (low, high) if world <= high else span
 
 
 def _machines(world: int) -> int:
-    """On how many the workers are."""
+    """Number of nodes that the workers run on."""
     import ray
     import torch.distributed as dist
 

@@ -1,6 +1,6 @@
-"""What Ray Train's controller tells of itself, and whether a failure is worth another try.
+"""The callback that reports the states of Ray Train's controller, and the decision whether to restart after a failure.
 
-Its process need not import torch, so this module does not.
+This module does not import torch, because the controller's process does not need it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,47 @@ from ktray.training.messages import ControllerState
 
 
 class ControllerWatcher(ControllerCallback):
-    """Posts each new `ControllerState` to the mailbox, and hands it the controller itself, so that the driver can end
-    what hangs.
+    """Posts each new `ControllerState` to the mailbox, together with the controller's handle, so that the driver can
+    end a training that hangs.
 
     Args:
-        limit: set-ups of workers that may fail; -1: any number. Ray Train itself bounds those together with waits for
-            machines that took too long, which are no failures.
+        mailbox: handle of the `ktray.distributed.mailbox.ProgressActor`; None: no messages.
+        limit: number of times that the set-up of the workers may fail; -1: any number. Ray Train's own limit also
+            counts waits for machines that took too long, which are not failures.
     """
 
-    def __init__(self, board: Any, limit: int) -> None:
-        self.board, self.limit = board, limit
-        self.known, self.failures = "", 0
+    def __init__(self, mailbox: Any, limit: int) -> None:
+        self.mailbox, self.limit = mailbox, limit
+        self.last_state, self.failures = "", 0
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         state = type(current_state).__name__.removesuffix("State").lower()
-        if state == self.known:
+        if state == self.last_state:
             return
         error = getattr(current_state, "training_failed_error", None)
-        if self.board is not None:
-            self._tell(state, error)
-        self.known = state
+        if self.mailbox is not None:
+            self._report(state, error)
+        self.last_state = state
         cause = getattr(error, "controller_failure", None)
         if state == "rescheduling" and not isinstance(cause, WorkerGroupStartupTimeoutError):
             self.failures += 1
             if self.failures > self.limit != -1:
                 raise KtrayError(
                     f"Training workers could not be set up {self.failures} times: {reason(error)}",
-                    "See cluster.max_failures, and the nodes' logs under /tmp/ray/session_latest/logs.",
+                    "Look for the cause in the nodes' logs under /tmp/ray/session_latest/logs; cluster.max_failures "
+                    "sets the limit.",
                 )
 
-    def _tell(self, state: str, error: BaseException | None) -> None:
+    def _report(self, state: str, error: BaseException | None) -> None:
         import ray
 
-        if not self.known:
-            self.board.set_controller.remote(ray.get_runtime_context().current_actor)
-        self.board.post.remote(ControllerState(state, reason(error) if error is not None else ""))
+        if not self.last_state:
+            self.mailbox.set_controller.remote(ray.get_runtime_context().current_actor)
+        self.mailbox.post.remote(ControllerState(state, reason(error) if error is not None else ""))
 
 
 def reason(error: BaseException | None) -> str:
-    """A failure in one short line: of a worker, or the controller's."""
+    """One short line that describes a failure of a worker or of the controller."""
     failures = getattr(error, "worker_failures", None) or {}
     rank = first_failed(failures) if failures else 0
     who = f"worker {rank}: " if failures else ""
@@ -67,11 +69,12 @@ def reason(error: BaseException | None) -> str:
 
 
 def should_restart(error: BaseException, failures: int, limit: int) -> bool:
-    """Whether to set up workers once more after the controller has given up, as it does where they cannot meet.
+    """Whether to start the training again after the controller has given up, as it does if workers cannot connect.
 
     Args:
-        failures: that were before.
-        limit: of them; -1: any number.
+        error: why the controller has given up.
+        failures: number of earlier failures.
+        limit: maximum number of failures; -1: any number.
     """
     if isinstance(error, CheckpointManagerInitializationError | InsufficientClusterResourcesError | KtrayError):
         return False

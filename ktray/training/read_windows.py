@@ -1,4 +1,4 @@
-"""Windows of rows for `sampler.RowSampler`, from shards that are stored or made when they are asked for."""
+"""Readers of windows of rows for `ktray.training.sampler.RowSampler`: rows are stored, or computed when needed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Report = Callable[[BadImages | TeacherFlops], None]
 
 
 def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
-    """A reader that reads stored shards in this process; for sets that stay in memory."""
+    """A reader that reads stored shards in this process, for sets of rows that stay in memory."""
 
     def read(windows: Sequence[Window]) -> Iterator[Rows]:
-        # Lanes that share a shard each take some of its rows; it is read once.
+        # A shard that several virtual ranks share is read once, and each takes its rows of it.
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
         whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
         for window in windows:
@@ -37,35 +37,40 @@ def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
 
 
 def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Reader:
-    """A reader through Ray Data: tasks read stored shards ahead while the step runs, in the feed's order."""
-    return _Streamed(lambda dataset: _handed(dataset, _ReadSlice(directory, columns), cpus))
+    """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps."""
+    return _StreamReader(lambda dataset: _map_slices(dataset, _ReadSlice(directory, columns), cpus))
 
 
 def made_windows(
-    directory: Dir, cut: MakeViews, predict: Predict | None, columns: Sequence[str], crew: WorkerPool, report: Report
+    directory: Dir, cut: MakeViews, predict: Predict | None, columns: Sequence[str], pool: WorkerPool, report: Report
 ) -> Reader:
-    """A reader whose rows are made when they are asked for: images are decoded and cut, and, with ``predict``, shown to
-    a teacher beside the training.
+    """A reader that computes rows when they are needed. Images are decoded and cut into views; with ``predict``, a
+    teacher that runs during training computes the targets.
 
     Args:
-        directory: of TEACH, with a list of images for each shard's name.
-        predict: without it the views keep the size they were cut at.
-        columns: that the rows have.
-        crew: who makes them; without ``predict`` only its decoders.
-        report: gets `BadImages` (each image once) and `TeacherFlops`.
+        directory: the directory of TEACH, with a list of images for each shard.
+        predict: the teacher; without it, the views keep the size at which they were cut.
+        columns: the columns of the rows.
+        pool: the workers that compute the rows; without ``predict``, only the CPUs of its decode tasks are used.
+        report: receives `BadImages` (each image once) and `TeacherFlops`.
     """
-    cutting = _CutSlice(directory, cut, columns)
+    cut_slice = _CutSlice(directory, cut, columns)
     if predict is None:
-        return _Streamed(lambda dataset: _handed(dataset, cutting, crew.decode_cpus), report)
-    return _Streamed(lambda dataset: map_items(dataset, cutting, _Answer(predict), crew, _hand), report)
+        return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report)
+    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, _PredictRows(predict), pool, _to_table), report)
 
 
-class _Streamed:
-    """Windows as one dataset of slices, in order."""
+class _StreamReader:
+    """Reads windows as one dataset of slices, in order.
 
-    def __init__(self, made: Callable[[Any], Any], report: Report | None = None) -> None:
-        self.made, self.report = made, report
-        self.told: set[str] = set()
+    Args:
+        compute: turns a dataset of items into a dataset of packed rows.
+        report: receives messages about the rows.
+    """
+
+    def __init__(self, compute: Callable[[Any], Any], report: Report | None = None) -> None:
+        self.compute, self.report = compute, report
+        self.reported: set[str] = set()  # the uris of bad images
 
     def __call__(self, windows: Sequence[Window]) -> Iterator[Rows]:
         rows = [
@@ -74,40 +79,42 @@ class _Streamed:
             for i, s in enumerate(window)
         ]
         parts: list[Rows] = []
-        for batch in self.made(ordered(rows)).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        dataset = self.compute(ordered(rows))
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             for i in range(batch.num_rows):
-                parts.append(self._told(views(batch.column("columns"), i)))
+                parts.append(self._report(views(batch.column("columns"), i)))
                 if batch.column("last")[i].as_py():
                     yield _concat(parts)
                     parts = []
 
-    def _told(self, rows: Rows) -> Rows:
+    def _report(self, rows: Rows) -> Rows:
+        """The rows without the columns that are reported to the driver."""
         bad, flops = rows.pop("bad", None), rows.pop("flops", None)
         if self.report is not None and flops is not None:
             self.report(TeacherFlops(float(flops.sum())))
         if self.report is not None and bad is not None:
-            new = tuple((str(uri), str(reason)) for uri, reason in bad.tolist() if uri not in self.told)
-            self.told |= {uri for uri, _ in new}
+            new = tuple((str(uri), str(reason)) for uri, reason in bad.tolist() if uri not in self.reported)
+            self.reported |= {uri for uri, _ in new}
             if new:
                 self.report(BadImages(new))
         return rows
 
 
-def _handed(dataset: Any, prepare: Callable[[Item], Rows], cpus: float) -> Any:
-    # Ray Data starts a task up to 0.1 s after it could, and a slice takes as long: two for each CPU keep it busy.
-    return dataset.map_batches(_Handed(prepare), batch_size=1, batch_format="pyarrow", num_cpus=cpus / 2)
+def _map_slices(dataset: Any, prepare: Callable[[Item], Rows], cpus: float) -> Any:
+    # Ray Data may start a task 0.1 s late, which is as long as a slice takes: two tasks for each CPU keep it busy.
+    return dataset.map_batches(_SliceTask(prepare), batch_size=1, batch_format="pyarrow", num_cpus=cpus / 2)
 
 
-class _Handed:
+class _SliceTask:
     def __init__(self, prepare: Callable[[Item], Rows]) -> None:
         self.prepare = prepare
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         item = json.loads(batch.column("item")[0].as_py())
-        return _hand(item, self.prepare(item))
+        return _to_table(item, self.prepare(item))
 
 
-def _hand(item: Item, rows: Rows) -> pa.Table:
+def _to_table(item: Item, rows: Rows) -> pa.Table:
     return pa.table({"columns": pack(rows), "last": [bool(item["last"])]})
 
 
@@ -127,28 +134,28 @@ class _CutSlice:
     columns: Sequence[str]
 
     def __call__(self, item: Item) -> Rows:
-        found = self.cut.some(self.directory.read_json(listed(item["shard"])), item["start"], item["step"])
-        return {name: value for name, value in found.items() if name in self.columns or name == "bad"}
+        rows = self.cut.some(self.directory.read_json(listed(item["shard"])), item["start"], item["step"])
+        return {name: value for name, value in rows.items() if name in self.columns or name == "bad"}
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """Makes the teacher's half where it runs."""
+class _PredictRows:
+    """Loads the teacher in the worker's process, and adds its targets to rows."""
 
     predict: Predict
 
     def __call__(self) -> Callable[[Item, Rows], Rows]:
         loaded = self.predict.load()
 
-        def answer(item: Item, rows: Rows) -> Rows:
+        def add_targets(item: Item, rows: Rows) -> Rows:
             pixels = rows.pop("pixels")
             return {**loaded.rows(pixels), **rows, "flops": np.array([loaded.flops * len(pixels)])}
 
-        return answer
+        return add_targets
 
 
 def listed(shard: str) -> str:
-    """The file with the list of a shard's images: ``uris`` and ``beside``, as `MakeViews` takes them."""
+    """Name of the file with the list of a shard's images: ``uris`` and ``beside``, the input of `MakeViews`."""
     return f"{shard}.images"
 
 
@@ -161,5 +168,6 @@ def _every(rows: Rows, start: int, step: int) -> Rows:
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:
-    """Arrays of their own, a single part's too: it may lie in Ray's store, which is not to hold a whole window."""
+    """The concatenated columns. A single part is also copied, because it may be in Ray's object store, which should not
+    hold a whole window."""
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}

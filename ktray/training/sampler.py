@@ -1,9 +1,9 @@
-"""The feed: a replayable, endless order of training rows over shards.
+"""The sampler: a reproducible, endless order of training rows over shards.
 
-Which rows stand in batch ``k`` of a lane (see `virtual_ranks`) is a function of the seed, the shards and the
-number of lanes alone. So a run that restarts at step ``k``, with as many workers or with others, goes on with exactly
-the batches it would have had, without reading what it has already used, and a whole schedule (all epochs) is one stream
-without a pause between epochs.
+The rows in batch ``k`` of a virtual rank (see `ktray.training.virtual_ranks`) only depend on the seed, the shards and
+the number of virtual ranks. A run that restarts at step ``k``, with the same or another number of workers, therefore
+continues with exactly the batches that it would have had, and does not read the rows again that it has already used.
+All epochs are one stream without a pause between them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ktray.storage.columns import Rows
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows ``start::step`` of one shard."""
+    """The rows ``start::step`` of one shard, which has ``rows`` rows."""
 
     shard: str
     rows: int
@@ -32,21 +32,24 @@ class Slice:
 
 
 Window = Sequence[Slice]
-# Reads windows in order, one dict of columns per window; it may read ahead.
+# Reads windows in order and yields one dict of columns per window; it may read ahead.
 Reader = Callable[[Sequence[Window]], Iterator[Rows]]
 
 
-def lane_slices(shards: Sequence[tuple[str, int]], lane: int, of: int) -> list[Slice]:
-    """The part of the shards (name, rows) that is a lane's: whole shards, or rows of each when few."""
-    if len(shards) >= 4 * of:
-        return [Slice(name, rows) for name, rows in shards[lane::of] if rows]
-    slices = [Slice(name, rows, lane, of) for name, rows in shards]
+def rank_slices(shards: Sequence[tuple[str, int]], rank: int, count: int) -> list[Slice]:
+    """The part of the shards (name, rows) that belongs to virtual rank ``rank`` of ``count``.
+
+    It consists of whole shards, or, if there are few shards, of some rows of each shard.
+    """
+    if len(shards) >= 4 * count:
+        return [Slice(name, rows) for name, rows in shards[rank::count] if rows]
+    slices = [Slice(name, rows, rank, count) for name, rows in shards]
     return [s for s in slices if s.count]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows ``first``..``last - 1`` (shuffled) of a window of an epoch; ``step`` is the first that needs them."""
+    """Rows ``first``..``last - 1`` (shuffled) of a window of an epoch; ``step`` is the first step that needs them."""
 
     epoch: int
     number: int
@@ -57,15 +60,20 @@ class _Part:
 
 
 class RowSampler:
-    """The batches of a worker: one after the other, those of its lanes.
+    """The batches of a worker. Each batch consists of the batches of the worker's virtual ranks, one after the other.
 
     Args:
         shards: (name, rows) of every shard, the same list in the same order on every worker.
         read: reads windows; see `Reader`.
-        batch: rows per batch of each lane.
-        lanes, of: which lanes, of how many.
-        window_rows: rows of a lane that are read and shuffled together; at least all rows makes the lane resident:
-            it reads once and keeps the rows.
+        batch: number of rows per batch of each virtual rank.
+        ranks: the virtual ranks of the worker.
+        rank_count: number of virtual ranks of all workers.
+        seed: seed of all shuffles.
+        window_rows: number of rows of a virtual rank that are read and shuffled together. If it is at least the number
+            of all rows of the virtual rank, the virtual rank is resident: its rows are read once and kept in memory.
+
+    Raises:
+        ValueError: a virtual rank has no rows.
     """
 
     def __init__(
@@ -74,34 +82,35 @@ class RowSampler:
         read: Reader,
         *,
         batch: int,
-        lanes: Sequence[int] = (0,),
-        of: int = 1,
+        ranks: Sequence[int] = (0,),
+        rank_count: int = 1,
         seed: int = 0,
         window_rows: int = 1 << 62,
     ) -> None:
         self.read = read
-        self.lanes = [_Lane(lane_slices(shards, n, of), batch, n, seed, window_rows) for n in lanes]
-        for lane in self.lanes:
-            if not lane.rows:
-                raise ValueError(f"lane {lane.number} of {of} has no rows in {len(shards)} shards")
+        self.streams = [_Stream(rank_slices(shards, n, rank_count), batch, n, seed, window_rows) for n in ranks]
+        for stream in self.streams:
+            if not stream.rows:
+                raise ValueError(f"virtual rank {stream.rank} of {rank_count} has no rows in {len(shards)} shards")
         self._kept: dict[int, Rows] = {}
 
     def batches(self, start: int, stop: int) -> Iterator[Rows]:
-        """Batches ``start``..``stop - 1``. Every batch is full; epochs follow each other without a gap.
+        """Batches ``start``..``stop - 1``. Every batch is full, also at the end of an epoch.
 
-        Beside the reader's columns a batch has ``visit`` (N,) int64: how often each row was there before.
+        In addition to the reader's columns, a batch has the column ``visit`` (N,) int64: how often each row was used
+        before.
         """
-        plans = [lane.schedule(start, stop) for lane in self.lanes]
-        # One reader for all lanes, whose windows come in the order in which the steps need them.
-        wanted = sorted(
+        plans = [stream.schedule(start, stop) for stream in self.streams]
+        # All streams share one reader, which reads the windows in the order in which the steps need them.
+        needed = sorted(
             (part.step, number, at)
-            for number, (lane, parts) in enumerate(zip(self.lanes, plans, strict=True))
+            for number, (stream, parts) in enumerate(zip(self.streams, plans, strict=True))
             for at, part in enumerate(parts)
-            if not lane.resident or (at == 0 and number not in self._kept)
+            if not stream.resident or (at == 0 and number not in self._kept)
         )
-        windows = iter(self.read([plans[number][at].window for _, number, at in wanted]) if wanted else ())
-        owners = iter(number for _, number, _ in wanted)
-        waiting: list[deque[Rows]] = [deque() for _ in self.lanes]
+        windows = iter(self.read([plans[number][at].window for _, number, at in needed]) if needed else ())
+        owners = iter(number for _, number, _ in needed)
+        waiting: list[deque[Rows]] = [deque() for _ in self.streams]
 
         def rows_of(number: int) -> Iterator[Rows]:
             for _ in plans[number]:
@@ -111,29 +120,36 @@ class RowSampler:
                 while not waiting[number]:
                     waiting[next(owners)].append(next(windows))
                 rows = waiting[number].popleft()
-                if self.lanes[number].resident:
+                if self.streams[number].resident:
                     self._kept[number] = rows
                 yield rows
 
-        streams = [
-            lane.batches(parts, rows_of(number))
-            for number, (lane, parts) in enumerate(zip(self.lanes, plans, strict=True))
+        batches = [
+            stream.batches(parts, rows_of(number))
+            for number, (stream, parts) in enumerate(zip(self.streams, plans, strict=True))
         ]
-        for found in zip(*streams, strict=True):
-            yield found[0] if len(found) == 1 else {k: np.concatenate([b[k] for b in found]) for k in found[0]}
+        for parts_of_batch in zip(*batches, strict=True):
+            first = parts_of_batch[0]
+            yield (
+                first
+                if len(parts_of_batch) == 1
+                else {k: np.concatenate([part[k] for part in parts_of_batch]) for k in first}
+            )
 
 
-class _Lane:
-    def __init__(self, slices: list[Slice], batch: int, number: int, seed: int, window_rows: int) -> None:
-        self.slices, self.batch, self.number, self.seed = slices, batch, number, seed
+class _Stream:
+    """The rows of one virtual rank."""
+
+    def __init__(self, slices: list[Slice], batch: int, rank: int, seed: int, window_rows: int) -> None:
+        self.slices, self.batch, self.rank, self.seed = slices, batch, rank, seed
         self.rows = sum(s.count for s in slices)
         self.window_rows, self.resident = window_rows, self.rows <= window_rows
 
     def _rng(self, epoch: int, window: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.number, epoch, window])
+        return np.random.default_rng([self.seed, self.rank, epoch, window])
 
     def windows(self, epoch: int) -> list[list[Slice]]:
-        """The epoch's windows in the order they are read."""
+        """The windows of the epoch, in the order in which they are read."""
         if self.resident:
             return [self.slices]
         order = self._rng(epoch, 1 << 30).permutation(len(self.slices))
@@ -150,7 +166,7 @@ class _Lane:
     def schedule(self, start: int, stop: int) -> list[_Part]:
         """The windows that hold the rows of batches ``start``..``stop - 1``."""
         first_row, last_row = start * self.batch, stop * self.batch
-        out = []
+        parts = []
         epoch = first_row // self.rows
         position = epoch * self.rows
         while position < last_row:
@@ -158,13 +174,13 @@ class _Lane:
                 count = sum(s.count for s in window)
                 if position + count > first_row and position < last_row:
                     used = max(0, first_row - position), min(count, last_row - position)
-                    out.append(_Part(epoch, number, window, *used, max(position, first_row) // self.batch))
+                    parts.append(_Part(epoch, number, window, *used, max(position, first_row) // self.batch))
                 position += count
             epoch += 1
-        return out
+        return parts
 
     def batches(self, parts: list[_Part], windows: Iterator[Rows]) -> Iterator[Rows]:
-        """The batches that the rows of ``windows``, one of each part, make."""
+        """The batches of ``parts``; ``windows`` yields the rows of each part's window."""
         carried: Rows | None = None
         for part, rows in zip(parts, windows, strict=True):
             count = _len(rows)

@@ -1,24 +1,28 @@
-"""Lanes: the order of training rows as parallel streams whose number does not depend on how many workers there are.
+"""Virtual ranks: parallel streams of training rows whose number does not depend on the number of workers.
 
-A worker that comes or goes changes who feeds a lane, not what the lane holds. So each step has the same rows with any
-number of workers, a run that goes on with fewer sees no image twice or never, and the whole batch keeps its size.
+If a worker joins or leaves, other workers feed some of the virtual ranks, but the rows of each virtual rank stay the
+same. Each step therefore has the same rows with any number of workers: a run that resumes with fewer workers neither
+repeats nor misses an image, and the batch over all workers keeps its size.
 """
 
 from __future__ import annotations
 
 import math
 
-MOST = 4  # lanes for each of the most workers: more of them even out the workers, and cut the shards finer
+# The maximum number of virtual ranks for each worker, when there are the most workers. With more virtual ranks, the
+# workers have more equal shares, but the shards are divided into smaller parts.
+MOST = 4
 
 
 def virtual_ranks(low: int, high: int, *batches: int) -> int:
-    """How many lanes there are for ``low`` to ``high`` workers.
+    """The number of virtual ranks for ``low`` to ``high`` workers.
 
-    Each lane has a row of each batch at least, and lanes divide the batches where they can, so that all give as many
-    rows a step. Among those, the number with which the busiest worker has the least more than its share.
+    The number divides the batches if possible, so that all virtual ranks have equally many rows in a step; each has at
+    least one row of each batch. Among these numbers, it is the one with which the busiest worker exceeds an equal share
+    the least.
 
     Args:
-        batches: rows of a step over all workers.
+        batches: sizes of the batches of a step, in rows over all workers.
     """
     if low == high:
         return high
@@ -27,7 +31,13 @@ def virtual_ranks(low: int, high: int, *batches: int) -> int:
     return min(fit or [high], key=lambda n: (max(math.ceil(n / w) * w / n for w in range(low, high + 1)), n))
 
 
-def ranks_of_worker(rank: int, world: int, of: int) -> range:
-    """The lanes, of ``of``, that a worker feeds; each has its lanes next to each other, and no two differ by more than
-    one."""
-    return range(rank * of // world, (rank + 1) * of // world)
+def ranks_of_worker(rank: int, world: int, count: int) -> range:
+    """The virtual ranks that a worker feeds, of ``count``.
+
+    They are consecutive, and the numbers of any two workers differ by at most one.
+
+    Args:
+        rank: rank of the worker.
+        world: number of workers.
+    """
+    return range(rank * count // world, (rank + 1) * count // world)

@@ -1,4 +1,4 @@
-"""Where a training worker stands, and what it is given to train."""
+"""The context of a training worker, and the specification of what it trains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """Where a worker stands.
+    """The context of a worker: its place among the workers and its resources.
 
     Attributes:
-        read_cpus: of a task that reads for it.
-        teachers, teacher_gpus, teacher_threads: the teachers that may run beside it, and what each has.
-        report: posts what a reader has to say to those who watch.
-        span: the fewest and the most workers that the run may have; None: as many as there are.
-        virtual_ranks: that the training rows come in (`divide`); 0: one for each worker.
+        device: the worker's device.
+        rank, world: rank of the worker, and number of workers.
+        read_cpus: CPUs of a task that reads rows for the worker.
+        teachers: number of teachers that may run for the worker during training.
+        teacher_gpus, teacher_threads: GPUs and threads of each of these teachers.
+        report: posts messages of a reader to the driver.
+        span: minimum and maximum number of workers that the run may have; None: the number is fixed.
+        virtual_ranks: number of virtual ranks of the training rows (`divide`); 0: one for each worker.
     """
 
     device: torch.device
@@ -37,36 +40,40 @@ class WorkerContext:
     virtual_ranks: int = 0
 
     def divide(self, *batches: int) -> WorkerContext:
-        """The same with lanes that fit the batches, rows of a step over all workers."""
+        """This context with a number of virtual ranks that fits the batches.
+
+        Args:
+            batches: sizes of the batches of a step, in rows over all workers.
+        """
         return replace(self, virtual_ranks=virtual_ranks(*(self.span or (self.world, self.world)), *batches))
 
     @property
-    def of(self) -> int:
-        """How many lanes there are."""
+    def rank_count(self) -> int:
+        """Number of virtual ranks of all workers."""
         return self.virtual_ranks or self.world
 
     @property
-    def mine(self) -> range:
-        """The lanes that this worker feeds."""
-        return ranks_of_worker(self.rank, self.world, self.of)
+    def own_ranks(self) -> range:
+        """The virtual ranks that this worker feeds."""
+        return ranks_of_worker(self.rank, self.world, self.rank_count)
 
     @property
-    def most(self) -> int:
-        """The most lanes that a worker feeds, when there are the fewest workers."""
-        return -(-self.of // (self.span[0] if self.span else self.world))
+    def max_ranks(self) -> int:
+        """The largest number of virtual ranks that a worker feeds, reached with the fewest workers."""
+        return -(-self.rank_count // (self.span[0] if self.span else self.world))
 
     def rows(self, batch: int) -> int:
-        """Of each lane, for a batch over all workers."""
-        return max(1, -(-batch // self.of))
+        """Number of rows of each virtual rank, for a batch of ``batch`` rows over all workers."""
+        return max(1, -(-batch // self.rank_count))
 
     @property
     def weight(self) -> float:
-        """Of this worker's mean loss in the mean over workers, so that each row of the whole batch counts alike."""
-        return len(self.mine) * self.world / self.of
+        """Weight of this worker's mean loss in the mean over workers, so that all rows of a batch count equally."""
+        return len(self.own_ranks) * self.world / self.rank_count
 
 
 class TrainingSpec(Protocol):
-    """What to train, as picklable data; the worker builds it."""
+    """A specification of a training, as picklable data. The worker builds the `TrainingProgram` from it."""
 
     @property
     def settings(self) -> TrainerSettings: ...

@@ -154,7 +154,7 @@ def main() -> None:
             job.tell("the first steps, by one worker")
             nodes.append(start_node(f"--address={address}", log=home / "node.log"))
             job.tell("a second node starts")
-            grown = job.until(r"transfer\s+goes on from step (\d+) with 2 worker")
+            grown = job.until(r"transfer\s+resumed at step (\d+) with 2 workers")
             job.tell(f"two workers from step {grown[1]}")
             job.work()
             if NOTICE:
@@ -163,7 +163,7 @@ def main() -> None:
                 time.sleep(10)
             end(nodes.pop(), signal.SIGKILL)
             job.tell("SIGKILL of the second node")
-            left = job.until(r"transfer\s+goes on from step (\d+) with 1 worker")
+            left = job.until(r"transfer\s+resumed at step (\d+) with 1 worker")
             job.tell(f"one worker from step {left[1]}")
             if not NOTICE:
                 job.work()

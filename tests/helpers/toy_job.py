@@ -70,7 +70,8 @@ class Shared:
         model = nn.Linear(4, 1)
         nn.init.zeros_(model.weight)
         nn.init.zeros_(model.bias)
-        mine = slice(env.mine.start * env.rows(self.rows), env.mine.stop * env.rows(self.rows))
+        ranks = env.own_ranks
+        mine = slice(ranks.start * env.rows(self.rows), ranks.stop * env.rows(self.rows))
 
         def batches(start, stop):
             for step in range(start, stop):

@@ -66,9 +66,9 @@ def test_steps_done_again_count_again_and_are_told_apart(made):
     assert entry.flops == (15 + 20 + 20) * FLOPS
     assert entry.images == (15 + 20 + 20) * IMAGES
     assert (entry.restarts, entry.lost_flops) == (2, (5 + 10) * FLOPS)
-    assert [line.split("goes on ")[1] for line in said] == [
-        "from step 40 with 2 worker(s)",
-        "from step 50 with 1 worker(s)",
+    assert [" ".join(line.split()) for line in said] == [
+        "transfer resumed at step 40 with 2 workers",
+        "transfer resumed at step 50 with 1 worker",
     ]
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ktray.training.sampler import RowSampler, lane_slices
+from ktray.training.sampler import RowSampler, rank_slices
 from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 SHARDS = [(f"s{i}", rows) for i, rows in enumerate([7, 5, 9, 4, 6, 8, 3, 10])]
@@ -24,13 +24,13 @@ def reader(log=None):
 @pytest.mark.parametrize("window_rows", [1, 12, 10_000])
 @pytest.mark.parametrize(("lane", "of"), [(0, 1), (0, 2), (1, 2), (2, 3)])
 def test_every_row_once_per_epoch_and_full_batches(window_rows, lane, of):
-    feed = RowSampler(SHARDS, reader(), batch=4, lanes=[lane], of=of, seed=3, window_rows=window_rows)
+    feed = RowSampler(SHARDS, reader(), batch=4, ranks=[lane], rank_count=of, seed=3, window_rows=window_rows)
     batches = list(feed.batches(0, 50))
     assert len(batches) == 50
     assert {len(b["id"]) for b in batches} == {4}
     stream = np.concatenate([b["id"] for b in batches])
     mine = np.sort(
-        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in lane_slices(SHARDS, lane, of)])
+        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in rank_slices(SHARDS, lane, of)])
     )
     for epoch in range(len(stream) // len(mine)):
         part = stream[epoch * len(mine) : (epoch + 1) * len(mine)]
@@ -43,8 +43,8 @@ def test_lanes_cover_the_set_without_overlap():
     for of in (1, 2, 3, 5):
         ids = []
         for lane in range(of):
-            feed = RowSampler(SHARDS, reader(), batch=1, lanes=[lane], of=of)
-            rows = sum(s.count for s in lane_slices(SHARDS, lane, of))
+            feed = RowSampler(SHARDS, reader(), batch=1, ranks=[lane], rank_count=of)
+            rows = sum(s.count for s in rank_slices(SHARDS, lane, of))
             ids += [int(b["id"][0]) for b in feed.batches(0, rows)]
         assert sorted(ids) == list(range(TOTAL))
 
@@ -60,7 +60,8 @@ def test_workers_that_come_and_go_feed_the_same_rows_at_each_step(window_rows, s
         found: list[list[tuple[int, int]]] = [[] for _ in range(start, stop)]
         for rank in range(world):
             mine = ranks_of_worker(rank, world, of)
-            feed = RowSampler(shards, reader(), batch=batch // of, lanes=mine, of=of, seed=3, window_rows=window_rows)
+            sizes = {"batch": batch // of, "rank_count": of, "window_rows": window_rows}
+            feed = RowSampler(shards, reader(), ranks=mine, seed=3, **sizes)
             for step, b in enumerate(feed.batches(start, stop)):
                 assert len(b["id"]) == batch // of * len(mine)
                 found[step] += zip(b["id"].tolist(), b["visit"].tolist(), strict=True)
@@ -106,5 +107,5 @@ def test_batch_larger_than_the_set_spans_epochs():
 
 
 def test_lane_without_rows_is_refused():
-    with pytest.raises(ValueError, match="no rows"):
-        RowSampler([("s0", 1)], reader(), batch=1, lanes=[1], of=2)
+    with pytest.raises(ValueError, match="virtual rank 1 of 2 has no rows"):
+        RowSampler([("s0", 1)], reader(), batch=1, ranks=[1], rank_count=2)

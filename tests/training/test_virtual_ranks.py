@@ -54,9 +54,9 @@ def test_the_mean_over_workers_of_weighted_losses_is_the_mean_over_the_whole_bat
     rows = 0
     for rank in range(world):
         env = WorkerContext(torch.device("cpu"), rank, world, 1.0, span=(1, 4)).divide(64)
-        mine = batch[env.mine.start * env.rows(64) : env.mine.stop * env.rows(64)]
+        mine = batch[env.own_ranks.start * env.rows(64) : env.own_ranks.stop * env.rows(64)]
         losses.append(env.weight * (mine**2).mean())
         rows += len(mine)
-        assert env.most == env.of == 8, "one worker alone feeds all lanes"
+        assert env.max_ranks == env.rank_count == 8, "one worker alone feeds all virtual ranks"
     assert rows == len(batch)
     torch.testing.assert_close(torch.stack(losses).mean(), (batch**2).mean())
