@@ -194,7 +194,7 @@ def _fill_splits(
     names = " and ".join(reversed(missing))
     fractions = " and ".join(f"{shares[name]:g}" for name in reversed(missing))
     share_of = "of each class" if rows and rows[0].label else "of the images"
-    notes.append(f"There is no {names} split: {fractions} {share_of} is moved there from train (seed {seed}).")
+    notes.append(f"There is no {names} split: {fractions} {share_of} is split off from train (seed {seed}).")
     if small_classes:
         notes.append(
             f"Number of classes with too few images for every split: {small_classes}. "
