@@ -154,10 +154,10 @@ def _without_repeats(rows: Sequence[LabelledRow], notes: list[str]) -> list[Labe
         elif first.label != row.label:
             two_labels.append(row.uri)
     if in_two_splits:
-        where = ", ".join("larger train lists" if name == "pool" else name for name in sorted(splits))
+        split_names = ", ".join("larger train lists" if name == "pool" else name for name in sorted(splits))
         raise KtrayError(
             f"{count(in_two_splits, 'image')} {'is' if len(in_two_splits) == 1 else 'are'} in two splits: "
-            f"{three(in_two_splits)} ({where})",
+            f"{three(in_two_splits)} ({split_names})",
             "Keep each image in only one of train, val and test. A test on training images has no meaning.",
         )
     if two_labels:
