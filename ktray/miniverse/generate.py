@@ -123,8 +123,8 @@ def ensure_task(root: Path, name: str) -> Path:
     It contains ``task.json``: ``name``, ``kind``, ``metric``, ``classes``, ``class_names`` (class -> noun phrase),
     ``prompts`` (templates with ``{}``), ``labels_per_class``, ``image_size``, ``about``, ``counterpart``; and
     the folders ``train/``, ``val/`` and ``test/``. For classification each of them has class folders with PNG files.
-    For segmentation each has ``images/NAME.png`` and ``masks/NAME.png`` (8-bit grey: the number of the class, or 255 for
-    ignored pixels), and ``classes.txt`` contains the class names, one per line, in the order of the numbers.
+    For segmentation each has ``images/NAME.png`` and ``masks/NAME.png`` (8-bit grey: the number of the class, or 255
+    for ignored pixels), and ``classes.txt`` contains the class names, one per line, in the order of the numbers.
 
     Args:
         root: any folder; created if needed.

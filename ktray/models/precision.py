@@ -147,9 +147,9 @@ def _measure(
             return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size), train) for c in candidates}
 
         probe = steps(2)[candidates[0]]
-        once = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
+        seconds_per_step = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
         # About five rounds of the two most relevant candidates fit into the budget.
-        images = int(2 * _BUDGET_S / (5 * 2) / max(once, 1e-6))
+        images = int(2 * _BUDGET_S / (5 * 2) / max(seconds_per_step, 1e-6))
         ready = steps(max(2, min(batch, 64, images)))
         seconds: dict[Candidate, float] = {}
         # Candidates alternate, so that other processes slow down all of them; the minimum excludes disturbances.

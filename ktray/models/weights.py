@@ -198,17 +198,17 @@ def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool
     """
     state = read_weights(path, key)
     fitted, loaded_head = _fit_head(model, state, keep_head)
-    why = mismatch(model, fitted)
+    problem = mismatch(model, fitted)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if why and convert is not None:
+    if problem and convert is not None:
         # Published weights may have other names, or position embeddings for another size. If the converter fails,
         # the check below reports the keys.
         with contextlib.suppress(Exception):
             state = convert(state, model)
         fitted, loaded_head = _fit_head(model, state, keep_head)
-        why = mismatch(model, fitted)
-    if why:
-        raise wrong_keys(path, why, key)
+        problem = mismatch(model, fitted)
+    if problem:
+        raise wrong_keys(path, problem, key)
     model.load_state_dict(fitted)
     return loaded_head
 

@@ -99,8 +99,8 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top:
         sheet.paste(_thumbnail(image), (x, top))
         draw.rectangle((x - 1, top - 1, x + THUMB, top + THUMB), outline=_EDGE)
         if math.isfinite(similarity):
-            where = (x + THUMB / 2, top + THUMB + _LINE - 3)
-            draw.text(where, f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
+            position = (x + THUMB / 2, top + THUMB + _LINE - 3)
+            draw.text(position, f"{similarity:.3f}", _INK, _font(_NUMBER), anchor="ms")
     if not row.hits:
         draw.text((hits_left, middle), "no image retrieved", _SOFT, _font(_NAME), anchor="lm")
 

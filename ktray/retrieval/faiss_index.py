@@ -199,8 +199,8 @@ def measured(
     true = truth(ks[-1])[1]
     probes = 1
     while True:
-        found = search(index, queries, ks[-1], probes, exact)[1]
-        recall = {str(k): _recall(found[:, :k], true[:, :k]) for k in ks}
+        rows = search(index, queries, ks[-1], probes, exact)[1]
+        recall = {str(k): _recall(rows[:, :k], true[:, :k]) for k in ks}
         if recall[str(ks[-1])] >= target or probes >= cells:
             return probes, recall
         probes = min(cells, 2 * probes)

@@ -44,8 +44,8 @@ def sparsify(logits: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
     full_precision = logits.float()
     top, index = full_precision.topk(top_k, dim=1)
     # Subtracting the top logits from the total would be inexact: for a confident teacher the rest is tiny.
-    others = full_precision.scatter(1, index, -math.inf)
-    rest = others.logsumexp(dim=1, keepdim=True) - math.log(classes - top_k)
+    other_logits = full_precision.scatter(1, index, -math.inf)
+    rest = other_logits.logsumexp(dim=1, keepdim=True) - math.log(classes - top_k)
     return {TOP: top.half(), INDEX: index.int(), REST: rest.half()}
 
 

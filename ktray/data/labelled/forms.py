@@ -94,9 +94,9 @@ def _folder(path: str, notes: list[str]) -> list[LabelledRow]:
             raise KtrayError(
                 f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge the folders, or remove one."
             )
-        others = [n for n in folders if n.lower() not in SPLITS]
-        if others:
-            notes.append(f"Folders other than train, val and test are ignored: {', '.join(others[:5])}.")
+        ignored = [n for n in folders if n.lower() not in SPLITS]
+        if ignored:
+            notes.append(f"Folders other than train, val and test are ignored: {', '.join(ignored[:5])}.")
         rows = [row for split, (name,) in sorted(parts.items()) for row in _classes(path, name, split, notes)]
     else:
         if parts and set(folders) == {name for names in parts.values() for name in names}:
@@ -110,7 +110,7 @@ def _folder(path: str, notes: list[str]) -> list[LabelledRow]:
 def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[LabelledRow]:
     """Rows of a folder of class folders. Images in subfolders of a class folder belong to its class."""
     folder = f"{root}/{inside}" if inside else root
-    where = f"{inside}/" if inside else ""
+    prefix = f"{inside}/" if inside else ""
     names, files = filesystem.children(folder)
     rows: list[LabelledRow] = []
     empty: list[str] = []
@@ -118,7 +118,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     for name in names:
         before = len(rows)
         for file in filesystem.walk(f"{folder}/{name}"):
-            key = where + name + file.path[len(folder) + 1 + len(name) :]
+            key = prefix + name + file.path[len(folder) + 1 + len(name) :]
             if filesystem.printable(file.path) != file.path:
                 counts["their names are not UTF-8"] += 1
             elif file.size < 0:
@@ -131,13 +131,13 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
             empty.append(filesystem.printable(name))
     for reason, number in counts.items():
         if number:
-            notes.append(f"{number} files in '{where or './'}' are ignored: {reason}.")
+            notes.append(f"{number} files in '{prefix or './'}' are ignored: {reason}.")
     loose = sum(map(is_image, files))
     if loose:
-        notes.append(f"{loose} images directly in '{where or './'}' are ignored: they are not in a class folder.")
+        notes.append(f"{loose} images directly in '{prefix or './'}' are ignored: they are not in a class folder.")
     if empty:
         shown = ", ".join(f"'{name}'" for name in empty[:5])
-        notes.append(f"{len(empty)} class folders in '{where or './'}' have no images and are ignored: {shown}.")
+        notes.append(f"{len(empty)} class folders in '{prefix or './'}' have no images and are ignored: {shown}.")
     return rows
 
 

@@ -154,10 +154,10 @@ def _without_repeats(rows: Sequence[LabelledRow], notes: list[str]) -> list[Labe
         elif first.label != row.label:
             two_labels.append(row.uri)
     if in_two_splits:
-        where = ", ".join("larger train lists" if name == "pool" else name for name in sorted(splits))
+        split_names = ", ".join("larger train lists" if name == "pool" else name for name in sorted(splits))
         raise KtrayError(
             f"{count(in_two_splits, 'image')} {'is' if len(in_two_splits) == 1 else 'are'} in two splits: "
-            f"{three(in_two_splits)} ({where})",
+            f"{three(in_two_splits)} ({split_names})",
             "Keep each image in only one of train, val and test. A test on training images has no meaning.",
         )
     if two_labels:
@@ -194,7 +194,7 @@ def _fill_splits(
     names = " and ".join(reversed(missing))
     fractions = " and ".join(f"{shares[name]:g}" for name in reversed(missing))
     share_of = "of each class" if rows and rows[0].label else "of the images"
-    notes.append(f"There is no {names} split: {fractions} {share_of} is moved there from train (seed {seed}).")
+    notes.append(f"There is no {names} split: {fractions} {share_of} is split off from train (seed {seed}).")
     if small_classes:
         notes.append(
             f"Number of classes with too few images for every split: {small_classes}. "

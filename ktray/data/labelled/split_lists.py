@@ -147,7 +147,7 @@ class Files:
     def __init__(self, root: str, lists: Iterable[Pairs]) -> None:
         self.root = root
         lists = list(lists)
-        wanted = {_base(name) for listed in lists for name, _ in listed}
+        listed_names = {_base(name) for listed in lists for name, _ in listed}
         # The class "hunting_lodge_outdoor" of Places365 has the folder "h/hunting_lodge/outdoor" or
         # "hunting_lodge-outdoor".
         self._plain = {label: _plain(label) for listed in lists for _, label in listed}
@@ -160,7 +160,7 @@ class Files:
         self._missing: list[str] = []
         self._twice: dict[str, list[str]] = {}
         for folder, names in self._remote() if filesystem.is_remote(root) else _folders(root):
-            self._names[folder] = wanted.intersection(names)
+            self._names[folder] = listed_names.intersection(names)
             self._by_last[_base(folder)].append(folder)
             if plain := _class_of(folder, labels):
                 self._by_class[plain].append(folder)
@@ -189,10 +189,10 @@ class Files:
             folder = name.rpartition("/")[0].removeprefix("./").strip("/")
             below = [f for f in self._by_last.get(_base(folder), []) if base in self._names[f]]
             return [f for f in below if f == folder] or [f for f in below if f.endswith(f"/{folder}")]
-        own = [f for f in self._by_class.get(self._plain[label], []) if base in self._names[f]]
-        if len(own) > 1:  # "t-shirt" and "t_shirt" may both be classes
-            own = [f for f in own if f"/{nfc(f)}".endswith(f"/{label}")] or own
-        return own or self._free.get(base, [])
+        in_class_folder = [f for f in self._by_class.get(self._plain[label], []) if base in self._names[f]]
+        if len(in_class_folder) > 1:  # "t-shirt" and "t_shirt" may both be classes
+            in_class_folder = [f for f in in_class_folder if f"/{nfc(f)}".endswith(f"/{label}")] or in_class_folder
+        return in_class_folder or self._free.get(base, [])
 
     def _version(self, path: str) -> str:
         if filesystem.is_remote(path):
@@ -221,10 +221,10 @@ class Files:
                 "unique file name outside of class folders.",
             )
         if self._twice:
-            where = " and ".join(f"'{folder or '.'}'" for folder in next(iter(self._twice.values()))[:2])
+            folders = " and ".join(f"'{folder or '.'}'" for folder in next(iter(self._twice.values()))[:2])
             raise KtrayError(
                 f"{count(self._twice, 'image')} of the lists in '{splits}' can be one of several files in "
-                f"'{self.root}': {three(self._twice)} (the first one is in {where})",
+                f"'{self.root}': {three(self._twice)} (the first one is in {folders})",
                 "Keep only one copy below task.data, or use paths in the lists.",
             )
 

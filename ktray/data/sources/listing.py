@@ -114,23 +114,23 @@ def _pattern(pattern: str) -> _Files:
 
 
 def _folder(path: str) -> _Files:
-    files, others, unread = _Files(), [], []
+    files, unsupported, unread = _Files(), [], []
     for file in filesystem.walk(path):
         if file.size < 0:
             unread.append(file)
         elif not files.add(file, in_folder=True):
-            others.append(file.path)
+            unsupported.append(file.path)
     if not files.files:
-        content = f"it contains {_summary(others)}" if others else "it is empty"
+        content = f"it contains {_summary(unsupported)}" if unsupported else "it is empty"
         linked = f", and {len(unread)} linked or unreadable folders that are not entered" if unread else ""
         raise KtrayError(
             f"Folder '{path}' has no images: {content}{linked}", f"Use a folder or pattern with {kinds()}."
         )
     if len(files.files) > 1:
-        held = [(source, len(files.files[name])) for name, source in in_order() if name in files.files]
-        patterns = " or ".join(f"'{path}/**/{source.pattern}'" for source, _ in held)
+        contents = [(source, len(files.files[name])) for name, source in in_order() if name in files.files]
+        patterns = " or ".join(f"'{path}/**/{source.pattern}'" for source, _ in contents)
         raise KtrayError(
-            f"Folder '{path}' contains {' and '.join(f'{count} {source.noun}' for source, count in held)}",
+            f"Folder '{path}' contains {' and '.join(f'{count} {source.noun}' for source, count in contents)}",
             f"Select one type with a pattern: {patterns}.",
         )
     files.files[FILES].update({file.path: file for file in unread})  # so that reading reports them

@@ -43,8 +43,8 @@ def gallery_shards(
     whole_folders = {
         entry: shards_of_folder for entry in entries if (shards_of_folder := folder_shards(entry, images)) is not None
     }
-    others = [entry for entry in entries if entry not in whole_folders]
-    shards = list_shards(others, column=column) if others or not whole_folders else []
+    remaining = [entry for entry in entries if entry not in whole_folders]
+    shards = list_shards(remaining, column=column) if remaining or not whole_folders else []
     return [*shards, *(shard for entry in entries if entry in whole_folders for shard in whole_folders[entry])]
 
 

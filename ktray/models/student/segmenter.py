@@ -208,8 +208,8 @@ def _decide(logits: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np
     mask = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     for at in range(0, len(logits), _CLASSES_AT_ONCE):
         part = resize_map(logits[None, at : at + _CLASSES_AT_ONCE], size)[0]
-        top, which = part.max(0)
-        mask = torch.where(top > best, (which + at).to(torch.uint8), mask)
+        top, best_class = part.max(0)
+        mask = torch.where(top > best, (best_class + at).to(torch.uint8), mask)
         best = torch.maximum(best, top)
         total = torch.logaddexp(total, part.logsumexp(0))
     return mask.cpu().numpy(), (best - total).exp().cpu().numpy()

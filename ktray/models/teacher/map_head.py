@@ -98,11 +98,11 @@ def fit_map_probe(
     scores: dict[float, float] = {}
     if len(l2) > 1:
         if val is not None:
-            fit, held = (x, y), ready(*val)
+            fit_pair, held_pair = (x, y), ready(*val)
         else:
             held_out = torch.arange(len(x), device=device) % 5 == 4
-            fit, held = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
-        scores = _path_scores(fit, held, num_classes, l2) if len(held[0]) else {}
+            fit_pair, held_pair = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
+        scores = _path_scores(fit_pair, held_pair, num_classes, l2) if len(held_pair[0]) else {}
     # With very few images, none can be held out; the middle of the grid is a safe choice.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
     weight, bias = _fit(x, y, num_classes, chosen, None)

@@ -103,7 +103,7 @@ def test_train_lists_by_name(tmp_path):
         KtrayError, match=r"'train_1_percent' is not in the folder task\.splits.*Did you mean 'train_1percent'"
     ):
         read_labelled(str(root), splits=splits, seed=0, train_list="train_1_percent")
-    with pytest.raises(KtrayError, match=r"task\.train_list=train_full is looked for in task\.splits"):
+    with pytest.raises(KtrayError, match=r"task\.train_list=train_full is a list in the folder task\.splits"):
         read_labelled(str(root), seed=0, train_list="train_full")
 
 
@@ -163,7 +163,7 @@ def test_a_class_without_a_folder_is_unknown(tmp_path):
     )
     put(root, *(f"val_256/{n}" for n, _ in PLACES_LISTS["val"] + PLACES_LISTS["test"]))
     lists = {**PLACES_LISTS, "val": [(n, c.replace("arcade", "arkade")) for n, c in PLACES_LISTS["val"]]}
-    with pytest.raises(KtrayError, match=r"2 lines .* name 2 classes that places365 .*: 'arkade', 'amusement_arkade'"):
+    with pytest.raises(KtrayError, match=r"2 lines .* have 2 classes that places365 .*: 'arkade', 'amusement_arkade'"):
         read_labelled(str(root), splits=write_lists(tmp_path / "s", lists), seed=0, labels_per_class=2)
 
 
@@ -210,7 +210,7 @@ def test_ham10k_twice_and_unknown_lesions(tmp_path):
     ):
         read_labelled(str(root), splits=write_lists(tmp_path / "s", HAM_LISTS), seed=0)
     lists = {**HAM_LISTS, "test": [(n, "SCC" if c == "BCC" else c) for n, c in HAM_LISTS["test"]]}
-    with pytest.raises(KtrayError, match=r"1 lines .* name 1 class that ham10k .*: 'SCC'"):
+    with pytest.raises(KtrayError, match=r"1 lines .* have 1 class that ham10k .*: 'SCC'"):
         read_labelled(str(root), splits=write_lists(tmp_path / "s", lists), seed=0)
 
 
@@ -226,7 +226,7 @@ def test_ham10k_twice_and_unknown_lesions(tmp_path):
 )
 def test_overlapping_lists(tmp_path, change, number, where):
     splits = write_lists(tmp_path / "s", {**HAM_LISTS, **change})
-    with pytest.raises(KtrayError, match=rf"{number} images stand in two splits: .*\({where}\)") as caught:
+    with pytest.raises(KtrayError, match=rf"{number} images are in two splits: .*\({where}\)") as caught:
         read_labelled(str(ham(tmp_path)), splits=splits, seed=0, labels_per_class=2)
     assert str(caught.value).count(".jpg'") == min(3, number)
     assert ("more" in str(caught.value)) == (number > 3)

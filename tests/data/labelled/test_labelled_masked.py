@@ -91,7 +91,7 @@ def test_ade20k_lists_that_do_not_fit(tmp_path):
     with pytest.raises(KtrayError, match=r"4 images of the lists .*'ADE_train_00019211.jpg'.* and 1 more"):
         read_masked(root, splits=write_lists(tmp_path / "s", lists), seed=0, labels=2)
     lists = {**ADE_LISTS, "test": ADE_LISTS["test"] + ADE_LISTS["train_4img"]}
-    with pytest.raises(KtrayError, match=r"4 images stand in two splits: .* and 1 more \(larger train lists, test, tr"):
+    with pytest.raises(KtrayError, match=r"4 images are in two splits: .* and 1 more \(larger train lists, test, tr"):
         read_masked(root, splits=write_lists(tmp_path / "s", lists), seed=0, labels=2)
     splits = write_lists(tmp_path / "t", {k: v for k, v in ADE_LISTS.items() if k != "train_full"})
     with pytest.raises(KtrayError, match=r"several lists for one split.*task\.train_list.*task\.labels "):
@@ -172,9 +172,9 @@ def test_images_and_masks_that_do_not_pair(tmp_path, number):
         ("sky", r"has 1 class: 'sky'"),
         ("", r"has 0 classes: none"),
         ("sky\n\nroad\n", r"has 1 empty lines: 'line 2'"),
-        ("sky\nroad\nsky\nroad\n", r"has 2 names that were there before: 'sky', 'road'"),
+        ("sky\nroad\nsky\nroad\n", r"has 2 repeated names: 'sky', 'road'"),
         ("\n".join(map(str, range(256))), r"has 256 classes: '0', '1', '2' and 253 more"),
-        ("sky\nroad", r"4 of 4 masks that were opened have values beyond the 2 classes: 'shot \d.png \(value 2\)'"),
+        ("sky\nroad", r"4 of 4 checked masks have values beyond the 2 classes: 'shot \d.png \(value 2\)'"),
     ],
 )
 def test_wrong_class_lists(tmp_path, text, what):
@@ -210,7 +210,7 @@ def test_a_rare_broken_mask_is_left_to_quarantine(tmp_path):
     found = read_masked(root, seed=0)
     assert len(found.train + found.val + found.test) == 16
     (tmp_path / "d/train/masks/shot 2.png").write_bytes(b"nothing")
-    with pytest.raises(KtrayError, match="3 of 16 masks that were opened are no label maps"):
+    with pytest.raises(KtrayError, match="3 of 16 checked masks are not label maps"):
         read_masked(root, seed=0)
 
 
@@ -229,7 +229,7 @@ def test_palette_masks_and_turned_photos(tmp_path):
     ("keys", "what"),
     [
         ({"labels_per_class": 3}, r"labels_per_class does not go with task\.kind=segmentation.*task\.labels=N"),
-        ({"layout": "eurosat"}, r"layout=eurosat has no masks"),
+        ({"layout": "eurosat"}, r"layout=eurosat is a layout without masks"),
         ({"splits": "somewhere"}, r"task\.splits is only for the layout of ADE20K"),
         ({"kind": "classification", "labels": 3}, r"task\.labels counts .*task\.labels_per_class"),
     ],

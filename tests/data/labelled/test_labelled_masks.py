@@ -153,10 +153,10 @@ def test_offset_and_ignored_values():
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"not a png", "none of PNG"),
+        (b"not a png", "none of the formats PNG"),
         (encoded(Image.new("RGB", (4, 4))), "colours"),
         (encoded(Image.new("LA", (4, 4))), "colours"),
-        (encoded(Image.new("L", (4, 4)), "JPEG"), "none of PNG"),
+        (encoded(Image.new("L", (4, 4)), "JPEG"), "none of the formats PNG"),
         (encoded(Image.fromarray(np.random.default_rng(0).integers(0, 9, (64, 64), np.uint8)))[:200], "broken"),
     ],
     ids=["empty", "text", "rgb", "alpha", "jpeg", "truncated"],

@@ -289,7 +289,7 @@ HEAD = "path,label,split\n"
     [
         ("", "has no rows"),
         ("file,lable\nx/0.jpg,a\n", "no column 'path'"),
-        ("path,lable\nx/0.jpg,a\n", "no column 'label'.*rename 'lable'"),
+        ("path,lable\nx/0.jpg,a\n", "no column 'label'.*Rename 'lable'"),
         ("path;label\nx/0.jpg;a\n", "no column 'path'"),
         (HEAD + "x/0.jpg,a,train\nx/1.jpg,,train\n", "no label in row 3"),
         (HEAD + "x/0.jpg,a,trian\n", "split 'trian' in row 2"),
@@ -297,8 +297,8 @@ HEAD = "path,label,split\n"
             HEAD + "gone/0.jpg,a,train\ngone/1.jpg,b,train\n",
             "None of the 2 images .* exists.*relative to the folder of the list",
         ),
-        (HEAD + "".join(f"x/{i}.jpg,a,{s}\n" for i in range(5) for s in ("train", "test")), "5 images stand in two"),
-        (HEAD + "x/0.jpg,a,train\nx/./0.jpg,a,test\n", "1 image stands in two splits: '.*x/0.jpg'"),
+        (HEAD + "".join(f"x/{i}.jpg,a,{s}\n" for i in range(5) for s in ("train", "test")), "5 images are in two"),
+        (HEAD + "x/0.jpg,a,train\nx/./0.jpg,a,test\n", "1 image is in two splits: '.*x/0.jpg'"),
         (HEAD + "x/0.jpg,a,train\nx/0.jpg,b,train\n", "1 image has two labels"),
     ],
 )

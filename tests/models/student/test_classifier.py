@@ -96,7 +96,7 @@ def test_uint8_logits_are_normalised() -> None:
         ("fastvit_s21", {}, r"no timm model.*fastvit_s"),
         ("test_resnet", {"patchsize": 4}, r"no argument 'patchsize'"),
         ("test_vit", {"num_classes": 4}, r"num_classes cannot be set"),
-        ("test_vit", {"patch_size": 5}, r"cannot (be built|see)"),
+        ("test_vit", {"patch_size": 5}, r"cannot (be built|process)"),
         ("test_vit", {"embed_dim": -1}, r"cannot be built"),
     ],
 )
@@ -133,7 +133,7 @@ def test_published_weights_need_a_network(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    with pytest.raises(KtrayError, match=r"no network.*student.checkpoint"):
+    with pytest.raises(KtrayError, match=r"network or hub is not available.*student.checkpoint"):
         build_student("test_vit", num_classes=2, image_size=32, pretrained=True)
     with pytest.raises(KtrayError, match="publishes no weights"):
         build_student("test_vit4", num_classes=2, image_size=32, pretrained=True)
