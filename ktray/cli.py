@@ -36,8 +36,8 @@ class Arguments:
 
     Args:
         recipes: names and files after ``--recipe``, in order.
-        overrides: ``key=value``: first those that the job's short options stand for, then those of the command line,
-            in order. The last one counts.
+        overrides: ``key=value`` words: first those that the job's short options stand for, then those of the command
+            line, in order. The last override of a key counts.
     """
 
     recipes: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Arguments:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with mistakes as `KtrayError`."""
+    """An argument parser that reports mistakes as `KtrayError`."""
 
     def error(self, message: str) -> NoReturn:
         option, _, problem = message.removeprefix("argument ").partition(": ")
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Collected(argparse.Action):
-    """An option that may be given several times. Of a job's own option, ``const`` is the override it stands for."""
+    """An option that may be given several times. The override that a job's own option stands for is its ``const``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if self.nargs is None and not values:
@@ -78,10 +78,10 @@ def _without_value(option: str, action: argparse.Action) -> KtrayError:
 
 
 def parser(program: str, purpose: str, options: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """The options of a job. Words without a dash are overrides, which argparse leaves over (`parse`)."""
+    """The parser of a job's options. It does not parse words without a dash: these are overrides (see `parse`)."""
     command = _Parser(
         prog=f"python jobs/{program}.py",
-        usage=f"python jobs/{program}.py {USAGE}\n       ktray {program} ...  (the same, where ktray is installed)",
+        usage=f"python jobs/{program}.py {USAGE}\n       ktray {program} ...  (where ktray is installed)",
         description=purpose,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width()),
         add_help=False,
@@ -94,7 +94,7 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
         dest="recipes",
         default=[],
         metavar="NAME|FILE.yaml",
-        help="a built-in recipe or a file; may be given several times, and the keys of later ones win",
+        help="a built-in recipe or a file; may be given several times; a later recipe overrides keys of earlier ones",
     )
     group.add_argument("--plan", action="store_true", help="show what would be done and what it costs, and do nothing")
     group.add_argument(
@@ -114,9 +114,7 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
     group.add_argument("-h", "--help", action="store_true", help="show this text")
     command.set_defaults(overrides=[])
     if options:
-        own = command.add_argument_group(
-            f"Options of {program} (a key that is written as key.path=value wins over them)"
-        )
+        own = command.add_argument_group(f"Options of {program} (key.path=value overrides them)")
         for name, pattern in options.items():
             takes = "{}" in pattern
             own.add_argument(
@@ -133,14 +131,15 @@ def parser(program: str, purpose: str, options: Mapping[str, str] | None = None)
 
 
 def parse(argv: Sequence[str], options: Mapping[str, str] | None = None) -> Arguments:
-    """The words of a command line, sorted.
+    """Parse the words of a command line into options and overrides.
 
     Args:
         argv: the words after the job's name.
-        options: a job's own: each stands for an override, in which ``{}`` is the word that follows the option.
+        options: the job's own options, each with the override that it stands for, in which ``{}`` is the word that
+            follows the option.
 
     Raises:
-        KtrayError: an unknown option, or one without its value.
+        KtrayError: an option is unknown or has no value.
     """
     reader = parser("JOB", "", options)
     options_given, rest = reader.parse_known_args(list(argv))
@@ -158,7 +157,7 @@ def _unknown(word: str, reader: argparse.ArgumentParser) -> KtrayError:
 
 
 def help_text(job: Job) -> str:
-    """Usage, options, and the keys of the recipe in groups, each with default, type and meaning."""
+    """Return usage, options, and the keys of the recipe in groups, each with its default, type and meaning."""
     recipe_names = ", ".join(sorted(path.stem for path in recipes.BUILTIN.glob("*.yaml")))
     return "\n\n".join(
         (
@@ -171,7 +170,7 @@ def help_text(job: Job) -> str:
 
 
 def version() -> str:
-    """``ktray 0.1.0``, with the commit where ktray runs from a checkout."""
+    """Return ``ktray 0.1.0``, and the commit if ktray runs from a checkout."""
     from ktray.tracking.tags import commit
 
     head = commit()
@@ -179,7 +178,7 @@ def version() -> str:
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
-    """``ktray JOB ...``; returns the exit code."""
+    """Run ``ktray JOB ...``; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     name, *rest = words or [""]
     if name in JOBS:
@@ -218,7 +217,10 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
 
 def main(job: Job, argv: Sequence[str] | None = None) -> int:
-    """Parse, build the recipe, run or plan. Returns the exit code: 0 only if the result was written."""
+    """Parse the command line, build the recipe, and run or plan the job.
+
+    Returns the exit code, which is 0 only if the result was written.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     with log.console():
         try:
@@ -262,7 +264,8 @@ def _main(job: Job, words: list[str]) -> None:
     store = lasting_store(recipe.store)
     if store != recipe.store:
         log.logger.info(
-            f"recipe    store={store} (a job's own folder is deleted with it; on a cluster name a shared one)"
+            f"recipe    store={store} (Ray deletes a job's working folder with the job; on a cluster, set store= to "
+            "shared storage)"
         )
         recipe.store = store
     if arguments.plan:
@@ -274,15 +277,15 @@ def _main(job: Job, words: list[str]) -> None:
 
 
 def _show(text: str) -> None:
-    """Write a text that a person may read with ``| head``."""
+    """Write a text whose reader may close the pipe early, such as ``head``."""
     try:
         log.result(text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered rest goes there at exit
 
 
 def _changed(recipe: Recipe, job: str) -> Iterator[str]:
-    """The keys of a recipe that differ from the defaults, without those that other jobs alone read."""
+    """Yield the keys of a recipe that differ from the defaults, except those that only other jobs read."""
     for key, default, *_ in recipes.schema():
         first, *rest = key.split(".")
         if READ_BY.get(first, job) != job:

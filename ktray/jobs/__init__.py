@@ -1,1 +1,1 @@
-"""One folder for each script in ``jobs/`` at the top of the repository."""
+"""One folder for each script in ``jobs/`` at the top level of the repository."""

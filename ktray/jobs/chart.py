@@ -1,10 +1,10 @@
-"""Cost against accuracy in MLflow's own pages: a view of an experiment that opens with the chart drawn.
+"""A chart of cost against accuracy in MLflow's own pages: a view of an experiment that opens with the chart.
 
     ktray chart [EXPERIMENT] [--uri URI]          (or: python -m ktray.jobs.chart ...)
 
-MLflow keeps a view that a user shares as a tag of the experiment, and its pages open it by the tag's name; this writes
-such a tag. Its form is no public interface (``tests/test_chart_page.py`` looks at the page with a browser); a server
-that does not know it shows its plain page.
+MLflow stores a view that a user shares as a tag of the experiment, and its pages open the view by the tag's name. This
+module writes such a tag. The tag's format is not a public interface of MLflow (``tests/jobs/test_chart_page.py`` opens
+the page in a browser); a server that does not know the format shows its plain page.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from ktray.errors import KtrayError
 from ktray.tracking.mlflow_server import prepare
 from ktray.tracking.tracker import WAY, scrub, tracking_uri
 
-# Shared stages count in every run that needs them: else the first run of a sweep pays for all.
+# Shared stages count in every run that needs them; otherwise the first run of a sweep would pay for all.
 COSTS = ("cost.without_cache_flops", "cost.without_cache_usd", "cost.without_cache_device_seconds")
 SPLITS = ("test.", "val.")
-PORT = 5000  # what `mlflow ui` takes where nothing is said
+PORT = 5000  # the default of `mlflow ui`
 
 
 def axes(runs: Sequence[Mapping[str, float]]) -> tuple[list[str], list[str]]:
-    """Metrics to draw, from those of the runs: two costs, and the accuracies, that of most runs first.
+    """Choose the metrics to draw: two costs, and the accuracies, the one that most runs have first.
 
-    Compute, and money where every run has a price, device time otherwise. Accuracies are those on the test split, on
-    validation where no run has read it (trials).
+    The costs are compute, and money if every run has a price, otherwise device time. The accuracies are on the test
+    split, or on validation if no run has read the test split (trials).
+
+    Args:
+        runs: the metrics of each run, by name.
 
     Raises:
-        KtrayError: no run has both.
+        KtrayError: no run has a cost and an accuracy.
     """
     for split in SPLITS:
         counts = Counter(name for run in runs for name in run if name.startswith(split))
@@ -47,15 +50,18 @@ def axes(runs: Sequence[Mapping[str, float]]) -> tuple[list[str], list[str]]:
     priced = with_accuracy and all(run.get(usd, 0.0) > 0 for run in with_accuracy)
     costs = [c for c in (flops, usd if priced else seconds) if any(c in run for run in with_accuracy)]
     if not costs:
-        raise KtrayError("No run of the experiment has a cost and an accuracy yet", "Wait until one is finished.")
+        raise KtrayError(
+            "No run of the experiment has a cost and an accuracy yet", "Run this again when a run has finished."
+        )
     return costs, [name for name, _ in counts.most_common()]
 
 
 def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = None) -> dict[str, Any]:
-    """The state of MLflow's page: a scatter for each pair, above its own charts, and the runs sorted by accuracy.
+    """Return the state of MLflow's page: a scatter plot of each cost against each accuracy, above MLflow's own charts,
+    and the runs sorted by accuracy.
 
     Args:
-        compare: id of a comparison, whose runs alone are shown, as the mean of each way; None: all runs.
+        compare: id of a comparison: the page shows only its runs, as the mean of each method. None shows all runs.
     """
     best = accuracies[0]
     section = {
@@ -81,7 +87,7 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
         for accuracy in accuracies
         for cost in costs
     ]
-    conditions = [f"metrics.`{best}` >= 0"] if len(accuracies) == 1 else []  # the language has no "or"
+    conditions = [f"metrics.`{best}` >= 0"] if len(accuracies) == 1 else []  # MLflow's filter language has no "or"
     if compare:
         conditions.append(f"tags.compare = '{compare}'")
     grouped = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": WAY}]}
@@ -95,7 +101,7 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
         "compareRunSections": [section],
-        "isAccordionReordered": True,  # else MLflow sorts the sections by name
+        "isAccordionReordered": True,  # otherwise MLflow sorts the sections by name
         "hideEmptyCharts": True,
         "groupBy": grouped if compare else None,
         "useGroupedValuesInCharts": True,
@@ -103,10 +109,10 @@ def view(costs: Sequence[str], accuracies: Sequence[str], compare: str | None = 
 
 
 def preset(uri: str, experiment: str, compare: str | None = None) -> str:
-    """Put the view on an experiment; says where it is to be seen: an address, or a command that serves it and one.
+    """Save the view in an experiment; returns where to see it: an address, if needed after the command that serves it.
 
     Raises:
-        KtrayError: there is no such experiment, or no run to draw; or the server is away, or refuses.
+        KtrayError: the experiment does not exist or has no run to draw, or the server is unreachable or refuses.
     """
     try:
         return _preset(uri, experiment, compare)
@@ -115,7 +121,8 @@ def preset(uri: str, experiment: str, compare: str | None = None) -> str:
     except Exception as error:
         reason = str(scrub(" ".join(str(error).split())))[:300]
         raise KtrayError(
-            f"MLflow at {scrub(uri)} does not do it: {reason}", "See that the server is up and lets you write."
+            f"MLflow at {scrub(uri)} did not save the chart: {reason}",
+            "Check that the server runs and that you may write to it.",
         ) from error
 
 
@@ -128,7 +135,7 @@ def _preset(uri: str, experiment: str, compare: str | None) -> str:
     if entry is None:
         raise KtrayError(
             f"{scrub(uri)} has no experiment '{experiment}'",
-            f"There are: {', '.join(e.name for e in client.search_experiments(max_results=20)) or 'none'}.",
+            f"Its experiments are: {', '.join(e.name for e in client.search_experiments(max_results=20)) or 'none'}.",
         )
     where = f"tags.compare = '{compare}'" if compare else ""
     runs = client.search_runs([entry.experiment_id], where, max_results=1000)
@@ -136,13 +143,13 @@ def _preset(uri: str, experiment: str, compare: str | None) -> str:
     key = f"ktray-{compare}" if compare else "ktray"
     state = json.dumps(view(costs, accuracies, compare), separators=(",", ":"))
     client.set_experiment_tag(entry.experiment_id, f"mlflow.sharedViewState.{key}", state)
-    if "mlflow.experimentKind" not in entry.tags:  # else the pages open as those of a chat application
+    if "mlflow.experimentKind" not in entry.tags:  # otherwise MLflow opens the pages of a chat application
         client.set_experiment_tag(entry.experiment_id, "mlflow.experimentKind", "custom_model_development")
     return where_to_look(uri, entry.experiment_id, key)
 
 
 def where_to_look(uri: str, experiment_id: str, key: str) -> str:
-    """The page's address; where ``uri`` is a database, after the command that serves it on this machine."""
+    """Return the page's address; if ``uri`` is a database, after the command that serves it on this machine."""
     page = f"/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={quote(key)}"
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
@@ -152,10 +159,10 @@ def where_to_look(uri: str, experiment_id: str, key: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m ktray.jobs.chart") -> int:
-    """The command line; returns the exit code. ``program`` is how it was called, for the usage line."""
+    """Run the command line; returns the exit code. ``program`` is the command for the usage line."""
     parser = argparse.ArgumentParser(prog=program, description="Cost against accuracy in MLflow.")
-    parser.add_argument("experiment", nargs="?", default="ktray", help="its name (default: ktray)")
-    parser.add_argument("--uri", help="tracking server or database (default: MLFLOW_TRACKING_URI, else ./ktray-store)")
+    parser.add_argument("experiment", nargs="?", default="ktray", help="name of the experiment (default: ktray)")
+    parser.add_argument("--uri", help="tracking server or database (default: MLFLOW_TRACKING_URI or ./ktray-store)")
     arguments = parser.parse_args(argv)
     try:
         print(f"chart     {preset(tracking_uri(arguments.uri, Path('ktray-store')), arguments.experiment)}", flush=True)

@@ -1,7 +1,7 @@
-"""Every job, once: what it is for, what it runs, what ``--plan`` shows, its short options.
+"""The definition of every job: its purpose, what it runs, what ``--plan`` shows, and its short options.
 
-``ktray NAME`` and ``python jobs/NAME.py`` both start from here. The imports stand in the functions, so that ``--help``
-and a mistake in the command line need no torch and no Ray.
+``ktray NAME`` and ``python jobs/NAME.py`` both start from here. The functions import what they need themselves, so that
+``--help`` and a mistake in the command line need no torch and no Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Job:
     Args:
         name: the word after ``ktray``, and the file in ``jobs/``.
         purpose: one line for ``--help``.
-        run: does the job; gets the recipe, and whether ``--debug`` was given.
+        run: runs the job, with the recipe and whether ``--debug`` was given.
         plan: writes what the job would do and cost.
         options: short options, each with the override that it stands for, in which ``{}`` is the word that follows it.
     """
@@ -59,7 +59,8 @@ def _index(recipe: Recipe, debug: bool) -> None:
     content = index_only(recipe, debug)
     index = content["index"]
     result(
-        f"\nindex     {index['folder']}: {index['images']:,} images, {index['rows']:,} rows in {index['shards']:,} shards"
+        f"\nindex     {index['folder']}: {index['images']:,} images, {index['rows']:,} rows in "
+        f"{index['shards']:,} shards"
     )
     result(f"result    {content['folder']}/result.json")
 
@@ -77,7 +78,8 @@ def _curate(recipe: Recipe, debug: bool) -> None:
     folder, transfer_set = content["folder"], content["transfer_set"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in transfer_set["dropped"].items()) or "none"
     result(
-        f"\nkept      {transfer_set['kept']:,} of {transfer_set['gallery']:,} images; dropped as copies of held-out ones: {dropped}"
+        f"\nkept      {transfer_set['kept']:,} of {transfer_set['gallery']:,} images; dropped as near-duplicates of "
+        f"held-out images: {dropped}"
     )
     result(f"list      {transfer_set['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
 
@@ -134,13 +136,13 @@ def _bench(recipe: Recipe, debug: bool) -> None:
 
 
 def _plan_bench(recipe: Recipe) -> None:
-    logger.info(f"bench     {', '.join(recipe.bench.only)}: {recipe.bench.repeats} turns each, some minutes in all")
+    logger.info(f"bench     {', '.join(recipe.bench.only)}: {recipe.bench.repeats} turns each, a few minutes in total")
 
 
 def _doctor(recipe: Recipe, debug: bool) -> None:
     from ktray.distributed.doctor.run import show
 
-    with ending():  # its checks are its result
+    with ending():  # the checks are the result of this job
         show(recipe, debug)
 
 
@@ -161,44 +163,44 @@ JOBS: Mapping[str, Job] = {
         ),
         Job(
             "index",
-            "The gallery, embedded: a folder of shards that later runs search, and that grows with the gallery.",
+            "Embed the gallery: a folder of shards that later runs search, and that grows with the gallery.",
             _index,
             _plan_index,
         ),
         Job(
             "curate",
-            "The transfer set alone: adapt, index, retrieve, and a page that shows what was found.",
+            "Only the transfer set: adapt, index, retrieve, and a page that shows the retrieved images.",
             _curate,
             _plan_curate,
         ),
         Job(
             "compare",
-            "Pretraining methods side by side on one task: accuracy with its interval against compute, over seeds.",
+            "Compare pretraining methods on one task: accuracy with its interval against compute, over seeds.",
             _compare,
             _plan_compare,
         ),
         Job(
             "tune",
-            "The best small model for a budget: a search over transfer sets, objectives, teachers and students.",
+            "Find the best small model for a budget: a search over transfer sets, objectives, teachers and students.",
             _tune,
             _plan_tune,
         ),
         Job(
             "export",
-            "The student of a run as files to deploy: ONNX (and int8), plain timm, a model card, a version in MLflow.",
+            "Export the student of a run: ONNX (and int8), plain timm, a model card, a registered version in MLflow.",
             _export,
             _plan_export,
         ),
         Job(
             "bench",
-            "What this machine reaches: the rate of each part as a share of a limit measured in the same run.",
+            "Benchmark this machine: the rate of each part as a share of a limit that is measured in the same run.",
             _bench,
             _plan_bench,
             {"--only": "bench.only=[{}]", "--quick": "bench.quick=true", "--json": "bench.json_file={}"},
         ),
         Job(
             "doctor",
-            "What is wrong with this cluster and recipe, before a job is paid for: one line for each check.",
+            "Check this cluster and recipe before you pay for a job: one line for each check.",
             _doctor,
             _plan_doctor,
         ),

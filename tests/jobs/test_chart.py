@@ -88,6 +88,6 @@ def test_no_comparison_is_lost_over_a_server_that_is_away(tmp_path):
 
     asked = recipes.load(None, ["mlflow.uri=http://127.0.0.1:9", "mlflow.experiment=letters"])
     told = mlflow.chart(asked, Store(str(tmp_path)), {"run_id": "c1"})
-    assert told.startswith("MLflow has none (MLflow at http://127.0.0.1:9 does not do it: ")
-    assert told.endswith("later: python -m ktray.jobs.chart letters")
+    assert told.startswith("MLflow has no chart (MLflow at http://127.0.0.1:9 did not save the chart: ")
+    assert told.endswith("to retry: python -m ktray.jobs.chart letters")
     assert "\n" not in told

@@ -1,4 +1,4 @@
-"""Several ways of pretraining on one task, on equal terms."""
+"""A comparison of pretraining methods on one task, with equal budgets."""
 
 from ktray.jobs.compare.run import compare
 

@@ -1,8 +1,8 @@
-"""How long a way takes on this cluster: the device time of its other stages, and of a step.
+"""How long a method takes on this cluster: the device time of one training step, and of everything else.
 
-Two short runs a way. Their training loops differ in nothing but the steps, so the difference of their times is that of
-the steps alone, without start-up, validation and checkpoints. What was measured is kept in the store: a restart, and
-the next comparison on this store, take the same steps.
+Each method is measured with two short runs. Their training loops differ only in the number of steps, so the difference
+of their times is the time of the steps alone, without start-up, validation and checkpoints. The measured speeds are
+kept in the store, so that a restart, and the next comparison on this store, use the same numbers of steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ SHORT, LONG = 20, 80
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """``fixed``: device-seconds of a run that do not grow with its steps; ``step``: those of one step."""
+    """The device time of a run, as a line in its steps.
+
+    Attributes:
+        fixed: device-seconds that do not grow with the steps.
+        step: device-seconds of one step.
+    """
 
     fixed: float
     step: float
@@ -33,7 +38,7 @@ class MeasuredSpeed:
         return self.fixed + steps * self.step
 
     def within(self, seconds: float) -> int:
-        """The most steps that take at most ``seconds``; 0 where not even one does."""
+        """Return the largest number of steps that takes at most ``seconds``; 0 if one step takes longer."""
         return max(0, int((seconds - self.fixed) / self.step + 1e-9))
 
 
@@ -44,10 +49,10 @@ def measure(
     plan: Allocation,
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
 ) -> dict[str, MeasuredSpeed]:
-    """The speed of each way, from the store or by short runs (with the first seed).
+    """Return the speed of each method, from the store or from short runs (with the first seed).
 
     Args:
-        run: named recipes -> their ``result.json``.
+        run: maps named recipes to their ``result.json``.
     """
     directory = store.sub("calibration")
     seed = base.compare.seeds[0]
@@ -64,9 +69,9 @@ def measure(
 
 
 def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: int) -> MeasuredSpeed:
-    """The speed that two results of one way, with `SHORT` and `LONG` steps, tell.
+    """Compute the speed from two results of one method, with `SHORT` and `LONG` steps.
 
-    Training on labels alone may stop early; the steps that it took count then.
+    Training on labels alone may stop early; then the steps that were done count.
     """
     (few, first), (many, second) = (_trained(store, r) for r in (short, long))
     step = (second - first) / (many - few) if many > few and second > first else second / max(1, many)
@@ -75,11 +80,14 @@ def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: in
 
 
 def _trained(store: Store, result: dict[str, Any]) -> tuple[int, float]:
-    """Steps and seconds of the loops of a result's pretraining; scratch is booked as finetuning without transfer."""
+    """Return steps and seconds of the training loops of a result's pretraining.
+
+    A run from scratch has no stage transfer: its training is in the ledger as finetuning.
+    """
     rows = [s for s in result["stages"] if s["name"] == "transfer"]
     where = [("transfer", s["key"]) for s in rows]
     if not rows:
         where = [("scratch", s["key"]) for s in result["stages"] if s["name"] in ("finetune", "scratch")]
     manifests = [store.stage(name, key).manifest() or {} for name, key in where]
-    # The phases of a way that has several share its steps.
+    # If a method has several phases, these share its steps.
     return sum(int(m["steps"]) for m in manifests), float(sum(m["seconds"] for m in manifests))

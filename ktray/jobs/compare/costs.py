@@ -1,4 +1,4 @@
-"""What the runs of a comparison cost: by stage, the teacher's share, and what sharing stages saved."""
+"""The costs of the runs of a comparison: by stage, the teacher's share, and the savings by shared stages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ TEACHER = ("adapt", "index", "curate", "teach")  # stages in which the teacher w
 
 
 def by_stage(store: Store, result: dict[str, Any]) -> dict[str, float]:
-    """FLOPs of each stage that a run's student needed, reused ones at what they took when they were made."""
+    """Return the FLOPs of each stage that a run's student needed. A reused stage counts with what it cost when it was
+    computed."""
     kinds = store.sub("stages").children()
     flops_of: dict[str, float] = {}
     for row in result["stages"]:
-        # A row bears the name that its cost is booked under, which may be another than the folder's.
+        # The row's name is the one that its cost is booked under, which can differ from the name of its folder.
         folder = next((k for k in (row["name"], *kinds) if store.stage(k, row["key"]).exists()), None)
         if folder is None:
             continue
@@ -29,13 +30,13 @@ def by_stage(store: Store, result: dict[str, Any]) -> dict[str, float]:
 
 
 def teacher_share(stages: dict[str, float]) -> float:
-    """Share of the FLOPs, 0..1, that went into the teacher's stages (`TEACHER`)."""
+    """Return the share of the FLOPs, 0..1, of the stages in which the teacher works (`TEACHER`)."""
     total = sum(stages.values())
     return sum(v for k, v in stages.items() if k in TEACHER) / total if total else 0.0
 
 
 def totals(results: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """FLOPs and device-seconds that runs spent, and what they would have cost had they shared no stage."""
+    """Return the FLOPs and device-seconds that runs spent, and what they would have cost without shared stages."""
     runs = list(results)
     return {
         "flops": float(sum(r["cost"]["flops"]["total"] for r in runs)),

@@ -1,4 +1,4 @@
-"""How many pretraining steps each way gets, so that all have the same budget."""
+"""How many pretraining steps each method gets, so that all methods have the same budget."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ DEVICES = ("A100", "H100", "L4")
 
 @dataclass(frozen=True)
 class EqualBudget:
-    """``steps`` of pretraining, and the ``flops`` that the plan expects of all stages of the way."""
+    """The budget of one method.
+
+    Attributes:
+        steps: steps of pretraining.
+        flops: FLOPs that the plan expects for all stages of the method.
+    """
 
     steps: int
     flops: float
 
 
 class _Cost:
-    """The planned FLOPs of a way: linear in its steps, so the models are counted twice and not for every number."""
+    """The planned FLOPs of a method. They are linear in its steps, so two plans suffice for any number of steps."""
 
     def __init__(self, recipe: Recipe, plan: Allocation) -> None:
         with muted():
@@ -47,8 +52,8 @@ class _Cost:
         return self._fixed + self._step * steps
 
     def within(self, budget: float) -> int:
-        """The most steps that cost at most ``budget``; 0 where not even one does."""
-        # Sums of floats: what is within by a billionth is within.
+        """Return the largest number of steps that costs at most ``budget``; 0 if one step costs more."""
+        # The costs are sums of floats, so a budget that is exceeded by a billionth still counts as kept.
         return max(0, int((budget - self._fixed) / self._step + 1e-9))
 
 
@@ -58,16 +63,19 @@ def budgets(
     plan: Allocation,
     measure: Callable[[Methods, int], dict[str, MeasuredSpeed]] | None = None,
 ) -> dict[str, EqualBudget]:
-    """The budget of each way. The first one's steps set it for all.
+    """Return the budget of each method. The steps of the first method determine the budget of all.
 
-    ``compare.equal=steps``: the same pretraining steps; ``own``: those of its own recipe. ``flops``: all stages of a
-    way together cost what those of the first one do; a way whose other stages are dearer takes fewer steps, one
-    without teacher and gallery takes more.
-    ``device_seconds``: the same with device time, by what ``measure`` says of this cluster; without it (a plan)
-    the steps stay those of the first way.
+    ``compare.equal=steps``: all methods have the same pretraining steps. ``own``: each has the steps of its own recipe.
+    ``flops``: all stages of each method together cost as much as those of the first method; a method whose other stages
+    cost more than those of the first takes fewer steps, and a method without teacher and gallery takes more.
+    ``device_seconds``: all stages of each method take the same device time, by the speeds that ``measure`` returns for
+    this cluster; without ``measure`` (in a plan) all methods have the steps of the first.
+
+    Args:
+        measure: maps the methods and the steps of the first to the speed of each method.
 
     Raises:
-        KtrayError: a way's other stages alone cost more than the budget.
+        KtrayError: one step of a method, with its other stages, costs more than the budget.
     """
     costs = {name: _Cost(recipe_of(base, method.keys), plan) for name, method in methods.items()}
     first = next(iter(methods))
@@ -90,18 +98,18 @@ def budgets(
     for name, method in methods.items():
         taken = max(1, round(method.share * steps[name]))
         result[name] = EqualBudget(taken, costs[name](taken))
-        logger.info(f"way       {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
+        logger.info(f"method    {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
     return result
 
 
 def show(recipe: Recipe) -> None:
-    """``--plan`` of a comparison: what each way will cost, stages that are shared or reused counted each time."""
+    """Log the plan of a comparison: what each method will cost. Shared and reused stages count for every method."""
     recipe = with_steps(recipe)
     part = recipe.compare
     methods = list_methods(recipe)
     planned = budgets(recipe, methods, this_machine(recipe))
     if part.equal == "device_seconds":
-        logger.info("the steps of all ways but the first will follow from measured speeds")
+        logger.info("the steps of all methods except the first will be computed from measured speeds")
     tried = sum(planned[name].flops for name, method in methods.items() if method.family == name)
     total = len(part.seeds) * sum(b.flops for b in planned.values()) + len(part.lr_search) * tried
     prices = price_table()["accelerators"]
@@ -113,7 +121,9 @@ def show(recipe: Recipe) -> None:
     trials = f" and {len(part.lr_search)} learning rates" if part.lr_search else ""
     logger.info(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, prices))
     logger.info("")
-    logger.info("without what sharing stages saves, decoding and start-up; at 35% of the devices' bf16 peak (assumed)")
+    logger.info(
+        "The plan assumes 35% of the devices' bf16 peak. It omits decoding, start-up and savings by shared stages."
+    )
 
 
 def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> str:
@@ -124,6 +134,6 @@ def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> s
 
 def _over_budget(name: str, cost: str, budget: str) -> KtrayError:
     return KtrayError(
-        f"Way '{name}' costs {cost} with a single step, more than the budget of {budget}",
-        "Raise train.steps, or leave the way out of compare.ways.",
+        f"Method '{name}' costs {cost} with a single step, more than the budget of {budget}",
+        "Raise train.steps, or remove the method from compare.ways.",
     )

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy against compute, against transfer set size, and where the compute goes."""
+"""The figures of a comparison: accuracy against compute, accuracy against transfer set size, and compute by stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ktray.accounting.ledger import STAGES
 from ktray.recipe.registries import OBJECTIVES
 from ktray.tasks.base import metric_label
 
-# Of an objective that is not installed here. Colours are the objectives' own; the marker is the transfer set's.
+# The colour of an objective that is not installed here; other objectives define their colours. The marker depends on
+# the source of the transfer set.
 OTHER = "#000000"
 MARKERS = {"retrieved": "o", "generic": "s", "target": "^", "none": "X"}
 SPARE = "DvP*hpd<>8"
@@ -34,12 +35,15 @@ SHADES = {
 
 
 def metric_name(content: dict[str, Any]) -> str:
-    """The task's metric for a reader."""
+    """Return the name of the task's metric for a reader."""
     return metric_label(str(content["metric"]))
 
 
 def styles(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]]:
-    """Colour, marker and whether it is filled, by way; runs of one family share the look and are hollow."""
+    """Return colour, marker and whether the marker is filled, by method.
+
+    Runs of one family have the same colour and marker; only the marker of the method itself is filled.
+    """
     heads: dict[str, tuple[str, str]] = {}
     for method in methods:
         if method["family"] in heads:
@@ -53,7 +57,7 @@ def styles(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str, bool]
 
 
 def compute(content: dict[str, Any]) -> bytes:
-    """PNG of the test metric, with its interval, against the FLOPs of all stages, and the Pareto front."""
+    """Draw the test metric, with its interval, against the FLOPs of all stages, and the Pareto front; returns a PNG."""
     methods = content["ways"]
     figure = Figure(
         figsize=(9.6, max(4.6, 0.27 * len(methods) + 1.6)), dpi=150, layout="constrained", facecolor="white"
@@ -61,7 +65,7 @@ def compute(content: dict[str, Any]) -> bytes:
     axes = figure.subplots()
     axes.set_xscale("log")
     front = sorted((w["flops"], w["accuracy"]) for w in methods if w["pareto"])
-    # Steps: between two runs nothing was measured.
+    # The front is a step function, because nothing was measured between two runs.
     x, y = zip(*front, strict=True)
     handles = axes.plot(x, y, color="#b0b7bf", linewidth=1.4, zorder=1, drawstyle="steps-post", label="Pareto front")
     teacher = content.get("teacher_metric")
@@ -72,7 +76,7 @@ def compute(content: dict[str, Any]) -> bytes:
             axes.axhline(teacher["test"], color=SOFT, linewidth=1.2, linestyle=dashed, zorder=1, label=label)
         )
     look = styles(methods)
-    for method in sorted(methods, key=lambda w: -w["accuracy"]):  # the legend is in the order of the points
+    for method in sorted(methods, key=lambda w: -w["accuracy"]):  # so that the legend has the order of the points
         handles.append(_point(axes, method, look[method["name"]]))
     costs = [w["flops"] for w in methods]
     _log_axis(axes, min(costs), max(costs), EngFormatter(unit="FLOP"))
@@ -83,7 +87,11 @@ def compute(content: dict[str, Any]) -> bytes:
 
 
 def sizes(content: dict[str, Any]) -> bytes | None:
-    """PNG of the test metric against the images in the transfer set; None where no way has several sizes."""
+    """Draw the test metric against the number of images in the transfer set.
+
+    Returns:
+        A PNG, or None if no method was run with several sizes.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for method in content["ways"]:
         if method["images"] and method.get("share", 1.0) == 1.0:
@@ -111,7 +119,7 @@ def sizes(content: dict[str, Any]) -> bytes | None:
 
 
 def shares(content: dict[str, Any]) -> bytes:
-    """PNG of stacked bars: each way's FLOPs by stage, what the teacher's stages take in warm colours."""
+    """Draw stacked bars of each method's FLOPs by stage, the teacher's stages in warm colours; returns a PNG."""
     methods = content["ways"]
     figure = Figure(figsize=(9.6, 0.3 * len(methods) + 1.4), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -135,7 +143,7 @@ def shares(content: dict[str, Any]) -> bytes:
 
 
 def _point(axes: Axes, method: dict[str, Any], look: tuple[str, str, bool]) -> Line2D:
-    """Draw a way; returns its entry of the legend."""
+    """Draw a method; returns its entry of the legend."""
     colour, marker, filled = look
     low, high = method["accuracy"] - method["low"], method["high"] - method["accuracy"]
     bars = axes.errorbar(
@@ -154,7 +162,7 @@ def _point(axes: Axes, method: dict[str, Any], look: tuple[str, str, bool]) -> L
 
 
 def _log_axis(axes: Axes, low: float, high: float, formatter: Any) -> None:
-    """Limits with some room, and no more ticks than can be read, whether the points span a factor of 2 or 10^5."""
+    """Set limits with a margin, and few enough ticks to be readable if the points span a factor of 2 or of 10^5."""
     axes.set_xlim(low / 1.6, high * 1.6)
     decades = math.log10(high / low) if high > low else 0.0
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.5 else (1.0, 2.0, 5.0) if decades < 1.6 else (1.0, 3.0)

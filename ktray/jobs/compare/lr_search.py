@@ -1,8 +1,8 @@
-"""A small search over the learning rate, the same for each way: as many trials, one seed, chosen on validation.
+"""A small search over the learning rate with the same number of trials for each method, one seed, and validation.
 
-A way that was tuned against ways that were not proves nothing, so all get the same factors on their ``train.lr``, and
-what the trials cost is told apart from what the ways cost. Shorter runs and other transfer set sizes take the learning
-rate of the way they belong to.
+To tune one method and not the others would make the comparison unfair, so all methods try the same factors on their
+``train.lr``. The cost of the trials is reported separately from the cost of the methods. Shorter runs and runs with
+another transfer set size use the learning rate of the method that they belong to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger("ktray")
 
 @dataclass(frozen=True)
 class LrSearchResult:
-    """What the search gave: the learning rate of each way, each way's trials, and their results."""
+    """The result of the search: the learning rate of each method, the trials of each method, and their results."""
 
     lr: dict[str, float]
     trials: dict[str, list[dict[str, float]]]
@@ -35,18 +35,18 @@ def search(
     budgets: Mapping[str, EqualBudget],
     run: Callable[[list[tuple[str, Recipe]]], list[dict[str, Any]]],
 ) -> LrSearchResult:
-    """Learning rates by validation. Without ``compare.lr_search`` each way keeps its own, and nothing is run.
+    """Choose learning rates on validation. Without ``compare.lr_search``, each method keeps its own and nothing is run.
 
     Args:
-        run: named recipes -> their ``result.json``, in order.
+        run: maps named recipes to their ``result.json``, in order.
 
     Raises:
-        KtrayError: a factor that is not above 0.
+        KtrayError: a factor is not above 0.
     """
     factors: Sequence[float] = base.compare.lr_search
     if any(factor <= 0 for factor in factors):
         raise KtrayError(
-            f"compare.lr_search={list(factors)} has a factor that is not above 0", "Write e.g. [0.5, 1, 2]."
+            f"compare.lr_search={list(factors)} has a factor that is not above 0", "Write, for example, [0.5, 1, 2]."
         )
     own = {name: recipe_of(base, method.keys).train.lr for name, method in methods.items()}
     heads = [name for name, method in methods.items() if method.family == name]
@@ -75,6 +75,6 @@ def trial(
     name: str,
     factor: float,
 ) -> Recipe:
-    """The recipe of one trial: the way at its full budget, with the first seed."""
+    """Return the recipe of one trial: the method with its whole budget and the first seed."""
     more = {"seed": base.compare.seeds[0], "train__steps": budgets[name].steps, "train__lr": own[name] * factor}
     return recipe_of(base, methods[name].keys, **more)

@@ -1,4 +1,4 @@
-"""The ways that are compared, as recipes."""
+"""The methods of a comparison, as recipes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ logger = logging.getLogger("ktray")
 
 @dataclass(frozen=True)
 class Method:
-    """One way of pretraining.
+    """One pretraining method.
 
     Attributes:
-        keys: what it sets in the recipe, dotted.
-        family: name of the way that it is a shorter run of, or one with another transfer set size; its own otherwise.
-        share: of the steps that its budget allows.
+        keys: the dotted recipe keys that the method sets, with their values.
+        family: if this is a shorter run of another method, or a run with another transfer set size, the name of that
+            method; otherwise the method's own name.
+        share: share of the steps that the budget allows.
     """
 
     keys: dict[str, Any]
@@ -38,17 +39,17 @@ Methods = dict[str, Method]
 
 
 def with_steps(recipe: Recipe) -> Recipe:
-    """The recipe with the comparison's own number of steps, where it has one."""
+    """Return the recipe with the comparison's own number of steps, if ``compare.steps`` is set."""
     return recipes.override(recipe, {"train.steps": recipe.compare.steps}) if recipe.compare.steps else recipe
 
 
 def list_methods(recipe: Recipe) -> Methods:
-    """The ways that ``compare`` asks for, with their smaller and shorter runs; default ways that the data does not
-    allow are left out, with the reason said.
+    """Return the methods that ``compare`` names, and their runs with fewer images and fewer steps.
+
+    Without names, these are all default methods that the data allows; the others are logged with the reason.
 
     Raises:
-        KtrayError: a name that no default way has, or of one that the data does not allow; a share or a size that
-            makes no sense.
+        KtrayError: no default method has the name, the data does not allow it, or a share or a size is out of range.
     """
     requested = recipe.compare.ways
     if isinstance(requested, dict) and requested:
@@ -57,13 +58,13 @@ def list_methods(recipe: Recipe) -> Methods:
         keys, missing = default_methods(recipe)
         for name, reason in missing.items():
             if not requested:
-                logger.info(f"way       {name}: left out, {reason}")
+                logger.info(f"method    {name}: omitted, {reason}")
         if isinstance(requested, list) and requested:
             keys = {name: _method_named(name, keys, missing) for name in requested}
     methods = {name: Method(dict(value), name) for name, value in keys.items()}
     for size in recipe.compare.sizes:
         if size < 1:
-            raise KtrayError(f"compare.sizes has {size}", "Sizes are numbers of images, from 1.")
+            raise KtrayError(f"compare.sizes contains {size}", "Give numbers of images, at least 1.")
         methods |= {
             f"{name}, {size:,} images": Method({**value, "transfer.size": size}, name)
             for name, value in keys.items()
@@ -72,13 +73,19 @@ def list_methods(recipe: Recipe) -> Methods:
     first = next(iter(keys))
     for budget in recipe.compare.budgets:
         if not 0 < budget < 1:
-            raise KtrayError(f"compare.budgets has {budget:g}", "They are shares of the first way's steps, below 1.")
+            raise KtrayError(
+                f"compare.budgets contains {budget:g}", "Give shares of the first method's steps, above 0 and below 1."
+            )
         methods[f"{first}, {Fraction(budget).limit_denominator(1000)} steps"] = Method(dict(keys[first]), first, budget)
     return methods
 
 
 def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Every objective on the transfer sets that suit it: the keys of each way, and the reason for those left out."""
+    """Combine every objective with the transfer sets that suit it.
+
+    Returns:
+        The recipe keys of each method, by name, and the reason for each method that the data does not allow, by name.
+    """
     built_in = recipe.task.data is None
     gallery = built_in or recipe.gallery.data is not None
     possible = ["retrieved", "generic", "target"] if gallery else ["target"]
@@ -89,7 +96,7 @@ def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str
 
 
 def unavailable(recipe: Recipe) -> dict[str, str]:
-    """Objectives that the recipe's data does not allow, with the reason."""
+    """Return the objectives that the recipe's data does not allow, each with the reason."""
     if recipe.task.data is None:
         return {}
     reasons = {}
@@ -107,28 +114,30 @@ def unavailable(recipe: Recipe) -> dict[str, str]:
 
 
 def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
-    """The base recipe with a way's keys and ``more`` (dots written as ``__``), without the comparison's own part.
+    """Return the base recipe with a method's keys and ``more`` (``__`` stands for a dot), without its section compare.
 
     Raises:
-        KtrayError: a way names a key that the recipe does not know, or a value that it does not take.
+        KtrayError: the method sets an unknown key, a key of ``compare``, or an invalid value.
     """
     wanted = {**keys, **{name.replace("__", "."): value for name, value in more.items()}}
     if any(name.split(".")[0] == "compare" for name in wanted):
-        raise KtrayError("A way cannot set keys of compare", "Remove it from compare.ways.")
+        raise KtrayError("A method cannot set keys of compare", "Remove these keys from compare.ways.")
     plain = base.model_copy(update={"compare": CompareConfig()})
     fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
     if base.teach.mode == "auto" and "teach.mode" not in wanted:
-        fixed["teach.mode"] = "cached"  # seeds and ways share what is stored
+        fixed["teach.mode"] = "cached"  # seeds and methods share the stored targets
     return recipes.override(plain, {**wanted, **fixed})
 
 
 def _method_named(name: str, methods: dict[str, dict[str, Any]], missing: dict[str, str]) -> dict[str, Any]:
     if name in missing:
-        raise KtrayError(f"Way '{name}' cannot be run: {missing[name]}", "Leave it out of compare.ways.")
+        raise KtrayError(f"Method '{name}' cannot be run: {missing[name]}", "Remove it from compare.ways.")
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1, cutoff=0.3)
         hint = f"Did you mean '{near[0]}'? " if near else ""
-        raise KtrayError(f"No default way is named '{name}'", f"{hint}There are: {', '.join(methods)}.")
+        raise KtrayError(
+            f"No default method is named '{name}'", f"{hint}The default methods are: {', '.join(methods)}."
+        )
     return methods[name]
 
 

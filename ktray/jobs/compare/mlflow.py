@@ -1,4 +1,4 @@
-"""The comparison in MLflow: one run beside those of its ways, with the table, the pictures and each way's numbers."""
+"""The comparison in MLflow: one run in addition to those of the methods, with the page, the figures and the numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ PER_METHOD = ("accuracy", "spread", "low", "high", "validation", "flops", "devic
 
 
 def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files: Sequence[str]) -> dict[str, Any]:
-    """Log the comparison; returns the ``mlflow`` object of its ``result.json``. A server that is away stops nothing.
+    """Log the comparison; returns the ``mlflow`` object of its ``result.json``. An unreachable server is no error.
 
-    Metrics are ``<way>.<number>``, the tag ``compare`` is the comparison's id, and the parameter ``runs.<way>`` names
-    the runs of a way.
+    Metrics are ``<method>.<number>``, the tag ``compare`` is the comparison's id, and the parameter ``runs.<method>``
+    names the runs of a method.
 
     Args:
-        kept, files: the comparison's folder, and names in it to keep with the run.
+        kept: the comparison's folder.
+        files: names of files in the folder that are stored with the run.
     """
     home = local_home(store)
     folder = home / "runs" / content["run_id"]
@@ -56,10 +57,10 @@ def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files:
 
 
 def chart(recipe: Recipe, store: Store, content: dict[str, Any]) -> str:
-    """Have MLflow draw the ways' cost against their accuracy; says where, or what to do where the server is away."""
+    """Save a chart of the methods' cost against their accuracy in MLflow; returns where to see it, or how to retry."""
     from ktray.jobs.chart import preset
 
     try:
         return preset(tracking_uri(recipe.mlflow.uri, local_home(store)), recipe.mlflow.experiment, content["run_id"])
-    except KtrayError as error:  # no comparison is lost over a picture
-        return f"MLflow has none ({error}); later: python -m ktray.jobs.chart {recipe.mlflow.experiment}"
+    except KtrayError as error:  # a missing chart must not fail the comparison
+        return f"MLflow has no chart ({error}); to retry: python -m ktray.jobs.chart {recipe.mlflow.experiment}"

@@ -1,4 +1,4 @@
-"""``compare.html``, its pictures as PNG, ``compare.csv`` and the table for the terminal."""
+"""``compare.html``, its figures as PNG files, ``compare.csv``, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def write(folder: Path, content: dict[str, Any]) -> list[Path]:
-    """Write the page, its pictures and the CSV into ``folder``; returns their paths."""
+    """Write the page, its figures and the CSV file into ``folder``; returns their paths."""
     return page.write(
         folder,
         "compare",
@@ -36,13 +36,13 @@ def write(folder: Path, content: dict[str, Any]) -> list[Path]:
 
 
 def accuracy(method: dict[str, Any]) -> str:
-    """``88.9 ± 0.3%``; without ± where one seed tells of no spread."""
+    """Format a method's accuracy, such as ``88.9 ± 0.3%``; without a spread if there is only one seed."""
     spread = "" if method["spread"] is None else f" ± {100 * method['spread']:.1f}"
     return f"{100 * method['accuracy']:.1f}{spread}%"
 
 
 def points(lead: list[float] | None) -> str:
-    """Points that the first way leads by, with the interval: ``+5.4 (+4.1 to +6.8)``."""
+    """Format the first method's lead in percentage points with its interval: ``+5.4 (+4.1 to +6.8)``."""
     if lead is None:
         return "–"
     mean, low, high = (100 * v for v in lead)
@@ -50,8 +50,11 @@ def points(lead: list[float] | None) -> str:
 
 
 def times(reach: dict[str, Any] | None) -> str:
-    """``3.4x less compute (2.0 to 4.1)``; below 1 it is more compute, about 1 the same. A bound of ``not reached`` says
-    that among the draws of the interval are some in which no run was as accurate."""
+    """Format a ratio of costs, such as ``3.4x less compute (2.0 to 4.1)``.
+
+    A ratio below 1 is more compute, and about 1 is the same compute. A bound of ``not reached`` means that the interval
+    contains draws in which no run was as accurate.
+    """
     if reach is None:
         return "not reached"
     value, low, high = reach["times"], reach["low"], reach["high"]
@@ -66,14 +69,14 @@ def times(reach: dict[str, Any] | None) -> str:
 
 
 def headline(content: dict[str, Any]) -> str:
-    """The first way against the best (on validation) of the others, in a sentence; empty without others."""
+    """Compare the first method with the best (on validation) of the others in one sentence; empty without others."""
     others = [w for w in content["ways"] if w["family"] != content["ways"][0]["family"]]
     if not others:
         return ""
     best = max(others, key=lambda w: w["validation"])
-    text = f"{content['first']} gains {points(best['lead'])} points on {best['name']}, the best of the others"
+    text = f"{content['first']} gains {points(best['lead'])} points over {best['name']}, the best of the others"
     if best["reach"] is None:
-        return f"{text}, and no run of it reaches that way's {percent(best['accuracy'])}"
+        return f"{text}, and no run of it reaches that method's {percent(best['accuracy'])}"
     return f"{text}, and reaches its {percent(best['accuracy'])} with {times(best['reach'])}: {best['reach']['name']}"
 
 
@@ -82,10 +85,10 @@ def _factor(value: float) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The comparison for a terminal, best on validation first."""
+    """Format the comparison for a terminal, with the best method on validation first."""
     width = max(len(w["name"]) for w in content["ways"]) + 2
     head = (
-        f"{'way':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}"
+        f"{'method':<{width}}{'test':>15}{'95% interval':>18}{'validation':>12}"
         f"{'compute':>14}{'teacher':>9}{'time':>10}{'money':>11}"
     )
     out = [head, "-" * len(head)]
@@ -97,7 +100,7 @@ def table(content: dict[str, Any]) -> str:
     others = [w for w in content["ways"] if w["family"] != content["ways"][0]["family"]]
     if others:
         out.append(f"\n{headline(content)}\n")
-        out.append(f"{first} against the others: points gained, and its cheapest run that is as accurate")
+        out.append(f"{first} against the others: points gained, and its cheapest run with at least their accuracy")
     for w in others:
         by = f" by '{w['reach']['name']}'" if w["reach"] else ""
         out.append(f"  {w['name']:<{width}}{points(w['lead']):>26}   {times(w['reach'])}{by}")
@@ -105,7 +108,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _csv_row(method: dict[str, Any]) -> dict[str, Any]:
-    """A way as a row of the CSV: the interval of its lead and what reached it in columns of their own."""
+    """Flatten a method for the CSV file: the bounds of its lead, and the run that reaches it, get columns."""
     lead, reach = method["lead"] or (None, None, None), method["reach"] or {}
     more = {"reached_by": reach.get("name"), "times_less": reach.get("times")}
     more |= {"times_low": reach.get("low"), "times_high": reach.get("high")}

@@ -1,7 +1,7 @@
 """Several pipelines at once, each on its share of the cluster.
 
-Threads of one driver: Ray does the work in its own processes, MLflow is spoken to through clients without process-wide
-state, and a stage that two pipelines need is made by one while the other waits for its lease.
+The pipelines are threads of one driver. This works because Ray does the work in its own processes, the MLflow clients
+have no process-wide state, and if two pipelines need a stage, one computes it while the other waits for its lease.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 
 T = TypeVar("T")
-# Processes of one pipeline (driver's share, training worker and its controller, teacher actor) hold about so much.
+# Approximate memory of the processes of one pipeline (share of the driver, training worker, controller, teacher actor).
 BYTES_A_PIPELINE = 4e9
 
 
 def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, memory: float) -> tuple[int, str]:
-    """Pipelines at once, and why so many.
+    """Return the number of pipelines at once, and the reason for it.
 
-    On CPUs one core a training worker does more than several: two workers of a small student with a thread each make
-    1.2 times the steps of one with two, and start-up, which keeps one core busy, hides behind the other's steps.
+    On CPUs, one core for each training worker is faster than several: two workers of a small student with one thread
+    each make 1.2 times the steps of one worker with two threads, and the start-up of one pipeline, which keeps one core
+    busy, runs during the steps of another.
 
     Args:
-        memory: of the cluster, bytes.
+        requested: ``compare.parallel`` or ``tune.parallel``.
+        whole: the allocation of the whole cluster.
+        jobs: number of runs, which limits the result.
+        memory: memory of the cluster in bytes.
 
     Raises:
-        KtrayError: a number was asked for that the GPUs do not suffice for.
+        KtrayError: there are not enough GPUs for the requested number.
     """
     on_gpu = whole.worker_gpus > 0
     if on_gpu:
@@ -37,7 +41,10 @@ def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, mem
         why = f"{whole.total_gpus:g} GPUs, {whole.least} for each"
     else:
         room = max(1, min(int(whole.total_cpus // whole.least), int(memory // (BYTES_A_PIPELINE * whole.least))))
-        why = f"{whole.total_cpus:g} CPUs and {memory / 1e9:.0f} GB: a core and {BYTES_A_PIPELINE / 1e9:g} GB a worker"
+        why = (
+            f"{whole.total_cpus:g} CPUs and {memory / 1e9:.0f} GB of memory: one core and "
+            f"{BYTES_A_PIPELINE / 1e9:g} GB for each worker"
+        )
     if requested == "auto":
         return min(room, jobs), why
     if on_gpu and requested > room:
@@ -49,14 +56,14 @@ def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, mem
 
 
 def share(whole: Allocation, count: int) -> Allocation:
-    """The plan of one of ``count`` pipelines that run at once. Side by side they have no room to grow: each has its
-    fewest workers.
+    """Return the allocation of one of ``count`` pipelines that run at once. Each has its smallest number of workers,
+    because there is no room for more.
 
-    What all of them hold together (training workers, teacher actors) is at most half of the CPUs, so that a reading
-    task always finds room and none waits for another for ever.
+    The training workers and teacher actors of all pipelines together hold at most half of the CPUs, so that there is
+    always a CPU for a reading task. Otherwise the pipelines could wait for each other forever.
 
     Raises:
-        KtrayError: it does not fit.
+        KtrayError: the pipelines do not fit on the cluster.
     """
     if count == 1:
         return whole
@@ -65,10 +72,10 @@ def share(whole: Allocation, count: int) -> Allocation:
 
 
 def run_all(jobs: Sequence[Callable[[], T]], at_once: int) -> list[T]:
-    """Results in the order of the jobs.
+    """Run jobs in threads; returns their results in the order of the jobs.
 
-    After a job's exception no further job is begun; those that run come to their end (their stages are kept), then
-    the first exception is raised. A keyboard interrupt does not wait.
+    After an exception in a job, no further job starts. The running jobs finish (their stages are kept), then the first
+    exception is raised. A keyboard interrupt does not wait for them.
     """
     if at_once <= 1:
         return [job() for job in jobs]
@@ -89,8 +96,8 @@ def run_all(jobs: Sequence[Callable[[], T]], at_once: int) -> list[T]:
             except BaseException as error:
                 errors.append(error)
 
-    # Daemons: the interpreter does not wait for them after an interrupt.
-    threads = [threading.Thread(target=work, name=f"ktray-way-{i}", daemon=True) for i in range(at_once)]
+    # The threads are daemons, so that the interpreter does not wait for them after an interrupt.
+    threads = [threading.Thread(target=work, name=f"ktray-run-{i}", daemon=True) for i in range(at_once)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""Each way's row: accuracy over seeds with its interval, cost, and how it stands against the first way."""
+"""The row of each method: accuracy over seeds with its interval, cost, and the comparison with the first method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ktray.tasks.weighted import WeightedScores
 
 
 def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> WeightedScores:
-    """The test rows of one way's results, a table for each seed, ready for the bootstrap."""
+    """Load the test predictions of one method, one table for each seed, as scores for the bootstrap."""
     seeds = []
     for result in results:
         (key,) = {s["key"] for s in result["stages"] if s["name"] == "evaluate"}
@@ -29,13 +29,13 @@ def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> WeightedScor
 
 
 def build(store: Store, methods: Methods, results: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A JSON-like row for each way, in order.
+    """Return a JSON-like row for each method, in order.
 
-    ``accuracy``, ``spread`` (standard deviation over seeds, None for one seed), ``low``, ``high``, ``validation``: of
-    the task's metric, fractions. ``flops``, ``device_seconds``, ``usd``, ``stages`` (FLOPs by stage),
-    ``teacher_share``: means over seeds, of all stages a student needed. ``lead``: by how much the first way leads,
-    with its interval. ``reach``: the first way's cheapest run that is as accurate as this way.
-    ``images``: in the transfer set, None without one.
+    ``accuracy``, ``spread`` (standard deviation over seeds, None for one seed), ``low``, ``high`` and ``validation``
+    are fractions of the task's metric. ``flops``, ``device_seconds``, ``usd``, ``stages`` (FLOPs by stage) and
+    ``teacher_share`` are means over seeds, and include all stages that a student needed. ``lead`` is the first method's
+    accuracy minus this method's, with its interval. ``reach`` is the first method's cheapest run that is at least as
+    accurate as this method. ``images`` is the number of images in the transfer set, None without a transfer set.
     """
     rows = [_row(store, name, results[name]) for name in methods]
     sample = resample([load_scores(store, results[name]) for name in methods])
@@ -43,7 +43,12 @@ def build(store: Store, methods: Methods, results: Mapping[str, list[dict[str, A
 
 
 def compare_rows(rows: list[dict[str, Any]], families: Sequence[str], sample: np.ndarray) -> list[dict[str, Any]]:
-    """Rows with what they say about each other; ``sample`` is (draws, rows), see `resample`."""
+    """Add to each row its comparison with the other rows.
+
+    Args:
+        families: family of each row, see `ktray.jobs.compare.methods.Method`.
+        sample: (draws, rows), see `resample`.
+    """
     accuracy, cost = [r["accuracy"] for r in rows], [r["flops"] for r in rows]
     front = pareto(list(zip(cost, accuracy, strict=True)))
     own = [i for i, family in enumerate(families) if family == families[0]]

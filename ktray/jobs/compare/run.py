@@ -1,6 +1,6 @@
-"""``jobs/compare.py``: every way with every seed through the pipeline, stages shared, and one page of what they say.
+"""``jobs/compare.py``: runs the pipeline for every method and every seed with shared stages, and writes one page.
 
-A comparison that was interrupted goes on in its folder: runs that are finished are read, the stages of the others are
+An interrupted comparison resumes in its folder: it reads the finished runs, and finds the finished stages of the others
 in the store.
 """
 
@@ -32,14 +32,14 @@ from ktray.storage.store import local_home
 
 logger = logging.getLogger("ktray")
 
-TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, beside the ways
+TRIALS = "trials"  # short runs and trials are logged in an experiment of their own, separate from the methods
 
 
 def compare(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """Run the comparison; returns the content of its ``result.json``.
 
     Raises:
-        KtrayError: a way that the recipe does not allow, or whatever a run raises.
+        KtrayError: the recipe does not allow a method, or a run failed.
     """
     begun = time.time()
     recipe = with_steps(recipe)
@@ -54,14 +54,14 @@ def _compare(
     methods = list_methods(recipe)
     seeds = recipe.compare.seeds
     at_once, why = how_many(recipe.compare.parallel, whole, len(methods) * len(seeds), session.memory)
-    logger.info(f"cluster   {at_once} at once ({why})")
+    logger.info(f"cluster   {at_once} runs at once ({why})")
     run_id, folder = open_folder(store, recipe, until)
     logger.info(f"compare   {folder.uri}")
     folder.write("recipe.yaml", dump(recipe).encode())
     runner = Runner(store, folder, whole, share(whole, at_once), at_once, debug)
     aside = recipe.model_copy(deep=True)
     aside.mlflow.experiment = f"{recipe.mlflow.experiment}-{TRIALS}"
-    # One at a time: what runs beside a measurement slows it.
+    # One at a time, because another run at the same time would slow the measured one.
     measure = partial(
         calibration.measure, aside, store=store, plan=runner.share, run=partial(runner.run, at_once=1, trial=True)
     )
@@ -72,9 +72,9 @@ def _compare(
         (name, seed): recipe_of(
             recipe, method.keys, seed=seed, train__steps=budget[name].steps, train__lr=searched.lr[name]
         )
-        for seed in seeds  # outside: a comparison that is stopped early has all ways with fewer seeds
-        # Later seeds the other way round, as all stages that ways share are there: so the slowest ways (no teacher, and
-        # many steps for their share) do not come last of all, where other workers have nothing left to do.
+        for seed in seeds  # the outer loop, so that a comparison that is stopped early has all methods with fewer seeds
+        # Later seeds run in reverse order, since all shared stages exist then. So the slowest methods (without a
+        # teacher, and with many steps instead) do not run last, when other workers have nothing left to do.
         for name, method in (methods.items() if seed == seeds[0] else reversed(methods.items()))
     }
     done = runner.run([(name, one) for (name, _), one in recipes.items()])

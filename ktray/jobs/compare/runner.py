@@ -1,4 +1,4 @@
-"""The pipelines of a comparison, and its folder, which remembers those that are finished."""
+"""The pipelines of a comparison, and its folder, which records the finished ones."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ logger = logging.getLogger("ktray")
 
 
 def open_folder(store: Store, recipe: Recipe, until: contextlib.ExitStack) -> tuple[str, Dir]:
-    """The folder of this comparison: that of an unfinished one of the same recipe, else a new one."""
+    """Open the folder of an unfinished comparison of the same recipe, otherwise a new folder."""
     return open_run(store, digest("compare", dump(recipe)), f"compare-{task_title(recipe)}", until)
 
 
 @dataclass
 class Runner:
-    """Runs recipes, each once, ``at_once`` of them side by side.
+    """Runs each recipe once, with ``at_once`` recipes at the same time.
 
     Attributes:
-        whole, share: plan of the whole cluster and of one pipeline.
-        results: of every recipe asked for so far, by its digest; what this comparison spent is in them.
+        whole: allocation of the whole cluster.
+        share: allocation of one pipeline.
+        results: result of every recipe requested so far, by its digest; they contain what this comparison spent.
     """
 
     store: Store
@@ -49,10 +50,12 @@ class Runner:
     def run(
         self, jobs: Sequence[tuple[str, Recipe]], at_once: int | None = None, trial: bool = False
     ) -> list[dict[str, Any]]:
-        """Results of named recipes, in order. Those that this comparison has finished before are read, not run.
+        """Return the results of named recipes, in order. Recipes that this comparison has finished are read, not run.
 
         Args:
-            trial: leave the test split alone.
+            jobs: name and recipe of each run.
+            at_once: number of recipes at the same time; None: ``self.at_once``.
+            trial: whether the runs are trials, which do not read the test split.
         """
         keys = [digest(dump(recipe), trial) for _, recipe in jobs]
         todo: dict[str, tuple[str, Recipe]] = {}

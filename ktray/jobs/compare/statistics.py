@@ -1,7 +1,7 @@
-"""What several runs say together: metrics as sums over images, bootstrap, the Pareto front, what equal accuracy costs.
+"""Statistics over runs: metrics as sums over images, the bootstrap, the Pareto front, the cost of equal accuracy.
 
 Each metric is a function of sums over test images, so a bootstrap sample is a weight for each image: how often it was
-drawn. All ways are scored on the same drawn images (a paired bootstrap), their seeds are drawn apart.
+drawn. All methods are scored on the same drawn images (a paired bootstrap); their seeds are drawn independently.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from ktray.tasks.weighted import WeightedScores
 
 DRAWS = 2000
 LEVEL = 0.95
-_CHUNK_BYTES = 64_000_000  # of drawn weights held at once
+_CHUNK_BYTES = 64_000_000  # drawn weights that are in memory at once
 
 
 def plain(scores: WeightedScores) -> np.ndarray:
-    """(S,) scores on the test set as it is."""
+    """Return the scores (S,) of S seeds on the test set without resampling."""
     scores_on_test: np.ndarray = scores.score(np.ones((1, scores.shape[1])))[0]
     return scores_on_test
 
 
 def resample(methods: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Bootstrap of each way's mean over seeds: images and seeds are drawn with replacement.
+    """Bootstrap each method's mean over seeds: images and seeds are drawn with replacement.
 
     Args:
-        methods: all with the same N test images in the same order; the numbers of seeds may differ.
-        draws: resamples.
-        seed: of the resampling.
+        methods: the scores of each method, all with the same N test images in the same order; the numbers of seeds may
+            differ.
+        draws: number of resamples.
+        seed: seed of the resampling.
 
     Returns:
-        (draws, len(ways)) float64.
+        (draws, len(methods)) float64.
     """
     rng = np.random.default_rng(seed)
     (images,) = {method.shape[1] for method in methods}
@@ -51,14 +52,18 @@ def resample(methods: Sequence[WeightedScores], draws: int = DRAWS, seed: int = 
 
 
 def interval(sample: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile interval of a (draws,) sample; pass a difference of two columns for that of a difference."""
+    """Return the percentile interval of a (draws,) sample. For the interval of a difference, pass the difference of
+    two columns."""
     tail = (1 - level) / 2
     low, high = np.quantile(sample, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (cost, accuracy) that no other point beats in one and equals in the other, by rising cost."""
+    """Return the indices of the Pareto set of (cost, accuracy), by rising cost.
+
+    A point is in the set if no other point is better in one of the two and at least equal in the other.
+    """
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     front: list[int] = []
     for i in order:
@@ -72,9 +77,10 @@ class Reach:
     """The cheapest of several runs that is at least as accurate as a reference.
 
     Attributes:
-        index: which run.
-        times: the reference's cost over this run's.
-        low, high: interval of ``times`` over the bootstrap; 0 stands for draws in which no run reached the reference.
+        index: index of the run.
+        times: the reference's cost divided by this run's cost.
+        low, high: interval of ``times`` over the bootstrap. In draws in which no run reached the reference, ``times``
+            is 0.
     """
 
     index: int
@@ -86,16 +92,16 @@ class Reach:
 def reach(
     accuracy: Sequence[float], cost: Sequence[float], sample: np.ndarray, reference: int, runs: Sequence[int]
 ) -> Reach | None:
-    """Which of ``runs`` is the cheapest that reaches ``reference``; None where none does.
+    """Find the cheapest of ``runs`` that is at least as accurate as ``reference``; None if there is none.
 
-    Nothing is interpolated between runs. In each bootstrap draw the cheapest is looked for anew, so the interval says
-    too how sure it is that the accuracy is reached at all.
+    Nothing is interpolated between runs. The cheapest run is determined again in each bootstrap draw, so the interval
+    also shows how certain it is that the accuracy is reached at all.
 
     Args:
-        accuracy, cost: mean accuracy and cost of each way.
-        sample: (draws, ways), see `resample`.
-        reference: index of the way to reach.
-        runs: indices of the runs to look among.
+        accuracy, cost: mean accuracy and mean cost of each method.
+        sample: (draws, methods), see `resample`.
+        reference: index of the method to reach.
+        runs: indices of the candidate runs.
     """
     costs = np.array([cost[i] for i in runs], dtype=np.float64)
 
@@ -107,7 +113,7 @@ def reach(
         return None
     best = cheapest(able)
     times = cost[reference] / cheapest(sample[:, list(runs)] >= sample[:, [reference]])
-    # Between two values of a short list the quantile must not invent a third.
+    # The sample has few distinct values, so the quantile must not interpolate between two of them.
     tail = (1 - LEVEL) / 2
     low = float(np.quantile(times, tail, method="lower"))
     high = float(np.quantile(times, 1 - tail, method="higher"))

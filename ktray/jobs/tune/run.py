@@ -65,7 +65,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
 
     store, whole = session.store, session.allocation
     at_once, why = how_many(recipe.tune.parallel, whole, recipe.tune.trials or 10**6, session.memory)
-    logger.info(f"cluster   {at_once} at once ({why})")
+    logger.info(f"cluster   {at_once} runs at once ({why})")
     part = share(whole, at_once)
     resolved = baseline(recipe, part)
     base = resolved.recipe

@@ -52,7 +52,7 @@ def test_default_ways_follow_the_data(bare, captioned):
 def test_what_is_left_out_is_said(bare):
     lines = []
     heard(lines, list_methods, recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))
-    assert any(line.startswith("way       supervised generic: left out, ") for line in lines)
+    assert any(line.startswith("method    supervised generic: omitted, ") for line in lines)
 
 
 def test_ways_by_name(bare):
