@@ -163,7 +163,7 @@ def test_user_texts_are_shown_and_not_obeyed(full: Page) -> None:
 def test_numbers_of_the_run_are_on_the_page(full: Page) -> None:
     for expected in (
         "78.1%",
-        "+37.9 points against scratch · −8.1 points against teacher",
+        "+37.9 points compared with scratch · −8.1 points compared with teacher",
         "86.2%",
         "42.0%",
         "3 TFLOP",
@@ -346,5 +346,5 @@ def test_a_transfer_that_does_not_pay_is_told(student: float, scratch: float, to
         teacher_metric={"val": 0.92, "test": 0.5},
     )
     text = closing_table(found)
-    assert ("beats the distilled one (90.0%): its teacher knows" in text) is told
+    assert ("is better than the distilled student (90.0%): the teacher is less accurate than" in text) is told
     assert ("objective.name=scratch" in text) is told
