@@ -228,7 +228,7 @@ def test_palette_masks_and_turned_photos(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "what"),
     [
-        ({"labels_per_class": 3}, r"labels_per_class does not go with task\.kind=segmentation.*task\.labels=N"),
+        ({"labels_per_class": 3}, r"labels_per_class cannot be used with task\.kind=segmentation.*task\.labels=N"),
         ({"layout": "eurosat"}, r"layout=eurosat has no masks"),
         ({"splits": "somewhere"}, r"task\.splits goes with ADE20K's folders"),
         ({"kind": "classification", "labels": 3}, r"task\.labels counts .*task\.labels_per_class"),
