@@ -1,4 +1,4 @@
-"""What jobs/bench.py reads."""
+"""The recipe section of jobs/bench.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe sections that one job alone reads, and what all sections have in common."""
+"""The recipe section of jobs/compare.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ktray.recipe.section import Section
 
 
 class CompareConfig(Section):
-    """What jobs/compare.py runs beside each other; other jobs do not read it."""
+    """What jobs/compare.py compares. Other jobs do not read it."""
 
     ways: dict[str, dict[str, Any]] | list[str] = Field(
         default_factory=dict,

@@ -1,7 +1,8 @@
 """The recipe: one typed description of a run, from the command line to the run folder.
 
-A value of ``auto`` (or null) is decided from the data and the machine by `ktray.pipeline.resolve`, printed with its
-reason, and written to the run folder's ``recipe.yaml``, which runs again as ``--recipe FILE``.
+`ktray.pipeline.resolve` chooses a value for each key that is ``auto`` (or null), from the data and the machine. It
+prints the value with the reason, and the run folder has it in ``recipe.yaml``, which can be run again with ``--recipe
+FILE``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class TaskConfig(Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value != cls.model_fields["kind"].default:  # the default is there, and its imports take seconds
+        if value != cls.model_fields["kind"].default:  # the default always exists, and its imports take seconds
             TASKS.get(value)
         return value
 
@@ -146,7 +147,7 @@ class DataConfig(Section):
 
 
 class TeacherFinetuneConfig(Section):
-    """Finetuning of the teacher's tower (teacher.adapt=finetune|auto)."""
+    """Finetuning of the teacher's tower (teacher.adapt=finetune or auto)."""
 
     steps: int = Field(150, ge=1, description="optimizer steps of the teacher's finetuning")
     batch_size: int = Field(64, ge=1, description="images per step of the teacher's finetuning, over all workers")
@@ -271,7 +272,7 @@ class TransferConfig(Section):
 
     @property
     def chosen_strategy(self) -> StrategyConfig:
-        """The strategy, with its own keys."""
+        """The chosen strategy, with its keys."""
         return strategy_of(self.strategy)
 
 
@@ -344,5 +345,5 @@ class Recipe(Section):
 
 
 def index_alone(recipe: Recipe) -> bool:
-    """Whether the gallery is all that an index holds."""
+    """Whether the gallery is everything in an existing index, because only ``gallery.index`` is set."""
     return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None
