@@ -8,7 +8,7 @@ A recipe holds the keys of one objective. The rules for keys of the others:
 - ``key=value`` on the command line, or in the keys of a method or a trial, is an error where the chosen objective does
   not have the key.
 - In a file such a key is dropped. Earlier versions of ktray wrote the keys of all objectives into each recipe, and a
-  file may serve several objectives, of which the command line chooses one.
+  file may be used with several objectives, one of which the command line chooses.
 - When ``objective.name`` changes on a recipe, the keys that have been set and that the new objective also has keep
   their values; the others are dropped.
 
@@ -70,16 +70,16 @@ def fitting(raw: Mapping[str, Any], explicit: Collection[str] = ()) -> dict[str,
         if key in config.model_fields:
             kept[key] = value
             continue
-        having = owners(key)
-        if not having:
+        owning = owners(key)
+        if not owning:
             raise KtrayError(
                 f"No objective has the key 'objective.{key}'",
                 f"objective.name={name} has {', '.join(config.own_fields()) or 'no keys of its own'}.",
             )
         if key in explicit:
             raise KtrayError(
-                f"objective.{key} belongs to {' and '.join(having)}; objective.name is {name}",
-                f"Remove it, or set objective.name={having[0]}.",
+                f"objective.{key} belongs to {' and '.join(owning)}; objective.name is {name}",
+                f"Remove it, or set objective.name={owning[0]}.",
             )
     return kept
 
@@ -146,14 +146,14 @@ def objective_rows() -> list[tuple[str, Any, Any, str]]:
     """All keys of all objectives as (key without prefix, default, annotation, description). A key of several objectives
     is listed once, and its description begins with the names of these objectives."""
     rows: list[tuple[str, Any, Any, str]] = []
-    known = objectives()
-    for config in known:
+    configs = objectives()
+    for config in configs:
         for field in config.own_fields():
-            having = [other for other in known if field in other.own_fields()]
-            if having[0] is not config:
+            owning = [other for other in configs if field in other.own_fields()]
+            if owning[0] is not config:
                 continue
             info = config.model_fields[field]
-            names = ", ".join(other.objective_name() for other in having)
+            names = ", ".join(other.objective_name() for other in owning)
             default = info.get_default(call_default_factory=True)
             rows.append((field, default, info.annotation, f"{names}: {info.description or ''}"))
     return rows

@@ -27,8 +27,8 @@ class CompareConfig(Section):
     )
     lr_search: list[float] = Field(
         default_factory=list,
-        description="factors on train.lr that each method tries with one seed, of which the best on validation is "
-        "used; empty: no search",
+        description="factors on train.lr that each method tries with one seed; the best factor on validation is used; "
+        "empty: no search",
     )
     sizes: list[int] = Field(
         default_factory=list,

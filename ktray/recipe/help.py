@@ -29,7 +29,7 @@ SECTIONS = {
     "teacher": "The foundation model that teaches, and how it is adapted to the task.",
     "student": "The small model that is trained.",
     "transfer": "Which images of the gallery the student is pretrained on.",
-    "teach": "How the teacher's targets are made, and the views (augmented images) that they are made for.",
+    "teach": "How the teacher's targets are computed, and the views (augmented images) for which they are computed.",
     "objective": "What the student is pretrained to do.",
     "supervised": "Data of the objective 'supervised'.",
     "train": "Pretraining of the student on the transfer set, and training of the scratch baseline.",

@@ -39,8 +39,8 @@ def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, A
             rows += schema(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            known = "|".join(config.strategy_name() for config in strategies())
-            shown = known if prefix + name == STRATEGIES.key else _type_name(kind)
+            choices = "|".join(config.strategy_name() for config in strategies())
+            shown = choices if prefix + name == STRATEGIES.key else _type_name(kind)
             rows.append((prefix + name, default, shown, field.description or ""))
     return rows
 
@@ -118,7 +118,7 @@ def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where += [str(one) for one in first["loc"] if not str(one).startswith(("function", "literal", "bool"))]
+        where += [str(step) for step in first["loc"] if not str(step).startswith(("function", "literal", "bool"))]
         raise KtrayError(
             f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: {first['msg']}",
             "--help lists the type of each key.",
@@ -135,10 +135,10 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = BUILTIN / f"{recipe}.yaml"
         if not path.exists():
-            known = sorted(p.stem for p in BUILTIN.glob("*.yaml"))
+            builtin = sorted(p.stem for p in BUILTIN.glob("*.yaml"))
             raise KtrayError(
                 f"No recipe is named '{recipe}'",
-                f"Built-in recipes: {', '.join(known)}. The name of a file must end in .yaml.",
+                f"Built-in recipes: {', '.join(builtin)}. The name of a file must end in .yaml.",
             )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -174,8 +174,8 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     if key == OBJECTIVES.key and isinstance(value, str):
         OBJECTIVES.get(value)  # first: without its package, its keys are unknown
-    known = {row[0] for row in schema()}
-    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
+    keys = {row[0] for row in schema()}
+    if key not in keys and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
     node = raw
     for part in parts[:-1]:
@@ -211,10 +211,10 @@ def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
 
 
 def _unknown(key: str) -> KtrayError:
-    known = [row[0] for row in schema()]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    keys = [row[0] for row in schema()]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.3)
     if not near:
-        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+        near = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]][:1]
     return KtrayError(
         f"Unknown recipe key '{key}'",
         f"Did you mean '{near[0]}'? --help lists all keys." if near else "--help lists all keys.",

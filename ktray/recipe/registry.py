@@ -44,10 +44,10 @@ class Registry(Generic[T]):
         """
 
         def add(item: T) -> T:
-            known = self._items.get(name)
-            if known is not None and _where(known) != _where(item):
+            registered = self._items.get(name)
+            if registered is not None and _where(registered) != _where(item):
                 raise KtrayError(
-                    f"Two {self.kind}s are named '{name}': {_where(known)} and {_where(item)}",
+                    f"Two {self.kind}s are named '{name}': {_where(registered)} and {_where(item)}",
                     "Rename one of them, or uninstall its package.",
                 )
             self._items[name] = item

@@ -122,7 +122,7 @@ class GalleryConfig(Section):
     )
     search: Literal["auto", "exact", "compressed"] = Field(
         "auto",
-        description="way to search the index: exact, or compressed (approximate, with less memory); auto: exact up to "
+        description="search in the index: exact, or compressed (approximate, with less memory); auto: exact up to "
         "100 million rows",
     )
     factory: str | None = Field(
@@ -241,8 +241,8 @@ class TransferConfig(Section):
     )
     per: Literal["query", "class"] = Field(
         "query",
-        description="unit that retrieves: each query by itself, or the average of the queries of each class, so that "
-        "all classes bring equal shares",
+        description="unit that retrieves: query (each query separately), or class (the mean of the queries of each "
+        "class, so that all classes get equal shares)",
     )
     query_crops: Literal["none", "grid", "random"] = Field(
         "none",
@@ -285,7 +285,7 @@ class SupervisedConfig(Section):
 class TeachConfig(Section):
     mode: Literal["auto", "cached", "streamed", "live"] = Field(
         "auto",
-        description="way to make the teacher's targets: cached (computed once and stored), streamed (computed by "
+        description="computation of the teacher's targets: cached (computed once and stored), streamed (computed by "
         "separate processes during training), or live (computed by the training workers); auto: the cheapest",
     )
     views: int = Field(4, ge=1, description="number of augmented views of each image of the transfer set")

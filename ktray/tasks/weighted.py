@@ -105,4 +105,4 @@ class WeightedCounts:
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         sums = np.einsum("bn,snk->bsk", weights, self.counts)
-        return np.array([[self.scores(one)[self.metric] for one in seeds] for seeds in sums])
+        return np.array([[self.scores(total)[self.metric] for total in seeds] for seeds in sums])

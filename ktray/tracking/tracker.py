@@ -149,11 +149,11 @@ class Tracker:
             return
         copied = self._copies / folder / name
         copied.parent.mkdir(parents=True, exist_ok=True)
-        with directory.local(name) as found:
-            if found.is_dir():
-                shutil.copytree(found, copied, dirs_exist_ok=True)
+        with directory.local(name) as source:
+            if source.is_dir():
+                shutil.copytree(source, copied, dirs_exist_ok=True)
             else:
-                shutil.copyfile(found, copied)
+                shutil.copyfile(source, copied)
         self.artifact(copied, folder)
 
     def log_student(self, model: Any, example: Any) -> None:
@@ -186,8 +186,8 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """The MLflow id of the parent run; None until the server has assigned one."""
-        found = self._main.state.get("run_id")
-        return None if found is None else str(found)
+        run_id = self._main.state.get("run_id")
+        return None if run_id is None else str(run_id)
 
     def info(self, timeout: float = 15.0) -> dict[str, Any]:
         """The object ``mlflow`` of ``result.json``. It waits for the run id as long as the server does not fail."""
