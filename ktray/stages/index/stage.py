@@ -307,7 +307,7 @@ def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:
     if unfinished := folder.unfinished():
         raise KtrayError(
             f"The index '{folder.uri}' is incomplete: a job that adds shards to it is running or was interrupted (the "
-            f"index has {len(whole):,} shards, and that job adds up to {max(unfinished):,})",
+            f"index has {len(whole):,} shards; the gallery of that job has {max(unfinished):,})",
             "Let that job finish (jobs/index.py with the same gallery.data continues it), or set gallery.data to the "
             "images.",
         )

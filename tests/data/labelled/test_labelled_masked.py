@@ -231,7 +231,7 @@ def test_palette_masks_and_turned_photos(tmp_path):
         ({"labels_per_class": 3}, r"labels_per_class cannot be used with task\.kind=segmentation.*task\.labels=N"),
         ({"layout": "eurosat"}, r"layout=eurosat has no masks"),
         ({"splits": "somewhere"}, r"task\.splits goes with ADE20K's folders"),
-        ({"kind": "classification", "labels": 3}, r"task\.labels counts .*task\.labels_per_class"),
+        ({"kind": "classification", "labels": 3}, r"task\.labels is the label budget .*task\.labels_per_class"),
     ],
 )
 def test_keys_that_do_not_go_with_the_kind(tmp_path, keys, what):
