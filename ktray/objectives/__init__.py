@@ -1,1 +1,2 @@
-"""Objectives: one file each, found by `ktray.recipe.registries.OBJECTIVES`; `ktray.objectives.base` is the contract."""
+"""Objectives, one file for each. `ktray.recipe.registries.OBJECTIVES` finds them; `ktray.objectives.base` is the
+contract."""

@@ -1,26 +1,26 @@
-"""Task-agnostic transfer: the student matches the frozen teacher's features, whatever the task.
+"""Task-agnostic transfer: the student matches the frozen teacher's features, independently of the task.
 
 With the teacher's embedding ``t`` of a view, the student's pooled features ``f`` and a projection
-``p = Linear(LayerNorm(f))`` to the teacher's width, which is trained beside the student and then dropped,
+``p = Linear(LayerNorm(f))`` to the teacher's width, which is trained together with the student and then dropped,
 
     cosine:       1 - cos(p, t)
     mse:          mean over the D dimensions of (p - sqrt(D) t / |t|)^2
-    contrastive:  InfoNCE, both ways, over the pairs (p_i, t_i) of a worker's batch, with a trained temperature
+    contrastive:  InfoNCE, in both directions, over the pairs (p_i, t_i) of a worker's batch, with a trained temperature
 
-averaged over the batch. With ``patches`` > 0 the student's last map is matched too, position by position, to the
-teacher's patch embeddings, by a projection of its own:
+averaged over the batch. With ``patches`` > 0, the student's last map is also matched to the teacher's patch embeddings,
+position by position, with a separate projection:
 
     loss = loss(pooled) + patches * mean over positions of loss(position)
 
 ``mse`` with ``patches`` is Proteus (ICLR 2025: LayerNorm and a linear layer for each level, squared error on the global
-and the patch features, neither labels nor logits) without its masked patches, which a convolutional student has not;
-the target is scaled to unit mean square so that the learning rate means the same for every teacher. ``contrastive`` is
-the task-agnostic baseline of Vemulapalli et al. (arXiv 2311.18237), in the form of CLIP's loss (arXiv 2103.00020,
-figure 3); its patches are matched by cosine, since neighbouring patches are no negatives. The classifier is untouched:
-FINETUNE fits it before it trains.
+and the patch features, neither labels nor logits) without its masked patches, which a convolutional student does not
+have; the target is scaled to unit mean square, so that a learning rate has the same effect for every teacher.
+``contrastive`` is the task-agnostic baseline of Vemulapalli et al. (arXiv 2311.18237), in the form of CLIP's loss
+(arXiv 2103.00020, figure 3); its patches are matched by cosine, because neighbouring patches are no negatives. The
+classifier is not trained; FINETUNE fits it first.
 
-Use it when one pretrained student is to serve many tasks, or when the teacher cannot tell the task's classes. Do not
-when it can: matching all that the teacher sees spends the small model's capacity on what the task does not need.
+Use it when one pretrained student should serve many tasks, or when the teacher cannot predict the task's classes. Do
+not use it when the teacher can: the small model then spends capacity on features that the task does not need.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from torch import nn
 from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig, ObjectiveContext, Traits
 
 Match = Literal["cosine", "mse", "contrastive"]
-# CLIP's start and limit of the inverse temperature.
+# CLIP's initial value and limit of the inverse temperature.
 _START, _LIMIT = 1 / 0.07, 100.0
 
 
 @OBJECTIVES.register("agnostic")
 class AgnosticConfig(ObjectiveConfig):
-    """Task-agnostic transfer: the student matches the frozen teacher's features, whatever the task. Use it when one
-    pretrained student is to serve many tasks, or when the teacher cannot tell the task's classes. Do not use it when
-    the teacher can: the small model then spends capacity on what the task does not need."""
+    """Task-agnostic transfer: the student matches the frozen teacher's features, independently of the task. Use it when
+    one pretrained student should serve many tasks, or when the teacher cannot predict the task's classes. Do not use it
+    when the teacher can: the small model then spends capacity on features that the task does not need."""
 
     name: Literal["agnostic"] = "agnostic"
-    match: Match = Field("cosine", description="how the teacher's features are matched")
-    patches: float = Field(0.0, ge=0, description="weight of the patch features; 0 matches the pooled alone")
+    match: Match = Field("cosine", description="loss between the features of student and teacher")
+    patches: float = Field(0.0, ge=0, description="weight of the loss on patch features; 0: only pooled features")
 
-    # Features of a handful of images are the weakest of all sets; without a gallery there is nothing else to match on.
+    # The third source, target, has few images, on which features transfer worst; it is used only without a gallery.
     compared: ClassVar[int] = 2
     compared_by_size: ClassVar[bool] = True
     searched: ClassVar[bool] = True
@@ -72,12 +72,14 @@ class AgnosticConfig(ObjectiveConfig):
 
 
 class Agnostic(Objective):
-    """See the module's text. Batch: ``embedding`` (N, D) and, for patches, ``patch_embedding`` (N, D', h', w'), the
-    frozen teacher's, any length. Reads features (N, F), for patches also the map (N, F', h, w).
+    """See the docstring of the module.
+
+    Batch: ``embedding`` (N, D) and, with patches, ``patch_embedding`` (N, D', h', w') of the frozen teacher, of any
+    length. It reads features (N, F) and, with patches, the map (N, F', h, w).
 
     Args:
-        match: how features are matched.
-        patches: weight of the patch term; 0 leaves it out.
+        match: the loss between features.
+        patches: weight of the patch term; 0: no patch term.
     """
 
     def __init__(self, match: Match = "cosine", patches: float = 0.0) -> None:
@@ -85,7 +87,7 @@ class Agnostic(Objective):
         self.match, self.patches = match, patches
 
     def setup(self, context: ObjectiveContext) -> None:
-        """Raises ValueError when a width of the teacher's that is needed is not known."""
+        """Create the projections. Raises ValueError if a width that they need is not known."""
         if context.teacher_dim is None:
             raise ValueError("Agnostic needs Context.teacher_dim")
         if self.patches and not (context.teacher_patch_dim and context.student_map_dim):
@@ -106,23 +108,23 @@ class Agnostic(Objective):
         cosine = F.cosine_similarity(projected, target, dim=1)
         if self.match == "contrastive":
             scale = self.log_scale.exp().clamp(max=_LIMIT)
-            # In full precision: logits reach 100.
+            # In full precision, because logits reach 100.
             with torch.autocast(target.device.type, enabled=False):
                 logits = scale * F.normalize(projected.float(), dim=1) @ target.T
             pair = torch.arange(len(logits), device=logits.device)
             loss = (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
         else:
             loss = self._by_row(projected, target)
-        found = {"loss": loss, "cosine": cosine.mean().detach()}
+        result = {"loss": loss, "cosine": cosine.mean().detach()}
         if self.patches and not isinstance(student_out, torch.Tensor):
             own, theirs = _same_grid(student_out[1].float(), batch["patch_embedding"].float())
             own, theirs = self.project_patches(own), F.normalize(theirs, dim=1)
-            found["loss"] = loss + self.patches * self._by_row(own, theirs)
-            found["patch_cosine"] = F.cosine_similarity(own, theirs, dim=1).mean().detach()
-        return found
+            result["loss"] = loss + self.patches * self._by_row(own, theirs)
+            result["patch_cosine"] = F.cosine_similarity(own, theirs, dim=1).mean().detach()
+        return result
 
     def _by_row(self, projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean over the rows (M, D) of a pair's own loss; ``target`` has unit rows."""
+        """Mean of the loss over the pairs of rows (M, D); ``target`` has unit rows."""
         if self.match == "mse":
             return F.mse_loss(projected, target * math.sqrt(target.shape[1]))
         return (1 - F.cosine_similarity(projected, target, dim=1)).mean()
@@ -133,7 +135,7 @@ def _projection(own: int, teacher: int) -> nn.Sequential:
 
 
 def _same_grid(own: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps (N, F', h, w), (N, D', h', w') as rows (N h w, F'), (N h w, D'); the teacher's are resized."""
+    """Maps (N, F', h, w), (N, D', h', w') as rows (N h w, F'), (N h w, D'). The teacher's map is resized."""
     grid = (own.shape[2], own.shape[3])
     if theirs.shape[2] >= grid[0] and theirs.shape[3] >= grid[1]:
         theirs = F.adaptive_avg_pool2d(theirs, grid)

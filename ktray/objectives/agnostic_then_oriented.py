@@ -1,11 +1,11 @@
-"""Two phases: the teacher's features on a generic set first, then its predictions on the recipe's own transfer set.
+"""Two phases: first the teacher's features on a generic set, then its predictions on the transfer set of the recipe.
 
 The generic phase is `ktray.objectives.agnostic`, the specific one `ktray.objectives.oriented`; they share the steps
-(G2SD, CVPR 2023). A phase is a recipe of its own, so that its stages are those of a plain run of that objective with
-the same keys, and are reused.
+(G2SD, CVPR 2023). Each phase is a complete recipe, so a run of its objective with the same keys has the same stages,
+and they are reused.
 
-Use it when there is a gallery and the steps are many: the student first learns to see, then to tell the classes. Do not
-use it with few steps: both phases then end early.
+Use it when there is a gallery and there are many steps: the student first learns general features, then the classes. Do
+not use it with few steps: both phases are then too short.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ from ktray.objectives.oriented import Oriented
 
 @OBJECTIVES.register("agnostic_then_oriented")
 class AgnosticThenOrientedConfig(ObjectiveConfig):
-    """Two phases: agnostic on a generic set, then oriented on the recipe's own transfer set, with shared steps. Use it
-    when there is a gallery and the steps are many. Do not use it with few steps: both phases then end early."""
+    """Two phases that share the steps: agnostic on a generic set, then oriented on the transfer set of the recipe. Use
+    it when there is a gallery and there are many steps. Do not use it with few steps: both phases are then too
+    short."""
 
     name: Literal["agnostic_then_oriented"] = "agnostic_then_oriented"
-    generic_share: float = Field(0.5, gt=0, lt=1, description="share of the steps that go to the generic phase")
-    match: Match = Field("cosine", description="how the teacher's features are matched")
-    patches: float = Field(0.0, ge=0, description="weight of the patch features; 0 matches the pooled alone")
-    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+    generic_share: float = Field(0.5, gt=0, lt=1, description="share of the steps for the generic phase")
+    match: Match = Field("cosine", description="loss between the features of student and teacher")
+    patches: float = Field(0.0, ge=0, description="weight of the loss on patch features; 0: only pooled features")
+    temperature: float = Field(
+        1.0, gt=0, description="temperature that softens both predictions, in addition to the fitted one"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
-    sources: ClassVar[tuple[str, ...]] = ("retrieved", "generic")  # its first phase needs a gallery
+    sources: ClassVar[tuple[str, ...]] = ("retrieved", "generic")  # the first phase needs a gallery
     order: ClassVar[int] = 40
     colour: ClassVar[str] = "#cc79a7"
 
     @property
     def traits(self) -> Traits:
-        """Those of the last phase, which FINETUNE follows."""
+        """The traits of the last phase, which FINETUNE follows."""
         return Traits(frozenset({"logits"}))
 
     def build(self, *, hflip: float = 0.5) -> Oriented:
-        """The objective of the last phase, whose loss FINETUNE may keep."""
+        """The objective of the last phase, whose loss FINETUNE may continue to use."""
         return Oriented(self.temperature, self.mixup)
 
     def phases(self, steps: int) -> list[tuple[str, dict[str, Any]]]:
@@ -52,6 +55,6 @@ class AgnosticThenOrientedConfig(ObjectiveConfig):
 
     @classmethod
     def comparisons(cls, possible: Any) -> dict[str, dict[str, Any]]:
-        """One row, named without a source: it has two transfer sets."""
+        """One row, whose name has no source, because the objective has two transfer sets."""
         (keys,) = super().comparisons(possible).values()
         return {cls.objective_name(): keys}

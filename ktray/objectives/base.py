@@ -1,12 +1,12 @@
-"""What an objective is: how the student is pretrained.
+"""The contract of an objective, which defines how the student is pretrained.
 
-A file of this folder (or a module of another package, named by the entry point group ``ktray.objectives``) holds
+A file in this folder (or a module of another package, in the entry point group ``ktray.objectives``) has
 
 - a subclass of `ObjectiveConfig` with the recipe keys of the objective, registered by
-  ``@OBJECTIVES.register(NAME)``: `Traits` (what it needs of the teacher and of the images, stored by TEACH), its place
-  in comparisons, searches and pictures, and ``build``, which makes
-- a subclass of `Objective`: turns the student's output and a batch into a loss, and owns whatever else it trains; those
-  modules never enter the student. It must not import Ray: it runs in a notebook as in a worker.
+  ``@OBJECTIVES.register(NAME)``. It has `Traits` (the outputs of the teacher and data of the images that it needs, and
+  that TEACH stores), settings for comparisons, searches and plots, and ``build``, which creates
+- a subclass of `Objective`, which computes a loss from the student's output and a batch. It owns the other modules that
+  it trains; they never become a part of the student. It must not import Ray, so that it also runs in a notebook.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ FlopsOf = Callable[[int], float]
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What an objective may know when it is set up.
+    """The sizes and modules that an objective gets in `Objective.setup`.
 
     Attributes:
-        num_classes: of the target task.
-        student_dim, student_map_dim: widths of the student's pooled features and of its last map (they differ where a
-            layer stands between them); the latter only where the traits' ``reads`` is ``map``.
-        teacher_dim, teacher_patch_dim: widths of the teacher's embedding and of its patch embeddings; None where TEACH
-            stores none.
-        seed: of everything random in the objective's own modules.
-        student: the module that ``step`` calls, for those that keep a copy of it.
+        num_classes: number of classes of the task.
+        student_dim, student_map_dim: widths of the student's pooled features and of its last map. They differ if there
+            is a layer between the two. The latter is set only if the traits have ``reads="map"``.
+        teacher_dim, teacher_patch_dim: widths of the teacher's embedding and of its patch embeddings; None if TEACH
+            does not store them.
+        seed: seed of everything random in the objective's modules.
+        student: the module that ``step`` calls, for objectives that keep a copy of it.
         image_size: side of the student's input, pixels.
-        vocabulary, text_length: number of different tokens and tokens a caption, where captions are stored.
-        source_classes: classes of the labelled generic set, where there is one.
+        vocabulary, text_length: number of different tokens, and of tokens in a caption; 0 without captions.
+        source_classes: number of classes of the labelled generic set; 0 without one.
     """
 
     num_classes: int
@@ -69,60 +69,63 @@ class ObjectiveContext:
 
 
 class Objective(nn.Module):
-    """The loss of an objective, and what is trained beside the student. Its `Traits` say what a batch has.
+    """The loss of an objective, and the modules that are trained together with the student. Its `Traits` define the
+    columns of a batch.
 
     Attributes:
-        matching: how predictions are matched, for an objective that learns from the teacher's.
+        matching: how predictions are matched, for an objective that learns from the teacher's predictions.
     """
 
     matching: Matching = ClassMatching()
 
     def match_with(self, matching: Matching) -> None:
-        """Match predictions as the task kind says."""
+        """Set how predictions are matched, which depends on the task kind."""
         self.matching = matching
 
     def setup(self, context: ObjectiveContext) -> None:
-        """Create the modules that depend on sizes. Called once, before the optimizer is made."""
+        """Create the modules that depend on sizes. It is called once, before the optimizer is created."""
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Change a batch (float images under ``images``) before the student sees it, e.g. mixing pairs."""
+        """Change a batch (with float images in ``images``) before the student sees it, for example by mixing pairs."""
         return batch
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """``{"loss": scalar, ...}``; further entries are detached scalars for the log."""
+        """Return ``{"loss": scalar, ...}``; further entries are detached scalars for the log."""
         raise NotImplementedError
 
     def step(
         self, student: nn.Module, normalise: Normalise, batch: Batch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """One batch through the student to the loss; for those that call it otherwise than once.
+        """Compute the loss of a batch. An objective that does not call the student exactly once overrides this method.
 
         Args:
-            student: gives what the traits' ``reads`` says.
-            normalise: images of 0..255 (N, 3, H, W), uint8 or float, to the student's input; resizes nothing.
-            batch: ``pixels`` (N, 3, H, W) uint8, ``view_key`` (N,) int64 (the same for an image at its n-th visit,
-                whatever the worker, the order and the restart; see `ktray.data.augment.random_views`), the targets.
-            generator: on the batch's device; follows from seed, step and rank.
+            student: the student, whose output is set by ``reads`` of the traits.
+            normalise: a function from images (N, 3, H, W) with values 0..255, uint8 or float, to the student's input,
+                without resizing.
+            batch: ``pixels`` (N, 3, H, W) uint8; ``view_key`` (N,) int64, which for the n-th visit of an image does not
+                depend on the worker, the order or restarts (see `ktray.data.augment.random_views`); and the targets.
+            generator: a generator on the device of the batch, seeded by seed, step and rank.
         """
         batch = self.prepare({**batch, "images": batch["pixels"].float()}, generator)
         return self.loss(student(normalise(batch["images"])), batch)
 
     def after_step(self, student: nn.Module, progress: float) -> None:
-        """Called after each optimizer step, e.g. to move an averaged copy.
+        """Called after each optimizer step, for example to update an averaged copy.
 
         Args:
-            progress: share of all steps that are done, above 0, up to 1.
+            progress: share of the steps that are finished, above 0 and at most 1.
         """
 
     def finish(self, model: nn.Module) -> None:
-        """Put into the student, a timm model, what the objective has learnt for it. Called on what is evaluated and on
-        what is handed on; must give the same however often it is called."""
+        """Write what the objective has learned for the student into the student, a timm model. It is called on models
+        for validation and on the final model, and must be idempotent."""
 
     def flops(self, train: FlopsOf, forward: FlopsOf, size: int) -> float:
-        """FLOPs of one image in training.
+        """FLOPs of training for one image.
 
         Args:
-            train, forward: side of the input in pixels -> FLOPs of the student's training step, of its forward pass.
+            train, forward: functions from the side of the input in pixels to the FLOPs of the student's training step
+                and of its forward pass, for one image.
             size: side of the student's input.
         """
         return train(size)

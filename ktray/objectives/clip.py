@@ -1,18 +1,18 @@
 """Contrastive image-text pretraining of the student on captioned images (CLIP, arXiv 2103.00020).
 
-The student's features and a small text transformer are projected to a common space, both trained together; the
-transformer and the projections are dropped afterwards. For unit embeddings ``v_i`` of images and ``u_j`` of captions,
-and a trained inverse temperature ``s``,
+The student's features and the output of a small text transformer are projected to a common space. Both are trained
+together; the transformer and the projections are dropped afterwards. For unit embeddings ``v_i`` of images and ``u_j``
+of captions, and a trained inverse temperature ``s``,
 
     P_ij = softmax_j(s v_i . u_j),  Q_ij = softmax_i(s v_i . u_j),
     loss = - mean_i sum_j Y_ij (log P_ij + log Q_ji) / 2,
 
-over the pairs of a worker's batch (figure 3 of the paper). ``Y_ij`` is 1 for the pair itself; captions that are equal
-share it equally, since none of them is the wrong one. The text tower is open_clip's, with CLIP's causal attention
-(section 2.4), much smaller than CLIP's by default: captions of a small set have a small vocabulary.
+over the pairs of a worker's batch (figure 3 of the paper). ``Y_ij`` is 1 for the pair itself; equal captions
+share it equally, because each of them is correct. The text tower is open_clip's, with CLIP's causal attention
+(section 2.4), by default much smaller than CLIP's, because captions of a small set have a small vocabulary.
 
-Use it where captions are plenty and nothing better is known of the images. Do not for a task that a text-trained
-teacher already knows: the student learns from thousands of pairs what the teacher has learnt from millions.
+Use it when there are many captions and no better information about the images. Do not use it for a task that a
+text-trained teacher already knows: the student learns from thousands of pairs, the teacher has learned from millions.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from torch import nn
 
 from ktray.objectives.base import OBJECTIVES, Batch, FlopsOf, Objective, ObjectiveConfig, ObjectiveContext, Traits
 
-# CLIP's start and limit of the inverse temperature.
+# CLIP's initial value and limit of the inverse temperature.
 _START, _LIMIT = 1 / 0.07, 100.0
-# CLIP's attention heads are this wide.
+# Width of CLIP's attention heads.
 _HEAD_WIDTH = 64
 
 
 @OBJECTIVES.register("clip")
 class ClipConfig(ObjectiveConfig):
-    """Contrastive image-text pretraining of the student on captioned images (CLIP). Use it where captions are many and
-    nothing better is known of the images. Do not use it for a task that a text-trained teacher already knows."""
+    """Contrastive image-text pretraining of the student on captioned images (CLIP). Use it when there are
+    many captions and no better information about the images. Do not use it for a task that a text-trained teacher
+    already knows."""
 
     name: Literal["clip"] = "clip"
 
-    sources: ClassVar[tuple[str, ...]] = ("generic", "retrieved")  # the task's own images have no captions
+    sources: ClassVar[tuple[str, ...]] = ("generic", "retrieved")  # the images of the task have no captions
     order: ClassVar[int] = 50
     colour: ClassVar[str] = "#8a6a00"
 
@@ -52,23 +53,23 @@ class ClipConfig(ObjectiveConfig):
 
 
 class Clip(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``text`` (N, L) int64.
+    """See the docstring of the module. Batch: ``images`` (N, 3, H, W) float, ``text`` (N, L) int64.
 
-    Token ids: 0 is padding, the highest one ends a caption, and its place is where the caption's embedding is read.
+    Token id 0 is padding. The highest id ends a caption; the embedding of the caption is read at its position.
 
     Args:
-        width, layers: of the text transformer.
-        dim: of the common space.
+        width, layers: width and depth of the text transformer.
+        dim: dimension of the common space.
     """
 
     def __init__(self, width: int = 128, layers: int = 2, dim: int = 128) -> None:
         super().__init__()
         self.width, self.layers, self.dim = width, layers, dim
-        # CLIP's length, for plans that are made before a caption is read.
+        # CLIP's length, for plans, which are computed before captions are read.
         self.text_length = 77
 
     def setup(self, context: ObjectiveContext) -> None:
-        """Raises ValueError when no captions are stored."""
+        """Create the text tower. Raises ValueError if no captions are stored."""
         if not (context.vocabulary and context.text_length):
             raise ValueError("Clip needs Context.vocabulary and Context.text_length")
         from open_clip.transformer import TextTransformer  # slow to import
@@ -93,15 +94,16 @@ class Clip(Objective):
         same = (batch["text"][:, None] == batch["text"][None]).all(2)
         targets = same / same.sum(1, keepdim=True)
         scale = self.log_scale.exp().clamp(max=_LIMIT)
-        # In full precision: logits reach 100.
+        # In full precision, because logits reach 100.
         with torch.autocast(image.device.type, enabled=False):
             logits = scale * image @ text.T
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        found = same.gather(1, logits.detach().argmax(1, keepdim=True)).float().mean()
-        return {"loss": loss, "retrieved": found, "scale": scale.detach()}
+        retrieved = same.gather(1, logits.detach().argmax(1, keepdim=True)).float().mean()
+        return {"loss": loss, "retrieved": retrieved, "scale": scale.detach()}
 
     def flops(self, train: FlopsOf, forward: FlopsOf, size: int) -> float:
-        """The text tower's share included: 12 width^2 weights a layer and token, attention, and the projection."""
+        """FLOPs for one image, including the text tower: 12 width^2 weights for each layer and token, attention, and
+        the projection."""
         length, width = self.text_length, self.width
         layer = 24 * length * width**2 + 4 * length**2 * width
         return train(size) + 3 * (self.layers * layer + 2 * width * self.dim)

@@ -1,29 +1,30 @@
-"""Self-supervised pretraining of the student by self-distillation (DINO, arXiv 2104.14294): images alone.
+"""Self-supervised pretraining of the student by self-distillation (DINO, arXiv 2104.14294), from images alone.
 
-Two large (global) and several small (local) random crops of an image go through the student, the global ones also
-through its momentum teacher, a moving average of the student. Each of the two has a projection head, an MLP to unit
-vectors and their cosines ``z`` with K prototypes. With the teacher's outputs centred by ``c`` and sharpened,
+The student processes two large (global) and several small (local) random crops of an image. The momentum teacher, a
+moving average of the student, processes the global crops. Both have a projection head: an MLP to unit vectors, and
+their cosines ``z`` with K prototypes. With the teacher's outputs centred by ``c`` and sharpened,
 
     q = softmax((z_teacher - c) / T_teacher),   loss = - mean over pairs of q log softmax(z_student / T_student),
 
 over all pairs of a global crop (teacher) and another crop (student) of an image (section 3.1, algorithm 1). Gradients
-flow through the student alone. After a step
+flow only through the student. After a step
 
     c       <- m_c c + (1 - m_c) mean(z_teacher)      over the batch of all workers
     teacher <- m teacher + (1 - m) student            m from ``momentum`` to 1 along a half cosine.
 
-Centring alone drives the outputs to uniform, sharpening alone to one prototype; together they prevent both. As
-published, batch norm in the teacher uses its own batches and stochastic layers are off, the prototypes are of unit
-length and rest for the first steps, the teacher's temperature rises over the first steps, and it is the teacher's
-weights that are handed on.
+Centring alone drives the outputs to a uniform distribution, sharpening alone to one prototype; together they prevent
+both. As published, batch norm in the teacher uses its own batches and stochastic layers are off, the prototypes have
+unit length and are not trained in the first steps, the teacher's temperature rises in the first steps, and the result
+is the teacher.
 
-What differs from the paper's ImageNet setting, by default: 1024 prototypes instead of 65536 and a head of 512/128
-instead of 2048/256, since a set of some ten thousand images cannot fill more; and momentum from 0.99 instead of 0.996.
-The average looks back over about 1 / (1 - m) steps: 250 of the paper's 125 000. A run of a thousand steps would keep
-its random start for a quarter of its time; 100 steps are as short as stays steady. There is no blur and no greyscale.
+The defaults differ from the paper's ImageNet setting: 1024 prototypes instead of 65536 and a head of 512/128 instead of
+2048/256, because a set of about ten thousand images cannot use more; and an initial momentum of 0.99 instead of 0.996.
+The average covers about 1 / (1 - m) steps: 250 of the paper's 125 000. In a run of a thousand steps, it would contain
+the random initial weights for a quarter of the time; 100 steps are the shortest average that is stable. There is no
+blur and no greyscale.
 
-Use it when nothing but images is to be had. Do not when any teacher can be had: it needs many times the steps, and
-self-supervision gives small models little (SEED, arXiv 2101.04731).
+Use it when only images are available. Do not use it when any teacher is available: it needs many times the steps, and
+small models gain little from self-supervision (SEED, arXiv 2101.04731).
 """
 
 from __future__ import annotations
@@ -56,19 +57,21 @@ from ktray.objectives.base import (
 
 _STUDENT_TEMPERATURE = 0.1
 _CENTRE_MOMENTUM = 0.9
-# Shares of the steps: the teacher's temperature rises over the first, the prototypes rest over the second.
+# Shares of the steps in which the teacher's temperature rises, and in which the prototypes are not trained.
 _WARM, _REST = 0.1, 0.01
 
 
 @OBJECTIVES.register("dino")
 class DinoConfig(ObjectiveConfig):
-    """Self-supervised pretraining of the student by self-distillation (DINO), from images alone. Use it when nothing
-    but images can be had. Do not use it when any teacher can be had: it needs many times the steps, and
-    self-supervision gives small models little."""
+    """Self-supervised pretraining of the student by self-distillation (DINO), from images alone. Use it when only
+    images are available. Do not use it when any teacher is available: it needs many times the steps, and small models
+    gain little from self-supervision."""
 
     name: Literal["dino"] = "dino"
-    prototypes: int = Field(1024, ge=2, description="outputs of the projection head")
-    local_crops: int = Field(6, ge=0, description="small crops beside the two large ones")
+    prototypes: int = Field(1024, ge=2, description="number of outputs of the projection head")
+    local_crops: int = Field(
+        6, ge=0, description="number of small crops of an image, in addition to the two large ones"
+    )
 
     sources: ClassVar[tuple[str, ...]] = ("generic", "target", "retrieved")
     order: ClassVar[int] = 70
@@ -83,11 +86,11 @@ class DinoConfig(ObjectiveConfig):
 
 
 class Head(nn.Module):
-    """Projection head of DINO (section 3.2): MLP of three layers, unit length, cosines with K prototypes.
+    """Projection head of DINO (section 3.2): an MLP of three layers, normalisation, and cosines with K prototypes.
 
     Args:
         dim: width of the features.
-        hidden, bottleneck: of the MLP.
+        hidden, bottleneck: widths of the MLP.
         prototypes: K.
     """
 
@@ -101,26 +104,26 @@ class Head(nn.Module):
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
 
     def forward(self, features: torch.Tensor, learn: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """(N, F) to (N, K) cosines. ``learn``: 0 keeps the gradient from the prototypes, 1 lets it through."""
+        """Cosines (N, K) from features (N, F). ``learn``: factor on the gradient of the prototypes, 0 or 1."""
         weight = self.prototypes.weight
         weight = weight.detach() + learn * (weight - weight.detach())
         inner = F.normalize(self.mlp(features).float(), dim=1)
-        # The temperatures divide cosines by as little as 0.04: three digits would not do.
+        # In full precision: cosines are divided by temperatures as low as 0.04, and three digits are not enough.
         with torch.autocast(inner.device.type, enabled=False):
             return F.linear(inner, F.normalize(weight, dim=1))
 
 
 class Dino(Objective):
-    """See the module's text. Batch: ``pixels`` (N, 3, H, W) uint8, whole images, and ``view_key`` (N,).
+    """See the docstring of the module. Batch: ``pixels`` (N, 3, H, W) uint8, whole images, and ``view_key`` (N,).
 
     Args:
         prototypes, hidden, bottleneck: sizes of the projection heads.
         local_crops: number of small crops.
-        global_scale, local_scale: areas of the crops, as shares of the image's.
+        global_scale, local_scale: ranges of the area of the crops, as shares of the image.
         jitter: strength of brightness, contrast and saturation changes.
-        hflip: probability of a horizontal flip; 0 where left and right are not alike.
-        momentum: of the teacher at the start.
-        teacher_temperature: at the start and after a tenth of the steps.
+        hflip: probability of a horizontal flip; 0 for images that a flip changes.
+        momentum: initial momentum of the teacher.
+        teacher_temperature: the teacher's temperature at the start and after a tenth of the steps.
     """
 
     center: torch.Tensor
@@ -150,7 +153,7 @@ class Dino(Objective):
         self.fits = True
 
     def setup(self, context: ObjectiveContext) -> None:
-        """Raises ValueError when the student or its size is not known."""
+        """Create the heads and the teacher. Raises ValueError if the student or its input size is not known."""
         if context.student is None or not context.image_size:
             raise ValueError("Dino needs Context.student and Context.image_size")
         with torch.random.fork_rng(devices=[]):
@@ -161,7 +164,7 @@ class Dino(Objective):
         self.teacher = deepcopy(context.student).requires_grad_(False)
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
         self.register_buffer("center", torch.zeros(self.sizes[-1]))
-        # A buffer, so that a restart goes on where it was.
+        # A buffer, so that checkpoints contain it.
         self.register_buffer("progress", torch.zeros(()))
         self.train()
 
@@ -184,25 +187,26 @@ class Dino(Objective):
             small = self._crops(batch, self.local_policy, places, self._local(self.image_size))
             features.append(student(normalise(torch.cat(small))))
         learn = (self.progress >= _REST).float()
-        seen = torch.cat([self.head(f.float(), learn) for f in features])
+        outputs = torch.cat([self.head(f.float(), learn) for f in features])
         with torch.no_grad():
             target = self.teacher_head(self.teacher(normalise(large)).float())
-        found = self.loss(seen, {"teacher": target})
+        losses = self.loss(outputs, {"teacher": target})
         if self.training:
             self._move_center(target)
         spread = F.normalize(features[0].detach().float(), dim=1).std(0).square().sum().sqrt()
-        return {**found, "feature_std": spread}
+        return {**losses, "feature_std": spread}
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """The loss from the heads' outputs.
+        """The loss of the outputs of the heads.
 
         Args:
-            student_out: ((2 + L) N, K), crop by crop, the global ones first.
-            batch: ``teacher`` (2 N, K), of the global crops.
+            student_out: ((2 + L) N, K), crop by crop, with the global crops first.
+            batch: ``teacher`` (2 N, K), the teacher's outputs of the global crops.
 
         Returns:
-            ``loss``; ``teacher_entropy``, mean over the images, and ``used_entropy``, of the mean over the images, both
-            as shares of log K: 0 and 0 is collapse to one prototype, 1 and 1 collapse to uniform.
+            ``loss``; ``teacher_entropy``, the mean entropy over the images, and ``used_entropy``, the entropy of the
+            mean over the images, both as shares of log K. If both are 0, the outputs have collapsed to one prototype;
+            if both are 1, to a uniform distribution.
         """
         start, end = self.teacher_temperature
         heat = start + (end - start) * (self.progress / _WARM).clamp(max=1.0)
@@ -216,14 +220,15 @@ class Dino(Objective):
     @torch.no_grad()
     def after_step(self, student: nn.Module, progress: float) -> None:
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
-        mine: list[torch.Tensor] = [*self.teacher.parameters(), *self.teacher_head.parameters()]
-        live: list[torch.Tensor] = [*student.parameters(), *self.head.parameters()]
-        torch._foreach_lerp_(mine, live, 1 - momentum)
+        averaged: list[torch.Tensor] = [*self.teacher.parameters(), *self.teacher_head.parameters()]
+        current: list[torch.Tensor] = [*student.parameters(), *self.head.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - momentum)
         self.progress.fill_(progress)
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        """Hand on the momentum teacher, as the paper does (section 5.2: better than the student all along)."""
+        """Write the momentum teacher into the student, as in the paper (section 5.2: it is better throughout
+        training)."""
         for mine, theirs in (
             (self.teacher.parameters(), model.parameters()),
             (self.teacher.buffers(), model.buffers()),
@@ -232,7 +237,7 @@ class Dino(Objective):
                 target.copy_(source)
 
     def flops(self, train: FlopsOf, forward: FlopsOf, size: int) -> float:
-        """All crops through the student, the global ones also through the teacher; heads are not counted."""
+        """FLOPs of all crops in the student and of the global crops in the teacher, without the heads."""
         return 2 * train(size) + self.local_crops * train(self._local(size)) + 2 * forward(size)
 
     def _local(self, size: int) -> int:
@@ -251,30 +256,31 @@ class Dino(Objective):
 
 
 def cross_view_loss(log_p: Sequence[torch.Tensor], q: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy over all pairs of a teacher's crop and another crop of the student.
+    """Mean cross-entropy over all pairs of a crop of the teacher and another crop of the student.
 
     Args:
-        log_p: student's log probabilities (N, K) of each crop, the global ones first.
-        q: teacher's probabilities (N, K) of each global crop.
+        log_p: log probabilities (N, K) of the student for each crop, with the global crops first.
+        q: probabilities (N, K) of the teacher for each global crop.
     """
     pairs = [-(a * b).sum(1).mean() for i, a in enumerate(q) for j, b in enumerate(log_p) if i != j]
     return torch.stack(pairs).mean()
 
 
 def local_side(size: int) -> int:
-    """Side of the local crops for global ones of ``size``: 96 of 224 px as published; multiples of 8, at least 16."""
+    """Side of the local crops in pixels, a multiple of 8 and at least 16, for global crops of side ``size``. The ratio
+    is that of the paper, 96 to 224."""
     return min(size, max(16, 8 * round(size * 96 / 224 / 8)))
 
 
 @torch.no_grad()
 def _runs(student: nn.Module, side: int) -> bool:
-    """Whether the student sees images of this size; those of a fixed size do not."""
-    was, first = student.training, next(student.parameters())
+    """Whether the student accepts images of this size; a student with a fixed input size does not."""
+    training, first = student.training, next(student.parameters())
     student.eval()
     try:
         student(torch.zeros(1, 3, side, side, device=first.device, dtype=first.dtype))
     except (AssertionError, RuntimeError, ValueError):
         return False
     finally:
-        student.train(was)
+        student.train(training)
     return True

@@ -1,20 +1,20 @@
-"""Two heads, one stage: labels and the teacher's predictions each have a head on the student's features.
+"""Two heads in one stage: the labels and the teacher's predictions each have a head on the student's features.
 
-DHO (arXiv 2505.07675). In a shared head the gradients of the labels and of the teacher disagree; with a linear head
-each they meet in the features alone. For features ``f`` of labelled images (classes ``y``) and of transfer views
+DHO (arXiv 2505.07675). In a shared head, the gradients of the labels and of the teacher conflict; with separate linear
+heads, they meet only in the features. For features ``f`` of labelled images (classes ``y``) and of transfer views
 (calibrated teacher logits ``t``),
 
     loss = w CE(h_CE(f), y) + (1 - w) T^2 KL(softmax(t / T) || softmax(h_KD(f) / T)).
 
 The paper predicts with the arithmetic mixture ``a softmax(h_CE) + (1 - a) softmax(h_KD / b)`` and chooses ``a`` (0.2 to
-0.5) and ``b`` (0.5) on validation. Its code uses w = 0.5, and T = 2. It also distils on the labelled images, which here
-are distilled where the transfer set has them.
+0.5) and ``b`` (0.5) on validation. Its code uses w = 0.5, and T = 2. It also distils on the labelled images; here, they
+are distilled only if they are in the transfer set.
 
-ktray's student stays a plain timm model with one linear classifier, so that it predicts with the geometric mixture, the
+ktray's student stays a plain timm model with one linear classifier, so it predicts with the geometric mixture, the
 product of the two experts: ``softmax(a h_CE + (1 - a) h_KD / b)``, which is linear in the features.
 
-Use it with few labels and a teacher that knows the task: one stage instead of two, and no FINETUNE that may undo the
-transfer. Do not where the labels come later, or are many: then train on them.
+Use it with few labels and a teacher that is accurate on the task: there is one stage instead of two, and no FINETUNE
+that could undo the transfer. Do not use it when the labels come later, or when there are many labels to train on.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ from ktray.objectives.oriented import Oriented, OrientedConfig
 @OBJECTIVES.register("dual")
 class DualConfig(ObjectiveConfig):
     """Two heads in one stage: the labels and the teacher's predictions each have a linear head on the student's
-    features. Use it with few labels and a teacher that knows the task: there is no FINETUNE that could undo the
-    transfer. Do not use it where the labels come later, or are many."""
+    features. Use it with few labels and a teacher that is accurate on the task: there is no FINETUNE that could undo
+    the transfer. Do not use it when the labels come later, or when there are many."""
 
     name: Literal["dual"] = "dual"
-    label_weight: float = Field(0.5, gt=0, lt=1, description="weight of the labels' loss beside the teacher's")
+    label_weight: float = Field(
+        0.5, gt=0, lt=1, description="weight of the loss on labels; that of the teacher's loss is 1 minus it"
+    )
     mix: float = Field(0.5, ge=0, le=1, description="share of the label head in the student's predictions")
-    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+    temperature: float = Field(
+        1.0, gt=0, description="temperature that softens both predictions, in addition to the fitted one"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
     searched: ClassVar[bool] = True
     order: ClassVar[int] = 20
@@ -60,13 +64,14 @@ class DualConfig(ObjectiveConfig):
 
 
 class Dual(Objective):
-    """See the module's text. Batch: ``pixels`` and ``logits`` (N, C), ``label_images`` (B, 3, H, W), ``label_of`` (B,).
+    """See the docstring of the module. Batch: ``pixels`` and ``logits`` (N, C), ``label_images`` (B, 3, H, W),
+    ``label_of`` (B,).
 
     Args:
-        temperature, mixup: of the distillation head, as for `Oriented`.
-        label_weight: w, the labels' share of the loss.
-        mix: a, the label head's share of the prediction.
-        mix_temperature: b, of the distillation head when it predicts.
+        temperature, mixup: settings of the distillation loss, as in `Oriented`.
+        label_weight: w, the share of the labels in the loss.
+        mix: a, the share of the label head in the prediction.
+        mix_temperature: b, the temperature of the distillation head in the prediction.
     """
 
     def __init__(
@@ -102,7 +107,8 @@ class Dual(Objective):
         return self.loss(student(normalise(images)), batch)
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        """``student_out``: features (N + B, F), of the transfer views and then of the labelled images."""
+        """The loss of ``student_out``: features (N + B, F) of the transfer views, followed by those of the labelled
+        images."""
         views, labelled = student_out.float().split([len(batch["targets"]), len(batch["label_of"])])
         label = F.cross_entropy(self.label_head(labelled).float(), batch["label_of"])
         distil = self.distil.loss(self.distil_head(views), batch)
@@ -112,7 +118,7 @@ class Dual(Objective):
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        """Write the mixed heads into the classifier; ``softmax`` of its output is the geometric mixture."""
+        """Write the mixture of the heads into the classifier; the softmax of its output is the geometric mixture."""
         from ktray.models.student.classifier import classifier_of  # slow to import, and every recipe loads this file
 
         classifier = classifier_of(model)

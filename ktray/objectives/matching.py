@@ -1,18 +1,18 @@
-"""How a student's predictions are held against a teacher's: what is matched, and the loss.
+"""Matching of a student's predictions with a teacher's: the targets and the loss.
 
-Each task kind names the one that fits its predictions (`ktray.tasks.base.TaskKind.matching`); an objective that learns
-from the teacher's predictions asks it. For a teacher's prediction ``t`` and a student's ``s`` of the same view,
+Each task kind names the matching for its predictions (`ktray.tasks.base.TaskKind.matching`); an objective that learns
+from the teacher's predictions uses it. For a teacher's prediction ``t`` and a student's ``s`` of the same view,
 
     ClassMatching: loss = T^2 * KL(softmax(t / T) || softmax(s / T)),
 
-averaged over the views (Hinton et al., arXiv 1503.02531, section 2). `MapMatching` is the same at every position: for a
-student's map ``s`` (N, C, h', w') and a teacher's ``t`` (N, C, h, w),
+averaged over the views (Hinton et al., arXiv 1503.02531, section 2). `MapMatching` applies the same loss at each
+position: for a student's map ``s`` (N, C, h', w') and a teacher's ``t`` (N, C, h, w),
 
     loss = T^2 / (N h w) * sum over images n and positions p of KL(softmax(t_np / T) || softmax(s'_np / T)),
 
-where ``s'`` is ``s`` resized bilinearly (half-pixel centres) to (h, w). The teacher's map stays as it is: it is what is
-stored, and its probabilities may have been mixed (mixup). TEACH decides by its resolution how fine the match is.
-`ValueMatching` is for predicted numbers: the mean squared error, at any T.
+where ``s'`` is ``s`` resized bilinearly (half-pixel centres) to (h, w). The teacher's map is not resized: it is
+stored in this size, and its probabilities may have been mixed (mixup). The resolution of TEACH sets that of the match.
+`ValueMatching` is for predicted numbers: the mean squared error, for any T.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import torch.nn.functional as F
 
 
 class Matching(Protocol):
-    """How predictions are matched; picklable."""
+    """The matching of predictions. Instances must be picklable."""
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
-        """What the student is to match, from a teacher's predictions as TEACH stores them, float32. Pairs of targets
-        may be mixed linearly before they are matched."""
+        """The targets of the student, from a teacher's predictions as TEACH stores them, float32. Pairs of targets may
+        be mixed linearly before they are matched."""
         ...
 
     def loss(self, student_out: torch.Tensor, targets: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
-        """``loss``, a scalar, and detached scalars for the log; ``targets`` as `targets` gives them."""
+        """``loss``, a scalar, and detached scalars for the log. ``targets`` are the output of `targets`."""
         ...
 
 
 class ClassMatching:
-    """Logits of classes (N, C) by the divergence of their probabilities; ``agreement`` is the share of rows with the
+    """Matches class logits (N, C) by the divergence of their probabilities. ``agreement`` is the share of rows with the
     same most probable class."""
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -51,14 +51,14 @@ class ClassMatching:
 
 
 class MapMatching(ClassMatching):
-    """Maps of logits, position by position."""
+    """Matches maps of logits, position by position."""
 
     def loss(self, student_out: torch.Tensor, targets: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
         return super().loss(*by_position(student_out, targets), temperature)
 
 
 class ValueMatching:
-    """Predicted numbers (N, D) by their mean squared error."""
+    """Matches predicted numbers (N, D) by their mean squared error."""
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
         return predictions
@@ -68,14 +68,14 @@ class ValueMatching:
 
 
 def by_position(student_out: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A student's map and its targets as rows to be compared one by one.
+    """A student's map and its targets as rows, which are compared one by one.
 
     Args:
         student_out: (N, C, h', w').
         targets: (N, C, h, w), logits or probabilities.
 
     Returns:
-        Two (N h w, C): the student's map resized to the targets', channels last.
+        Two tensors (N h w, C): the student's map, resized to the size of the targets, and the targets.
     """
     from ktray.models.maps import resize_map  # slow to import, and every recipe loads this file
 

@@ -7,11 +7,11 @@ logits ``s`` of the same view,
 
 averaged over the batch (Hinton et al., arXiv 1503.02531, section 2, for the softening and the factor T^2;
 Vemulapalli et al., arXiv 2311.18237, for matching predictions of the target task on an unlabeled transfer
-set). With ``mixup`` > 0 images and teacher probabilities of the same pair are mixed with the same weight
+set). With ``mixup`` > 0, images and teacher probabilities of the same pair are mixed with the same weight
 (Zhang et al., arXiv 1710.09412; Beyer et al., arXiv 2106.05237, section 3, where it helps long schedules).
 
-Use it when the teacher knows the task, by its labels or by its text. Do not when the teacher's predictions
-are near chance on validation: its features may still be good, its predictions are not.
+Use it when the teacher is accurate on the task, by labels or by text. Do not use it when the teacher's predictions are
+near chance on validation: its features may still be good, but its predictions are not.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig,
 @OBJECTIVES.register("oriented")
 class OrientedConfig(ObjectiveConfig):
     """Task-oriented transfer: the student matches the adapted teacher's predictions for the task. Use it when the
-    teacher knows the task, by its labels or by its text. Do not use it when the teacher's predictions are near chance
+    teacher is accurate on the task, by labels or by text. Do not use it when the teacher's predictions are near chance
     on validation."""
 
     name: Literal["oriented"] = "oriented"
-    temperature: float = Field(1.0, gt=0, description="softens both predictions, on top of the fitted temperature")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+    temperature: float = Field(
+        1.0, gt=0, description="temperature that softens both predictions, in addition to the fitted one"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
     compared: ClassVar[int] = 3
     compared_by_size: ClassVar[bool] = True
@@ -53,9 +55,12 @@ class OrientedConfig(ObjectiveConfig):
 
 
 class Oriented(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``logits``, the teacher's calibrated predictions:
-    (N, C), maps (N, C, h, w), or what else the task kind predicts. The task kind says how predictions are matched; the
-    formula is that of classes, see `ktray.objectives.matching` for the others."""
+    """See the docstring of the module.
+
+    Batch: ``images`` (N, 3, H, W) float; ``logits``, the teacher's calibrated predictions: (N, C), maps (N, C, h, w),
+    or other predictions of the task kind. The task kind sets how predictions are matched. The formula of the module is
+    that of classes; `ktray.objectives.matching` has the others.
+    """
 
     def __init__(self, temperature: float = 1.0, mixup: float = 0.0) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""No pretraining: the student starts from its initial weights and sees the labels alone. The floor.
+"""No pretraining: the student is trained from its initial weights on the labels alone. This is the scratch baseline.
 
-Use it to learn what pretraining is worth. It needs no teacher, no transfer set and no targets.
+Use it to measure the gain of pretraining. It needs no teacher, no transfer set and no targets.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from ktray.objectives.base import NO_SOURCE, OBJECTIVES, Objective, ObjectiveCon
 
 @OBJECTIVES.register("scratch")
 class ScratchConfig(ObjectiveConfig):
-    """No pretraining: the student starts from its initial weights and sees the labels alone. It is the floor, which
-    says what pretraining is worth, and needs no teacher, no transfer set and no targets."""
+    """No pretraining: the student is trained from its initial weights on the labels alone. It is the baseline that
+    shows the gain of pretraining, and needs no teacher, no transfer set and no targets."""
 
     name: Literal["scratch"] = "scratch"
 
@@ -34,4 +34,4 @@ class ScratchConfig(ObjectiveConfig):
 
 
 class Scratch(Objective):
-    """Nothing to pretrain with: FINETUNE trains on the labels alone, with the loss of the task kind."""
+    """An objective without a loss: FINETUNE trains on the labels alone, with the loss of the task kind."""

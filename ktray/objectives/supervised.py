@@ -1,15 +1,15 @@
-"""Supervised pretraining on a labelled generic set; the baseline that most published weights are.
+"""Supervised pretraining on a labelled generic set, as for most published weights.
 
-With a linear head on the student's features, trained beside it and dropped, the loss is the cross-entropy to the class
-of the generic set, with smoothed labels (Szegedy et al., arXiv 1512.00567, section 7),
+A linear head on the student's features is trained together with the student and then dropped. The loss is the
+cross-entropy with the class of the generic set, with smoothed labels (Szegedy et al., arXiv 1512.00567, section 7),
 
     loss = - sum_k ((1 - e) [k = y] + e / K) log softmax(head(f))_k,
 
-averaged over the batch. With ``mixup`` > 0 images and classes of the same pair are mixed with the same weight (Zhang et
-al., arXiv 1710.09412). FINETUNE then fits the task's classifier before it trains.
+averaged over the batch. With ``mixup`` > 0, images and classes of the same pair are mixed with the same weight (Zhang
+et al., arXiv 1710.09412). FINETUNE first fits the task's classifier.
 
-Use it where a labelled set near the task exists. Do not in place of a teacher that knows the task: its classes are not
-the task's, and every image of it had to be labelled.
+Use it when there is a labelled set similar to the task. Do not use it instead of a teacher that is accurate on the
+task: its classes are not those of the task, and each of its images needs a label.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ktray.objectives.base import OBJECTIVES, Batch, Objective, ObjectiveConfig,
 
 @OBJECTIVES.register("supervised")
 class SupervisedConfig(ObjectiveConfig):
-    """Supervised pretraining on a labelled generic set, the baseline that most published weights are. Use it where a
-    labelled set near the task exists. Do not use it in place of a teacher that knows the task: its classes are not the
-    task's, and every image of it had to be labelled."""
+    """Supervised pretraining on a labelled generic set, as for most published weights. Use it when there is a labelled
+    set similar to the task. Do not use it instead of a teacher that is accurate on the task: its classes are not those
+    of the task, and each of its images needs a label."""
 
     name: Literal["supervised"] = "supervised"
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="smoothing of the generic labels")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0 switches it off")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="smoothing of the labels of the generic set")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
-    sources: ClassVar[tuple[str, ...]] = ("generic",)  # supervised.data is its generic set
+    sources: ClassVar[tuple[str, ...]] = ("generic",)  # the generic set is supervised.data
     order: ClassVar[int] = 60
     colour: ClassVar[str] = "#56b4e9"
 
@@ -48,14 +48,15 @@ class SupervisedConfig(ObjectiveConfig):
 
 
 class Supervised(Objective):
-    """See the module's text. Batch: ``images`` (N, 3, H, W) float, ``label`` (N,) int64 of the generic set."""
+    """See the docstring of the module. Batch: ``images`` (N, 3, H, W) float, ``label`` (N,) int64 of the generic
+    set."""
 
     def __init__(self, label_smoothing: float = 0.1, mixup: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing, self.mixup = label_smoothing, mixup
 
     def setup(self, context: ObjectiveContext) -> None:
-        """Raises ValueError when the generic set's classes are not known."""
+        """Create the head. Raises ValueError if the number of classes of the generic set is not known."""
         if context.source_classes < 2:
             raise ValueError("Supervised needs Context.source_classes")
         with torch.random.fork_rng(devices=[]):

@@ -21,7 +21,7 @@ from ktray.stages.teach import stage as teach
 
 logger = logging.getLogger("ktray")
 
-FLOOR = "scratch"
+SCRATCH = "scratch"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class StageOutputs:
     curate: StageResult | None = None
     teach: teach.TeachResult | None = None
     transfer: StageResult | None = None
-    floor: StageResult | None = None
+    scratch: StageResult | None = None
 
 
 def stages(context: RunContext, trial: bool = False) -> StageOutputs:
@@ -60,14 +60,14 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
     decoded, transferred = start.labels, start.transfer
     finetuned = finetune.run(context, transferred, start.teach, decoded) if recipe.finetune.steps else transferred
     models = {"student": finetuned}
-    floor = None
+    baseline = None
     if recipe.baselines.scratch:
-        floor = finetune.run_scratch(context, decoded, booked=FLOOR)
-        models[FLOOR] = floor
+        baseline = finetune.run_scratch(context, decoded, booked=SCRATCH)
+        models[SCRATCH] = baseline
     teacher = (start.spec, start.adapt) if start.adapt and start.spec else None
     evaluated = None if trial else evaluate.run(context, models, teacher)
     return StageOutputs(
-        decoded, evaluated, finetuned, start.adapt, start.index, start.curate, start.teach, transferred, floor
+        decoded, evaluated, finetuned, start.adapt, start.index, start.curate, start.teach, transferred, baseline
     )
 
 

@@ -73,10 +73,15 @@ def lines(resolved: Resolved) -> list[Line]:
     student = on_meta(lambda: spec.make(bare=True).model)
     cost = _Student(student, size)
     batch = int(recipe.train.batch_size or 1)
-    floor = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
+    scratch_steps = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
     if not recipe.objective.has_transfer_set():
         return [
-            Line("finetune", cost.train(size) * floor * batch, 0, f"at most {floor} steps of {batch} labelled images"),
+            Line(
+                "finetune",
+                cost.train(size) * scratch_steps * batch,
+                0,
+                f"at most {scratch_steps} steps of {batch} labelled images",
+            ),
             Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
         ]
     teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
@@ -101,8 +106,8 @@ def lines(resolved: Resolved) -> list[Line]:
             "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
         )
     if recipe.baselines.scratch:
-        what = f"student from scratch, at most {floor} steps (stops early)"
-        out["scratch"] = Line("scratch", cost.train(size) * floor * batch, 0, what)
+        what = f"student from scratch, at most {scratch_steps} steps (stops early)"
+        out["scratch"] = Line("scratch", cost.train(size) * scratch_steps * batch, 0, what)
     models = cost.forward(size) * (2 if recipe.baselines.scratch else 1) + (teacher.tower if teacher else 0.0)
     out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
     return list(out.values())

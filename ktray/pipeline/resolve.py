@@ -181,7 +181,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         epochs = recipe.train.epochs
         if epochs is None:
             epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
-            why = "longer training does not help" if on_gpu else "a few minutes on CPUs"
+            why = "as long as training helps, on a GPU" if on_gpu else "a few minutes on CPUs"
             if epochs * images < MIN_STEPS * batch:
                 epochs, why = MIN_STEPS * batch / max(1, images), f"few images: at least {MIN_STEPS} steps"
             choose("train.epochs", round(epochs, 2), why)

@@ -31,38 +31,38 @@ if TYPE_CHECKING:
     from ktray.pipeline.graph import StageOutputs
 
 
-def write(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
+def write(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder = context.store.run(context.run_id)
-    typed = build(context, made, folder, begun)
+    typed = build(context, outputs, folder, begun)
     result = typed.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
-        student, example = _student(context, made, local / "student")
+        student, example = _student(context, outputs, local / "student")
         folder.put(local / "student", "student")
         context.runtime.quarantine.write(str(local / "quarantine.parquet"))
         folder.put(local / "quarantine.parquet")
-        report = _report(context, made, result, local)
+        report = _report(context, outputs, result, local)
         folder.put(report)
     write_result(folder, typed)
-    _log(context, made, result, folder, student, example)
+    _log(context, outputs, result, folder, student, example)
     folder.delete("running.json")
     return result
 
 
-def write_trial(context: RunContext, made: StageOutputs, begun: float) -> dict[str, Any]:
+def write_trial(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
     """Write and log the result of a trial: ``result.json`` with the metrics on validation and the cost."""
     folder = context.store.run(context.run_id)
-    result = write_result(folder, build(context, made, folder, begun))
+    result = write_result(folder, build(context, outputs, folder, begun))
     context.tracker.final(stable_metrics(result))
     folder.delete("running.json")
     return result
 
 
-def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
+def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
     """The content of ``result.json``. That of a trial has nothing from the test split."""
     recipe = context.recipe
-    metrics = made.evaluate.manifest["metrics"] if made.evaluate else {}
+    metrics = outputs.evaluate.manifest["metrics"] if outputs.evaluate else {}
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": context.run_id,
@@ -70,10 +70,10 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
         "task": recipe.task.name or recipe.task.data,
         "objective": recipe.objective.name,
         "student": recipe.student.name,
-        "teacher": recipe.teacher.name if made.adapt else None,
+        "teacher": recipe.teacher.name if outputs.adapt else None,
         "seed": recipe.seed,
         "label_budget": len(context.task.train),
-        "metric": {"name": context.metric, "val": best_validation(made.student.manifest, context.metric)},
+        "metric": {"name": context.metric, "val": best_validation(outputs.student.manifest, context.metric)},
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
         "data": {
@@ -101,14 +101,14 @@ def build(context: RunContext, made: StageOutputs, folder: Dir, begun: float) ->
             "test_images": student["n"],
         }
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
-    if made.adapt:
-        adapted = cast(AdaptManifest, made.adapt.manifest)
+    if outputs.adapt:
+        adapted = cast(AdaptManifest, outputs.adapt.manifest)
         content["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
-    if made.floor:
-        floor = best_validation(made.floor.manifest, context.metric)
-        content["scratch_metric"] = {"val": floor, **tested.get("scratch", {})}
-    if made.curate:
-        content["transfer_set"] = transfer_set(recipe, made.curate.manifest, made.curate.stage)
+    if outputs.scratch:
+        validation = best_validation(outputs.scratch.manifest, context.metric)
+        content["scratch_metric"] = {"val": validation, **tested.get("scratch", {})}
+    if outputs.curate:
+        content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
     return DistillResult(**content) if metrics else TrialResult(**content)
 
 
@@ -139,41 +139,41 @@ def best_validation(manifest: Mapping[str, Any], metric: str) -> float:
     return float(kept[-1][name])
 
 
-def _student(context: RunContext, made: StageOutputs, folder: Path) -> tuple[Any, Any]:
-    student = _trained(context, made)
+def _student(context: RunContext, outputs: StageOutputs, folder: Path) -> tuple[Any, Any]:
+    student = _trained(context, outputs)
     context.kind.save_student(student, folder, context.task.classes)
     example = np.zeros((2, 3, *student.preprocess.size), np.float32)
     return student.model, example
 
 
-def _trained(context: RunContext, made: StageOutputs) -> Student:
+def _trained(context: RunContext, outputs: StageOutputs) -> Student:
     """The student of the run, in evaluation mode on the CPU."""
-    spec = starting_at(student_spec(context), made.student)
+    spec = starting_at(student_spec(context), outputs.student)
     model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())
     return student.eval()
 
 
-def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
+def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
     classes, kind = context.task.classes, context.kind
-    assert made.evaluate is not None  # a trial has no report
-    rows, reader = evaluate.load(made.evaluate.stage), kind.reader(context.task, whole=True)
-    tested = TestSet(rows, context.task, reader, partial(_trained, context, made), context.recipe.data.max_pixels)
+    assert outputs.evaluate is not None  # a trial has no report
+    rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
+    tested = TestSet(rows, context.task, reader, partial(_trained, context, outputs), context.recipe.data.max_pixels)
     curves = {
         name: done.manifest["curve"]
-        for name, done in (("transfer", made.transfer), ("finetune", made.student), ("scratch", made.floor))
-        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not made.transfer)
+        for name, done in (("transfer", outputs.transfer), ("finetune", outputs.student), ("scratch", outputs.scratch))
+        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not outputs.transfer)
     }
     sheet = None
-    if made.curate and made.curate.stage.exists("contact_sheet.png"):
+    if outputs.curate and outputs.curate.stage.exists("contact_sheet.png"):
         sheet = folder / "contact_sheet.png"
-        sheet.write_bytes(made.curate.stage.read("contact_sheet.png"))
+        sheet.write_bytes(outputs.curate.stage.read("contact_sheet.png"))
     return write_report(
         folder,
         {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
         curves=curves,
-        confusion=evaluate.confusion(context, made.evaluate.stage),
+        confusion=evaluate.confusion(context, outputs.evaluate.stage),
         classes=classes,
         contact_sheet=sheet,
         worst=kind.worst(tested),
@@ -183,15 +183,15 @@ def _report(context: RunContext, made: StageOutputs, result: dict[str, Any], fol
 
 
 def _log(
-    context: RunContext, made: StageOutputs, result: dict[str, Any], folder: Dir, student: Any, example: Any
+    context: RunContext, outputs: StageOutputs, result: dict[str, Any], folder: Dir, student: Any, example: Any
 ) -> None:
     tracker = context.tracker
     tracker.final(stable_metrics(result))
     for name in ("report.html", "result.json", "recipe.yaml", "quarantine.parquet"):
         tracker.stored(folder, name)
     tracker.stored(folder, "student", "student_files")
-    if made.curate:
+    if outputs.curate:
         for name in ("contact_sheet.png", "transfer.parquet"):
-            if made.curate.stage.exists(name):
-                tracker.stored(made.curate.stage, name)
+            if outputs.curate.stage.exists(name):
+                tracker.stored(outputs.curate.stage, name)
     tracker.log_student(student, example)

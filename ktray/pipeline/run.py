@@ -64,8 +64,8 @@ def run(
 
     def work(context: RunContext) -> dict[str, Any]:
         with limited(None if limit is None else partial(limit, context.ledger)):
-            made = stages(context, trial)
-        return results.write_trial(context, made, begun) if trial else results.write(context, made, begun)
+            outputs = stages(context, trial)
+        return results.write_trial(context, outputs, begun) if trial else results.write(context, outputs, begun)
 
     return _logged(recipe, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
 
@@ -85,8 +85,8 @@ def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
 
     def work(context: RunContext) -> dict[str, Any]:
         name, phase = phases(context.recipe)[-1]
-        made = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
-        return results_transfer_set.write(context, made.curate, begun)
+        outputs = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
+        return results_transfer_set.write(context, outputs.curate, begun)
 
     return _logged(recipe, debug, None, {"job": "curate"}, work)
 
@@ -140,12 +140,12 @@ def _logged(
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 
 
-def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, bool]:
+def whole_stages(store: Store, resolved: Resolved, plan: Allocation) -> dict[str, bool]:
     """For a plan: by the name of a stage in the ledger, whether the store holds it completely. This runs and writes
     nothing."""
     device = describe_device()
     silent = cast(Tracker, None)  # no stage runs, so nothing is logged
-    context = _context(store, found, plan, Ledger(device), silent, "plan")
+    context = _context(store, resolved, plan, Ledger(device), silent, "plan")
     planned: dict[str, bool] = {}
     context.runtime.planned = planned
     with muted():
@@ -154,11 +154,11 @@ def whole_stages(store: Store, found: Resolved, plan: Allocation) -> dict[str, b
 
 
 def _open(
-    store: Store, found: Resolved, plan: Allocation, tags: Mapping[str, str], until: contextlib.ExitStack
+    store: Store, resolved: Resolved, plan: Allocation, tags: Mapping[str, str], until: contextlib.ExitStack
 ) -> RunContext:
-    recipe = found.recipe
+    recipe = resolved.recipe
     text = dump(recipe)
-    same = digest(text, found.fingerprint, tags.get("job"))
+    same = digest(text, resolved.fingerprint, tags.get("job"))
     run_id, folder = open_run(store, same, _title(recipe, tags), until)
     folder.write("recipe.yaml", text.encode())
     local = local_home(store)
@@ -179,13 +179,13 @@ def _open(
     )
     logger.info(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
-    return _context(store, found, plan, ledger, tracker, run_id)
+    return _context(store, resolved, plan, ledger, tracker, run_id)
 
 
 def _context(
-    store: Store, found: Resolved, plan: Allocation, ledger: Ledger, tracker: Tracker, run_id: str
+    store: Store, resolved: Resolved, plan: Allocation, ledger: Ledger, tracker: Tracker, run_id: str
 ) -> RunContext:
-    recipe = found.recipe
+    recipe = resolved.recipe
     return RunContext(
         recipe=recipe,
         runtime=Runtime(
@@ -197,13 +197,13 @@ def _context(
             cluster=recipe.cluster,
             max_bad_fraction=recipe.data.max_bad_fraction,
         ),
-        task=found.task,
-        class_names=found.class_names,
-        prompts=found.prompts,
-        fingerprint=found.fingerprint,
-        canvas=found.canvas,
+        task=resolved.task,
+        class_names=resolved.class_names,
+        prompts=resolved.prompts,
+        fingerprint=resolved.fingerprint,
+        canvas=resolved.canvas,
         metric=str(recipe.task.metric),
-        source=found.source,
+        source=resolved.source,
     )
 
 

@@ -1,7 +1,7 @@
 """The recipe: one typed description of a run, from the command line to the run folder.
 
-The schema is in `ktray.recipe.schema` (with the sections of single jobs beside it), reading and writing in
-`ktray.recipe.load`, the built-in recipes in ``builtin/``.
+`ktray.recipe.schema` has the schema (the sections of single jobs are in files next to it), `ktray.recipe.load` reads
+and writes recipes, and ``builtin/`` has the built-in recipes.
 """
 
 from ktray.recipe.load import BUILTIN, DEFAULT, dump, load, override, schema

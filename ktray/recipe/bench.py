@@ -1,4 +1,4 @@
-"""What jobs/bench.py reads."""
+"""The recipe section of jobs/bench.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ class BenchConfig(Section):
     )
     quick: bool = Field(False, description="measure each part once, on few images and vectors, for a rough result")
     json_file: str | None = Field(None, description="file that receives a copy of result.json; null: no copy")
-    repeats: int = Field(
-        3, ge=1, description="number of repetitions of each measurement, of which the median is reported"
-    )
+    repeats: int = Field(3, ge=1, description="number of repetitions of each measurement; the median is reported")
     images: int = Field(
         4000, ge=1, description="number of photo-like JPEGs, 500 x 375 pixels each, that are read and embedded"
     )

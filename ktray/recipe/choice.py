@@ -1,6 +1,6 @@
-"""What a recipe chooses by name: the section ``objective``, and ``transfer.strategy``.
+"""The parts of a recipe that are chosen by name: the section ``objective``, and ``transfer.strategy``.
 
-The section ``objective`` is a union: which of the registered objectives it is decides which keys it has.
+The section ``objective`` is a union: its keys are those of the registered objective that ``objective.name`` chooses.
 
 A recipe holds the keys of one objective. The rules for keys of the others:
 
@@ -8,7 +8,7 @@ A recipe holds the keys of one objective. The rules for keys of the others:
 - ``key=value`` on the command line, or in the keys of a method or a trial, is an error where the chosen objective does
   not have the key.
 - In a file such a key is dropped. Earlier versions of ktray wrote the keys of all objectives into each recipe, and a
-  file may serve several objectives, of which the command line chooses one.
+  file may be used with several objectives, one of which the command line chooses.
 - When ``objective.name`` changes on a recipe, the keys that have been set and that the new objective also has keep
   their values; the others are dropped.
 
@@ -32,7 +32,7 @@ DEFAULT_STRATEGY = "query_balanced"
 
 
 def objectives() -> list[type[ObjectiveConfig]]:
-    """All that are registered, in their order."""
+    """All registered objectives, in order."""
     return sorted((config for _, config in OBJECTIVES), key=lambda c: (c.order, c.objective_name()))
 
 
@@ -46,7 +46,7 @@ def without_transfer_set() -> ObjectiveConfig:
 
 
 def owners(field: str) -> list[str]:
-    """Names of the objectives that have a key, in order."""
+    """Names of the objectives that have the key ``field``, in order."""
     return [config.objective_name() for config in objectives() if field in config.own_fields()]
 
 
@@ -55,40 +55,41 @@ def fitting(raw: Mapping[str, Any], explicit: Collection[str] = ()) -> dict[str,
 
     Args:
         raw: keys and values of the section, without the prefix.
-        explicit: those of them that must not be dropped.
+        explicit: keys that must not be dropped.
 
     Raises:
-        KtrayError: an unknown objective, a key that no objective has, an explicit key of another objective.
+        KtrayError: the objective is unknown, no objective has one of the keys, or an explicit key belongs to another
+            objective.
     """
     name = raw.get("name", DEFAULT_OBJECTIVE)
     if not isinstance(name, str):
-        return dict(raw)  # its type is wrong, which the validation says
+        return dict(raw)  # the type is wrong, which validation reports
     config = OBJECTIVES.get(name)
     kept = {}
     for key, value in raw.items():
         if key in config.model_fields:
             kept[key] = value
             continue
-        having = owners(key)
-        if not having:
+        owning = owners(key)
+        if not owning:
             raise KtrayError(
                 f"No objective has the key 'objective.{key}'",
                 f"objective.name={name} has {', '.join(config.own_fields()) or 'no keys of its own'}.",
             )
         if key in explicit:
             raise KtrayError(
-                f"objective.{key} belongs to {' and '.join(having)}; objective.name is {name}",
-                f"Remove it, or set objective.name={having[0]}.",
+                f"objective.{key} belongs to {' and '.join(owning)}; objective.name is {name}",
+                f"Remove it, or set objective.name={owning[0]}.",
             )
     return kept
 
 
 def chosen(raw: Any) -> Any:
-    """The section of the objective that a mapping names; anything else as it is.
+    """The section of the objective that a mapping names. Other values are returned unchanged.
 
     Raises:
-        KtrayError: as `fitting`.
-        ValidationError: a value that the objective does not take.
+        KtrayError: see `fitting`.
+        ValidationError: the objective does not accept a value.
     """
     if not isinstance(raw, Mapping):
         return raw
@@ -106,7 +107,7 @@ def validated(raw: Any) -> Any:
 
 
 def strategies() -> list[type[StrategyConfig]]:
-    """All that are registered, in their order."""
+    """All registered strategies, in order."""
     return sorted((config for _, config in STRATEGIES), key=lambda c: (c.order, c.strategy_name()))
 
 
@@ -114,13 +115,14 @@ def strategy_of(value: Any) -> StrategyConfig:
     """The strategy that a value of ``transfer.strategy`` names.
 
     Raises:
-        KtrayError: no such strategy.
-        ValueError: neither a name nor a mapping with a name; a key or a value that the strategy does not take.
+        KtrayError: there is no such strategy.
+        ValueError: the value is neither a name nor a mapping with a name, or the strategy does not accept a key or
+            value.
     """
     given = value if isinstance(value, Mapping) else {"name": value}
     name = given.get("name")
     if not isinstance(name, str):
-        raise ValueError("it is a strategy's name, or {name: NAME, ...}")
+        raise ValueError("must be the name of a strategy, or {name: NAME, ...}")
     try:
         return STRATEGIES.get(name).model_validate(dict(given))
     except ValidationError as error:
@@ -128,10 +130,11 @@ def strategy_of(value: Any) -> StrategyConfig:
 
 
 def strategy_value(value: Any) -> str | dict[str, Any]:
-    """A value of ``transfer.strategy`` as a recipe holds it: the name, with all keys of a strategy that has some."""
-    found = strategy_of(value)
-    keys = found.model_dump(mode="json")
-    return keys if len(keys) > 1 else found.name
+    """A value of ``transfer.strategy`` in its form in a recipe: the name, or, for a strategy with keys, all of its
+    keys."""
+    strategy = strategy_of(value)
+    keys = strategy.model_dump(mode="json")
+    return keys if len(keys) > 1 else strategy.name
 
 
 def _first(error: ValidationError) -> str:
@@ -140,17 +143,17 @@ def _first(error: ValidationError) -> str:
 
 
 def objective_rows() -> list[tuple[str, Any, Any, str]]:
-    """All keys of all objectives as (key without prefix, default, annotation, description); a key of several objectives
-    comes once, and the description begins with the objectives' names."""
+    """All keys of all objectives as (key without prefix, default, annotation, description). A key of several objectives
+    is listed once, and its description begins with the names of these objectives."""
     rows: list[tuple[str, Any, Any, str]] = []
-    known = objectives()
-    for config in known:
+    configs = objectives()
+    for config in configs:
         for field in config.own_fields():
-            having = [other for other in known if field in other.own_fields()]
-            if having[0] is not config:
+            owning = [other for other in configs if field in other.own_fields()]
+            if owning[0] is not config:
                 continue
             info = config.model_fields[field]
-            names = ", ".join(other.objective_name() for other in having)
+            names = ", ".join(other.objective_name() for other in owning)
             default = info.get_default(call_default_factory=True)
             rows.append((field, default, info.annotation, f"{names}: {info.description or ''}"))
     return rows

@@ -1,4 +1,4 @@
-"""Recipe sections about where a job runs and where it logs."""
+"""The recipe sections ``cluster`` and ``mlflow``: where a job runs, and where it logs."""
 
 from __future__ import annotations
 

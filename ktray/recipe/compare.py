@@ -1,4 +1,4 @@
-"""Recipe sections that one job alone reads, and what all sections have in common."""
+"""The recipe section of jobs/compare.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ktray.recipe.section import Section
 
 
 class CompareConfig(Section):
-    """What jobs/compare.py runs beside each other; other jobs do not read it."""
+    """What jobs/compare.py compares. Other jobs do not read it."""
 
     ways: dict[str, dict[str, Any]] | list[str] = Field(
         default_factory=dict,
@@ -27,8 +27,8 @@ class CompareConfig(Section):
     )
     lr_search: list[float] = Field(
         default_factory=list,
-        description="factors on train.lr that each method tries with one seed, of which the best on validation is "
-        "used; empty: no search",
+        description="factors on train.lr that each method tries with one seed; the best factor on validation is used; "
+        "empty: no search",
     )
     sizes: list[int] = Field(
         default_factory=list,

@@ -1,4 +1,4 @@
-"""The recipe's section of jobs/export.py; other jobs do not read it."""
+"""The recipe section of jobs/export.py. Other jobs do not read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe's keys as ``--help`` shows them: in groups, the most used first, each with default, type and meaning."""
+"""The recipe keys in ``--help``: in groups, the most used first, each with its default, type and meaning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTIONS = {
     "teacher": "The foundation model that teaches, and how it is adapted to the task.",
     "student": "The small model that is trained.",
     "transfer": "Which images of the gallery the student is pretrained on.",
-    "teach": "How the teacher's targets are made, and the views (augmented images) that they are made for.",
+    "teach": "How the teacher's targets are computed, and the views (augmented images) for which they are computed.",
     "objective": "What the student is pretrained to do.",
     "supervised": "Data of the objective 'supervised'.",
     "train": "Pretraining of the student on the transfer set, and training of the scratch baseline.",
@@ -44,15 +44,15 @@ SECTIONS = {
     "bench": "What jobs/bench.py measures.",
 }
 GENERAL = "General"
-# Sections that one job alone reads; the help of the other jobs names that job instead of the keys.
+# Sections that only one job reads; the help of the other jobs names that job instead of the keys.
 READ_BY = {"compare": "compare", "tune": "tune", "budget": "tune", "export": "export", "bench": "bench"}
 
 
 def keys(job: str) -> str:
-    """All keys of the recipe for the help of a job.
+    """All keys of the recipe, for the help of a job.
 
     Args:
-        job: the job's name; sections that another job alone reads are shown as one line.
+        job: name of the job. Sections that only another job reads are shown as one line.
     """
     rows = {key: (default, kind, text) for key, default, kind, text in schema()}
     groups: dict[str, list[str]] = {}
@@ -71,21 +71,21 @@ def keys(job: str) -> str:
     others = {name: READ_BY[name] for name in order if name in READ_BY and name not in own}
     blocks.append(
         "\n".join(
-            f"{name}.*: read by {reader} alone; see: python jobs/{reader}.py --help" for name, reader in others.items()
+            f"{name}.*: only read by {reader}; see: python jobs/{reader}.py --help" for name, reader in others.items()
         )
     )
     return "\n\n".join(blocks)
 
 
 def shown(value: object) -> str:
-    """A value as it is written on a command line: ``null``, ``false``, ``[a, b]``, ``./ktray-store``."""
+    """A value in the form of the command line: ``null``, ``false``, ``[a, b]``, ``./ktray-store``."""
     if value is not None and not isinstance(value, bool | int | float | list | dict):
         return str(value)
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def width() -> int:
-    """Columns of ``--help``."""
+    """Width of ``--help`` in columns."""
     return max(60, min(shutil.get_terminal_size((100, 24)).columns - 2, 110))
 
 

@@ -1,4 +1,4 @@
-"""Recipes from files and the command line: merge, override, check, dump."""
+"""Read recipes from files and the command line, merge and check them, and write them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 DEFAULT = "letters"
-WHOLE = ("kwargs", "strategy")  # mappings that are replaced, not merged
+WHOLE = ("kwargs", "strategy")  # mappings that a later value replaces instead of merging
 
 
 def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
@@ -39,24 +39,24 @@ def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, A
             rows += schema(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            known = "|".join(config.strategy_name() for config in strategies())
-            shown = known if prefix + name == STRATEGIES.key else _type_name(kind)
+            choices = "|".join(config.strategy_name() for config in strategies())
+            shown = choices if prefix + name == STRATEGIES.key else _type_name(kind)
             rows.append((prefix + name, default, shown, field.description or ""))
     return rows
 
 
 def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
-    """The recipe named ``recipes`` (a file of ``ktray/recipes`` or a YAML path), with ``key=value`` overrides.
+    """Load one or several recipes (names of built-in recipes or paths of YAML files), with ``key=value`` overrides.
 
-    Of several, the keys of later ones win. Where they say nothing of a task, they stand over the built-in task's own
-    recipe (``letters`` unless ``task.name`` says otherwise), or over the schema's defaults for own data
-    (``task.data``). Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have their types. A file's keys of objectives other than the chosen one are dropped
-    (`ktray.recipe.choice` has the rules).
+    Keys of later recipes replace those of earlier ones. If no recipe has a section ``task``, the recipes are merged
+    into the recipe of the built-in task (``letters``, or that of ``task.name``), or, with ``task.data``, into the
+    defaults of the schema. Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
+    ``gallery.data=[a,b]`` have the right types. Keys in files that belong to other objectives than the chosen one are
+    dropped (`ktray.recipe.choice` has the rules).
 
     Raises:
-        KtrayError: no such recipe, unknown key (the nearest is named), a value of the wrong type, or an override of an
-            objective that is not the chosen one.
+        KtrayError: there is no such recipe, a key is unknown (the message names the nearest one), a value has the wrong
+            type, or an override is a key of another objective than the chosen one.
     """
     wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
     raw: dict[str, Any] = {}
@@ -72,13 +72,15 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
-            raise KtrayError(f"'{text}' is not a key=value pair", "Write for example transfer.size=500.")
+            raise KtrayError(
+                f"'{text}' is not a key=value pair", "Write it in the form key=value, for example transfer.size=500."
+            )
         _set(raw, key.strip(), _parse_value(value))
     return _validate(raw, [text.partition("=")[0].strip() for text in overrides])
 
 
 def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put ``more`` over ``raw``, part by part; a student's arguments go with its name."""
+    """Merge ``more`` into ``raw``, key by key. A new student name also removes the arguments of the old student."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(raw.get(key), dict) and key not in WHOLE:
             if key == "student" and "name" in value:
@@ -89,12 +91,12 @@ def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
-    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` as `load` does.
+    """A copy of ``recipe`` with dotted keys set. Raises `KtrayError` in the same cases as `load`.
 
-    A new ``objective.name`` keeps those of the objective's keys that have been set and that the new objective has too.
+    With a new ``objective.name``, keys of the objective that have been set are kept if the new objective has them.
     """
     raw = recipe.model_dump(mode="json")
-    # Without defaults: those of the new objective count, not those of the old one.
+    # Without defaults, so that the defaults of the new objective apply.
     raw["objective"] = {"name": recipe.objective.name, **recipe.objective.model_dump(mode="json", exclude_unset=True)}
     for key, value in keys.items():
         _set(raw, key, value)
@@ -102,7 +104,7 @@ def override(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
 
 
 def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
-    """The recipe of merged keys; ``explicit`` are those of the command line, of a method or of a trial."""
+    """The recipe with merged keys. ``explicit`` are the keys of the command line, of a method or of a trial."""
     _check_keys(raw)
     _check_secrets(raw)
     part = raw.get("objective")
@@ -110,21 +112,21 @@ def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
     try:
         if isinstance(part, dict):
             where = ["objective"]
-            asked = [key.partition(".")[2] for key in explicit if key.startswith("objective.")]
-            raw = {**raw, "objective": chosen(fitting(part, asked))}
+            explicit_keys = [key.partition(".")[2] for key in explicit if key.startswith("objective.")]
+            raw = {**raw, "objective": chosen(fitting(part, explicit_keys))}
             where = []
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where += [str(one) for one in first["loc"] if not str(one).startswith(("function", "literal", "bool"))]
+        where += [str(step) for step in first["loc"] if not str(step).startswith(("function", "literal", "bool"))]
         raise KtrayError(
             f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: {first['msg']}",
-            "See --help for each key's type.",
+            "--help lists the type of each key.",
         ) from error
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `load` reads back to an equal recipe."""
+    """The recipe as YAML, from which `load` reads an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -133,16 +135,25 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = BUILTIN / f"{recipe}.yaml"
         if not path.exists():
-            known = sorted(p.stem for p in BUILTIN.glob("*.yaml"))
-            raise KtrayError(f"No recipe is named '{recipe}'", f"Known are {', '.join(known)}; a file ends in .yaml.")
+            builtin = sorted(p.stem for p in BUILTIN.glob("*.yaml"))
+            raise KtrayError(
+                f"No recipe is named '{recipe}'",
+                f"Built-in recipes: {', '.join(builtin)}. The name of a file must end in .yaml.",
+            )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise KtrayError(f"Recipe file '{path}' cannot be read: {error.strerror}", "Check --recipe.") from error
+        raise KtrayError(
+            f"Recipe file '{path}' cannot be read: {error.strerror}", "Check the path in --recipe."
+        ) from error
     except yaml.YAMLError as error:
-        raise KtrayError(f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Mend the file.") from error
+        raise KtrayError(
+            f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Correct the file."
+        ) from error
     if not isinstance(raw, dict):
-        raise KtrayError(f"Recipe file '{path}' does not hold keys", "Start from the recipe.yaml of a run folder.")
+        raise KtrayError(
+            f"Recipe file '{path}' has no keys at its top level", "Start from the recipe.yaml of a run folder."
+        )
     return raw
 
 
@@ -162,21 +173,21 @@ def _parse_value(text: str) -> Any:
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     if key == OBJECTIVES.key and isinstance(value, str):
-        OBJECTIVES.get(value)  # before its keys: without its package nobody has them
-    known = {row[0] for row in schema()}
-    if key not in known and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
+        OBJECTIVES.get(value)  # first: without its package, its keys are unknown
+    keys = {row[0] for row in schema()}
+    if key not in keys and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
         raise _unknown(key)
     node = raw
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise KtrayError(f"Recipe key '{key}' is under a key that holds a value", "See --help for the keys.")
+            raise KtrayError(f"Recipe key '{key}' is below a key that has a value", "--help lists all keys.")
     node[parts[-1]] = value
 
 
 def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str = "") -> None:
     if model is ObjectiveConfig and isinstance(raw.get("name"), str):
-        OBJECTIVES.get(raw["name"])  # before its keys: without its package nobody has them
+        OBJECTIVES.get(raw["name"])  # first: without its package, its keys are unknown
     for name, value in raw.items():
         field = model.model_fields.get(name)
         if field is None and not (model is ObjectiveConfig and owners(name)):
@@ -187,26 +198,26 @@ def _check_keys(raw: dict[str, Any], model: type[Section] = Recipe, prefix: str 
 
 
 def _check_secrets(raw: dict[str, Any], prefix: str = "") -> None:
-    """A recipe is saved with its run, and a command line is shown to whoever lists processes."""
+    """Refuse secrets: a recipe is saved with its run, and a list of processes shows command lines."""
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_secrets(value, f"{prefix}{name}.")
-        elif found := credential_in(value):
+        elif kind := credential_in(value):
             raise KtrayError(
-                f"Recipe key '{prefix}{name}' holds a secret ({found}), and a recipe is saved and logged with its run",
-                "Give it by the environment: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and so on for S3.",
+                f"Recipe key '{prefix}{name}' has a secret ({kind}), and recipes are saved and logged with their runs",
+                "Use environment variables: MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD; for S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
             )
 
 
 def _unknown(key: str) -> KtrayError:
-    known = [row[0] for row in schema()]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    keys = [row[0] for row in schema()]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.3)
     if not near:
-        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+        near = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]][:1]
     return KtrayError(
         f"Unknown recipe key '{key}'",
-        f"Did you mean '{near[0]}'? --help lists all." if near else "--help lists all.",
+        f"Did you mean '{near[0]}'? --help lists all keys." if near else "--help lists all keys.",
     )
 
 

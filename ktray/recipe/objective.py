@@ -1,8 +1,8 @@
-"""What the recipe and the pipeline know of an objective before any model is built.
+"""What the recipe and the pipeline need to know about an objective before any model is built.
 
-An objective is a file in ``ktray/objectives/`` (or a module of another package): its section of the recipe, a subclass
-of `ObjectiveConfig`, and the module that computes its loss. Everything that other parts of ktray ask about an objective
-is a question to that subclass, so that no other file needs the objective's name.
+An objective is a file in ``ktray/objectives/`` (or a module of another package) with its recipe section, which is a
+subclass of `ObjectiveConfig`, and the module that computes its loss. Other parts of ktray only use the attributes and
+methods of that subclass, so no other file needs the name of the objective.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ Reads = Literal["logits", "features", "map"]
 Views = Literal["fixed", "canvas"]
 
 TEACHER_TARGETS: frozenset[Target] = frozenset({"logits", "embedding", "patch_embedding"})
-NO_SOURCE = "none"  # the transfer source of a run without a transfer set
+NO_SOURCE = "none"  # value of transfer.source for a run without a transfer set
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What an objective needs and gives, with the values that its section has.
+    """The inputs and outputs of an objective, with the values of its section.
 
     Attributes:
-        targets_needed: columns that a batch has beside ``pixels``: ``logits`` (N, C), ``embedding`` (N, D),
-            ``patch_embedding`` (N, D, h, w), ``text`` (N, L) int64, ``label`` (N,) int64. ``text`` asks for a gallery
-            with captions, ``label`` for a labelled generic set (``supervised.data``).
-        reads: what the student gives: ``logits`` (N, C); ``features`` (N, F), pooled, before the classifier, which then
-            stays as it was; or ``map``, the pair of pooled features and the last map (N, F, h, w).
-        views: ``fixed`` takes the views that TEACH has cut, ``canvas`` takes whole images and cuts its own.
-        labelled: every batch also has labelled images of the task (``label_images`` (B, 3, H, W) uint8 and
-            ``label_of`` (B,) int64), and no FINETUNE follows.
+        targets_needed: columns of a batch in addition to ``pixels``: ``logits`` (N, C), ``embedding`` (N, D),
+            ``patch_embedding`` (N, D, h, w), ``text`` (N, L) int64, ``label`` (N,) int64. ``text`` needs a gallery
+            with captions, ``label`` a labelled generic set (``supervised.data``).
+        reads: the output of the student that the objective reads: ``logits`` (N, C); ``features`` (N, F), pooled,
+            before the classifier, which is then not trained; or ``map``, the pair of pooled features and the last map
+            (N, F, h, w).
+        views: ``fixed``: the views that TEACH has cut; ``canvas``: whole images, from which the objective cuts views.
+        labelled: whether each batch also has labelled images of the task (``label_images`` (B, 3, H, W) uint8 and
+            ``label_of`` (B,) int64); then FINETUNE is skipped.
     """
 
     targets_needed: frozenset[Target] = frozenset()
@@ -47,44 +48,46 @@ class Traits:
 
     @property
     def taught(self) -> bool:
-        """Whether it learns from what a teacher says."""
+        """Whether the objective learns from the outputs of a teacher."""
         return bool(self.targets_needed & TEACHER_TARGETS)
 
     @property
     def replays(self) -> bool:
-        """Whether its loss can be kept beside the labels' loss in FINETUNE: it compares predictions."""
+        """Whether FINETUNE can continue to use the loss together with that on labels, because it compares
+        predictions."""
         return "logits" in self.targets_needed and self.reads == "logits"
 
 
 class ObjectiveConfig(Section):
-    """The recipe's section ``objective``. Each objective has a subclass with the keys that it reads, and no others.
+    """The recipe section ``objective``. Each objective has a subclass with only those keys that it reads.
 
     Class attributes:
         sources: values of ``transfer.source`` that suit the objective, the best first; ``("none",)`` for an objective
             without a transfer set.
-        compared: how many of the possible sources a default comparison has a row for.
-        compared_by_size: whether ``compare.sizes`` adds rows for it.
-        searched: whether it is in the default search space of jobs/tune.py.
-        order: its place among the objectives, in lists and in a default comparison.
-        colour: of its points in pictures, as ``#rrggbb``. ktray's own are safe for the colour-blind (Okabe and Ito).
+        compared: number of possible sources for which a default comparison has a row.
+        compared_by_size: whether ``compare.sizes`` adds rows for the objective.
+        searched: whether the objective is in the default search space of jobs/tune.py.
+        order: sort key of the objective, in lists and in a default comparison.
+        colour: colour of the objective in plots, as ``#rrggbb``. Colour-blind people can distinguish ktray's colours
+            (Okabe and Ito).
     """
 
-    name: str = Field("", description="how the student is pretrained")
+    name: str = Field("", description="objective of pretraining, which decides what the student learns from")
 
     sources: ClassVar[tuple[str, ...]] = ("retrieved", "generic", "target")
     compared: ClassVar[int] = 1
     compared_by_size: ClassVar[bool] = False
     searched: ClassVar[bool] = False
-    order: ClassVar[int] = 1000  # those of other packages come after ktray's own
+    order: ClassVar[int] = 1000  # objectives of other packages come after those of ktray
     colour: ClassVar[str] = "#000000"
 
     @property
     def traits(self) -> Traits:
-        """What it needs and gives."""
+        """The inputs and outputs of the objective."""
         raise NotImplementedError
 
     def build(self, *, hflip: float = 0.5) -> Any:
-        """The `ktray.objectives.base.Objective` with this section's values.
+        """Create the `ktray.objectives.base.Objective` with the values of this section.
 
         Args:
             hflip: probability of a horizontal flip, for an objective that cuts its own views.
@@ -92,36 +95,37 @@ class ObjectiveConfig(Section):
         raise NotImplementedError
 
     def phases(self, steps: int) -> list[tuple[str, dict[str, Any]]]:
-        """(name, recipe keys) of the parts of the pretraining, in order; most objectives have one, without a name.
+        """(name, recipe keys) of the phases of pretraining, in order. Most objectives have one phase, whose name is
+        empty.
 
         Args:
-            steps: optimizer steps of all parts together.
+            steps: number of optimizer steps of all phases together.
         """
         return [("", {})]
 
     @classmethod
     def has_transfer_set(cls) -> bool:
-        """Whether it is trained on a transfer set; otherwise the labels are all that it sees."""
+        """Whether the objective uses a transfer set; otherwise it uses only the labels."""
         return cls.sources != (NO_SOURCE,)
 
     @classmethod
     def own_fields(cls) -> list[str]:
-        """Its keys, without ``name``."""
+        """The keys of the objective, without ``name``."""
         return [name for name in cls.model_fields if name != "name"]
 
     @classmethod
     def objective_name(cls) -> str:
-        """The value of ``objective.name`` that chooses it."""
+        """The value of ``objective.name`` that chooses the objective."""
         return str(cls.model_fields["name"].default)
 
     @classmethod
     def suitable(cls, possible: Sequence[str]) -> list[str]:
-        """Its sources among those that the data allows; its first one where the data allows none of them."""
+        """The sources of the objective that the data allows; if the data allows none, the first source."""
         return [source for source in cls.sources if source in possible] or [cls.sources[0]]
 
     @classmethod
     def comparisons(cls, possible: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Its rows in a default comparison: name of the method to recipe keys.
+        """The rows of the objective in a default comparison, as name of the method -> recipe keys.
 
         Args:
             possible: values of ``transfer.source`` that the data allows.
@@ -132,5 +136,6 @@ class ObjectiveConfig(Section):
 
     @classmethod
     def search_space(cls) -> dict[str, Any]:
-        """Its keys (without ``objective.``) in the default search space, in the form of ``tune.space``."""
+        """The keys of the objective (without ``objective.``) in the default search space, in the form of
+        ``tune.space``."""
         return {}

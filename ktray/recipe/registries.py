@@ -1,6 +1,6 @@
-"""Everything that one file can add to ktray: the folder it goes into, the key that chooses it, the entry point group.
+"""The registries of things that one file can add to ktray, each with its folder, recipe key and entry point group.
 
-What each registry holds is described by the ``base.py`` of its folder.
+The ``base.py`` of a folder describes the things in its registry.
 """
 
 from __future__ import annotations

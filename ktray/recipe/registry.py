@@ -1,8 +1,8 @@
-"""Registries: what can be added to ktray by one file, found by name.
+"""Registries: things that one file can add to ktray, by name.
 
-A registry knows the modules of one folder of ktray, and the entry points of one group of other installed packages.
-It imports both when it is first asked, so a file that registers something is found without being named anywhere. An
-entry point names a module (``toy = "toy_package.objective"``); importing it registers what it holds.
+A registry imports the modules of one folder of ktray, and the entry points in one group of other installed packages. It
+imports them on first use, so a file that registers something needs no entry anywhere else. An entry point names a
+module (``toy = "toy_package.objective"``), whose import registers its content.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name.
+    """Things of one kind, by name.
 
     Args:
-        kind: what they are called in messages, for example ``objective``.
+        kind: name of the kind in messages, for example ``objective``.
         key: the recipe key that chooses one.
-        package: the folder of ktray whose modules register themselves, as a dotted name.
+        package: the folder of ktray whose modules register things, as a dotted name.
         group: the entry point group of other packages.
     """
 
@@ -40,14 +40,14 @@ class Registry(Generic[T]):
         """Decorator that adds a class, a function or an instance under a name.
 
         Raises:
-            KtrayError: something else has the name already.
+            KtrayError: the name is already registered for something else.
         """
 
         def add(item: T) -> T:
-            known = self._items.get(name)
-            if known is not None and _where(known) != _where(item):
+            registered = self._items.get(name)
+            if registered is not None and _where(registered) != _where(item):
                 raise KtrayError(
-                    f"Two {self.kind}s are named '{name}': {_where(known)} and {_where(item)}",
+                    f"Two {self.kind}s are named '{name}': {_where(registered)} and {_where(item)}",
                     "Rename one of them, or uninstall its package.",
                 )
             self._items[name] = item
@@ -60,10 +60,10 @@ class Registry(Generic[T]):
         return sorted(self._all())
 
     def get(self, name: str) -> T:
-        """What is registered under a name.
+        """The thing that is registered under a name.
 
         Raises:
-            KtrayError: nothing is; the message names the nearest name.
+            KtrayError: there is none; the message names the nearest name.
         """
         items = self._all()
         if name not in items:
@@ -71,8 +71,8 @@ class Registry(Generic[T]):
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise KtrayError(
                 f"No {self.kind} is named '{name}' ({self.key})",
-                f"{hint}Known are {', '.join(sorted(items)) or 'none'}; other packages add more by the entry point "
-                f"group '{self.group}'.",
+                f"{hint}Available: {', '.join(sorted(items)) or 'none'}. Other packages can add more with the entry "
+                f"point group '{self.group}'.",
             )
         return items[name]
 
@@ -85,7 +85,7 @@ class Registry(Generic[T]):
     def _all(self) -> dict[str, T]:
         with self._lock:
             if not self._loaded:
-                self._loaded = True  # first: a module that is imported below may ask again
+                self._loaded = True  # first, because a module that is imported below may use the registry
                 try:
                     self._load()
                 except BaseException:
@@ -104,11 +104,11 @@ class Registry(Generic[T]):
                 raise KtrayError(
                     f"The {self.kind} '{point.name}' of another package cannot be imported from '{point.value}': "
                     f"{type(error).__name__}: {error}",
-                    "Mend or uninstall that package.",
+                    "Repair or uninstall that package.",
                 ) from error
 
 
 def _where(item: object) -> str:
-    """Where an item is defined; the same after a module is imported again."""
+    """Where an item is defined. The result is the same if the module is imported again."""
     kind = item if hasattr(item, "__qualname__") else type(item)
     return f"{kind.__module__}.{kind.__qualname__}"

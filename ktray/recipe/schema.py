@@ -1,7 +1,8 @@
 """The recipe: one typed description of a run, from the command line to the run folder.
 
-A value of ``auto`` (or null) is decided from the data and the machine by `ktray.pipeline.resolve`, printed with its
-reason, and written to the run folder's ``recipe.yaml``, which runs again as ``--recipe FILE``.
+`ktray.pipeline.resolve` chooses a value for each key that is ``auto`` (or null), from the data and the machine. It
+prints the value with the reason, and the run folder has it in ``recipe.yaml``, which can be run again with ``--recipe
+FILE``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class TaskConfig(Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value != cls.model_fields["kind"].default:  # the default is there, and its imports take seconds
+        if value != cls.model_fields["kind"].default:  # the default always exists, and its imports take seconds
             TASKS.get(value)
         return value
 
@@ -121,7 +122,7 @@ class GalleryConfig(Section):
     )
     search: Literal["auto", "exact", "compressed"] = Field(
         "auto",
-        description="way to search the index: exact, or compressed (approximate, with less memory); auto: exact up to "
+        description="search in the index: exact, or compressed (approximate, with less memory); auto: exact up to "
         "100 million rows",
     )
     factory: str | None = Field(
@@ -146,7 +147,7 @@ class DataConfig(Section):
 
 
 class TeacherFinetuneConfig(Section):
-    """Finetuning of the teacher's tower (teacher.adapt=finetune|auto)."""
+    """Finetuning of the teacher's tower (teacher.adapt=finetune or auto)."""
 
     steps: int = Field(150, ge=1, description="optimizer steps of the teacher's finetuning")
     batch_size: int = Field(64, ge=1, description="images per step of the teacher's finetuning, over all workers")
@@ -240,8 +241,8 @@ class TransferConfig(Section):
     )
     per: Literal["query", "class"] = Field(
         "query",
-        description="unit that retrieves: each query by itself, or the average of the queries of each class, so that "
-        "all classes bring equal shares",
+        description="unit that retrieves: query (each query separately), or class (the mean of the queries of each "
+        "class, so that all classes get equal shares)",
     )
     query_crops: Literal["none", "grid", "random"] = Field(
         "none",
@@ -271,7 +272,7 @@ class TransferConfig(Section):
 
     @property
     def chosen_strategy(self) -> StrategyConfig:
-        """The strategy, with its own keys."""
+        """The chosen strategy, with its keys."""
         return strategy_of(self.strategy)
 
 
@@ -284,7 +285,7 @@ class SupervisedConfig(Section):
 class TeachConfig(Section):
     mode: Literal["auto", "cached", "streamed", "live"] = Field(
         "auto",
-        description="way to make the teacher's targets: cached (computed once and stored), streamed (computed by "
+        description="computation of the teacher's targets: cached (computed once and stored), streamed (computed by "
         "separate processes during training), or live (computed by the training workers); auto: the cheapest",
     )
     views: int = Field(4, ge=1, description="number of augmented views of each image of the transfer set")
@@ -344,5 +345,5 @@ class Recipe(Section):
 
 
 def index_alone(recipe: Recipe) -> bool:
-    """Whether the gallery is all that an index holds."""
+    """Whether the gallery is everything in an existing index, because only ``gallery.index`` is set."""
     return recipe.gallery.index is not None and recipe.gallery.data is None and recipe.transfer.list is None

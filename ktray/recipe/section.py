@@ -1,4 +1,4 @@
-"""What all sections of the recipe have in common."""
+"""The base class of all sections of the recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A section of the recipe. Unknown keys are refused; values are validated when assigned."""
+    """A section of the recipe. It refuses unknown keys and validates assigned values."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 

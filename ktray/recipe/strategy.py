@@ -1,4 +1,4 @@
-"""What the recipe and the pipeline know of a strategy of `ktray/retrieval/strategies/`."""
+"""What the recipe and the pipeline need to know about a strategy of `ktray/retrieval/strategies/`."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from ktray.recipe.section import Section
 
 
 class StrategyConfig(Section):
-    """Which of the images that the queries find are taken. Each strategy has a subclass with its own keys, if any; they
-    all have defaults.
+    """A strategy, which chooses the transfer set among the images that the queries find. Each strategy has a subclass;
+    all of its keys have defaults.
 
     Class attributes:
-        needs_predictions: it asks for the teacher's predictions, which segmentation has none of.
+        needs_predictions: whether it needs class predictions of the teacher, which segmentation does not have.
         searched: whether it is in the default search space of jobs/tune.py.
-        compared: whether CURATE notes of each image which of the strategies that have this would take it too.
-        order: its place among the strategies.
+        compared: whether CURATE records, for each chosen image, if this strategy would also choose it.
+        order: sort key of the strategy in lists.
     """
 
-    name: str = Field("", description="which of the images that the queries find are taken")
+    name: str = Field("", description="strategy that chooses the transfer set among the images that the queries find")
 
     needs_predictions: ClassVar[bool] = False
     searched: ClassVar[bool] = False
     compared: ClassVar[bool] = False
-    order: ClassVar[int] = 1000  # those of other packages come after ktray's own
+    order: ClassVar[int] = 1000  # strategies of other packages come after those of ktray
 
     def select(self, candidates: Any, size: int, exclude: Any = ()) -> Any:
-        """A `ktray.retrieval.select.Selection` of ``size`` images, or of as many as there are.
+        """Choose ``size`` images, or fewer if there are fewer, as a `ktray.retrieval.select.Selection`.
 
         Args:
             candidates: `ktray.retrieval.strategies.base.Candidates`.
-            exclude: gallery rows that must not be taken.
+            exclude: gallery rows that must not be chosen.
         """
         raise NotImplementedError
 
     @classmethod
     def strategy_name(cls) -> str:
-        """The value of ``transfer.strategy`` that chooses it."""
+        """The value of ``transfer.strategy`` that chooses the strategy."""
         return str(cls.model_fields["name"].default)

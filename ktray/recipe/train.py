@@ -1,4 +1,4 @@
-"""Recipe sections about training the student: pretraining, finetuning, and the scratch baseline."""
+"""The recipe sections for training the student: pretraining, finetuning, and the scratch baseline."""
 
 from __future__ import annotations
 

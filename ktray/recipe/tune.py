@@ -1,4 +1,4 @@
-"""Recipe sections of jobs/tune.py: what it searches, how, and what it may spend."""
+"""The recipe sections of jobs/tune.py: the search and its budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ktray.recipe.section import Section
 
 
 class BudgetConfig(Section):
-    """What the whole search may spend, the winner's retraining included; what is null sets no limit."""
+    """The budget of the whole search, including the final training of the winner. A value of null sets no limit."""
 
     usd: float | None = Field(
         None, gt=0, description="limit in USD for the whole search, by the prices of the devices; null: no limit"
@@ -33,7 +33,7 @@ class BudgetConfig(Section):
 
 
 class TuneConfig(Section):
-    """What jobs/tune.py searches; other jobs do not read it."""
+    """What jobs/tune.py searches, and how. Other jobs do not read it."""
 
     space: dict[str, Any] = Field(
         default_factory=dict,

@@ -1,1 +1,1 @@
-"""Reports, plots, units, progress lines."""
+"""Reports, plots, units, log lines and progress lines."""

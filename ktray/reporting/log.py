@@ -1,9 +1,9 @@
-"""What ktray writes for the person who watches: plain lines through Python's logging, under the logger ``ktray``.
+"""Lines for the person who watches a job: plain text through Python's logging, under the logger ``ktray``.
 
 Library code calls ``logging.getLogger("ktray").info(...)`` and configures nothing. The command line shows the lines
-while a job runs (`console`): up to INFO and `RESULT` on standard output, warnings and errors on standard error.
-Outside of `console` the logger is an ordinary one that passes its records on, so a program that imports ktray, and
-pytest's ``caplog``, decide for themselves what they show.
+while a job runs (`console`): INFO and `RESULT` on standard output, warnings and errors on standard error. Outside of
+`console`, the logger passes its records on as any other logger does, so a program that imports ktray, or pytest's
+``caplog``, chooses what it shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 logger = logging.getLogger("ktray")
-RESULT = 25  # between INFO and WARNING: the lines that a job ends with, which --quiet shows too
+RESULT = 25  # between INFO and WARNING: the final lines of a job, which --quiet also shows
 logging.addLevelName(RESULT, "RESULT")
 
 _context: ContextVar[tuple[str | None, bool]] = ContextVar("ktray-log", default=(None, False))
@@ -23,7 +23,7 @@ _quiet = False
 
 
 class _Console(logging.Handler):
-    """Writes each line at once. Streams are looked up for each line, because tests and notebooks replace them."""
+    """Writes each line immediately. It looks up the streams for each line, because tests and notebooks replace them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -33,11 +33,12 @@ class _Console(logging.Handler):
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Within it, lines of the logger ``ktray`` are written as plain text; `verbosity` says which."""
+    """Write the lines of the logger ``ktray`` as plain text while the context is open; `verbosity` chooses the
+    lines."""
     handler = _Console()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    # Libraries add handlers to the root logger (`logging.info` does so by itself): each line would be there twice.
+    # Libraries add handlers to the root logger (even `logging.info` does), which would print each line twice.
     logger.propagate = False
     try:
         verbosity()
@@ -53,8 +54,8 @@ def verbosity(quiet: bool = False, verbose: bool = False) -> None:
     """Choose what `console` shows.
 
     Args:
-        quiet: only warnings, errors and the lines that a job ends with; no progress lines either.
-        verbose: also lines at DEBUG.
+        quiet: show only warnings, errors and the final lines of a job, and no progress lines.
+        verbose: also show lines at DEBUG.
     """
     global _quiet
     _quiet = quiet
@@ -62,18 +63,18 @@ def verbosity(quiet: bool = False, verbose: bool = False) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether progress lines stay away too."""
+    """Whether progress lines are off."""
     return _quiet
 
 
 def result(text: str) -> None:
-    """Write one line that belongs to what a job ends with."""
+    """Write one of the final lines of a job."""
     logger.log(RESULT, text)
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Within it, all lines belong to what a job ends with: ``--quiet`` shows them too."""
+    """Treat all lines as final lines of a job while the context is open, so that ``--quiet`` shows them."""
     before = logger.level
     if _quiet:
         logger.setLevel(logging.INFO)
@@ -85,12 +86,12 @@ def ending() -> Iterator[None]:
 
 @contextlib.contextmanager
 def titled(title: str | None, muted: bool = False) -> Iterator[None]:
-    """Within it, on this thread, each line begins with a title, so that the lines of several runs at once can be told
-    apart.
+    """Prefix each line of this thread with a title while the context is open, to distinguish the lines of parallel
+    runs.
 
     Args:
-        title: None: lines stay as they are.
-        muted: lines below WARNING are dropped.
+        title: the prefix; None: no prefix.
+        muted: whether to drop lines below WARNING.
     """
     token = _context.set((title, muted))
     try:
@@ -100,7 +101,7 @@ def titled(title: str | None, muted: bool = False) -> Iterator[None]:
 
 
 def muted() -> contextlib.AbstractContextManager[None]:
-    """Within it, on this thread, lines below WARNING are dropped."""
+    """Drop lines of this thread below WARNING while the context is open."""
     return titled(None, muted=True)
 
 

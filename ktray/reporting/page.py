@@ -1,5 +1,5 @@
-"""What the pages of several runs have in common (``compare.html``, ``tune.html``): they open offline, with their style
-and pictures inside; the pictures and a CSV lie beside them."""
+"""Write the pages about several runs (``compare.html``, ``tune.html``). They contain their style and pictures, so they
+open offline; the pictures and a CSV are also written as files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def write(
     """Write the pictures, the CSV and the page into ``folder``; returns their paths.
 
     Args:
-        name: of the page, of the CSV and of its template in ``package``, without their endings.
-        pictures: PNG by name, None where there is nothing to draw; the one that bears the page's name is ``NAME.png``,
-            others ``NAME-OTHER.png``. The template has them as ``picture``, ready for an ``img``.
-        columns: of the CSV; what else the rows hold is left out.
-        filters: of the template, beside those for amounts.
-        values: what else the template uses.
+        name: name of the page, of the CSV and of the template in ``package``, without file extensions.
+        pictures: PNG data by name; None where there is nothing to draw. The picture with the name of the page becomes
+            ``NAME.png``, the others ``NAME-OTHER.png``. The template gets them as ``picture``, ready for an ``img``.
+        columns: columns of the CSV; other entries of the rows are left out.
+        filters: filters of the template, in addition to those for amounts.
+        values: further values for the template.
     """
     paths = []
     for other, png in pictures.items():
@@ -52,7 +52,7 @@ def write(
     shown = {
         other: png and f"data:image/png;base64,{base64.b64encode(png).decode()}" for other, png in pictures.items()
     }
-    # Ours, so there is nothing to escape.
+    # The style is ktray's own, so it needs no escaping.
     style = Markup(resources.files("ktray.reporting").joinpath("study.css").read_text("utf-8"))
     paths.append(folder / f"{name}.html")
     paths[-1].write_text(template.render(style=style, picture=shown, **values), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Plots of a run as SVG that stands inline in a page and takes its colours from the page's style.
+"""Plots of a run as inline SVG, which takes its colours from the style of the page.
 
-The colours below never reach the reader: each is replaced by a CSS variable of the page (``--ink``, ``--soft``,
-``--line``, ``--series-1`` ...), so one plot serves light, dark and printed pages. Text stays text, drawn by the
-browser, so class names and labels in any script are legible.
+Each of the colours below is replaced by a CSS variable of the page (``--ink``, ``--soft``, ``--line``, ``--series-1``
+...), so the same plot works on light, dark and printed pages. Text stays text, which the browser draws, so class names
+and labels in any script are legible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ VALIDATION_KEYS = ("val", "top1", "mean_class_accuracy", "miou", "accuracy")
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One way to a model: all FLOPs it took (0 where they are not known), and its accuracy on test, a fraction."""
+    """A model in the plot: the FLOPs of everything that led to it (0 where unknown), and its accuracy on test, a
+    fraction."""
 
     name: str
     flops: float
@@ -44,14 +45,15 @@ class CostPoint:
 
 
 def curves_svg(name: str, rows: Sequence[dict[str, Any]], identifier: str, metric: str = "accuracy") -> str:
-    """Loss and validation accuracy by step, side by side; a panel without values is left out, "" if both are.
+    """Loss and validation accuracy by step, side by side. A panel without values is left out; the result is "" without
+    any values.
 
     Args:
-        name: the stage.
+        name: name of the stage.
         rows: each with ``step`` and, where there are any, ``loss`` and a validation value (a key that starts
             with ``val``, or one of `VALIDATION_KEYS`), a fraction.
         identifier: distinguishes this plot's ids from those of others on the page.
-        metric: what the validation value is, for its axis.
+        metric: name of the validation metric, for the label of its axis.
     """
     loss = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     score = [(row["step"], value) for row in rows if (value := validation_value(row)) is not None]
@@ -85,7 +87,7 @@ def curves_svg(name: str, rows: Sequence[dict[str, Any]], identifier: str, metri
 
 
 def validation_value(row: dict[str, Any]) -> float | None:
-    """The validation accuracy in a row of a curve, if it has one."""
+    """The validation accuracy in a row of a curve; None if the row has none."""
     keys = [key for key in row if key.startswith("val")] + [key for key in VALIDATION_KEYS if key in row]
     value = next((row[key] for key in keys if isinstance(row[key], (int, float))), None)
     return None if value is None else float(value)
@@ -94,7 +96,7 @@ def validation_value(row: dict[str, Any]) -> float | None:
 def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accuracy") -> str:
     """Accuracy against all FLOPs spent, on a logarithmic axis; "" where no point has a cost.
 
-    A point without a cost (0) becomes a horizontal line at its accuracy, such as a teacher that came ready.
+    A point without a cost (0), such as a downloaded teacher, becomes a horizontal line at its accuracy.
     """
     lines = [point for point in points if point.flops <= 0]
     points = [point for point in points if point.flops > 0]
@@ -176,7 +178,7 @@ def _svg(figure: Figure, identifier: str, label: str) -> str:
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{identifier}-", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
-    # Kept at its drawn size on wide pages and shrunk on narrow ones.
+    # The plot keeps its drawn size on wide pages and shrinks on narrow pages.
     width = f"{figure.get_figwidth() * 96:.0f}px"
     head = f'<svg role="img" aria-label="{html.escape(label)}" style="width:100%;max-width:{width};height:auto"'
     text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)

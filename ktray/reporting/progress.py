@@ -1,7 +1,7 @@
-"""One line of progress per running stage: done/total, rate, time left, and the share of time spent on waiting.
+"""A progress line for each running stage: done/total, rate, time left, and the share of time spent waiting for data.
 
-On a terminal the line is rewritten in place; into a file or a job log a new line is written every few seconds. With
-``--quiet`` there are none.
+On a terminal, the line is rewritten in place. In a file or a job log, a new line is written every few seconds. With
+``--quiet``, there are no progress lines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ktray.reporting.log import is_quiet
 _hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
 _screen = threading.Lock()
-_WINDOW_S = 15.0  # the rate is that of the last moments: a resumed or warming-up stage settles soon
+_WINDOW_S = 15.0  # the rate covers the last seconds only, so that a slow start does not distort it for long
 
 
 def humanise(seconds: float) -> str:
@@ -39,7 +39,8 @@ def humanise(seconds: float) -> str:
 
 @contextlib.contextmanager
 def hushed(silent: bool = True) -> Iterator[None]:
-    """Within it, stages that begin on this thread show no progress lines: several at once would only mix them up."""
+    """Show no progress lines for stages that start on this thread while the context is open, because those of parallel
+    stages would mix."""
     token = _hushed.set(silent)
     try:
         yield
@@ -51,13 +52,13 @@ class Progress:
     """The progress line of one stage; a context manager, safe to update from any thread.
 
     Args:
-        stage: what runs.
-        total: units to do; None or 0 where that is not known yet (no time left is shown then).
-        unit: what is counted.
-        done: units done before, by an attempt that this one resumes; they count in done/total, not in the rate.
-        stream: where to write; standard error by default.
-        every: seconds between lines where the stream is no terminal.
-        clock: seconds, monotonic.
+        stage: name of the stage.
+        total: number of units to process; None or 0: not known yet, and no time left is shown.
+        unit: name of the unit that is counted.
+        done: units that an earlier attempt has processed; they count in done/total, but not in the rate.
+        stream: where to write; None: standard error.
+        every: seconds between lines if the stream is no terminal.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class Progress:
         extra: str | Mapping[str, Any] = "",
         total: int | None = None,
     ) -> None:
-        """Tell where the stage stands.
+        """Report the progress of the stage.
 
         Args:
-            done: units done in all, earlier attempts included.
+            done: units processed so far, including those of earlier attempts.
             data_wait: share of the time that the device waited for data, 0..1.
-            extra: more to show, as text or as names and values.
-            total: a total that has become known or has changed.
+            extra: further information to show, as text or as names and values.
+            total: the total, if it has become known or has changed.
         """
         with self._lock:
             if self._closed:
@@ -113,7 +114,7 @@ class Progress:
                 self._show()
 
     def close(self, word: str = "done") -> None:
-        """Write the last line, with the whole time taken and the mean rate; further updates are ignored."""
+        """Write the last line, with the total time and the mean rate. Later updates are ignored."""
         with self._lock:
             if self._closed:
                 return
@@ -133,7 +134,7 @@ class Progress:
         self.close("stopped" if kind else "done")
 
     def line(self) -> str:
-        """The line as it would be shown now."""
+        """The current progress line."""
         parts = [f"{self._stage}: {self._amount()}"]
         if self._total:
             parts[0] += f" {100 * min(1.0, self._done / self._total):.0f}%"

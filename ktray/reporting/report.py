@@ -1,7 +1,7 @@
-"""What a run says at its end: the closing table for the terminal, and ``report.html``, one page without a network.
+"""The report of a run: the final table on the terminal, and ``report.html``, a page that needs no network.
 
-Both read ``result.json`` (schema 1) and show the parts that are there: a job that trains no student has no
-accuracy section. Beside that schema they read ``scratch_metric`` (as ``teacher_metric``: ``val``, ``test``).
+Both read ``result.json`` (schema 1) and show the parts that it has; a job that trains no student has no accuracy
+section.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
 from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
 from ktray.reporting.worst import WorstError
 
-# Above this a matrix is no longer legible, and above the second its numbers are not.
+# With more classes than the first number a matrix is illegible; with more than the second, its counts are.
 _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
 _PAIRS = 12
 _LISTED = 20
@@ -46,20 +46,20 @@ def write_report(
     worst_value: str = "",
     comparisons: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Write ``report.html`` into the run folder; it holds its images and styles, and loads nothing.
+    """Write ``report.html`` into the run folder. The page contains its images and styles and loads nothing.
 
     Args:
-        run_dir: the run folder; its ``recipe.yaml``, if there, is shown.
-        result: what ``result.json`` holds.
+        run_dir: the run folder; its ``recipe.yaml``, if it exists, is shown.
+        result: the content of ``result.json``.
         curves: by training stage, rows as `ktray.reporting.plots.curves_svg` takes them.
         confusion: (C, C) counts on test, rows are true classes.
         classes: C names.
         contact_sheet: PNG of the curate stage.
         worst: errors, worst first.
-        worst_title: a sentence above them; "": the errors that the student was surest of.
-        worst_value: what their ``confidence`` is, in words; "": the student's confidence.
-        comparisons: more rows for the accuracy table and the cost plot, each ``name`` and, where known, ``val``,
-            ``test`` (fractions) and ``flops``; a name that the result knows too replaces its row.
+        worst_title: a sentence above the errors; "": the default, which says that they are the most confident errors.
+        worst_value: name of their ``confidence``; "": it is the student's confidence.
+        comparisons: further rows for the accuracy table and the cost plot, each with ``name`` and, where known,
+            ``val``, ``test`` (fractions) and ``flops``. A row with the name of a model of the result replaces its row.
 
     Returns:
         The page's path.
@@ -110,7 +110,7 @@ def write_report(
 
 
 def closing_table(result: dict[str, Any]) -> str:
-    """Stages with what they took, and the accuracies, as text for a terminal."""
+    """The stages with their costs, and the accuracies, as text for a terminal."""
     rows = [["stage", "cached", "time", "compute", "money"]]
     for stage in result.get("stages") or []:
         cached = "yes" if stage.get("cached") else "no"
@@ -139,13 +139,17 @@ def closing_table(result: dict[str, Any]) -> str:
 
 
 def advice(result: dict[str, Any]) -> list[str]:
-    """What validation says against this run, if it does, as sentences. The test split is not asked."""
+    """Sentences of advice if validation speaks against distillation in this run. The test split is not used."""
     values = [(result.get(key) or {}).get("val") for key in ("metric", "scratch_metric", "teacher_metric")]
     student, scratch, teacher = values
     if student is None or scratch is None or scratch <= student:
         return []
-    why = "its teacher knows the task less well than the labels tell it" if teacher and teacher < scratch else ""
-    text = f"note: on validation the student from scratch ({percent(scratch)}) beats the distilled one"
+    why = (
+        "the teacher is less accurate than a student that is trained on the labels alone"
+        if teacher and teacher < scratch
+        else ""
+    )
+    text = f"note: on validation, the student from scratch ({percent(scratch)}) is better than the distilled student"
     text += f" ({percent(student)}){': ' + why if why else ''}."
     return [
         text + " Try another teacher.name, teacher.adapt=finetune or more finetune.steps, or objective.name=scratch."
@@ -153,21 +157,21 @@ def advice(result: dict[str, Any]) -> list[str]:
 
 
 def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """``name``, ``val``, ``test``, ``flops`` of teacher, scratch, comparisons and student, None where unknown.
+    """``name``, ``val``, ``test``, ``flops`` of teacher, scratch, comparisons and student; None where unknown.
 
-    FLOPs are those of everything that led to the model, also of stages that this run found in the store.
+    The FLOPs are those of everything that led to the model, including stages that this run reused from the store.
     """
     cost = result.get("cost") or {}
     scratch = ((cost.get("baselines") or {}).get("scratch") or {}).get("flops")
     student = (cost.get("without_cache") or {}).get("flops") or (cost.get("flops") or {}).get("total")
-    found = [
+    models = [
         ("teacher", result.get("teacher_metric"), None),
         ("scratch", result.get("scratch_metric"), scratch),
         ("student", result.get("metric"), student),
     ]
     rows = {
         name: {"name": name, "val": m.get("val"), "test": m.get("test"), "flops": m.get("flops", spent)}
-        for name, m, spent in found
+        for name, m, spent in models
         if m
     }
     last = rows.pop("student", None)
@@ -179,7 +183,7 @@ def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] 
 
 
 def metric_label(result: dict[str, Any]) -> str:
-    """What the accuracy numbers of a result are, in words."""
+    """The name of the metric of a result, in words."""
     name = (result.get("metric") or {}).get("name") or "top1"
     return _METRICS.get(name, name)
 
@@ -195,12 +199,12 @@ def _total(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) -> list[tuple[str, str, str]]:
-    """(label, value, note) of the numbers that one looks for first."""
+    """(label, value, note) of the most important numbers."""
     tests = {row["name"]: row["test"] for row in rows if row["test"] is not None}
     tiles = []
     if "student" in tests:
         notes = [
-            f"{100 * (tests['student'] - tests[other]):+.1f} points against {other}".replace("-", "−")
+            f"{100 * (tests['student'] - tests[other]):+.1f} points compared with {other}".replace("-", "−")
             for other in ("scratch", "teacher")
             if other in tests
         ]
@@ -218,7 +222,8 @@ def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) 
 
 
 def _matrix(confusion: np.ndarray | None, classes: Sequence[str]) -> dict[str, Any] | None:
-    """Cells as (count, shade 0..1 of the row's share), None above the number of classes that is legible."""
+    """Cells as (count, share of the row 0..1, which sets the shade); None with too many classes for a legible
+    matrix."""
     if confusion is None or not 0 < len(classes) <= _MATRIX_CLASSES:
         return None
     share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
@@ -230,7 +235,7 @@ def _matrix(confusion: np.ndarray | None, classes: Sequence[str]) -> dict[str, A
 
 
 def _confused(confusion: np.ndarray | None, classes: Sequence[str]) -> list[tuple[str, str, int, float]]:
-    """(true, predicted, count, share of the true class) of the pairs that are mixed up most."""
+    """(true, predicted, count, share of the true class) of the pairs that are confused most often."""
     if confusion is None:
         return []
     wrong = np.array(confusion)
@@ -247,7 +252,7 @@ def _data(run_dir: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quarantined(run_dir: Path, listed: str | None) -> list[tuple[str, str]]:
-    """(uri, reason) of a quarantine list that lies on this machine; empty for one that does not."""
+    """(uri, reason) of a quarantine list on this machine; empty if the list is elsewhere."""
     path = run_dir / (listed or "")
     if not listed or not path.is_file():
         return []
@@ -256,7 +261,7 @@ def _quarantined(run_dir: Path, listed: str | None) -> list[tuple[str, str]]:
 
 
 def _picture(image: np.ndarray) -> tuple[str, bool]:
-    """A data URI, and whether the image is so small that its pixels should stay visible."""
+    """A data URI, and whether the image is so small that its pixels should be visible."""
     picture = Image.fromarray(image)
     picture.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Numbers with units, and tables, as people read them."""
+"""Numbers with units, and tables, as text for people."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seconds(value: float | None) -> str:
 
 
 def usd(value: float | None) -> str:
-    """``$12.50``, and below a dollar two digits that count: ``$0.0004``."""
+    """``$12.50``; small amounts have two significant digits: ``$0.0004``."""
     if value is None:
         return "–"
     if value <= 0:
@@ -57,7 +57,13 @@ def _scaled(value: float, base: int, prefixes: Sequence[str], unit: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], words: int, rules: Sequence[int]) -> str:
-    """Columns as wide as their widest cell, the first ``words`` flush left, the others right; rules above rows."""
+    """A table whose columns are as wide as their widest cell.
+
+    Args:
+        rows: cells, row by row.
+        words: number of columns, from the left, that are aligned left; the others are aligned right.
+        rules: numbers of the rows that have a rule above them.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -74,18 +80,18 @@ def flatten(value: Any, keep: Callable[[str, Any], bool] = lambda name, value: F
     """Nested mappings and lists as one dictionary from dotted names (``a.b.0``) to values, in order.
 
     Args:
-        keep: given a dotted name and the mapping or list that stands there; True: it becomes a value as it is. Empty
-            ones that are not kept vanish.
+        keep: a function of a dotted name and the mapping or list under it; if it returns True, the mapping or list
+            becomes a value unchanged. Empty mappings and lists that are not kept are dropped.
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
 
     def visit(name: str, node: Any) -> None:
         nested = isinstance(node, Mapping | list | tuple)
         if not nested or (name and keep(name, node)):
-            found[name] = node
+            leaves[name] = node
             return
         for key, part in node.items() if isinstance(node, Mapping) else enumerate(node):
             visit(f"{name}.{key}" if name else str(key), part)
 
     visit("", value)
-    return found
+    return leaves

@@ -1,4 +1,4 @@
-"""Errors that a report shows."""
+"""The errors that a report shows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class WorstError:
-    """A test image that the student got wrong: uint8 (H, W, 3), what it shows and what the student said, its confidence
-    0..1 (or another fraction, which the report names), and where the image is."""
+    """An error of the student on a test image.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        true: name of the true class.
+        predicted: name of the predicted class.
+        confidence: the student's confidence, 0..1, or another fraction, which the report names.
+        uri: address of the image.
+    """
 
     image: np.ndarray
     true: str

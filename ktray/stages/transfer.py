@@ -107,9 +107,9 @@ def student_spec(context: RunContext) -> StudentSpec:
     return StudentSpec.of(context.recipe, len(context.task.classes))
 
 
-def starting_at(student: StudentSpec, made: StageResult | None) -> StudentSpec:
-    """The student with the weights of the stage ``made``; with its initial weights where ``made`` is None."""
-    return student if made is None else replace(student, start=(made.stage, WEIGHTS))
+def starting_at(student: StudentSpec, trained: StageResult | None) -> StudentSpec:
+    """The student with the weights of the stage ``trained``; with its initial weights where ``trained`` is None."""
+    return student if trained is None else replace(student, start=(trained.stage, WEIGHTS))
 
 
 def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, steps: int) -> TrainedManifest:

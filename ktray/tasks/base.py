@@ -1,14 +1,14 @@
-"""The contract of a task kind: what is predicted for an image, and all that follows from it.
+"""The contract of a task kind, which defines what is predicted for an image.
 
-A kind is one instance, registered under the name that ``task.kind`` chooses:
+A kind is one instance, registered under the value of ``task.kind`` that chooses it:
 
     TASKS.register("regression")(Regression())
 
-Everything outside of this folder asks the kind and never compares its name: which labels are read and how they are
-stored, what ADAPT fits and what the student is, the loss on labels, how predictions are matched, which counts a
-validation or a test image adds and what scores they make, what the report shows, and whether jobs/export.py can ship
-the student. Most methods have a default that suits a kind whose model gives one vector for an image; the abstract ones
-are those that no default suits. A kind imports no Ray, has no state and can be pickled.
+Code outside of this folder calls the methods of the kind and never compares its name. The kind defines how labels are
+read and stored, which heads ADAPT fits, how the student is built, the loss on labels, how predictions are matched, the
+counts of an image in validation and test and the scores that follow from them, the errors in the report, and whether
+jobs/export.py can export the student. Most methods have a default for kinds whose model outputs one vector for each
+image; methods without a useful default are abstract. A kind does not import Ray, has no state and is picklable.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from ktray.reporting.worst import WorstError
 from ktray.storage.columns import Rows
 from ktray.tasks.weighted import WeightedCounts, WeightedScores
 
-# Pictures of errors in a report.
+# Number of errors that a report shows.
 WORST = 24
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """Labelled images as ADAPT sees them.
+    """The labelled images of a split, for ADAPT.
 
     Attributes:
-        pixels: reads them: (N, 3, H, W) uint8, in the teacher's geometry.
-        embedding: (N, D) float32 by the frozen tower, not of unit length.
-        targets: what `TaskKind.targets` makes of the stored labels.
+        pixels: a function that reads the images, (N, 3, H, W) uint8, in the teacher's geometry.
+        embedding: (N, D) float32 embeddings by the frozen tower, not of unit length.
+        targets: the output of `TaskKind.targets` for the stored labels.
     """
 
     pixels: Callable[[], np.ndarray]
@@ -61,12 +61,14 @@ class LabelledSplit:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What fitting a teacher's heads depends on beside the images.
+    """The settings for fitting a teacher's heads.
 
     Attributes:
-        classes: names in the order of the outputs; ``names`` are the same as text, ``prompts`` templates for them.
+        classes: class names, in the order of the outputs.
+        names: class names as text for prompts.
+        prompts: templates for the names.
         wanted: the candidates of `TaskKind.candidates`.
-        levels: teacher.levels.
+        levels: value of ``teacher.levels``.
     """
 
     classes: list[str]
@@ -78,8 +80,8 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """Adapted teachers by the candidate's name, their scores on validation as `TaskKind.calibrate` gives them, and the
-    FLOPs of it all beyond one embedding of every image."""
+    """Adapted teachers by name of the candidate, their scores on validation (see `TaskKind.calibrate`), and the FLOPs
+    of fitting, without the FLOPs of one embedding of each image."""
 
     teachers: dict[str, AdaptedTeacher]
     scores: dict[str, dict[str, float]]
@@ -88,12 +90,14 @@ class FittedHeads:
 
 @dataclass(frozen=True)
 class TestSet:
-    """A tested student, for the pictures of its errors.
+    """A tested student, to find its errors.
 
     Attributes:
-        rows: those of EVALUATE, all shards together.
-        task: the labelled images; ``reader`` reads their labels at full size.
-        student: makes the student, in evaluation mode on the CPU.
+        rows: the rows of all shards of EVALUATE.
+        task: the labelled images.
+        reader: reads their labels at full size.
+        student: a function that loads the student, in evaluation mode on the CPU.
+        max_pixels: size of the largest image that is decoded, in pixels.
     """
 
     rows: Rows
@@ -104,22 +108,23 @@ class TestSet:
 
 
 class TaskKind(ABC):
-    """A task kind; see the module's text.
+    """A task kind; see the docstring of the module.
 
     Attributes:
-        metrics: what a model can be judged on, fractions, higher is better: name -> what it is in words. The first one
-            is taken for task.metric=auto.
-        matching: how the objectives match predictions.
-        image_classes: each image has one class, out of ``LabelledSet.classes``. Then queries have a class, and the
-            teacher's head gives class probabilities of gallery images.
-        linear_student: the student's last layer is a linear one, which `student_head` can set.
-        teacher_form: the class of the adapted teacher.
-        student_file: a file that marks a saved student as one of this kind; empty: plain timm files alone.
-        embed_batch, test_batch: images that the teacher embeds, and a model is tested on, at once.
-        worst_title: what the report says above the pictures of errors, a sentence; empty: its own.
-        worst_value: what the number beside such a picture is, in words; empty: the student's confidence.
-        no_export: why jobs/export.py cannot ship a run of this kind (what follows "Run 'ID'"), and what to do instead;
-            None: it can.
+        metrics: the metrics of the kind, which are fractions (higher is better), as name -> name in words. The first
+            one is that of ``task.metric=auto``.
+        matching: how objectives match predictions.
+        image_classes: whether each image has one class of ``LabelledSet.classes``. Then queries have a class, and the
+            teacher's head predicts class probabilities of gallery images.
+        linear_student: whether the student's last layer is linear, so that `student_head` can set it.
+        teacher_form: class of the adapted teacher.
+        student_file: name of the file that marks a saved student of this kind; empty: its folder has only the files of
+            a plain timm model.
+        embed_batch, test_batch: batch sizes for the teacher's embeddings, and for tests.
+        worst_title: the sentence above the errors in the report; empty: the default of the report.
+        worst_value: name of the number of an error, in words; empty: it is the student's confidence.
+        no_export: why jobs/export.py cannot export a run of this kind (the text after "Run 'ID'"), and what to do
+            instead; None: it can.
     """
 
     metrics: ClassVar[Mapping[str, str]]
@@ -133,41 +138,42 @@ class TaskKind(ABC):
     worst_title: ClassVar[str] = ""
     worst_value: ClassVar[str] = ""
     no_export: ClassVar[tuple[str, str] | None] = (
-        "is of a task kind that jobs/export.py cannot export",
-        "ktray.load_student(FOLDER) loads it.",
+        "has a task kind that jobs/export.py cannot export",
+        "Load the student with ktray.load_student(FOLDER).",
     )
 
     @property
     def key(self) -> str:
-        """The name that it is registered under. It stands for the kind in a stage's key: a kind has no state."""
+        """The name under which the kind is registered. As a kind has no state, the name represents it in keys of
+        stages."""
         return next(name for name, kind in TASKS if type(kind) is type(self))
 
     # Labels.
 
     @abstractmethod
     def read(self, data: str, part: TaskConfig) -> LabelledSet:
-        """The labelled images in ``data`` (a path or uri), as the recipe's section describes them.
+        """Read the labelled images in ``data`` (a path or uri), as the recipe section ``task`` describes them.
 
         ``LabelledSet.classes`` has one name for each output of the model.
 
         Raises:
-            KtrayError: they cannot be read, or a key of the section does not go with this kind.
+            KtrayError: the images cannot be read, or this kind does not support a key of the section.
         """
 
     def reader(self, task: LabelledSet, whole: bool = False) -> LabelReader:
         """How labels are read and stored.
 
         Args:
-            whole: for EVALUATE, in place of LABELS: labels of pixels are kept at the image's own size.
+            whole: False for LABELS; True for EVALUATE, which keeps labels of pixels at the size of the image.
         """
         return NumberReader()
 
     def label_column(self, pixels: str) -> str:
-        """The column of LABELS that belongs to the column ``pixels`` (``pixels`` or ``canvas``)."""
+        """The name of the label column in LABELS for the image column ``pixels`` (``pixels`` or ``canvas``)."""
         return "label"
 
     def targets(self, stored: np.ndarray) -> torch.Tensor:
-        """Labels for training, from the stored column of N images: (N, ...)."""
+        """Targets for training (N, ...), from the stored label column of N images."""
         return torch.from_numpy(stored.copy())
 
     def random_views(
@@ -180,58 +186,59 @@ class TaskKind(ABC):
 
     @abstractmethod
     def loss(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of the model's output (N, ...) float32 on labels, a scalar."""
+        """The loss of the model's output (N, ...) float32 with the targets, a scalar."""
 
     @abstractmethod
     def tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What N images add to a validation: (K + 2,) float64: the counts that `scores` takes, then the sum of the loss
-        and the number of labels that it is the sum over. Tallies of parts are added up."""
+        """The counts of N images in validation, (K + 2,) float64: the counts for `scores`, the sum of the loss, and the
+        number of labels in that sum. The tallies of several batches are added."""
 
     @abstractmethod
     def scores(self, counts: np.ndarray) -> dict[str, float]:
-        """Every metric, from the summed counts (K,) of any number of images; the only place where scores are made."""
+        """All metrics, from the summed counts (K,) of any number of images. Scores are computed nowhere else."""
 
     # Teacher.
 
     def candidates(self, part: TeacherConfig, has_text: bool) -> list[str]:
-        """What ADAPT tries, in order: some of ``text``, ``probe`` and ``finetune``; by default all but ``text``, which
-        needs a head from the classes' names.
+        """The candidates of ADAPT, in order, out of ``text``, ``probe`` and ``finetune``. By default ``text``, which
+        needs a head from class names, is not among them.
 
         Raises:
-            KtrayError: teacher.adapt asks for what this kind or teacher does not have.
+            KtrayError: this kind or teacher does not support teacher.adapt.
         """
         wanted: list[str] = list(part.candidates) if part.adapt == "auto" else [part.adapt]
         if wanted == ["text"]:
-            raise KtrayError("teacher.adapt=text is for classification", "Set teacher.adapt=probe.")
+            raise KtrayError("teacher.adapt=text needs a classification task", "Set teacher.adapt=probe.")
         return [name for name in wanted if name != "text"]
 
     def teacher_preprocess(self, preprocess: Preprocess) -> Preprocess:
-        """How the teacher sees the task's images; by default as it sees any."""
+        """The teacher's preprocessing for images of the task; by default that for all images."""
         return preprocess
 
     def head_key(self, part: TeacherConfig) -> Any:
-        """JSON-like: what `fit_heads` reads of the section and no other kind's does; it enters ADAPT's key."""
+        """JSON-like values of the section that `fit_heads` of this kind reads in addition. They are part of ADAPT's
+        key."""
         return None
 
     @abstractmethod
     def fit_heads(
         self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
     ) -> FittedHeads:
-        """Heads on the frozen tower, fitted to ``train`` and calibrated on ``val``."""
+        """Fit heads on the frozen tower to ``train``, and calibrate them on ``val``."""
 
     @abstractmethod
     def calibrate(self, out: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
-        """The temperature to divide a teacher's raw predictions on validation by (1 where there is none), and the
-        scores and ``loss`` that they have then."""
+        """The temperature for a teacher's raw predictions, fitted on validation (1 if the kind has none), and the
+        scores and ``loss`` of the predictions after division by it."""
 
     def positions(self, size: int) -> int:
-        """About how many predictions the teacher stores of a view of ``size`` pixels a side."""
+        """The approximate number of teacher predictions for a view with a side of ``size`` pixels."""
         return 1
 
     # Student.
 
     def student_options(self, part: StudentConfig) -> dict[str, Any]:
-        """What `build_student` reads of the section beside its name, arguments and weights."""
+        """Values of the section that `build_student` reads in addition to name, arguments and weights."""
         return {}
 
     def build_student(
@@ -244,13 +251,13 @@ class TaskKind(ABC):
         checkpoint: str | None = None,
         **options: Any,
     ) -> Student:
-        """The student, with its facts; by default a timm model with ``outputs`` outputs."""
+        """Build the student; by default a timm model with ``outputs`` outputs."""
         return build_student(name, kwargs, outputs, image_size, pretrained, checkpoint)
 
     def student_head(
         self, train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor], outputs: int
     ) -> LinearHead:
-        """A linear head on a pretrained student's features of unit length, where `linear_student` is true.
+        """Fit a linear head on the unit-length features of a pretrained student, if `linear_student` is true.
 
         Args:
             train, val: pooled features (N, F) of any length, and targets.
@@ -258,62 +265,63 @@ class TaskKind(ABC):
         raise NotImplementedError
 
     def save_student(self, student: Student, folder: Path, classes: Sequence[str]) -> None:
-        """Write the student's folder."""
+        """Write the student into a folder."""
         save_student(student, folder, classes)
 
     def load_student(self, folder: str | Path, device: str | torch.device = "cpu") -> Student:
-        """The student that `save_student` wrote, in evaluation mode."""
+        """Load a student that `save_student` has written, in evaluation mode."""
         return load_student(folder, device)
 
     # Test and report.
 
     @abstractmethod
     def test_rows(self, out: np.ndarray, columns: Rows) -> tuple[Rows, Any]:
-        """What EVALUATE stores of one model's predictions.
+        """The values that EVALUATE stores for the predictions of one model.
 
         Args:
             out: (N, ...) float32, the model's output.
-            columns: what `reader` with ``whole`` gave for the N images.
+            columns: columns of the N images by `reader` with ``whole``.
 
         Returns:
-            Columns by suffix (they are stored under the model's name and the suffix), and JSON-like counts that
-            `confusion` adds up, kept for the student alone; None where there are none.
+            Columns by suffix, which are stored under the name of the model with the suffix; and JSON-like counts for
+            `confusion`, which are stored only for the student, or None.
         """
 
     @abstractmethod
     def image_counts(self, rows: Rows, model: str) -> np.ndarray:
-        """(N, K): the counts that `scores` takes, of each test image by itself, from the rows that EVALUATE stored."""
+        """Counts (N, K) for `scores`, one row for each test image, from the rows of EVALUATE."""
 
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
-        """`scores` of one model on all test images, with ``per_class`` (name -> fraction or None; empty where there is
-        none) and ``n``, the number of images."""
+        """`scores` of one model on all test images, with ``per_class`` (name -> fraction or None; empty if the kind has
+        no classes) and ``n``, the number of images."""
         counts = self.image_counts(rows, model)
         return {**self.scores(counts.sum(0)), "per_class": {}, "n": len(counts)}
 
     def weighted_scores(self, metric: str, seeds: Sequence[Rows]) -> WeightedScores:
-        """The student's test rows of several seeds, in the same order of images, ready to be scored under weights."""
+        """The student's test rows of several seeds, in the same order of images, for scores under weights."""
         counts = np.stack([self.image_counts(rows, "student") for rows in seeds])
         return WeightedCounts(counts.astype(np.float64), self.scores, metric)
 
     def test_columns(self, columns: Rows) -> Rows:
-        """What EVALUATE stores of the labels beside the models' columns."""
+        """The label columns that EVALUATE stores."""
         return {"label": columns["label"]}
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray | None:
-        """(C, C) counts of the student on test, rows are true classes, columns predictions; None where there are none.
+        """Confusion counts (C, C) of the student on test, with true classes as rows and predicted classes as columns;
+        None if the kind has none.
 
         Args:
-            counts: the second results of `test_rows`, of all shards.
+            counts: the counts of `test_rows` for all shards.
         """
         return None
 
     def worst(self, tested: TestSet) -> list[WorstError]:
-        """At most `WORST` errors of the student on test, worst first; images that cannot be read are left out."""
+        """At most `WORST` errors of the student on test, worst first. Images that cannot be read are left out."""
         return []
 
 
 def metric_label(name: str) -> str:
-    """A metric in words, whichever task kind has it; its name where none does."""
+    """A metric of any task kind in words; its name if no kind has it."""
     return next((kind.metrics[name] for _, kind in TASKS if name in kind.metrics), name)
 
 
@@ -321,6 +329,6 @@ def task_kind(name: str) -> TaskKind:
     """The task kind that ``task.kind`` names.
 
     Raises:
-        KtrayError: there is none; the message names the nearest.
+        KtrayError: there is no such kind; the message names the nearest one.
     """
     return cast(TaskKind, TASKS.get(name))

@@ -1,8 +1,9 @@
 """Classification: one class for each image.
 
-Labels are class folders, lists or official split lists. The teacher's head is linear on its embedding, made from the
-classes' names (``text``), fitted to the labels (``probe``) or trained with the tower (``finetune``); the student is a
-plain timm classifier. The loss is the cross-entropy, and the metrics are top-1 accuracy and the mean recall of classes.
+Labels are class folders, lists or official split lists. The teacher has a linear head on its embedding, which is
+computed from class names (``text``), fitted to the labels (``probe``) or trained with the tower (``finetune``). The
+student is a plain timm classifier. The loss is the cross-entropy, and the metrics are top-1 accuracy and the mean
+recall of classes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ktray.tasks.weighted import Accuracy, MeanClassAccuracy, WeightedScores
 
 
 class Classification(TaskKind):
-    """See the module's text. The model's output is logits (N, C), and targets are classes (N,) int64."""
+    """See the docstring of the module. The model's output is logits (N, C), and targets are classes (N,) int64."""
 
     metrics: ClassVar[Mapping[str, str]] = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy"}
     matching: ClassVar[Matching] = ClassMatching()
@@ -43,7 +44,7 @@ class Classification(TaskKind):
     def read(self, data: str, part: TaskConfig) -> LabelledSet:
         if part.labels is not None:
             raise KtrayError(
-                "task.labels counts the labelled images of a segmentation task", "Set task.labels_per_class instead."
+                "task.labels is the label budget of a segmentation task", "Set task.labels_per_class instead."
             )
         return read_labelled(
             data,
@@ -75,7 +76,7 @@ class Classification(TaskKind):
     def fit_heads(
         self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
     ) -> FittedHeads:
-        """A head from the classes' names, where there is a text tower, and a linear probe that starts from it."""
+        """Fit a head from class names, if the teacher has a text tower, and a linear probe that starts from it."""
         heads: dict[str, LinearHead] = {}
         classes, fitted = settings.classes, "probe" in settings.wanted or "finetune" in settings.wanted
 
@@ -88,11 +89,11 @@ class Classification(TaskKind):
                 heads["probe"] = probe_head(train.embedding, train.targets, len(classes), val=judge, start=start)
 
         flops = count_flops(fit)
-        teachers, found = {}, {}
+        teachers, val_scores = {}, {}
         for name, head in heads.items():
-            temperature, found[name] = self.calibrate(head(val.embedding).detach(), val.targets)
+            temperature, val_scores[name] = self.calibrate(head(val.embedding).detach(), val.targets)
             teachers[name] = AdaptedTeacher(teacher, head, classes, temperature)
-        return FittedHeads(teachers, found, flops)
+        return FittedHeads(teachers, val_scores, flops)
 
     def calibrate(self, out: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
         temperature = fit_temperature(out, targets)
@@ -129,13 +130,13 @@ class Classification(TaskKind):
         return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))
 
     def worst(self, tested: TestSet) -> list[WorstError]:
-        """The errors that the student was surest of."""
+        """The errors in which the student was most confident."""
         rows, classes = tested.rows, tested.task.classes
         labels, probability = rows["label"].astype(np.int64), softmax(rows["student"])
         predicted = probability.argmax(1)
         wrong = np.flatnonzero(predicted != labels)
         wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
-        found = []
+        errors = []
         uris = [str(rows["uri"][i]) for i in wrong]
         for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
             try:
@@ -143,20 +144,20 @@ class Classification(TaskKind):
             except BadImage:
                 continue
             confidence = float(probability[i, predicted[i]])
-            found.append(WorstError(image, classes[labels[i]], classes[predicted[i]], confidence, uri))
-        return found
+            errors.append(WorstError(image, classes[labels[i]], classes[predicted[i]], confidence, uri))
+        return errors
 
 
 TASKS.register("classification")(Classification())
 
 
 def tally(predicted: torch.Tensor, true: torch.Tensor, num_classes: int, loss: torch.Tensor) -> torch.Tensor:
-    """(3 C + 2,) float64: how many of each class are right, are predicted and are true, the loss, and how many there
-    are.
+    """(3 C + 2,) float64: by class, the numbers of correct predictions, of predictions and of labels; then the loss and
+    the number of labels.
 
     Args:
         predicted, true: (N,) int64 classes of images or of pixels.
-        loss: their summed loss, a scalar.
+        loss: the sum of their losses, a scalar.
     """
     counts = [torch.bincount(x, minlength=num_classes) for x in (true[predicted == true], predicted, true)]
     rows = torch.full((1,), len(true), dtype=torch.float64, device=loss.device)
@@ -167,10 +168,10 @@ def scores(counts: np.ndarray) -> dict[str, float]:
     """``top1`` and ``mean_class_accuracy`` (mean recall over the classes that occur), fractions.
 
     Args:
-        counts: (3 C,): by class how many are right, are predicted and are true.
+        counts: (3 C,): by class, the numbers of correct predictions, of predictions and of labels.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no labels.
     """
     right, _, true = np.asarray(counts, np.float64).reshape(3, -1)
     if not true.any():
@@ -179,7 +180,7 @@ def scores(counts: np.ndarray) -> dict[str, float]:
 
 
 def recalls(right: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(C,) recall by class, not a number for a class that does not occur."""
+    """Recall by class (C,), NaN for a class that does not occur."""
     return np.divide(right, true, out=np.full(len(true), np.nan), where=true > 0)
 
 
@@ -192,29 +193,29 @@ def metrics(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[
         classes: C names.
 
     Returns:
-        `scores`; ``per_class`` recall by class name (null for a class without rows); ``n``.
+        `scores`; ``per_class``, the recall by class name (None for a class without rows); ``n``, the number of rows.
 
     Raises:
         ValueError: no rows.
     """
     confusion = confusion_matrix(logits.argmax(1), labels, len(classes))
     right, claimed, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
-    found = scores(np.concatenate([right, claimed, true]))
-    return {**found, "per_class": by_class(recalls(right, true), classes), "n": len(labels)}
+    values = scores(np.concatenate([right, claimed, true]))
+    return {**values, "per_class": by_class(recalls(right, true), classes), "n": len(labels)}
 
 
 def by_class(values: np.ndarray, classes: list[str]) -> dict[str, float | None]:
-    """(C,) values by class name, null for what is not a number."""
+    """Values (C,) by class name, with None for NaN."""
     return {name: None if np.isnan(value) else float(value) for name, value in zip(classes, values, strict=True)}
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C, C) counts: rows are true classes, columns predictions."""
+    """Counts (C, C), with true classes as rows and predicted classes as columns."""
     pairs = labels.astype(np.int64) * num_classes + predicted.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """(N, C) probabilities of (N, C) logits."""
+    """Probabilities (N, C) of logits (N, C)."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return np.asarray(shifted / shifted.sum(1, keepdims=True))

@@ -1,10 +1,11 @@
 """Semantic segmentation: a class for every pixel.
 
-Labels are label maps (masks). The teacher's head is linear on its patch embeddings; the student is a timm backbone
-under a light segmentation head. The loss is the cross-entropy of labelled pixels at the labels' resolution, and the
-metrics are the mean IoU, the pixel accuracy and the mean recall of classes, from counts that are summed over all images
-first, as is usual for ADE20K and Pascal VOC. Whole images are squashed to a model's input, so that no pixel is left
-without a class; on test, logits are resized to the mask's own size, whatever size a model works at.
+Labels are label maps (masks). The teacher has a linear head on its patch embeddings; the student is a timm backbone
+with a light segmentation head. The loss is the cross-entropy of labelled pixels at the resolution of the labels. The
+metrics are the mean IoU, the pixel accuracy and the mean recall of classes; they are computed from counts that are
+summed over all images first, as is usual for ADE20K and Pascal VOC. Images are resized to a model's input without
+keeping the aspect ratio or cropping, so that each pixel gets a class; on test, logits are resized to the size of the
+mask.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ BATCH = 64
 
 
 class Segmentation(TaskKind):
-    """See the module's text. The model's output is maps of logits (N, C, h, w), and targets are label maps (N, H, W)
-    uint8, 255 where a pixel is to be ignored."""
+    """See the docstring of the module. The model's output is maps of logits (N, C, h, w), and targets are label maps
+    (N, H, W) uint8, with 255 for pixels that are ignored."""
 
     metrics: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "mean_class_accuracy": "mean class accuracy"}
     matching: ClassVar[Matching] = MapMatching()
@@ -61,19 +62,19 @@ class Segmentation(TaskKind):
     embed_batch = BATCH
     test_batch = 32
     worst_title = (
-        "Test images of the lowest IoU, the mean over the classes in each: the image, its mask, and what the student "
-        "said. White pixels are ignored."
+        "The test images with the lowest IoU, averaged over the classes of the image: the image, its mask, and the "
+        "prediction of the student. White pixels are ignored."
     )
     worst_value = "IoU"
     no_export = (
-        "is of a segmentation task, and jobs/export.py exports classifiers",
-        "ktray.load_student(FOLDER).predict([image]) gives its masks.",
+        "has a segmentation student, and jobs/export.py exports only classifiers",
+        "Predict masks with ktray.load_student(FOLDER).predict([image]).",
     )
 
     def read(self, data: str, part: TaskConfig) -> LabelledSet:
         if part.labels_per_class is not None:
             raise KtrayError(
-                "task.labels_per_class does not go with task.kind=segmentation: an image has many classes",
+                "task.labels_per_class cannot be used with task.kind=segmentation, because an image has many classes",
                 "Set task.labels=N for N labelled images in total, or task.train_list.",
             )
         return read_masked(
@@ -111,7 +112,7 @@ class Segmentation(TaskKind):
         return scores(counts)
 
     def teacher_preprocess(self, preprocess: Preprocess) -> Preprocess:
-        """Whole images are squashed, so that no pixel is left without a class."""
+        """Images are resized without keeping the aspect ratio or cropping, so that each pixel gets a class."""
         return replace(preprocess, resize_mode="squash", crop_pct=1.0)
 
     def head_key(self, part: TeacherConfig) -> Any:
@@ -120,7 +121,7 @@ class Segmentation(TaskKind):
     def fit_heads(
         self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
     ) -> FittedHeads:
-        """A linear head on the frozen tower's patch embeddings, as the candidate ``probe``."""
+        """Fit the candidate ``probe``, a linear head on the patch embeddings of the frozen tower."""
         teacher.drop_text()
         levels, classes = settings.levels, settings.classes
 
@@ -130,21 +131,21 @@ class Segmentation(TaskKind):
                     teacher.patch_embeddings(torch.from_numpy(pixels[i : i + BATCH].copy()).to(device()), levels).half()
                     for i in range(0, len(pixels), BATCH)
                 ]
-            # A clone made outside of inference mode: the head is fitted by gradients.
+            # A clone outside of inference mode, because fitting the head needs gradients.
             return torch.cat(parts).clone()
 
-        own, held = (features(train.pixels()), train.targets), (features(val.pixels()), val.targets)
-        found = []
+        own, heldout = (features(train.pixels()), train.targets), (features(val.pixels()), val.targets)
+        fitted = []
 
         def fit() -> None:
-            found.append(fit_map_probe(*own, len(classes), teacher.level_dims(levels), val=held))
+            fitted.append(fit_map_probe(*own, len(classes), teacher.level_dims(levels), val=heldout))
 
         flops = tower_flops(teacher) * (len(train.embedding) + len(val.embedding)) + count_flops(fit)
-        adapted = MapTeacher(teacher, found[0], classes)
+        adapted = MapTeacher(teacher, fitted[0], classes)
         with torch.inference_mode():
-            maps = torch.cat([adapted.logits_of(part.float()).cpu() for part in held[0].split(BATCH)])
-        adapted.temperature, judged = self.calibrate(maps, val.targets)
-        return FittedHeads({"probe": adapted}, {"probe": judged}, flops)
+            maps = torch.cat([adapted.logits_of(part.float()).cpu() for part in heldout[0].split(BATCH)])
+        adapted.temperature, val_scores = self.calibrate(maps, val.targets)
+        return FittedHeads({"probe": adapted}, {"probe": val_scores}, flops)
 
     @torch.inference_mode()
     def calibrate(self, out: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
@@ -181,23 +182,24 @@ class Segmentation(TaskKind):
         return load_segmenter(folder, device)
 
     def test_rows(self, out: np.ndarray, columns: Rows) -> tuple[Rows, Any]:
-        """Pixels of each image by class that are right, wrongly claimed and missed; and the confusion of pixels."""
+        """By image and class, the numbers of true positive, false positive and false negative pixels; and the confusion
+        counts of pixels."""
         shapes = columns["shape"]
         ends = np.cumsum(shapes.prod(1)).tolist()
         classes = out.shape[1]
         rows: list[Sequence[np.ndarray]] = []
         confusion = np.zeros(classes * classes, np.int64)
-        for one, end, (height, width) in zip(out, ends, shapes.tolist(), strict=True):
+        for values, end, (height, width) in zip(out, ends, shapes.tolist(), strict=True):
             mask = columns["mask"][end - height * width : end].reshape(height, width)
-            resized = resize_map(torch.from_numpy(one).to(device())[None], (height, width))
-            found = resized[0].argmax(0).cpu().numpy()
-            rows.append([counts[0] for counts in pixel_counts(found[None], mask[None], classes)])
-            seen = mask != IGNORE
-            pairs = mask[seen].astype(np.int64) * classes + found[seen]
+            resized = resize_map(torch.from_numpy(values).to(device())[None], (height, width))
+            predicted = resized[0].argmax(0).cpu().numpy()
+            rows.append([counts[0] for counts in pixel_counts(predicted[None], mask[None], classes)])
+            labelled = mask != IGNORE
+            pairs = mask[labelled].astype(np.int64) * classes + predicted[labelled]
             confusion += np.bincount(pairs, minlength=classes * classes)
         counted = [[row[i] for row in rows] for i in range(len(COUNTS))]
-        stacked = [np.stack(one) if one else np.zeros((0, classes), np.int64) for one in counted]
-        return {f"_{name}": one for name, one in zip(COUNTS, stacked, strict=True)}, confusion.tolist()
+        stacked = [np.stack(values) if values else np.zeros((0, classes), np.int64) for values in counted]
+        return {f"_{name}": values for name, values in zip(COUNTS, stacked, strict=True)}, confusion.tolist()
 
     def test_columns(self, columns: Rows) -> Rows:
         return {}
@@ -217,14 +219,15 @@ class Segmentation(TaskKind):
         return metrics(tp, fp, fn, classes)
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
-        """(C, C) pixels."""
+        """Confusion counts (C, C) of pixels."""
         total = np.zeros((len(classes), len(classes)), np.int64)
-        for one in counts:
-            total += np.array(one, dtype=np.int64).reshape(total.shape)
+        for shard_counts in counts:
+            total += np.array(shard_counts, dtype=np.int64).reshape(total.shape)
         return total
 
     def worst(self, tested: TestSet) -> list[WorstError]:
-        """The images of the lowest IoU, the mean over the classes in an image: image, truth and prediction."""
+        """The images with the lowest IoU, averaged over the classes of the image, each with its mask and the
+        prediction."""
         rows, classes = tested.rows, tested.task.classes
         tp, fp, fn = (rows[f"student_{name}"].astype(np.float64) for name in COUNTS)
         union = tp + fp + fn
@@ -234,16 +237,16 @@ class Segmentation(TaskKind):
         by_uri = {e.uri: e for e in tested.task.test}
         examples = [by_uri[str(rows["uri"][i])] for i in chosen]
         student = tested.student()
-        found = []
-        read = tested.reader.read([(e.uri, e.label, e.mask) for e in examples], tested.max_pixels)
-        for i, one in zip(chosen, read, strict=True):
-            if one.image is None or one.mask is None:
+        errors = []
+        decoded = tested.reader.read([(e.uri, e.label, e.mask) for e in examples], tested.max_pixels)
+        for i, example in zip(chosen, decoded, strict=True):
+            if example.image is None or example.mask is None:
                 continue
-            predicted = student.predict([one.image])[0].mask
-            names = [most_pixels(values, one.mask != IGNORE, classes) for values in (one.mask, predicted)]
-            picture = triptych(one.image, one.mask, predicted, IGNORE)
-            found.append(WorstError(picture, names[0], names[1], float(mean[i]), one.uri))
-        return found
+            predicted = student.predict([example.image])[0].mask
+            names = [most_pixels(values, example.mask != IGNORE, classes) for values in (example.mask, predicted)]
+            picture = triptych(example.image, example.mask, predicted, IGNORE)
+            errors.append(WorstError(picture, names[0], names[1], float(mean[i]), example.uri))
+        return errors
 
 
 TASKS.register("segmentation")(Segmentation())
@@ -252,10 +255,11 @@ TASKS.register("segmentation")(Segmentation())
 def pixel_counts(
     predicted: np.ndarray, masks: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels per image and class that are right, wrongly claimed and missed; those to be ignored count nowhere.
+    """By image and class, the numbers of true positive, false positive and false negative pixels, without ignored
+    pixels.
 
     Args:
-        predicted: (N, H, W) integers, 0..C-1 (anything where the mask is to be ignored).
+        predicted: (N, H, W) integers, 0..C-1; any value where the mask is ignored.
         masks: (N, H, W) integers, 0..C-1 or `IGNORE`.
         num_classes: C.
 
@@ -269,32 +273,33 @@ def pixel_counts(
         raise ValueError(f"predictions {predicted.shape} and masks {masks.shape} must both be (N, H, W)")
     n = len(masks)
     counted = masks != IGNORE
-    true, found = masks[counted].astype(np.int64), predicted[counted].astype(np.int64)
-    for name, values in (("mask", true), ("prediction", found)):
+    true, claimed = masks[counted].astype(np.int64), predicted[counted].astype(np.int64)
+    for name, values in (("mask", true), ("prediction", claimed)):
         if values.size and not (values.min() >= 0 and values.max() < num_classes):
-            raise ValueError(f"a {name} holds class {values.min()} or {values.max()}, outside 0..{num_classes - 1}")
+            raise ValueError(
+                f"a {name} has classes from {values.min()} to {values.max()}, outside 0..{num_classes - 1}"
+            )
     first = np.repeat(np.arange(n) * num_classes, counted.reshape(n, -1).sum(1))
-    hit = true == found
+    hit = true == claimed
 
     def per_image(classes: np.ndarray, where: np.ndarray) -> np.ndarray:
         return np.bincount((first + classes)[where], minlength=n * num_classes).reshape(n, num_classes)
 
-    return per_image(true, hit), per_image(found, ~hit), per_image(true, ~hit)
+    return per_image(true, hit), per_image(claimed, ~hit), per_image(true, ~hit)
 
 
 def scores(counts: np.ndarray) -> dict[str, float]:
     """The metrics of summed counts, fractions.
 
     Args:
-        counts: (3 C,): pixels by class that are right, are predicted and are true.
+        counts: (3 C,): by class, the numbers of correct, of predicted and of labelled pixels.
 
     Returns:
-        ``miou``: mean of TP / (TP + FP + FN) over the classes that occur in the masks or in the predictions; one that
-        occurs in neither is left out. ``pixel_accuracy``; ``mean_class_accuracy`` (mean recall over the classes that
-        occur in the masks).
+        ``miou``: mean of TP / (TP + FP + FN) over the classes that occur in the masks or in the predictions;
+        ``pixel_accuracy``; ``mean_class_accuracy``: mean recall over the classes that occur in the masks.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no labelled pixels.
     """
     right, claimed, true = np.asarray(counts, np.float64).reshape(3, -1)
     if not true.any():
@@ -307,7 +312,7 @@ def scores(counts: np.ndarray) -> dict[str, float]:
 
 
 def ious(right: np.ndarray, claimed: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """(C,) intersection over union by class, not a number for a class that occurs nowhere."""
+    """Intersection over union by class (C,), NaN for a class that does not occur."""
     union = claimed + true - right
     return np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
 
@@ -320,7 +325,8 @@ def metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, classes: list[str]) 
         classes: C names.
 
     Returns:
-        `scores`; ``per_class`` IoU by class name (null for a class that occurs nowhere); ``n`` images.
+        `scores`; ``per_class``, the IoU by class name (None for a class that does not occur); ``n``, the number of
+        images.
 
     Raises:
         ValueError: no pixel counts.

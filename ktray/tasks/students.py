@@ -1,4 +1,4 @@
-"""Students of any task kind, as a run leaves them."""
+"""Load the student of a run, of any task kind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from ktray.tasks.base import TaskKind
 
 
 def load_student(directory: str | Path, device: str | torch.device = "cpu") -> Student:
-    """The student of a run folder, in evaluation mode: a classifier, a segmenter, or that of another task kind.
+    """Load the student of a run folder, in evaluation mode: a classifier, a segmenter, or a student of another task
+    kind.
 
     Args:
-        directory: a run's ``student/`` folder.
-        device: where to put it.
+        directory: the folder ``student/`` of a run.
+        device: the device of the student.
 
     Raises:
-        KtrayError: the folder is not one, or its weights are damaged or do not fit.
+        KtrayError: the folder has no student, or its weights are damaged or do not fit the model.
     """
     for kind in marked_kinds(lambda name: (Path(directory) / name).is_file()):
         return kind.load_student(directory, device)
@@ -29,9 +30,9 @@ def load_student(directory: str | Path, device: str | torch.device = "cpu") -> S
 
 
 def marked_kinds(exists: Callable[[str], bool]) -> list[TaskKind]:
-    """The task kinds whose mark (`ktray.tasks.base.TaskKind.student_file`) a student's folder holds: none or one.
+    """The task kinds whose file `ktray.tasks.base.TaskKind.student_file` is in the folder of a student: none or one.
 
     Args:
-        exists: whether the folder has a file of this name.
+        exists: a function of a file name: whether the folder has such a file.
     """
     return [kind for _, kind in TASKS if kind.student_file and exists(kind.student_file)]

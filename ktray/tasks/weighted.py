@@ -1,7 +1,7 @@
-"""Scores of test images under weights: what a bootstrap over images and seeds asks.
+"""Scores of weighted test images, for a bootstrap over images and seeds.
 
-A metric is a function of sums over test images, so a bootstrap sample is a weight for each image: how often it was
-drawn. `WeightedCounts` serves every task kind; the others are faster and take less memory.
+A metric is a function of sums over test images, so a bootstrap sample is a weight for each image: the number of times
+that it was drawn. `WeightedCounts` works for all task kinds; the other classes are faster and need less memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class WeightedScores(Protocol):
-    """The test images of one way over its seeds, ready to be scored under any weights of the images."""
+    """The test images of one method over its seeds, which can be scored with any weights of the images."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -22,7 +22,7 @@ class WeightedScores(Protocol):
         ...
 
     def score(self, weights: np.ndarray) -> np.ndarray:
-        """(B, N) float weights of the images -> (B, S) float scores, 0..1."""
+        """Scores (B, S) float, 0..1, for weights of the images (B, N) float."""
         ...
 
 
@@ -43,7 +43,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class MeanClassAccuracy:
-    """Mean recall over the classes that the drawn images have: ``correct`` (S, N) bool, ``label`` (N,) int."""
+    """Mean recall over the classes of the drawn images: ``correct`` is (S, N) bool, ``label`` is (N,) int."""
 
     correct: np.ndarray
     label: np.ndarray
@@ -69,7 +69,7 @@ class MeanClassAccuracy:
 class MeanIoU:
     """Mean intersection over union, pixels summed over the images: ``tp``, ``fp``, ``fn`` are (S, N, C) counts.
 
-    A class that is neither in the drawn images nor predicted on them is left out of the mean.
+    A class that is neither in the drawn images nor in the predictions for them is left out of the mean.
     """
 
     tp: np.ndarray
@@ -93,7 +93,7 @@ class MeanIoU:
 
 @dataclass(frozen=True)
 class WeightedCounts:
-    """Any metric of summed counts: ``counts`` is (S, N, K), `scores` makes the metrics of their sums (K,)."""
+    """Any metric of summed counts: ``counts`` is (S, N, K), `scores` computes the metrics from their sums (K,)."""
 
     counts: np.ndarray
     scores: Callable[[np.ndarray], dict[str, float]]
@@ -105,4 +105,4 @@ class WeightedCounts:
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         sums = np.einsum("bn,snk->bsk", weights, self.counts)
-        return np.array([[self.scores(one)[self.metric] for one in seeds] for seeds in sums])
+        return np.array([[self.scores(total)[self.metric] for total in seeds] for seeds in sums])

@@ -1,1 +1,1 @@
-"""Metrics and artefacts of a run, and MLflow."""
+"""Log the parameters, metrics and files of runs to MLflow and other trackers."""

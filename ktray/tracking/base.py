@@ -1,17 +1,17 @@
-"""What a tracker is: a place that the events of a run go to, such as an MLflow server.
+"""The contract of a tracker: a destination for the events of a run, such as an MLflow server.
 
-Every event of a run is a line of ``log.jsonl``, and each tracker that is wanted gets all of them in order, in a thread
-of its own: training never waits for a tracker and never fails through one. What a tracker could not take is sent by the
-next job on the same run. A tracker is registered in `ktray.recipe.registries.TRACKERS`.
+Each event of a run is a line of ``log.jsonl``. Each tracker that the run uses receives all events in order, in a
+separate thread, so training never waits for a tracker and never fails because of one. The next job on the same run
+sends the events that a tracker has not received. Trackers are registered in `ktray.recipe.registries.TRACKERS`.
 
 Events are dictionaries with ``event`` and ``time`` (seconds since 1970), and
 
 ===============  =====================================================================================
-``run``          ``name``, ``params``, ``tags``, ``run_id``: the run begins or goes on
-``stage``        ``stage``, perhaps ``params`` and ``tags``: a stage (or trial) of it begins or goes on
+``run``          ``name``, ``params``, ``tags``, ``run_id``: the run starts or continues
+``stage``        ``stage``, optional ``params`` and ``tags``: a stage or trial starts or continues
 ``metrics``      ``stage`` (None: the run), ``step``, ``values``
 ``stage_end``    ``stage``, ``values`` (its cost), ``status``
-``final``        ``values``: the run's end results, of which the latest count
+``final``        ``values``: final results of the run; the latest value of each is valid
 ``artifact``     ``path``, ``folder``: a file or folder to keep
 ``student``      ``student``: (module, example batch), or None where the weights are gone
 ``run_end``      ``status``: ``FINISHED``, ``FAILED`` or ``KILLED``
@@ -28,13 +28,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Destination:
-    """What a tracker is told of the run's settings.
+    """The settings of a run that a tracker receives.
 
     Attributes:
-        uri: ``mlflow.uri`` as it was resolved.
+        uri: the resolved value of ``mlflow.uri``.
         experiment: ``mlflow.experiment``.
         folder: local folder of the run, with ``log.jsonl``.
-        timeout: seconds for one request.
+        timeout: seconds after which a request fails.
     """
 
     uri: str
@@ -44,36 +44,38 @@ class Destination:
 
 
 class Sink(ABC):
-    """An open connection; used from one thread only."""
+    """An open connection. Only one thread uses it."""
 
     @abstractmethod
     def deliver(self, records: list[dict[str, Any]]) -> None:
-        """Send one event, or several of ``metrics`` that belong to one stage. An event may come twice: after a failure,
-        and when a job is restarted."""
+        """Send one event, or several events ``metrics`` of one stage. The same event may be sent twice, after a failure
+        or a restart of the job."""
 
 
 class EventTracker(ABC):
     """A kind of tracker. Instances have no state and are registered in ``TRACKERS``."""
 
     label: str
-    """Its name in messages."""
+    """Name of the tracker in messages."""
 
     def wanted(self, destination: Destination) -> bool:
-        """Whether this run is sent to it; asked once, before anything else. An environment variable may decide."""
+        """Whether this run uses the tracker, for example depending on an environment variable. It is called once,
+        first."""
         return True
 
     def address(self, destination: Destination) -> str:
-        """Where it sends to. A run that is sent to another address than before is sent whole."""
+        """The address that the tracker sends to. If it has changed since the last job, all events of the run are
+        sent."""
         return ""
 
     @abstractmethod
     def open(self, destination: Destination, state: dict[str, Any]) -> Sink:
-        """Connect; may take its time.
+        """Connect. This may be slow.
 
         Args:
-            state: JSON that is kept with the run, here ``run_id`` and ``stages``, and whatever the sink adds.
+            state: JSON-like values that are stored with the run: ``run_id``, ``stages``, and what the sink adds.
         """
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether it makes sense to send the same event again later; by default it is left out."""
+        """Whether sending the same event later may succeed. By default it may not, and the event is skipped."""
         return False

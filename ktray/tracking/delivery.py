@@ -1,4 +1,4 @@
-"""The log of a run, and the threads that send it on: one for each tracker, each from where it has come to."""
+"""The log of a run, and the threads that send it: one for each tracker, which continues where it stopped."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _BATCH = 500
 
 
 class EventLog:
-    """``log.jsonl``: a line for each event. Callers of `append` hold ``lock``."""
+    """``log.jsonl``, with a line for each event. Callers of `append` hold ``lock``."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        if text and not text.endswith("\n"):  # the job was killed while it wrote this line
+        if text and not text.endswith("\n"):  # a job was killed while it wrote the last line
             with path.open("a", encoding="utf-8") as handle:
                 handle.write("\n")
         self.earlier = text.splitlines()
@@ -36,12 +36,12 @@ class EventLog:
         self.lines += 1
 
     def note(self, text: str) -> None:
-        """A line for people, which is sent to nobody."""
+        """Add a line for people, which is not sent to any tracker."""
         with self.lock:
             self.append({"time": round(time.time(), 3), "event": "note", "text": scrub(text)})
 
     def unsent(self, sent: int) -> list[dict[str, Any]]:
-        """What earlier jobs logged after line ``sent``, without students, whose weights are gone."""
+        """Events of earlier jobs after line ``sent``, without those of students, whose weights no longer exist."""
         out = []
         for number, line in enumerate(self.earlier, start=1):
             if number <= sent:
@@ -56,18 +56,18 @@ class EventLog:
 
 
 class Delivery:
-    """The way of a run's events to one tracker.
+    """Sends the events of a run to one tracker.
 
     Args:
-        tracker: of which kind.
+        tracker: the tracker.
         destination: see `EventTracker.open`.
-        log: of the run.
-        state: local JSON file that remembers the tracker's runs and how far it has followed.
+        log: the log of the run.
+        state: local JSON file that stores the ids of the tracker's runs and the number of lines that are sent.
 
     Attributes:
-        wake: notified at every change of ``queue`` and ``problem``.
+        wake: a condition that is notified when ``queue`` or ``problem`` changes.
         queue: events that are not sent yet.
-        problem: why the last try failed; None while all is well.
+        problem: why the last attempt failed; None: it succeeded.
     """
 
     def __init__(self, tracker: EventTracker, destination: Destination, log: EventLog, state: Path) -> None:
@@ -86,29 +86,29 @@ class Delivery:
 
     @property
     def alive(self) -> bool:
-        """Whether events are still sent."""
+        """Whether the thread still sends events."""
         return self._thread.is_alive()
 
     def put(self, record: dict[str, Any]) -> None:
-        """Queue an event, which is in the log already."""
+        """Queue an event that is already in the log."""
         with self.wake:
             self.queue.append(record)
             self.wake.notify_all()
 
     def student(self, line: int, student: tuple[Any, Any]) -> None:
-        """Bring the weights of a ``student`` event."""
+        """Provide the weights of a ``student`` event."""
         with self.wake:
             self._students[line] = student
             self.wake.notify_all()
 
     def begin_close(self) -> None:
-        """Let the thread end when the queue is empty, or after one more try where sending fails."""
+        """Let the thread end when the queue is empty, or after one more attempt if sending fails."""
         with self.wake:
             self._closing.set()
             self.wake.notify_all()
 
     def join(self, timeout: float) -> int:
-        """Wait for the thread; returns how many events are pending."""
+        """Wait for the thread; returns the number of pending events."""
         self._thread.join(timeout)
         with self.wake:
             return len(self.queue)
@@ -125,7 +125,7 @@ class Delivery:
             state: dict[str, Any] = json.loads(self._state_file.read_text())
         except (OSError, ValueError):
             return fresh
-        # Another server knows nothing of this run: it gets the whole log.
+        # Another server has no events of this run, so it receives the whole log.
         same = all(state.get(name) == fresh[name] for name in ("uri", "experiment"))
         return {**fresh, **state} if same else fresh
 
@@ -135,14 +135,15 @@ class Delivery:
         os.replace(temporary, self._state_file)
 
     def _head(self) -> list[dict[str, Any]]:
-        """The next events to send together (metrics of one run, else a single one); [] when closing and done."""
+        """The next events to send together: metrics of one run, or a single other event; [] when closing without
+        events."""
         with self.wake:
             while not self.queue:
                 if self._closing.is_set():
                     return []
                 self.wake.wait()
             first = self.queue[0]
-            if first["event"] == "student":  # its weights follow the event at once
+            if first["event"] == "student":  # the weights arrive immediately after the event
                 self.wake.wait_for(lambda: first["line"] in self._students, timeout=60)
                 return [{**first, "student": self._students.get(first["line"])}]
             if first["event"] != "metrics":
@@ -166,7 +167,7 @@ class Delivery:
                 text = str(scrub(f"{type(error).__name__}: {error}"))[:500]
                 if self._tracker.is_transient(error):
                     if self.problem is None:
-                        self._log.note(f"{name} is away, buffering: {text}")
+                        self._log.note(f"{name} is not reachable; events wait in this log: {text}")
                     with self.wake:
                         self.problem = text
                         self.wake.notify_all()
@@ -187,5 +188,5 @@ class Delivery:
                 self.wake.notify_all()
             try:
                 self._write_state()
-            except OSError as error:  # a full disk; the events are sent, at worst they are looked up again
+            except OSError as error:  # for example a full disk; the events were sent, and at worst they are sent again
                 self.problem = f"{self._state_file}: {error}"

@@ -1,4 +1,4 @@
-"""The MLflow side of `ktray.tracking.tracker`: one tracking server and the runs on it. Used from one thread only."""
+"""The MLflow part of `ktray.tracking.tracker`: a tracking server and its runs. Only one thread uses it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ktray.recipe.registries import TRACKERS
 from ktray.tracking.base import Destination, EventTracker, Sink
 
 MLFLOW = "mlflow"
-# An MLflow error with one of these codes comes again however often the same event is sent.
+# An MLflow error with one of these codes occurs again whenever the same event is sent.
 _PERMANENT = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -32,7 +32,7 @@ _PARAMS_PER_CALL = 100
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether it makes sense to send the same event again later."""
+    """Whether sending the same event later may succeed."""
     code = getattr(error, "error_code", None)
     if code is not None:
         return code not in _PERMANENT
@@ -43,7 +43,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 class MLflowTracker(EventTracker):
-    """MLflow, which every run is sent to."""
+    """MLflow, which every run uses."""
 
     label = "MLflow"
 
@@ -62,9 +62,9 @@ class Server(Sink):
 
     Args:
         uri: tracking URI.
-        experiment: name; made (or restored) when it is not there.
-        state: ``run_id`` and ``stages`` (name to run id), read and kept up to date here.
-        timeout: seconds for one request.
+        experiment: name of the experiment, which is created if it does not exist, and restored if it was deleted.
+        state: ``run_id`` and ``stages`` (name to run id), which this class reads and updates.
+        timeout: seconds after which a request fails.
     """
 
     def __init__(self, uri: str, experiment: str, state: dict[str, Any], timeout: float) -> None:
@@ -72,16 +72,16 @@ class Server(Sink):
         from mlflow import MlflowClient
 
         self.uri, self.state = uri, state
-        with _one_at_a_time(uri):  # two processes that create the tables of a new sqlite file break each other
+        with _one_at_a_time(uri):  # two processes must not create the tables of a new SQLite file at the same time
             self.client = MlflowClient(tracking_uri=uri)
             self.experiment_id = self._experiment(experiment)
         self._logged: dict[tuple[str, str], set[int]] = {}
         self._new_runs: set[str] = set()
         self._checked: set[str] = set()
-        self._owner: dict[str, str] = {}  # for the stages' runs too
+        self._owner: dict[str, str] = {}  # also used for the runs of stages
 
     def deliver(self, records: list[dict[str, Any]]) -> None:
-        """Send one event, or several of ``metrics`` that belong to one run."""
+        """Send one event, or several events ``metrics`` of one run."""
         first = records[0]
         getattr(self, f"_on_{first['event']}")(records if first["event"] == "metrics" else first)
 
@@ -103,7 +103,7 @@ class Server(Sink):
             self._describe(run_id, record.get("params", {}), record.get("tags", {}))
 
     def _describe(self, run_id: str, given: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Parameters that the run has not yet, and tags that are other than it has."""
+        """Log the parameters that the run does not have yet, and the tags that differ from those of the run."""
         from mlflow.entities import Param, RunTag
 
         present = self.client.get_run(run_id).data
@@ -131,7 +131,7 @@ class Server(Sink):
             for at in range(0, len(metrics), 1000):
                 self.client.log_batch(run_id, metrics=metrics[at : at + 1000])
         except Exception:
-            self._logged.clear()  # unknown how much of it arrived: ask again
+            self._logged.clear()  # it is unknown how many arrived, so ask the server again
             self._new_runs.clear()
             raise
 
@@ -153,7 +153,7 @@ class Server(Sink):
         elif path.exists():
             self.client.log_artifact(self._run_of(None), str(path), folder or None)
         else:
-            raise FileNotFoundError(f"artifact {path} is gone")
+            raise FileNotFoundError(f"artifact {path} no longer exists")
 
     def _on_student(self, record: Mapping[str, Any]) -> None:
         run_id = self._run_of(None)
@@ -172,8 +172,8 @@ class Server(Sink):
             Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]))]),
             Schema([TensorSpec(output.dtype, (-1, *output.shape[1:]))]),
         )
-        # Step by step: `mlflow.pytorch.log_model` works on process-wide settings, and without them it logs into the
-        # default experiment and the current folder.
+        # `mlflow.pytorch.log_model` depends on process-wide settings; without them it logs into the default experiment
+        # and the current folder. So each step is done here.
         entry = self.client.create_logged_model(self.experiment_id, name="student", source_run_id=run_id)
         with tempfile.TemporaryDirectory(prefix="ktray-") as folder:
             mlflow.pytorch.save_model(
@@ -188,7 +188,7 @@ class Server(Sink):
                 signature=signature,
                 input_example=example,
                 serialization_format="pt2",
-                # Named here, since MLflow would otherwise find them by loading the model in a new process.
+                # Without this list, MLflow would load the model in a new process to find the requirements.
                 pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"mlflow=={mlflow.__version__}"],
             )
             self.client.log_model_artifacts(entry.model_id, f"{folder}/model")
@@ -199,37 +199,37 @@ class Server(Sink):
     # --------------------------------------------------------------------------------------------- runs
 
     def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                self.client.restore_experiment(found.experiment_id)
-            return str(found.experiment_id)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None:
+            if experiment.lifecycle_stage != "active":
+                self.client.restore_experiment(experiment.experiment_id)
+            return str(experiment.experiment_id)
         database = _sqlite_file(self.uri)
         place = None if database is None else (database.parent / "mlflow-artifacts").as_uri()
         return str(self.client.create_experiment(name, artifact_location=place))
 
     def _parent(self, name: str, tags: Mapping[str, str], began: float) -> str:
-        known = self.state.get("run_id") or self._search(f"tags.`{_TAG_RUN}` = '{_quoted(name)}'")
-        if known is None or not self._alive(known):
-            known = self._create(tags.get("mlflow.runName", name), tags, began)
+        run_id = self.state.get("run_id") or self._search(f"tags.`{_TAG_RUN}` = '{_quoted(name)}'")
+        if run_id is None or not self._alive(run_id):
+            run_id = self._create(tags.get("mlflow.runName", name), tags, began)
             self.state["stages"] = {}
-        self.state["run_id"] = known
-        return str(known)
+        self.state["run_id"] = run_id
+        return str(run_id)
 
     def _run_of(self, stage: str | None, began: float | None = None) -> str:
         parent = self.state["run_id"]
         if stage is None:
             return str(parent)
-        known = self.state["stages"].get(stage) or self._search(
+        run_id = self.state["stages"].get(stage) or self._search(
             f"tags.`{_TAG_PARENT}` = '{parent}' and tags.`{_TAG_STAGE}` = '{_quoted(stage)}'"
         )
-        if known is None or not self._alive(known):
-            known = self._create(stage, {**self._owner, _TAG_PARENT: parent, _TAG_STAGE: stage}, began)
-        self.state["stages"][stage] = known
-        return str(known)
+        if run_id is None or not self._alive(run_id):
+            run_id = self._create(stage, {**self._owner, _TAG_PARENT: parent, _TAG_STAGE: stage}, began)
+        self.state["stages"][stage] = run_id
+        return str(run_id)
 
     def _create(self, name: str, tags: Mapping[str, str], began: float | None) -> str:
-        # When the event was, not when it is sent: the server may have been away for hours.
+        # The time of the event, not of sending it: the server may have been unreachable for hours.
         start = None if began is None else int(began * 1000)
         text = {k: str(v) for k, v in tags.items()}
         run = self.client.create_run(self.experiment_id, start_time=start, run_name=name, tags=text)
@@ -239,11 +239,11 @@ class Server(Sink):
         return run_id
 
     def _search(self, filter_string: str) -> str | None:
-        found = self.client.search_runs([self.experiment_id], filter_string, max_results=1)
-        return str(found[0].info.run_id) if found else None
+        runs = self.client.search_runs([self.experiment_id], filter_string, max_results=1)
+        return str(runs[0].info.run_id) if runs else None
 
     def _alive(self, run_id: str) -> bool:
-        """Whether the run is on the server and not deleted; asked once per run."""
+        """Whether the run is on the server and not deleted. The server is asked once for each run."""
         if run_id in self._checked:
             return True
         try:
@@ -257,14 +257,15 @@ class Server(Sink):
         return alive
 
     def _steps(self, run_id: str, key: str) -> set[int]:
-        """The steps that the run has for a metric; the server is asked only for runs that are older than us."""
+        """The steps that the run has for a metric. The server is asked only for runs that this process did not
+        create."""
         if (run_id, key) not in self._logged:
             history = [] if run_id in self._new_runs else self.client.get_metric_history(run_id, key)
             self._logged[run_id, key] = {int(m.step) for m in history}
         return self._logged[run_id, key]
 
     def _latest(self, run_id: str, values: Mapping[str, Any], seconds: float) -> None:
-        """Log end results: at step 0, again only if the value changed."""
+        """Log final results at step 0; a value is logged again only if it has changed."""
         from mlflow.entities import Metric
 
         present = self.client.get_run(run_id).data.metrics if values else {}
@@ -278,28 +279,28 @@ class Server(Sink):
 
 
 def prepare(timeout: float) -> None:
-    """Settings that MLflow reads when it is imported or used; the user's own win."""
+    """Set what MLflow reads when it is imported or used. Settings of the user take precedence."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for each stage of each run
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print a line for each stage of each run
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
-    import mlflow  # noqa: F401  (its import sets the levels anew)
+    import mlflow  # noqa: F401  (its import resets the log levels)
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last one tells of each retry
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last one logs each retry
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It logs each error with its traceback and raises it too; the tracker tells it in one line.
+    # This logger writes each error with a traceback and also raises it; the tracker reports it in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    found = re.match(r"sqlite(?:\+\w+)?:///(?!:memory:)([^?]+)", uri)
-    return Path(found.group(1)).absolute() if found else None
+    match = re.match(r"sqlite(?:\+\w+)?:///(?!:memory:)([^?]+)", uri)
+    return Path(match.group(1)).absolute() if match else None
 
 
 @contextlib.contextmanager
@@ -317,7 +318,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
 
 
 def _name(key: str) -> str:
-    """A key as MLflow takes it."""
+    """A key in the characters that MLflow accepts."""
     return re.sub(r"[^\w.:/ -]", "_", key)[:250]
 
 

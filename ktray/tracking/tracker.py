@@ -1,10 +1,11 @@
-"""MLflow, off the critical path: every event goes to ``log.jsonl`` at once and to the server when it is there.
+"""Log a run to MLflow in the background: each event goes to ``log.jsonl`` immediately, and to the server when
+reachable.
 
-One parent run per pipeline and a nested run per stage. A background thread imports MLflow (seconds) and talks to
-the server; training never waits for it and never fails through it. What the server has not taken stays in the
-log, and the next `Tracker` on the same files sends it: first what was left, then what is new. A step that a run
-already has is not logged again, so a job that was restarted from a checkpoint draws one curve. Other registered
-trackers (see `ktray.tracking.base`) get the same events, each in a thread of its own.
+A run of the pipeline is a parent run with a nested run for each stage. A background thread imports MLflow, which takes
+seconds, and communicates with the server; training never waits for the server and never fails because of it. Events
+that the server has not received stay in the log. The next `Tracker` on the same files sends them before new events. A
+step that a run already has is not logged again, so a job that restarts from a checkpoint has one continuous curve.
+Other registered trackers (see `ktray.tracking.base`) receive the same events, each in a separate thread.
 """
 
 from __future__ import annotations
@@ -34,35 +35,36 @@ _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databric
 
 
 def tracking_uri(uri: str | None, home: Path) -> str:
-    """Where to log: ``uri``, else ``MLFLOW_TRACKING_URI``, else sqlite in the local folder ``home``.
+    """The tracking URI: ``uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file in the local folder ``home``.
 
     Raises:
-        KtrayError: for a folder or ``file:``, which MLflow 3.13 and newer refuse.
+        KtrayError: the URI is a folder or starts with ``file:``, which MLflow 3.13 and newer refuse.
     """
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute()}/mlflow.db"
     scheme = urlsplit(chosen).scheme.split("+")[0].lower()
     if chosen != "databricks" and scheme not in _SCHEMES:
         raise KtrayError(
-            f"MLflow no longer logs into plain folders ('{scrub(chosen)}')",
-            "Set mlflow.uri (or MLFLOW_TRACKING_URI) to sqlite:///PATH/mlflow.db or to a server's http address.",
+            f"MLflow cannot log into a plain folder ('{scrub(chosen)}')",
+            "Set mlflow.uri (or MLFLOW_TRACKING_URI) to sqlite:///PATH/mlflow.db or to the http address of a server.",
         )
     return chosen
 
 
 class StageRun:
-    """The nested run of one stage."""
+    """The nested run of a stage."""
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self._tracker, self._name = tracker, name
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Values at a step (the stage's own count)."""
+        """Log values at a step of the stage."""
         self._tracker._put("metrics", stage=self._name, step=int(step), values=_floats(values))
 
     def finish(self, cost: Mapping[str, Any] | None = None, status: str = "FINISHED") -> None:
-        """End the stage with its cost (numbers, logged as ``cost.<name>``).
+        """End the run of the stage.
 
         Args:
+            cost: numbers, which are logged as ``cost.<name>``.
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
         values = {f"cost.{k}": v for k, v in _floats(cost or {}).items()}
@@ -73,12 +75,12 @@ class Tracker:
     """The log of one run.
 
     Args:
-        uri: tracking server; None takes ``MLFLOW_TRACKING_URI``, else sqlite in ``home``.
-        experiment: the experiment's name.
-        buffer: ``log.jsonl`` of the run, a local file; every event is appended here first.
-        state: local JSON file that remembers the MLflow runs and how far the server has followed.
-        home: local folder of the embedded database and its artifacts.
-        timeout: seconds for one request to a server.
+        uri: tracking server; None: ``MLFLOW_TRACKING_URI``, else an SQLite file in ``home``.
+        experiment: name of the experiment.
+        buffer: ``log.jsonl`` of the run, a local file; each event is first appended here.
+        state: local JSON file that stores the ids of the MLflow runs and the number of lines that are sent.
+        home: local folder of the SQLite file and its artifacts.
+        timeout: seconds after which a request to a server fails.
 
     Raises:
         KtrayError: see `tracking_uri`.
@@ -93,7 +95,7 @@ class Tracker:
         state.parent.mkdir(parents=True, exist_ok=True)
         self._hold = _lock(state)
         destination = Destination(self.uri, experiment, buffer.parent, timeout)
-        # MLflow's is the one that the run's results name, and whose state the caller names.
+        # The result of the run names the MLflow run, and the caller chooses the state file of MLflow.
         self._main = Delivery(TRACKERS.get(MLFLOW), destination, self._log, state)
         others = [(name, tracker) for name, tracker in TRACKERS if name != MLFLOW and tracker.wanted(destination)]
         self._deliveries = [self._main]
@@ -109,56 +111,57 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         run_id: str | None = None,
     ) -> None:
-        """Open the parent run, or go on with the one that ``state`` remembers or that bears ``name``.
+        """Open the parent run, or continue the run whose id is in ``state`` or whose name is ``name``.
 
         Args:
-            name: ktray's run id; also the run's name in the UI.
-            params: the resolved recipe, flat.
-            run_id: an MLflow run to continue, over what ``state`` remembers.
+            name: ktray's run id, which is also the name of the run in MLflow.
+            params: the resolved recipe, as dotted keys.
+            tags: tags of the run.
+            run_id: id of an MLflow run to continue, which takes precedence over that in ``state``.
         """
         self._put("run", name=name, params=dict(params or {}), tags=dict(tags or {}), run_id=run_id)
 
     def stage(
         self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
     ) -> StageRun:
-        """Open the nested run of a stage, or go on with it; of a search it is that of a trial."""
+        """Open or continue the nested run of a stage, or, in a search, of a trial."""
         more = {k: dict(v) for k, v in (("params", params), ("tags", tags)) if v}
         self._put("stage", stage=name, **more)
         return StageRun(self, name)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of the parent run at a step."""
+        """Log values of the parent run at a step."""
         self._put("metrics", stage=None, step=int(step), values=_floats(values))
 
     def final(self, values: Mapping[str, float]) -> None:
-        """The parent run's end results, such as `stable_metrics` gives; the latest value counts."""
+        """Log final results of the parent run, such as those of `stable_metrics`. The latest value of each is valid."""
         self._put("final", values=_floats(values))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or folder to keep with the run. It must stay in place until it is sent."""
+        """Log a file or folder with the run. It must stay in place until it is sent."""
         self._put("artifact", path=str(Path(path).absolute()), folder=folder)
 
     def stored(self, directory: Dir, name: str, folder: str = "") -> None:
-        """`artifact` for a file or folder of the store. What is not on this machine is copied to the log, until it is
-        sent."""
+        """`artifact` for a file or folder of the store. If the store is remote, a local copy is kept next to the log
+        until it is sent."""
         if directory.is_local:
             self.artifact(Path(directory.path) / name, folder)
             return
         copied = self._copies / folder / name
         copied.parent.mkdir(parents=True, exist_ok=True)
-        with directory.local(name) as found:
-            if found.is_dir():
-                shutil.copytree(found, copied, dirs_exist_ok=True)
+        with directory.local(name) as source:
+            if source.is_dir():
+                shutil.copytree(source, copied, dirs_exist_ok=True)
             else:
-                shutil.copyfile(found, copied)
+                shutil.copyfile(source, copied)
         self.artifact(copied, folder)
 
     def log_student(self, model: Any, example: Any) -> None:
-        """Log a student as an MLflow pytorch model named ``student``, once per run.
+        """Log a student as an MLflow PyTorch model named ``student``, once for each run.
 
-        It is exported as a graph (``pt2``), not pickled: loading it runs no code of the file's. The export happens
-        in the background on a copy; a student that the server was not there for must be logged again by the next
-        job (the log holds no weights).
+        The student is exported as a graph (``pt2``), not pickled, so loading it runs no code from the file. The export
+        runs in the background on a copy. The log holds no weights, so if the server is not reachable, the next job must
+        log the student again.
 
         Args:
             model: torch module, float image batch -> logits.
@@ -177,17 +180,17 @@ class Tracker:
 
     @property
     def problem(self) -> str | None:
-        """Why the server could not be reached at the last try; None while all is well."""
+        """Why the last attempt to reach the server failed; None: it succeeded."""
         return self._main.problem
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the parent run; None until the server gave one."""
-        found = self._main.state.get("run_id")
-        return None if found is None else str(found)
+        """The MLflow id of the parent run; None until the server has assigned one."""
+        run_id = self._main.state.get("run_id")
+        return None if run_id is None else str(run_id)
 
     def info(self, timeout: float = 15.0) -> dict[str, Any]:
-        """The ``mlflow`` object of ``result.json``; waits for the run's id while the server does not fail."""
+        """The object ``mlflow`` of ``result.json``. It waits for the run id as long as the server does not fail."""
         deadline, main = time.monotonic() + timeout, self._main
         with main.wake:
             while main.queue and self.run_id is None and main.problem is None and main.alive:
@@ -197,7 +200,7 @@ class Tracker:
         return {"tracking_uri": scrub(self.uri), "experiment": self.experiment, "run_id": self.run_id}
 
     def flush(self, timeout: float = 10.0) -> int:
-        """Wait until the server has everything, or it fails, or time is up; returns how many events are pending."""
+        """Wait until the server has all events, or fails, or the timeout ends; returns the number of pending events."""
         deadline, main = time.monotonic() + timeout, self._main
         with main.wake:
             while main.queue and main.alive and (left := deadline - time.monotonic()) > 0:
@@ -207,9 +210,9 @@ class Tracker:
             return len(main.queue)
 
     def close(self, timeout: float = 30.0) -> int:
-        """Send what is left (one more try where the server fails); returns how many events are still pending.
+        """Send the remaining events, with one more attempt if the server fails; returns the number of pending events.
 
-        They are in the log, and go out with the next `Tracker` on the same files.
+        Pending events stay in the log, and the next `Tracker` on the same files sends them.
         """
         deadline = time.monotonic() + timeout
         for delivery in self._deliveries:
@@ -232,13 +235,13 @@ class Tracker:
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers among ``values``; those that JSON lacks (nan, inf) by name."""
+    """The numbers in ``values``; numbers that JSON does not have (nan, inf) as text."""
     numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) or hasattr(v, "__float__")}
     return {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
 
 
 def _lock(state: Path) -> IO[str] | None:
-    """The open lock file of a run's log, or None while another process (or tracker) holds it."""
+    """The open lock file of the log of a run; None if another process or tracker holds it."""
     handle = state.with_name(state.name + ".lock").open("a")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,27 +252,27 @@ def _lock(state: Path) -> IO[str] | None:
 
 
 def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: float = 30.0) -> int:
-    """Send what earlier runs could not: for each folder of ``runs`` that no job is using and that logged to the same
-    server and experiment.
+    """Send the pending events of earlier runs: those of each folder in ``runs`` that no job uses and that logs to the
+    same server and experiment.
 
     Args:
         runs: folder of run folders with ``log.jsonl`` and ``mlflow.json``.
-        uri, experiment, home: as for `Tracker`.
-        timeout: seconds for all of it.
+        uri, experiment, home: as in `Tracker`.
+        timeout: seconds for all runs together.
 
     Returns:
-        How many events are still pending.
+        The number of events that are still pending.
     """
     deadline, pending = time.monotonic() + timeout, 0
     address = scrub(tracking_uri(uri, home))
     for state in sorted(runs.glob("*/mlflow.json")):
         log = state.with_name("log.jsonl")
         try:
-            known = json.loads(state.read_text())
+            saved = json.loads(state.read_text())
             lines = len(log.read_text(encoding="utf-8", errors="replace").splitlines())
         except (OSError, ValueError):
             continue
-        if (known.get("uri"), known.get("experiment")) != (address, experiment) or known.get("sent", 0) >= lines:
+        if (saved.get("uri"), saved.get("experiment")) != (address, experiment) or saved.get("sent", 0) >= lines:
             continue
         hold = _lock(state)
         if hold is None:
@@ -278,6 +281,6 @@ def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: 
         tracker = Tracker(uri, experiment, log, state, home)
         left = tracker.close(max(0.0, deadline - time.monotonic()))
         pending += left
-        if left:  # the server is away: the other folders fare no better
+        if left:  # the server is not reachable, so the other folders would fail, too
             break
     return pending

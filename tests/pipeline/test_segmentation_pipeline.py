@@ -90,7 +90,7 @@ def test_the_report_shows_masks(done):
     page = (store / "runs" / result["run_id"] / "report.html").read_text()
     assert page.count("data:image/") >= 2
     assert "mean IoU" in page
-    assert "Test images of the lowest IoU" in page
+    assert "The test images with the lowest IoU" in page
 
 
 def test_two_workers_learn_from_the_same_maps(done, world, tmp_path):

@@ -27,9 +27,7 @@ def test_every_key_is_there_once_unless_another_job_alone_reads_it(job):
     own = [name for name, reader in READ_BY.items() if reader == job]
     assert [title.split(":")[0] for title, _ in groups[1 : 1 + len(own)]] == own  # before what all jobs have
     for name, reader in READ_BY.items():
-        assert (f"{name}.*: read by {reader} alone; see: python jobs/{reader}.py --help" in keys(job)) == (
-            reader != job
-        )
+        assert (f"{name}.*: only read by {reader}; see: python jobs/{reader}.py --help" in keys(job)) == (reader != job)
 
 
 def test_every_section_says_what_it_is_for():

@@ -167,15 +167,15 @@ def test_recipes_without_a_task_stand_over_the_built_in_ones(tmp_path):
 )
 def test_a_recipe_holds_no_credentials(override, tmp_path):
     """It is saved, logged and shown with its run, and a command line by ``ps``."""
-    with pytest.raises(KtrayError, match="is saved and logged with its run") as refused:
+    with pytest.raises(KtrayError, match="are saved and logged with their runs") as refused:
         recipes.load(None, [override])
     assert "hunter22" not in str(refused.value)
     key, _, value = override.partition("=")
     part, _, name = key.partition(".")
     (tmp_path / "r.yaml").write_text(f"{part}:\n  {name}: {value}\n" if name else f"{part}: {value}\n")
-    with pytest.raises(KtrayError, match="is saved and logged with its run"):
+    with pytest.raises(KtrayError, match="are saved and logged with their runs"):
         recipes.load(str(tmp_path / "r.yaml"), [])
-    with pytest.raises(KtrayError, match="is saved and logged with its run"):
+    with pytest.raises(KtrayError, match="are saved and logged with their runs"):
         recipes.override(recipes.Recipe(), {key: value})
 
 

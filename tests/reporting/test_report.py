@@ -163,7 +163,7 @@ def test_user_texts_are_shown_and_not_obeyed(full: Page) -> None:
 def test_numbers_of_the_run_are_on_the_page(full: Page) -> None:
     for expected in (
         "78.1%",
-        "+37.9 points against scratch · −8.1 points against teacher",
+        "+37.9 points compared with scratch · −8.1 points compared with teacher",
         "86.2%",
         "42.0%",
         "3 TFLOP",
@@ -213,7 +213,10 @@ def test_many_classes_have_a_matrix_up_to_fifty_and_pairs_above(tmp_path: Path, 
 
 
 def test_no_error_is_said(tmp_path: Path) -> None:
-    assert "Not one test image was mistaken" in page(tmp_path, result(), confusion=np.eye(2), classes=["a", "b"]).text
+    assert (
+        "The student made no errors on the test split"
+        in page(tmp_path, result(), confusion=np.eye(2), classes=["a", "b"]).text
+    )
 
 
 def test_a_result_with_little_in_it_has_a_page(tmp_path: Path) -> None:
@@ -346,5 +349,5 @@ def test_a_transfer_that_does_not_pay_is_told(student: float, scratch: float, to
         teacher_metric={"val": 0.92, "test": 0.5},
     )
     text = closing_table(found)
-    assert ("beats the distilled one (90.0%): its teacher knows" in text) is told
+    assert ("is better than the distilled student (90.0%): the teacher is less accurate than" in text) is told
     assert ("objective.name=scratch" in text) is told

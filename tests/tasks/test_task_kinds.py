@@ -84,7 +84,7 @@ def test_metrics_have_words_and_unknown_ones_keep_their_name():
 
 @pytest.mark.parametrize("keys", [{"adapt": "text"}, {"adapt": "auto", "candidates": ["text"]}])
 def test_a_head_from_class_names_is_for_classification(keys):
-    with pytest.raises(KtrayError, match=r"teacher\.adapt=text is for classification"):
+    with pytest.raises(KtrayError, match=r"teacher\.adapt=text needs a classification task"):
         task_kind("segmentation").candidates(TeacherConfig(**keys), has_text=True)
     assert task_kind("classification").candidates(TeacherConfig(**keys), has_text=True) == ["text"]
     with pytest.raises(KtrayError, match="'timm:x' has no text tower"):

@@ -101,7 +101,7 @@ def test_what_it_could_not_take_is_sent_by_the_next_job(toy: Path, monkeypatch: 
     assert job(toy, 1).close(30) == 0  # MLflow has everything
     assert received(toy) == []
     assert [line["text"] for line in logged(toy) if line["event"] == "note"] == [
-        "Toy is away, buffering: ConnectionError: nobody there"
+        "Toy is not reachable; events wait in this log: ConnectionError: nobody there"
     ]
     monkeypatch.delenv("TOY_FAULT")
     job(toy, 2).close(30)

@@ -114,7 +114,7 @@ def test_a_run_with_stages_results_artifacts_and_a_student(tmp_path: Path) -> No
     place = tmp_path / "mlflow-artifacts" / parent.info.run_id / "artifacts"
     assert (place / "plots" / "plot.txt").read_text() == "a plot"
     assert [e["text"] for e in events(tmp_path) if e["event"] == "note"] == [
-        f"MLflow refused 'artifact': FileNotFoundError: artifact {tmp_path / 'gone.txt'} is gone"
+        f"MLflow refused 'artifact': FileNotFoundError: artifact {tmp_path / 'gone.txt'} no longer exists"
     ]
 
     import mlflow
@@ -146,7 +146,7 @@ def test_what_lies_in_a_store_elsewhere_is_copied_until_it_is_sent(tmp_path: Pat
     assert (place / "report.html").read_bytes() == b"<html>"
     assert (place / "files" / "student" / "weights").read_bytes() == b"12"
     assert not (tmp_path / "run" / "artifacts").exists()
-    assert "near.txt is gone" in next(e["text"] for e in events(tmp_path) if e["event"] == "note")
+    assert "near.txt no longer exists" in next(e["text"] for e in events(tmp_path) if e["event"] == "note")
 
 
 def test_a_restart_goes_on_with_the_same_runs_and_repeats_no_step(tmp_path: Path) -> None:

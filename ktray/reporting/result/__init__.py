@@ -1,4 +1,4 @@
-"""The files that jobs leave as their results: a class for each, one function that writes them, and their schema."""
+"""The result files of jobs: a class for each file, the function that writes them, and their JSON Schema."""
 
 from ktray.reporting.result.bench import BenchResult
 from ktray.reporting.result.compare import CompareResult

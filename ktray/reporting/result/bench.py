@@ -8,7 +8,7 @@ from ktray.reporting.result.parts import JobRun, Number, ResultPart
 
 
 class RatePair(ResultPart):
-    """What ktray reaches beside a limit, in rates of each turn (`ktray.jobs.bench.rows.BenchRow`)."""
+    """A measured rate and the rate of its limit, for each repetition (`ktray.jobs.bench.rows.BenchRow`)."""
 
     name: str
     unit: str
@@ -16,13 +16,15 @@ class RatePair(ResultPart):
     limit: list[Number]
     reached: list[Number]
     facts: dict[str, Number | str]
-    ratio: Number = Field(description="median over the turns of reached / limit")
+    ratio: Number = Field(description="median over the repetitions of reached / limit")
 
 
 class BenchResult(JobRun):
     """jobs/bench.py."""
 
     rows: list[RatePair]
-    peak_memory_bytes: int = Field(description="of all processes together")
-    busy_cores_before: Number | None = Field(description="cores that other work kept busy; null: unknown")
+    peak_memory_bytes: int = Field(description="peak memory of all processes together")
+    busy_cores_before: Number | None = Field(
+        description="number of cores that other processes used before the benchmark; null: unknown"
+    )
     commit: str | None

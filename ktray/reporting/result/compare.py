@@ -11,15 +11,16 @@ from ktray.reporting.result.runs import TeacherMetric
 
 
 class LrTrial(ResultPart):
-    """A learning rate that was tried for a way."""
+    """A learning rate that was tried for a method."""
 
-    factor: Number = Field(description="on the recipe's own rate")
+    factor: Number = Field(description="factor on the learning rate of the recipe")
     lr: Number
     validation: Number
 
 
 class Reach(ResultPart):
-    """The first way's cheapest run that is as accurate as this way, and by how much cheaper it is."""
+    """The cheapest run of the first method that is at least as accurate as this method, and the ratio of their
+    costs."""
 
     name: str
     times: Number
@@ -28,14 +29,14 @@ class Reach(ResultPart):
 
 
 class WayRow(ResultPart):
-    """A way over all seeds; accuracies are fractions on the test split, costs means over seeds."""
+    """A method over all seeds. Accuracies are fractions on the test split; costs are means over the seeds."""
 
     name: str
     objective: str
-    source: str = Field(description="of the transfer set; none without one")
-    images: Number | None = Field(description="in the transfer set")
+    source: str = Field(description="source of the transfer set; none: there is no transfer set")
+    images: Number | None = Field(description="number of images in the transfer set")
     accuracy: Number
-    spread: Number | None = Field(description="standard deviation over seeds; null for one seed")
+    spread: Number | None = Field(description="standard deviation over the seeds; null for one seed")
     low: Number = Field(description="end of the 95% interval")
     high: Number = Field(description="end of the 95% interval")
     validation: Number
@@ -43,22 +44,24 @@ class WayRow(ResultPart):
     device_seconds: Number
     usd: Number | None
     stages: dict[str, Number] = Field(description="FLOPs by stage")
-    teacher_share: Number = Field(description="of the FLOPs, a fraction")
+    teacher_share: Number = Field(description="share of the FLOPs that the teacher took, a fraction")
     seeds: int
     runs: list[str]
-    family: str = Field(description="the way that this one is a smaller or shorter run of; else its own name")
-    pareto: bool = Field(description="no way is both cheaper and more accurate")
-    lead: list[Number] | None = Field(description="by how much the first way leads, low and high end of its interval")
+    family: str = Field(description="the method of which this is a smaller or shorter run; otherwise its own name")
+    pareto: bool = Field(description="true: no other method is both cheaper and more accurate")
+    lead: list[Number] | None = Field(
+        description="lead of the first method over this one: mean, low and high end of the 95% interval"
+    )
     reach: Reach | None
     steps: int
     lr: Number
-    share: Number = Field(description="of the steps that the budget allows")
-    keys: dict[str, Any] = Field(description="what the way sets in the recipe")
+    share: Number = Field(description="share of the steps that the budget allows")
+    keys: dict[str, Any] = Field(description="recipe keys that the method sets")
     trials: list[LrTrial]
 
 
 class Shared(ResultPart):
-    """What runs spent, and what they would have cost had they shared no stage."""
+    """The cost of runs, and what they would have cost without shared stages."""
 
     flops: Number
     flops_without_cache: Number
@@ -68,8 +71,8 @@ class Shared(ResultPart):
 
 class CompareSpent(Shared):
     ways: Shared
-    search: Shared = Field(description="of learning rates")
-    calibration: Shared = Field(description="short runs that measure the time of a step")
+    search: Shared = Field(description="cost of the search for learning rates")
+    calibration: Shared = Field(description="cost of short runs that measure the time of a step")
 
 
 class CompareResult(JobRun):
@@ -78,15 +81,15 @@ class CompareResult(JobRun):
     folder: str
     task: str | None
     student: str | None
-    equal: str = Field(description="what all ways have the same amount of")
+    equal: str = Field(description="the budget that is equal for all methods")
     seeds: list[int]
     label_budget: int
     metric: str
     test_images: int
-    first: str = Field(description="the way that all others are compared with")
+    first: str = Field(description="the method that all others are compared with")
     chosen_on_validation: str
     ways: list[WayRow]
     teacher_metric: TeacherMetric | None
     spent: CompareSpent
     lr_search: list[Number]
-    ktray: str = Field(description="version")
+    ktray: str = Field(description="version of ktray")

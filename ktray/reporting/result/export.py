@@ -1,4 +1,4 @@
-"""The result of jobs/export.py, which it leaves as ``export.json``."""
+"""The result of jobs/export.py, the file ``export.json``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ExportedStudent(ResultPart):
 class Tensor(ResultPart):
     name: str
     dtype: str
-    shape: list[int | None] = Field(description="null: any")
+    shape: list[int | None] = Field(description="null: any size")
 
 
 class Agreement(ResultPart):
-    """How far the logits of two models of the same images lie apart."""
+    """The differences between the logits of two models on the same images."""
 
     images: int
     max_difference: Number
@@ -38,12 +38,12 @@ class OnnxFile(ResultPart):
     opset: int
     input: Tensor
     output: Tensor
-    agreement: dict[str, Agreement] = Field(description="with PyTorch, by split")
+    agreement: dict[str, Agreement] = Field(description="agreement with PyTorch, by split")
 
 
 class PreprocessingCheck(ResultPart):
-    levels: int = Field(description="largest difference of a pixel, of 255")
-    images: int = Field(description="that differ at all")
+    levels: int = Field(description="largest difference of a pixel, in levels of 255")
+    images: int = Field(description="number of images with any difference")
 
 
 class QuantiseSetting(ResultPart):
@@ -57,14 +57,14 @@ class ChosenSetting(QuantiseSetting):
 
 
 class TriedSetting(QuantiseSetting):
-    val: Number = Field(0, description="the metric on validation; left out where it failed")
-    error: str = Field("", description="why it failed; left out where it did not")
+    val: Number = Field(0, description="the metric on validation; left out if the setting failed")
+    error: str = Field("", description="why the setting failed; left out if it did not fail")
 
 
 class Int8File(ResultPart):
     setting: ChosenSetting
-    drop: Number = Field(description="of the metric on validation")
-    images: int = Field(description="training images that the ranges were measured on")
+    drop: Number = Field(description="loss of the metric on validation by quantisation")
+    images: int = Field(description="number of training images on which the value ranges were measured")
     tried: list[TriedSetting]
 
 
@@ -76,8 +76,8 @@ class ModelScore(ResultPart):
 
 class ExportMetric(ResultPart):
     name: str
-    val: dict[str, ModelScore] = Field(description="by model: pytorch, onnx, int8")
-    test: dict[str, ModelScore] | None = Field(description="null without a test split")
+    val: dict[str, ModelScore] = Field(description="scores by model: pytorch, onnx, int8")
+    test: dict[str, ModelScore] | None = Field(description="scores by model; null without a test split")
 
 
 class LatencyRow(ResultPart):
@@ -105,9 +105,9 @@ class ShippedFile(ResultPart):
 
 
 class LoggedModel(ResultPart):
-    """The export in MLflow; name, version and alias where it is registered."""
+    """The export in MLflow. It has a name, a version and an alias if it is registered."""
 
-    model_uri: str | None = Field(description="null where the server did not answer")
+    model_uri: str | None = Field(description="address of the model; null: the server did not answer")
     name: str = ""
     version: str = ""
     alias: str = ""
@@ -119,16 +119,16 @@ class ExportResult(Result):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     __pydantic_extra__: dict[str, dict[str, Any] | None]
 
-    key: str = Field(description="of all that the export is made of")
+    key: str = Field(description="digest of everything that the export depends on")
     time: Number = Field(description="seconds since 1970")
     date: str
-    run_id: str = Field(description="of the run whose student this is")
+    run_id: str = Field(description="id of the run whose student is exported")
     student: ExportedStudent
     onnx: OnnxFile
     preprocessing: PreprocessingCheck
     int8: Int8File | None
     metric: ExportMetric
-    unusable: dict[str, int] = Field(description="images that could not be used, by split")
+    unusable: dict[str, int] = Field(description="number of images that could not be used, by split")
     latency: Latency
     device: Device
     versions: dict[str, str]

@@ -8,28 +8,29 @@ from ktray.reporting.result.parts import Images, Number, PipelineRun, ResultPart
 
 
 class ValidationMetric(ResultPart):
-    name: str = Field(description="the task's metric: a key of what its kind measures")
-    val: Number = Field(description="of the weights that were kept, a fraction")
+    name: str = Field(description="the metric of the task, one of those of the task kind")
+    val: Number = Field(description="the metric of the kept weights on validation, a fraction")
 
 
 class StudentMetric(ValidationMetric):
-    """Beside the keys named here each metric of the task's kind under its own name, on the test split."""
+    """In addition to the keys here, it has each metric of the task kind on the test split, under the name of the
+    metric."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Number] = Field(init=False)
 
     test: Number
     per_class: dict[str, Number | None] = Field(
-        default_factory=dict, description="by class; null for a class that does not occur"
+        default_factory=dict, description="accuracy by class; null for a class that does not occur"
     )
     test_images: int
 
 
 class ComparedMetric(ResultPart):
-    """Another model than the student, by the task's metric."""
+    """The task's metric of a model that the student is compared with."""
 
     val: Number
-    test: Number = Field(0, description="left out by a trial, and where this model was not tested")
+    test: Number = Field(0, description="left out in a trial, or if the model was not tested")
 
 
 class TeacherMetric(ComparedMetric):
@@ -37,29 +38,29 @@ class TeacherMetric(ComparedMetric):
 
 
 class ClusterShare(ResultPart):
-    workers: int | str = Field(description="training workers, a number or min..max")
+    workers: int | str = Field(description="number of training workers, or a range min..max")
     cpus: Number
     gpus: Number
 
 
 class StudentRun(PipelineRun):
-    """What a run that trains a student leaves."""
+    """The result of a run that trains a student."""
 
     task: str | None
     objective: str
     student: str | None
-    teacher: str | None = Field(description="null where the objective has none")
+    teacher: str | None = Field(description="null: the objective has no teacher")
     seed: int
-    label_budget: int = Field(description="labelled images to learn from")
+    label_budget: int = Field(description="number of labelled training images")
     data: Images
     cluster: ClusterShare
     teacher_metric: TeacherMetric | None = None
-    scratch_metric: ComparedMetric | None = Field(None, description="of the student without pretraining")
+    scratch_metric: ComparedMetric | None = Field(None, description="metric of the student without pretraining")
     transfer_set: TransferSet | None = None
 
 
 class TrialResult(StudentRun):
-    """A run of which validation will choose: it has not read the test split."""
+    """The result of a trial, which does not read the test split."""
 
     metric: ValidationMetric
 
@@ -77,18 +78,20 @@ class IndexSearch(ResultPart):
     rows: int
     trained_on: int
     probes: int
-    recall: dict[str, Number] = Field(description="share of the true neighbours that are found, by how many are asked")
+    recall: dict[str, Number] = Field(
+        description="share of the true nearest neighbours that the search finds, by their number"
+    )
     key: str
 
 
 class GalleryIndex(ResultPart):
     folder: str
     images: int
-    rows: int = Field(description="embeddings: of an image and of each of its crops")
+    rows: int = Field(description="number of embeddings, one for each image and for each of its crops")
     shards: int
     dimensions: int
     crops: str
-    search: IndexSearch | None = Field(description="null: every row is compared")
+    search: IndexSearch | None = Field(description="null: exact search")
 
 
 class IndexResult(PipelineRun):
@@ -100,10 +103,10 @@ class IndexResult(PipelineRun):
 
 
 class QueryCounts(ResultPart):
-    """How many images the queries brought."""
+    """The numbers of images that the queries contributed."""
 
     count: int
-    empty: int = Field(description="queries that brought none")
+    empty: int = Field(description="number of queries that contributed no image")
     least: int
     median: Number
     most: int
@@ -116,22 +119,22 @@ class ClassCoverage(ResultPart):
 
 
 class Histogram(ResultPart):
-    edges: list[Number] = Field(description="one more than there are counts")
+    edges: list[Number] = Field(description="edges of the bins, one more than counts")
     counts: list[int]
 
 
 class Coverage(ResultPart):
-    """How evenly the queries brought the set (`ktray.retrieval.coverage`)."""
+    """How evenly the queries contributed to the transfer set (`ktray.retrieval.coverage`)."""
 
     queries: QueryCounts
-    share: Number = Field(description="images that each query would bring at an equal share")
+    share: Number = Field(description="number of images of each query at an equal share")
     classes: dict[str, ClassCoverage]
     similarity: Histogram
 
 
 class CuratedSet(TransferSet):
-    gallery: int = Field(description="images that there were to choose from")
-    coverage: Coverage | None = Field(description="null where no query chose the images")
+    gallery: int = Field(description="number of images to choose from")
+    coverage: Coverage | None = Field(description="null: the images were chosen without queries")
 
 
 class CurateResult(PipelineRun):

@@ -14,7 +14,7 @@ from ktray.reporting.result.parts import Result
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
-# By the job that leaves it. The file itself does not name its job; its keys do.
+# By the job that writes the result. A result does not name its job; the keys differ between jobs.
 RESULTS: dict[str, type[Result]] = {
     "distill": DistillResult,
     "trial": TrialResult,
@@ -29,21 +29,22 @@ RESULTS: dict[str, type[Result]] = {
 
 
 class _Plain(GenerateJsonSchema):
-    """Without titles that only repeat the key."""
+    """Leaves out titles, which would only repeat the keys."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def json_schema() -> dict[str, Any]:
-    """A schema (draft 2020-12) that each job's result meets; ``$defs`` has one for each class of `RESULTS`."""
-    _, found = models_json_schema([(model, "validation") for model in RESULTS.values()], schema_generator=_Plain)
+    """A schema (draft 2020-12) that the result of each job satisfies; ``$defs`` has a schema for each class of
+    `RESULTS`."""
+    _, models = models_json_schema([(model, "validation") for model in RESULTS.values()], schema_generator=_Plain)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "What a job of ktray leaves: result.json, and export.json of jobs/export.py",
+        "title": "The results of ktray's jobs: result.json, and export.json of jobs/export.py",
         "description": "Made by `python -m ktray.reporting.result > docs/result.schema.json`.",
         "anyOf": [{"title": job, "$ref": f"#/$defs/{model.__name__}"} for job, model in RESULTS.items()],
-        "$defs": found["$defs"],
+        "$defs": models["$defs"],
     }
 
 

@@ -1,4 +1,4 @@
-"""The result of jobs/tune.py, and the records of its trials, which are in it as they are stored."""
+"""The result of jobs/tune.py, and the records of its trials, which the result contains as they are stored."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from pydantic import ConfigDict, Field
 from ktray.reporting.result.parts import JobRun, Number, Result, ResultPart
 
 RUNNING = "running"
-Plain = str | int | float | bool | None  # a value of a recipe's key that Optuna can choose
+Plain = str | int | float | bool | None  # a value of a recipe key that Optuna can choose
 
 
 @dataclass
 class TrialPoint:
-    """One run of a trial: a whole recipe, and a model that can be had for its cost.
+    """One run of a trial, with a complete recipe: a model and its cost.
 
     Attributes:
-        trial, rung: whose, and which of its runs.
-        share, steps: of the trial's steps.
-        run: id of its run folder, whose ``recipe.yaml`` runs again.
-        validation: the task's metric, 0..1.
-        cost: of all stages that the model needs, made here or before, in the search's unit of cost.
-        whole: the same in all units.
+        trial: number of the trial.
+        rung: number of the run in the trial.
+        share: share of the trial's steps.
+        steps: pretraining steps of the run.
+        run: id of the run folder, whose ``recipe.yaml`` runs again.
+        validation: the task's metric on validation, 0..1.
+        cost: cost of all stages that the model needs, including reused stages, in the unit of cost of the search.
+        whole: ``cost`` in all units.
         own: FLOPs of the stages that train the student.
-        resource: the cost of the trial's students up to here; what those who stop trials count in.
+        resource: cost of the trial's students so far, by which the rule that stops trials compares them.
         spent: what the run spent, in all units.
-        seconds: by the clock.
+        seconds: wall-clock time.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -52,11 +54,12 @@ class TrialRecord:
     ``over_cost_limit`` (see `ktray.jobs.tune.records`).
 
     Attributes:
-        params: Optuna's.
-        keys: of the recipe; ``train.steps`` may be fewer than in ``params``, where the cost limit asks for it.
-        reason: why it ended, where it did not come to its end.
-        flops, planned: of the whole recipe by the plan, and the same in the search's unit of cost.
-        lost: what its run that failed or was stopped had spent.
+        params: parameters of Optuna.
+        keys: recipe keys of the trial; ``train.steps`` may be lower than in ``params`` to keep the cost limit.
+        reason: why the trial ended early; empty if it did not.
+        flops: planned FLOPs of the whole recipe.
+        planned: planned cost of the whole recipe, in the unit of cost of the search.
+        lost: what a run of the trial that failed or was stopped had spent.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -77,7 +80,7 @@ class TrialRecord:
 
 
 class Spending(ResultPart):
-    """By unit: flops, device_seconds, usd, wall (seconds)."""
+    """Limits and spending by unit: flops, device_seconds, usd, wall (seconds)."""
 
     limits: dict[str, Number]
     spent: dict[str, Number]
@@ -85,23 +88,24 @@ class Spending(ResultPart):
 
 @dataclass
 class GivenPoint(TrialPoint):
-    """The recipe that the search began with. ``on_front``: no trial is both cheaper and more accurate."""
+    """The baseline: the recipe before any change by the search. ``on_front``: it is in the Pareto set."""
 
     on_front: bool
 
 
 @dataclass
 class WinnerPoint(TrialPoint):
-    """The best trial, which alone is tested.
+    """The best trial, which is the only one that is tested.
 
     Attributes:
-        name: for people.
-        keys: what the trial sets in the recipe.
-        is_given: it is the recipe that the search began with.
-        seeds, runs, validation_seeds, test_seeds: of each run of the winner.
-        test, spread: mean and standard deviation over seeds; null without a run, and for one seed.
-        missing: by seed, why it was not trained.
-        student: folder of the first seed's student.
+        name: name of the trial for people.
+        keys: recipe keys that the trial sets.
+        is_given: whether it is the baseline.
+        seeds, runs, validation_seeds, test_seeds: seed, run id and metrics of each run of the winner.
+        test: mean of the metric on test over the seeds; null without a run.
+        spread: standard deviation over the seeds; null with fewer than two runs.
+        missing: by seed, why the winner was not trained with it.
+        student: folder of the student of the first seed.
     """
 
     name: str
@@ -118,7 +122,7 @@ class WinnerPoint(TrialPoint):
 
 
 class TuneProgress(Result):
-    """jobs/tune.py while it runs: the best so far."""
+    """jobs/tune.py during the search: the best trial so far."""
 
     state: Literal["running"]
     budget: Spending
@@ -128,7 +132,7 @@ class TuneProgress(Result):
 
 
 class TuneResult(JobRun):
-    """jobs/tune.py at its end."""
+    """jobs/tune.py after the search."""
 
     state: Literal["finished"]
     folder: str
@@ -137,15 +141,19 @@ class TuneResult(JobRun):
     search: str
     stop: str
     cost: str = Field(description="the unit of cost")
-    cost_limit: Number | None = Field(description="what the winner may cost, in times of the recipe as given")
+    cost_limit: Number | None = Field(
+        description="largest cost of the winner, as a multiple of the cost of the baseline"
+    )
     space: list[str]
     budget: Spending
     trials: list[TrialRecord]
-    front: list[TrialPoint] = Field(description="the Pareto set of cost and validation, by rising cost")
+    front: list[TrialPoint] = Field(description="the Pareto set of cost and validation, sorted by cost")
     given: GivenPoint
     winner: WinnerPoint
     importance: dict[str, Number] = Field(description="share of the variance of validation that a key explains")
     importance_of_transfer_set: Number
-    sharing: dict[str, Number] = Field(description="what was spent, and what it would have been without shared stages")
-    ktray: str = Field(description="version")
-    says: str = Field(description="what came of it, in a sentence")
+    sharing: dict[str, Number] = Field(
+        description="cost of the search, and what it would have cost without shared stages"
+    )
+    ktray: str = Field(description="version of ktray")
+    says: str = Field(description="the outcome in a sentence")

@@ -81,14 +81,14 @@ class _Heldout:
             except BadImage:
                 continue
         prints = fingerprint_heldout(images)
-        found = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
+        columns = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
         if not self.preprocess:
-            return found
+            return columns
         mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
         pixels = [self.preprocess.eval_transform(image) for image in [*images, *mirrored]]
-        twice = {name: np.concatenate([column, column]) for name, column in found.items()}
-        twice["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
-        return twice
+        both = {name: np.concatenate([column, column]) for name, column in columns.items()}
+        both["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
+        return both
 
 
 @dataclass(frozen=True)

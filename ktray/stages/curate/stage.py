@@ -205,7 +205,7 @@ def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDupli
 def _choose(
     inputs: CurateInputs,
     gallery: Gallery,
-    asked: Queries,
+    query_set: Queries,
     nearest: Callable[..., Hits],
     exclude: np.ndarray,
     repeats: SetDuplicates | None,
@@ -230,14 +230,14 @@ def _choose(
 
     def hits(k: int) -> Hits:
         nonlocal last
-        reporter.meter.add(flops=2 * total * asked.embedding.size)
-        last = nearest(asked.embedding, k=k)
+        reporter.meter.add(flops=2 * total * query_set.embedding.size)
+        last = nearest(query_set.embedding, k=k)
         return last
 
     strategy = part.chosen_strategy
     able = strategy.needs_predictions or task_kind(inputs.kind).image_classes
     predict = adapt_stage.frozen_predictions(adapt) if able else None
-    chosen = retrieve(strategy, hits, len(asked), gallery, int(part.size or 1), exclude, predict, repeats)
+    chosen = retrieve(strategy, hits, len(query_set), gallery, int(part.size or 1), exclude, predict, repeats)
     repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
     return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict, strategy)
 
@@ -246,7 +246,7 @@ def _write(
     stage: Stage,
     gallery: Gallery,
     chosen: Selection,
-    asked: Queries,
+    query_set: Queries,
     beside: list[str],
     agreed: dict[str, np.ndarray],
     copies: DuplicateTable,
@@ -255,7 +255,7 @@ def _write(
 ) -> list[str]:
     """Write ``transfer.parquet`` and ``dropped.parquet``; returns the uris of the chosen images."""
     uris = gallery.take("uri", chosen.gallery)
-    origin = [asked.uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
+    origin = [query_set.uris[q] if q >= 0 else "" for q in chosen.query.tolist()]
     write_rows(
         stage,
         "transfer.parquet",
@@ -307,7 +307,7 @@ def _target(inputs: CurateInputs, stage: Stage) -> CurateManifest:
 
 
 def _sheet(
-    inputs: CurateInputs, stage: Stage, chosen: Selection, uris: list[str], asked: Queries, dropped: dict[str, int]
+    inputs: CurateInputs, stage: Stage, chosen: Selection, uris: list[str], query_set: Queries, dropped: dict[str, int]
 ) -> None:
     """Draw the contact sheet: queries from different classes on the left, and the images that they found on the
     right."""
@@ -320,12 +320,12 @@ def _sheet(
         picks = rng.permutation(len(uris))[: SHEET_ROWS * SHEET_COLUMNS].tolist()
         groups = [(None, "random", picks[i : i + SHEET_COLUMNS]) for i in range(0, len(picks), SHEET_COLUMNS)]
     else:
-        order, labels = rng.permutation(sorted(by_query)).tolist(), asked.labels
-        seen: set[int] = set()
-        first = [q for q in order if not (int(labels[q]) in seen or seen.add(int(labels[q])))]  # type: ignore[func-returns-value]
+        order, labels = rng.permutation(sorted(by_query)).tolist(), query_set.labels
+        shown_labels: set[int] = set()
+        first = [q for q in order if not (int(labels[q]) in shown_labels or shown_labels.add(int(labels[q])))]  # type: ignore[func-returns-value]
         rows = (first + [q for q in order if q not in first])[:SHEET_ROWS]
         groups = [
-            (asked.uris[q], _caption(inputs, asked.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
+            (query_set.uris[q], _caption(inputs, query_set.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
             for q in sorted(rows, key=lambda q: (int(labels[q]), q))
         ]
     wanted = [u for u, _, _ in groups if u] + [uris[i] for _, _, hits in groups for i in hits]
@@ -342,7 +342,7 @@ def _sheet(
     title = f"Transfer set, {part.source}: queries (left) and the nearest images that they found (right)"
     copied = sum(count for reason, count in dropped.items() if reason != REPEATED)
     counts = (
-        f"{len(asked)} queries · {len(uris):,} images · dropped: {copied} copies of held-out images, "
+        f"{len(query_set)} queries · {len(uris):,} images · dropped: {copied} copies of held-out images, "
         f"{dropped.get(REPEATED, 0)} near-duplicates within the set"
     )
     stream = io.BytesIO()

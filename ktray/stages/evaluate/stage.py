@@ -171,7 +171,7 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
     finished = finished_shards(stage)
     reporter.expect(len(inputs.task.test))
     reporter.shards(s.resumed() for s in finished.values())
-    students = {name: starting_at(inputs.student, made) for name, made in inputs.weights.items()}
+    students = {name: starting_at(inputs.student, trained) for name, trained in inputs.weights.items()}
     todo = [i for i in items if i["name"] not in finished]
     prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
     finish = _MakeScore(stage, kind, students, teacher, len(classes))

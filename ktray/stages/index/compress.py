@@ -68,10 +68,10 @@ def compress(part: GalleryConfig, gallery: Gallery, plan: Allocation) -> dict[st
     return asdict(built)
 
 
-def nearest(found: dict[str, Any], gallery: Gallery) -> Callable[[np.ndarray, int], Hits]:
+def nearest(entry: dict[str, Any], gallery: Gallery) -> Callable[[np.ndarray, int], Hits]:
     """A function from (queries, k) to hits, which searches the compressed index of a manifest."""
-    index, read = faiss_index.load(_home(gallery, found["factory"])), vectors(gallery)
-    return lambda queries, k: faiss_index.search(index, queries, k, int(found["probes"]), read)
+    index, read = faiss_index.load(_home(gallery, entry["factory"])), vectors(gallery)
+    return lambda queries, k: faiss_index.search(index, queries, k, int(entry["probes"]), read)
 
 
 def _home(gallery: Gallery, factory: str) -> Path:

@@ -193,7 +193,7 @@ def retrieve(
 
 def agreement(
     chosen: Selection,
-    found: Hits,
+    hits: Hits,
     gallery: Gallery,
     exclude: np.ndarray,
     predict: Callable[[np.ndarray], np.ndarray] | None,
@@ -203,16 +203,16 @@ def agreement(
     same candidates.
 
     Args:
-        found: the candidates.
+        hits: the candidates.
         exclude, predict: as in `retrieve`; without ``predict``, strategies that need it are left out.
         own: the strategy that chose the images; it is compared with its own keys.
 
     Returns:
         An empty dictionary if there are more than `COMPARED` candidates.
     """
-    if found[1].size > COMPARED:
+    if hits[1].size > COMPARED:
         return {}
-    candidates = Candidates(*found, gallery.embeddings, predict)
+    candidates = Candidates(*hits, gallery.embeddings, predict)
     # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
     # installed.
     compared = {config.strategy_name(): config() for config in strategies() if config.compared}

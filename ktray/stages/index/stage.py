@@ -94,11 +94,11 @@ class _EmbedGallery:
         self.flops = tower_flops(self.model)
 
     def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        embedding = made = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
+        embedding = computed = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
         if "given" in columns:
             embedding = _unit(columns.pop("given").astype(np.float32))
-            _check_given(embedding[: len(made)], made, item["source"], self.plan.spec)
-        return _write_part(self.plan.folder, item, columns, embedding, self.flops * len(made)).to_json()
+            _check_given(embedding[: len(computed)], computed, item["source"], self.plan.spec)
+        return _write_part(self.plan.folder, item, columns, embedding, self.flops * len(computed)).to_json()
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ def _unit(embedding: np.ndarray) -> np.ndarray:
     return unit
 
 
-def _check_given(given: np.ndarray, made: np.ndarray, source: str, spec: TeacherSpec) -> None:
+def _check_given(given: np.ndarray, computed: np.ndarray, source: str, spec: TeacherSpec) -> None:
     """Raise `KtrayError` unless precomputed embeddings agree with the teacher's embeddings of the same images."""
-    widths = given.shape[1], made.shape[1]
-    cosine = float(np.median((given.astype(np.float32) * made).sum(1))) if widths[0] == widths[1] else 0.0
+    widths = given.shape[1], computed.shape[1]
+    cosine = float(np.median((given.astype(np.float32) * computed).sum(1))) if widths[0] == widths[1] else 0.0
     if cosine < SAME:
         raise KtrayError(
             f"'{source}' holds embeddings of another encoder than {spec.source.name}: width {widths[0]} against "
-            f"{widths[1]}, median cosine {cosine:.2f} on {len(made)} of its images",
+            f"{widths[1]}, median cosine {cosine:.2f} on {len(computed)} of its images",
             "Set teacher.name and teacher.checkpoint to their encoder, or index the images themselves.",
         )
 
@@ -307,7 +307,7 @@ def _held(folder: IndexDir, spec: TeacherSpec | None) -> list[str]:
     if unfinished := folder.unfinished():
         raise KtrayError(
             f"The index '{folder.uri}' is incomplete: a job that adds shards to it is running or was interrupted (the "
-            f"index has {len(whole):,} shards, and that job adds up to {max(unfinished):,})",
+            f"index has {len(whole):,} shards; the gallery of that job has {max(unfinished):,})",
             "Let that job finish (jobs/index.py with the same gallery.data continues it), or set gallery.data to the "
             "images.",
         )

@@ -140,7 +140,7 @@ def run(
     view_size = max(student_size, *spec.preprocess.size) if spec else student_size
     canvas = canvas_preprocess(student, context.canvas) if traits.views == "canvas" else None
     map_side = map_side if "patch_embedding" in targets else 0
-    asked = tuple(t for t in targets if t in TEACHER_TARGETS)
+    teacher_targets = tuple(t for t in targets if t in TEACHER_TARGETS)
     inputs = TeachInputs(
         curate=curate,
         adapt=adapt,
@@ -151,7 +151,7 @@ def run(
         map_side=map_side,
         classes=len(context.task.classes),
         positions=context.kind.positions(view_size),
-        predict=Predict(spec, asked, student_size, map_side, top_k=int(part.top_k)) if spec else None,
+        predict=Predict(spec, teacher_targets, student_size, map_side, top_k=int(part.top_k)) if spec else None,
     )
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
 
@@ -164,12 +164,12 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     table = read_rows(inputs.curate.stage, "transfer.parquet", ["uri", *wanted])
     uris = table["uri"].tolist()
     tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
-    beside = {"text": tokens, "label": table.get("label")}
+    extra = {"text": tokens, "label": table.get("label")}
     per_shard = int(max(1, min(512, SHARD_BYTES // (part.views * 3 * view_size**2), -(-len(uris) // 8))))
     items = []
     for i in range(0, len(uris), per_shard):
         span = slice(i, i + per_shard)
-        along = {name: values[span].tolist() for name, values in beside.items() if values is not None}
+        along = {name: values[span].tolist() for name, values in extra.items() if values is not None}
         items.append({"name": f"shard-{i // per_shard:06d}.parquet", "uris": uris[span], "beside": along})
     if cached:
         rows = _store(inputs, runtime, stage, reporter, items)

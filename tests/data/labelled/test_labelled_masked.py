@@ -228,10 +228,10 @@ def test_palette_masks_and_turned_photos(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "what"),
     [
-        ({"labels_per_class": 3}, r"labels_per_class does not go with task\.kind=segmentation.*task\.labels=N"),
+        ({"labels_per_class": 3}, r"labels_per_class cannot be used with task\.kind=segmentation.*task\.labels=N"),
         ({"layout": "eurosat"}, r"layout=eurosat is a layout without masks"),
         ({"splits": "somewhere"}, r"task\.splits is only for the layout of ADE20K"),
-        ({"kind": "classification", "labels": 3}, r"task\.labels counts .*task\.labels_per_class"),
+        ({"kind": "classification", "labels": 3}, r"task\.labels is the label budget .*task\.labels_per_class"),
     ],
 )
 def test_keys_that_do_not_go_with_the_kind(tmp_path, keys, what):

@@ -62,7 +62,7 @@ def test_a_damaged_result(run: Path, text: str) -> None:
 
 def test_segmentation_is_refused(run: Path) -> None:
     (run / "student" / "segmentation.json").write_text("{}")
-    with pytest.raises(KtrayError, match="of a segmentation task"):
+    with pytest.raises(KtrayError, match="has a segmentation student"):
         find(asked(run.parents[1]))
 
 
