@@ -196,7 +196,7 @@ def test_an_outside_source_is_like_the_built_in_ones(toys: Path, tmp_path: Path)
             assert decode_image(name, data, error, max_pixels=10_000).shape == (
                 (30, 20, 3) if name == crop else (40, 36, 3)
             )
-        with pytest.raises(KtrayError, match=r"holds 5 image files and 1 zip archives.*\*\*/\*\.zip"):
+        with pytest.raises(KtrayError, match=r"contains 5 image files and 1 zip archives.*\*\*/\*\.zip"):
             gallery_shards(str(tmp_path), "auto", None)
         with pytest.raises(KtrayError, match=r"\.parquet files or \.zip archives"):
             gallery_shards(str(toys / "toyplaces" / "source.py"), "auto", None)
