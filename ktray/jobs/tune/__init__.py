@@ -1,1 +1,1 @@
-"""The best small model that a budget buys: Ray Tune and Optuna over the pipeline's recipes (`ktray.jobs.tune.run`)."""
+"""The search for the best small model within a budget: Ray Tune and Optuna over recipes (`ktray.jobs.tune.run`)."""

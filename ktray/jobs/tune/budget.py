@@ -1,8 +1,9 @@
-"""The budget of a search: what is spent, what is promised to those that run, what is kept for the winner.
+"""The budget of a search: what is spent, what is allowed to running runs, and what is reserved for the winner.
 
-Nothing is begun that does not fit, by the plan and by what earlier runs took; what has begun gets an allowance and is
-stopped at it. So what was spent is within the budget, however wrong a plan is. What a run spends are the attempts that
-it made itself, by the ledger: a stage that several need is charged once, to the run that made it.
+A run starts only if it fits into the budget, judged by its plan and by the cost of earlier runs. Each run has an
+allowance and is stopped when it reaches it, so the search stays within the budget even if a plan is wrong. A run is
+charged for the attempts that it made itself, according to the ledger. So a stage that several runs need is charged
+once, to the run that computed it.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from ktray.errors import KtrayError
 from ktray.recipe.tune import BudgetConfig
 
 UNITS = ("flops", "device_seconds", "usd")
-DEFAULT_WALL = 15.0  # minutes, where no limit is set
-SLACK = 1.5  # a run may cost so many times what was planned
-LOOK_SECONDS = 4.0  # seconds of work that may pass between two looks at the accounts, stopping included
-RECORD_SECONDS = 5.0  # seconds between records of the time that has passed
-START = 5.0  # seconds in which a stage starts, before any was seen
-OVERHEAD = 5.0  # seconds that a run takes beside its stages, likewise
+DEFAULT_WALL = 15.0  # minutes, if no limit is set
+SLACK = 1.5  # a run may cost this factor times its plan
+LOOK_SECONDS = 4.0  # seconds of work between two looks at the ledger, including the time to stop a run
+RECORD_SECONDS = 5.0  # seconds between two records of the elapsed time
+START = 5.0  # assumed seconds of start-up of a stage, until one was measured
+OVERHEAD = 5.0  # assumed seconds of a run outside its stages, until one was measured
 RUN = "run"
-CLOSING = 0.04  # share of the time that is left for the page and the logs
+CLOSING = 0.04  # share of the time that is reserved for the page and the logs
 CLOSING_LEAST = 8.0  # seconds
 
 Amounts = dict[str, float]
 
 
 class BudgetExceeded(KtrayError):
-    """A run was stopped, since its allowance is spent."""
+    """A run was stopped or refused because the budget does not allow it."""
 
 
 def limits(budget: BudgetConfig) -> Amounts:
-    """The limits of the recipe, with ``wall`` and ``device_seconds`` in seconds."""
+    """Return the limits of the recipe, with ``wall`` and ``device_seconds`` in seconds."""
     by_unit = {
         "usd": budget.usd,
         "device_seconds": None if budget.device_hours is None else 3600 * budget.device_hours,
@@ -48,7 +49,7 @@ def limits(budget: BudgetConfig) -> Amounts:
 
 
 def amounts(entries: Iterable[Entry]) -> Amounts:
-    """What attempts cost, in each unit; USD are left out where a device has no price."""
+    """Return the cost of attempts in each unit; without USD if a device has no price."""
     made = [e for e in entries if PART_OF.get(e.stage, e.stage) in STAGES]
     total = {"flops": float(sum(e.flops for e in made)), "device_seconds": sum(e.device_seconds for e in made)}
     if all(e.usd is not None for e in made):
@@ -61,32 +62,37 @@ Seen = tuple[float, float, float]  # FLOPs, wall seconds, device-seconds
 
 @dataclass
 class CostRate:
-    """How long runs take, by stage: a fixed part and one for each FLOP, learned from the stages that were made.
+    """How long runs take, by stage: a fixed time and a time for each FLOP, estimated from the computed stages.
 
     Attributes:
-        rate: FLOP/s that are assumed until then.
-        seen: of each stage what it took; of `RUN` what a run takes beside its stages.
+        rate: FLOP/s that are assumed until stages were measured.
+        seen: measurements of each stage, and, under `RUN`, of the time of a run outside its stages.
     """
 
     rate: float
     seen: dict[str, list[Seen]] = field(default_factory=dict)
 
     def learn(self, entries: Iterable[Entry], wall: float) -> None:
-        """Take in a run that came to its end.
+        """Add the measurements of a finished run.
 
         Args:
-            wall: seconds that it took, waiting for others included.
+            entries: attempts of the run.
+            wall: seconds that the run took, including the time that it waited for others.
         """
         made = [e for e in entries if e.state == "done"]
         for e in made:
             seen = self.seen.setdefault(e.stage, [])
             seen.append((float(e.flops), e.wall_seconds, e.device_seconds))
         overhead = max(0.0, wall - sum(e.wall_seconds for e in made))
-        if len(made) < 3:  # one that makes much may have waited for what others made
+        if len(made) < 3:  # a run with many stages may have waited for stages of other runs
             self.seen.setdefault(RUN, []).append((0.0, overhead, 0.0))
 
     def cost(self, stages: Mapping[str, float]) -> tuple[float, float]:
-        """Wall seconds and device-seconds of a run that makes stages of so many FLOPs."""
+        """Estimate wall seconds and device-seconds of a run.
+
+        Args:
+            stages: FLOPs of each stage that the run computes.
+        """
         costs = [self._stage(name, flops) for name, flops in stages.items()]
         overhead = self.seen.get(RUN)
         extra = sum(s[1] for s in overhead) / len(overhead) if overhead else OVERHEAD
@@ -98,7 +104,7 @@ class CostRate:
         if not seen:
             return guess, guess
         if len({s[0] for s in seen}) < 3:
-            # Too few to tell the two parts apart: the guess, corrected by how wrong it was in all.
+            # Too few measurements to separate the two parts: scale the guess by its error over all measurements.
             whole = sum(START + s[0] / self.rate for s in seen)
             return guess * sum(s[1] for s in seen) / whole, guess * sum(s[2] for s in seen) / whole
         import numpy as np
@@ -112,18 +118,20 @@ class CostRate:
 
 @dataclass
 class SearchBudget:
-    """What a search may still spend; safe from any thread.
+    """What a search has spent and may still spend. All methods are safe to call from any thread.
 
     Attributes:
-        limits: by unit (`UNITS` and ``wall``, seconds); units that are not in it have no limit.
-        parallel: runs at once.
-        hourly: USD of an hour of one device, None where it has no price.
-        keep: writes `state` to a place that outlives the process.
-        charged: by run id, what it spent.
+        limits: limit of each unit (`UNITS`, and ``wall`` in seconds); a unit without an entry has no limit.
+        speed: estimates the time of runs.
+        parallel: number of runs at once.
+        hourly: price of one device in USD an hour, None if it has no price.
+        keep: stores `state` so that it survives the process.
+        clock: the time in seconds.
+        charged: what each run spent, by run id.
         before: seconds that earlier processes of this search took.
-        promised, planned, open_runs: by the name of a run that is under way, its allowance, its plan and its run id.
-        reserve: kept for the winner.
-        grown: an earlier process of the search had other limits.
+        promised, planned, open_runs: allowance, plan and run id of each running run, by its name.
+        reserve: amounts that are reserved for the winner.
+        grown: whether an earlier process of the search had other limits.
     """
 
     limits: Amounts
@@ -145,8 +153,8 @@ class SearchBudget:
         self._began = self.clock()
         if "usd" in self.limits and self.hourly is None:
             raise KtrayError(
-                "budget.usd is set, and a device of this cluster has no price",
-                "Set prices.NAME (USD an hour), or another budget.",
+                "budget.usd is set, but a device of this cluster has no price",
+                "Set prices.NAME (USD an hour), or another limit in budget.",
             )
 
     # ------------------------------------------------------------------------------------------- state
@@ -162,7 +170,10 @@ class SearchBudget:
         return {**total, "wall": self.elapsed}
 
     def left(self) -> Amounts:
-        """What nobody has spent, been promised, or needs at the end; of time, what is left until the winner's turn."""
+        """Return the part of each limit that is neither spent, nor promised, nor reserved for the end of the search.
+
+        For time, this is the time until the training of the winner must start.
+        """
         with self._lock:
             spent = self.spent()
             left = {}
@@ -172,16 +183,16 @@ class SearchBudget:
             return left
 
     def share(self) -> float:
-        """Share of the budget that is spent, of the limit that is nearest."""
+        """Return the share of the budget that is spent, for the limit that is most used up."""
         spent = self.spent()
         return max(spent[unit] / limit for unit, limit in self.limits.items())
 
     def closing(self, unit: str) -> float:
-        """What is left for the page, the logs and the end of what is stopped."""
+        """Return the amount that is reserved for the page, the logs and the end of stopped runs."""
         return max(CLOSING_LEAST, CLOSING * self.limits["wall"]) if unit == "wall" else 0.0
 
     def rest(self) -> float:
-        """Seconds until the time is up."""
+        """Return the seconds until the time limit."""
         return max(1.0, self.limits["wall"] - self.elapsed) if "wall" in self.limits else 60.0
 
     def state(self) -> dict[str, Any]:
@@ -195,9 +206,9 @@ class SearchBudget:
             }
 
     def load(self, state: Mapping[str, Any]) -> list[str]:
-        """Go on from a kept `state`; returns the runs that were under way when the process ended."""
+        """Resume from a stored `state`; returns the ids of the runs that were running when the process ended."""
         self.charged = {run: dict(value) for run, value in state["charged"].items()}
-        self.before = float(state["wall"]) + RECORD_SECONDS  # so much may have passed since it was written
+        self.before = float(state["wall"]) + RECORD_SECONDS  # the process may have run that long after its last record
         self.speed.seen = {name: [(a, b, c) for a, b, c in rows] for name, rows in state["seen"].items()}
         self.grown = state["limits"] != self.limits
         return list(state["open"].values())
@@ -208,30 +219,37 @@ class SearchBudget:
     # ---------------------------------------------------------------------------------------- promises
 
     def estimate(self, stages: Mapping[str, float]) -> Amounts:
-        """What a run that makes stages of so many FLOPs will cost, in all units."""
+        """Estimate the cost of a run in all units.
+
+        Args:
+            stages: FLOPs of each stage that the run computes.
+        """
         wall, device = self.speed.cost(stages)
         usd = device * (self.hourly or 0.0) / 3600
         return {"flops": sum(stages.values()), "device_seconds": device, "wall": wall, "usd": usd}
 
     def promise(self, name: str, stages: Mapping[str, float], anyway: bool = False) -> str:
-        """Set aside what a run may cost; empty, or why it cannot be paid.
+        """Reserve the allowance of a run.
 
         Args:
-            name: of the run, until `settle`.
-            stages: that it will make, with the FLOPs of each by the plan.
-            anyway: it may try with what is left, even if the plan says that this is too little.
+            name: name of the run until `settle`.
+            stages: planned FLOPs of each stage that the run will compute.
+            anyway: whether the run may start with what is left, even if the plan needs more.
+
+        Returns:
+            An empty string, or the reason why the budget does not allow the run.
         """
         with self._lock:
             planned, left = self.estimate(stages), self.left()
             for unit, room in left.items():
-                # A run that goes beyond its plan is stopped some moments later, for which there must be room too.
+                # A run that exceeds its plan is stopped some seconds later, and the budget must have room for these.
                 moments = LOOK_SECONDS * planned[unit] / max(1.0, planned["device_seconds"])
                 if planned[unit] + (0.0 if unit == "wall" else moments) > room and not anyway:
                     return f"planned {show(unit, planned[unit])}, left {show(unit, max(0.0, room))}"
             self.planned[name] = planned
             known = all(stage in self.speed.seen for stage in stages)
             self.promised[name] = {
-                # Before anything was measured a plan in seconds is a guess: the run may take its part of all there is.
+                # Until its stages were measured, a plan in seconds is a guess: the run may use its share of the rest.
                 unit: min(room, SLACK * planned[unit]) if unit == "flops" or known else room / self.parallel
                 for unit, room in left.items()
                 if unit != "wall"
@@ -239,10 +257,16 @@ class SearchBudget:
             return ""
 
     def watch(self, name: str, entries: list[Entry], run: str, final: bool = False) -> None:
-        """Look at a run's accounts. A run that is the winner's own may use the time that was kept for it.
+        """Check a run's ledger against its allowance and the time limit.
+
+        Args:
+            name: name of the run, see `promise`.
+            entries: attempts that the run has made so far.
+            run: id of the run.
+            final: whether the run may use the time that is reserved for the winner.
 
         Raises:
-            Spent: its allowance is, or the time.
+            BudgetExceeded: the allowance or the time is used up.
         """
         with self._lock:
             self.open_runs[name] = run
@@ -252,22 +276,25 @@ class SearchBudget:
             seconds = max(1.0, now["device_seconds"])
             for unit, most in allowed.items():
                 used = now.get(unit, 0.0) - before.get(unit, 0.0)
-                # What is within its plan ends by itself: a stage may begin faster than it goes on.
+                # A run within its plan is not stopped, because a stage may spend faster at its start than later.
                 beyond = used > self.planned[name][unit]
                 if beyond and used + LOOK_SECONDS * now.get(unit, 0.0) / seconds > most:
-                    raise BudgetExceeded(f"stopped at {show(unit, used)} of {show(unit, most)} that it may cost")
+                    raise BudgetExceeded(f"stopped at {show(unit, used)} of its allowance of {show(unit, most)}")
             if "wall" in self.limits:
                 until = self.limits["wall"] - self.closing("wall") - (0.0 if final else self.reserve.get("wall", 0.0))
                 if self.elapsed > until:
                     raise BudgetExceeded(
-                        f"stopped after {show('wall', self.elapsed)} of the search, the time that there is"
+                        f"stopped after {show('wall', self.elapsed)} of the search, at the limit of its time"
                     )
 
     def settle(self, name: str, entries: list[Entry], run: str, wall: float | None = None) -> Amounts:
-        """Charge a run what it spent; returns that.
+        """Charge a run for what it spent; returns the amounts.
 
         Args:
-            wall: seconds that it took, where it came to its end and so tells how long others will take.
+            name: name of the run, see `promise`.
+            entries: attempts that the run made.
+            run: id of the run; empty if it did not start.
+            wall: seconds that the run took if it finished, to estimate the time of other runs; otherwise None.
         """
         with self._lock:
             self.promised.pop(name, None)
@@ -283,7 +310,7 @@ class SearchBudget:
 
 
 def show(unit: str, value: float) -> str:
-    """An amount for a reader."""
+    """Format an amount for a reader."""
     from ktray.reporting.progress import humanise
     from ktray.reporting.units import flops
 

@@ -1,4 +1,4 @@
-"""The search space where ``tune.space`` gives none: what matters most, around the recipe as given."""
+"""The default search space, if ``tune.space`` is empty: the most important keys, around the values of the baseline."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from ktray.recipe.choice import objectives, strategies
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import Recipe
 
-# Small networks of timm beside the recipe's own, from the cheap to the dear; first those for a CPU.
+# Small networks of timm in addition to the recipe's own student, by rising cost; first those for a CPU.
 STUDENTS_CPU = ("mobilenetv3_small_050", "efficientnet_lite0")
 STUDENTS_GPU = ("fastvit_s12", "mobilenetv3_large_100", "vit_small_patch16_224")
 
 
 def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
-    """A space in the form of ``tune.space``.
+    """Return a space in the form of ``tune.space``.
 
     Args:
-        recipe: resolved, as given.
-        text: the teacher has a text tower.
+        recipe: the baseline, resolved.
+        text: whether the teacher has a text tower.
+        on_gpu: whether students are trained on GPUs.
     """
     size, steps = int(recipe.transfer.size or 0), int(recipe.train.steps or 1)
     batch, lr = int(recipe.train.batch_size or 1), recipe.train.lr
@@ -39,7 +40,7 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
         space["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
     space["teach.views"] = sorted({max(1, recipe.teach.views // 2), recipe.teach.views})
     space["objective.name"] = [config.name for config in searched]
-    # An objective that compares no predictions takes the teacher as it is.
+    # An objective that does not compare predictions uses the frozen teacher.
     predicting = [config.name for config in searched if "logits" in config.traits.targets_needed]
     adapted = {"choices": [*(["text"] if text else []), "probe", "finetune"], "when": {"objective.name": predicting}}
     if predicting:
@@ -59,7 +60,7 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
 
 
 def _objective_keys(searched: Sequence[ObjectiveConfig]) -> dict[str, Any]:
-    """The objectives' own keys, each under the objectives that search it alike."""
+    """Return the objectives' own keys, each under the condition of the objectives that search it in the same way."""
     specs: dict[str, Any] = {}
     names: dict[str, list[str]] = {}
     for config in searched:
@@ -74,9 +75,9 @@ def _objective_keys(searched: Sequence[ObjectiveConfig]) -> dict[str, Any]:
 
 
 def students(recipe: Recipe, on_gpu: bool) -> list[dict[str, Any]]:
-    """The recipe's own student and others, each with the arguments that go with it."""
+    """Return the recipe's own student and others, each with its arguments."""
     own = {"name": recipe.student.name, "kwargs": recipe.student.kwargs}
-    if recipe.student.checkpoint:  # weights fit one model
+    if recipe.student.checkpoint:  # the weights fit only this model
         return [own]
     others = STUDENTS_GPU if on_gpu else STUDENTS_CPU
     return [own, *({"name": name, "kwargs": {}} for name in others if name != own["name"])]

@@ -1,8 +1,8 @@
-"""The engines: Optuna proposes trials, Ray Tune runs them, ASHA (or the median rule) stops the weak ones.
+"""The search engines: Optuna proposes trials, Ray Tune runs them, ASHA (or the median rule) stops the weak ones.
 
-What ASHA counts in is cost, not epochs: a trial is compared with those that have cost as much. What Optuna learned is
-not kept by Tune but rebuilt from the records of the search, so that an interrupted search goes on with any number of
-finished trials, and takes in those of former experiments in the same way.
+ASHA measures progress in cost, not in epochs: it compares a trial with trials that have cost as much. Tune does not
+store what Optuna learned; ktray rebuilds it from the records of the search. So an interrupted search resumes after any
+number of finished trials, and trials of earlier experiments are added in the same way.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-HALVING = 3  # of the trials at one cost ASHA lets one of so many go on
-REFUSED = 3  # trials one after the other that cannot be paid: then the search is over
-FAILED = 10  # trials one after the other that fail: then something is wrong with all of them
+HALVING = 3  # at each level of cost, ASHA continues one of this many trials
+REFUSED = 3  # the search ends after this many trials in a row that the budget does not allow
+FAILED = 10  # the search ends after this many failed trials in a row, since then something is wrong with all of them
 STUDY = "ktray"
 
 
 class _NotPickled:
-    """Stays in this process: Tune copies and pickles what it is given, to restore experiments, which ktray does by its
-    own records."""
+    """An object that stays in this process. Tune copies and pickles its arguments to restore experiments; ktray
+    restores them from its own records."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
@@ -51,14 +51,14 @@ class _NotPickled:
 
 
 class Proposer(_NotPickled, Searcher):
-    """Numbers what the inner search proposes and stops proposing when the search is over.
+    """Numbers the proposals of the inner search, and stops proposing when the search is over.
 
     Args:
         inner: proposes points of the space.
-        again: trials that an interrupted search had begun, in the order in which ``inner`` proposes them again; first
-            of them the recipe as given, where it is not finished.
-        most: trials in all; None: any number.
-        over: whether no further trial is to be begun.
+        again: trials that an interrupted search had started, in the order in which ``inner`` proposes them again; the
+            baseline is the first if it has not finished.
+        most: the largest number of trials; None: any number.
+        over: returns whether no further trial may start.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Proposer(_NotPickled, Searcher):
 
 
 class _KeepBaseline(_NotPickled):
-    """Trials that ended by themselves and the recipe as given are not stopped; all count."""
+    """A stopping rule that never stops the baseline or a trial that has ended. All trials count for the others."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result["ended"]:
@@ -130,25 +130,25 @@ class _KeepBaseline(_NotPickled):
 
 
 class Halving(_KeepBaseline, ASHAScheduler):
-    """ASHA with cost as its time."""
+    """ASHA with cost as its time axis."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if result["ended"]:  # it has no validation to count
+        if result["ended"]:  # the trial has no validation metric that could count
             self.on_trial_remove(tune_controller, trial)
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
     def remember(self, name: str, cost: float, validation: float) -> None:
-        """Count a result of an earlier process of this search."""
+        """Add a result of an earlier process of this search."""
         remember_result(self, _TrialRef(name), cost, validation)
 
 
 class Median(_KeepBaseline, MedianStoppingRule):
-    """The median rule with cost as its time."""
+    """The median rule with cost as its time axis."""
 
 
 class NoStopping(_KeepBaseline, FIFOScheduler):
-    """Every trial goes through all its rungs."""
+    """No stopping: every trial runs all its rungs."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _TrialRef:
 
 @dataclass
 class Watcher(_NotPickled, Callback):
-    """Keeps the records as trials end, and tells how far the search is."""
+    """Updates the records when trials end, and reports the progress of the search."""
 
     records: Records
     report: Callable[[TrialRecord], None]
@@ -177,14 +177,14 @@ class Watcher(_NotPickled, Callback):
         if record.state == OPEN:
             ended = bool((trial.last_result or {}).get("done"))
             finished = ended and record.last is not None and record.last.share == 1
-            reason = "" if finished else "weaker on validation than others that have cost as much"
+            reason = "" if finished else "weaker on validation than other trials of the same cost"
             self.records.close(record, "finished" if finished else "stopped", reason)
         self.report(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.records.trials[int(trial.config["number"])]
         if record.state == OPEN:
-            self.records.close(record, "failed", "its process in Ray Tune died")
+            self.records.close(record, "failed", "the process of the trial in Ray Tune died")
         self.report(record)
 
 
@@ -199,13 +199,18 @@ def run(
     report: Callable[[TrialRecord], None],
     former: Sequence[FrozenTrial] = (),
 ) -> None:
-    """Run the search until the budget, the space or `tune.trials` is used up.
+    """Run the search until the budget, the space or ``tune.trials`` is used up.
 
     Args:
+        part: section ``tune`` of the recipe.
+        space: the search space.
+        records: the trials of the search; new trials are added.
+        budget: what the search may spend.
         answer: runs a rung, see `ktray.jobs.tune.trial`.
-        unit: what the first rung of the recipe as given would cost for its student.
-        report: gets a trial whenever there is news of it.
-        former: trials of former experiments.
+        at_once: number of trials at once.
+        unit: cost of the student in the first rung of the baseline, in the unit ``tune.cost``.
+        report: is called with a trial whenever its record changes.
+        former: trials of earlier experiments.
     """
     import ray
 
@@ -248,9 +253,9 @@ def run(
             ),
         ).fit()
 
-    for record in records.in_order():  # begun by an earlier process, and not paid any more
+    for record in records.in_order():  # started by an earlier process, and now outside the budget
         if record.state == OPEN:
-            records.close(record, OVER_BUDGET, "interrupted, and then the budget was used up")
+            records.close(record, OVER_BUDGET, "interrupted; the rest of the budget does not allow it")
             report(record)
 
 
@@ -274,10 +279,10 @@ def _quiet() -> None:
 def _sampler(part: TuneConfig, records: Records) -> Any:
     import optuna
 
-    # Of an interrupted search: the same draws again would be the same trials.
+    # A resumed search needs another seed, since the same draws would give the same trials.
     seed = part.seed + 7919 * len(records.trials)
     if part.search == "tpe":
-        # Knows that keys of one trial depend on each other, and takes those that run for bad ones, not for unknown.
+        # This sampler models dependences between the keys of a trial, and counts running trials as bad, not as unknown.
         return optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=5
         )
@@ -294,7 +299,11 @@ def _storage(
     metric: Any,
     former: Sequence[FrozenTrial],
 ) -> tuple[BaseStorage, int | None]:
-    """A study that knows what is known, with what is to be proposed first; and how many trials there are at most."""
+    """Create a study with all ended trials and with the queue of proposals.
+
+    Returns:
+        The storage of the study, and the largest number of trials (None: any number).
+    """
     import optuna
 
     storage = optuna.storages.InMemoryStorage()
@@ -320,7 +329,7 @@ def _storage(
 
 
 def study_trial(space: Space, record: TrialRecord, metric: Any) -> FrozenTrial | None:
-    """A trial that has ended, as Optuna remembers it; None for one that has not, or that lies outside the space."""
+    """Return an ended trial in Optuna's form; None if the trial has not ended or is outside the space."""
     import optuna
     from optuna.trial import TrialState
 
@@ -347,7 +356,7 @@ def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
         time_attr="cost",
         metric="validation",
         mode="max",
-        # From what the cheapest trials cost to more than any; whole numbers they need not be.
+        # The range goes from the cost of the cheapest trials to more than any cost; ASHA does not require integers.
         grace_period=cast(int, unit / HALVING**4),
         max_t=cast(int, unit * HALVING**12),
         reduction_factor=HALVING,
@@ -359,9 +368,10 @@ def _scheduler(part: TuneConfig, unit: float, records: Records) -> Any:
 
 
 def _over(records: Records, budget: SearchBudget) -> bool:
-    """Whether the budget is used up: there is nothing left, or no run as cheap as the cheapest first one would fit."""
+    """Return whether the search is over: the budget is used up, or does not allow even a run as cheap as the cheapest
+    first rung so far, the baseline did not finish, or too many trials in a row were refused or failed."""
     ended = [r for r in records.in_order() if r.state != OPEN]
-    if records.trials[BASELINE].state not in (OPEN, "finished"):  # there is nothing to compare with
+    if records.trials[BASELINE].state not in (OPEN, "finished"):  # without a baseline, there is nothing to compare with
         return True
     for most, state in ((REFUSED, OVER_BUDGET), (FAILED, "failed")):
         if len(ended) >= most and all(r.state == state for r in ended[-most:]):

@@ -1,4 +1,4 @@
-"""The pictures of a search: the Pareto set, parallel coordinates, what matters."""
+"""The figures of a search: the Pareto set, parallel coordinates, and the importance of keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ktray.tasks.base import metric_label
 BASELINE_COLOUR, WINNER, FRONT, OTHER = "#d55e00", "#009e73", "#0072b2", "#9aa4ae"
 SHOWN = {"flops": flops, "device_seconds": seconds, "usd": usd}
 UNITS = {"flops": "compute", "device_seconds": "device time", "usd": "money"}
-LONGEST = 44  # characters of a choice
-MOST_AXES = 10  # of the parallel coordinates; the keys that matter least are left out
+LONGEST = 44  # largest number of characters of a choice
+MOST_AXES = 10  # largest number of parallel axes; the least important keys are omitted
 
 
 def formatter(unit: str) -> EngFormatter:
@@ -27,7 +27,7 @@ def formatter(unit: str) -> EngFormatter:
 
 
 def front(content: dict[str, Any]) -> bytes:
-    """PNG of validation against cost: all runs, the Pareto set, the recipe as given, the winner."""
+    """Draw validation against cost: all runs, the Pareto set, the baseline, and the winner; returns a PNG."""
     points = [p for trial in content["trials"] for p in trial["points"]]
     best = {p["run"] for p in content["front"]}
     figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained", facecolor="white")
@@ -41,7 +41,7 @@ def front(content: dict[str, Any]) -> bytes:
         [p["cost"] for p in others], [p["validation"] for p in others], s=26, color=OTHER, label="run of a trial"
     )
     line = content["front"]
-    # Steps: between two runs nothing was measured.
+    # The front is a step function, because nothing was measured between two runs.
     axes.plot(
         [p["cost"] for p in line],
         [p["validation"] for p in line],
@@ -58,7 +58,7 @@ def front(content: dict[str, Any]) -> bytes:
         "s",
         color=BASELINE_COLOUR,
         markersize=10,
-        label="the recipe as given",
+        label="baseline",
         zorder=4,
     )
     axes.plot(
@@ -81,8 +81,11 @@ def front(content: dict[str, Any]) -> bytes:
 
 
 def parallel(content: dict[str, Any]) -> bytes | None:
-    """PNG of parallel coordinates: a line for each trial through its choices to its cost and validation; None where
-    no trial had choices."""
+    """Draw parallel coordinates: one line for each trial through its choices, its cost and its validation metric.
+
+    Returns:
+        A PNG, or None if no trial has choices.
+    """
     trials = [t for t in content["trials"] if t["points"] and t["params"]]
     keys = axes_of(content, trials)
     if not trials or not keys:
@@ -99,7 +102,7 @@ def parallel(content: dict[str, Any]) -> bytes | None:
     heights = np.column_stack([column for column, _ in columns])
     rng = np.random.default_rng(0)
     for row, colour, place in zip(heights, _colours(values), np.argsort(np.argsort(values)), strict=True):
-        # Equal choices would lie on each other: a hair of noise keeps the lines apart.
+        # Lines of equal choices would overlap; a little noise separates them.
         jitter = rng.normal(0, 0.008, len(row))
         axes.plot(where, row + jitter, color=colour, linewidth=1.1, alpha=0.85, zorder=2 + int(place))
     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
@@ -116,7 +119,7 @@ def parallel(content: dict[str, Any]) -> bytes | None:
 
 
 def axes_of(content: dict[str, Any], trials: list[dict[str, Any]]) -> list[str]:
-    """The keys that differ between the trials, those that matter most, in the order of the space."""
+    """Return the most important keys that differ between the trials, in the order of the space."""
     keys = list(dict.fromkeys(key for t in trials for key in t["params"]))
     keys = [key for key in keys if len({str(t["params"].get(key)) for t in trials}) > 1]
     matters = sorted(keys, key=lambda key: -content["importance"].get(key, 0.0))[:MOST_AXES]
@@ -124,7 +127,11 @@ def axes_of(content: dict[str, Any], trials: list[dict[str, Any]]) -> list[str]:
 
 
 def importance(content: dict[str, Any]) -> bytes | None:
-    """PNG of bars: the share of the variance of validation that each key explains; None where it is not known."""
+    """Draw bars with the share of the variance of validation that each key explains.
+
+    Returns:
+        A PNG, or None if the importances are unknown.
+    """
     matters = content["importance"]
     if not matters:
         return None
@@ -149,14 +156,14 @@ def _ends(values: np.ndarray, shown: Callable[[float | None], str]) -> list[tupl
 
 
 def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:
-    """Heights 0..1 of the values of one key, and what is written at which height."""
+    """Return the heights (0..1) of the values of one key, and the texts with the heights at which they are written."""
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) == len([v for v in values if v is not None]) and len(set(numbers)) > 4:
         low, high = min(numbers), max(numbers)
         log = low > 0 and high / low > 10
         scale = math.log if log else float
         span = scale(high) - scale(low)
-        # Where the key does not count the line passes below its axis.
+        # If the key does not apply to a trial, the line of the trial passes below the axis.
         heights = [-0.12 if v is None else (scale(v) - scale(low)) / span for v in values]
         return np.array(heights), [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
     shown = labels([v for v in values if v is not None])
@@ -169,8 +176,11 @@ def _column(values: list[Any]) -> tuple[np.ndarray, list[tuple[float, str]]]:
 
 
 def labels(choices: Sequence[Any]) -> dict[str, str]:
-    """What is written for each choice, by its text. Of choices that set several keys (JSON objects, as `space.label`
-    has them) it is what tells them apart, a line each."""
+    """Return the label of each choice, by its text.
+
+    If the choices set several keys (JSON objects, see `space.label`), a label contains the keys that differ between the
+    choices, one on each line.
+    """
     objects = {str(choice): _keys(choice) for choice in choices}
     if all(objects.values()):
         keys = {key for own in objects.values() for key in own}
@@ -179,13 +189,13 @@ def labels(choices: Sequence[Any]) -> dict[str, str]:
     else:
         content = {str(choice): f"{choice:.3g}" if isinstance(choice, float) else str(choice) for choice in choices}
     content = {choice: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for choice, text in content.items()}
-    if len(set(content.values())) < len(content):  # cut to the same: a number tells them apart
+    if len(set(content.values())) < len(content):  # labels that are equal after the cut get a number
         content = {choice: f"{number} {text}" for number, (choice, text) in enumerate(content.items(), 1)}
     return content
 
 
 def _keys(choice: Any) -> dict[str, Any]:
-    """The dotted keys of a JSON object; none for what is no object."""
+    """Return the dotted keys of a JSON object; no keys if the choice is not a JSON object."""
     try:
         content = json.loads(choice)
     except (TypeError, ValueError):
@@ -194,7 +204,7 @@ def _keys(choice: Any) -> dict[str, Any]:
 
 
 def _lines(keys: dict[str, Any]) -> str:
-    """Names speak for themselves, other values need their key."""
+    """Write each value on a line: a name without its key, another value with its key."""
     return "\n".join(v if isinstance(v, str) else f"{k.rpartition('.')[2]} {v}" for k, v in keys.items())
 
 

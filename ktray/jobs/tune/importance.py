@@ -1,7 +1,7 @@
-"""How much each key matters for validation, by functional ANOVA (Hutter et al., ICML 2014, as Optuna has it).
+"""The importance of each key for validation, by functional ANOVA (Hutter et al., ICML 2014, Optuna's implementation).
 
-Every run counts, also those that were stopped early: the share of its steps is a parameter like the others, which takes
-the blame for what fewer steps cost. A key that does not count for a trial has a value of its own there.
+Every run counts, also runs that were stopped early: the share of the steps is a parameter like the others, and explains
+the effect of fewer steps. If a key does not apply to a trial, it has a special value there.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from ktray.jobs.tune.records import Records
 from ktray.jobs.tune.space import Space, Spec, values_of
 
 SHARE = "share of the steps"
-ABSENT = "(does not count)"
-LEAST = 6  # runs, below which a forest says nothing
-TRANSFER = ("transfer", "teach", "gallery")  # sections that say which images are learned from, and in what views
+ABSENT = "(does not apply)"
+LEAST = 6  # smallest number of runs for which a forest is informative
+TRANSFER = ("transfer", "teach", "gallery")  # sections that determine the images of the transfer set and their views
 
 
 def importance(space: Space, records: Records, seed: int = 0) -> dict[str, float]:
-    """By key, the share of the variance of validation that it explains; they add up to 1. Empty where there are too few
-    runs, or all are alike."""
+    """Return the share of the variance of validation that each key explains, by key; the shares add up to 1.
+
+    The result is empty if there are too few runs or if all have the same validation metric.
+    """
     import optuna
 
     rows: list[tuple[dict[str, Any], float]] = []
@@ -48,7 +50,7 @@ def importance(space: Space, records: Records, seed: int = 0) -> dict[str, float
 
 
 def of_transfer_set(importances: dict[str, float]) -> float:
-    """What the choices of the transfer set matter together."""
+    """Return the total importance of the choices of the transfer set."""
     return sum(value for key, value in importances.items() if key.split(".")[0] in TRANSFER)
 
 
@@ -61,7 +63,7 @@ def _whole(spec: Spec, rows: list[tuple[dict[str, Any], float]]) -> Any:
 
 
 def _absent(spec: Spec) -> Any:
-    """The value of a key where it does not count: a choice of its own, or the middle of a range."""
+    """Return the value of a key that does not apply to a trial: a special choice, or the middle of a range."""
     if spec.choices:
         return ABSENT
     middle = math.sqrt(spec.low * spec.high) if spec.log else (spec.low + spec.high) / 2

@@ -1,4 +1,4 @@
-"""The search in MLflow: a run with a nested run for each trial, and the chart of cost against validation."""
+"""The search in MLflow: one run with a nested run for each trial, and the chart of cost against validation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ktray.tracking.tracker import WAY, Tracker, tracking_uri
 
 
 def open_run(base: Recipe, store: Store, run_id: str, budget: SearchBudget) -> Tracker:
-    """The run of the search, or that of its earlier process. A server that is away stops nothing."""
+    """Start the run of the search, or resume that of an earlier process. An unreachable server is no error."""
     home = local_home(store)
     folder = home / "runs" / run_id
     tracker = Tracker(base.mlflow.uri, base.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
@@ -32,8 +32,8 @@ def open_run(base: Recipe, store: Store, run_id: str, budget: SearchBudget) -> T
 
 
 def trial(tracker: Tracker, base: Recipe, search: str, record: TrialRecord) -> None:
-    """Log a trial that has ended: its choices, validation and cost at each rung, and why it ended."""
-    name = "as given" if record.number == BASELINE else f"trial {record.number}"
+    """Log an ended trial: its choices, its validation metric and cost at each rung, and the reason for its end."""
+    name = "baseline" if record.number == BASELINE else f"trial {record.number}"
     tags = {"compare": search, WAY: name, "state": record.state, **({"reason": record.reason} if record.reason else {})}
     run = tracker.stage(name, params=record.params, tags=tags)
     for point in record.points:
@@ -46,8 +46,10 @@ def close(tracker: Tracker, content: dict[str, Any], kept: Dir, files: Sequence[
     """Log the end of the search; returns the ``mlflow`` object of its ``result.json``.
 
     Args:
-        kept, files: the search's folder, and names in it to keep with the run.
-        rest: seconds that a server may take; what it has not got then, a later job sends.
+        content: the content of ``result.json``.
+        kept: the folder of the search.
+        files: names of files in the folder that are stored with the run.
+        rest: seconds that the server may take; a later job sends what the server has not received by then.
     """
     winner = content["winner"]
     values: dict[str, Any] = {
@@ -66,10 +68,10 @@ def close(tracker: Tracker, content: dict[str, Any], kept: Dir, files: Sequence[
 
 
 def chart(base: Recipe, store: Store, search: str) -> str:
-    """Have MLflow draw the trials' cost against their validation; says where, or what to do where it is away."""
+    """Save a chart of the trials' cost against their validation in MLflow; returns where to see it, or how to retry."""
     from ktray.jobs.chart import preset
 
     try:
         return preset(tracking_uri(base.mlflow.uri, local_home(store)), base.mlflow.experiment, search)
-    except KtrayError as error:  # no search is lost over a picture
-        return f"MLflow has none ({error}); later: python -m ktray.jobs.chart {base.mlflow.experiment}"
+    except KtrayError as error:  # a missing chart must not fail the search
+        return f"MLflow has no chart ({error}); to retry: python -m ktray.jobs.chart {base.mlflow.experiment}"

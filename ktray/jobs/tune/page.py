@@ -1,4 +1,4 @@
-"""``tune.html``, which opens offline, with its pictures as PNG beside it, and ``tune.csv``."""
+"""``tune.html``, which opens offline, its figures as PNG files, and ``tune.csv``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ COLUMNS = ("trial", "state", "steps", "share", "validation", "flops", "device_se
 
 
 def write(folder: Path, content: dict[str, Any], files: dict[str, str]) -> list[Path]:
-    """Write the page, its pictures and the CSV into ``folder``; returns their paths.
+    """Write the page, its figures and the CSV file into ``folder``; returns their paths.
 
     Args:
-        files: by run of the Pareto set, the name of its recipe beside the page.
+        content: the content of ``result.json``.
+        files: file name of the recipe of each run of the Pareto set, by run id.
     """
     keys = list(dict.fromkeys(key for trial in content["trials"] for key in trial["params"]))
     return page.write(
@@ -42,7 +43,7 @@ def write(folder: Path, content: dict[str, Any], files: dict[str, str]) -> list[
 
 
 def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """A flat row for each run of each trial."""
+    """Return one flat row for each run of each trial."""
     front = {p["run"] for p in content["front"]}
     out = []
     for trial in content["trials"]:

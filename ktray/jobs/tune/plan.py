@@ -1,4 +1,4 @@
-"""``--plan`` of a search: the recipe as given, the space, and how far the budget will come. Nothing is run."""
+"""``--plan`` of a search: the baseline, the space, and how many trials the budget allows. Nothing is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("ktray")
 
 
 def report(recipe: Recipe) -> None:
-    """Print the plan of this machine."""
+    """Log the plan of a search on this machine."""
     local = this_machine(recipe)
     logger.info(local.line)
     resolved = baseline(recipe, local)
@@ -32,11 +32,12 @@ def report(recipe: Recipe) -> None:
     part = resolved.recipe.tune
     logger.info("")
     logger.info(
-        f"as given  {flops(own + shared)}: {flops(own)} for the student, {flops(shared)} that trials have in common"
+        f"baseline  {flops(own + shared)}: {flops(own)} for the student, {flops(shared)} for stages that trials share"
     )
     first = own * part.rungs[0]
     logger.info(
-        f"a trial   {flops(first)} to {flops(sum(part.rungs) * own)} with as many steps, and what it has for itself"
+        f"a trial   {flops(first)} to {flops(sum(part.rungs) * own)} with the steps of the baseline, and more for "
+        "stages that it does not share"
     )
     winner = part.seeds * own
     logger.info(f"winner    at most {flops(winner)} for {part.seeds} seeds")
@@ -44,9 +45,9 @@ def report(recipe: Recipe) -> None:
         each = {"flops": 1.0, "device_seconds": 1 / rate, "wall": 1 / rate, "usd": (price or 0.0) / rate / 3600}[unit]
         rest = limit - (own + shared + winner) * each
         count = max(0, int(rest / (first * each))) if first * each > 0 else 0
-        ends = f"the recipe as given and the winner take {show(unit, limit - rest)}"
-        logger.info(f"budget    {show(unit, limit)}: {ends}; the rest is for at most {count:,} first rungs")
+        fixed = f"the baseline and the winner take {show(unit, limit - rest)}"
+        logger.info(f"budget    {show(unit, limit)}: {fixed}; the rest allows at most {count:,} first rungs")
     logger.info(
-        f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), {seconds(own / rate)} for the student as given;"
+        f"\nThe plan assumes {rate / 1e12:.3g} TFLOP/s on {kind}: {seconds(own / rate)} for the baseline's student."
     )
-    logger.info("decoding and start-up come on top")
+    logger.info("It omits decoding and start-up.")

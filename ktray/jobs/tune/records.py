@@ -1,4 +1,4 @@
-"""The trials of a search as they are remembered in its folder: what each was given, how far it came, what it cost."""
+"""The records of the trials of a search, stored in its folder: the choices, the progress and the cost of each trial."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ktray.reporting.result.tune import RUNNING, Plain, TrialPoint, TrialRecord
 from ktray.storage.store import Dir
 
 FOLDER = "trials"
-BASELINE = 0  # number of the trial that is the recipe as given
+BASELINE = 0  # number of the trial that runs the baseline
 OPEN = RUNNING
-OVER_BUDGET = "over_budget"  # the budget did not suffice for its next run
-OVER_COST_LIMIT = "over_cost_limit"  # its model would cost more than the winner may
-EARLIER_STATES = {"unpaid": OVER_BUDGET, "dear": OVER_COST_LIMIT}  # as records of ktray 0.1 name them
+OVER_BUDGET = "over_budget"  # the budget does not allow the trial's next run
+OVER_COST_LIMIT = "over_cost_limit"  # the trial's model would cost more than the winner may
+STATES = (OPEN, "finished", "stopped", "failed", OVER_BUDGET, OVER_COST_LIMIT)
 
 
 @dataclass
 class Records:
-    """All trials of a search, kept in ``folder``; safe from any thread."""
+    """All trials of a search, stored in ``folder``. All methods are safe to call from any thread."""
 
     folder: Dir
     trials: dict[int, TrialRecord] = field(default_factory=dict)
@@ -31,16 +31,16 @@ class Records:
         self._lock = threading.RLock()
 
     def load(self) -> None:
-        """Read what an earlier process of the search has kept."""
+        """Read the records of earlier processes of the search."""
         home = self.folder.sub(FOLDER)
         for name in home.names(".json") if home.exists() else {}:
             raw = home.read_json(name)
-            raw["state"] = EARLIER_STATES.get(raw["state"], raw["state"])
+            raw["state"] = _current_name(raw["state"])
             record = TrialRecord(**{**raw, "points": [TrialPoint(**p) for p in raw["points"]]})
             self.trials[record.number] = record
 
     def reopen(self) -> None:
-        """Trials that could not be paid are to go on: there is more to spend."""
+        """Reopen the trials that the budget did not allow, for a larger budget."""
         for record in self.in_order():
             if record.state == OVER_BUDGET:
                 self.close(record, OPEN)
@@ -69,22 +69,30 @@ class Records:
             yield from list(record.points)
 
     def baseline(self) -> TrialPoint | None:
-        """The recipe as given, trained to its end; None as long as it is not."""
+        """Return the last point of the baseline, or None if the baseline has not finished."""
         record = self.trials.get(BASELINE)
         return record.points[-1] if record and record.state == "finished" and record.points else None
 
     def front(self) -> list[TrialPoint]:
-        """The Pareto set of cost and validation, by rising cost."""
+        """Return the Pareto set of cost and validation, by rising cost."""
         points = [p for p in self.points() if math.isfinite(p.validation)]
         return [points[i] for i in pareto([(p.cost, p.validation) for p in points])]
 
     def best(self, cost_limit: float | None) -> TrialPoint | None:
-        """The most accurate on validation, of equals the cheapest.
+        """Return the best point on validation, and the cheapest of equally good points.
 
         Args:
-            cost_limit: times the cost of the recipe as given, that it may cost at most.
+            cost_limit: largest cost of the point, as a multiple of the cost of the baseline; None: no limit.
         """
         baseline = self.baseline()
         most = math.inf if baseline is None or cost_limit is None else cost_limit * baseline.cost * (1 + 1e-9)
         fits = [p for p in self.points() if p.cost <= most and math.isfinite(p.validation)]
         return max(fits, key=lambda p: (p.validation, -p.cost), default=None)
+
+
+def _current_name(state: str) -> str:
+    """Return the current name of a state. Records of ktray 0.1 can have two earlier names: ``unpaid`` for
+    `OVER_BUDGET`, and one other, for `OVER_COST_LIMIT`."""
+    if state == "unpaid":
+        return OVER_BUDGET
+    return state if state in STATES else OVER_COST_LIMIT

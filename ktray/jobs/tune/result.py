@@ -1,4 +1,4 @@
-"""What a search says: at any moment the best so far, at its end the winner beside the recipe as given."""
+"""The result of a search: while it runs, the best trial so far; at its end, the winner and the baseline."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ BEST = "best.yaml"
 
 
 def described(spec: Spec) -> str:
-    """``train.lr: 0.005 to 0.08, logarithmic``."""
+    """Describe a spec, such as ``train.lr: 0.005 to 0.08, logarithmic``."""
     if spec.choices:
         what = ", ".join(str(value) for value in spec.labels)
     else:
         step = f" in steps of {spec.step:g}" if spec.step else ""
         what = f"{spec.low:g} to {spec.high:g}{step}{', logarithmic' if spec.log else ''}"
     where = " and ".join(f"{key} is {' or '.join(map(str, values))}" for key, values in spec.when)
-    return f"{spec.key}: {what}{f' (where {where})' if where else ''}"
+    return f"{spec.key}: {what}{f' (if {where})' if where else ''}"
 
 
 @dataclass
 class SearchReporter:
-    """Tells news of a trial, and saves the best so far; called from Tune's loop."""
+    """Logs the changes of a trial, and saves the best point so far; Tune's loop calls it."""
 
     base: Recipe
     records: Records
@@ -70,7 +70,7 @@ class SearchReporter:
         if news in self._reported:
             return
         self._reported.add(news)
-        name = "as given" if record.number == BASELINE else f"trial {record.number}"
+        name = "baseline" if record.number == BASELINE else f"trial {record.number}"
         if record.state in ("failed", OVER_BUDGET, OVER_COST_LIMIT, "stopped"):
             logger.info(f"{name:<10}{record.state}: {record.reason}")
         elif point is not None and record.state == OPEN:
@@ -84,7 +84,7 @@ class SearchReporter:
             self.log(record)
 
     def save(self) -> None:
-        """The best so far, as `result.json` and a recipe."""
+        """Save the best point so far in `result.json` and as a recipe."""
         best = self.records.best(self.base.tune.cost_limit)
         progress_so_far = TuneProgress(
             schema=SCHEMA,
@@ -100,35 +100,38 @@ class SearchReporter:
 
 
 def progress(base: Recipe, records: Records, budget: SearchBudget) -> str:
-    """``tune      12 trials, 48% of the budget spent, best 83.1% (trial 5), about 6m10s to go``."""
+    """Return ``tune      12 trials, 48% of the budget spent, best 83.1% (trial 5), about 6m10s left``."""
     ended = sum(r.state != OPEN for r in records.in_order())
     best = records.best(base.tune.cost_limit)
     best_so_far = f", best {best.validation:.1%} ({title(best)})" if best else ""
     spent = budget.share()
     to_go = budget.elapsed * (1 - spent) / spent if spent > 0.01 else 0.0
-    more = f", about {humanise(to_go)} to go" if to_go > 0 else ""
+    more = f", about {humanise(to_go)} left" if to_go > 0 else ""
     return f"tune      {ended} trials, {spent:.0%} of the budget spent{best_so_far}{more}"
 
 
 def check_baseline(records: Records) -> None:
-    """Raises `KtrayError` where the recipe as given did not come to its end: there is nothing to compare with."""
+    """Raise `KtrayError` if the baseline did not finish, since there is nothing to compare with then."""
     record = records.trials[BASELINE]
     if record.state == "failed":
-        raise KtrayError(f"The recipe as given fails: {record.reason}", "Mend it first: jobs/distill.py tells more.")
+        raise KtrayError(
+            f"The baseline of the search failed: {record.reason}",
+            "Run the recipe with jobs/distill.py, which shows more details, and correct it.",
+        )
     if records.baseline() is None:
         raise KtrayError(
-            f"The budget does not pay for the recipe as given once ({record.reason or 'stopped'})",
-            "Raise budget.*, or lower tune.steps. The same command goes on from what is stored.",
+            f"The budget does not allow one run of the baseline ({record.reason or 'stopped'})",
+            "Raise the limits in budget, or lower tune.steps. The same command resumes the search.",
         )
 
 
 def recipe_at(base: Recipe, records: Records, point: TrialPoint) -> Recipe:
-    """The recipe of a point, as it runs again."""
+    """Return the recipe with which a point can be run again."""
     return recipe_of(base, records.trials[point.trial].keys, point.share)
 
 
 def sharing(records: Records, budget: SearchBudget, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """FLOPs and device-seconds that the search spent, and what its runs would have cost without stages in common."""
+    """Return the FLOPs and device-seconds that the search spent, and those of its runs without shared stages."""
     amounts: dict[str, float] = {}
     spent = budget.spent()
     lost = [r.lost for r in records.in_order()]
@@ -144,10 +147,14 @@ def sharing(records: Records, budget: SearchBudget, results: Sequence[dict[str, 
 def build(
     base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, budget: SearchBudget, final: dict[str, Any]
 ) -> dict[str, Any]:
-    """``result.json`` of a search that has come to its end."""
+    """Return the content of ``result.json`` of a finished search.
+
+    Args:
+        final: see `ktray.jobs.tune.winner.train_winner`.
+    """
     point: TrialPoint = final["point"]
     baseline = records.baseline()
-    assert baseline is not None  # see `check_given`
+    assert baseline is not None  # see `check_baseline`
     front = records.front()
     results = final["results"]
     tests = [float(r["metric"]["test"]) for r in results]
@@ -196,28 +203,28 @@ def build(
 
 
 def headline(content: dict[str, Any]) -> str:
-    """What came of it, in a sentence."""
+    """Summarise the result of the search in one sentence."""
     winner, baseline = content["winner"], content["given"]
     test = ""
     if winner["seeds"]:
-        # The best of many runs was lucky, too: what to expect is the mean over seeds.
+        # The best of many runs was also lucky, so the mean over seeds is a better estimate of its accuracy.
         seeds = count(winner["seeds"], "seed")
         spread = f" ± {100 * winner['spread']:.1f}" if winner["spread"] is not None else ""
         validation = percent(mean(winner["validation_seeds"]))
-        test = f"; over {seeds} {validation} on validation, {percent(winner['test'])}{spread} on test"
+        test = f"; the mean over {seeds} is {validation} on validation and {percent(winner['test'])}{spread} on test"
     if winner["is_given"] or winner["validation"] <= baseline["validation"]:
-        where = "is already on the front" if baseline["on_front"] else "is as accurate as any"
+        where = "is in the Pareto set" if baseline["on_front"] else "is as accurate as any other run"
         most = percent(baseline["validation"])
-        return f"the recipe as given {where}: no trial within its cost has more than its {most} on validation{test}"
+        return f"the baseline {where}: no run within the cost limit exceeds its {most} on validation{test}"
     less = baseline["cost"] / winner["cost"] if winner["cost"] else 1.0
     return (
         f"{winner['name']} has {percent(winner['validation'])} on validation for {less:.2f} times less cost than the "
-        f"recipe as given, which has {percent(baseline['validation'])}{test}"
+        f"baseline, which has {percent(baseline['validation'])}{test}"
     )
 
 
 def table(content: dict[str, Any]) -> str:
-    """The front for a terminal, the cheapest first."""
+    """Format the Pareto set for a terminal, the cheapest model first."""
     head = f"{'model':<34}{'validation':>11}{'compute':>14}{'time':>10}{'money':>11}  recipe"
     out = [head, "-" * len(head)]
     for raw in content["front"]:
@@ -231,12 +238,12 @@ def table(content: dict[str, Any]) -> str:
     s = content["sharing"]
     out.append(f"\n{content['says']}")
     out.append(
-        f"{len(content['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared stages "
-        f"({s['flops_times']:.1f} times); {seconds(content['budget']['spent']['wall'])} by the clock"
+        f"{len(content['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared "
+        f"stages ({s['flops_times']:.1f} times); {seconds(content['budget']['spent']['wall'])} of wall time"
     )
     if content["importance"]:
         top = ", ".join(f"{k} {v:.0%}" for k, v in list(content["importance"].items())[:5])
-        out.append(f"what matters: {top}; the transfer set in all {content['importance_of_transfer_set']:.0%}")
+        out.append(f"importance: {top}; the transfer set in total {content['importance_of_transfer_set']:.0%}")
     return "\n".join(out)
 
 
@@ -247,7 +254,7 @@ def front_file(point: TrialPoint) -> str:
 def write(
     content: dict[str, Any], base: Recipe, folder: Dir, records: Records, budget: SearchBudget, tracker: Tracker
 ) -> dict[str, Any]:
-    """Write the recipes of the front, the page and ``result.json``, and log them; returns the result."""
+    """Write the recipes of the Pareto set, the page and ``result.json``, and log them; returns the result."""
     files = {point.run: front_file(point) for point in records.front()}
     for point in records.front():
         folder.write(files[point.run], dump(recipe_at(base, records, point)).encode())

@@ -1,7 +1,7 @@
-"""``jobs/tune.py``: a search from its budget to the winner, which alone sees the test split.
+"""``jobs/tune.py``: a search from its budget to the winner, which is the only model that is tested.
 
-A search that was interrupted goes on in its folder with the same command: trials that have ended are read, those that
-were under way are begun again and find their stages in the store, and what was spent stays spent.
+An interrupted search resumes in its folder with the same command: ended trials are read, running trials are started
+again and find their finished stages in the store, and the spent budget stays spent.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ from ktray.tracking.tracker import tracking_uri
 logger = logging.getLogger("ktray")
 
 BUDGET_FILE = "purse.json"
-SPARE = 1.2  # of the time that the winner's seeds are planned to take: side by side, some take longer than others
+SPARE = 1.2  # factor on the planned time of the winner's seeds: of runs at the same time, some take longer than others
 
 
 def tune(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     """Run the search; returns the content of its ``result.json``.
 
     Raises:
-        KtrayError: a space or a budget that makes no sense; the recipe as given cannot be paid, or fails.
+        KtrayError: the space or the budget is invalid, or the budget does not allow the baseline, or the baseline
+            failed.
     """
     begun = time.monotonic()
     with open_session(recipe, debug) as session, contextlib.ExitStack() as until:
@@ -72,7 +73,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     space = space_of(base, part)
     for spec in space.specs:
         logger.info(f"space     {result.described(spec)}")
-    # A larger budget goes on with the search; all else makes another one.
+    # A search with another budget is the same search; any other change of the recipe makes another search.
     same = digest("tune", dump(recipe.model_copy(update={"budget": BudgetConfig()})))
     run_id, folder = open_run(store, same, f"tune-{task_title(base)}", until)
     folder.write("recipe.yaml", dump(base).encode())
@@ -84,8 +85,8 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     if budget.grown:
         records.reopen()
     if records.trials:
-        logger.info(f"tune      goes on after {len(records.trials)} trials and {show('wall', budget.elapsed)}")
-    rungs = TrialRunner(base, store, part, budget, records, run_id, debug)
+        logger.info(f"tune      resumes after {len(records.trials)} trials and {show('wall', budget.elapsed)}")
+    runner = TrialRunner(base, store, part, budget, records, run_id, debug)
     tracker = mlflow.open_run(base, store, run_id, budget)
     status = "FAILED"
     try:
@@ -94,12 +95,12 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
         first = base.tune.rungs[0] * budget.estimate(own)[base.tune.cost]
         with _recording(budget, lambda: keep_for_the_winner(budget, records, base, own, test)):
             engine.run(
-                base.tune, space, records, budget, rungs.answer, at_once, first, reporter, _former(base, store, space)
+                base.tune, space, records, budget, runner.answer, at_once, first, reporter, _former(base, store, space)
             )
         result.check_baseline(records)
         budget.reserve = {}
         with _recording(budget, lambda: None):
-            final = train_winner(base, records, budget, rungs, test, at_once)
+            final = train_winner(base, records, budget, runner, test, at_once)
         content = result.build(base, run_id, folder, space, records, budget, final)
         content = result.write(content, base, folder, records, budget, tracker)
         status = "FINISHED"
@@ -116,24 +117,24 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
 
 
 def _former(base: Recipe, store: Store, space: Space) -> list[Any]:
-    """Trials of `tune.warm_start`."""
+    """Return the trials of the experiment ``tune.warm_start``."""
     if base.tune.warm_start is None:
         return []
     uri = tracking_uri(base.mlflow.uri, local_home(store))
     trials = earlier_trials(uri, base.tune.warm_start, base, space, base.tune.search == "nsga2")
-    logger.info(f"tune      learns from {len(trials)} runs of '{base.tune.warm_start}' that lie within the space")
+    logger.info(f"tune      learns from {len(trials)} runs of '{base.tune.warm_start}' that are within the space")
     return trials
 
 
 def baseline(recipe: Recipe, plan: Allocation) -> Resolved:
-    """The recipe as given, resolved, with the search's own number of steps."""
+    """Return the baseline, which is the recipe without any change, resolved and with the search's number of steps."""
     if recipe.tune.steps:
         recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
     return resolve(recipe, plan)
 
 
 def space_of(base: Recipe, plan: Allocation) -> Space:
-    """The space that a resolved recipe asks for."""
+    """Return the space of ``tune.space`` of a resolved recipe, or the default space."""
     requested = base.tune.space
     if not requested:
         text = base.teacher.name is not None and family_of(base.teacher.name).has_text
@@ -142,14 +143,16 @@ def space_of(base: Recipe, plan: Allocation) -> Space:
 
 
 def _planned(resolved: Resolved, stages: Sequence[str]) -> dict[str, float]:
-    """FLOPs of stages of the recipe as given."""
+    """Return the planned FLOPs of some stages of the baseline."""
     return {line.stage: line.flops for line in planning.lines(resolved) if line.stage in stages}
 
 
 def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:
     device = describe_device()
     if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
-        raise KtrayError("tune.cost=usd, and a device of this cluster has no price", "Set prices.NAME (USD an hour).")
+        raise KtrayError(
+            "tune.cost is usd, but a device of this cluster has no price", "Set prices.NAME (USD an hour)."
+        )
     rate, _, _ = planning.machine(base)
     budget = SearchBudget(
         limits(base.budget),
@@ -169,7 +172,7 @@ def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: f
 
 
 def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
-    """What runs spent whose process was killed, by the heartbeats of their stages."""
+    """Return what runs of a killed process spent, according to the heartbeats of their stages."""
     if not runs:
         return {}
     made: list[Entry] = []
@@ -183,18 +186,19 @@ def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:
 def keep_for_the_winner(
     budget: SearchBudget, records: Records, base: Recipe, own: Mapping[str, float], test: Mapping[str, float]
 ) -> None:
-    """Set aside what the winner needs: its seeds trained, and all of them tested.
+    """Reserve what the winner needs to train its seeds and to test all of them.
 
     Args:
-        own: FLOPs of the stages that train the student of the recipe as given; of the best, once there is one, its own.
+        own: FLOPs of the stages that train the student of the baseline. If there is already a best point, the FLOPs of
+            that point are used instead.
         test: FLOPs of the stage that reads the test split.
     """
     best = records.best(base.tune.cost_limit)
     whole = budget.estimate({**(own if best is None else best.own), **test})
-    first = budget.estimate(test) if best is not None else whole  # the search has trained it
+    first = budget.estimate(test) if best is not None else whole  # the search has trained the first seed
     more = base.tune.seeds - 1
     turns = math.ceil(more / budget.parallel)
-    # A budget that is too small for all seeds is not spent on them alone.
+    # If the budget is too small for all seeds, at least half of it remains for the search.
     budget.reserve = {
         unit: min(first[unit] + (SPARE * turns if unit == "wall" else more) * whole[unit], limit / 2)
         for unit, limit in budget.limits.items()
@@ -203,19 +207,21 @@ def keep_for_the_winner(
 
 @contextlib.contextmanager
 def _recording(budget: SearchBudget, reserve: Callable[[], None]) -> Iterator[None]:
-    """Record the time that has passed, and set aside what the winner needs, every few seconds."""
+    """Within this context, record the elapsed time and reserve what the winner needs every few seconds."""
     end = threading.Event()
 
     def record() -> None:
         while True:
-            with contextlib.suppress(Exception):  # a store that is away for a while costs a record, no search
+            with contextlib.suppress(
+                Exception
+            ):  # if the store is unreachable for a while, a record is lost, but the search continues
                 reserve()
                 budget.record()
             if end.wait(RECORD_SECONDS):
                 return
 
     reserve()
-    thread = threading.Thread(target=record, name="ktray-purse", daemon=True)
+    thread = threading.Thread(target=record, name="ktray-budget", daemon=True)
     thread.start()
     try:
         yield

@@ -1,8 +1,8 @@
-"""The search space: for recipe keys what they may be, some only where another key has a certain value.
+"""The search space: the values that recipe keys may take, for some keys only if another key has a certain value.
 
-A space is read in order, as Optuna's define-by-run asks for: a condition looks at keys that stand before it, or at the
-recipe. What a trial was given is kept as Optuna's own parameters (choices that are no plain value as JSON text), and
-turned into recipe keys here.
+A space is read in order, as Optuna's define-by-run interface requires: a condition refers to keys that come before it,
+or to the recipe. The choices of a trial are stored as Optuna's parameters (a choice that is not a plain value as JSON
+text), and are converted to recipe keys here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ktray.reporting.units import flatten
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-GRID_MOST = 10_000  # points of a grid that anybody would run
+GRID_MOST = 10_000  # largest number of points of a grid
 FORMS = "Write [a, b], {low: 1, high: 9}, or {choices: [a, b], when: {other.key: [x]}}."
 NAME = "objective.name"
 NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench", "tune", "budget", "prices")
@@ -32,14 +32,16 @@ NOT_SEARCHED = ("store", "seed", "task", "cluster", "mlflow", "compare", "bench"
 
 @dataclass(frozen=True)
 class Spec:
-    """What one key, or one section of several keys, may be.
+    """The values that one key, or one section of several keys, may take.
 
     Attributes:
-        key: dotted; of a section its name.
-        choices: values, or for a section its keys; empty for a range.
-        low, high, log, step: of a range; ``step`` None: any value between.
-        whole: the range is of integers.
-        when: other keys, and the values of each under which this one counts.
+        key: the dotted key, or the name of a section.
+        choices: the values, or, for a section, mappings of its keys; empty for a range.
+        low, high: bounds of a range, inclusive.
+        log: whether the range is logarithmic.
+        step: distance of the values of a range; None: any value in the range.
+        whole: whether the range consists of integers.
+        when: other keys, each with the values under which this key applies.
     """
 
     key: str
@@ -53,7 +55,7 @@ class Spec:
 
     @property
     def labels(self) -> list[Plain]:
-        """The choices as Optuna takes them."""
+        """The choices in Optuna's form."""
         return [label(choice) for choice in self.choices]
 
     @property
@@ -67,7 +69,7 @@ class Spec:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
     def expand(self, value: Plain) -> dict[str, Any]:
-        """Recipe keys of a value that Optuna gave."""
+        """Return the recipe keys of a value from Optuna."""
         if not self.choices:
             return {self.key: int(value) if self.whole else float(value)}  # type: ignore[arg-type]
         return self.keys_of(next(c for c in self.choices if label(c) == value))
@@ -78,15 +80,17 @@ class Spec:
         return {f"{self.key}.{name}": value for name, value in choice.items()}
 
     def points(self) -> list[Plain]:
-        """Every value of a grid.
+        """Return every value, for a grid.
 
         Raises:
-            KtrayError: it is a range without steps.
+            KtrayError: the spec is a range without a step.
         """
         if self.choices:
             return self.labels
         if self.step is None and not (self.whole and not self.log):
-            raise KtrayError(f"tune.space: '{self.key}' is a range without a step", "A grid needs step, or choices.")
+            raise KtrayError(
+                f"tune.space: '{self.key}' is a range without a step", "Set step or choices, which a grid needs."
+            )
         step = self.step or 1
         count = int((self.high - self.low) / step + 1e-9) + 1
         values = [self.low + i * step for i in range(count)]
@@ -95,13 +99,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Space:
-    """Specs in order, over the recipe that they change."""
+    """Specs in order, and the recipe that they change."""
 
     base: Recipe
     specs: tuple[Spec, ...]
 
     def draw(self, ask: Callable[[Spec], Plain]) -> dict[str, Plain]:
-        """One point: ``ask`` is called for each spec that counts under what was drawn before."""
+        """Draw one point: ``ask`` is called for each spec that applies, given the values drawn before."""
         drawn: dict[str, Plain] = {}
         keys: dict[str, Any] = {}
         for spec in self.specs:
@@ -111,7 +115,8 @@ class Space:
         return drawn
 
     def define(self, trial: Any) -> None:
-        """The space for `ray.tune.search.optuna.OptunaSearch`, which notes what ``trial`` (Optuna's) suggests."""
+        """Define the space for `ray.tune.search.optuna.OptunaSearch`, which records the suggestions of ``trial`` (an
+        Optuna trial)."""
 
         def ask(spec: Spec) -> Plain:
             if spec.choices:
@@ -125,16 +130,16 @@ class Space:
         self.draw(ask)
 
     def keys(self, params: Mapping[str, Plain]) -> dict[str, Any]:
-        """Recipe keys of a point."""
+        """Return the recipe keys of a point."""
         specs = {spec.key: spec for spec in self.specs}
-        return {name: value for key, given in params.items() for name, value in specs[key].expand(given).items()}
+        return {name: value for key, drawn in params.items() for name, value in specs[key].expand(drawn).items()}
 
     def distributions(self, params: Mapping[str, Plain]) -> dict[str, BaseDistribution]:
         specs = {spec.key: spec for spec in self.specs}
         return {key: specs[key].distribution for key in params}
 
     def locate(self, values: Mapping[str, Any]) -> dict[str, Plain] | None:
-        """The point at which a recipe lies, whose keys are `flat`; None where it lies outside."""
+        """Return the point of a recipe with the keys ``values`` (see `values_of`); None if it is outside the space."""
 
         def ask(spec: Spec) -> Plain:
             if spec.choices:
@@ -158,14 +163,17 @@ class Space:
             return None
 
     def grid(self) -> list[dict[str, Plain]]:
-        """Every point, each once.
+        """Return every point once.
 
         Raises:
-            KtrayError: a range without steps, or more points than anybody would run.
+            KtrayError: the space has a range without a step, or more than `GRID_MOST` points.
         """
         points = list(itertools.islice(self._grid({}, {}, 0), GRID_MOST + 1))
         if len(points) > GRID_MOST:
-            raise KtrayError(f"The grid of tune.space has more than {GRID_MOST:,} points", "Choose tune.search=random.")
+            raise KtrayError(
+                f"The grid of tune.space has more than {GRID_MOST:,} points",
+                "Set tune.search=random, or fewer choices.",
+            )
         return points
 
     def _grid(self, drawn: dict[str, Plain], keys: dict[str, Any], at: int) -> Iterator[dict[str, Plain]]:
@@ -187,26 +195,26 @@ class Space:
 
 
 def label(choice: Any) -> Plain:
-    """A choice as Optuna takes it: plain values as they are, others as JSON text."""
+    """Return a choice in Optuna's form: a plain value unchanged, another value as JSON text."""
     if choice is None or isinstance(choice, str | int | float | bool):
         return choice
     return json.dumps(choice, sort_keys=True)
 
 
 def values_of(recipe: Recipe) -> dict[str, Any]:
-    """Every key of the recipe with its value, dotted."""
+    """Return every dotted key of the recipe with its value."""
     known = {key for key, *_ in recipes.schema()}
     return flatten(recipe.model_dump(mode="json"), keep=lambda name, value: name in known)
 
 
 def read(base: Recipe, description: Mapping[str, Any]) -> Space:
-    """The space that a mapping such as ``tune.space`` describes.
+    """Return the space that a mapping such as ``tune.space`` describes.
 
-    A key of some objectives counts under those alone, whether or not a condition says so.
+    A key that only some objectives have applies only under these, also without an explicit condition.
 
     Raises:
-        KtrayError: a key that the recipe has not or that no search may change, a value that the key does not take, a
-            form that is none, a condition on a key that comes later.
+        KtrayError: a key is unknown or cannot be searched, a value is invalid for its key, a form is invalid, or a
+            condition refers to a later key.
     """
     specs: list[Spec] = []
     later = list(description)
@@ -224,12 +232,12 @@ def read(base: Recipe, description: Mapping[str, Any]) -> Space:
                 raise KtrayError(f"tune.space: {error.what}", error.remedy) from error
     names = [name for spec in specs for name in _names(spec)]
     if len(set(names)) < len(names):
-        raise KtrayError(f"tune.space has '{max(names, key=names.count)}' twice", "Leave it in one place.")
+        raise KtrayError(f"tune.space has '{max(names, key=names.count)}' twice", "Remove one of the two.")
     return Space(base, tuple(specs))
 
 
 def _under_its_objectives(spec: Spec, base: Recipe, description: Mapping[str, Any]) -> Spec:
-    """The spec of an objective's key with the condition that the objective has it."""
+    """Add to the spec of an objective's key the condition that the objective has the key."""
     section, _, name = spec.key.partition(".")
     if section != "objective" or name in ("", "name") or any(key == NAME for key, _ in spec.when):
         return spec
@@ -243,7 +251,7 @@ def _under_its_objectives(spec: Spec, base: Recipe, description: Mapping[str, An
 
 
 def _chosen_by(spec: Spec) -> list[dict[str, Any]]:
-    """The objectives under which a key counts, which decide whether there is such a key."""
+    """Return recipe keys that choose the objectives under which a key applies, since the key exists only for these."""
     if spec.key.startswith("objective."):
         for key, values in spec.when:
             if key == NAME:
@@ -257,18 +265,22 @@ def _names(spec: Spec) -> set[str]:
 
 def _check_condition(key: str, name: str, values: tuple[Any, ...], later: list[str]) -> None:
     if name not in {row[0] for row in recipes.schema()}:
-        recipes.override(Recipe(), {name: values[0]})  # names the nearest key
+        recipes.override(Recipe(), {name: values[0]})  # raises an error that names the nearest key
     if any(name == other or name.startswith(f"{other}.") for other in later):
         raise KtrayError(
-            f"tune.space: '{key}' asks for '{name}', which comes after it", f"Put '{name}' before '{key}'."
+            f"tune.space: the condition of '{key}' refers to '{name}', which comes after it",
+            f"Put '{name}' before '{key}'.",
         )
 
 
 def _spec(key: str, value: Any) -> Spec:
     if key.split(".")[0] in NOT_SEARCHED:
-        raise KtrayError(f"tune.space cannot change '{key}'", "It says what is searched for, not how it is reached.")
+        raise KtrayError(
+            f"tune.space cannot change '{key}'",
+            "Remove it: this key defines the search or where it runs, not a method.",
+        )
     if key == "train.epochs":
-        raise KtrayError("tune.space cannot change 'train.epochs'", "Search train.steps, which wins over it.")
+        raise KtrayError("tune.space cannot change 'train.epochs'", "Search train.steps instead, which overrides it.")
     section = _section(key)
     if section is None:
         _type_of(key)
@@ -292,9 +304,12 @@ def _spec(key: str, value: Any) -> Spec:
 def _choices(key: str, choices: list[Any], when: tuple[tuple[str, tuple[Any, ...]], ...]) -> Spec:
     labels = [json.dumps(label(c)) for c in choices]
     if not choices or len(set(labels)) < len(labels):
-        raise KtrayError(f"tune.space: '{key}' has no choices, or one twice", FORMS)
+        raise KtrayError(f"tune.space: '{key}' has no choices, or has one of them twice", FORMS)
     if _section(key) is not None and not all(isinstance(c, dict) and c for c in choices):
-        raise KtrayError(f"tune.space: '{key}' is a section, and its choices are to name its keys", FORMS)
+        raise KtrayError(
+            f"tune.space: '{key}' is a section, but not all of its choices are mappings of its keys",
+            f"Write {key}: [{{name: a}}, {{name: b}}], with keys of the section.",
+        )
     return Spec(key, tuple(choices), when=when)
 
 
@@ -303,17 +318,18 @@ def _range(key: str, limits: Mapping[str, Any], when: tuple[tuple[str, tuple[Any
     numbers = [v for v in (low, high, step) if v is not None]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers) or not isinstance(log, bool):
         raise KtrayError(
-            f"tune.space: '{key}' is {dict(limits)!r}", "low, high and step are numbers, log true or false."
+            f"tune.space: '{key}' is {dict(limits)!r}",
+            "Write numbers for low, high and step, and true or false for log.",
         )
     if not low < high or (step is not None and (step <= 0 or log)) or (log and low <= 0):
         raise KtrayError(
-            f"tune.space: '{key}' from {low} to {high} is no range",
-            "low is below high, and above 0 with log; step is above 0, and not for log.",
+            f"tune.space: '{key}' has an invalid range from {low} to {high}",
+            "Set low below high; with log, set low above 0 and no step; set step above 0.",
         )
     kind = _type_of(key)
     whole = "int" in kind.lower() and "float" not in kind
     if whole and not all(float(v).is_integer() for v in numbers):
-        raise KtrayError(f"tune.space: '{key}' takes whole numbers", "Give such as low, high and step.")
+        raise KtrayError(f"tune.space: '{key}' takes integers", "Write integers for low, high and step.")
     return Spec(key, low=float(low), high=float(high), log=log, step=step, whole=whole, when=when)
 
 
@@ -324,7 +340,7 @@ def _when(key: str, conditions: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
 
 
 def _section(key: str) -> type[Section] | None:
-    """The section of the recipe that a key names; None for a key that holds a value."""
+    """Return the section of the recipe that a key names; None if the key has a value."""
     model: type[Section] = Recipe
     for part in key.split("."):
         field = model.model_fields.get(part)
@@ -340,4 +356,4 @@ def _type_of(key: str) -> str:
         if name == key:
             return kind
     recipes.override(Recipe(), {key: None})  # raises, and names the nearest key
-    raise KtrayError(f"tune.space: '{key}' holds no value of its own", "Name keys of the recipe (--help).")
+    raise KtrayError(f"tune.space: '{key}' has no value of its own", "Name its keys; --help lists them.")

@@ -1,4 +1,4 @@
-"""What a trial does: the pipeline with its recipe, at rising shares of its steps, on validation alone."""
+"""The runs of a trial: the pipeline with the trial's recipe, at rising shares of its steps, without the test split."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ from ktray.storage.store import Store
 from ktray.tracking.tags import RUN_NAME
 from ktray.tracking.tracker import WAY
 
-STUDENTS = ("transfer", "finetune")  # stages that a trial has for itself
-LEAST = 0.2  # of the steps that a trial was to have, below which the cost limit does not cut it
+STUDENTS = ("transfer", "finetune")  # stages that trials do not share
+LEAST = 0.2  # smallest share of a trial's steps to which the cost limit may reduce them
 ASIDE = "trials"  # the runs of trials are logged in an experiment of their own
 
 
 def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int | None = None) -> Recipe:
-    """The recipe of one run: the base with a trial's keys, a share of its steps, and without the search's own part.
+    """Return the recipe of one run: the base with a trial's keys and a share of its steps, without tune and budget.
 
     Args:
-        base: with ``train.steps`` set.
+        base: a recipe in which ``train.steps`` is set.
+        keys: dotted recipe keys of the trial.
+        share: share of the steps.
+        seed: seed of the run; None: the seed of ``base``.
     """
     plain = base.model_copy(update={"tune": TuneConfig(), "budget": BudgetConfig()}, deep=True)
     recipe = methods.recipe_of(plain, keys, **({} if seed is None else {"seed": seed}))
@@ -48,12 +51,19 @@ def recipe_of(base: Recipe, keys: dict[str, Any], share: float = 1.0, seed: int 
 
 
 class CostLimitExceeded(KtrayError):
-    """A trial whose model would cost more than the winner may."""
+    """The model of a trial would cost more than the winner may."""
 
 
 @dataclass
 class RunMeter:
-    """The accounts of one run, from its first look on, and what ends it."""
+    """Reads the ledger of one run and stops the run at the limit of its budget.
+
+    Attributes:
+        budget: the budget of the search.
+        name: name of the run in the budget.
+        final: whether the run may use the time that is reserved for the winner.
+        ledger: the ledger of the run, None before its first call.
+    """
 
     budget: SearchBudget
     name: str
@@ -72,7 +82,7 @@ class RunMeter:
         return self.ledger.spent() if self.ledger else []
 
     def students(self, unit: str) -> dict[str, float]:
-        """What each of the stages that train the student is worth, in a unit."""
+        """Return the cost of each stage that trains the student, including reused stages, in a unit."""
         worth: dict[str, float] = {}
         for entry in self.ledger.entries if self.ledger else []:
             if entry.stage in STUDENTS:
@@ -82,12 +92,16 @@ class RunMeter:
 
 @dataclass
 class TrialRunner:
-    """Runs the trials' recipes.
+    """Runs the recipes of trials.
 
     Attributes:
-        base: the recipe as given, without open keys that decide a cost.
-        share: plan of one pipeline.
+        base: the baseline, resolved: all keys that determine a cost are set.
+        store: the store of the search.
+        share: allocation of one pipeline.
+        budget: the budget of the search.
+        records: the trials of the search.
         search: id of the search, for tags.
+        debug: whether the lines of the pipelines are shown.
     """
 
     base: Recipe
@@ -105,18 +119,19 @@ class TrialRunner:
 
     @contextlib.contextmanager
     def lines_of(self, title: str) -> Iterator[None]:
-        """Within it, the pipeline's lines have a title and are shown with ``--debug`` only, and there are no progress
-        lines: nobody can follow those of several runs at once."""
+        """Within this context, the pipeline's lines have a title and are shown only with ``--debug``, and there are no
+        progress lines, since the lines of several runs at once are hard to follow."""
         with hushed(not self.debug), titled(title, muted=not self.debug):
             yield
 
     def shares_of(self, record: TrialRecord) -> list[float]:
-        """The recipe as given is trained to its end at once: all others are compared with it."""
+        """Return the shares of steps of a trial's rungs. The baseline has a single rung with all steps, because all
+        other trials are compared with it."""
         return [1.0] if record.number == BASELINE else self.shares
 
     def answer(self, number: int, rung: int) -> dict[str, Any]:
-        """The result of a rung, for Tune; one that was made before is read. Never raises: what goes wrong is the
-        trial's."""
+        """Return the result of a rung for Tune. A result that exists is read. Errors never leave this method: they end
+        the trial with a reason in its record."""
         record = self.records.trials[number]
         last = rung == len(self.shares_of(record)) - 1
         if rung < len(record.points):
@@ -151,10 +166,10 @@ class TrialRunner:
         unit = self.base.tune.cost
         name = f"{record.number}/{rung}"
         if refused := self.budget.promise(name, to_make):
-            raise BudgetExceeded(f"rung {rung + 1} cannot be paid: {refused}")
-        # Without the recipe as given there is nothing to compare with: it may take the time that the winner is kept.
+            raise BudgetExceeded(f"the budget does not allow rung {rung + 1}: {refused}")
+        # Without the baseline there is nothing to compare with, so it may use the time reserved for the winner.
         meter, begun, finished = RunMeter(self.budget, name, final=record.number == BASELINE), time.monotonic(), False
-        title = "as given" if record.number == BASELINE else f"trial {record.number}"
+        title = "baseline" if record.number == BASELINE else f"trial {record.number}"
         tags = {"tune": self.search, WAY: title, RUN_NAME: f"{title}, {share:.2g} of its steps"}
         try:
             with self.lines_of(title):
@@ -167,7 +182,7 @@ class TrialRunner:
                 record.lost = spent
         validation = float(result["metric"]["val"])
         if not math.isfinite(validation):
-            raise KtrayError(f"validation is {validation}", "A lower learning rate may help.")
+            raise KtrayError(f"the validation metric is {validation}", "A lower learning rate may help.")
         before = record.points[-1].resource if record.points else 0.0
         whole = result["cost"]["without_cache"]
         return TrialPoint(
@@ -186,7 +201,7 @@ class TrialRunner:
         )
 
     def _plan(self, record: TrialRecord, rung: int) -> tuple[Recipe, dict[str, float]]:
-        """The recipe of a rung, and the FLOPs of the stages that it will make, which the store does not hold."""
+        """Return the recipe of a rung, and the FLOPs of each stage that it will compute, which the store lacks."""
         share = self.shares_of(record)[rung]
         if record.number not in self._plans:
             self._plans[record.number] = self._stages(recipe_of(self.base, record.keys))
@@ -204,10 +219,10 @@ class TrialRunner:
         return {line.stage: line.flops for line in planning.lines(resolved) if line.stage != "evaluate"}
 
     def _fit(self, record: TrialRecord) -> None:
-        """A model that would cost more than the winner may gets so many steps fewer."""
+        """Reduce the steps of a trial whose model would cost more than the winner may."""
         stages, first = self._plans[record.number], self.records.trials[BASELINE]
         if self.base.tune.cost_limit is not None and record.number != BASELINE:
-            # Of trials that begin together another one may be planned before the recipe as given.
+            # If trials start at the same time, another trial may be planned before the baseline.
             baseline_flops = first.flops or sum(self._stages(recipe_of(self.base, first.keys)).values())
             self._cut(record, stages, baseline_flops, self.base.tune.cost_limit * baseline_flops)
         record.flops = sum(stages.values())
@@ -221,7 +236,7 @@ class TrialRunner:
         share = (limit - (whole - transfer)) / transfer if transfer else 0.0
         if share < LEAST:
             raise CostLimitExceeded(
-                f"it would cost {whole / baseline_flops:.2f} times what the recipe as given does (tune.cost_limit)"
+                f"its model would cost {whole / baseline_flops:.2f} times as much as the baseline (see tune.cost_limit)"
             )
         requested = int(recipe_of(self.base, record.keys).train.steps or 1)
         record.keys["train.steps"] = max(1, int(share * requested))

@@ -1,7 +1,7 @@
-"""Between Ray Tune's trials, which are actors, and the driver, whose threads run their pipelines.
+"""The bridge between Ray Tune's trials, which are actors, and the driver, whose threads run the pipelines of trials.
 
-A trial's actor holds no CPU and does no work: all CPUs stay with the pipelines, whose plan knows what they need: a
-search cannot wait for a CPU that its own trials hold. It lives on the driver's machine.
+A trial's actor holds no CPU and does no work. So all CPUs are available to the pipelines, whose allocations cover their
+needs, and a search cannot wait for a CPU that its own trials hold. The actors run on the driver's machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Ask = Callable[[int, int], dict[str, Any]]
 
 
 class TrialBridge:
-    """Questions of trials and their answers; an actor."""
+    """An actor that passes questions of trials to the driver, and the answers back."""
 
     def __init__(self) -> None:
         self._questions: asyncio.Queue[tuple[int, int, int]] = asyncio.Queue()
@@ -25,7 +25,7 @@ class TrialBridge:
         self._count = 0
 
     async def ask(self, number: int, rung: int) -> dict[str, Any]:
-        """The result of a trial's rung; returns when the driver has it."""
+        """Return the result of a trial's rung as soon as the driver has it."""
         self._count += 1
         question = self._count
         self._waiting[question] = asyncio.get_running_loop().create_future()
@@ -33,7 +33,7 @@ class TrialBridge:
         return await self._waiting[question]
 
     async def next(self, seconds: float) -> tuple[int, int, int] | None:
-        """The next question; None where there is none for so long."""
+        """Return the next question (id, trial, rung); None if there is none within ``seconds``."""
         try:
             return await asyncio.wait_for(self._questions.get(), seconds)
         except asyncio.TimeoutError:
@@ -44,7 +44,7 @@ class TrialBridge:
 
 
 class Trial(tune.Trainable):
-    """A trial for Ray Tune: a step is a rung."""
+    """A trial for Ray Tune. Each step is a rung."""
 
     def setup(self, config: dict[str, Any], bridge: Any = None) -> None:
         self._bridge, self._rung = bridge, 0
@@ -61,23 +61,23 @@ class Trial(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        return None  # what a trial has done is in the store
+        return None  # the progress of a trial is in the store
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         return None
 
 
 class Servers:
-    """Threads of the driver that answer the desk; a context manager.
+    """Threads of the driver that answer the questions of the bridge; a context manager.
 
     Args:
-        answer: trial and rung -> result; must not raise.
-        count: of questions that are worked on at once.
+        answer: maps trial and rung to the result; must not raise.
+        count: number of questions that are answered at the same time.
     """
 
     def __init__(self, bridge: Any, answer: Ask, count: int) -> None:
         self._bridge, self._answer, self._end = bridge, answer, threading.Event()
-        # Daemons: the interpreter does not wait for them after an interrupt.
+        # The threads are daemons, so that the interpreter does not wait for them after an interrupt.
         self._threads = [
             threading.Thread(target=self._serve, name=f"ktray-trial-{i}", daemon=True) for i in range(count)
         ]

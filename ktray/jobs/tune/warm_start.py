@@ -1,4 +1,4 @@
-"""What a search learns from runs of former experiments in MLflow, before its first trial."""
+"""Runs of earlier experiments in MLflow, from which a search learns before its first trial."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ktray.tracking.mlflow_server import prepare
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-MOST = 1000  # runs that are asked for, the newest first
+MOST = 1000  # largest number of runs that are read, the newest first
 
 
 def earlier_trials(uri: str, experiment: str, base: Recipe, space: Space, multi: bool) -> list[FrozenTrial]:
-    """Finished runs on the same task that lie within the space, as Optuna's trials.
+    """Return the finished runs on the same task that are within the space, as Optuna's trials.
 
     Args:
-        uri: of the tracking server or database.
-        experiment: its name.
-        base: the recipe as given, resolved.
-        multi: the search has cost as its second aim.
+        uri: URI of the tracking server or database.
+        experiment: name of the experiment.
+        base: the baseline, resolved.
+        multi: whether the search also minimises cost.
 
     Raises:
-        KtrayError: no such experiment, or the server is away.
+        KtrayError: the experiment does not exist, or the server is unreachable.
     """
     prepare(10.0)
     import optuna
@@ -39,13 +39,18 @@ def earlier_trials(uri: str, experiment: str, base: Recipe, space: Space, multi:
         entry = client.get_experiment_by_name(experiment)
         if entry is None:
             names = ", ".join(e.name for e in client.search_experiments(max_results=20))
-            raise KtrayError(f"{scrub(uri)} has no experiment '{experiment}'", f"tune.warm_start is one of: {names}.")
+            raise KtrayError(
+                f"{scrub(uri)} has no experiment '{experiment}'", f"Set tune.warm_start to one of: {names}."
+            )
         runs = client.search_runs([entry.experiment_id], "attributes.status = 'FINISHED'", max_results=MOST)
     except KtrayError:
         raise
     except Exception as error:
         reason = str(scrub(" ".join(str(error).split())))[:300]
-        raise KtrayError(f"MLflow at {scrub(uri)} does not tell of '{experiment}': {reason}", "Is it up?") from error
+        raise KtrayError(
+            f"MLflow at {scrub(uri)} cannot be asked for the runs of '{experiment}': {reason}",
+            "Check that the server runs, and mlflow.uri; or remove tune.warm_start.",
+        ) from error
     trials = []
     for run in runs:
         point = point_of(run.data.params, run.data.metrics, base, space)
@@ -64,7 +69,8 @@ def earlier_trials(uri: str, experiment: str, base: Recipe, space: Space, multi:
 def point_of(
     params: Mapping[str, str], metrics: Mapping[str, float], base: Recipe, space: Space
 ) -> tuple[dict[str, Any], float, float] | None:
-    """Where a logged run lies in the space, its validation and its cost; None of another task or outside."""
+    """Return the point of a logged run in the space, its validation metric and its cost; None if the run has another
+    task or is outside the space."""
     values = {key: parse(text) for key, text in params.items()}
     validation = metrics.get(f"val.{base.task.metric}")
     cost = metrics.get(f"cost.without_cache_{base.tune.cost}")
@@ -76,7 +82,7 @@ def point_of(
 
 
 def parse(text: str) -> Any:
-    """A parameter as the recipe has it: MLflow knows text alone."""
+    """Convert a parameter to the value in the recipe, since MLflow stores only text."""
     words = {"True": True, "False": False, "None": None}
     if text in words:
         return words[text]

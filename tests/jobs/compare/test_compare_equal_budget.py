@@ -47,8 +47,8 @@ def test_equal_flops_gives_every_way_the_first_ones_cost(given):
 
 def test_a_budget_that_a_way_cannot_meet_names_it(given):
     base = recipes.load(None, [*given, "train.steps=1", "compare.equal=flops"])
-    methods = {"scratch": Method({"objective.name": "scratch"}, "scratch"), "dear": Method({}, "dear")}
-    with pytest.raises(KtrayError, match="'dear'"):
+    methods = {"scratch": Method({"objective.name": "scratch"}, "scratch"), "costly": Method({}, "costly")}
+    with pytest.raises(KtrayError, match="'costly'"):
         budgets(base, methods, HERE)
 
 

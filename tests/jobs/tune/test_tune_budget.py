@@ -63,7 +63,7 @@ def test_a_run_is_stopped_before_its_allowance_is_spent():
     budget = search_budget(flops=100e9)
     assert budget.promise("a", {"transfer": 20e9}) == ""
     budget.watch("a", [entry(20e9, 20.0)], "a")  # a GFLOP a second: four more until the next look
-    with pytest.raises(BudgetExceeded, match="of 30 GFLOP that it may cost"):
+    with pytest.raises(BudgetExceeded, match="of its allowance of 30 GFLOP"):
         budget.watch("a", [entry(26.5e9, 26.5)], "a")
 
 
@@ -83,7 +83,7 @@ def test_time_ends_trials_before_the_winner():
     clock.now += 600 - 24 - 200 - 1
     budget.watch("a", [entry()], "a")
     clock.now += 2
-    with pytest.raises(BudgetExceeded, match="the time that there is"):
+    with pytest.raises(BudgetExceeded, match="at the limit of its time"):
         budget.watch("a", [entry()], "a")
     budget.watch("winner", [entry()], "w", final=True)
     clock.now += 200
@@ -157,7 +157,7 @@ def test_what_the_winner_needs_is_kept_with_time_to_spare(parallel, turns):
     # At 1 GFLOP/s, with 5 s for each stage and 5 s beside them. The first seed is trained already, the others are not.
     keep_for_the_winner(budget, SimpleNamespace(best=lambda limit: best), base, own, test)
     assert budget.reserve == {"wall": pytest.approx(15 + 1.2 * turns * 70), "flops": pytest.approx(5e9 + 2 * 55e9)}
-    # Nothing is trained yet: all seeds of the recipe as given, but never more than half of the budget.
+    # Nothing is trained yet: all seeds of the baseline, but never more than half of the budget.
     keep_for_the_winner(budget, SimpleNamespace(best=lambda limit: None), base, own, test)
     assert budget.reserve == {
         "wall": pytest.approx(min(300, 110 + 1.2 * turns * 110)),

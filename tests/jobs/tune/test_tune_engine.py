@@ -14,7 +14,7 @@ from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET
 TOY = Path(__file__).parents[2] / "helpers" / "toy_search.py"
 
 
-def test_the_recipe_as_given_runs_to_its_end_weak_trials_are_stopped_and_failed_ones_marked(cluster, tmp_path):
+def test_the_baseline_runs_to_its_end_weak_trials_are_stopped_and_failed_ones_marked(cluster, tmp_path):
     toy = Toy(tmp_path, busy, trials=14, rungs=[1 / 9, 1 / 3, 1.0])
     toy.bad = {4: ("failed", "the loss is nan at step 4"), 5: ("failed", "out of memory")}
     trials = toy.run()
@@ -68,7 +68,7 @@ def test_two_aims_know_the_cost_and_former_trials_teach(cluster, tmp_path):
     first = Toy(tmp_path / "first", trials=6, rungs=[1.0], search="random").run()
     space = Toy(tmp_path / "space").space
     former = [t for r in first if (t := study_trial(space, r, ["validation", "full_cost"]))]
-    assert len(former) == 6, "the recipe as given lies in the space too"
+    assert len(former) == 6, "the baseline is in the space too"
     assert all(t.values[1] in (16, 32, 64) for t in former)
     trials = Toy(tmp_path / "second", trials=6, rungs=[1.0], search="nsga2").run(former=former)
     assert [t.state for t in trials] == ["finished"] * 6

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from ktray.jobs.tune.records import BASELINE, OPEN, OVER_BUDGET, Records, TrialPoint
+from ktray.jobs.tune.records import (
+    BASELINE,
+    OPEN,
+    OVER_BUDGET,
+    OVER_COST_LIMIT,
+    STATES,
+    Records,
+    TrialPoint,
+)
 from ktray.storage.store import Dir
 
 
@@ -65,3 +73,11 @@ def test_who_could_not_be_paid_goes_on_when_there_is_more(records):
     records.reopen()
     assert [r.number for r in records.in_order() if r.state == OPEN] == [3]
     assert records.trials[BASELINE].state == "finished"
+
+
+def test_states_have_their_current_names(records):
+    for number, state in enumerate(("unpaid", "dear", *STATES)):
+        records.close(records.trials[number], state)
+    again = Records(records.folder)
+    again.load()
+    assert [again.trials[number].state for number in range(8)] == [OVER_BUDGET, OVER_COST_LIMIT, *STATES]

@@ -19,7 +19,7 @@ def point(trial, validation, cost, share=1.0):
 
 @pytest.fixture
 def search(tmp_path):
-    """(base, folder, search) with the recipe as given, a better and cheaper trial, and one that could not be paid."""
+    """(base, folder, search) with the baseline, a better and cheaper trial, and one that could not be paid."""
     toy = Toy(tmp_path / "trials")
     base = BASE.model_copy(deep=True)
     base.task.name, base.task.metric = "letters", "top1"

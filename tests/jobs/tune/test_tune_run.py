@@ -68,7 +68,7 @@ def test_trials_that_have_ended_are_not_done_again(given, done):
     assert before["trials"] == found["trials"]
     assert before["best"]["run"] == found["winner"]["run"]
     assert len(store.sub("runs").children()) == runs_before + 2, "the winner's seeds alone are new"
-    assert any("goes on after 4 trials" in line for line in lines)
+    assert any("resumes after 4 trials" in line for line in lines)
 
 
 def test_a_trial_that_diverges_is_marked_and_charged(done):
@@ -99,7 +99,7 @@ def test_everything_is_charged_once_and_within_the_budget(given, done):
     assert folder.read_json("purse.json")["open"] == {}
 
 
-def test_the_winner_is_tested_with_each_seed_and_stands_beside_the_recipe_as_given(given, done):
+def test_the_winner_is_tested_with_each_seed_and_is_compared_with_the_baseline(given, done):
     store, _ = given
     folder, found, _, lines = done
     winner, first = found["winner"], found["given"]
@@ -109,10 +109,10 @@ def test_the_winner_is_tested_with_each_seed_and_stands_beside_the_recipe_as_giv
     assert winner["validation_seeds"][0] == winner["validation"], "the search's own run is its first seed"
     assert winner["validation"] >= first["validation"]
     assert winner["cost"] <= first["cost"]
-    assert "already on the front" in found["says"] or winner["validation"] > first["validation"]
+    assert "the baseline is in the Pareto set" in found["says"] or winner["validation"] > first["validation"]
     assert any(found["says"] in line for line in lines)
     over = [percent(sum(winner[name]) / 2) for name in ("validation_seeds", "test_seeds")]
-    assert f"over 2 seeds {over[0]} on validation, {over[1]} ± " in found["says"]
+    assert f"over 2 seeds is {over[0]} on validation and {over[1]} ± " in found["says"]
     assert check_result("tune", json.loads(folder.read("result.json"))) == json.loads(json.dumps(found))
     assert not folder.exists("running.json")
 
@@ -153,7 +153,7 @@ def test_mlflow_has_a_run_with_one_for_each_trial(done):
     assert "tune.html" in {a.path for a in client.list_artifacts(parent.info.run_id)}
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     by_name = {c.info.run_name: c for c in children}
-    assert set(by_name) == {"as given", "trial 1", "trial 2", "trial 3"}
+    assert set(by_name) == {"baseline", "trial 1", "trial 2", "trial 3"}
     for trial in found["trials"][1:3]:
         child = by_name[f"trial {trial['number']}"]
         assert child.data.metrics["val.top1"] == pytest.approx(trial["points"][-1]["validation"])
@@ -162,7 +162,7 @@ def test_mlflow_has_a_run_with_one_for_each_trial(done):
     assert any(line.startswith("chart     mlflow ui ") for line in lines)
 
 
-def test_a_budget_that_does_not_pay_for_the_recipe_as_given_says_so(cluster, given):
+def test_a_budget_that_does_not_allow_the_baseline_says_so(cluster, given):
     _, keys = given
-    with pytest.raises(KtrayError, match="does not pay for the recipe as given once"):
+    with pytest.raises(KtrayError, match="does not allow one run of the baseline"):
         tune(recipes.load(None, [*keys, "budget.flops=1e6", "seed=7", "tune.seed=1"]))

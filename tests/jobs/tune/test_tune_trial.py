@@ -25,7 +25,7 @@ def rungs(folder, limit=1.0):
     return Planned(base, None, None, budget, records, "search")
 
 
-def test_a_trial_that_would_cost_more_than_the_recipe_as_given_gets_fewer_steps_whichever_is_planned_first(tmp_path):
+def test_a_trial_that_would_cost_more_than_the_baseline_gets_fewer_steps_whichever_is_planned_first(tmp_path):
     for name, order in (("given", (BASELINE, 1)), ("trial", (1, BASELINE))):
         one = rungs(tmp_path / name)
         one.records.begin({}, {"train.steps": 300})
@@ -35,7 +35,7 @@ def test_a_trial_that_would_cost_more_than_the_recipe_as_given_gets_fewer_steps_
         assert [one.records.trials[n].flops for n in (BASELINE, 1)] == [150.0, 150.0]
 
 
-def test_the_recipe_as_given_keeps_its_steps_where_the_winner_must_be_cheaper(tmp_path):
+def test_the_baseline_keeps_its_steps_where_the_winner_must_be_cheaper(tmp_path):
     one = rungs(tmp_path, limit=0.8)
     one.records.begin({}, {"train.steps": 100})
     for _ in range(2):  # as a search that goes on plans it again
