@@ -94,7 +94,8 @@ def require(comparison: dict[str, Any], what: str) -> None:
     if not comparison["max_difference"] <= allowed:  # not a number is not below it either
         raise KtrayError(
             f"{what} does not say what the PyTorch model says: its logits differ by {comparison['max_difference']:.3g} "
-            f"(at most {allowed:.3g} would be rounding), top-1 on {comparison['top1_differs']} of {comparison['images']} images",
+            f"(at most {allowed:.3g} would be rounding), top-1 on "
+            f"{comparison['top1_differs']} of {comparison['images']} images",
             "It was not written. Report the student's name; its folder loads in timm as it is.",
         )
 

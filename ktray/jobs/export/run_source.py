@@ -84,7 +84,7 @@ def find(requested: Recipe) -> Source:
     """The run that ``export.run`` names.
 
     Args:
-        requested: the recipe of the command line; its ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
+        requested: the recipe of the command line: ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
 
     Raises:
         KtrayError: no such run, one that left no student, a damaged result, a task kind that has no export.
