@@ -147,7 +147,7 @@ def test_the_whole_job_runs_with_both(toys: Path, tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["teacher"] == "toy:mean"
     assert result["transfer_set"]["kept"] == 60
-    (chosen,) = (store / "stages/curate").glob("*/*.parquet")
+    (chosen,) = (store / "stages/curate").glob("*/transfer.parquet")
     uris = pq.read_table(chosen, columns=["uri"]).column("uri").to_pylist()
     assert len(uris) == 60
     assert all(uri.startswith(f"{gallery}#entry=deep/") for uri in uris)

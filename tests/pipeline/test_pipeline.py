@@ -293,14 +293,15 @@ def test_agnostic_without_finetuning_is_refused(first):
         distil(store, *data, "objective.name=agnostic", "finetune.steps=0")
 
 
-def test_plan_tells_what_is_whole_and_writes_nothing(first, capsys):
+def test_plan_tells_what_is_whole_and_writes_nothing(first):
     from ktray.pipeline.plan import show
 
     store, data, _, _, _ = first
 
     def states(*overrides):
-        show(recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]))
-        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        lines = []
+        heard(lines, show, recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60", *overrides]))
+        rows = [line.split() for text in lines for line in text.splitlines()]
         return {r[0]: " ".join(r[1:3]) for r in rows if len(r) > 2 and r[0] in STAGES}
 
     before = sorted(store.rglob("*"))

@@ -8,10 +8,6 @@ from ktray.pipeline.run_folder import RUNNING, open_run
 from ktray.storage.store import Store
 
 
-def silent(text):
-    pass
-
-
 @pytest.fixture(params=["local", "s3"])
 def store(request, tmp_path):
     return Store(request.getfixturevalue("s3").home if request.param == "s3" else str(tmp_path))
@@ -23,7 +19,7 @@ def test_runs_of_one_recipe_at_once_have_a_folder_each(store):
     def work():
         with contextlib.ExitStack() as until:
             barrier.wait(60)
-            ids.append(open_run(store, "same", "letters", silent, until)[0])
+            ids.append(open_run(store, "same", "letters", until)[0])
             barrier.wait(60)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -37,12 +33,12 @@ def test_runs_of_one_recipe_at_once_have_a_folder_each(store):
 
 def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(store):
     with contextlib.ExitStack() as until:
-        first, folder = open_run(store, "same", "a", silent, until)
+        first, folder = open_run(store, "same", "a", until)
     with contextlib.ExitStack() as until:
-        assert open_run(store, "other", "b", silent, until)[0] != first
+        assert open_run(store, "other", "b", until)[0] != first
     with contextlib.ExitStack() as until:
-        assert open_run(store, "same", "c", silent, until)[0] == first
+        assert open_run(store, "same", "c", until)[0] == first
         folder.delete(RUNNING)
     assert not folder.exists(run_folder.FOLDER)
     with contextlib.ExitStack() as until:
-        assert open_run(store, "same", "d", silent, until)[0] != first
+        assert open_run(store, "same", "d", until)[0] != first
