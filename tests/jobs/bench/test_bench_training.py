@@ -33,7 +33,7 @@ def test_a_lesson_is_what_teach_stores(targets, cluster):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-@pytest.mark.parametrize("way", training.VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", training.VARIANTS, ids=lambda variant: variant.name)
 def test_training_goes_through_the_job_of_a_run(targets, cluster, variant):
     folder, one = targets
     waits = []
