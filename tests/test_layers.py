@@ -143,3 +143,13 @@ def test_the_top_of_the_package_is_folders() -> None:
 def test_files_are_short() -> None:
     long = {name: n for name, path in modules().items() if (n := len(path.read_text("utf-8").splitlines())) >= 400}
     assert long == {}
+
+
+def test_a_public_class_has_its_name_alone() -> None:
+    """Two classes of one name make a reader ask which; configs of the recipe end in ``Config``."""
+    places: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -276,7 +276,7 @@ class TransferConfig(Section):
         return strategy_of(self.strategy)
 
 
-class SupervisedConfig(Section):
+class SupervisedDataConfig(Section):
     data: str | None = Field(
         None, description="labelled generic images for objective.name=supervised, in one of the forms of task.data"
     )
@@ -327,7 +327,7 @@ class Recipe(Section):
     objective: Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(validated)] = Field(
         default_factory=default_objective
     )
-    supervised: SupervisedConfig = SupervisedConfig()
+    supervised: SupervisedDataConfig = SupervisedDataConfig()
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     baselines: BaselinesConfig = BaselinesConfig()

@@ -186,13 +186,13 @@ class Reporter:
                 case CurvePoint(step, values):
                     self.watchdog.heartbeat()
                     self.run.metrics(step, dict(values))
-                case messages.Progress(step):
+                case messages.StepProgress(step):
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
                 case _:
                     raise TypeError(f"not a message of a training: {message!r}")
 
-    def _advance(self, message: messages.Progress) -> None:
+    def _advance(self, message: messages.StepProgress) -> None:
         """Count the steps that are done since the last message."""
         if self.progress:
             self.progress.update(message.step, message.data_wait)

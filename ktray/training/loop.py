@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ktray.recipe.section import Section
-from ktray.training.messages import CurvePoint, LoopMessage, Progress, Started
+from ktray.training.messages import CurvePoint, LoopMessage, Started, StepProgress
 
 Batch = dict[str, torch.Tensor]
 STATE = "outcome.json"  # name of the file in a checkpoint
@@ -128,7 +128,7 @@ class TrainerCallbacks:
         save: (folder, metrics, last) -> None; called on every rank to save a checkpoint, with the folder of its files
             on rank 0 and None on other ranks. It may save the folder in the background, because the loop does not use
             the folder again; the last checkpoint must be saved when the call returns.
-        progress: receives a `Started` when the loop starts, then a `Progress` about twice a second, and a `CurvePoint`
+        progress: receives a `Started` when the loop starts, then a `StepProgress` every half second, and a `CurvePoint`
             for each evaluation.
         folder: returns a new, empty folder.
     """
@@ -288,7 +288,9 @@ class Trainer:
     def _report(self, data_wait: float) -> None:
         """Report the steps that are done, and the fraction of the time in which the loop waited for data."""
         step = self.state.step
-        self.callbacks.progress(Progress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait))
+        self.callbacks.progress(
+            StepProgress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait)
+        )
 
     def _agree(self, value: int) -> int:
         # Saving is a barrier over all ranks, so all ranks must save at the same steps.

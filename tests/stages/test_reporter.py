@@ -9,7 +9,7 @@ from heard import hearing
 from ktray.accounting.ledger import Entry, Meter
 from ktray.distributed.watchdog import Watchdog
 from ktray.stages.base import Reporter
-from ktray.training.messages import BadImages, ControllerState, CurvePoint, Progress, Started, TeacherFlops
+from ktray.training.messages import BadImages, ControllerState, CurvePoint, Started, StepProgress, TeacherFlops
 
 FLOPS, IMAGES = 100, 8
 
@@ -55,7 +55,7 @@ def start(step, workers):
 
 
 def step(number):
-    return Progress(number, number * IMAGES, number * FLOPS)
+    return StepProgress(number, number * IMAGES, number * FLOPS)
 
 
 def test_steps_done_again_count_again_and_are_told_apart(made):

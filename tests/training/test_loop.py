@@ -21,7 +21,7 @@ from ktray.training.loop import (
     decay_groups,
     learning_rate,
 )
-from ktray.training.messages import Progress
+from ktray.training.messages import StepProgress
 
 SETTINGS = TrainerSettings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
 
@@ -193,7 +193,7 @@ def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     state = Trainer(program(lambda m: (next(scores), {})), settings, recorder.hooks).run()
     assert state.step == 20 * 4
     assert state.best_step == 20
-    assert [post.step for post in recorder.posts if isinstance(post, Progress)][-1] == 80, (
+    assert [post.step for post in recorder.posts if isinstance(post, StepProgress)][-1] == 80, (
         "the last steps are not accounted for"
     )
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from ktray.training.messages import BadImages, ControllerState, CurvePoint, Progress, Started, TeacherFlops
+from ktray.training.messages import BadImages, ControllerState, CurvePoint, Started, StepProgress, TeacherFlops
 
 MESSAGES = [
     Started(0, 0, 0.0, workers=2, machines=1),
-    Progress(3, 24, 300.0, data_wait=0.1),
+    StepProgress(3, 24, 300.0, data_wait=0.1),
     CurvePoint(3, {"loss": 0.5}),
     BadImages((("a.png", "truncated"),)),
     TeacherFlops(7.0),

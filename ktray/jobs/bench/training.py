@@ -20,7 +20,7 @@ from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.store import Store
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
-from ktray.training.messages import Message, Progress
+from ktray.training.messages import Message, StepProgress
 from ktray.training.outcome import Outcome
 from ktray.training.programs import settle_precision
 from ktray.training.ray_train import train
@@ -101,7 +101,7 @@ def through_ktray(
     ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
     batch = targets.case.batch * plan.workers
     outcome, posts = run_job(targets.job(variant.mode, steps, variant.part(batch)), plan, folder)
-    waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, Progress) and p.data_wait is not None))
+    waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, StepProgress) and p.data_wait is not None))
     if variant.mode == "streamed":
         return float(steps * batch / outcome.state.seconds)
     return _second_half(outcome.state.curve, batch)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.jobs.export.run_source import Source
+from ktray.jobs.export.run_source import ExportedRun
 from ktray.jobs.export.targets.base import all_targets
 from ktray.redact import scrub
 from ktray.storage.store import local_home
@@ -28,7 +28,7 @@ REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
 
 
-def log(source: Source, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+def log(source: ExportedRun, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Log the model, and register it where the recipe says so; what is there already is left as it is.
 
     Args:
@@ -59,7 +59,7 @@ def log(source: Source, folder: Path, content: dict[str, Any]) -> dict[str, Any]
         return {"model_uri": None}
 
 
-def _log(source: Source, folder: Path, content: dict[str, Any], uri: str) -> dict[str, Any]:
+def _log(source: ExportedRun, folder: Path, content: dict[str, Any], uri: str) -> dict[str, Any]:
     part = source.recipe.export
     server = Server(uri, source.recipe.mlflow.experiment, {"run_id": None, "stages": {}}, _TIMEOUT_S)
     mark = f"{content['key']}-{part.serve}"
@@ -74,7 +74,7 @@ def _log(source: Source, folder: Path, content: dict[str, Any], uri: str) -> dic
     return {**logged, "name": part.register_as, "version": version, "alias": part.alias}
 
 
-def _model(server: Server, source: Source, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
+def _model(server: Server, source: ExportedRun, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
     """Id and place of the logged model; that of an earlier call with the same files, if there is one."""
     client = server.client
     models = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
@@ -154,7 +154,7 @@ def metrics(content: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _run(server: Server, source: Source) -> str | None:
+def _run(server: Server, source: ExportedRun) -> str | None:
     """The run in MLflow, if this server has it."""
     run_id = (source.result.get("mlflow") or {}).get("run_id")
     if run_id is None:

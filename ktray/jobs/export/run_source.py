@@ -24,7 +24,7 @@ _NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.s
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedRun:
     """A finished run of a classification task.
 
     Attributes:
@@ -80,7 +80,7 @@ class Source:
         return labelled
 
 
-def find(requested: Recipe) -> Source:
+def find(requested: Recipe) -> ExportedRun:
     """The run that ``export.run`` names.
 
     Args:
@@ -115,7 +115,7 @@ def find(requested: Recipe) -> Source:
         recipe.task.data = requested.task.data
     if not requested.export.run:
         logger.info(f"export    {result['run_id']} (the newest run with a student; export.run names another)")
-    return Source(store, folder, recipe, result)
+    return ExportedRun(store, folder, recipe, result)
 
 
 def _folder(requested: Recipe) -> Dir:

@@ -18,7 +18,7 @@ class LrTrial(ResultPart):
     validation: Number
 
 
-class Reach(ResultPart):
+class ReachedResult(ResultPart):
     """The cheapest run of the first method that is at least as accurate as this method, and the ratio of their
     costs."""
 
@@ -52,7 +52,7 @@ class WayRow(ResultPart):
     lead: list[Number] | None = Field(
         description="lead of the first method over this one: mean, low and high end of the 95% interval"
     )
-    reach: Reach | None
+    reach: ReachedResult | None
     steps: int
     lr: Number
     share: Number = Field(description="share of the steps that the budget allows")

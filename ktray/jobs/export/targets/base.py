@@ -21,7 +21,7 @@ from ktray.jobs.export import latency
 from ktray.jobs.export.agreement import AgreementScores, Scorer
 from ktray.jobs.export.images import Split
 from ktray.jobs.export.predict import Classifier
-from ktray.jobs.export.run_source import Source
+from ktray.jobs.export.run_source import ExportedRun
 from ktray.models.student.classifier import Student
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.registries import EXPORTS
@@ -40,7 +40,7 @@ class ExportWork:
         on_val: scores on validation of the student and of the targets with ``exact``; empty while these are written.
     """
 
-    source: Source
+    source: ExportedRun
     student: Student
     task: LabelledSet
     folder: Path
