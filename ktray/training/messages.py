@@ -1,8 +1,8 @@
 """Messages of training workers and of Ray Train's controller to the driver; `ktray.stages.base.Reporter` reads them.
 
 A message passes through the mailbox (`ktray.distributed.mailbox`), which drops the oldest messages if the driver does
-not read them. The counts of images and FLOPs in `Started` and `StepProgress` are therefore totals since the first
-step of the run, over all workers: if a message is lost, no count is lost. Only `TeacherFlops` is an increment, because each
+not read them. The counts of images and FLOPs in `Started` and `StepProgress` are therefore totals since the first step
+of the run, over all workers: if a message is lost, no count is lost. Only `TeacherFlops` is an increment, because each
 worker knows only its own part.
 
 This module imports neither torch nor Ray, as the controller and the mailbox unpickle these classes.
