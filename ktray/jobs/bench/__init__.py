@@ -1,5 +1,5 @@
-"""Benchmarks: what ktray reaches, as a ratio to a limit that is measured in the same run on the same cores.
+"""Benchmarks: the rates of ktray, as ratios to limits that are measured in the same run on the same cores.
 
-A figure in images a second says little of another machine; the share of what the bare decoder or the bare encoder does
-there says how much ktray itself costs.
+A rate in images a second says little about another machine. The ratio to the rate of the bare decoder or the bare
+encoder shows how much ktray itself costs.
 """

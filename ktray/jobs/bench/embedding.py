@@ -1,4 +1,4 @@
-"""Embedding a gallery: INDEX from files to stored embeddings against the bare encoder on tensors in memory."""
+"""Embedding of a gallery: INDEX, from files to stored embeddings, against the bare encoder on tensors in memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ BATCH = 64
 
 
 def encoder(name: str, folder: Path) -> TeacherSpec:
-    """A published architecture with random weights, which are as fast as trained ones; kept in ``folder``.
+    """Return a published architecture with random weights, which are as fast as trained weights.
 
     Args:
-        name: as ``teacher.name``, without published weights; a family that ships its weights gives these.
+        name: a value of ``teacher.name`` without published weights. If the teacher library ships its weights, these are
+            used.
+        folder: folder in which the weights are kept.
     """
     path = folder / f"random-{name.replace(':', '-').replace('/', '-')}.safetensors"
     if not path.exists():
@@ -49,15 +51,17 @@ def encoder(name: str, folder: Path) -> TeacherSpec:
 def embedding(
     shards: list[Shard], images: int, spec: TeacherSpec, plan: Allocation, cores: int, repeats: int, folder: Path
 ) -> BenchRow:
-    """Rates in images a second. On a CPU decoding takes its share of the cores that the encoder has alone in the
-    limit: with an encoder that is hardly dearer than decoding, all of it is not to be reached.
+    """Measure rates in images a second.
+
+    On a CPU, decoding uses a share of the cores, while the encoder has all cores in the limit. So the limit cannot be
+    reached with an encoder that costs hardly more than decoding.
 
     Args:
-        images: in the shards.
+        images: number of images in the shards.
     """
     model = spec.tower()
     rate = bare(model, cores)
-    # As many images as keep the encoder busy for some seconds; a short run would measure how it starts.
+    # Enough images to keep the encoder busy for some seconds; a shorter run would measure the start-up.
     some = shards[: max(1, round(len(shards) * min(1.0, 2 * SECONDS * rate / max(1, images))))]
     limit, reached = in_turns(lambda: bare(model, cores), lambda: through_ray(some, spec, plan, folder), repeats)
     facts: dict[str, float | int | str] = {
@@ -70,7 +74,7 @@ def embedding(
 
 @torch.inference_mode()
 def bare(model: Any, cores: int) -> float:
-    """Images a second of the encoder on uint8 tensors that lie on its device."""
+    """Measure images a second of the encoder on uint8 tensors on its device."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
@@ -90,7 +94,7 @@ def _wait_for(out: torch.Tensor) -> None:
 
 
 def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Allocation, folder: Path) -> float:
-    """Images a second of INDEX, from the call to the last stored shard."""
+    """Measure images a second of INDEX, from the call to the last stored shard."""
     home = folder / "embedded"
     shutil.rmtree(home, ignore_errors=True)
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]

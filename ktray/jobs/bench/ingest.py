@@ -1,5 +1,5 @@
-"""Training rows from JPEGs without the training: Ray Data against a torch DataLoader with the same decoder on the same
-cores, and against what a student takes."""
+"""Training rows from JPEGs without training: Ray Data against a torch DataLoader with the same decoder on the same
+cores, and against the rate of a student."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ktray.training.read_windows import listed
 from ktray.training.worker import WorkerContext
 
 STUDENT = "mobilenetv3_small_050"
-# Of which the second half counts: processes have started by then, and what is ready ahead is little beside it.
+# Only the second half is measured: the processes have started by then, and the rows that are ready in advance are few.
 PASSES = 16
 
 
 def ingest(folder: Path, plan: Allocation, cores: int, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
-    """Images a second from JPEGs in tars to batches of views, no one consuming them.
+    """Measure images a second from JPEGs in tar files to batches of views, without a consumer.
 
     Args:
-        quick: few images.
+        quick: use few images.
     """
     targets = ensure_targets(less(CASES[STUDENT]) if quick else CASES[STUDENT], folder, plan)
     data = encoded(targets)
@@ -43,21 +43,21 @@ def ingest(folder: Path, plan: Allocation, cores: int, repeats: int, quick: bool
     yield BenchRow(f"ingest, {what}", "images/s", f"torch DataLoader, {cores} workers, same decoder", *rates)
     steps = 48 // (FEWER if quick else 1)
     rates = in_turns(lambda: bare(targets, steps, plan), lambda: by_ray(targets, plan), repeats, warm=False)
-    yield BenchRow(f"ingest, {what}", "images/s", f"what the bare step of {targets.case.name} takes", *rates)
-    # Where decoding is done: workers keep freed memory, a plain process gives it back and faults it in again.
+    yield BenchRow(f"ingest, {what}", "images/s", f"rate of the bare step of {targets.case.name}", *rates)
+    # Measured in Ray workers: they keep freed memory, while a plain process returns it and causes page faults again.
     in_worker = partial(_in_worker, targets=targets, data=data)
     rates = in_turns(lambda: in_worker(decoded), lambda: in_worker(cut), repeats)
     yield BenchRow(f"decode and crop, {what}", "images/s a core", "the decoder alone", *rates)
 
 
 def encoded(targets: BenchTargets) -> list[tuple[str, bytes]]:
-    """Uris and bytes of the case's images, in memory."""
+    """Return the URIs and bytes of the case's images."""
     uris = [uri for name, _ in targets.shards for uri in targets.stage.read_json(listed(name))["uris"]]
     return [(uri, data) for uri, data, _ in fetch(uris) if data is not None]
 
 
 def loose(data: list[tuple[str, bytes]], folder: Path) -> list[str]:
-    """The same images as files of their own, as a DataLoader's users have them."""
+    """Write images as single files, which are the usual input of a DataLoader; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.jpg" for number in range(len(data))]
     for path, (_, content) in zip(paths, data, strict=True):
@@ -66,7 +66,8 @@ def loose(data: list[tuple[str, bytes]], folder: Path) -> list[str]:
 
 
 def by_ray(targets: BenchTargets, plan: Allocation) -> float:
-    """Of TRANSFER's own reading of originals in tars, in a worker like TRANSFER's, with all CPUs for its decoders."""
+    """Measure images a second of TRANSFER's reading of originals in tar files, in a worker like TRANSFER's, with all
+    CPUs for its decoders."""
     import ray
 
     remote: Any = ray.remote(num_cpus=plan.worker_cpus)(_read)
@@ -76,7 +77,7 @@ def by_ray(targets: BenchTargets, plan: Allocation) -> float:
 
 def _read(targets: BenchTargets, decode_cpus: float) -> float:
     env = WorkerContext(torch.device("cpu"), 0, 1, decode_cpus)
-    # A shard at a time: with a window as large as the set, the second pass would be there before the first is used.
+    # One shard at a time: if the window were as large as the set, the second pass would be ready before the first ends.
     part = TrainConfig(resident_bytes=0, window_bytes=SHARD * targets.target_set("live").row_bytes)
     batch, steps = targets.case.batch, PASSES * targets.case.images // targets.case.batch
     half, began = steps // 2, 0.0
@@ -105,7 +106,7 @@ def _view(cut: MakeViews, uri: str, data: bytes) -> np.ndarray:
 
 
 def by_loader(targets: BenchTargets, paths: list[str], cores: int) -> float:
-    """Of a DataLoader over the images as files, in random order, with a worker for each core."""
+    """Measure images a second of a DataLoader over image files, in random order, with a worker for each core."""
     batch = targets.case.batch
     how: dict[str, Any] = {"shuffle": True, "num_workers": cores, "multiprocessing_context": "fork"}
     loader = DataLoader(_Views(paths, targets.cut), batch_size=batch, **how)
@@ -127,7 +128,7 @@ def _in_worker(
 
 
 def decoded(targets: BenchTargets, data: list[tuple[str, bytes]]) -> float:
-    """Of the decoder alone, on one core."""
+    """Measure images a second of the decoder alone, on one core."""
     began = time.perf_counter()
     for _, content in data:
         simplejpeg.decode_jpeg(content, "RGB")
@@ -135,7 +136,7 @@ def decoded(targets: BenchTargets, data: list[tuple[str, bytes]]) -> float:
 
 
 def cut(targets: BenchTargets, data: list[tuple[str, bytes]]) -> float:
-    """Of decoder and views, on one core."""
+    """Measure images a second of decoder and views, on one core."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     for uri, content in data:

@@ -1,4 +1,4 @@
-"""A transfer set of photo-like JPEGs, a teacher and a student, as TEACH and TRANSFER have them, to time training on."""
+"""A transfer set of photo-like JPEGs, a teacher and a student, as in TEACH and TRANSFER, to measure training."""
 
 from __future__ import annotations
 
@@ -39,8 +39,13 @@ SHARD = 128
 
 @dataclass(frozen=True)
 class Case:
-    """A student and a teacher at their sizes; ``images`` in the transfer set, ``batch`` a step; ``large`` where the
-    teacher takes most of the time of a step that asks it."""
+    """A student and a teacher with their sizes.
+
+    Attributes:
+        images: number of images in the transfer set.
+        batch: number of images in a step.
+        large: whether the teacher takes most of the time of a step in which it runs.
+    """
 
     student: str
     size: int
@@ -61,18 +66,18 @@ CASES = {
 }
 
 
-# By how much fewer images and steps a quick bench takes.
+# A quick bench has this many times fewer images and steps.
 FEWER = 4
 
 
 def less(case: Case) -> Case:
-    """The same on a part of its images."""
+    """Return the case with a part of its images."""
     return replace(case, images=case.images // FEWER)
 
 
 @dataclass(frozen=True)
 class BenchTargets:
-    """A case with its rows stored and listed."""
+    """The stored and listed rows of a case."""
 
     case: Case
     home: Dir
@@ -82,7 +87,7 @@ class BenchTargets:
     predict: Predict
 
     def target_set(self, mode: str) -> TargetSet:
-        """The transfer set in a mode of ``teach.mode``."""
+        """Return the transfer set in a mode of ``teach.mode``."""
         size = self.cut.size if mode == "live" else self.case.size
         how = (None, None) if mode == "cached" else (self.cut, self.predict)
         return TargetSet(self.stage, self.shards, 3 * size**2 + 2 * CLASSES + 16, ("logits",), mode, *how)
@@ -92,8 +97,8 @@ class BenchTargets:
         return StudentSpec(KIND, self.case.student, self.case.kwargs, CLASSES, self.case.size)
 
     def job(self, mode: str, steps: int, part: TrainConfig) -> TransferSpec:
-        """TRANSFER's job; it is judged on eight images twice, at half and at the end, so that its curve tells the
-        seconds of the second half."""
+        """Return TRANSFER's job. It is evaluated twice on eight images, at half of the steps and at the end, so that
+        its curve contains the seconds of the second half."""
         return TransferSpec(
             TrainerSettings(steps, 1e-3, 0.05, 0.1, 0.99, 1.0, 0, evals=2, checkpoint_seconds=1e6),
             self.student,
@@ -109,7 +114,7 @@ class BenchTargets:
 
 
 def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
-    """The case's transfer set under ``folder``, made by TEACH's own code if it is not there."""
+    """Return the case's transfer set under ``folder``; if it does not exist, TEACH's own code writes it."""
     spec = encoder(case.teacher, folder)
     home = folder / f"lesson-{case.student}-{case.size}"
     if not (home / "adapted").exists():

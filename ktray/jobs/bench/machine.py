@@ -1,4 +1,4 @@
-"""What else ran, and how much memory was taken: without these a measurement cannot be judged."""
+"""The load of the machine and the memory of processes, without which a measurement cannot be judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 def busy_cores(seconds: float = 2.0, stat: Path = Path("/proc/stat")) -> float | None:
-    """Cores that were busy over some seconds in which this process only waits; None where Linux's /proc is not."""
+    """Measure the number of busy cores over seconds in which this process only waits; None without Linux's /proc."""
     if not stat.exists():
         return None
     before, began = _used(stat), time.monotonic()
@@ -35,10 +35,10 @@ class Peak:
 
 @contextmanager
 def peak_memory(every: float = 2.0) -> Iterator[Peak]:
-    """Watch the memory of this process and its descendants (Ray's are among them where it started Ray).
+    """Watch the memory of this process and its descendants (including Ray's processes if this process started Ray).
 
-    Shared pages, such as Ray's object store, are counted once: it is the sum of proportional set sizes. It is looked
-    at on entry, every so many seconds, and on exit, so that work shorter than one turn has a figure too.
+    The memory is the sum of proportional set sizes, so shared pages, such as Ray's object store, are counted once. It
+    is read on entry, every ``every`` seconds, and on exit, so that short work is measured too.
     """
     peak, stop = Peak(), threading.Event()
 
@@ -61,17 +61,18 @@ def peak_memory(every: float = 2.0) -> Iterator[Peak]:
 
 
 def held(root: int) -> int:
-    """Bytes that a process and its descendants hold now; 0 where Linux's /proc is not."""
+    """Return the bytes that a process and its descendants hold now; 0 without Linux's /proc."""
     return sum(held_by_process(root).values())
 
 
 def held_by_process(root: int) -> dict[int, int]:
-    """By process, bytes that it and its descendants hold now; empty where Linux's /proc is not."""
+    """Return the bytes that each process of ``root`` and its descendants holds now, by process id; empty without
+    Linux's /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):  # it has ended
+        except (OSError, ValueError, IndexError):  # the process has ended
             continue
         children.setdefault(parent, []).append(int(entry.name))
     bytes_of, todo = {}, [root]

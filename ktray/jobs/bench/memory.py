@@ -1,5 +1,7 @@
-"""Whether memory stays flat over epochs, and whether Ray's object store passes more than it holds. As a program it is
-the second, with a Ray of its own whose object store is small."""
+"""Whether memory stays constant over epochs, and whether more data than fits passes through Ray's object store.
+
+Run as a program, this module does the second measurement, in a Ray cluster of its own with a small object store.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,12 @@ from ktray.training.worker import WorkerContext
 CASE = "mobilenetv3_small_050"
 EPOCHS = 12
 STORE_BYTES = 300_000_000
-TIMES = 10  # as large as the object store: what passes through it
+TIMES = 10  # size of the data that passes through the object store, as a multiple of the store's size
 WINDOW_BYTES = 64_000_000
 
 
 def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[BenchRow]:
-    """Memory in the last epochs against that in the second and third, and what the object store spilled."""
+    """Measure memory in the last epochs against memory in the second and third, and what the object store spilled."""
     targets = ensure_targets(CASES[CASE], folder, plan)
     variant = next(variant for variant in VARIANTS if not variant.resident)
     batch = targets.case.batch
@@ -73,7 +75,7 @@ def memory(folder: Path, plan: Allocation, epochs: int = EPOCHS) -> Iterator[Ben
 
 
 def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: float) -> dict[int, float]:
-    """By process, the mean of the samples in a span of time, of those that were there in all of them."""
+    """Return the mean memory over the samples in a time span, by process, for processes that are in all samples."""
     chosen = [held for at, held in samples if first <= at <= last]
     if not chosen:
         return {}
@@ -82,7 +84,7 @@ def _between(samples: list[tuple[float, dict[int, int]]], first: float, last: fl
 
 
 def passing(folder: Path) -> BenchRow:
-    """Bytes of rows that training reads through an object store of a tenth of their size."""
+    """Measure the bytes of rows that training reads through an object store of a tenth of their size."""
     command = [sys.executable, "-m", "ktray.jobs.bench.memory", str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     amounts = json.loads(done.stdout.splitlines()[-1])
@@ -100,8 +102,8 @@ def main(arguments: list[str]) -> None:
 
 
 def read_past(folder: Path, plan: Allocation, most: int) -> dict[str, int]:
-    """Stream a set of that many bytes once, as training reads what is not kept in memory. Its shards are the lesson's,
-    named again and again."""
+    """Stream a set of at least ``most`` bytes once, in the same way as training reads rows that are not in memory. The
+    set consists of repeated shards of the case."""
     targets = ensure_targets(CASES[CASE], folder, plan)
     target_set = targets.target_set("cached")
     again = -(-most // (target_set.row_bytes * targets.case.images))

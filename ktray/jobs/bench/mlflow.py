@@ -1,4 +1,4 @@
-"""A bench's table in MLflow: the ratio and both rates of each row."""
+"""The table of a benchmark run in MLflow: the ratio and both rates of each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ktray.tracking.tracker import Tracker
 
 
 def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[BenchRow]) -> dict[str, Any]:
-    """Log a bench whose folder lies under ``home``; returns the ``mlflow`` object of its ``result.json``."""
+    """Log a benchmark run with a folder under ``home``; returns the ``mlflow`` object of its ``result.json``."""
     folder = home / "runs" / result["run_id"]
     tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
     device = result["device"]
@@ -42,5 +42,5 @@ def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[Bench
 
 
 def metric_name(text: str) -> str:
-    """The part of a row's name that MLflow takes as a metric's."""
+    """Remove from a row's name the characters that MLflow does not allow in names of metrics."""
     return re.sub(r"[^\w\-. :]", "", text)

@@ -1,4 +1,4 @@
-"""Decode and crop: encoded images to a model's input, through Ray Data against the bare decoder on the same cores."""
+"""Decode and crop, from encoded images to a model's input: Ray Data against the bare decoder on the same cores."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SIDE = 224
 
 
 def reading(shards: list[Shard], plan: Allocation, cores: int, repeats: int) -> BenchRow:
-    """INDEX's own way of reading (file to pixels of 224 px and fingerprints, handed to what would embed them) against
-    the same functions on bytes in memory, a process for each core and nothing between them."""
+    """Measure INDEX's reading (from files to pixels of 224 px and fingerprints at the input of the encoder) against the
+    same functions on bytes in memory, with one process for each core and no communication."""
     preprocess = Preprocess(size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3)
     limit, reached = in_turns(
         lambda: bare(shards, preprocess, cores), lambda: through_ray(shards, preprocess, plan), repeats
@@ -35,12 +35,12 @@ def reading(shards: list[Shard], plan: Allocation, cores: int, repeats: int) -> 
     alone = bare(shards, preprocess, cores, prints=False)
     facts: dict[str, float | int | str] = {"images_per_core_second_without_fingerprints": alone / cores, "side": SIDE}
     return BenchRow(
-        "decode, crop, fingerprint", "images/s", f"the same on {cores} bare processes", limit, reached, facts
+        "decode, crop, fingerprint", "images/s", f"same functions in {cores} bare processes", limit, reached, facts
     )
 
 
 def through_ray(shards: list[Shard], preprocess: Preprocess, plan: Allocation) -> float:
-    """Images a second, from the call to the last image."""
+    """Measure images a second, from the call to the last image."""
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     began = time.perf_counter()
     images = sum(
@@ -55,7 +55,7 @@ class _Count:
 
 
 def bare(shards: list[Shard], preprocess: Preprocess, cores: int, prints: bool = True) -> float:
-    """Images a second of ``cores`` processes together, their start and reading the files not counted."""
+    """Measure images a second of ``cores`` processes together, without their start-up and the reading of files."""
     context = multiprocessing.get_context("spawn")
     work = _Bare(shards, preprocess, prints)
     ready, results = context.Barrier(cores), context.SimpleQueue()

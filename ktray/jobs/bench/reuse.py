@@ -1,4 +1,4 @@
-"""What storing the teacher's targets saves: a sweep of whole runs from one cache, against a teacher in every step."""
+"""The savings by stored targets: a sweep of complete runs from one cache, against a teacher in every step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ktray.reporting.log import muted
 logger = logging.getLogger("ktray")
 
 EPOCHS, IMAGES, BATCH = 20, 500, 128
-# Eight trials, as a search over the loss and the learning rate has them.
+# Eight trials, like those of a search over the loss and the learning rate.
 TRIALS: tuple[dict[str, Any], ...] = tuple(
     {"train.lr": lr, "objective.temperature": temperature, "objective.mixup": mixup}
     for lr, temperature, mixup in itertools.product((0.01, 0.02), (1.0, 2.0), (0.0, 0.2))
@@ -36,7 +36,7 @@ class Pair:
     """A teacher for the default task's student.
 
     Attributes:
-        network: its architecture as `encoder` takes it; None: the miniverse's own, which is small.
+        network: the architecture, see `encoder`; None: the miniverse's teacher, which is small.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Pair:
 
 PAIRS = (
     Pair("the miniverse's teacher"),
-    # As many times its student's cost as a ViT-L/14 has beside a FastViT-S12: some 15 forward passes.
+    # The ratio of teacher cost to student cost is that of a ViT-L/14 and a FastViT-S12: about 15 forward passes.
     Pair(
         "a ViT-S/16 teacher at 64 px",
         "timm:vit_small_patch16_224",
@@ -57,7 +57,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """What trials took: FLOPs and seconds of each in order, validation accuracy, and the teacher's FLOPs in TEACH."""
+    """Costs of trials: FLOPs, seconds and validation accuracy of each, and the total FLOPs of TEACH (``stored``)."""
 
     flops: list[float]
     seconds: list[float]
@@ -66,7 +66,7 @@ class Sweep:
 
 
 def reuse(folder: Path, plan: Allocation, trials: int = len(TRIALS), images: int = IMAGES) -> Iterator[BenchRow]:
-    """Compute and time of a live teacher, with stored targets as the limit."""
+    """Measure compute and time of a live teacher, with stored targets as the limit."""
     for pair in PAIRS:
         sweeps = {}
         for mode in ("cached", "live"):
@@ -76,9 +76,9 @@ def reuse(folder: Path, plan: Allocation, trials: int = len(TRIALS), images: int
 
 
 def compared(name: str, cached: Sweep, live: Sweep) -> list[BenchRow]:
-    """Two rows, with what else there is to know among the first one's facts."""
+    """Return two rows, for compute and time; the facts of the first contain further figures."""
     trials = len(live.flops)
-    # The first trial of each has adapted the teacher and drawn the set; both did.
+    # In both sweeps, the first trial adapted the teacher and drew the transfer set, so the difference is the teacher's.
     flops_per_epoch = (sum(live.flops) - sum(cached.flops) + cached.stored) / (EPOCHS * trials)
     apart = [a - b for a, b in zip(cached.accuracy, live.accuracy, strict=True)]
     facts: dict[str, float | int | str] = {
@@ -101,7 +101,7 @@ def compared(name: str, cached: Sweep, live: Sweep) -> list[BenchRow]:
 
 
 def sweep(pair: Pair, mode: str, folder: Path, plan: Allocation, trials: int, images: int) -> Sweep:
-    """Whole runs in a store of their own, one after the other; the gallery alone is drawn before."""
+    """Run complete runs in a new store, one after the other; only the gallery exists before."""
     home = folder / "reuse" / f"{pair.network or 'own'}-{mode}".replace(":", "-")
     shutil.rmtree(home, ignore_errors=True)
     base = recipe(pair, mode, folder, home, images)
@@ -121,7 +121,7 @@ def sweep(pair: Pair, mode: str, folder: Path, plan: Allocation, trials: int, im
 
 
 def recipe(pair: Pair, mode: str, folder: Path, home: Path, images: int) -> Recipe:
-    """The default task with a random transfer set and no floor."""
+    """Return the default task with a random transfer set and without the baseline from scratch."""
     keys: dict[str, Any] = {
         "store": str(home),
         "gallery.data": str(ensure_gallery(folder)),

@@ -1,4 +1,4 @@
-"""Rates in pairs: the limit and what ktray reaches, in turns, so that a busy neighbour slows both."""
+"""Pairs of rates: the limit and the rate of ktray, measured in turns, so that other load slows both."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class BenchRow:
     """One comparison.
 
     Attributes:
-        name: what is done.
-        unit: of the rates, such as "images/s".
-        limit_name: what ktray is held against.
+        name: what is measured.
+        unit: unit of the rates, such as "images/s".
+        limit_name: name of the limit.
         limit, reached: rates of each turn.
-        facts: further figures, for those who scale them.
+        facts: further figures, for example to extrapolate the rates.
     """
 
     name: str
@@ -39,8 +39,8 @@ class BenchRow:
 
 
 def in_turns(limit: Rate, reached: Rate, repeats: int, warm: bool = True) -> tuple[list[float], list[float]]:
-    """``repeats`` rates of each, alternating; with ``warm`` after a turn of ``reached`` that is not counted: it starts
-    processes and loads models."""
+    """Measure ``repeats`` rates of each, alternating. With ``warm``, a turn of ``reached`` that is not counted comes
+    first, to start processes and load models."""
     if warm:
         reached()
     pairs = [(limit(), reached()) for _ in range(repeats)]
@@ -48,7 +48,7 @@ def in_turns(limit: Rate, reached: Rate, repeats: int, warm: bool = True) -> tup
 
 
 def markdown(rows: Sequence[BenchRow]) -> str:
-    """The rows as a table: medians, and the range of the ratios."""
+    """Format the rows as a Markdown table with medians and the range of the ratios."""
     lines = ["| what | limit | reached | ratio | range |", "|---|---|---|---|---|"]
     for row in rows:
         each = [r / x for r, x in zip(row.reached, row.limit, strict=True)]

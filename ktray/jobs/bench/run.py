@@ -1,4 +1,4 @@
-"""The benchmarks of a recipe in one run, their table, and what one has to know of the machine."""
+"""The benchmarks of a recipe in one run, their table, and the facts about the machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ktray.tracking.tags import commit
 
 logger = logging.getLogger("ktray")
 
-# Cores that others keep busy above which the table says so.
+# Above this number of cores that are busy with other work, a line warns.
 _IDLE = 0.2
 
 
@@ -49,15 +49,16 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         KtrayError: the store is not a local folder.
     """
     if "://" in recipe.store:
-        raise KtrayError(f"jobs/bench.py measures this machine, and '{recipe.store}' is not on it", "Set store=DIR.")
+        raise KtrayError(
+            f"jobs/bench.py measures this machine, but the store '{recipe.store}' is not a local folder",
+            "Set store= to a folder on this machine.",
+        )
     store = Store(recipe.store)
     store.check_writable()
     recipe = quick(recipe) if recipe.bench.quick else recipe
     busy = busy_cores()
     if busy is not None and busy > _IDLE:
-        logger.info(
-            f"bench     {busy:.1f} cores are busy with other work: what follows is too low by as much, and uneven"
-        )
+        logger.info(f"bench     {busy:.1f} cores are busy with other work, so the rates below are too low and vary")
     connect(debug)
     plan = cluster_allocation(recipe.cluster.span, recipe.cluster.use_gpu)
     logger.info(plan.line)
@@ -94,21 +95,21 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The same benches on so little that they take three minutes on two cores; their figures are rough."""
-    teacher = CASES["mobilenetv3_small_050"].teacher  # its weights are made for the training rows anyway
+    """Return a recipe with so little data that the benchmarks take three minutes on two cores; the rates are rough."""
+    teacher = CASES["mobilenetv3_small_050"].teacher  # the training rows need its weights in any case
     few = {"repeats": 1, "images": 300, "encoders": [teacher], "vectors": 20_000}
     return recipe.model_copy(update={"bench": recipe.bench.model_copy(update=few)})
 
 
 def _read(recipe: Recipe, folder: Path, plan: Allocation) -> list[BenchRow]:
-    # As large as a shard that ktray makes of loose files, and at least two for each core.
+    # The size of a shard that ktray makes of single files, and at least two shards for each core.
     images_per_tar = min(1000, math.ceil(recipe.bench.images / (2 * usable_cpus())))
     shards = list_shards(ensure_tars(folder / "photos", recipe.bench.images, images_per_tar))
     return [reading(shards, plan, usable_cpus(), recipe.bench.repeats)]
 
 
 def _embed(recipe: Recipe, folder: Path, plan: Allocation) -> list[BenchRow]:
-    # Small shards: an encoder takes seconds for what a decoder reads at once, and should not wait for much of it.
+    # Small shards, because an encoder takes seconds for a shard and should not wait long for its first one.
     images = max(1, recipe.bench.images // (3 if recipe.bench.quick else 1))
     shards = list_shards(ensure_tars(folder / "photos", images, a_tar=50))
     return [
@@ -166,11 +167,11 @@ def _page(result: dict[str, Any], rows: list[BenchRow], rough: bool) -> str:
     about = (
         f"{device['cpu']}, {device['cores']} cores, {gpus}; commit {result['commit']}; {time.strftime('%Y-%m-%d')}; "
         f"torch {result['versions'].get('torch')}, ray {result['versions'].get('ray')}; other work before the start: "
-        f"{'not known' if result['busy_cores_before'] is None else format(result['busy_cores_before'], '.2f')} cores; "
+        f"{'unknown' if result['busy_cores_before'] is None else format(result['busy_cores_before'], '.2f')} cores; "
         f"at most {result['peak_memory_bytes'] / 2**30:.1f} GiB of memory in all processes"
     )
-    said = ["One turn of each on little (bench.quick): rough figures, lower than those of a whole bench.", ""]
-    return "\n".join([markdown(rows), *(said if rough else []), about, "", *facts, ""])
+    note = ["Measured with bench.quick: one turn on little data. The rates are rough, and lower than without it.", ""]
+    return "\n".join([markdown(rows), *(note if rough else []), about, "", *facts, ""])
 
 
 def _value(value: float | int | str) -> str:

@@ -1,7 +1,7 @@
-"""Search in synthetic galleries as large as asked for: exact against the bare matrix product, compressed against exact.
+"""Search in synthetic galleries of any size: exact against the bare matrix product, compressed against exact.
 
-The vectors lie around centres, as embeddings of images do around what they show: nothing is compressible in uniform
-noise, and its nearest neighbours are no nearer than any other vector.
+The vectors form clusters around centres, like embeddings of images with similar content. Uniform noise would not be
+compressible, and its nearest neighbours would be no nearer than any other vector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ DIMENSIONS = 512
 QUERIES = 1000
 K = 100
 PART_ROWS = 50_000
-# Rows around one centre, on average, and how far from it: cosines of 0.5 to 0.8 within, about 0 between.
+# Average number of rows around one centre, and their distance from it: cosines are 0.5 to 0.8 within a cluster, and
+# about 0 between clusters.
 _ROWS_PER_CENTRE = 200
 _SPREAD = 0.8
 
@@ -35,10 +36,10 @@ _SPREAD = 0.8
 def searching(
     folder: Path, rows: int, plan: Allocation, cores: int, repeats: int, quick: bool = False
 ) -> Iterator[BenchRow]:
-    """Rates in queries a second over a gallery of ``rows`` vectors of 512 dimensions; k is 100.
+    """Measure queries a second over a gallery of ``rows`` vectors of 512 dimensions; k is 100.
 
     Args:
-        quick: exact search alone. The compressed index's rotation takes a minute to learn however few the rows.
+        quick: only exact search. The rotation of the compressed index takes a minute to learn, even with few rows.
     """
     gallery = synthetic(folder, rows, plan)
     rng = np.random.default_rng(1)
@@ -54,11 +55,13 @@ def searching(
         "k": K,
         "table_bytes_per_row": tables / rows,
     }
-    yield BenchRow("exact search", "queries/s", "bare matrix product of the same", limit, reached, facts)
+    yield BenchRow("exact search", "queries/s", "bare matrix product", limit, reached, facts)
     if quick:
         return
     part = GalleryConfig(search="compressed")
-    shutil.rmtree(Path(gallery.folder.path) / "search", ignore_errors=True)  # of an earlier bench: it is built anew
+    shutil.rmtree(
+        Path(gallery.folder.path) / "search", ignore_errors=True
+    )  # the index of an earlier run, since this run measures the build
     began = time.perf_counter()
     index = compress(part, gallery, plan)
     built = time.perf_counter() - began
@@ -78,7 +81,7 @@ def searching(
 
 
 def synthetic(folder: Path, rows: int, plan: Allocation) -> Gallery:
-    """An index of ``rows`` unit vectors, part by part through Ray; what is there already is not made again."""
+    """Return an index of ``rows`` unit vectors, written in parts through Ray; existing parts are kept."""
     index = IndexDir(str(folder / f"vectors-{rows}"))
     index.settle({"teacher": "synthetic", "dimensions": DIMENSIONS})
     items: list[Item] = [
@@ -107,7 +110,7 @@ class _Synthesise:
         vectors = rng.standard_normal((item["rows"], self.dimensions), dtype=np.float32)
         vectors = _unit(centres[near] + _SPREAD * vectors)
         uris = np.array([f"synthetic://{item['name']}/{i}" for i in range(item["rows"])])
-        # Of real images neither compresses.
+        # Random values, because neither column of real images is compressible.
         prints = rng.integers(0, 2**64, (2, item["rows"]), dtype=np.uint64)
         columns = {"uri": uris, "caption": np.full(item["rows"], ""), "hash": prints[0], "digest": prints[1]}
         part = self.index.write_part(f"{item['name']}-00000", columns, vectors)
@@ -121,7 +124,7 @@ def _timed(search: Callable[[], object]) -> float:
 
 
 def _product(queries: np.ndarray, gallery: Gallery, cores: int) -> float:
-    """Queries a second of nothing but ``queries @ rows.T`` in float32, on as many rows as the gallery has."""
+    """Measure queries a second of only ``queries @ rows.T`` in float32, on as many rows as the gallery has."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
@@ -132,7 +135,7 @@ def _product(queries: np.ndarray, gallery: Gallery, cores: int) -> float:
         while done < gallery.total:
             _ = left @ right
             done += right.shape[1]
-        # The last block may go beyond the gallery's end.
+        # The last block may exceed the size of the gallery.
         return QUERIES / (time.perf_counter() - began) * done / gallery.total
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""How long a job takes from the shell to its first batch, by part. As a program it is such a job."""
+"""The time of a job from the shell to its first batch, by part. Run as a program, this module is such a job."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ CASE = "mobilenetv3_small_050"
 
 
 def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
-    """Seconds of fresh processes, with a Ray of their own; the transfer set is there. ``quick``: one of few images.
+    """Measure seconds of new processes, each with its own Ray cluster; the transfer set exists.
+
+    Args:
+        quick: use few images.
 
     Raises:
-        subprocess.CalledProcessError: one of them failed; its own message is on the terminal.
+        subprocess.CalledProcessError: a process failed; its message is on the terminal.
     """
     turns, case = [], less(CASES[CASE]) if quick else CASES[CASE]
     for _ in range(repeats):
@@ -42,13 +45,13 @@ def startup(folder: Path, repeats: int, quick: bool = False) -> Iterator[BenchRo
 
 
 def note(path: Path, step: int) -> None:
-    """Write down when the first batch is there."""
+    """Write the time of the first batch to a file."""
     if step == 0:
         path.write_text(repr(time.time()))
 
 
 def main(arguments: list[str]) -> None:
-    """A job as jobs/distill.py is one, down to the first batch; prints seconds by part."""
+    """Run a job like jobs/distill.py until the first batch; prints seconds by part."""
     folder, began = Path(arguments[0]), float(arguments[1])
     case = replace(CASES[CASE], images=int(arguments[2]))
     imported = time.time()
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Workers import `note` by its module's name, which is not that of the program.
+    # Workers import `note` by the name of its module, which is not ``__main__``.
     from ktray.jobs.bench.startup import main as job
 
     job(sys.argv[1:])

@@ -1,5 +1,5 @@
-"""Training from the target cache, from streaming teachers and with a live one, against the bare student's step; and
-timm's own distillation beside them."""
+"""Training from the target cache, with streaming teachers and with a live teacher, against the bare student's step; in
+addition, timm's own distillation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ PART = TrainConfig()
 
 @dataclass(frozen=True)
 class Variant:
-    """How rows come: ``teach.mode``, and whether they stay in memory after the first pass."""
+    """A source of training rows.
+
+    Attributes:
+        mode: value of ``teach.mode``.
+        resident: whether rows stay in memory after the first pass.
+        with_teacher: whether the teacher runs during training.
+    """
 
     name: str
     mode: str
@@ -39,10 +45,15 @@ class Variant:
     with_teacher: bool
 
     def part(self, batch: int) -> TrainConfig:
-        """The recipe's part, for a batch over all workers."""
+        """Return section train of the recipe.
+
+        Args:
+            batch: batch size over all workers.
+        """
         keys: dict[str, Any] = {"batch_size": batch}
         if not self.resident:
-            # Windows of a few shards: a set as small as the bench's would else be one, and read before the first step.
+            # Windows of a few shards. Otherwise the small set of the benchmark would fit into one window, and would be
+            # read before the first step.
             keys |= {"resident_bytes": 0, "window_bytes": 40_000_000}
         return PART.model_copy(update=keys)
 
@@ -53,15 +64,16 @@ VARIANTS = (
     Variant("streamed", "streamed", False, True),
     Variant("live", "live", True, True),
 )
-# Steps of a turn, of which the second half counts: some seconds. A teacher in the step makes it several times dearer.
+# Steps of a turn without and with a teacher, which makes a step cost several times more. The second half is measured,
+# which takes some seconds.
 STEPS = {"mobilenetv3_small_050": (48, 12), "miniverse": (120, 40)}
 
 
 def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
-    """Images a second of the steps; start-up, evaluation and checkpoints are not among them.
+    """Measure images a second of the steps, without start-up, evaluation and checkpoints.
 
     Args:
-        quick: few images and steps, no turn to warm up; of the large case, whose teacher takes the time, one row.
+        quick: use few images and steps and no turn to warm up, and measure only one row of the large case.
     """
     for name, case in CASES.items():
         if quick:
@@ -96,9 +108,14 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
 def through_ktray(
     targets: BenchTargets, variant: Variant, steps: int, plan: Allocation, folder: Path, waits: list[float]
 ) -> float:
-    """Images a second of the second half of TRANSFER's steps, in workers as a run has them, each with the case's batch;
-    of streamed ones of all steps and the wait for the first, since rows that were made ahead cost as much as others.
-    ``waits`` gets the share of the time that the first waited for data, as the progress line tells it."""
+    """Measure images a second of the second half of TRANSFER's steps, in the workers of a run.
+
+    Each worker has the batch size of the case. For streamed rows, all steps and the wait for the first are measured,
+    since rows that were computed in advance cost as much as others.
+
+    Args:
+        waits: gets the share of the time that the first worker waited for data, as in the progress line.
+    """
     batch = targets.case.batch * plan.workers
     outcome, posts = run_job(targets.job(variant.mode, steps, variant.part(batch)), plan, folder)
     waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, StepProgress) and p.data_wait is not None))
@@ -108,7 +125,7 @@ def through_ktray(
 
 
 def run_job(job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[Message]]:
-    """A job of TRANSFER from its start to its end, and what its workers posted."""
+    """Run a job of TRANSFER; returns its outcome and the messages of its workers."""
     stage = Store(str(folder)).stage("bench-transfer", "0" * 16)
     stage.delete()
     posts: list[Message] = []
@@ -124,7 +141,7 @@ def _second_half(curve: list[dict[str, float]], batch: int) -> float:
 
 @dataclass(frozen=True)
 class Watched:
-    """A job with a function (picklable) that is called with the number of each step whose batch is there."""
+    """A job with a picklable function ``see``, which is called with the number of each step when its batch is ready."""
 
     job: TrainingSpec
     see: Callable[[int], None]
@@ -145,8 +162,8 @@ class Watched:
 
 
 def bare(targets: BenchTargets, steps: int, plan: Allocation) -> float:
-    """Images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory, in a
-    worker like TRANSFER's."""
+    """Measure images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory,
+    in a worker like TRANSFER's."""
     return float(_in_worker(_bare_step, targets, steps, plan))
 
 
@@ -176,7 +193,7 @@ def _bare_step(targets: BenchTargets, steps: int, threads: int) -> float:
 
 
 def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
-    """timm's LogitDistillationTask with the teacher's tower as it is, and the same student and optimizer."""
+    """Measure timm's LogitDistillationTask with the frozen teacher's tower, and the same student and optimizer."""
     from timm.task import LogitDistillationTask
 
     from ktray.jobs.bench.embedding import encoder
@@ -202,7 +219,7 @@ def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
 
 
 def _student(targets: BenchTargets, threads: int) -> Any:
-    """The student in the number format and layout that TRANSFER has settled on."""
+    """Return the student with the number format and memory layout that TRANSFER chose."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     env = WorkerContext(device, 0, 1, 1.0)
@@ -226,7 +243,7 @@ def _tensors(case: Case, device: torch.device) -> list[tuple[torch.Tensor, torch
 
 
 def _rate(step: Any, steps: int, batch: int, device: torch.device) -> float:
-    """Images a second of the second half."""
+    """Measure images a second of the second half of the steps."""
     half = steps // 2
     for number in range(half):
         step(number)

@@ -1,9 +1,9 @@
-"""What a gallery of any size takes, worked out from what `jobs/bench.py` measured on one machine.
+"""The costs of a gallery of any size, computed from what `jobs/bench.py` measured on one machine.
 
     python -m ktray.jobs.bench.web_scale STORE/runs/BENCH [STORE/runs/MORE ...] [IMAGES [FLOPS_PER_IMAGE [DIMENSIONS]]]
 
-prints a table in Markdown: each step, the constant, whether it was measured or assumed, and the result. Runs of single
-benches count together; they must be of the same machine.
+prints a table in Markdown: each step, its constant, whether the constant was measured or assumed, and the result.
+Several runs with different benchmarks can be combined; they must be from the same machine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ IMAGES = 1.28e9
 FLOPS = 162e9
 DIMENSIONS = 768
 QUERIES = 19_210
-# Encoded, at the 256 px that img2dataset stores by default; its documentation gives some 100 KB at full size.
+# An encoded image at 256 px, the default of img2dataset; its documentation gives about 100 KB at full size.
 IMAGE_BYTES = 25e3
 MEASURED, SCALED, ASSUMED = "measured", "measured, scaled", "assumed"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
     constant: str
@@ -42,17 +42,17 @@ class Step:
 
 
 def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: float, dimensions: int) -> list[Step]:
-    """The lines.
+    """Compute the rows of the table.
 
     Args:
-        rows: of a bench's ``result.json``: the ``read``, ``embed`` and ``search`` benches.
-        cores: of the machine they were measured on.
-        images: in the gallery.
-        flops: of the encoder's forward pass, an image.
-        dimensions: of its embeddings.
+        rows: rows of ``result.json`` of jobs/bench.py: the benchmarks ``read``, ``embed`` and ``search``.
+        cores: number of cores of the machine on which they were measured.
+        images: number of images in the gallery.
+        flops: FLOPs of the encoder's forward pass for one image.
+        dimensions: dimensions of the encoder's embeddings.
 
     Raises:
-        KtrayError: a bench is missing.
+        KtrayError: a benchmark is missing.
     """
     read, *_ = _named(rows, "decode", "read")
     embed = max(_named(rows, "embed", "embed"), key=lambda r: float(r["facts"]["flops_per_image"]))
@@ -128,7 +128,7 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
             "compressed search, a query",
             f"{1e3 / median(short['reached']):,.1f} ms, {short['facts']['rows']:,} rows, recall {recall:.0%} at 100",
             MEASURED,
-            "not extrapolated: it depends on the cells that the recall takes",
+            "not extrapolated: it depends on the number of cells that the recall needs",
         )
     )
     return out
@@ -138,13 +138,13 @@ def _named(rows: Sequence[dict[str, Any]], start: str, bench: str) -> list[dict[
     rows_named = [row for row in rows if row["name"].startswith(start)]
     if not rows_named:
         raise KtrayError(
-            f"The runs have no figure for '{start}'", f"Run jobs/bench.py bench.only=[{bench}] and add it."
+            f"The runs have no figure for '{start}'", f"Run jobs/bench.py bench.only=[{bench}] and add its run folder."
         )
     return rows_named
 
 
 def table(steps_of_table: Sequence[Step], images: float) -> str:
-    """Markdown."""
+    """Format the steps as a Markdown table."""
     lines = [f"| for {images:,.0f} images | constant | | takes |", "|---|---|---|---|"]
     lines += [f"| {s.what} | {s.constant} | {s.source} | {s.result} |" for s in steps_of_table]
     return "\n".join(lines) + "\n"
@@ -156,16 +156,18 @@ def _hours(seconds: float, price: float, unit: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table of benches' run folders.
+    """Print the table for run folders of jobs/bench.py.
 
     Raises:
-        KtrayError: the runs are of different machines, or a bench is missing.
+        KtrayError: the runs are from different machines, or a benchmark is missing.
     """
     folders = [text for text in arguments if not _number(text)]
     results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
     machines = {(r["device"]["cpu"], r["device"]["cores"]) for r in results}
     if len(machines) != 1:
-        raise KtrayError(f"The runs are of {len(machines)} machines: {sorted(machines)}", "Name runs of one machine.")
+        raise KtrayError(
+            f"The runs are from {len(machines)} machines: {sorted(machines)}", "Name only runs from one machine."
+        )
     rows = [row for result in results for row in result["rows"]]
     numbers: list[float] = [float(text) for text in arguments if _number(text)]
     images, flops, dimensions = [*numbers, *[IMAGES, FLOPS, float(DIMENSIONS)][len(numbers) :]]

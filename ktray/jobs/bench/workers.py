@@ -1,4 +1,4 @@
-"""What more workers give, and what losing one costs."""
+"""The gain by more workers, and the cost of losing one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ CACHED = VARIANTS[0]
 
 
 def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -> Iterator[BenchRow]:
-    """Two workers of a thread each against one of a thread; a run whose worker is killed half-way against another.
+    """Measure two workers with one thread each against one worker with one thread, and a run whose worker is killed
+    half-way against an undisturbed run.
 
     Args:
-        quick: few images and steps, no turn to warm up, and no worker killed.
+        quick: use few images and steps, no turn to warm up, and kill no worker.
     """
     targets = ensure_targets(less(CASES[CASE]) if quick else CASES[CASE], folder, plan)
     steps = STEPS[CASE][0] // (FEWER if quick else 1)
@@ -35,7 +36,10 @@ def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -
         warm=not quick,
     )
     yield BenchRow(
-        f"train cached, 2 workers of a thread, {targets.case.name}", "images/s", "twice one of a thread", *rates
+        f"train cached, 2 workers of a thread, {targets.case.name}",
+        "images/s",
+        "twice one worker with one thread",
+        *rates,
     )
     if quick:
         return
@@ -49,12 +53,12 @@ def workers(folder: Path, plan: Allocation, repeats: int, quick: bool = False) -
 
 
 def undisturbed(targets: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
-    """Images a second from the call to the last checkpoint, a checkpoint each second."""
+    """Measure images a second from the call to the last checkpoint, with a checkpoint every second."""
     return _rate(_often(targets, steps), targets, plan, folder)
 
 
 def killed(targets: BenchTargets, steps: int, plan: Allocation, folder: Path) -> float:
-    """The same where the worker dies half-way and another goes on from its checkpoint."""
+    """Measure images a second of `undisturbed` if the worker dies half-way and another resumes from its checkpoint."""
     marker = folder / "killed"
     marker.unlink(missing_ok=True)
     return _rate(Watched(_often(targets, steps), partial(_die, marker, steps // 2)), targets, plan, folder)
@@ -72,7 +76,7 @@ def _rate(job: TrainingSpec, targets: BenchTargets, plan: Allocation, folder: Pa
 
 
 def _die(marker: Path, at: int, step: int) -> None:
-    """End the worker at a step as if it were killed, unless ``marker`` is there."""
+    """End the worker at a step as if it were killed, unless ``marker`` exists."""
     if step == at and not marker.exists():
         marker.touch()
         os._exit(9)

@@ -1,4 +1,4 @@
-"""Whether an exported file says what the student says, image by image, and how good each is."""
+"""Whether the predictions of an exported file agree with those of the student, and the accuracy of each."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ktray.jobs.export.images import Batch
 from ktray.models.student.classifier import Student
 from ktray.tasks import classification
 
-# Of float32 arithmetic in another order, relative to the largest logit; what is seen is a hundredth of it.
+# Rounding of float32 arithmetic in another order, relative to the largest logit; observed values are a hundredth of it.
 TOLERANCE = 1e-3
 PYTORCH = "pytorch"
 
 
 class Scorer(Protocol):
-    """A written file, opened."""
+    """An open exported file."""
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, 3, height, width) uint8, as the shipped preprocessing makes them, to scores (N, C) float32."""
+        """Compute scores (N, C) float32 of pixels (N, 3, height, width) uint8 from the shipped preprocessing."""
         ...
 
 
 @dataclass
 class AgreementScores:
-    """Logits of several models of the same images.
+    """Logits of several models for the same images.
 
     Attributes:
-        logits: by model, (N, C) float32.
+        logits: (N, C) float32, by model.
         labels: (N,) int64.
-        levels: largest difference of a pixel between ktray's preprocessing and the shipped one, 0..255.
-        differing: images that have such a difference.
+        levels: largest difference of a pixel value between ktray's preprocessing and the shipped one, 0..255.
+        differing: number of images with such a difference.
     """
 
     logits: dict[str, np.ndarray] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class AgreementScores:
 
 
 def score(student: Student, files: Mapping[str, Scorer], batches: Iterable[Batch]) -> AgreementScores:
-    """Run the student on ktray's pixels and each file on those of the shipped preprocessing."""
+    """Run the student on pixels of ktray's preprocessing, and each file on pixels of the shipped preprocessing."""
     scores = AgreementScores()
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (PYTORCH, *files)}
     labels = []
@@ -64,17 +64,17 @@ def score(student: Student, files: Mapping[str, Scorer], batches: Iterable[Batch
 
 
 def logits(model: Scorer, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
-    """(N, 3, height, width) uint8, also in a file, to (N, C) float32."""
+    """Compute logits (N, C) float32 of pixels (N, 3, height, width) uint8, which may be a memory-mapped file."""
     return np.concatenate([model.logits(pixels[at : at + batch]) for at in range(0, len(pixels), batch)])
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """How far two models' logits (N, C) of the same images lie apart.
+    """Compare the logits (N, C) of two models for the same images.
 
     Returns:
-        ``images``; ``max_difference`` of the logits; ``largest_logit`` of the reference, to judge it by;
-        ``top1_equal``, the share of images with the same most probable class; ``top1_differs``, the number of others;
-        ``widest_margin``, the largest distance between the reference's first two logits among those others.
+        ``images``; ``max_difference`` of the logits; ``largest_logit`` of the reference, as a scale for it;
+        ``top1_equal``, the share of images with the same most probable class; ``top1_differs``, the number of the other
+        images; ``widest_margin``, the largest distance between the reference's two largest logits among these.
     """
     same = reference.argmax(1) == other.argmax(1)
     top = np.sort(reference[~same], axis=1)[:, -2:]
@@ -89,19 +89,24 @@ def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def require(comparison: dict[str, Any], what: str) -> None:
-    """Raises KtrayError: the file's logits are not those of the student, beyond rounding."""
+    """Raise `KtrayError` if the file's logits differ from those of the student by more than rounding.
+
+    Args:
+        comparison: see `compare`.
+        what: name of the file.
+    """
     allowed = TOLERANCE * max(1.0, comparison["largest_logit"])
-    if not comparison["max_difference"] <= allowed:  # not a number is not below it either
+    if not comparison["max_difference"] <= allowed:  # NaN is not below the limit either
         raise KtrayError(
-            f"{what} does not say what the PyTorch model says: its logits differ by {comparison['max_difference']:.3g} "
-            f"(at most {allowed:.3g} would be rounding), top-1 on "
+            f"{what} does not agree with the PyTorch model: its logits differ by {comparison['max_difference']:.3g} "
+            f"(rounding explains at most {allowed:.3g}), and it predicts another class for "
             f"{comparison['top1_differs']} of {comparison['images']} images",
-            "It was not written. Report the student's name; its folder loads in timm as it is.",
+            "The file was not written. Report the name of the student; its folder can be loaded in timm.",
         )
 
 
 def metrics(scores: AgreementScores, classes: list[str], metric: str) -> dict[str, Any]:
-    """By model, ``metric``, ``top1`` and ``per_class``, fractions (see `ktray.tasks.classification.metrics`)."""
+    """Return ``metric``, ``top1`` and ``per_class`` by model, as in `ktray.tasks.classification.metrics`."""
     by_model = {name: classification.metrics(rows, scores.labels, classes) for name, rows in scores.logits.items()}
     return {
         name: {"metric": values[metric], "top1": values["top1"], "per_class": values["per_class"]}

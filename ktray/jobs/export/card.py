@@ -1,4 +1,4 @@
-"""The model card: what the student is, what it learnt from, how good, large and fast it is, and what it cannot do."""
+"""The model card: the student's origin, its accuracy, size and speed, and its limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WEAKEST = 3
 
 
 def _files() -> dict[str, str]:
-    """File by model."""
+    """Return the file name of each model."""
     return {PYTORCH: "model.safetensors", **{name: target.file for name, target in all_targets()}}
 
 
@@ -31,7 +31,7 @@ def write(folder: Path, source: ExportedRun, student: Student, task: LabelledSet
     """Write ``README.md``.
 
     Args:
-        content: what ``export.json`` holds.
+        content: the content of ``export.json``.
     """
     r, recipe = source.result, source.recipe
     values = content["metric"]
@@ -119,14 +119,14 @@ def write(folder: Path, source: ExportedRun, student: Student, task: LabelledSet
 
 
 def task_name(source: ExportedRun) -> str:
-    """The task without the folders above it, which are nobody's business where the card goes."""
+    """Return the name of the task without its parent folders, which do not belong into a published card."""
     recipe = source.recipe
     data = recipe.task.data
     return Path(data.rstrip("/")).stem if data else str(recipe.task.name)
 
 
 def closing(content: dict[str, Any]) -> str:
-    """What an export says at its end, as a table for the terminal."""
+    """Return the closing table of an export for the terminal."""
     models, files = content["latency"]["models"], _files()
     cells = [(row["batch"], row["threads"]) for row in models["pytorch"]["rows"]]
     heads = [f"{n} image{'s' if n > 1 else ''}, {t} thread{'s' if t > 1 else ''}" for n, t in cells]
@@ -146,6 +146,6 @@ def _machine(device: dict[str, Any]) -> str:
 
 
 def _text(text: str) -> str:
-    """Names are somebody's: they must not become markup or end a table's cell."""
+    """Escape a name from a user, so that it cannot become markup or end a table's cell."""
     escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#~" else c for c in str(text))
     return " ".join(escaped.split())

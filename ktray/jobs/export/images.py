@@ -1,4 +1,4 @@
-"""Labelled images as the student sees them, decoded twice: by ktray, and by what is shipped with the model."""
+"""Labelled images at the student's input, prepared twice: by ktray, and by the code that is shipped with the model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Batch:
 
 @dataclass
 class Split:
-    """The images of one split, read each time that they are asked for.
+    """The images of one split. They are read again for each call.
 
     Attributes:
-        name: of the split, for progress and errors.
-        unusable: how many of them cannot be used; known after they were read.
+        name: name of the split, for progress lines and errors.
+        unusable: number of images that cannot be used, after the images were read.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Split:
     unusable: int = field(default=0, init=False)
 
     def batches(self) -> Iterator[Batch]:
-        """All usable images, in order.
+        """Yield all usable images, in order.
 
         Raises:
-            KtrayError: there is none.
+            KtrayError: no image can be used.
         """
         self.unusable = 0
         done = 0
@@ -81,11 +81,11 @@ class Split:
         if not done:
             raise KtrayError(
                 f"No image of the {self.name} split can be used",
-                "If they have moved, set task.data to where they are.",
+                "If the images have moved, set task.data to their new location.",
             )
 
     def held(self, place: Path) -> tuple[np.ndarray, np.ndarray]:
-        """All of them at once: pixels as `predict` makes them, in a file at ``place``, and labels."""
+        """Return all images at once: pixels from `predict`, memory-mapped in a file at ``place``, and labels."""
         pixels = np.lib.format.open_memmap(place, "w+", np.uint8, (len(self.examples), 3, *self.preprocess.size))
         labels: list[Any] = []
         for batch in self.batches():

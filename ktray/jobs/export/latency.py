@@ -1,4 +1,4 @@
-"""How long a model takes for one image and for a batch, and the memory that it adds; each in a process of its own."""
+"""The time of a model for one image and for a batch, and its memory; each model is measured in a new process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ktray.accounting.device import peak_rss, usable_cpus
 from ktray.errors import KtrayError
 from ktray.jobs.export.images import Loaded
 
-SECONDS = 1.5  # of measuring, for each row
-LEAST, MOST = 10, 500  # inferences for each row
+SECONDS = 1.5  # time of the measurement of each row
+LEAST, MOST = 10, 500  # smallest and largest number of inferences for each row
 
 
 def measure(target: Path, batch: int, seconds: float = SECONDS) -> dict[str, Any]:
@@ -28,34 +28,35 @@ def measure(target: Path, batch: int, seconds: float = SECONDS) -> dict[str, Any
 
     Args:
         target: an ONNX file, or a student's folder for PyTorch.
-        batch: the larger batch; single images are measured too.
+        batch: the batch size; single images are measured in addition.
+        seconds: time of the measurement of each row.
 
     Returns:
-        ``rows``, each ``batch``, ``threads``, ``median_ms`` and ``p90_ms`` of an inference, and how many ``runs`` that
-        is from; ``memory_bytes``: what loading and running it adds to the process, with the larger batch.
+        ``rows``, each with ``batch``, ``threads``, ``median_ms`` and ``p90_ms`` of an inference, and the number of
+        ``runs``; ``memory_bytes``, the memory that loading the model and running a batch add to the process.
 
     Raises:
         KtrayError: the process failed.
     """
-    # The package's parent stands on the path, wherever the job was started.
+    # The process must find the package from any working folder.
     root = str(Path(ktray.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     environment = {**os.environ, "PYTHONPATH": path}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # they would cut the rows on all cores
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # they would limit the rows that use all cores
         environment.pop(name, None)
     command = [sys.executable, "-m", __name__, str(target), str(batch), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         stderr_lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise KtrayError(
-            f"The latency of '{target.name}' could not be measured: {stderr_lines[-1][:200]}", "Run it again."
+            f"The latency of '{target.name}' could not be measured: {stderr_lines[-1][:200]}", "Run the export again."
         )
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
 def timed(run: Callable[[], object], seconds: float) -> dict[str, Any]:
-    """Median and 90th percentile of a call, in milliseconds, after a warm-up."""
+    """Measure median and 90th percentile of a call, in milliseconds, after a warm-up."""
     for _ in range(3):
         run()
     took: list[float] = []
@@ -72,7 +73,7 @@ def timed(run: Callable[[], object], seconds: float) -> dict[str, Any]:
 
 
 def _main(target: Path, batch: int, seconds: float) -> None:
-    # Libraries are in memory before it is looked at, so that the model alone is counted.
+    # The libraries are loaded before the first look at the memory, so that only the model is counted.
     if target.is_dir():
         from ktray.jobs.export.latency_torch import load
     else:
@@ -98,7 +99,7 @@ def _main(target: Path, batch: int, seconds: float) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory; the most so far where Linux's /proc is not."""
+    """Return the resident bytes of this process; without Linux's /proc, their largest value so far."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

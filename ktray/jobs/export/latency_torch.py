@@ -1,4 +1,5 @@
-"""A student in PyTorch for `ktray.jobs.export.latency`; apart, since onnxruntime's process is to be without PyTorch."""
+"""A student in PyTorch for `ktray.jobs.export.latency`. A separate module, since the process that measures onnxruntime
+must not import PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load(path: Path, threads: int) -> Loaded:
-    """The student of a folder, on so many cores."""
+    """Load the student of a folder to run with ``threads`` threads."""
     torch.set_num_threads(threads)
     student = load_student(path)
 

@@ -1,4 +1,4 @@
-"""A student as an ONNX file: any number of images at once, class names and preprocessing inside."""
+"""A student as an ONNX file with a free batch size, which contains the class names and the preprocessing."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ INPUT, OUTPUT = "image", "logits"
 
 
 def write(student: Student, path: Path) -> None:
-    """Write normalised float images (N, 3, height, width) to logits (N, C), with N free.
+    """Write a model that maps normalised float images (N, 3, height, width) to logits (N, C), with any N.
 
-    Networks that are trained with more branches than they need later (FastViT, RepVGG) are written with the branches
-    merged, as timm does.
+    Networks with additional branches during training (FastViT, RepVGG) are written with merged branches, by timm's
+    function for it.
 
     Raises:
-        KtrayError: torch cannot export the model, or onnx's checker refuses what it wrote.
+        KtrayError: torch cannot export the model, or onnx's checker rejects the file.
     """
     model = reparameterize_model(student.model)  # a copy
     example = torch.zeros(2, 3, *student.preprocess.size)
@@ -48,13 +48,13 @@ def write(student: Student, path: Path) -> None:
                 verbose=False,
             )
         assert program is not None
-        # All in one file: protobuf ends at 2 GB, and no student is near it.
+        # The weights are in the same file: protobuf allows 2 GB, and students are far smaller.
         program.save(str(path))
         graph = onnx.load(str(path))
-    except Exception as error:  # torch's exporter has a dozen kinds of its own
+    except Exception as error:  # torch's exporter has many exception types of its own
         raise KtrayError(
             f"Student '{student.name}' cannot be exported to ONNX: {cause(error)}",
-            "Its folder loads in timm as it is; choose another student.name for ONNX.",
+            "Its folder can be loaded in timm; choose another student.name for ONNX.",
         ) from error
     annotate(graph, student)
     check(graph, path)
@@ -62,24 +62,26 @@ def write(student: Student, path: Path) -> None:
 
 
 def annotate(model: onnx.ModelProto, student: Student) -> None:
-    """Write class names and preprocessing into the file's metadata, where `predict` looks for them."""
+    """Write class names and preprocessing into the file's metadata, from which `predict` reads them."""
     facts = {"classes": student.classes, "preprocess": student.preprocess.to_dict()}
     onnx.helper.set_model_props(model, {METADATA: json.dumps(facts, ensure_ascii=False)})
 
 
 def check(model: onnx.ModelProto, path: Path) -> None:
-    """Raises KtrayError: the graph is not valid ONNX, or its batch is not free."""
+    """Raise `KtrayError` if the graph is not valid ONNX, or if its batch size is fixed."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:
         raise KtrayError(f"'{path.name}' is not valid ONNX: {cause(error)}", "Report the student's name.") from error
     for value in (model.graph.input[0], model.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise KtrayError(f"'{path.name}' has a fixed batch in '{value.name}'", "Choose another student.name.")
+            raise KtrayError(
+                f"'{path.name}' has a fixed batch size in '{value.name}'", "Choose another student.name for ONNX."
+            )
 
 
 def signature(model: onnx.ModelProto) -> dict[str, Any]:
-    """Opset, and name and shape of input and output; free sizes are null."""
+    """Return the opset, and name and shape of input and output; a free size is None."""
 
     def value(info: onnx.ValueInfoProto) -> dict[str, Any]:
         shape = [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
@@ -95,7 +97,7 @@ def signature(model: onnx.ModelProto) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns of its own internals, also through logging."""
+    """Within this context, hide warnings of torch's exporter about its own internals, also those through logging."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [one.level for one in loggers]
     for one in loggers:

@@ -1,13 +1,13 @@
-"""Classify images with a student that ktray exported; needs numpy, Pillow and onnxruntime, and nothing of ktray.
+"""Classify images with a student that ktray exported. This needs numpy, Pillow and onnxruntime, but not ktray.
 
     python predict.py IMAGE ... [--model student.int8.onnx]
 
-prints a line of JSON for each image. In a program:
+prints one line of JSON for each image. In a program:
 
     from predict import Classifier
     Classifier().predict([open("photo.jpg", "rb").read()])
 
-Class names and preprocessing stand in the ONNX file itself, so a model file and this one are all that is needed.
+The ONNX file contains the class names and the preprocessing, so only a model file and this file are needed.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-# Formats that hold photos and whose decoders run in this process: EPS would start Ghostscript, for example.
+# Formats for photos whose decoders run in this process. EPS, for example, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "PPM")
-METADATA = "ktray"  # the key under which the ONNX file holds class names and preprocessing
+METADATA = "ktray"  # the metadata key of class names and preprocessing in the ONNX file
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded image as upright RGB; transparency is laid on white, 16 bits are scaled to 8.
+    """Decode an image to upright RGB; transparent pixels are blended with white, 16 bits are scaled to 8.
 
     Raises:
-        ValueError: it is no image, or broken.
+        ValueError: the data is not an image, or is damaged.
     """
     try:
         Image.init()
         with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             image.load()
             return _rgb(image)
-    except Exception as error:  # decoders raise what they like on broken input
+    except Exception as error:  # decoders raise exceptions of any type on damaged input
         raise ValueError(f"not a usable image: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata beside good pixels
+    except Exception:  # damaged metadata, while the pixels are good
         image = image.copy()
     if image.mode in _SIXTEEN_BIT:
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -63,7 +63,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def geometry(image: Image.Image, p: dict[str, Any]) -> np.ndarray:
-    """Resize and crop as the student was trained to see: RGB image to (3, height, width) uint8.
+    """Resize and crop an RGB image as in the student's evaluation; returns (3, height, width) uint8.
 
     Args:
         p: preprocessing: ``size`` [height, width], ``crop_pct``, ``resize_mode``, ``interpolation``, ``fill``.
@@ -98,7 +98,7 @@ def _centre(pixels: np.ndarray, height: int, width: int, fill: tuple[int, ...]) 
 
 
 def normalise(pixels: np.ndarray, p: dict[str, Any]) -> np.ndarray:
-    """(N, 3, H, W) uint8 to the model's input, float32 of the same shape."""
+    """Convert pixels (N, 3, H, W) uint8 to the model's input, float32 of the same shape."""
     mean, std = (np.array(p[name], np.float64).reshape(1, 3, 1, 1) for name in ("mean", "std"))
     scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
     return np.asarray(pixels.astype(np.float32) * scale + bias)
@@ -108,15 +108,15 @@ class Classifier:
     """An exported student.
 
     Args:
-        model: the ONNX file; None: ``student.onnx`` beside this file.
-        threads: of one inference; None: as many as the machine has cores.
+        model: the ONNX file; None: ``student.onnx`` in the folder of this file.
+        threads: number of threads of one inference; None: one for each core of the machine.
 
     Attributes:
         classes: names in the order of the probabilities.
         preprocess: see `geometry` and `normalise`.
 
     Raises:
-        ValueError: the file was not made by ktray.
+        ValueError: the file was not exported by ktray.
     """
 
     def __init__(self, model: str | Path | None = None, threads: int | None = None) -> None:
@@ -128,24 +128,25 @@ class Classifier:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if text is None:
-            raise ValueError(f"{path.name} does not say which classes it has; it was not exported by ktray")
+            raise ValueError(f"{path.name} contains no class names; it was not exported by ktray")
         facts = json.loads(text)
         self.classes: list[str] = facts["classes"]
         self.preprocess: dict[str, Any] = facts["preprocess"]
         self.input = self.session.get_inputs()[0].name
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, 3, height, width) uint8, as `geometry` makes them, to scores (N, C) float32."""
+        """Compute scores (N, C) float32 of pixels (N, 3, height, width) uint8 from `geometry`."""
         return np.asarray(self.session.run(None, {self.input: normalise(pixels, self.preprocess)})[0])
 
     def probabilities(self, images: Sequence[bytes], batch: int = 64) -> np.ndarray:
-        """(N, C) float64, of encoded images.
+        """Compute the class probabilities (N, C) float64 of encoded images.
 
         Args:
-            batch: images of one inference.
+            images: encoded images, such as the content of JPEG files.
+            batch: number of images in one inference.
 
         Raises:
-            ValueError: one of them is not a usable image.
+            ValueError: an image cannot be used.
         """
         parts = [np.zeros((0, len(self.classes)))]
         for at in range(0, len(images), batch):
@@ -156,10 +157,10 @@ class Classifier:
         return np.concatenate(parts)
 
     def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
-        """For each encoded image ``label``, its ``probability``, and ``probabilities`` of all classes by name.
+        """Return for each encoded image the ``label``, its ``probability``, and the ``probabilities`` by class name.
 
         Raises:
-            ValueError: as `probabilities`.
+            ValueError: an image cannot be used.
         """
         predictions = []
         for row in self.probabilities(images).tolist():
@@ -170,10 +171,10 @@ class Classifier:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Classify images.")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--model", help="ONNX file; student.onnx beside this file if left out")
+    parser.add_argument("--model", help="ONNX file (default: student.onnx in the folder of this file)")
     arguments = parser.parse_args()
     classifier = Classifier(arguments.model)
     failed = False

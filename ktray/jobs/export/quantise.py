@@ -1,8 +1,8 @@
-"""Static 8-bit quantisation after training, by onnxruntime: several settings, of which validation chooses.
+"""Static 8-bit quantisation after training, by onnxruntime: several settings are tried, and validation chooses one.
 
-Weights are signed and per output channel; activations are unsigned, with ranges measured on labelled training images.
-Which way of measuring serves a network cannot be told beforehand: gates (squeeze-and-excitation, hard-swish) and heads
-are lost with some and kept with others.
+Weights are signed and scaled per output channel; activations are unsigned, with ranges measured on labelled training
+images. It cannot be known in advance how the ranges of a network should be measured: some settings damage gates
+(squeeze-and-excitation, hard-swish) and heads, others do not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ktray.models.student.classifier import Student
 
 logger = logging.getLogger("ktray")
 
-# Drop on validation below which no further setting is tried, and above which people are told; fractions.
+# No further setting is tried below the first drop on validation; a note is written above the second. Fractions.
 ENOUGH, NOTABLE = 0.001, 0.01
 # Images whose activations are in memory at once while their ranges are measured.
 STRIDE = 16
@@ -41,11 +41,11 @@ class Setting:
     """How a student is quantised.
 
     Attributes:
-        ranges: how the activations' ranges are measured: the extremes, a percentile that leaves outliers out, or the
-            threshold that loses least information (entropy).
-        keep: what stays in float32: ``nothing``, or ``edges``: the first convolution, the classifier, and all that has
-            no weights (gates, sums, pooling).
-        narrow: weights have 7 bits, for processors whose 8-bit products saturate (x86 without VNNI).
+        ranges: how the ranges of activations are measured: the extremes, a percentile that excludes outliers, or the
+            threshold that loses the least information (entropy).
+        keep: what stays in float32: ``nothing``, or ``edges``, which are the first convolution, the classifier, and all
+            operations without weights (gates, sums, pooling).
+        narrow: whether weights have 7 bits, for processors whose 8-bit products saturate (x86 without VNNI).
     """
 
     ranges: Literal["minmax", "percentile", "entropy"]
@@ -66,7 +66,7 @@ FIRST = (Setting("minmax"), Setting("percentile"), Setting("entropy"))
 
 
 def then(best: Setting) -> tuple[Setting, ...]:
-    """What is tried after `FIRST`, on top of the best of it."""
+    """Return the settings that are tried after `FIRST`, as variants of the best of these."""
     return (
         Setting(best.ranges, "edges"),
         Setting(best.ranges, "nothing", narrow=True),
@@ -82,20 +82,22 @@ def choose(
     accuracy: Callable[[Classifier], float],
     reference: float,
 ) -> dict[str, Any]:
-    """Write the 8-bit file that is best on validation; of equally good ones the first that was tried.
+    """Write the 8-bit file that is best on validation, or the first of several equally good ones.
 
     Args:
-        source, target: the float32 ONNX file, and where to write.
+        student: the student that the file contains.
+        source: the float32 ONNX file.
+        target: path of the new file.
         calibration: (N, 3, height, width) uint8 training images.
-        accuracy: of a file, on validation, a fraction.
-        reference: that of the float32 file.
+        accuracy: returns the accuracy of a file on validation, a fraction.
+        reference: accuracy of the float32 file on validation.
 
     Returns:
-        ``setting``, ``drop`` on validation (a fraction, negative where it gained), ``images`` it was calibrated on, and
-        ``tried``: every setting with its accuracy or the error that it ended with.
+        ``setting``; ``drop`` on validation (a fraction, negative if the accuracy rose); ``images``, the number of
+        calibration images; ``tried``, every setting with its accuracy or its error.
 
     Raises:
-        KtrayError: onnxruntime could not quantise it with any setting.
+        KtrayError: onnxruntime could not quantise the student with any setting.
     """
     tried: list[dict[str, Any]] = []
     best: tuple[float, Setting] | None = None
@@ -110,7 +112,7 @@ def choose(
             try:
                 quantise(student, prepared, candidate, calibration, setting)
                 value = accuracy(Classifier(candidate))
-            except Exception as error:  # onnxruntime raises its own kinds, and numpy's
+            except Exception as error:  # onnxruntime raises its own exception types, and numpy's
                 tried.append({**asdict(setting), "error": cause(error)})
                 return
             tried.append({**asdict(setting), "val": value})
@@ -128,7 +130,7 @@ def choose(
                     attempt(setting)
     if best is None:
         raise KtrayError(
-            f"onnxruntime cannot quantise '{student.name}': {tried[-1]['error']}", "Leave export.int8 out."
+            f"onnxruntime cannot quantise '{student.name}': {tried[-1]['error']}", "Set export.int8=false."
         )
     return {
         "setting": {**asdict(best[1]), "text": str(best[1])},
@@ -148,7 +150,7 @@ def quantise(student: Student, prepared: Path, target: Path, calibration: np.nda
     graph = onnx.load(str(prepared)).graph
     weighted = [node for node in graph.node if node.op_type in _WEIGHTED]
     edges = setting.keep == "edges"
-    # Whole strides: onnxruntime wants them.
+    # onnxruntime requires a multiple of the stride.
     stride = min(STRIDE, len(calibration))
     with _quiet():
         quantize_static(
@@ -171,7 +173,7 @@ def quantise(student: Student, prepared: Path, target: Path, calibration: np.nda
 
 
 class _Reader(CalibrationDataReader):
-    """Calibration images, one at a time, a range of them at once."""
+    """Reader of calibration images for onnxruntime, which sets a range and reads its images one by one."""
 
     def __init__(self, pixels: np.ndarray, preprocess: dict[str, Any]) -> None:
         self.pixels, self.preprocess = pixels, preprocess
@@ -181,7 +183,7 @@ class _Reader(CalibrationDataReader):
         return len(self.pixels)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """What `get_next` gives from now on."""
+        """Set the range of images that `get_next` returns."""
         self.rest = self._images(start_index, end_index)
 
     def _images(self, start: int, end: int) -> Iterator[dict[str, np.ndarray]]:
@@ -194,7 +196,8 @@ class _Reader(CalibrationDataReader):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime prints what it does for each stride, and advises through the root logger of what has been done."""
+    """Within this context, hide what onnxruntime prints for each stride, and its advice through the root logger, which
+    ktray already follows."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:

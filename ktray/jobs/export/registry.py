@@ -1,4 +1,4 @@
-"""The export in MLflow: a model that scores image bytes beside the run's own, and a version in the registry."""
+"""The export in MLflow: a logged model that classifies encoded images, and a version in the registry."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from ktray.tracking.tracker import tracking_uri
 logger = logging.getLogger("ktray")
 
 MODEL, TAG = "export", "ktray.export"
-# What the model's own code imports; without these pins MLflow would find them by loading it in a new process.
+# Packages that the model's code imports. Without these pins, MLflow would load the model in a new process to find them.
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
 
 
 def log(source: ExportedRun, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Log the model, and register it where the recipe says so; what is there already is left as it is.
+    """Log the model, and register it if the recipe says so. An existing model or version of the same export is reused.
 
     Args:
-        folder: the export, local.
-        content: what ``export.json`` holds.
+        source: the run.
+        folder: the local folder of the export.
+        content: the content of ``export.json``.
 
     Returns:
-        ``model_uri`` (null where the server is away), and where it was registered ``name``, ``version``, ``alias``.
+        ``model_uri`` (None if the server is unreachable), and, if the model was registered, ``name``, ``version`` and
+        ``alias``.
 
     Raises:
-        KtrayError: it is to be registered, and the server is away or refuses it. The export is whole without.
+        KtrayError: the model must be registered, but the server is unreachable or rejects it. The export itself is
+            complete.
     """
     part = source.recipe.export
     uri = tracking_uri(source.recipe.mlflow.uri, local_home(source.store))
@@ -47,15 +50,15 @@ def log(source: ExportedRun, folder: Path, content: dict[str, Any]) -> dict[str,
         return _log(source, folder, content, uri)
     except KtrayError:
         raise
-    except Exception as error:  # MLflow's, its database's, its server's
+    except Exception as error:  # errors of MLflow, its database or its server
         text = str(scrub(f"{type(error).__name__}: {' '.join(str(error).split())}"))[:300].rstrip(".")
-        why = "is away" if is_transient(error) else "refuses the model"
+        why = "is unreachable" if is_transient(error) else "rejects the model"
         if part.register_as:
             raise KtrayError(
-                f"The export is written, but MLflow {why} and '{part.register_as}' is not registered ({text})",
-                "The same command registers it once MLflow takes it; see mlflow.uri and export.register_as.",
+                f"The export is written, but MLflow {why}, so '{part.register_as}' is not registered ({text})",
+                "Check mlflow.uri and export.register_as, then run the same command again.",
             ) from error
-        logger.info(f"mlflow    {why}: the export is not logged there ({text}); the same command does it later")
+        logger.info(f"mlflow    {why}: the export is not logged there ({text}); to retry, run the same command again")
         return {"model_uri": None}
 
 
@@ -75,7 +78,7 @@ def _log(source: ExportedRun, folder: Path, content: dict[str, Any], uri: str) -
 
 
 def _model(server: Server, source: ExportedRun, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
-    """Id and place of the logged model; that of an earlier call with the same files, if there is one."""
+    """Return id and location of the logged model, which may be that of an earlier call with the same files."""
     client = server.client
     models = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
@@ -94,7 +97,9 @@ def _model(server: Server, source: ExportedRun, folder: Path, content: dict[str,
     if run_id is not None:
         client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, step=0)])
         for name in ("README.md", "export.json"):
-            client.log_artifact(run_id, str(folder / name), "export_files")  # MODEL would be the model's own folder
+            client.log_artifact(
+                run_id, str(folder / name), "export_files"
+            )  # the name MODEL would be the folder of the model itself
         now = int(content["time"] * 1000)
         client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics(content).items()])
     return str(entry.model_id), str(entry.artifact_location)
@@ -105,9 +110,10 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
 
     Args:
         folder: the export.
-        target: a folder that is not there yet.
+        target: a folder that does not exist yet.
         serve: ``float`` or ``int8``.
-        entry: the logged model that it will be the files of.
+        entry: the logged model to which the files will belong.
+        run_id: id of the run in MLflow.
     """
     import mlflow
     from mlflow.models import Model, ModelSignature
@@ -121,7 +127,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
             artifact_path=entry.artifact_location, run_id=run_id, model_uuid=entry.model_id, model_id=entry.model_id
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would like an example of an image in the model's folder
+        warnings.simplefilter("ignore")  # MLflow warns that the model has no example image
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("served.py")),
@@ -142,7 +148,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
 
 
 def metrics(content: dict[str, Any]) -> dict[str, float]:
-    """``export.<model>.<number>`` for MLflow: the metric on validation, bytes, and the median of each row."""
+    """Return ``export.<model>.<number>`` for MLflow: the metric on validation, bytes, and the median of each row."""
     values: dict[str, float] = {}
     for name, model in content["latency"]["models"].items():
         values[f"export.{name}.val"] = content["metric"]["val"][name]["metric"]
@@ -155,7 +161,7 @@ def metrics(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _run(server: Server, source: ExportedRun) -> str | None:
-    """The run in MLflow, if this server has it."""
+    """Return the id of the run in MLflow, if this server has it."""
     run_id = (source.result.get("mlflow") or {}).get("run_id")
     if run_id is None:
         return None
@@ -170,7 +176,8 @@ def _run(server: Server, source: ExportedRun) -> str | None:
 
 @contextlib.contextmanager
 def _default(uri: str) -> Iterator[None]:
-    """MLflow's registry in a database looks the model up where the environment says, not where its client does."""
+    """Within this context, the environment names the tracking server: MLflow's registry in a database looks up the
+    model there, and not with the URI of its client."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     try:

@@ -1,4 +1,4 @@
-"""jobs/export.py: the student of a run, as files that are checked, measured, described and registered."""
+"""jobs/export.py: writes the student of a run as files, and checks, measures, describes and registers them."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ logger = logging.getLogger("ktray")
 VERSION = 1
 FOLDER, RESULT = "export", "export.json"
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
-# A metric on the same images may differ by this from what the run found (another device, another precision).
+# On the same images, a metric may differ by this from the run's result (other device, other precision).
 _SAME = 0.005
 
 
 def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
-    """Export a run's student into its folder; returns the content of ``export.json``, and ``folder``.
+    """Export a run's student into the run's folder; returns the content of ``export.json``, and ``folder``.
 
-    The same call again reuses what is there; other options, another machine or other versions make it anew.
+    A second call reuses the export. With other options, on another machine or with other versions, it is written again.
 
     Raises:
-        KtrayError: there is no such run, its student or images are damaged, PyTorch's and ONNX's predictions differ,
-            or MLflow could not register it (the export is whole then).
+        KtrayError: the run does not exist, its student or images are damaged, the predictions of PyTorch and ONNX
+            differ, or MLflow could not register the model (then the export is complete).
     """
     source = find(requested)
     part = source.recipe.export
@@ -53,12 +53,12 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
     if served is None or not served.wanted(part):
         raise KtrayError(
             f"export.serve={part.serve} needs {served.file if served else 'a file'}, which this export does not have",
-            f"Set {served.asked_by} too." if served else "Set export.serve=float.",
+            f"Set {served.asked_by} as well." if served else "Set export.serve=float.",
         )
     task = source.task()
     key = _key(source, task)
     target = source.folder.sub(FOLDER)
-    # One job at a time; it is the run's folder that is held, since what is in the export's own is shipped.
+    # One job at a time. The lease is in the run's folder, since everything in the export's own folder is shipped.
     with Lease(source.folder):
         content = _whole(target, key)
         if content is not None:
@@ -77,20 +77,20 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
 
 
 def show(requested: Recipe) -> None:
-    """``--plan``: which run would be exported, what is there, and how much is computed."""
+    """Log the plan: which run would be exported, whether the export exists, and how much would be computed."""
     source = find(requested)
     task, student, part = source.task(), source.student(), source.recipe.export
     stored = _whole(source.folder.sub(FOLDER), _key(source, task)) is not None
     logger.info(f"run       {source.folder.uri}")
     logger.info(f"student   {student.name}, {_parameters(student):,} parameters, {len(task.classes)} classes")
-    logger.info(f"export    {'in the store' if stored else 'to be made'}: {source.folder.uri}/{FOLDER}")
+    logger.info(f"export    {'in the store' if stored else 'to be written'}: {source.folder.uri}/{FOLDER}")
     targets = [target for _, target in wanted_targets(part)]
     passes = len(task.val) + len(task.test) + sum(target.passes(part, task) for target in targets)
     flops = forward_flops(student.model, (3, *student.preprocess.size)) * passes
     more = "".join(target.plan(part) for target in targets)
     logger.info(
         f"          {len(task.val):,} validation and {len(task.test):,} test images{more}: at most {flops / 1e12:.3g} "
-        "TFLOP on this machine's processor, and a minute for latencies"
+        "TFLOP on this machine's processor, and about a minute to measure latencies"
     )
     if part.register_as:
         logger.info(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
@@ -109,13 +109,13 @@ def _key(source: ExportedRun, task: LabelledSet) -> str:
 
 
 def _libraries(part: ExportConfig) -> dict[str, str]:
-    """Versions of the packages that the files depend on."""
+    """Return the versions of the packages that the files depend on."""
     more = [name for _, target in wanted_targets(part) for name in target.libraries]
     return {name: metadata.version(name) for name in (*more, *LIBRARIES)}
 
 
 def _whole(target: Dir, key: str) -> dict[str, Any] | None:
-    """``export.json`` of an export with this key whose files are all there, else None."""
+    """Return ``export.json`` of an export with this key if all its files exist, otherwise None."""
     try:
         content: dict[str, Any] = target.read_json(RESULT)
         sizes = target.names()
@@ -197,7 +197,7 @@ def _opened(folder: Path, targets: list[tuple[str, ExportTarget]]) -> dict[str, 
 
 
 def _checked(scores: AgreementScores, name: str, target: ExportTarget) -> dict[str, Any]:
-    """How far a file's logits are from the student's; raises KtrayError beyond rounding."""
+    """Compare a file's logits with those of the student; raises KtrayError if they differ by more than rounding."""
     comparison = agreement.compare(scores.logits[PYTORCH], scores.logits[name])
     agreement.require(comparison, target.file)
     return comparison
@@ -215,11 +215,11 @@ def _parameters(student: Student) -> int:
 
 
 def notes(result: dict[str, Any], content: dict[str, Any]) -> list[str]:
-    """What a person should know of an export, one sentence each; empty where all is as it should be.
+    """Return what a user should know about an export, in one sentence each; empty if everything is as expected.
 
     Args:
-        result: the run's ``result.json``.
-        content: what ``export.json`` holds.
+        result: the content of the run's ``result.json``.
+        content: the content of ``export.json``.
     """
     sentences: list[str] = []
     values = content["metric"]
@@ -230,20 +230,20 @@ def notes(result: dict[str, Any], content: dict[str, Any]) -> list[str]:
         before, now = (result.get("metric") or {}).get(split), (values[split] or {}).get(PYTORCH)
         if before is not None and now and abs(before - now["metric"]) > _SAME:
             sentences.append(
-                f"The PyTorch model has {now['metric']:.1%} on {what} here, and the run found {before:.1%}: its "
-                "images, its labels or its weights are not what they were."
+                f"The PyTorch model reaches {now['metric']:.1%} on {what} here, but the result of the run was "
+                f"{before:.1%}: its images, its labels or its weights have changed."
             )
         for name, target in all_targets():
             if not target.exact:
                 sentences += target.notes(name, content, split, what)
     if content["preprocessing"]["images"]:
         sentences.append(
-            f"predict.py prepares {content['preprocessing']['images']} images otherwise than in training, by at most "
+            f"predict.py prepares {content['preprocessing']['images']} images differently from training, by at most "
             f"{content['preprocessing']['levels']} of 255 levels."
         )
     for split, what in (("val", "validation"), ("test", "test")):
         if content["unusable"][split]:
-            sentences.append(f"{content['unusable'][split]} {what} images cannot be used and are in no figure.")
+            sentences.append(f"{content['unusable'][split]} {what} images cannot be used and are not counted.")
     if values["test"] is None:
-        sentences.append("There is no test split, so nothing was checked on one.")
+        sentences.append("There is no test split, so nothing was checked on test images.")
     return sentences

@@ -28,9 +28,10 @@ class ExportedRun:
     """A finished run of a classification task.
 
     Attributes:
-        store: where its stages and MLflow's local database are.
-        recipe: as the run resolved it; where it logged, and where the labelled images are now, as the caller says.
-        result: its ``result.json``.
+        store: the store with the run's stages and MLflow's local database.
+        folder: the folder of the run.
+        recipe: the resolved recipe of the run, with the caller's location of MLflow and of the labelled images.
+        result: the content of the run's ``result.json``.
     """
 
     store: Store
@@ -44,14 +45,14 @@ class ExportedRun:
 
     @property
     def metric(self) -> str:
-        """What the run's models were chosen by: a key of the task's metrics."""
+        """The metric by which the run's models were chosen: a key of the task's metrics."""
         return str(self.result["metric"]["name"])
 
     def student(self) -> Student:
         """The run's student, in evaluation mode.
 
         Raises:
-            KtrayError: its files are damaged.
+            KtrayError: the files of the student are damaged.
         """
         with self.folder.local("student") as path:
             return load_student(path)
@@ -60,14 +61,14 @@ class ExportedRun:
         """The labelled images of the run.
 
         Raises:
-            KtrayError: they are not where they were, or their classes are others.
+            KtrayError: the images have moved, or they have other classes.
         """
         try:
             labelled = labelled_task(self.recipe, lambda key, value, why: None)[0]
         except KtrayError as error:
             raise KtrayError(
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
-                "If they have moved, set task.data to where they are.",
+                "If the images have moved, set task.data to their new location.",
             ) from error
         with self.folder.local("student/config.json") as path:
             classes = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]["label_names"]
@@ -75,26 +76,27 @@ class ExportedRun:
             raise KtrayError(
                 f"The labelled images have other classes than the student of run '{self.run_id}' "
                 f"({len(labelled.classes)}, it has {len(classes)})",
-                "Set task.data to the images that the run learnt from.",
+                "Set task.data to the images that the run learned from.",
             )
         return labelled
 
 
 def find(requested: Recipe) -> ExportedRun:
-    """The run that ``export.run`` names.
+    """Find the run that ``export.run`` names.
 
     Args:
-        requested: the recipe of the command line: ``store``, ``export.run``, ``task.data`` and ``mlflow.uri`` count.
+        requested: the recipe of the command line, of which ``store``, ``export``, ``task.data`` and ``mlflow.uri`` are
+            used.
 
     Raises:
-        KtrayError: no such run, one that left no student, a damaged result, a task kind that has no export.
+        KtrayError: the run does not exist or has no student, its result is damaged, or its task kind has no export.
     """
     folder = _folder(requested)
     missing = [name for name in _NEEDED if not folder.exists(name)]
     if missing:
         raise KtrayError(
-            f"'{folder.uri}' holds no finished run with a student: there is no {missing[0]}",
-            "Set export.run to the id or folder of a run of jobs/distill.py that came to its end.",
+            f"'{folder.uri}' has no finished run with a student: there is no {missing[0]}",
+            "Set export.run to the id or folder of a finished run of jobs/distill.py.",
         )
     try:
         result = folder.read_json("result.json")
@@ -135,5 +137,5 @@ def _folder(requested: Recipe) -> Dir:
         if all(folder.exists(part) for part in _NEEDED):
             return folder
     raise KtrayError(
-        f"No run in '{store.uri}/runs' has left a student", "Run jobs/distill.py first, or set store= or export.run."
+        f"No run in '{store.uri}/runs' has a student", "Run jobs/distill.py first, or set store= or export.run."
     )

@@ -1,6 +1,6 @@
-"""The model that MLflow runs: encoded images in, label and probabilities out. MLflow reads this file as code.
+"""The model that MLflow runs: it maps encoded images to labels and probabilities. MLflow reads this file as code.
 
-It imports nothing of ktray: the model's artifacts bring `ktray.jobs.export.predict` along as a file.
+It does not import ktray: the model's artifacts contain `ktray.jobs.export.predict` as a file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 
 class StudentModel(PythonModel):
-    """Scores a column of encoded images (JPEG, PNG, ...), or a list of them."""
+    """Classifies a column of encoded images (JPEG, PNG, ...)."""
 
     def load_context(self, context: Any) -> None:
         """Open the ONNX file."""
@@ -26,7 +26,7 @@ class StudentModel(PythonModel):
         self.classifier = module.Classifier(context.artifacts["model"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """``label``, ``probability`` and ``probabilities`` (by class name) for each row.
+        """Return ``label``, ``probability`` and ``probabilities`` (by class name) for each row.
 
         Raises:
             ValueError: a row is not a usable image.

@@ -33,7 +33,7 @@ def test_more_than_rounding_is_refused(wrong: float) -> None:
     reference = np.array([[1.0, 10.0], [3.0, 1.0]], np.float32)
     other = reference.copy()
     other[1, 0] += wrong
-    with pytest.raises(KtrayError, match="does not say what the PyTorch model says"):
+    with pytest.raises(KtrayError, match="does not agree with the PyTorch model"):
         agreement.require(agreement.compare(reference, other), "student.onnx")
     other[1, 0] = reference[1, 0] + 0.005
     agreement.require(agreement.compare(reference, other), "student.onnx")

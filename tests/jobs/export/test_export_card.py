@@ -46,11 +46,11 @@ def test_names_are_not_markup_and_rare_classes_are_said(run: Path, found: dict[s
     assert r"\<script\>\|x\|" in text
     assert r"> One \* two." in text
     assert "2 to 9 a class" in text
-    assert "The labels are unequal: 2 images of " in text
+    assert "The classes are unbalanced: 2 images of " in text
     assert "| Teacher | none |" in text
     assert "| Transfer set | none |" in text
     assert "Licence of the teacher" not in text
-    assert "takes over the teacher's errors" not in text
+    assert "inherits the teacher's errors" not in text
     assert "| `student.onnx` | 1.5 kB | 2 MB | 1.50 / 2.25 | 1.50 / 2.25 |" in text
     assert "split: validation" in text
     assert "same class as PyTorch for 7 of 8 validation images; logits differ by at most 2.5e-06" in text

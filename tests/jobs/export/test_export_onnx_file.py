@@ -70,7 +70,7 @@ def test_a_fixed_batch_or_a_broken_graph_is_refused(onnx_file: Path) -> None:
     model = onnx.load(str(onnx_file))
     broken = onnx.load(str(onnx_file))
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    with pytest.raises(KtrayError, match=r"fixed batch in 'image'"):
+    with pytest.raises(KtrayError, match=r"fixed batch size in 'image'"):
         module.check(model, Path("student.onnx"))
     broken.graph.node[0].op_type = "Convolve"
     with pytest.raises(KtrayError, match="not valid ONNX"):

@@ -114,5 +114,5 @@ def test_a_model_that_onnxruntime_cannot_quantise(student, onnx_file: Path, monk
         raise ValueError("unsupported")
 
     monkeypatch.setattr(quantise, "quantise", refuse)
-    with pytest.raises(KtrayError, match=r"cannot quantise 'test_resnet': unsupported. Leave export\.int8 out"):
+    with pytest.raises(KtrayError, match=r"cannot quantise 'test_resnet': unsupported. Set export\.int8=false"):
         quantise.choose(student, onnx_file, tmp_path / "x", np.zeros(0), lambda m: 1.0, 1.0)

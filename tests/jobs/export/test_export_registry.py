@@ -102,11 +102,13 @@ def test_a_server_that_is_away(run: Path, folder: Path) -> None:
     lines: list[str] = []
     away = "mlflow.uri=http://127.0.0.1:9"
     assert heard(lines, registry.log, source(run, away), folder, FOUND) == {"model_uri": None}
-    assert "is away" in lines[0]
-    with pytest.raises(KtrayError, match="The export is written, but MLflow is away and 'stripes' is not registered"):
+    assert "is unreachable" in lines[0]
+    with pytest.raises(
+        KtrayError, match="The export is written, but MLflow is unreachable, so 'stripes' is not registered"
+    ):
         heard(lines, registry.log, source(run, away, "export.register_as=stripes"), folder, FOUND)
 
 
 def test_a_name_that_the_registry_refuses(run: Path, folder: Path) -> None:
-    with pytest.raises(KtrayError, match="MLflow refuses the model and 'a/b' is not registered"):
+    with pytest.raises(KtrayError, match="MLflow rejects the model, so 'a/b' is not registered"):
         registry.log(source(run, "export.register_as=a/b"), folder, FOUND)

@@ -135,7 +135,7 @@ def test_weights_of_another_student_are_noticed(run: Path, quick, written) -> No
     weights[name] = -weights[name]
     save_file(weights, path, metadata={"format": "pt"})
     # The ONNX file is that of the right weights, and so does not say what these do.
-    with pytest.raises(KtrayError, match="does not say what the PyTorch model says"):
+    with pytest.raises(KtrayError, match="does not agree with the PyTorch model"):
         export(run)
     assert not (run / "export").exists()
 
@@ -147,9 +147,9 @@ def test_what_a_person_should_know(run: Path, quick, written) -> None:
     path.write_text(json.dumps(result))
     lines: list[str] = []
     found = export(run, lines=lines)
-    assert any("and the run found" in note for note in found["notes"])
+    assert any("but the result of the run was" in note for note in found["notes"])
     assert f"note      {found['notes'][0]}" in lines
-    assert "the run found" in (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert "the result of the run was" in (run / "export" / "README.md").read_text(encoding="utf-8")
 
     poor = {"metric": found["metric"]["val"]["onnx"]["metric"] - 0.034}
     found["metric"]["val"]["int8"] = poor

@@ -42,7 +42,7 @@ def test_no_such_run(run: Path, name: str) -> None:
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
-    with pytest.raises(KtrayError, match="has left a student"):
+    with pytest.raises(KtrayError, match="runs' has a student"):
         find(asked(tmp_path))
 
 
@@ -75,7 +75,7 @@ def test_damaged_weights(run: Path) -> None:
 
 def test_images_that_are_gone_or_others(run: Path, stripes: Path, tmp_path: Path) -> None:
     store = run.parents[1]
-    with pytest.raises(KtrayError, match=r"cannot be read .* set task\.data to where they are"):
+    with pytest.raises(KtrayError, match=r"cannot be read .* set task\.data to their new location"):
         find(asked(store, f"task.data={tmp_path / 'gone'}")).task()
     config = run / "student" / "config.json"
     content = json.loads(config.read_text(encoding="utf-8"))

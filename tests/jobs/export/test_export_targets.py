@@ -106,6 +106,6 @@ def test_one_that_says_other_things_than_the_student_ends_the_export(
     run: Path, toy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_TARGET", "lies")
-    with pytest.raises(KtrayError, match=r"student\.copy\.onnx does not say what the PyTorch model says"):
+    with pytest.raises(KtrayError, match=r"student\.copy\.onnx does not agree with the PyTorch model"):
         module.export(asked(run))
     assert not (run / "export").exists()

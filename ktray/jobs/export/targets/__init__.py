@@ -1,1 +1,1 @@
-"""What a student can be exported to, one file for each; ``base`` says what such a target is."""
+"""The export targets of a student, one module for each; ``base`` defines what a target is."""

@@ -1,9 +1,9 @@
-"""What an export target is: a file that a student is deployed as.
+"""The interface of an export target: a file with which a student is deployed.
 
 A target is registered in `ktray.recipe.registries.EXPORTS` under the name that its figures have in ``export.json``, in
-the card and in MLflow. jobs/export.py asks every target whether the recipe wants it, lets it write its file, checks the
-file's predictions against the student's, measures it, and describes it. A target of another package that has no key in
-the recipe decides `ExportTarget.wanted` by itself, for example by a variable of the environment.
+the card and in MLflow. For every target that the recipe requests, jobs/export.py writes the file, compares the file's
+predictions with the student's, measures the file, and describes it. A target of another package has no key in the
+recipe; its `ExportTarget.wanted` decides, for example, by an environment variable.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ktray.recipe.registries import EXPORTS
 
 @dataclass
 class ExportWork:
-    """What a target works with.
+    """The inputs of a target.
 
     Attributes:
         source: the run.
-        student: its student, in evaluation mode on the CPU.
-        task: its labelled images.
-        folder: where the files of the export are written; those of targets that come before are there.
-        scratch: folder for what is not kept.
+        student: the run's student, in evaluation mode on the CPU.
+        task: the run's labelled images.
+        folder: folder of the exported files, with the files of earlier targets.
+        scratch: folder for temporary files.
         on_val: scores on validation of the student and of the targets with ``exact``; empty while these are written.
     """
 
@@ -48,93 +48,95 @@ class ExportWork:
     on_val: AgreementScores = field(default_factory=AgreementScores)
 
     def split(self, name: str, examples: list[LabelledExample]) -> Split:
-        """Some labelled images as the student sees them."""
+        """Return some labelled images as a split for the student."""
         return Split(name, examples, self.student.preprocess, self.source.recipe.data.max_pixels)
 
     @cached_property
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (N, 3, height, width) uint8, in a file, and labels (N,) of the validation images."""
+        """Pixels (N, 3, height, width) uint8, memory-mapped, and labels (N,) of the validation images."""
         return self.split("val", self.task.val).held(self.scratch / "val.npy")
 
 
 class ExportTarget(ABC):
-    """One way to deploy a student. Instances have no state and are registered in ``EXPORTS``."""
+    """One file format to deploy a student. Instances have no state and are registered in ``EXPORTS``."""
 
     file: str
-    """Name of the file that it writes."""
+    """Name of the file that the target writes."""
     order: int = 100
-    """When it is written and where it stands in tables; equal numbers go by name."""
+    """Position in the order of writing and in tables; targets with equal numbers are ordered by name."""
     exact: bool = True
-    """Whether its logits must be those of the student up to rounding (else the export ends with an error). Targets that
-    lose accuracy come after those that do not, and their scores are reported."""
+    """Whether the logits must equal those of the student up to rounding; if they differ, the export fails. Targets that
+    lose accuracy come after exact ones, and their scores are reported."""
     asked_by: str = ""
-    """How the recipe asks for it, for messages: ``export.int8=true``; empty where it is always written."""
+    """The setting that requests the target, for messages, such as ``export.int8=true``; empty if the target is always
+    written."""
     serves: str = ""
     """The value of ``export.serve`` with which the model in MLflow runs this file."""
     libraries: tuple[str, ...] = ()
-    """Packages whose versions make another export."""
+    """Packages that the file depends on: with other versions, the export is written again."""
     use: str = ""
-    """How its file is used: Markdown for the model card."""
+    """How to use the file: Markdown for the model card."""
 
     @abstractmethod
     def wanted(self, part: ExportConfig) -> bool:
-        """Whether this export has it."""
+        """Return whether the recipe requests this target."""
 
     def options(self, part: ExportConfig) -> list[Any]:
-        """What of the recipe changes its file; JSON."""
+        """Return the values of the recipe that change the file, as JSON."""
         return []
 
     def passes(self, part: ExportConfig, task: LabelledSet) -> int:
-        """Images that the model looks at, for ``--plan``."""
+        """Return the number of forward passes, for ``--plan``."""
         return len(task.val) + len(task.test)
 
     def plan(self, part: ExportConfig) -> str:
-        """What more ``--plan`` says of it; begins with a comma where it is not empty."""
+        """Return a text about the target for ``--plan``, which starts with a comma, or an empty string."""
         return ""
 
     @abstractmethod
     def write(self, work: ExportWork) -> dict[str, Any]:
-        """Write the file; returns what ``export.json`` holds under the target's name.
+        """Write the file; returns the entry in ``export.json`` under the target's name.
 
         Raises:
-            KtrayError: this student cannot be written in this way.
+            KtrayError: the student cannot be written in this format.
         """
 
     def load(self, path: Path) -> Scorer:
-        """The file, opened to be checked; an ONNX file by default."""
+        """Open the file to check its predictions; by default an ONNX file."""
         return Classifier(path)
 
     def latency(self, path: Path, batch: int) -> dict[str, Any] | None:
-        """See `ktray.jobs.export.latency.measure`, which knows ONNX files; None where it is not measured."""
+        """Measure the file; by default an ONNX file, with `ktray.jobs.export.latency.measure`. None: not measured."""
         return latency.measure(path, batch)
 
     def notes(self, name: str, content: dict[str, Any], split: str, what: str) -> list[str]:
-        """What a person should know of its file, one sentence each.
+        """Return what a user should know about the file, in one sentence each.
 
         Args:
-            name: its own.
-            content: what ``export.json`` holds.
-            split, what: ``val`` or ``test``, and in words.
+            name: name of the target.
+            content: the content of ``export.json``.
+            split: ``val`` or ``test``.
+            what: the name of the split in words.
         """
         checked = (content.get(name) or {}).get("agreement", {}).get(split)
         if not checked or not checked["top1_differs"]:
             return []
         return [
-            f"{self.file} names another class than PyTorch for {checked['top1_differs']} of {checked['images']} {what} "
-            f"images, whose first two classes lie at most {checked['widest_margin']:.2g} apart."
+            f"{self.file} predicts another class than PyTorch for {checked['top1_differs']} of {checked['images']} "
+            f"{what} images. The two largest logits of these images differ by at most {checked['widest_margin']:.2g}."
         ]
 
 
 def all_targets() -> list[tuple[str, ExportTarget]]:
-    """Every target by name, in order; those that must agree with the student come first."""
+    """Return every target with its name, in order; exact targets come first."""
     return sorted(EXPORTS, key=lambda item: (not item[1].exact, item[1].order, item[0]))
 
 
 def wanted_targets(part: ExportConfig) -> list[tuple[str, ExportTarget]]:
-    """The targets of an export, in order."""
+    """Return the targets of an export with their names, in order."""
     return [(name, target) for name, target in all_targets() if target.wanted(part)]
 
 
 def serving(part: ExportConfig) -> ExportTarget | None:
-    """The target whose file the model in MLflow runs."""
+    """Return the target whose file the model in MLflow runs, or None."""
     return next((target for _, target in all_targets() if target.serves == part.serve), None)

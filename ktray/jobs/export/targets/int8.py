@@ -1,4 +1,4 @@
-"""The ONNX file with 8-bit weights and activations, with the settings that are best on validation."""
+"""The ONNX file with 8-bit weights and activations, quantised with the best settings on validation."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Int8Target(ExportTarget):
         return _TRIED * (len(task.val) + part.calibration) + len(task.test)
 
     def plan(self, part: ExportConfig) -> str:
-        return f", {part.calibration} training images to measure ranges, at most {_TRIED} settings"
+        return f", {part.calibration} training images for calibration, at most {_TRIED} settings"
 
     def write(self, work: ExportWork) -> dict[str, Any]:
         part, task, metric = work.source.recipe.export, work.task, work.source.metric
-        # Evenly over the classes, in whose order they lie; test images are never among them.
+        # The examples are ordered by class, so these are spread evenly over the classes. Test images are never used.
         spread = np.linspace(0, len(task.train) - 1, min(part.calibration, len(task.train))).round().astype(int)
         chosen = [task.train[i] for i in spread.tolist()]
         calibration, _ = work.split("train", chosen).held(work.scratch / "train.npy")
@@ -59,8 +59,8 @@ class Int8Target(ExportTarget):
         if full - eight <= quantise.NOTABLE:
             return []
         return [
-            f"The 8-bit file loses {100 * (full - eight):.1f} points on {what} ({eight:.1%} for {full:.1%}), more than "
-            f"one: {onnx.FILE} is the better choice unless size or speed decide."
+            f"The 8-bit file loses {100 * (full - eight):.1f} points on {what} ({eight:.1%} instead of {full:.1%}), "
+            f"which is more than one: {onnx.FILE} is the better choice unless size or speed matter more."
         ]
 
 

@@ -1,4 +1,4 @@
-"""The student as an ONNX file in float32, which every export has."""
+"""The student as an ONNX file in float32, which is part of every export."""
 
 from __future__ import annotations
 
