@@ -82,7 +82,7 @@ def test_no_secret_is_printed():
     comments, command = printed(["store=/shared/s"], {"MLFLOW_TRACKING_URI": "postgresql://me:db-secret@host/db"})
     assert "db-secret" not in comments + command
     assert "MLFLOW_TRACKING_URI" not in command
-    with pytest.raises(KtrayError, match=r"mlflow\.uri.*holds a secret") as caught:
+    with pytest.raises(KtrayError, match=r"mlflow\.uri.*has a secret") as caught:
         printed(["mlflow.uri=https://me:pass-word@mlflow.example.com"], {})
     assert "pass-word" not in str(caught.value)
     printed(["student.kwargs.class_token=true"], {})
