@@ -119,7 +119,7 @@ def test_changed_bytes_are_found_when_the_index_is_to_be_verified(world):
 
 
 def test_other_crops_in_the_same_folder_are_refused(world, folder):
-    with pytest.raises(KtrayError, match="was made with crops None and not"):
+    with pytest.raises(KtrayError, match="was made with crops None instead of"):
         index(world, f"gallery.index={folder[0]}", "gallery.crops=grid")
 
 
