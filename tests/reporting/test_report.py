@@ -234,7 +234,7 @@ def test_quarantine_lists_as_parquet_are_read_and_cut(tmp_path: Path) -> None:
     found = page(tmp_path, result(data=data))
     assert "truncated 18 zero bytes 12" in found.text
     assert "u19 truncated" in found.text
-    assert "and 10 more" in found.text
+    assert "The full list has 10 more." in found.text
     gone = page(tmp_path, result(data={**data, "quarantine_list": "s3://bucket/bad.parquet"}))
     assert "Full list: s3://bucket/bad.parquet" in gone.text
 
