@@ -200,7 +200,7 @@ def test_a_wrong_cache_is_named(world, tmp_path, what):
     expected = {
         "another view": "stored embedding of view 1 of",
         "nan": "stored logits of view 0",
-        "lost": "lacks view 0",
+        "lost": "view 0 of .* is missing in the stored targets",
     }
     with pytest.raises(KtrayError, match=expected[what]) as told:
         CheckTargets(hurt, predict)()(items[0], cut(items[0]))
