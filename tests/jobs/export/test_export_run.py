@@ -185,7 +185,7 @@ def test_the_command_line(run: Path, quick, written, capsys, monkeypatch) -> Non
 
     assert main("--plan", "export.int8=true", "export.register_as=stripes") == 0
     planned = capsys.readouterr().out
-    for part in ("to be made", "18 validation and 60 test images", "TFLOP", "'stripes' with the alias 'champion'"):
+    for part in ("to be written", "18 validation and 60 test images", "TFLOP", "'stripes' with the alias 'champion'"):
         assert part in planned
     assert not (run / "export").exists()
     assert main() == 0
