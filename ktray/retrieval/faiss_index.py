@@ -40,8 +40,6 @@ AGAIN = 4
 SAMPLE = 200
 RECALL_AT = (10, 100)
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Compressed:

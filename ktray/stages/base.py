@@ -32,7 +32,8 @@ logger = logging.getLogger("ktray")
 
 @dataclass
 class Runtime:
-    """The services that a stage uses. They do not influence its result, which only depends on its inputs.
+    """The services that a stage uses. They do not influence its result, which only depends on its inputs and on the
+    number formats that were measured once per store (``store/precision``).
 
     Attributes:
         plan: the run's part of the cluster.

@@ -183,7 +183,7 @@ def _worker(config: dict[str, Any]) -> None:
     context, stage = ray.train.get_context(), config["stage"]
 
     def upload(local: Any, name: str) -> Any:
-        # The store uploads, not Ray, because Ray gives up after seconds if a store is busy.
+        # The store uploads, not Ray, because Ray fails after a few seconds if a store is busy.
         stage.put(Path(local.path), f"{FOLDER}/{name}")
         return ray.train.Checkpoint(f"{context.get_storage().experiment_fs_path}/{name}", stage.fs)
 

@@ -69,10 +69,10 @@ def reason(error: BaseException | None) -> str:
 
 
 def should_restart(error: BaseException, failures: int, limit: int) -> bool:
-    """Whether to start the training again after the controller has given up, as it does if workers cannot connect.
+    """Whether to start the training again after the controller failed, as it does if workers cannot connect.
 
     Args:
-        error: why the controller has given up.
+        error: the error of the controller.
         failures: number of earlier failures.
         limit: maximum number of failures; -1: any number.
     """
