@@ -1,6 +1,6 @@
 """The watchdog: it ends a stage without a heartbeat for `cluster.stall_minutes`, and says what the stage waited for.
 
-Ray never gives up. A task that requests a CPU that does not exist, a store that does not answer, a worker that waits
+Ray waits for ever. A task that requests a CPU that does not exist, a store that does not answer, a worker that waits
 for a dead one: for the driver, which blocks, they all look the same. Calls that may block for ever therefore run on a
 thread of their own. While the driver waits for them, it checks the stage's watchdog; all code that reports progress
 sends a heartbeat to the watchdog.

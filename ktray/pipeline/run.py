@@ -200,7 +200,6 @@ def _context(
         task=resolved.task,
         class_names=resolved.class_names,
         prompts=resolved.prompts,
-        fingerprint=resolved.fingerprint,
         canvas=resolved.canvas,
         metric=str(recipe.task.metric),
         source=resolved.source,

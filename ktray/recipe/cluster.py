@@ -42,8 +42,8 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3,
         ge=-1,
-        description="failures of workers, and of the start of workers, after which a stage gives up; -1: it never "
-        "gives up; machines that announce their end (spot instances) do not count",
+        description="failures of workers, and of the start of workers, after which a stage fails; -1: no "
+        "limit; machines that announce their end (spot instances) do not count",
     )
     stall_minutes: float = Field(
         30.0,

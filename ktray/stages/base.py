@@ -67,7 +67,6 @@ class RunContext:
         task: the labelled images with their labels and splits.
         class_names: names of the classes in the recipe.
         prompts: templates for the text head.
-        fingerprint: hash of the labelled set (which image has which label in which split).
         canvas: side of the labelled images that are stored for finetuning, as a multiple of a model's input size.
         metric: name of the task's metric that models are chosen and evaluated by.
         source: the labelled generic set (``supervised.data``), if the objective learns from one.
@@ -78,7 +77,6 @@ class RunContext:
     task: LabelledSet
     class_names: list[str]
     prompts: list[str]
-    fingerprint: str
     canvas: float
     metric: str = "top1"
     source: LabelledSet | None = None
@@ -258,7 +256,8 @@ def run_stage(
     Raises:
         KtrayError: more images are unusable than ``Runtime.max_bad_fraction`` allows, or the stage stalled.
     """
-    key, stage_name = inputs.key, inputs.stage
+    parts, stage_name = inputs.key_parts(), inputs.stage
+    key = inputs.key_of(parts)
     stage = runtime.store.stage(stage_name, key)
     ledger_stage = ledger_name or stage_name
     shown = f"{stage_name}-{runtime.phase}" if runtime.phase else stage_name
@@ -278,7 +277,7 @@ def run_stage(
                 manifest = complete()  # another job may have finished the stage while this one waited
                 if manifest is None:
                     check_limit()
-                    return _attempt(runtime, stage, lease, (shown, ledger_stage), inputs, work)
+                    return _attempt(runtime, stage, lease, (shown, ledger_stage), inputs, parts, work)
         except LeaseLost as lost:
             logger.info(f"{shown:<9} {lost.what}; continuing with the results of that job")
     runtime.ledger.reuse(DirLog(stage), ledger_stage, key)
@@ -289,12 +288,22 @@ def run_stage(
 
 
 def _attempt(
-    runtime: Runtime, stage: Stage, lease: Lease, names: tuple[str, str], inputs: Inputs, work: Work[Inputs]
+    runtime: Runtime,
+    stage: Stage,
+    lease: Lease,
+    names: tuple[str, str],
+    inputs: Inputs,
+    parts: dict[str, Any],
+    work: Work[Inputs],
 ) -> StageResult:
+    """Compute a stage and commit it. ``names`` are its names for people and in the ledger; ``parts`` are the parts of
+    its key, which name the directory: they are not computed a second time, so that a file that changes while the stage
+    runs cannot change them."""
+    key = inputs.key_of(parts)
     shown, ledger_stage = names
     devices = runtime.plan.least if runtime.plan.worker_gpus else 1
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with runtime.ledger.attempt(DirLog(stage), ledger_stage, inputs.key, devices) as meter:
+    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, devices) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
@@ -309,7 +318,7 @@ def _attempt(
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
             )
-    manifest.update(key=inputs.key, stage=inputs.stage, inputs=inputs.key_parts())
+    manifest.update(key=key, stage=inputs.stage, inputs=parts)
     manifest.update(run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)

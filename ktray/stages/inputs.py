@@ -69,7 +69,11 @@ class StageInputs:
     @property
     def key(self) -> str:
         """The key of the stage: 16 hexadecimal digits."""
-        return digest(self.stage, self.key_parts())
+        return self.key_of(self.key_parts())
+
+    def key_of(self, parts: dict[str, Any]) -> str:
+        """The key for the parts that `key_parts` returned."""
+        return digest(self.stage, parts)
 
 
 def key_value(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-RETRY_S = 120.0  # seconds after which a request is given up
+RETRY_S = 120.0  # seconds after which a request is not repeated any more
 _PAUSES_S = (0.5, 8.0)  # the first and the longest pause between two attempts
 
 _BUSY_CODES = ("SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted")

@@ -1,6 +1,6 @@
 """S3 as a file system with retries: a request is repeated if the store is busy (500, 503, "slow down", no answer).
 
-pyarrow alone gives up after six seconds, and counts an answer that takes three seconds as no answer. Here the AWS SDK
+pyarrow alone fails after six seconds, and counts an answer that takes three seconds as no answer. Here the AWS SDK
 makes a few attempts, and then `ktray.storage.retry` continues. Endpoint, region, credentials and the mode of checksums
 are read from AWS's environment variables.
 """

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.labelled.read import read_labelled
-from ktray.data.sources.fetch import decode_image, fetch
-from ktray.errors import BadImage, KtrayError
+from ktray.data.sources.fetch import fetch_images
+from ktray.errors import KtrayError
 from ktray.models.flops import count_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
@@ -138,10 +138,9 @@ class Classification(TaskKind):
         wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
         errors = []
         uris = [str(rows["uri"][i]) for i in wrong]
-        for i, (uri, data, error) in zip(wrong.tolist(), fetch(uris), strict=True):
-            try:
-                image = decode_image(uri, data, error, max_pixels=tested.max_pixels)
-            except BadImage:
+        images = fetch_images(uris, max_pixels=tested.max_pixels)
+        for i, (uri, image, _) in zip(wrong.tolist(), images, strict=True):
+            if image is None:
                 continue
             confidence = float(probability[i, predicted[i]])
             errors.append(WorstError(image, classes[labels[i]], classes[predicted[i]], confidence, uri))

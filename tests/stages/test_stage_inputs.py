@@ -54,8 +54,10 @@ def seen(cluster, tmp_path_factory) -> dict[str, StageInputs]:
     own = [f"task.data={task}", f"gallery.data={gallery}", "teacher.name=miniverse", f"store={folder}"]
     recipe = recipes.load(None, [*SMALL, *own, "baselines.scratch=true"])
     with pytest.MonkeyPatch.context() as patch:
-        key = StageInputs.key.fget
-        patch.setattr(StageInputs, "key", property(lambda self: found.setdefault(self.stage, self) and key(self)))
+        key_of = StageInputs.key_of
+        patch.setattr(
+            StageInputs, "key_of", lambda self, parts: found.setdefault(self.stage, self) and key_of(self, parts)
+        )
         whole_stages(Store(folder), resolve(recipe, cluster), cluster)
     return found
 

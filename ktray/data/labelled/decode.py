@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ktray.data.labelled.masks import check_mask, decode_mask, eval_mask
 from ktray.data.preprocess import Preprocess
-from ktray.data.sources.fetch import decode_image, fetch
+from ktray.data.sources.fetch import decode_image, fetch, fetch_images
 from ktray.errors import BadImage
 
 Rows = dict[str, np.ndarray]
@@ -40,11 +40,6 @@ class DecodedExample:
 class LabelReader(Protocol):
     """Reads the labels of a task and stores them as columns. It is picklable."""
 
-    @property
-    def key(self) -> Any:
-        """JSON value that becomes part of the key of every stage that uses this reader; None: nothing to add."""
-        ...
-
     def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
         """Read every example, in order."""
         ...
@@ -68,17 +63,10 @@ class NumberReader:
 
     dtype: str = "int64"
 
-    @property
-    def key(self) -> Any:
-        return None
-
     def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
-        images = fetch([uri for uri, _, _ in examples])
-        for (uri, label, _), (_, data, error) in zip(examples, images, strict=True):
-            try:
-                yield DecodedExample(uri, label, decode_image(uri, data, error, max_pixels=max_pixels))
-            except BadImage as reason:
-                yield DecodedExample(uri, label, None, reason=reason.reason)
+        images = fetch_images([uri for uri, _, _ in examples], max_pixels=max_pixels)
+        for (uri, label, _), (_, image, reason) in zip(examples, images, strict=True):
+            yield DecodedExample(uri, label, image, reason=reason)
 
     def label(self, example: DecodedExample, transforms: Transforms) -> dict[str, Any]:
         return {"label": example.label}
@@ -102,10 +90,6 @@ class MaskReader:
     num_classes: int
     offset: int
     whole: bool = False
-
-    @property
-    def key(self) -> Any:
-        return {name: value for name, value in asdict(self).items() if name != "whole"}
 
     def read(self, examples: Sequence[Example], max_pixels: int) -> Iterator[DecodedExample]:
         images = fetch([uri for uri, _, _ in examples])

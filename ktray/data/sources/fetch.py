@@ -44,6 +44,23 @@ def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]
         yield uri, data, error
 
 
+def fetch_images(
+    uris: Sequence[str], *, max_pixels: int, enough: Enough | None = None
+) -> Iterator[tuple[str, np.ndarray | None, str]]:
+    """Fetch and decode images by uri, in the order of ``uris``; see `fetch` and `decode_image`.
+
+    Yields:
+        uri; image (H, W, 3) uint8, or None if it cannot be used; why it cannot be used, or empty.
+    """
+    for uri, data, error in fetch(uris):
+        try:
+            image = decode_image(uri, data, error, max_pixels=max_pixels, enough=enough)
+        except BadImage as bad:
+            yield uri, None, bad.reason
+        else:
+            yield uri, image, ""
+
+
 def _at_once(paths: Iterable[str]) -> int:
     return AT_ONCE if any(map(filesystem.is_remote, paths)) else 1
 

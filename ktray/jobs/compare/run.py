@@ -26,7 +26,7 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
-from ktray.reporting.log import ending
+from ktray.reporting.log import result
 from ktray.reporting.result import SCHEMA, CompareResult, write_result
 from ktray.storage.store import local_home
 
@@ -79,8 +79,8 @@ def _compare(
     }
     done = runner.run([(name, one) for (name, _), one in recipes.items()])
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
-    for (name, _), result in zip(recipes, done, strict=True):
-        results[name].append(result)
+    for (name, _), outcome in zip(recipes, done, strict=True):
+        results[name].append(outcome)
     method_rows = rows.build(store, methods, results)
     for row in method_rows:
         name = row["name"]
@@ -124,10 +124,9 @@ def _compare(
         content["mlflow"] = log(recipe, store, content, folder, [file.name for file in files])
     content = write_result(folder, CompareResult(**content))
     folder.delete(RUNNING)
-    with ending():
-        logger.info("")
-        logger.info(page.table(content))
-        logger.info(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
-        logger.info(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
-        logger.info(f"chart     {chart(recipe, store, content)}")
+    result("")
+    result(page.table(content))
+    result(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
+    result(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
+    result(f"chart     {chart(recipe, store, content)}")
     return content

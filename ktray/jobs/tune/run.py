@@ -39,7 +39,7 @@ from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.recipe.tune import BudgetConfig
-from ktray.reporting.log import ending
+from ktray.reporting import log
 from ktray.storage.store import Dir, Store, local_home
 from ktray.tracking.tracker import tracking_uri
 
@@ -107,12 +107,11 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     finally:
         tracker.finish(status)
         tracker.close(20)
-    with ending():
-        logger.info("")
-        logger.info(result.table(content))
-        logger.info(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
-        logger.info(f"student   {content['winner']['student']}")
-        logger.info(f"chart     {mlflow.chart(base, store, run_id)}")
+    log.result("")
+    log.result(result.table(content))
+    log.result(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
+    log.result(f"student   {content['winner']['student']}")
+    log.result(f"chart     {mlflow.chart(base, store, run_id)}")
     return content
 
 

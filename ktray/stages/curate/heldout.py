@@ -10,9 +10,8 @@ import numpy as np
 
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
-from ktray.data.sources.fetch import decode_image, fetch
+from ktray.data.sources.fetch import fetch_images
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
-from ktray.errors import BadImage
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.heldout_duplicates import fingerprint_heldout
 from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
@@ -73,13 +72,11 @@ class _Heldout:
 
     def __call__(self, item: Item) -> Rows:
         uris, images = [], []
-        for uri, data, error in fetch(item["uris"]):
+        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels):
             # An image that cannot be decoded cannot leak into the transfer set; EVALUATE quarantines it.
-            try:
-                images.append(decode_image(uri, data, error, max_pixels=self.max_pixels))
+            if image is not None:
+                images.append(image)
                 uris.append(uri)
-            except BadImage:
-                continue
         prints = fingerprint_heldout(images)
         columns = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
         if not self.preprocess:

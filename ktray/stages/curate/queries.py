@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktray.data.preprocess import Preprocess
-from ktray.data.sources.fetch import decode_image, fetch
+from ktray.data.sources.fetch import fetch_images
 from ktray.data.sources.uris import ImageRef
 from ktray.distributed.ray_data import Item
-from ktray.errors import BadImage, KtrayError
+from ktray.errors import KtrayError
 from ktray.models.teacher.heads import text_head
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.recipe.schema import TransferConfig
@@ -137,10 +137,8 @@ class _Crop:
 
     def __call__(self, item: Item) -> Rows:
         uris, wholes, pixels = [], [], []
-        for uri, data, error in fetch(item["uris"]):
-            try:
-                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
-            except BadImage:  # LABELS has quarantined it
+        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels):
+            if image is None:  # LABELS has quarantined it
                 continue
             for left, top, width, height in self.crops.boxes(uri, *image.shape[:2]):
                 cut = np.ascontiguousarray(image[top : top + height, left : left + width])

@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 
 from ktray.data.labelled.labelled_set import LabelledSet
-from ktray.data.sources.fetch import decode_image, fetch
-from ktray.errors import BadImage, KtrayError
+from ktray.data.sources.fetch import fetch_images
+from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
@@ -353,13 +353,8 @@ def _sheet(
 def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
     """Images for display, uint8 (H, W, 3), by uri. They are decoded at a reduced size where the format allows it.
     Unusable images, and uris that are no images (such as text queries), are left out."""
-    images = {}
-    for uri, data, error in fetch(list(dict.fromkeys(uris))):
-        try:
-            images[uri] = decode_image(uri, data, error, max_pixels=max_pixels, enough=lambda *sides: min(sides) / 128)
-        except BadImage:
-            continue
-    return images
+    images = fetch_images(list(dict.fromkeys(uris)), max_pixels=max_pixels, enough=lambda *sides: min(sides) / 128)
+    return {uri: image for uri, image, _ in images if image is not None}
 
 
 def _caption(inputs: CurateInputs, uri: str, label: int) -> str:

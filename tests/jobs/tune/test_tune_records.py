@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ktray.errors import KtrayError
 from ktray.jobs.tune.records import (
     BASELINE,
     OPEN,
@@ -81,3 +82,9 @@ def test_states_have_their_current_names(records):
     again = Records(records.folder)
     again.load()
     assert [again.trials[number].state for number in range(8)] == [OVER_BUDGET, OVER_COST_LIMIT, *STATES]
+
+
+def test_a_state_of_a_newer_version_is_refused(records):
+    records.close(records.trials[3], "postponed")
+    with pytest.raises(KtrayError, match="the unknown state 'postponed'"):
+        Records(records.folder).load()
