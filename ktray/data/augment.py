@@ -62,7 +62,7 @@ def random_views(
     """
     n, _, height, width = images.shape
     size = size or min(height, width)
-    draws = _uniforms(keys, salt, 8)
+    draws = uniforms(keys, salt, 8)
     grid = F.affine_grid(
         _boxes(draws[:5], policy, height, width).to(images.device), [n, 3, size, size], align_corners=False
     )
@@ -85,7 +85,7 @@ def view_keys(seed: int, rows: np.ndarray, visits: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(mixed.view(np.int64).copy())
 
 
-def _uniforms(keys: torch.Tensor, salt: int, count: int) -> torch.Tensor:
+def uniforms(keys: torch.Tensor, salt: int, count: int) -> torch.Tensor:
     """(count, N) float64 in [0, 1), determined by key, salt and row number."""
     values = keys.cpu().numpy().view(np.uint64)
     with np.errstate(over="ignore"):
@@ -122,26 +122,3 @@ def _recolour(pixels: torch.Tensor, b: torch.Tensor, c: torch.Tensor, s: torch.T
     weights = torch.tensor(_LUMA, device=pixels.device).view(1, 3, 1, 1)
     luma = (pixels * weights).sum(1, keepdim=True)
     return (b * c * s) * pixels + (b * c * (1 - s)) * luma + (b * (1 - c)) * luma.mean((2, 3), keepdim=True)
-
-
-def mixup(
-    images: torch.Tensor, targets: torch.Tensor, alpha: float, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix pairs of images and, with the same weight, their targets (Zhang et al., arXiv 1710.09412, eq. 1).
-
-    Each batch has one weight lambda ~ Beta(alpha, alpha) and one random pairing, as in the authors' experiments.
-
-    Args:
-        images: (N, C, H, W) floating point.
-        targets: (N, K) soft targets.
-        alpha: parameter of the Beta distribution, above 0.
-        generator: source of the weight and the pairing.
-
-    Returns:
-        ``lambda x + (1 - lambda) x[pairing]`` for images and for targets.
-    """
-    device = generator.device
-    seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    weight = float(np.random.default_rng(seed).beta(alpha, alpha))
-    pairing = torch.randperm(len(images), generator=generator, device=device).to(images.device)
-    return images.lerp(images[pairing], 1 - weight), targets.lerp(targets[pairing], 1 - weight)

@@ -8,7 +8,9 @@ logits ``s`` of the same view,
 averaged over the batch (Hinton et al., arXiv 1503.02531, section 2, for the softening and the factor T^2;
 Vemulapalli et al., arXiv 2311.18237, for matching predictions of the target task on an unlabeled transfer
 set). With ``mixup`` > 0, images and teacher probabilities of the same pair are mixed with the same weight
-(Zhang et al., arXiv 1710.09412; Beyer et al., arXiv 2106.05237, section 3, where it helps long schedules).
+(Zhang et al., arXiv 1710.09412; Beyer et al., arXiv 2106.05237, section 3, where it helps long schedules). With
+``cutmix`` > 0, a box of one image is pasted into another one, and the probabilities are mixed by area (Yun et al.,
+arXiv 1905.04899).
 
 Use it when the teacher is accurate on the task, by labels or by text. Do not use it when the teacher's predictions are
 near chance on validation: its features may still be good, but its predictions are not.
@@ -34,7 +36,15 @@ class OrientedConfig(ObjectiveConfig):
     temperature: float = Field(
         1.0, gt=0, description="temperature that softens both predictions, in addition to the fitted one"
     )
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
+    mixup: float | None = Field(
+        None, ge=0, description="alpha of mixup on images and targets; 0: no mixup; null: chosen by the kind of images"
+    )
+    cutmix: float | None = Field(
+        None,
+        ge=0,
+        description="alpha of CutMix on images and targets; 0: no CutMix; with mixup, each batch draws one of the two; "
+        "null: chosen by the kind of images",
+    )
 
     compared: ClassVar[int] = 3
     compared_by_size: ClassVar[bool] = True
@@ -47,7 +57,7 @@ class OrientedConfig(ObjectiveConfig):
         return Traits(frozenset({"logits"}))
 
     def build(self, *, hflip: float = 0.5) -> Oriented:
-        return Oriented(self.temperature, self.mixup)
+        return Oriented(self.temperature, self.mixup or 0.0, self.cutmix or 0.0)
 
     @classmethod
     def search_space(cls) -> dict[str, Any]:
@@ -62,17 +72,17 @@ class Oriented(Objective):
     that of classes; `ktray.objectives.matching` has the others.
     """
 
-    def __init__(self, temperature: float = 1.0, mixup: float = 0.0) -> None:
+    def __init__(self, temperature: float = 1.0, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         super().__init__()
-        self.temperature, self.mixup = temperature, mixup
+        self.temperature, self.mixup, self.cutmix = temperature, mixup, cutmix
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         targets = self.matching.targets(batch["logits"].float(), self.temperature)
         images = batch["images"]
-        if self.mixup > 0:
-            from ktray.data.augment import mixup
+        if self.mixup > 0 or self.cutmix > 0:
+            from ktray.data.mixing import mix
 
-            images, targets = mixup(images, targets, self.mixup, generator)
+            images, targets = mix(images, targets, self.mixup, self.cutmix, generator)
         return {**batch, "images": images, "targets": targets}
 
     def loss(self, student_out: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from ktray.models.features import map_shape
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline.phases import needs_teacher, phases, taught
+from ktray.pipeline.select import SCRATCH, START, Candidate, baseline, best, distilled, models_to_test
 from ktray.recipe.schema import index_alone
 from ktray.stages import finetune, labels, transfer
 from ktray.stages.adapt import stage as adapt
@@ -18,25 +19,30 @@ from ktray.stages.curate import stage as curate
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.index import stage as index
 from ktray.stages.teach import stage as teach
+from ktray.training.inputs import StudentSpec
 
 logger = logging.getLogger("ktray")
-
-SCRATCH = "scratch"
 
 
 @dataclass
 class StageOutputs:
-    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial."""
+    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial.
+
+    Attributes:
+        candidates: the students that the run can deliver, the distilled ones first.
+        student: the delivered one.
+    """
 
     labels: StageResult
     evaluate: StageResult | None
-    student: StageResult
+    candidates: list[Candidate]
+    student: Candidate
     adapt: StageResult | None = None
     index: StageResult | None = None
     curate: StageResult | None = None
     teach: teach.TeachResult | None = None
     transfer: StageResult | None = None
-    scratch: StageResult | None = None
+    finetune: StageResult | None = None
 
 
 def stages(context: RunContext, trial: bool = False) -> StageOutputs:
@@ -47,9 +53,10 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         logger.info(f"student   {warning}")
     if not recipe.objective.has_transfer_set():
         decoded = labels.run(context, student.preprocess)
-        scratch = finetune.run_scratch(context, decoded, booked="finetune")
-        models = {"student": scratch}
-        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), scratch)
+        trained = finetune.run_scratch(context, decoded, transfer.student_spec(context), booked="finetune")
+        only = baseline(START if transfer.student_spec(context).published else SCRATCH, trained, context.metric)
+        models = {evaluate.STUDENT: trained}
+        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), [only], only)
     start: PhaseOutputs | None = None
     for name, phase in phases(recipe):
         inner = replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0))
@@ -58,17 +65,33 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         context.runtime.read += inner.runtime.read
     assert start is not None  # there is at least one phase
     decoded, transferred = start.labels, start.transfer
-    finetuned = finetune.run(context, transferred, start.teach, decoded) if recipe.finetune.steps else transferred
-    models = {"student": finetuned}
-    baseline = None
-    if recipe.baselines.scratch:
-        baseline = finetune.run_scratch(context, decoded, booked=SCRATCH)
-        models[SCRATCH] = baseline
+    finetuned = finetune.run(context, transferred, start.teach, decoded) if recipe.finetune.steps else None
+    candidates = distilled(transferred, finetuned, context.metric)
+    for name, initial in [] if trial else _baselines(context):
+        trained = finetune.run_scratch(context, decoded, initial, booked=name)
+        candidates.append(baseline(name, trained, context.metric))
+    chosen = best(candidates)
     teacher = (start.spec, start.adapt) if start.adapt and start.spec else None
-    evaluated = None if trial else evaluate.run(context, models, teacher)
+    evaluated = None if trial else evaluate.run(context, models_to_test(candidates, chosen), teacher)
     return StageOutputs(
-        decoded, evaluated, finetuned, start.adapt, start.index, start.curate, start.teach, transferred, baseline
+        labels=decoded,
+        evaluate=evaluated,
+        candidates=candidates,
+        student=chosen,
+        adapt=start.adapt,
+        index=start.index,
+        curate=start.curate,
+        teach=start.teach,
+        transfer=transferred,
+        finetune=finetuned,
     )
+
+
+def _baselines(context: RunContext) -> list[tuple[str, StudentSpec]]:
+    """The baselines that the recipe asks for, each with its initial weights."""
+    part, student = context.recipe.baselines, transfer.student_spec(context)
+    wanted = [(START, student)] if part.start and student.published else []
+    return [*wanted, (SCRATCH, student.from_scratch())] if part.scratch else wanted
 
 
 @dataclass

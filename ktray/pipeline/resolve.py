@@ -23,6 +23,7 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
+from ktray.pipeline.image_kinds import choose_augmentation, choose_baselines, choose_learning_rate
 from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
@@ -72,8 +73,9 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         for step in path:
             part = getattr(part, step)
         setattr(part, name, value)
-        shown = f"{value:g}" if isinstance(value, float) else value
-        reasons.append(f"{key}={shown} ({why})")
+        if why:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            reasons.append(f"{key}={shown} ({why})")
 
     task, names, prompts = labelled_task(recipe, choose)
     reasons += list(task.notes)
@@ -113,6 +115,9 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         recipe.transfer.source = "none"
     name = recipe.objective.name
     traits = recipe.objective.traits
+    choose_augmentation(recipe, choose)
+    choose_learning_rate(recipe, choose)
+    choose_baselines(recipe, choose)
     source = _source(recipe) if "label" in traits.targets_needed else None
     if source is not None:
         gallery_images = len(source.train) + len(source.val) + len(source.test)

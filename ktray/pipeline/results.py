@@ -15,12 +15,13 @@ import torch
 
 from ktray.accounting.device import versions
 from ktray.models.student.classifier import Student
+from ktray.pipeline.select import BASELINES, DISTILLED, MODELS
 from ktray.recipe.schema import Recipe
 from ktray.reporting.report import write_report
 from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
-from ktray.stages.manifests import AdaptManifest, CurateManifest, TrainedManifest
+from ktray.stages.manifests import AdaptManifest, CurateManifest
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.store import Dir
 from ktray.tasks.base import TestSet
@@ -73,7 +74,8 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
         "teacher": recipe.teacher.name if outputs.adapt else None,
         "seed": recipe.seed,
         "label_budget": len(context.task.train),
-        "metric": {"name": context.metric, "val": best_validation(outputs.student.manifest, context.metric)},
+        "metric": {"name": context.metric, "val": outputs.student.val},
+        "delivered": _delivered(outputs),
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
         "data": {
@@ -104,9 +106,12 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
     if outputs.adapt:
         adapted = cast(AdaptManifest, outputs.adapt.manifest)
         content["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
-    if outputs.scratch:
-        validation = best_validation(outputs.scratch.manifest, context.metric)
-        content["scratch_metric"] = {"val": validation, **tested.get("scratch", {})}
+    for candidate in outputs.candidates if recipe.objective.has_transfer_set() else []:
+        if candidate.name in BASELINES:
+            name = evaluate.STUDENT if candidate is outputs.student else candidate.name
+            content[f"{candidate.name}_metric"] = {"val": candidate.val, **tested.get(name, {})}
+    if DISTILLED in metrics:
+        content["distilled_metric"] = {"val": outputs.candidates[0].val, **tested[DISTILLED]}
     if outputs.curate:
         content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
     return DistillResult(**content) if metrics else TrialResult(**content)
@@ -130,13 +135,15 @@ def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dic
     }
 
 
-def best_validation(manifest: Mapping[str, Any], metric: str) -> float:
-    """The validation metric, a fraction, of the weights that a training stage kept."""
-    name = f"val_{metric}"
-    trained = cast(TrainedManifest, manifest)
-    curve = [row for row in trained["curve"] if name in row]
-    kept = [row for row in curve if row["step"] == trained["best_step"]] or curve[-1:]
-    return float(kept[-1][name])
+def _delivered(outputs: StageOutputs) -> dict[str, Any]:
+    """The entry of ``result.json`` for the choice of the student."""
+    others = {c.name: c.val for c in outputs.candidates if c is not outputs.student}
+    return {
+        "name": outputs.student.name,
+        "what": MODELS[outputs.student.name],
+        "validation": {c.name: c.val for c in outputs.candidates},
+        "margin": outputs.student.val - max(others.values()) if others else None,
+    }
 
 
 def _student(context: RunContext, outputs: StageOutputs, folder: Path) -> tuple[Any, Any]:
@@ -148,7 +155,7 @@ def _student(context: RunContext, outputs: StageOutputs, folder: Path) -> tuple[
 
 def _trained(context: RunContext, outputs: StageOutputs) -> Student:
     """The student of the run, in evaluation mode on the CPU."""
-    spec = starting_at(student_spec(context), outputs.student)
+    spec = starting_at(student_spec(context), outputs.student.trained)
     model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())
@@ -160,11 +167,9 @@ def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], 
     assert outputs.evaluate is not None  # a trial has no report
     rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
     tested = TestSet(rows, context.task, reader, partial(_trained, context, outputs), context.recipe.data.max_pixels)
-    curves = {
-        name: done.manifest["curve"]
-        for name, done in (("transfer", outputs.transfer), ("finetune", outputs.student), ("scratch", outputs.scratch))
-        if done is not None and "curve" in done.manifest and (name != "finetune" or done is not outputs.transfer)
-    }
+    trained = {"transfer": outputs.transfer, "finetune": outputs.finetune}
+    trained |= {c.name: c.trained for c in outputs.candidates if c.name in BASELINES}
+    curves = {name: done.manifest["curve"] for name, done in trained.items() if done is not None}
     sheet = None
     if outputs.curate and outputs.curate.stage.exists("contact_sheet.png"):
         sheet = folder / "contact_sheet.png"

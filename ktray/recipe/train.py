@@ -9,6 +9,32 @@ from pydantic import Field
 from ktray.recipe.section import Section
 
 
+class AugmentConfig(Section):
+    """Strong augmentation in every training of the student: changes of a view that only the student sees, drawn anew at
+    each visit. The target of the teacher belongs to the view without them."""
+
+    crop_min: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="area of the smallest random crop of a view, as a share of the view; 1: no crop; null: chosen by "
+        "the kind of images",
+    )
+    photometric: int | None = Field(
+        None,
+        ge=0,
+        description="number of random photometric operations (those of RandAugment) on each view; 0: none; null: "
+        "chosen by the kind of images",
+    )
+    magnitude: float = Field(0.5, ge=0, le=1, description="strength of the photometric operations")
+    erase: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="probability that a box of the view is erased; 0: never; null: chosen by the kind of images",
+    )
+
+
 class TrainConfig(Section):
     """Pretraining on the transfer set (and training of the scratch baseline)."""
 
@@ -27,7 +53,12 @@ class TrainConfig(Section):
     batch_size: int | None = Field(
         None, ge=1, description="images per pretraining step, over all workers; null: chosen by the device"
     )
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of pretraining (AdamW, linear warm-up, cosine decay)")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of pretraining (AdamW, linear warm-up, cosine decay); null: chosen by the "
+        "start of the student",
+    )
     weight_decay: float = Field(0.05, ge=0, description="weight decay of AdamW in pretraining")
     warmup: float = Field(
         0.1, ge=0, lt=1, description="share of the pretraining steps in which the learning rate rises"
@@ -36,6 +67,18 @@ class TrainConfig(Section):
         0.99, ge=0, lt=1, description="decay of the student's averaged weights (EMA) in pretraining; 0: no averaging"
     )
     clip: float = Field(1.0, gt=0, description="norm to which larger gradients are clipped")
+    evals: int = Field(
+        12,
+        ge=1,
+        description="number of validations during pretraining; the student with the best one is kept",
+    )
+    patience: int = Field(
+        4,
+        ge=0,
+        description="number of validations in a row that are worse than the best one by more than a point, after which "
+        "pretraining ends; 0: it never ends early",
+    )
+    augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="number format of training; auto: the faster one in a short measurement"
     )
@@ -84,7 +127,16 @@ class FinetuneConfig(Section):
 
 
 class BaselinesConfig(Section):
-    scratch: bool = Field(True, description="also train the student without pretraining, as the baseline")
+    scratch: bool | Literal["auto"] = Field(
+        "auto",
+        description="also train the student on the labels from random weights, as a baseline; auto: if pretraining "
+        "starts from random weights",
+    )
+    start: bool | Literal["auto"] = Field(
+        "auto",
+        description="also finetune the student on the labels from its published weights, as a baseline; auto: if "
+        "pretraining starts from published weights",
+    )
     scratch_steps: int | None = Field(
-        None, ge=1, description="optimizer steps of the scratch baseline; null: as many as train.steps"
+        None, ge=1, description="optimizer steps of the baselines; null: as many as train.steps"
     )

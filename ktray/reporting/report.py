@@ -139,34 +139,44 @@ def closing_table(result: dict[str, Any]) -> str:
 
 
 def advice(result: dict[str, Any]) -> list[str]:
-    """Sentences of advice if validation speaks against distillation in this run. The test split is not used."""
-    values = [(result.get(key) or {}).get("val") for key in ("metric", "scratch_metric", "teacher_metric")]
-    student, scratch, teacher = values
-    if student is None or scratch is None or scratch <= student:
+    """Which student the run delivers and why, and advice if it is a baseline. The test split is not used."""
+    delivered = result.get("delivered")
+    if not delivered or len(delivered["validation"]) < 2:
         return []
-    why = (
-        "the teacher is less accurate than a student that is trained on the labels alone"
-        if teacher and teacher < scratch
-        else ""
+    others = {name: val for name, val in delivered["validation"].items() if name != delivered["name"]}
+    text = f"delivered: {delivered['what']}. It is the best on validation: " + ", ".join(
+        f"{name} {percent(val)}" for name, val in {delivered["name"]: result["metric"]["val"], **others}.items()
     )
-    text = f"note: on validation, the student from scratch ({percent(scratch)}) is better than the distilled student"
-    text += f" ({percent(student)}){': ' + why if why else ''}."
-    return [
-        text + " Try another teacher.name, teacher.adapt=finetune or more finetune.steps, or objective.name=scratch."
-    ]
+    lines = [text + "."]
+    distilled = max((val for name, val in others.items() if f"{name}_metric" not in result), default=None)
+    if f"{delivered['name']}_metric" in result and distilled is not None:
+        teacher = (result.get("teacher_metric") or {}).get("val")
+        best = result["metric"]["val"]
+        why = (
+            " The teacher is less accurate than this student, so that there is nothing to transfer."
+            if teacher is not None and teacher < best
+            else ""
+        )
+        lines.append(
+            f"note: the distilled student ({percent(distilled)} on validation) loses to a baseline ({percent(best)}) "
+            f"and is not delivered.{why} Try another teacher.name, teacher.adapt=finetune, or more train.steps."
+        )
+    return lines
 
 
 def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """``name``, ``val``, ``test``, ``flops`` of teacher, scratch, comparisons and student; None where unknown.
+    """``name``, ``val``, ``test``, ``flops`` of teacher, baselines, comparisons and student; None where unknown.
 
     The FLOPs are those of everything that led to the model, including stages that this run reused from the store.
     """
     cost = result.get("cost") or {}
-    scratch = ((cost.get("baselines") or {}).get("scratch") or {}).get("flops")
+    baselines = cost.get("baselines") or {}
     student = (cost.get("without_cache") or {}).get("flops") or (cost.get("flops") or {}).get("total")
     models = [
         ("teacher", result.get("teacher_metric"), None),
-        ("scratch", result.get("scratch_metric"), scratch),
+        ("scratch", result.get("scratch_metric"), (baselines.get("scratch") or {}).get("flops")),
+        ("start", result.get("start_metric"), (baselines.get("start") or {}).get("flops")),
+        ("distilled", result.get("distilled_metric"), student),
         ("student", result.get("metric"), student),
     ]
     rows = {
@@ -205,7 +215,7 @@ def _tiles(result: dict[str, Any], rows: Sequence[dict[str, Any]], metric: str) 
     if "student" in tests:
         notes = [
             f"{100 * (tests['student'] - tests[other]):+.1f} points compared with {other}".replace("-", "−")
-            for other in ("scratch", "teacher")
+            for other in ("start", "scratch", "teacher")
             if other in tests
         ]
         tiles.append((f"student, test {metric}", percent(tests["student"]), " · ".join(notes)))

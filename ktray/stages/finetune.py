@@ -17,7 +17,7 @@ from ktray.stages.inputs import StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
-from ktray.stages.transfer import HOW, fit, starting_at, student_spec
+from ktray.stages.transfer import HOW, fit, starting_at, strong_policy, student_spec
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -89,6 +89,7 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         runtime.store.sub("precision"),
         inputs.targets.taught(),
         part.replay,
+        strong=strong_policy(inputs.train, inputs.views),
     )
     return fit(runtime, stage, reporter, job, part.steps)
 
@@ -110,20 +111,21 @@ class ScratchInputs(StageInputs):
     train: Annotated[TrainConfig, HOW]
 
 
-def run_scratch(context: RunContext, labels: StageResult, *, booked: str) -> StageResult:
-    """Train the student on the labels alone, with the steps and the batch size of pretraining.
+def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, *, booked: str) -> StageResult:
+    """Train a student on the labels alone, with the steps and the batch size of pretraining.
 
     Training stops when validation has not improved for a third of the evaluations, because more steps would only add
     cost.
 
     Args:
+        student: the student with its initial weights: random, or published.
         booked: name of the stage in the ledger.
     """
     recipe = context.recipe
     inputs = ScratchInputs(
         labels=labels,
         kind=recipe.task.kind,
-        student=student_spec(context),
+        student=student,
         steps=int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
         views=view_policy(recipe.teach),
         metric=context.metric,
@@ -146,5 +148,6 @@ def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter
         part,
         inputs.metric,
         runtime.store.sub("precision"),
+        strong=strong_policy(part, inputs.views),
     )
     return fit(runtime, stage, reporter, job, inputs.steps)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from ktray.data.strong import StrongPolicy
 from ktray.data.views import ViewPolicy
 from ktray.distributed.mailbox import open_mailbox
 from ktray.recipe.objective import ObjectiveConfig
@@ -23,6 +24,7 @@ from ktray.training.ray_train import train
 from ktray.training.worker import TrainingSpec
 
 WEIGHTS = "weights.safetensors"
+FALL = 0.01  # validation that is worse than the best by more than this has fallen; less can be chance
 HOW = NotInKey(
     "how often checkpoints are saved, how rows are read, and epochs, which `steps` replaces",
     ("checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"),
@@ -41,7 +43,8 @@ class TransferInputs(StageInputs):
     """
 
     stage = "transfer"
-    version = 3  # 2: views keyed by image; 3: only the fields of the chosen objective
+    # 2: views keyed by image; 3: only the fields of the chosen objective; 4: the best weights on validation
+    version = 4
 
     targets: TeachResult
     labels: StageResult
@@ -79,13 +82,17 @@ class TransferInputs(StageInputs):
 def run(
     context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None = None
 ) -> StageResult:
-    """Store ``weights.safetensors`` of the pretrained student; the training curve is in the manifest."""
+    """Store ``weights.safetensors`` of the pretrained student; the training curve is in the manifest.
+
+    The weights that are best on validation are kept. If the objective trains no classifier, there is no validation, and
+    the last weights are kept.
+    """
     return run_stage(context.runtime, TransferInputs.of(context, targets, labels, start), work)
 
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
-    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, evals=5)
+    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, keep="best", tolerance=FALL)
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,
@@ -98,8 +105,22 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
         part,
         inputs.metric,
         runtime.store.sub("precision"),
+        strong_policy(part, inputs.views),
     )
     return fit(runtime, stage, reporter, job, settings.steps)
+
+
+def strong_policy(part: TrainConfig, views: ViewPolicy) -> StrongPolicy:
+    """The strong augmentation of a training. Crops of views are flipped with the probability that ``views`` has."""
+    a = part.augment
+    crop = float(a.crop_min or 1.0)
+    return StrongPolicy(
+        crop_min=crop,
+        hflip=views.hflip if crop < 1 else 0.0,
+        photometric=int(a.photometric or 0),
+        magnitude=a.magnitude,
+        erase=float(a.erase or 0.0),
+    )
 
 
 def student_spec(context: RunContext) -> StudentSpec:

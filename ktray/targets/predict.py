@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.teacher import patch_embeddings
+from ktray.models.teacher.teacher import fitting_batch, patch_embeddings
 from ktray.storage.columns import Rows
 from ktray.targets.top_k import columns, sparsify
 
@@ -74,7 +74,8 @@ class Loaded:
             ``logits`` (N, C) or maps of logits (N, C, h, w), or the result of `sparsify` for either; ``embedding``
             (N, D); ``patch_embedding`` (N, D, side, side), not normalised.
         """
-        parts = [self._batch(pixels[at : at + self.plan.batch]) for at in range(0, len(pixels), self.plan.batch)]
+        size = fitting_batch(self.teacher.preprocess, self.device, self.plan.batch)
+        parts = [self._batch(pixels[at : at + size]) for at in range(0, len(pixels), size)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def rows(self, pixels: np.ndarray) -> Rows:

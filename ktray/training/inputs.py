@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,15 +60,16 @@ class Labels:
     def batches(
         self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
     ) -> Iterator[Batch]:
-        """Batches ``start``..``stop - 1`` of random views: ``images`` (N, 3, size, size) uint8, and ``label`` with the
-        targets of the same views. ``batch`` is the number of views of each of the worker's virtual ranks."""
+        """Batches ``start``..``stop - 1`` of random views: ``images`` (N, 3, size, size) uint8, ``label`` with the
+        targets of the same views, and ``view_key`` (N,) int64 (see `ktray.data.augment.view_keys`). ``batch`` is the
+        number of views of each of the worker's virtual ranks."""
         canvases, labels = self.load("train", "canvas")
         for rows in _order(len(labels), env, batch, seed, start, stop):
             take = torch.from_numpy(rows["row"])
             keys = view_keys(seed, rows["row"], rows["visit"])
             images, target = canvases[take].to(env.device), labels[take].to(env.device)
             views, target = self.kind.random_views(images, target, policy, keys, size)
-            yield {"images": views, "label": target}
+            yield {"images": views, "label": target, "view_key": keys}
 
 
 def _order(count: int, env: WorkerContext, batch: int, seed: int, start: int, stop: int) -> Iterator[Rows]:
@@ -220,6 +221,15 @@ class StudentSpec:
         part, kind = recipe.student, task_kind(recipe.task.kind)
         model = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
         return cls(kind, *model, part.pretrained, part.checkpoint, kind.student_options(part), start)
+
+    @property
+    def published(self) -> bool:
+        """Whether a new student starts from weights of another training."""
+        return self.pretrained or self.checkpoint is not None
+
+    def from_scratch(self) -> StudentSpec:
+        """The same student with random initial weights."""
+        return replace(self, pretrained=False, checkpoint=None)
 
     def make(self, bare: bool = False) -> Student:
         """Build the student.

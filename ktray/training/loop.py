@@ -43,6 +43,7 @@ class TrainerSettings:
     keep: str = "last"  # or "best": the weights with the best validation score, including the initial weights
     accumulate: int = 1  # number of parts of a step's batch, which are processed one after the other
     patience: int = 0  # number of evaluations without a better score after which training stops; 0: never
+    tolerance: float = 0.0  # only evaluations that are worse than the best one by more than this count for `patience`
 
     @classmethod
     def of(cls, part: Section, **others: Any) -> TrainerSettings:
@@ -97,7 +98,7 @@ class State:
         step: number of steps that are done.
         seconds: time that they took, over all attempts.
         best_score, best_step: the best score on validation, and the step after which it was reached.
-        stale: number of evaluations since then.
+        stale: number of evaluations in a row that count for `TrainerSettings.patience`.
         finished: whether the training has ended.
         curve: a row for each evaluation: ``step``, ``seconds``, ``loss`` and the metrics on validation.
     """
@@ -350,7 +351,7 @@ class Trainer:
                     if self.s.keep == "best":
                         self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 else:
-                    state.stale += 1
+                    state.stale = state.stale + 1 if score <= state.best_score - self.s.tolerance else 0
             row.update(metrics)
         if loss is not None or self.p.evaluate is not None:
             state.curve.append(row)

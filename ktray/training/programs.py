@@ -16,6 +16,7 @@ from torch import nn
 
 from ktray.accounting.device import cpu_model
 from ktray.data.preprocess import Preprocess
+from ktray.data.strong import PLAIN, StrongPolicy, strong_views
 from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
 from ktray.models.flops import forward_flops, train_flops
@@ -36,14 +37,24 @@ if TYPE_CHECKING:
 
 
 class Pretrain(nn.Module):
-    """The student with an objective."""
+    """The student with an objective.
 
-    def __init__(self, student: nn.Module, preprocess: Preprocess, objective: Objective) -> None:
+    Args:
+        strong: the augmentation of stored views and of labelled images, which only the student sees.
+    """
+
+    def __init__(
+        self, student: nn.Module, preprocess: Preprocess, objective: Objective, strong: StrongPolicy = PLAIN
+    ) -> None:
         super().__init__()
-        self.student, self.objective = student, objective
+        self.student, self.objective, self.strong = student, objective, strong
         self.preprocess = preprocess
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if self.strong.active:
+            batch = {**batch, "pixels": strong_views(batch["pixels"], self.strong, batch["view_key"])}
+            if "label_images" in batch:
+                batch["label_images"] = strong_views(batch["label_images"], self.strong, batch["label_key"])
         # The views already have their final size, so they are not resized: small crops must stay small.
         return self.objective.step(self.student, self.preprocess.scale, batch, generator)
 
@@ -53,18 +64,31 @@ class Supervise(nn.Module):
 
     Args:
         objective: computes that term; None if nothing is replayed.
+        strong: the augmentation of labelled and of replayed images.
     """
 
-    def __init__(self, kind: TaskKind, student: nn.Module, preprocess: Preprocess, objective: Objective | None) -> None:
+    def __init__(
+        self,
+        kind: TaskKind,
+        student: nn.Module,
+        preprocess: Preprocess,
+        objective: Objective | None,
+        strong: StrongPolicy = PLAIN,
+    ) -> None:
         super().__init__()
-        self.kind, self.student, self.objective = kind, student, objective
+        self.kind, self.student, self.objective, self.strong = kind, student, objective, strong
         self.preprocess = preprocess
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         images, labels = batch["images"], batch["label"]
+        if self.strong.active:
+            images = strong_views(images, self.strong, batch["view_key"])
         replay: Batch = {}
         if self.objective is not None and "replay_pixels" in batch:
-            replay = {"images": batch["replay_pixels"].float(), "logits": batch["replay_logits"]}
+            pixels = batch["replay_pixels"]
+            if self.strong.active:
+                pixels = strong_views(pixels, self.strong, batch["replay_view_key"])
+            replay = {"images": pixels.float(), "logits": batch["replay_logits"]}
             replay = self.objective.prepare(replay, generator)
             images = torch.cat([images, replay["images"]])
         outputs = self.student(self.preprocess.normalise(images)).float()
@@ -140,6 +164,7 @@ class TransferSpec:
         labels: the task's labelled images, for validation and, if the objective uses them, for ``label_batch`` images
             in each step.
         policy: the random views of the labelled images.
+        strong: the augmentation that only the student sees.
         part: the recipe's section ``train``.
         metric: name of the metric for validation.
         directory: the directory of the store for decisions about precision.
@@ -155,6 +180,7 @@ class TransferSpec:
     part: TrainConfig
     metric: str
     directory: Dir
+    strong: StrongPolicy = PLAIN
 
     def build(self, env: WorkerContext) -> TrainingProgram:
         s, taught = self.settings, self.taught
@@ -185,7 +211,9 @@ class TransferSpec:
                 source_classes=taught.source_classes,
             )
         )
-        module = Pretrain(student, preprocess, objective).to(env.device)
+        # An objective that cuts its own views from whole images also changes them itself.
+        strong = self.strong if traits.views == "fixed" else PLAIN
+        module = Pretrain(student, preprocess, objective, strong).to(env.device)
         if self.part.compile:
             module.student = torch.compile(module.student)  # type: ignore[assignment]
         label_batch = env.rows(self.label_batch) if labelled else 0
@@ -197,7 +225,8 @@ class TransferSpec:
                 return
             labelled_stream = self.labels.batches(env, label_batch, self.policy, size, s.seed, start, stop)
             for views, labelled_views in zip(stream, labelled_stream, strict=True):
-                yield {**views, "label_images": labelled_views["images"], "label_of": labelled_views["label"]}
+                own = {"images": "label_images", "label": "label_of", "view_key": "label_key"}
+                yield {**views, **{name: labelled_views[column] for column, name in own.items()}}
 
         evaluate = None
         if traits.reads == "logits" or labelled:
@@ -238,6 +267,7 @@ class FinetuneSpec:
         part: the recipe's section for this training.
         taught: the transfer set of the pretraining.
         replay: number of images of the transfer set for each labelled image.
+        strong: the augmentation of labelled and of replayed images.
     """
 
     settings: TrainerSettings
@@ -251,6 +281,7 @@ class FinetuneSpec:
     directory: Dir
     taught: TargetSet | None = None
     replay: float = 0.0
+    strong: StrongPolicy = PLAIN
 
     def build(self, env: WorkerContext) -> TrainingProgram:
         s, kind = self.settings, self.labels.kind
@@ -267,7 +298,7 @@ class FinetuneSpec:
         objective = self.objective.build() if self.objective and extra else None
         if objective is not None:
             objective.match_with(kind.matching)
-        module = Supervise(kind, model, preprocess, objective).to(env.device)
+        module = Supervise(kind, model, preprocess, objective, self.strong).to(env.device)
         pixels, val_labels = self.labels.load("val", "pixels")
         size = preprocess.size[0]
 

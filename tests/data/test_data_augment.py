@@ -6,7 +6,7 @@ from PIL import Image
 from scipy import stats
 
 from ktray.data import augment
-from ktray.data.augment import mixup, random_views, view_keys
+from ktray.data.augment import random_views, view_keys
 from ktray.data.views import ViewPolicy
 
 PLAIN = ViewPolicy(scale=(1, 1), ratio=(1, 1), hflip=0)
@@ -45,7 +45,7 @@ def test_keys_differ_by_seed_row_and_visit():
 
 def test_draws_are_uniform_and_unrelated():
     keys = view_keys(0, np.arange(20_000), np.zeros(20_000))
-    draws = augment._uniforms(keys, 3, 8).numpy()
+    draws = augment.uniforms(keys, 3, 8).numpy()
     for row in draws:
         assert stats.kstest(row, "uniform").pvalue > 1e-3
     correlation = np.corrcoef(np.concatenate([draws, np.roll(draws, 1, axis=1)]))
@@ -97,43 +97,3 @@ def test_oblong_images_and_jitter(images):
     assert (seen.amax((1, 2, 3)) == seen.amin((1, 2, 3))).all()
     assert 0.49 < seen.min() < 0.55
     assert 1.45 < seen.max() < 1.51
-
-
-def test_mixup_equals_its_closed_form():
-    n = 6
-    images = torch.randn(n, 3, 4, 4, dtype=torch.float64)
-    targets = torch.eye(n, dtype=torch.float64)
-    mixed, soft = mixup(images, targets, 0.8, torch.Generator().manual_seed(3))
-    # One-hot targets of distinct classes show the weight and the pairing.
-    torch.testing.assert_close(soft.sum(1), torch.ones(n, dtype=torch.float64))
-    weight = soft.diagonal()
-    own = weight[weight < 1 - 1e-9]
-    assert len(own) >= 2
-    assert torch.allclose(own, own[0])
-    lam = float(own[0])
-    assert 0 < lam < 1
-    for i in range(n):
-        other = [j for j in range(n) if j != i and soft[i, j] > 1e-9]
-        j = other[0] if other else i
-        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[j])
-        torch.testing.assert_close(soft[i], lam * targets[i] + (1 - lam) * targets[j])
-    # Every image serves once as a partner.
-    torch.testing.assert_close(soft.sum(0), torch.ones(n, dtype=torch.float64))
-
-
-def test_mixup_is_decided_by_the_generator_and_alpha():
-    images, targets = torch.randn(8, 1, 2, 2), torch.eye(8)
-    first = mixup(images, targets, 0.5, torch.Generator().manual_seed(1))
-    again = mixup(images, targets, 0.5, torch.Generator().manual_seed(1))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    generator = torch.Generator().manual_seed(0)
-    pair = torch.tensor([[0.0], [1.0]])
-    for alpha in (0.2, 1.0, 5.0):
-        draws = []
-        while len(draws) < 600:
-            mixed = mixup(pair[..., None, None], pair, alpha, generator)[1]
-            draws.append(float(mixed[0, 0]))
-        values = torch.tensor([d for d in draws if 0 < d < 1], dtype=torch.float64)
-        # mixed[0] is 0 without a swap and 1 - lambda with one; Var Beta(a, a) = 1 / (4 (2a + 1)).
-        assert values.mean() == pytest.approx(0.5, abs=0.08)
-        assert values.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.25)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ktray.data.augment import mixup
+from ktray.data.mixing import mixup
 from ktray.models.maps import resize_map
 from ktray.objectives.matching import ClassMatching, MapMatching, ValueMatching, by_position
 from ktray.objectives.oriented import Oriented

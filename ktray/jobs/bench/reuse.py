@@ -132,6 +132,7 @@ def recipe(pair: Pair, mode: str, folder: Path, home: Path, images: int) -> Reci
         "train.batch_size": BATCH,
         "finetune.steps": 20,
         "baselines.scratch": False,
+        "baselines.start": False,
         **pair.keys,
     }
     if pair.network:

@@ -28,10 +28,12 @@ class EqualBudget:
     Attributes:
         steps: steps of pretraining.
         flops: FLOPs that the plan expects for all stages of the method.
+        lr: learning rate of pretraining in the method's recipe, resolved.
     """
 
     steps: int
     flops: float
+    lr: float
 
 
 class _Cost:
@@ -40,7 +42,7 @@ class _Cost:
     def __init__(self, recipe: Recipe, plan: Allocation) -> None:
         with muted():
             resolved = resolve(recipe, plan)
-        self.steps = int(resolved.recipe.train.steps or 1)
+        self.steps, self.lr = int(resolved.recipe.train.steps or 1), float(resolved.recipe.train.lr or 0)
         totals = []
         for steps in (self.steps, 2 * self.steps):
             resolved.recipe.train.steps = steps
@@ -97,7 +99,7 @@ def budgets(
     result = {}
     for name, method in methods.items():
         taken = max(1, round(method.share * steps[name]))
-        result[name] = EqualBudget(taken, costs[name](taken))
+        result[name] = EqualBudget(taken, costs[name](taken), costs[name].lr)
         logger.info(f"method    {name}: {taken:,} steps, {result[name].flops:.3g} FLOP planned")
     return result
 

@@ -48,7 +48,7 @@ def search(
         raise KtrayError(
             f"compare.lr_search={list(factors)} has a factor that is not above 0", "Write, for example, [0.5, 1, 2]."
         )
-    own = {name: recipe_of(base, method.keys).train.lr for name, method in methods.items()}
+    own = {name: budgets[name].lr for name in methods}
     heads = [name for name, method in methods.items() if method.family == name]
     jobs = [(name, factor) for name in heads for factor in factors]
     results = run([(f"{name}, lr x {f:g}", trial(base, methods, budgets, own, name, f)) for name, f in jobs])

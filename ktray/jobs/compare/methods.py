@@ -123,7 +123,7 @@ def recipe_of(base: Recipe, keys: dict[str, Any], **more: Any) -> Recipe:
     if any(name.split(".")[0] == "compare" for name in wanted):
         raise KtrayError("A method cannot set keys of compare", "Remove these keys from compare.ways.")
     plain = base.model_copy(update={"compare": CompareConfig()})
-    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.scratch_steps": None}
+    fixed: dict[str, Any] = {"baselines.scratch": False, "baselines.start": False, "baselines.scratch_steps": None}
     if base.teach.mode == "auto" and "teach.mode" not in wanted:
         fixed["teach.mode"] = "cached"  # seeds and methods share the stored targets
     return recipes.override(plain, {**wanted, **fixed})

@@ -23,7 +23,7 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
         on_gpu: whether students are trained on GPUs.
     """
     size, steps = int(recipe.transfer.size or 0), int(recipe.train.steps or 1)
-    batch, lr = int(recipe.train.batch_size or 1), recipe.train.lr
+    batch, lr = int(recipe.train.batch_size or 1), float(recipe.train.lr or 0)
     searched = [config() for config in objectives() if config.searched]
     space: dict[str, Any] = {}
     if recipe.gallery.data is not None or recipe.gallery.index is not None:

@@ -12,7 +12,7 @@ from torch import nn
 from ktray.data.preprocess import Preprocess
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.teacher import Teacher, TeacherSource
+from ktray.models.teacher.teacher import Teacher, TeacherSource, fitting_batch
 from ktray.storage.store import Dir
 
 
@@ -88,17 +88,18 @@ def tower_flops(model: Teacher | AdaptedTeacher) -> float:
 @torch.inference_mode()
 def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
-    return _batched(model.embed, pixels, batch, model.embed_dim)
+    return _batched(model, model.embed, pixels, batch, model.embed_dim)
 
 
 @torch.inference_mode()
 def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to calibrated logits (N, C) float32, or maps of logits (N, C, h, w)."""
-    return _batched(model.logits, pixels, batch, len(model.classes))
+    return _batched(model, model.logits, pixels, batch, len(model.classes))
 
 
-def _batched(function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
+def _batched(model: Teacher | AdaptedTeacher, function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
     target = device()
+    batch = fitting_batch(model.preprocess, target, batch)
     parts = [
         function(torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch])).to(target)).float().cpu().numpy()
         for first in range(0, len(pixels), batch)

@@ -11,6 +11,8 @@ from ktray.models.maps import resize_map
 from ktray.models.teacher.families.base import TeacherSource, family_of
 from ktray.models.teacher.layers import Layer, tower_layers
 
+_CPU_PIXELS = 16 * 224**2  # of a batch on a CPU; with 16 images a tower needs half of the CPU time of 256
+
 
 class Teacher(nn.Module):
     """A foundation model, frozen by default; see `ktray.models.teacher.load.load_teacher`.
@@ -119,6 +121,18 @@ class Teacher(nn.Module):
     def blocks(self) -> list[Layer]:
         """The parameters of the image tower in layers, from the input on, for layer-wise learning rates."""
         return tower_layers(self.image_tower)
+
+
+def fitting_batch(preprocess: Preprocess, device: torch.device, most: int) -> int:
+    """The number of images for one forward pass, at most ``most``.
+
+    On a CPU, the activations of 256 photographs take gigabytes in each process and do not fit its caches: larger
+    batches cost memory and time.
+    """
+    if device.type != "cpu":
+        return most
+    height, width = preprocess.size
+    return max(1, min(most, _CPU_PIXELS // (height * width)))
 
 
 def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,17 @@ class TeacherMetric(ComparedMetric):
     adapt: str = Field(description="how the teacher was adapted: text, probe or finetune")
 
 
+class Delivered(ResultPart):
+    """The choice of the delivered student, on validation (`ktray.pipeline.select`)."""
+
+    name: str = Field(description="the delivered student: transferred, finetuned, start or scratch")
+    what: str = Field(description="the same in words")
+    validation: dict[str, Number] = Field(description="by candidate, the metric on validation, a fraction")
+    margin: Number | None = Field(
+        description="by how much the delivered student is better than the best other candidate; null: there is no other"
+    )
+
+
 class ClusterShare(ResultPart):
     workers: int | str = Field(description="number of training workers, or a range min..max")
     cpus: Number
@@ -55,7 +66,14 @@ class StudentRun(PipelineRun):
     data: Images
     cluster: ClusterShare
     teacher_metric: TeacherMetric | None = None
+    delivered: Delivered | None = Field(None, description="which of the trained students the run delivers, and why")
     scratch_metric: ComparedMetric | None = Field(None, description="metric of the student without pretraining")
+    start_metric: ComparedMetric | None = Field(
+        None, description="metric of the student that is finetuned from published weights, without distillation"
+    )
+    distilled_metric: ComparedMetric | None = Field(
+        None, description="metric of the distilled student, if a baseline is delivered instead"
+    )
     transfer_set: TransferSet | None = None
 
 

@@ -22,7 +22,14 @@ def setting(*more):
         ],
     )
     methods = list_methods(base)
-    return base, methods, {name: EqualBudget(round(100 * method.share), 1.0) for name, method in methods.items()}
+    return (
+        base,
+        methods,
+        {
+            name: EqualBudget(round(100 * method.share), 1.0, method.keys.get("train.lr", 0.02))
+            for name, method in methods.items()
+        },
+    )
 
 
 def test_each_way_gets_the_same_trials_and_its_best_on_validation():
