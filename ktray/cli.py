@@ -18,6 +18,7 @@ import ktray
 from ktray import recipe as recipes
 from ktray.distributed.connect import lasting_store
 from ktray.distributed.explain import explain
+from ktray.distributed.termination import EXIT_CODE, Terminated, handle_sigterm
 from ktray.errors import KtrayError
 from ktray.jobs.definitions import JOBS, Job
 from ktray.recipe.help import READ_BY, keys, shown, width
@@ -222,9 +223,13 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     Returns the exit code, which is 0 only if the result was written.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    handle_sigterm()
     with log.console():
         try:
             _main(job, words)
+        except Terminated:
+            log.logger.warning("terminated; the same command resumes this job")
+            return EXIT_CODE
         except KeyboardInterrupt:
             log.logger.warning("interrupted; the same command resumes this job")
             return 130

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ktray
+from ktray.distributed.termination import kept_sigterm
 
 # Environment of the worker processes. By default glibc returns the memory of a large tensor to the kernel when the
 # tensor is freed, and a training step then waits for some 5,000 page faults. With these settings glibc keeps and reuses
@@ -69,7 +70,8 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         # The workers of a submitted job already run in its working directory; other drivers must send the package.
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(ktray.__file__).parent)]}
         env["env_vars"] = worker_settings()
-        ray.init(address=address, runtime_env=env, **common)
+        with kept_sigterm():
+            ray.init(address=address, runtime_env=env, **common)
     else:
         from ktray.accounting.device import memory_bytes, usable_cpus
 
@@ -78,13 +80,14 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
         for name, value in (TUNED | idle).items():  # the workers are started from here
             os.environ.setdefault(name, value)
-        ray.init(
-            address="local",
-            include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
-            num_cpus=cores,
-            object_store_memory=object_store or int(min(2_000_000_000, memory_bytes() * 0.15)),
-            **common,
-        )
+        with kept_sigterm():
+            ray.init(
+                address="local",
+                include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
+                num_cpus=cores,
+                object_store_memory=object_store or int(min(2_000_000_000, memory_bytes() * 0.15)),
+                **common,
+            )
     # Ray Data logs an error with its traceback and also raises it; the command line prints it in one line.
     for name, quiet in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
         logging.getLogger(name).setLevel(logging.INFO if debug else quiet)

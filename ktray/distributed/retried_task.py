@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from ktray.distributed import watchdog
 from ktray.errors import KtrayError
 
 T = TypeVar("T")
+logger = logging.getLogger("ktray")
 
 
 def run_with_retries(
@@ -25,7 +27,8 @@ def run_with_retries(
 ) -> T:
     """Call ``work`` in a Ray worker, and wait for its result under the stage's watchdog.
 
-    If the worker dies or runs out of memory, ``work`` is called again, at most ``max_failures`` times.
+    If the worker dies or runs out of memory, ``work`` is called again, at most ``max_failures`` times, each time with a
+    warning.
 
     Args:
         work: the function; picklable.
@@ -55,9 +58,12 @@ def run_with_retries(
             )
         except again as error:
             failures += 1
+            out_of_memory = isinstance(error, errors.OutOfMemoryError)
             if failures <= max_failures:
+                why = "it ran out of memory" if out_of_memory else type(error).__name__
+                logger.warning(f"{what} was lost ({why}); it is started again ({failures} of at most {max_failures})")
                 continue
-            if isinstance(error, errors.OutOfMemoryError):
+            if out_of_memory:
                 used = re.search(r"was (\S+ used / \S+) limit", str(error))
                 raise KtrayError(
                     f"{what[0].upper()}{what[1:]} ran out of memory in {failures} "

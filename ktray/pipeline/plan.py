@@ -105,10 +105,15 @@ def lines(resolved: Resolved) -> list[Line]:
         out["finetune"] = Line(
             "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
         )
-    if recipe.baselines.scratch:
-        what = f"student from scratch, at most {scratch_steps} steps (stops early)"
-        out["scratch"] = Line("scratch", cost.train(size) * scratch_steps * batch, 0, what)
-    models = cost.forward(size) * (2 if recipe.baselines.scratch else 1) + (teacher.tower if teacher else 0.0)
+    baselines = {
+        "start": (recipe.baselines.start, "student from published weights, finetuned on the labels"),
+        "scratch": (recipe.baselines.scratch, "student from scratch"),
+    }
+    ran = {name: what for name, (wanted, what) in baselines.items() if wanted}
+    for name, what in ran.items():
+        text = f"baseline: {what}, at most {scratch_steps} steps (stops early)"
+        out[name] = Line(name, cost.train(size) * scratch_steps * batch, 0, text)
+    models = cost.forward(size) * (1 + len(ran)) + (teacher.tower if teacher else 0.0)
     out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
     return list(out.values())
 

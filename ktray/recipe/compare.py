@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from ktray.recipe.section import Section
 
@@ -18,7 +18,7 @@ class CompareConfig(Section):
         "objective.match: mse}}, or names of default methods, such as [oriented retrieved, scratch]; empty: all "
         "default methods",
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds with which each method is run")
+    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=1, description="seeds with which each method is run")
     steps: int | None = Field(None, ge=1, description="pretraining steps of the first method; null: train.steps")
     equal: Literal["steps", "flops", "device_seconds", "own"] = Field(
         "steps",

@@ -22,6 +22,8 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 DEFAULT = "letters"
+# Parts of pydantic's paths that name a branch of a type, not a key.
+_BRANCHES = ("function", "literal", "bool", "constrained", "int", "float", "str", "list[", "dict[")
 WHOLE = ("kwargs", "strategy")  # mappings that a later value replaces instead of merging
 
 
@@ -118,9 +120,10 @@ def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where += [str(step) for step in first["loc"] if not str(step).startswith(("function", "literal", "bool"))]
+        where += [str(step) for step in first["loc"] if not str(step).startswith(_BRANCHES)]
         raise KtrayError(
-            f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: {first['msg']}",
+            f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: "
+            f"{first['msg'].removeprefix('Value error, ')}",
             "--help lists the type of each key.",
         ) from error
 

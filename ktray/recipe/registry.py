@@ -101,10 +101,11 @@ class Registry(Generic[T]):
             try:
                 point.load()
             except Exception as error:
+                package_name = point.dist.name if point.dist else "another package"
                 raise KtrayError(
-                    f"The {self.kind} '{point.name}' of another package cannot be imported from '{point.value}': "
-                    f"{type(error).__name__}: {error}",
-                    "Repair or uninstall that package.",
+                    f"The {self.kind} '{point.name}' of the package '{package_name}' cannot be imported from "
+                    f"'{point.value}': {type(error).__name__}: {error}",
+                    f"Repair or uninstall '{package_name}'.",
                 ) from error
 
 

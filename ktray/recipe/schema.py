@@ -64,7 +64,7 @@ class TaskConfig(Section):
         description="name of the training list in task.splits, such as train_1percent; null: the one for the "
         "label budget, or the full one",
     )
-    split_seed: int = Field(0, description="seed that draws missing splits and the images of the label budget")
+    split_seed: int = Field(0, ge=0, description="seed that draws missing splits and the images of the label budget")
     val_fraction: float = Field(
         0.2,
         gt=0,
@@ -268,7 +268,7 @@ class TransferConfig(Section):
         description="for transfer.source=list: Parquet, CSV or text file with the paths or URIs of the images, local "
         "or s3://",
     )
-    seed: int = Field(0, description="seed that draws the images of transfer.source=generic")
+    seed: int = Field(0, ge=0, description="seed that draws the images of transfer.source=generic")
 
     @property
     def chosen_strategy(self) -> StrategyConfig:
@@ -306,12 +306,12 @@ class TeachConfig(Section):
     jitter: float = Field(
         0.2, ge=0, lt=1, description="strength of the random changes of brightness, contrast and saturation"
     )
-    seed: int = Field(0, description="seed of the random crops, flips and colours of the views")
+    seed: int = Field(0, ge=0, description="seed of the random crops, flips and colours of the views")
 
 
 class Recipe(Section):
     store: str = Field("./ktray-store", description="folder or s3://bucket/prefix that holds stages and runs")
-    seed: int = Field(0, description="seed of training: initial weights, order of images, mixup")
+    seed: int = Field(0, ge=0, description="seed of training: initial weights, order of images, mixup")
     image_size: int | None = Field(
         None,
         ge=8,

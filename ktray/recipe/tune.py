@@ -47,7 +47,7 @@ class TuneConfig(Section):
         description="search algorithm: tpe (Optuna's TPE on validation accuracy), nsga2 (validation accuracy and "
         "cost), random, or grid (all combinations)",
     )
-    seed: int = Field(0, description="seed of the search algorithm")
+    seed: int = Field(0, ge=0, description="seed of the search algorithm")
     trials: int | None = Field(None, ge=1, description="largest number of trials; null: as many as the budget allows")
     parallel: int | Literal["auto"] = Field(
         "auto",

@@ -113,6 +113,13 @@ class Progress:
             if self._shown_at is None or now - self._shown_at >= (0.2 if self._tty else self._every):
                 self._show()
 
+    def resume(self, done: int) -> None:
+        """Restart the rate after ``done`` units, which an earlier attempt or a lost worker has processed."""
+        with self._lock:
+            self._first += done - self._done  # the units of this attempt still count in the mean rate
+            self._done = done
+            self._recent = deque([(self._clock(), done)])
+
     def close(self, word: str = "done") -> None:
         """Write the last line, with the total time and the mean rate. Later updates are ignored."""
         with self._lock:

@@ -214,6 +214,8 @@ class Reporter:
             self.meter.restart(max(0.0, self._flops - message.flops))
             workers = "1 worker" if message.workers == 1 else f"{message.workers} workers"
             logger.info(f"{self.name:<9} resumed at step {message.step} with {workers}")
+        if self.progress:
+            self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
         self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)

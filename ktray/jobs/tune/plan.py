@@ -26,7 +26,7 @@ def report(recipe: Recipe) -> None:
     for spec in space.specs:
         logger.info(f"space     {described(spec)}")
     rate, price, kind = machine(resolved.recipe)
-    planned = {line.stage: line.flops for line in lines(resolved) if line.stage != "scratch"}
+    planned = {line.stage: line.flops for line in lines(resolved) if line.stage not in ("scratch", "start")}
     own = sum(planned.get(stage, 0.0) for stage in STUDENTS)
     shared = sum(planned.values()) - own
     part = resolved.recipe.tune

@@ -1,0 +1,39 @@
+"""SIGTERM ends a job as Ctrl-C does: stages are closed, and the same command resumes the job.
+
+Schedulers (Docker, Slurm, Kubernetes, ``ray job stop``) end a job by SIGTERM. ``ray.init`` installs a handler that
+writes a dump of the process and aborts, so it must be called within `kept_sigterm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """The process received SIGTERM."""
+
+
+def handle_sigterm() -> None:
+    """Raise `Terminated` in the main thread when SIGTERM arrives. Called in another thread, this does nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+@contextlib.contextmanager
+def kept_sigterm() -> Iterator[None]:
+    """Restore the handler of SIGTERM that the program had before the context, if it had one of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and callable(before):
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the end of the stages
+    raise Terminated
