@@ -18,7 +18,7 @@ import ktray
 from ktray import recipe as recipes
 from ktray.distributed.connect import lasting_store
 from ktray.distributed.explain import explain
-from ktray.distributed.termination import EXIT_CODE, Terminated, handle_sigterm
+from ktray.distributed.termination import EXIT_CODE, handle_sigterm, was_terminated
 from ktray.errors import KtrayError
 from ktray.jobs.definitions import JOBS, Job
 from ktray.recipe.help import READ_BY, keys, shown, width
@@ -227,12 +227,10 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     with log.console():
         try:
             _main(job, words)
-        except Terminated:
-            log.logger.warning("terminated; the same command resumes this job")
-            return EXIT_CODE
         except KeyboardInterrupt:
-            log.logger.warning("interrupted; the same command resumes this job")
-            return 130
+            word, code = ("terminated", EXIT_CODE) if was_terminated() else ("interrupted", 130)
+            log.logger.warning(f"{word}; the same command resumes this job")
+            return code
         except Exception as error:
             if "--debug" in words:
                 traceback.print_exc()

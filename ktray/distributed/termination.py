@@ -15,12 +15,19 @@ from types import FrameType
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class Terminated(KeyboardInterrupt):
-    """The process received SIGTERM."""
+_received = False
+
+
+def was_terminated() -> bool:
+    """Whether the process received SIGTERM since `handle_sigterm`. Ray replaces an exception of a signal handler by its
+    own KeyboardInterrupt, so that the exception does not tell."""
+    return _received
 
 
 def handle_sigterm() -> None:
-    """Raise `Terminated` in the main thread when SIGTERM arrives. Called in another thread, this does nothing."""
+    """Raise KeyboardInterrupt in the main thread when SIGTERM arrives. Called in another thread, this does nothing."""
+    global _received
+    _received = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
 
@@ -35,5 +42,7 @@ def kept_sigterm() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the end of the stages
-    raise Terminated
+    raise KeyboardInterrupt

@@ -85,6 +85,7 @@ def write_report(
         worst_value=worst_value,
         cost=result.get("cost") or {},
         tiles=_tiles(result, rows, metric),
+        advice=advice(result),
         stages=result.get("stages") or [],
         total=_total(result),
         accuracy=rows,

@@ -341,13 +341,33 @@ def test_numbers_for_people(write: Any, value: float | None, text: str) -> None:
     assert write(value) == text
 
 
-@pytest.mark.parametrize(("student", "scratch", "told"), [(0.9, 0.95, True), (0.95, 0.9, False), (0.9, 0.9, False)])
-def test_a_transfer_that_does_not_pay_is_told(student: float, scratch: float, told: bool) -> None:
+def delivered(name: str, **validation: float) -> dict[str, Any]:
+    return {"name": name, "what": f"the student '{name}'", "validation": validation, "margin": 0.05}
+
+
+def test_the_delivered_student_is_named_with_the_others() -> None:
     found = result(
-        metric={"name": "top1", "test": 0.5, "val": student},
-        scratch_metric={"val": scratch, "test": 0.5},
-        teacher_metric={"val": 0.92, "test": 0.5},
+        metric={"name": "top1", "test": 0.5, "val": 0.9},
+        scratch_metric={"val": 0.85, "test": 0.5},
+        delivered=delivered("finetuned", finetuned=0.9, transferred=0.88, scratch=0.85),
+    )
+    last = closing_table(found).splitlines()[-1]
+    assert last == (
+        "delivered: the student 'finetuned'. It is the best on validation: finetuned 90.0%, transferred 88.0%, scratch "
+        "85.0%."
+    )
+
+
+@pytest.mark.parametrize(("teacher", "nothing_to_transfer"), [(0.92, True), (0.97, False)])
+def test_a_transfer_that_loses_to_a_baseline_is_told(teacher: float, nothing_to_transfer: bool) -> None:
+    found = result(
+        metric={"name": "top1", "test": 0.5, "val": 0.95},
+        scratch_metric={"val": 0.95, "test": 0.5},
+        distilled_metric={"val": 0.9, "test": 0.48},
+        teacher_metric={"val": teacher, "test": 0.5},
+        delivered=delivered("scratch", finetuned=0.88, transferred=0.9, scratch=0.95),
     )
     text = closing_table(found)
-    assert ("is better than the distilled student (90.0%): the teacher is less accurate than" in text) is told
-    assert ("objective.name=scratch" in text) is told
+    assert "note: the distilled student (90.0% on validation) loses to a baseline (95.0%) and is not delivered." in text
+    assert ("there is nothing to transfer" in text) is nothing_to_transfer
+    assert [row["name"] for row in accuracy_rows(found)] == ["teacher", "scratch", "distilled", "student"]
