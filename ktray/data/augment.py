@@ -94,6 +94,9 @@ def _uniforms(keys: torch.Tensor, salt: int, count: int) -> torch.Tensor:
     return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+uniforms = _uniforms  # for objectives that draw more numbers from the keys of their views
+
+
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014): maps consecutive numbers to pseudorandom ones."""
     z = np.asarray(x, np.uint64) + _STEP
