@@ -48,7 +48,7 @@ class MtkdConfig(ObjectiveConfig):
     )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
-    order: ClassVar[int] = 14
+    order: ClassVar[int] = 46
     colour: ClassVar[str] = "#999933"
 
     @model_validator(mode="after")

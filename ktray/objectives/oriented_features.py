@@ -51,7 +51,7 @@ class OrientedFeaturesConfig(ObjectiveConfig):
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
 
     searched: ClassVar[bool] = True
-    order: ClassVar[int] = 12
+    order: ClassVar[int] = 44
     colour: ClassVar[str] = "#332288"
 
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ class SpecmatchConfig(ObjectiveConfig):
         0.05, ge=0, lt=1, description="share of the steps at the start in which only the projection is trained"
     )
 
-    order: ClassVar[int] = 32
+    order: ClassVar[int] = 48
     colour: ClassVar[str] = "#e69f00"
 
     @property
