@@ -32,7 +32,14 @@ class AgnosticThenOrientedConfig(ObjectiveConfig):
     temperature: float = Field(
         1.0, gt=0, description="temperature that softens both predictions, in addition to the fitted one"
     )
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup on images and targets; 0: no mixup")
+    mixup: float | None = Field(
+        None, ge=0, description="alpha of mixup on images and targets; 0: no mixup; null: chosen by the kind of images"
+    )
+    cutmix: float | None = Field(
+        None,
+        ge=0,
+        description="alpha of CutMix on images and targets; 0: no CutMix; null: chosen by the kind of images",
+    )
 
     sources: ClassVar[tuple[str, ...]] = ("retrieved", "generic")  # the first phase needs a gallery
     order: ClassVar[int] = 40
@@ -45,7 +52,7 @@ class AgnosticThenOrientedConfig(ObjectiveConfig):
 
     def build(self, *, hflip: float = 0.5) -> Oriented:
         """The objective of the last phase, whose loss FINETUNE may continue to use."""
-        return Oriented(self.temperature, self.mixup)
+        return Oriented(self.temperature, self.mixup or 0.0, self.cutmix or 0.0)
 
     def phases(self, steps: int) -> list[tuple[str, dict[str, Any]]]:
         first = min(max(1, steps - 1), max(1, round(self.generic_share * steps)))

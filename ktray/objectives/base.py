@@ -53,6 +53,8 @@ class ObjectiveContext:
         image_size: side of the student's input, pixels.
         vocabulary, text_length: number of different tokens, and of tokens in a caption; 0 without captions.
         source_classes: number of classes of the labelled generic set; 0 without one.
+        teacher_sample: embeddings (M, D) float32 of some views of the transfer set, the same for every worker; None
+            unless the traits have ``sampled=True``.
     """
 
     num_classes: int
@@ -66,6 +68,7 @@ class ObjectiveContext:
     text_length: int = 0
     source_classes: int = 0
     student_map_dim: int = 0
+    teacher_sample: torch.Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -77,6 +80,11 @@ class Objective(nn.Module):
     """
 
     matching: Matching = ClassMatching()
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the steps, at the start, in which the student's weights do not change."""
+        return 0.0
 
     def match_with(self, matching: Matching) -> None:
         """Set how predictions are matched, which depends on the task kind."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ktray.errors import KtrayError
+from ktray.models.flops import on_meta
 from ktray.recipe.schema import Recipe
 from ktray.tasks.base import task_kind
+from ktray.training.inputs import StudentSpec
 
 Choose = Callable[[str, Any, str], None]  # key, value, and the reason that is printed; empty: nothing is printed
 
 DRAWING_SIDE = 64  # side of the student's input, pixels, up to which images are treated as drawings and tiles
 MIXUP = 0.8
-LR_RANDOM, LR_PUBLISHED = 2e-3, 5e-4
-CROP_MIN, PHOTOMETRIC, ERASE = 0.35, 1, 0.25
+LR_RANDOM, LR_RANDOM_PHOTOGRAPHS, LR_PUBLISHED = 2e-3, 6e-3, 5e-4
 
 
 def are_photographs(recipe: Recipe) -> bool:
@@ -26,32 +29,29 @@ def are_photographs(recipe: Recipe) -> bool:
 
 
 def choose_augmentation(recipe: Recipe, choose: Choose) -> None:
-    """Set mixing and strong augmentation where the recipe leaves them open.
+    """Set the mixing of images where the recipe leaves it open, and check the strong augmentation.
+
+    Strong augmentation stays off unless the recipe turns it on: on photographs, crops of views cost the student more
+    than they gave (docs/measured/photographs.md), because a crop often shows less than the view for which the teacher
+    predicted.
 
     Raises:
         KtrayError: crops of views are requested, but the targets belong to positions in the view.
     """
-    part, photos = recipe.train.augment, are_photographs(recipe)
-    positional = _positional(recipe)
-    if positional and part.crop_min is not None and part.crop_min < 1:
+    crop_min, photos = recipe.train.augment.crop_min, are_photographs(recipe)
+    if crop_min < 1 and _positional(recipe):
         raise KtrayError(
-            f"train.augment.crop_min={part.crop_min:g} crops views, but the targets belong to positions in the view "
+            f"train.augment.crop_min={crop_min:g} crops views, but the targets belong to positions in the view "
             f"(task.kind={recipe.task.kind}, objective.name={recipe.objective.name})",
             "Remove train.augment.crop_min, or set it to 1.",
         )
     own = recipe.objective.own_fields()
-    if "mixup" in own and recipe.objective.mixup is None:  # type: ignore[attr-defined]
-        choose("objective.mixup", MIXUP if photos else 0.0, "photographs: many different images" if photos else "")
-    if "cutmix" in own and recipe.objective.cutmix is None:  # type: ignore[attr-defined]
-        choose("objective.cutmix", 0.0, "")
-    crops = photos and not positional
-    for key, value, off, on in (
-        ("crop_min", CROP_MIN, 1.0, crops),
-        ("photometric", PHOTOMETRIC, 0, photos),
-        ("erase", ERASE, 0.0, crops),
-    ):
-        if getattr(part, key) is None:
-            choose(f"train.augment.{key}", value if on else off, "photographs: each visit differs" if on else "")
+    mixed = photos and recipe.objective.may_mix and not starts_published(recipe)
+    for key, value in (("mixup", MIXUP), ("cutmix", 0.0)):
+        if key in own and getattr(recipe.objective, key) is None:
+            on = mixed and value > 0
+            why = "photographs and a random start: the views of a small set must not be learned by heart"
+            choose(f"objective.{key}", value if on else 0.0, why if on else "")
 
 
 def choose_learning_rate(recipe: Recipe, choose: Choose) -> None:
@@ -59,8 +59,17 @@ def choose_learning_rate(recipe: Recipe, choose: Choose) -> None:
     if recipe.train.lr is None:
         if starts_published(recipe):
             choose("train.lr", LR_PUBLISHED, "the student starts from published weights")
+        elif are_photographs(recipe) and _is_convolutional(recipe):
+            choose("train.lr", LR_RANDOM_PHOTOGRAPHS, "photographs, and a convolutional student with random weights")
         else:
             choose("train.lr", LR_RANDOM, "")
+
+
+def _is_convolutional(recipe: Recipe) -> bool:
+    """Whether the student has more convolutions than the single one that embeds the patches of a transformer, which
+    would not be stable at the larger learning rate."""
+    model = on_meta(lambda: StudentSpec.of(recipe, 2).make(bare=True).model)
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
 def starts_published(recipe: Recipe) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from ktray.accounting.device import describe_device
@@ -215,6 +216,7 @@ def _sizes(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher
         text_length=text_length,
         source_classes=len(resolved.source.classes) if resolved.source else 0,
         student_map_dim=cost.features,
+        teacher_sample=torch.zeros(1, teacher.width) if teacher else None,
     )
 
 

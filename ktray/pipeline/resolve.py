@@ -115,6 +115,11 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         recipe.transfer.source = "none"
     name = recipe.objective.name
     traits = recipe.objective.traits
+    if traits.classes and not task_kind(recipe.task.kind).image_classes:
+        raise KtrayError(
+            f"objective.name={name} needs one class for each image, which task.kind={recipe.task.kind} does not have",
+            "Set objective.name=oriented or objective.name=agnostic.",
+        )
     choose_augmentation(recipe, choose)
     choose_learning_rate(recipe, choose)
     choose_baselines(recipe, choose)
@@ -153,7 +158,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         raise KtrayError(f"transfer.source={recipe.transfer.source} needs a gallery", "Set gallery.data=DIR.")
     if traits.labelled and recipe.finetune.steps:
         choose("finetune.steps", 0, f"{name} learns from the labels while it is pretrained")
-    if traits.reads != "logits" and not traits.labelled and not recipe.finetune.steps:
+    if not traits.trains_classifier and not traits.labelled and not recipe.finetune.steps:
         raise KtrayError(
             f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
             "Set finetune.steps to at least 1: finetuning trains the classifier.",
@@ -201,6 +206,14 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             recipe.teach.top_k = 0
     elif recipe.teach.top_k >= classes:
         choose("teach.top_k", 0, f"there are {classes:,} classes")
+    if traits.sampled and recipe.teach.mode in ("live", "streamed"):
+        raise KtrayError(
+            f"objective.name={name} needs stored embeddings of the teacher before the first step, and "
+            f"teach.mode={recipe.teach.mode} stores none",
+            "Set teach.mode=cached.",
+        )
+    if recipe.teach.mode == "auto" and traits.sampled:
+        choose("teach.mode", "cached", f"{name} needs stored embeddings before the first step")
     if recipe.teach.mode == "auto":
         rows = images * (recipe.teach.views if traits.views == "fixed" else 1)
         drawn = int(recipe.train.steps or 1) * batch

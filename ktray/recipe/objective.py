@@ -18,7 +18,7 @@ from ktray.recipe.section import Section
 # logits, embedding and patch_embedding come from the teacher; text (the caption's tokens) and label (the class in a
 # labelled generic set) come with the image.
 Target = Literal["logits", "embedding", "patch_embedding", "text", "label"]
-Reads = Literal["logits", "features", "map"]
+Reads = Literal["logits", "features", "map", "features_and_logits"]
 Views = Literal["fixed", "canvas"]
 
 TEACHER_TARGETS: frozenset[Target] = frozenset({"logits", "embedding", "patch_embedding"})
@@ -34,17 +34,27 @@ class Traits:
             ``patch_embedding`` (N, D, h, w), ``text`` (N, L) int64, ``label`` (N,) int64. ``text`` needs a gallery
             with captions, ``label`` a labelled generic set (``supervised.data``).
         reads: the output of the student that the objective reads: ``logits`` (N, C); ``features`` (N, F), pooled,
-            before the classifier, which is then not trained; or ``map``, the pair of pooled features and the last map
-            (N, F, h, w).
+            before the classifier, which is then not trained; ``map``, the pair of pooled features and the last map
+            (N, F, h, w); or ``features_and_logits``, the pair of pooled features and logits of one pass.
         views: ``fixed``: the views that TEACH has cut; ``canvas``: whole images, from which the objective cuts views.
         labelled: whether each batch also has labelled images of the task (``label_images`` (B, 3, H, W) uint8 and
             ``label_of`` (B,) int64); then FINETUNE is skipped.
+        classes: whether the objective is defined for classes of images only, with a linear last layer of the student.
+        sampled: whether the objective needs a sample of the teacher's embeddings before the first step. Then TEACH must
+            store them (``teach.mode=cached``).
     """
 
     targets_needed: frozenset[Target] = frozenset()
     reads: Reads = "logits"
     views: Views = "fixed"
     labelled: bool = False
+    classes: bool = False
+    sampled: bool = False
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the student's own classifier is trained, because the objective reads its logits."""
+        return self.reads in ("logits", "features_and_logits")
 
     @property
     def taught(self) -> bool:
@@ -54,8 +64,8 @@ class Traits:
     @property
     def replays(self) -> bool:
         """Whether FINETUNE can continue to use the loss together with that on labels, because it compares
-        predictions."""
-        return "logits" in self.targets_needed and self.reads == "logits"
+        predictions. FINETUNE calls the loss with the logits alone."""
+        return "logits" in self.targets_needed and self.trains_classifier
 
 
 class ObjectiveConfig(Section):
@@ -85,6 +95,11 @@ class ObjectiveConfig(Section):
     def traits(self) -> Traits:
         """The inputs and outputs of the objective."""
         raise NotImplementedError
+
+    @property
+    def may_mix(self) -> bool:
+        """Whether the loss accepts mixed images; if not, a key ``mixup`` or ``cutmix`` that is open becomes 0."""
+        return True
 
     def build(self, *, hflip: float = 0.5) -> Any:
         """Create the `ktray.objectives.base.Objective` with the values of this section.

@@ -13,26 +13,14 @@ class AugmentConfig(Section):
     """Strong augmentation in every training of the student: changes of a view that only the student sees, drawn anew at
     each visit. The target of the teacher belongs to the view without them."""
 
-    crop_min: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="area of the smallest random crop of a view, as a share of the view; 1: no crop; null: chosen by "
-        "the kind of images",
+    crop_min: float = Field(
+        1.0, gt=0, le=1, description="area of the smallest random crop of a view, as a share of the view; 1: no crop"
     )
-    photometric: int | None = Field(
-        None,
-        ge=0,
-        description="number of random photometric operations (those of RandAugment) on each view; 0: none; null: "
-        "chosen by the kind of images",
+    photometric: int = Field(
+        0, ge=0, description="number of random photometric operations (those of RandAugment) on each view; 0: none"
     )
     magnitude: float = Field(0.5, ge=0, le=1, description="strength of the photometric operations")
-    erase: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="probability that a box of the view is erased; 0: never; null: chosen by the kind of images",
-    )
+    erase: float = Field(0.0, ge=0, le=1, description="probability that a box of the view is erased; 0: never")
 
 
 class TrainConfig(Section):

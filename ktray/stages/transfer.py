@@ -113,14 +113,8 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
 def strong_policy(part: TrainConfig, views: ViewPolicy) -> StrongPolicy:
     """The strong augmentation of a training. Crops of views are flipped with the probability that ``views`` has."""
     a = part.augment
-    crop = float(a.crop_min or 1.0)
-    return StrongPolicy(
-        crop_min=crop,
-        hflip=views.hflip if crop < 1 else 0.0,
-        photometric=int(a.photometric or 0),
-        magnitude=a.magnitude,
-        erase=float(a.erase or 0.0),
-    )
+    hflip = views.hflip if a.crop_min < 1 else 0.0
+    return StrongPolicy(a.crop_min, hflip, a.photometric, a.magnitude, a.erase)
 
 
 def student_spec(context: RunContext) -> StudentSpec:

@@ -15,6 +15,7 @@ from ktray.data.augment import view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
+from ktray.errors import KtrayError
 from ktray.models.student.classifier import Student
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
@@ -30,6 +31,8 @@ from ktray.training.loop import Batch
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
 from ktray.training.worker import WorkerContext
+
+_SAMPLED_SHARDS = 32  # largest number of shards that `TargetSet.sample` reads
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,23 @@ class TargetSet:
     def teacher(self) -> Live | None:
         """The teacher that the trainer calls in each step, in this process; None if rows already have their targets."""
         return Live(self.predict.load(), self.classes) if self.mode == "live" and self.predict else None
+
+    def sample(self, column: str, rows: int = 8192) -> torch.Tensor:
+        """About ``rows`` values (M, ...) float32 of a stored column, from shards and rows that are spread evenly over
+        the set. They depend on the stored files alone, so they are the same for every worker and after a restart.
+
+        Raises:
+            KtrayError: the targets are not stored.
+        """
+        if self.mode != "cached":
+            raise KtrayError(
+                f"A sample of the teacher's targets ({column}) is needed, and teach.mode={self.mode} stores none",
+                "Set teach.mode=cached.",
+            )
+        names = [name for name, _ in self.shards]
+        read = names[:: -(-len(names) // _SAMPLED_SHARDS)]
+        values = np.concatenate([read_rows(self.directory, name, [column])[column] for name in read])
+        return torch.from_numpy(values[:: -(-len(values) // rows)].astype(np.float32))
 
     def batches(
         self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, start: int, stop: int

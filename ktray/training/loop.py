@@ -59,7 +59,7 @@ class TrainingProgram:
     Attributes:
         module: called with (batch, generator), returns ``{"loss": ...}``; contains ``model``.
         model: the model that is evaluated and saved.
-        groups: groups of the optimizer (``params``, ``lr_scale``, optional ``weight_decay``).
+        groups: groups of the optimizer (``params``, ``lr_scale``, optional ``weight_decay`` and ``frozen``).
         batches: (start, stop) -> this rank's batches, on the device.
         evaluate: model -> (score, metrics) on validation, the same on every rank; a higher score is better.
         flops_per_step, images_per_step: FLOPs and images of a step, over all ranks.
@@ -148,12 +148,16 @@ def learning_rate(step: int, settings: TrainerSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def decay_groups(model: nn.Module, weight_decay: float, lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups for the optimizer: matrices and kernels with weight decay, biases and norms without."""
+def decay_groups(
+    model: nn.Module, weight_decay: float, lr_scale: float = 1.0, frozen: float = 0.0
+) -> list[dict[str, Any]]:
+    """Two groups for the optimizer: matrices and kernels with weight decay, biases and norms without. In the share
+    ``frozen`` of the steps at the start, they do not change."""
     named = [p for p in model.parameters() if p.requires_grad]
+    both = {"lr_scale": lr_scale, "frozen": frozen}
     groups = [
-        {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay, "lr_scale": lr_scale},
-        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": lr_scale},
+        {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay, **both},
+        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0, **both},
     ]
     return [g for g in groups if g["params"]]
 
@@ -305,7 +309,8 @@ class Trainer:
         """Make one optimizer step. Returns the mean loss, on the device."""
         factor = learning_rate(step, self.s)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0)
+            moves = step / self.s.steps >= group.get("frozen", 0.0)
+            group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0) * moves
         generator = torch.Generator(device=self.p.device).manual_seed(
             (self.s.seed * 1_000_003 + step) * 4099 + self.rank
         )

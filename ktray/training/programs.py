@@ -21,7 +21,7 @@ from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
 from ktray.models.flops import forward_flops, train_flops
 from ktray.models.precision import Precision, choose_precision
-from ktray.models.student.classifier import classifier_of
+from ktray.models.student.classifier import FeaturesAndLogits, classifier_of
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TeacherFinetuneConfig, TrainConfig
 from ktray.recipe.section import digest
@@ -192,7 +192,11 @@ class TransferSpec:
         precision = settle_precision(self.directory, self.student, model, env, batch, self.part.precision)
         objective: Objective = self.objective.build(hflip=self.policy.hflip)
         objective.match_with(self.labels.kind.matching)
-        forms: dict[str, Callable[[nn.Module], nn.Module]] = {"features": Features, "map": Maps}
+        forms: dict[str, Callable[[nn.Module], nn.Module]] = {
+            "features": Features,
+            "map": Maps,
+            "features_and_logits": FeaturesAndLogits,
+        }
         student = forms[traits.reads](model) if traits.reads in forms else model
         size = preprocess.size[0]
         freeze_idle(model, student, size)
@@ -209,6 +213,7 @@ class TransferSpec:
                 vocabulary=taught.vocabulary,
                 text_length=taught.text_length,
                 source_classes=taught.source_classes,
+                teacher_sample=taught.sample("embedding") if traits.sampled else None,
             )
         )
         # An objective that cuts its own views from whole images also changes them itself.
@@ -229,7 +234,7 @@ class TransferSpec:
                 yield {**views, **{name: labelled_views[column] for column, name in own.items()}}
 
         evaluate = None
-        if traits.reads == "logits" or labelled:
+        if traits.trains_classifier or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             evaluate = evaluator(self.labels.kind, pixels, labels, _predict(preprocess), env, self.metric)
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
@@ -241,7 +246,7 @@ class TransferSpec:
         return TrainingProgram(
             module=module,
             model=model,
-            groups=decay_groups(model, s.weight_decay) + decay_groups(objective, 0.0),
+            groups=decay_groups(model, s.weight_decay, frozen=objective.frozen_share) + decay_groups(objective, 0.0),
             batches=batches,
             evaluate=evaluate,
             flops_per_step=((per_image + live) * batch + labelled_cost) * env.rank_count,
@@ -289,7 +294,7 @@ class FinetuneSpec:
         env = env.divide(self.batch)
         batch = env.rows(self.batch)
         traits = self.objective.traits if self.objective else Traits()
-        if self.student.start is not None and traits.reads != "logits" and kind.linear_student:
+        if self.student.start is not None and not traits.trains_classifier and kind.linear_student:
             _fit_classifier(model, preprocess, self.labels, env)
         # If the pretraining did not compare predictions, there is no distillation term to continue.
         extra = round(batch * self.replay) if self.taught and traits.replays else 0

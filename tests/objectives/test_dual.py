@@ -11,7 +11,8 @@ from sklearn.metrics import log_loss
 from ktray.models.features import Features
 from ktray.models.student.classifier import classifier_of
 from ktray.objectives.base import ObjectiveContext
-from ktray.objectives.dual import Dual
+from ktray.objectives.dual import Dual, balanced_weight, shared_gradient
+from ktray.recipe.choice import chosen
 
 N, B, C, F = 6, 4, 3, 5
 
@@ -135,3 +136,82 @@ def test_the_seed_decides_the_heads_which_differ():
     assert torch.equal(a.label_head.weight, b.label_head.weight)
     assert not torch.equal(a.label_head.weight, a.distil_head.weight)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def gradient_at_a_shared_layer(objective, features, batch):
+    """The norms of the gradients of both losses at a real linear layer on the features, whose weights are the
+    identity."""
+    norms = []
+    for label_weight in (1.0, 0.0):
+        layer = torch.nn.Linear(F, F, bias=False).double()
+        torch.nn.init.eye_(layer.weight)
+        plain = Dual(label_weight=label_weight).double()
+        plain.setup(ObjectiveContext(C, F, None, seed=4))
+        plain.load_state_dict({k: v for k, v in objective.state_dict().items() if k != "weight"})
+        prepared = plain.prepare({**batch, "images": torch.zeros(N, 3, 2, 2)}, torch.Generator())
+        plain.loss(layer(features.double()).float(), prepared)["loss"].backward()
+        norms.append(float(layer.weight.grad.norm()))
+    return norms
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_the_balanced_weight_gives_the_labels_their_share_of_the_gradient(share):
+    objective, features, batch = setup(balanced=True, label_weight=share)
+    label, distil = gradient_at_a_shared_layer(objective, features, batch)
+    weight = balanced_weight(torch.tensor(label), torch.tensor(distil), share).item()
+    assert weight * label / (weight * label + (1 - weight) * distil) == pytest.approx(share, rel=1e-6)
+    assert abs(weight - share) > 0.02
+    prepared = objective.prepare({**batch, "images": torch.zeros(N, 3, 2, 2)}, torch.Generator())
+    first = objective.loss(features.requires_grad_(), prepared)
+    plain = closed_form(objective, features.detach(), batch, 1.0, share)
+    assert first["loss"].item() == pytest.approx(plain, rel=1e-5), "the first step has the weight of the recipe"
+    assert first["weight"].item() == pytest.approx(share + (weight - share) / 50, rel=1e-5)
+    for _ in range(20):
+        last = objective.loss(features, prepared)
+    assert last["weight"].item() == pytest.approx(weight + (share - weight) * 0.98**21, rel=1e-4)
+    used = weight + (share - weight) * 0.98**20
+    assert last["loss"].item() == pytest.approx(closed_form(objective, features.detach(), batch, 1.0, used), rel=1e-4)
+    last["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters())
+
+
+def test_without_gradients_the_share_is_the_weight():
+    zero = torch.tensor(0.0)
+    assert balanced_weight(zero, zero, 0.3).item() == pytest.approx(0.3)
+    assert balanced_weight(zero, torch.tensor(1.0), 0.3).item() == pytest.approx(1.0)
+
+
+def test_the_gradient_of_all_workers_counts(monkeypatch):
+    features = torch.randn(6, F, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    whole = shared_gradient(features.pow(3).mean(), features)
+    sent = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for exchange in (lambda total: sent.append(total.clone()), lambda total: total.copy_(sum(sent))):
+        monkeypatch.setattr("torch.distributed.all_reduce", exchange)
+        for part in (features[:3], features[3:]):
+            found = shared_gradient(part.pow(3).mean(), part)
+    assert found.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_the_weight_is_in_the_checkpoint_and_rests_in_evaluation():
+    objective, features, batch = setup(balanced=True)
+    prepared = objective.prepare({**batch, "images": torch.zeros(N, 3, 2, 2)}, torch.Generator())
+    features.requires_grad_()
+    for _ in range(3):
+        objective.loss(features, prepared)
+    other, *_ = setup(balanced=True)
+    other.load_state_dict(objective.state_dict())
+    assert torch.equal(other.loss(features, prepared)["weight"], objective.loss(features, prepared)["weight"])
+    before = objective.weight.clone()
+    objective.eval().loss(features, prepared)
+    with torch.no_grad():
+        objective.train().loss(features, prepared)
+    assert torch.equal(objective.weight, before)
+
+
+def test_a_fixed_weight_is_the_default_and_adds_nothing_to_the_checkpoint():
+    plain = chosen({"name": "dual"}).build()
+    assert not plain.balanced
+    assert not list(plain.buffers())
+    assert chosen({"name": "dual", "balance": "gradients"}).build().balanced

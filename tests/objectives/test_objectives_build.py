@@ -2,16 +2,24 @@ import pytest
 
 from ktray.objectives.agnostic import Agnostic
 from ktray.objectives.clip import Clip
+from ktray.objectives.consistency import Consistency
 from ktray.objectives.dino import Dino
 from ktray.objectives.dual import Dual
+from ktray.objectives.mtkd import Mtkd
 from ktray.objectives.oriented import Oriented
+from ktray.objectives.oriented_features import OrientedFeatures
 from ktray.objectives.scratch import Scratch
+from ktray.objectives.specmatch import Specmatch
 from ktray.objectives.supervised import Supervised
 from ktray.recipe.choice import chosen, objectives
 from ktray.recipe.registries import OBJECTIVES
 
 KINDS = {
     "oriented": Oriented,
+    "oriented_features": OrientedFeatures,
+    "mtkd": Mtkd,
+    "specmatch": Specmatch,
+    "consistency": Consistency,
     "dual": Dual,
     "agnostic": Agnostic,
     "agnostic_then_oriented": Oriented,

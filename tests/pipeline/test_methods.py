@@ -38,6 +38,11 @@ def keys(world, *overrides):
 WAYS = {
     "dual": ["objective.name=dual"],
     "agnostic with patches": ["objective.name=agnostic", "objective.patches=1", "transfer.source=generic"],
+    "oriented features": ["objective.name=oriented_features", "objective.mixup=0.2"],
+    "mtkd": ["objective.name=mtkd"],
+    "specmatch": ["objective.name=specmatch", "objective.warmup=0.5"],
+    "consistency": ["objective.name=consistency", "objective.threshold=0.5"],
+    "dual, balanced": ["objective.name=dual", "objective.balance=gradients"],
     "agnostic, then oriented": ["objective.name=agnostic_then_oriented"],
     "clip": ["objective.name=clip"],
     "supervised": ["objective.name=supervised"],
@@ -76,7 +81,7 @@ def test_the_student_is_plain_timm_and_the_accounts_are_those_of_the_plan(way, w
 
 def test_who_needs_no_teacher_pays_for_none(way):
     name, chosen, result, _ = way
-    alone = name in ("clip", "supervised") or name.startswith("dino")
+    alone = name in ("clip", "supervised", "consistency") or name.startswith("dino")
     assert (result["teacher"] is None) == alone
     assert ("teacher_metric" in result) != alone
     spent = by_stage(Store(chosen.store), result)
@@ -89,7 +94,7 @@ def test_what_the_objective_needs_is_stored(way, world):
     curated = manifest(world, result, "curate")
     stage = Stage(str(world / "store" / "stages" / "teach" / taught["key"]))
     rows = read_rows(stage, taught["shards"][0][0])
-    if name == "dual":
+    if name.startswith("dual"):
         assert taught["targets"] == ["logits"]
         assert not any(s["name"] == "finetune" for s in result["stages"])
         assert any("finetune.steps=0" in line for line in lines)
@@ -108,6 +113,15 @@ def test_what_the_objective_needs_is_stored(way, world):
         order = ["cross", "disc", "noise", "plain"]
         assert all(order[label] in uri for uri, label in named.items())
         assert [named[uri] for uri in rows["uri"]] == rows["label"].tolist()
+    elif name == "oriented features":
+        assert taught["targets"] == ["embedding", "logits"]
+        assert rows["embedding"].shape[1] == taught["embed_dim"]
+    elif name in ("mtkd", "specmatch"):
+        assert taught["targets"] == [{"mtkd": "logits", "specmatch": "embedding"}[name]]
+    elif name == "consistency":
+        assert taught["targets"] == []
+        assert rows["view_index"].max() == 0
+        assert not any(s["name"] == "finetune" for s in result["stages"])
     elif name.startswith("dino"):
         assert taught["targets"] == []
         assert rows["view_index"].max() == 0

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 from PIL import Image
+from small_task import write_scenes
 
 from ktray import recipe as recipes
 from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.pipeline.resolve import resolve
+from ktray.recipe.choice import objectives
 
 CPU = allocate(2, 0, 1, 1, False)
 GPU = allocate(16, 1, 1, 1, True)
@@ -107,3 +109,35 @@ def test_a_drawn_folder_of_large_files_reaches_s3(tmp_path, s3):
     copy = Dir(_shared(recipes.load(None, [f"store={s3.home}"]), drawn))
     assert copy.names() == {name: len(data) for name, data in content.items()}
     assert copy.read("09.tar") == content["09.tar"]
+
+
+def test_an_objective_that_samples_embeddings_has_them_stored(photos):
+    found = resolve(load(photos, "objective.name=specmatch", "teach.views=100"), GPU)
+    assert found.recipe.teach.mode == "cached"
+    assert any("specmatch needs stored embeddings" in line for line in found.reasons)
+    for mode in ("live", "streamed"):
+        with pytest.raises(KtrayError, match=rf"specmatch needs stored embeddings.*teach\.mode={mode}") as caught:
+            resolve(load(photos, "objective.name=specmatch", f"teach.mode={mode}"), GPU)
+        assert "teach.mode=cached" in caught.value.remedy
+
+
+def test_objectives_of_classes_are_refused_for_maps(tmp_path):
+    write_scenes(tmp_path / "task", tmp_path / "gallery")
+    data = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", "task.kind=segmentation"]
+    of_classes = [config.objective_name() for config in objectives() if config().traits.classes]
+    assert of_classes == ["dual", "oriented_features", "mtkd", "consistency"]
+    for name in of_classes:
+        with pytest.raises(KtrayError, match=f"{name} needs one class for each image") as caught:
+            resolve(recipes.load(None, [*data, f"objective.name={name}", "image_size=32"]), CPU)
+        assert "objective.name=oriented" in caught.value.remedy
+    resolve(recipes.load(None, [*data, "objective.name=specmatch", "image_size=32"]), CPU)
+
+
+def test_an_objective_without_a_teacher_takes_a_random_set_and_trains_the_classifier_itself(photos):
+    found = resolve(load(photos, "objective.name=consistency"), CPU)
+    assert (found.recipe.transfer.source, found.recipe.finetune.steps) == ("generic", 0)
+    features = load(photos, "objective.name=oriented_features", "objective.predictions=0", "finetune.steps=0")
+    with pytest.raises(KtrayError, match="leaves the student's classifier untrained"):
+        resolve(features, CPU)
+    both = resolve(load(photos, "objective.name=oriented_features", "finetune.steps=0"), CPU)
+    assert both.recipe.finetune.steps == 0

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -141,6 +142,21 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path, parts):
         torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-5)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
     assert found[0][1][-1] < found[0][1][0] / 2
+
+
+def test_frozen_groups_rest_for_their_share_and_then_move(tmp_path):
+    """The weights of the first layer are compared before, at and after the end of the share, 0.25 of 40 steps."""
+    rests = program()
+    first, last = rests.model[0], rests.model[2]
+    rests.groups = [*decay_groups(first, 0.01, frozen=0.25), *decay_groups(last, 0.01)]
+    weights = [(first.weight.detach().clone(), last.weight.detach().clone())]
+    rests.after_step = lambda progress: weights.append((first.weight.detach().clone(), last.weight.detach().clone()))
+    Trainer(rests, SETTINGS, Recorder(tmp_path).hooks).run()
+    assert len(weights) == 41
+    moved = [not torch.equal(a[0], b[0]) for a, b in itertools.pairwise(weights)]
+    assert moved[:10] == [False] * 10
+    assert all(moved[10:39])
+    assert all(not torch.equal(a[1], b[1]) for a, b in itertools.pairwise(weights[:40]))
 
 
 def test_a_batch_that_cannot_be_cut_into_equal_parts_is_told(tmp_path):

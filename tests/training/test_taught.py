@@ -81,6 +81,25 @@ RESIDENT = TrainConfig(resident_bytes=1 << 30)
 STREAMING = TrainConfig(resident_bytes=0, window_bytes=8 * 3 * SIDE**2)
 
 
+def test_a_sample_of_the_targets_is_spread_over_the_set_and_always_the_same(world, monkeypatch):
+    stage, items, _, _, _ = world
+    source = taught(world, "cached")
+    every = np.concatenate([read_rows(stage, item["name"], ["embedding"])["embedding"] for item in items])
+    assert every.shape[0] == 20
+    assert torch.equal(source.sample("embedding"), torch.from_numpy(every.astype(np.float32)))
+    assert torch.equal(source.sample("embedding", rows=7), torch.from_numpy(every[::3].astype(np.float32)))
+    monkeypatch.setattr("ktray.training.inputs._SAMPLED_SHARDS", 2)
+    ends = np.concatenate([every[:8], every[10:]])  # the first and the last of three shards
+    assert torch.equal(source.sample("embedding"), torch.from_numpy(ends.astype(np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["streamed", "live"])
+def test_a_sample_needs_stored_targets(world, mode):
+    with pytest.raises(KtrayError, match=f"teach.mode={mode} stores none") as caught:
+        taught(world, mode).sample("embedding")
+    assert "teach.mode=cached" in caught.value.remedy
+
+
 @pytest.mark.parametrize("mode", ["streamed", "live"])
 @pytest.mark.parametrize(("part", "of"), [(RESIDENT, 1), (STREAMING, 2)])
 def test_all_modes_give_the_same_loss_on_the_same_views(cluster, world, mode, part, of):

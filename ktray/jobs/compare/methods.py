@@ -15,6 +15,7 @@ from ktray.recipe.choice import objectives
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.registries import OBJECTIVES
 from ktray.recipe.schema import Recipe
+from ktray.tasks.base import task_kind
 
 logger = logging.getLogger("ktray")
 
@@ -97,9 +98,12 @@ def default_methods(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], dict[str
 
 def unavailable(recipe: Recipe) -> dict[str, str]:
     """Return the objectives that the recipe's data does not allow, each with the reason."""
+    reasons: dict[str, str] = {}
+    if not task_kind(recipe.task.kind).image_classes:
+        lacking = f"task.kind={recipe.task.kind} has no classes of images"
+        reasons = {config.objective_name(): lacking for config in objectives() if config().traits.classes}
     if recipe.task.data is None:
-        return {}
-    reasons = {}
+        return reasons
     captions = recipe.gallery.data is not None and bool(first_captions(recipe.gallery.data, recipe.gallery.column))
     for config in objectives():
         name, needs = config.objective_name(), config().traits.targets_needed

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -140,6 +141,26 @@ def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:
             "Set student.name to another model, or objective.name=oriented.",
         )
     return layer
+
+
+class FeaturesAndLogits(nn.Module):
+    """A module that returns the pooled features (N, F) and the logits (N, C) of one pass of a timm classifier. It
+    shares the model.
+
+    Raises:
+        KtrayError: see `classifier_of`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        classifier_of(model)
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = pooled_features(self.model, x)
+        # A classifier that is a 1 x 1 convolution has the weights of a linear layer, with two more dimensions.
+        layer = classifier_of(self.model)
+        return features, F.linear(features, layer.weight.flatten(1), layer.bias)
 
 
 def build_student(

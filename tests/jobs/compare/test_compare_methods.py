@@ -49,6 +49,24 @@ def test_default_ways_follow_the_data(bare, captioned):
     assert {k["objective.name"] for k in keys.values()} == set(OBJECTIVES.names())
 
 
+def test_objectives_of_classes_are_left_out_for_maps(bare):
+    base = recipes.load(None, ["task.data=x", f"gallery.data={bare}", "task.kind=segmentation"])
+    keys, missing = default_methods(base)
+    of_classes = {"dual", "oriented_features", "mtkd", "consistency"}
+    assert not of_classes & {way["objective.name"] for way in keys.values()}
+    assert of_classes <= set(unavailable(base))
+    assert all("no classes of images" in missing[name] for name in missing if name.split()[0] in of_classes)
+    assert {"oriented retrieved", "agnostic retrieved", "specmatch retrieved"} <= set(keys)
+
+
+def test_a_baseline_without_a_teacher_is_compared_on_both_sets(bare):
+    keys, _ = default_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))
+    assert [name for name in keys if name.startswith("consistency")] == [
+        "consistency generic",
+        "consistency retrieved",
+    ]
+
+
 def test_what_is_left_out_is_said(bare):
     lines = []
     heard(lines, list_methods, recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))

@@ -1,0 +1,129 @@
+"""Objectives through a whole pretraining in this process: what the student becomes, and what a restart changes."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from ktray.data.views import ViewPolicy
+from ktray.recipe.choice import chosen
+from ktray.recipe.schema import TrainConfig
+from ktray.storage.columns import write_rows
+from ktray.storage.store import Store
+from ktray.tasks.base import task_kind
+from ktray.training.inputs import Labels, StudentSpec, TargetSet
+from ktray.training.loop import Trainer, TrainerCallbacks, TrainerSettings
+from ktray.training.programs import TransferSpec
+from ktray.training.worker import WorkerContext
+
+C, D, SIZE, ROWS, STEPS = 3, 7, 32, 24, 8
+SECTIONS = {
+    "oriented_features": {"mixup": 0.2},
+    "oriented_features alone": {"name": "oriented_features", "predictions": 0},
+    "mtkd": {"mixup": 0.2},
+    "specmatch": {"warmup": 0.25},
+    "consistency": {"threshold": 0.4},
+    "dual balanced": {"name": "dual", "balance": "gradients"},
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Stored rows with every target, and labelled images of three brightnesses."""
+    store, rng = Store(str(tmp_path_factory.mktemp("stored"))), np.random.default_rng(0)
+    taught, labels = store.stage("teach", "0" * 16), store.stage("labels", "0" * 16)
+    for shard in range(2):
+        rows = {
+            "pixels": rng.integers(0, 256, (ROWS // 2, 3, SIZE, SIZE), dtype=np.uint8),
+            "view_id": np.arange(ROWS // 2) + shard * ROWS,
+            "embedding": rng.normal(size=(ROWS // 2, D)).astype(np.float16),
+            "logits": rng.normal(size=(ROWS // 2, C)).astype(np.float16),
+        }
+        write_rows(taught, f"shard-{shard}.parquet", rows)
+    for split, column in (("train", "canvas"), ("val", "pixels")):
+        label = np.arange(9) % C
+        pixels = np.clip(60 * label[:, None, None, None] + rng.integers(0, 99, (9, 3, SIZE, SIZE)), 0, 255)
+        write_rows(labels, f"{split}-0.parquet", {column: pixels.astype(np.uint8), "label": label})
+    return store, taught, labels
+
+
+def spec(stored, name):
+    store, taught, labels = stored
+    section = chosen({"name": name, **SECTIONS[name]})
+    targets = tuple(sorted(section.traits.targets_needed))
+    kind = task_kind("classification")
+    shards = (("shard-0.parquet", ROWS // 2), ("shard-1.parquet", ROWS // 2))
+    settings = TrainerSettings(STEPS, 1e-2, 0.05, 0.1, 0.9, 1.0, 3, evals=2, checkpoint_seconds=1e-6)
+    return TransferSpec(
+        settings,
+        StudentSpec(kind, "test_resnet", {}, C, SIZE),
+        TargetSet(taught, shards, 3 * SIZE**2, targets, embed_dim=D),
+        Labels(labels, kind),
+        ViewPolicy(),
+        6 if section.traits.labelled else 0,
+        section,
+        TrainConfig(batch_size=8, precision="fp32"),
+        "top1",
+        store.sub("precision"),
+    )
+
+
+def train(job, root: Path, resume=None, stop=None):
+    """Run to the end, or until the checkpoint number ``stop``; returns its folder."""
+    saved = []
+
+    def folder():
+        path = root / f"{len(list(root.iterdir()))}"
+        path.mkdir()
+        return path
+
+    def save(made, metrics, last):
+        saved.append(Path(shutil.copytree(made, root / f"kept-{len(saved)}")))
+        if stop is not None and len(saved) == stop:
+            raise InterruptedError
+
+    root.mkdir(parents=True, exist_ok=True)
+    program = job.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0))
+    with contextlib.suppress(InterruptedError):
+        Trainer(program, job.settings, TrainerCallbacks(save, lambda message: None, folder), resume).run()
+    return saved[-1]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_restart_changes_nothing_and_the_student_is_plain_timm(stored, name, tmp_path):
+    job = spec(stored, name)
+    whole = load_file(str(train(job, tmp_path / "whole") / "weights.safetensors"))
+    for stop in (1, 3):
+        half = train(job, tmp_path / f"half-{stop}", stop=stop)
+        assert (half / "state.pt").exists()
+        resumed = load_file(str(train(job, tmp_path / f"rest-{stop}", resume=half) / "weights.safetensors"))
+        for key, value in whole.items():
+            torch.testing.assert_close(resumed[key], value, msg=f"{key} after checkpoint {stop}")
+    plain = timm.create_model("test_resnet", num_classes=C)
+    start = {
+        k: v.clone()
+        for k, v in job.student.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 3)[0].state_dict().items()
+    }
+    plain.load_state_dict(whole)
+    assert any(not torch.equal(whole[k], start[k]) for k in whole if k.endswith("conv1.weight"))
+    moved = any(not torch.equal(whole[k], start[k]) for k in whole if k.startswith("fc"))
+    assert moved == (name not in ("oriented_features alone", "specmatch"))
+
+
+def test_the_student_of_specmatch_rests_in_the_warm_up(stored, tmp_path):
+    """At the first checkpoint, within the first two of eight steps, its weights are those of the start."""
+    job = spec(stored, "specmatch")
+    state = torch.load(train(job, tmp_path / "early", stop=1) / "state.pt", weights_only=True)["module"]
+    start = dict(job.student.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 3)[0].named_parameters())
+    for key, value in start.items():
+        assert torch.equal(state[f"student.model.{key}"], value), key
+    program = job.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0))
+    objective = program.module.objective
+    assert not torch.equal(state["objective.project.1.weight"], objective.project[1].weight)
+    later = torch.load(train(job, tmp_path / "late", stop=4) / "state.pt", weights_only=True)["module"]
+    assert any(not torch.equal(later[f"student.model.{key}"], value) for key, value in start.items())
