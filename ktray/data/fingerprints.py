@@ -17,7 +17,7 @@ from PIL import Image
 _GRID = 32
 _LOW = 8
 # Crops of a held-out image that are compared with the gallery (left, top, right, bottom as fractions of the sides).
-_CROPS = (
+CROPS = (
     (0.0, 0.0, 1.0, 1.0),
     (0.025, 0.025, 0.975, 0.975),
     (0.05, 0.05, 0.95, 0.95),
@@ -80,7 +80,7 @@ Small = tuple[np.ndarray, int]
 def shrink(image: np.ndarray) -> Small:
     """What `fingerprint_small` needs of an image, in a kilobyte, for callers that cannot keep many images in memory."""
     grey = Image.fromarray(image).convert("L")
-    return _small(grey, (0, 0, *grey.size)), _digest(image)
+    return _small(grey, (0, 0, *grey.size)), pixel_digest(image)
 
 
 def fingerprint_small(small: Sequence[Small]) -> Fingerprints:
@@ -96,15 +96,16 @@ def fingerprint_heldout(images: Sequence[np.ndarray]) -> Fingerprints:
         for picture in (image, image[:, ::-1]):
             grey = Image.fromarray(np.ascontiguousarray(picture)).convert("L")
             w, h = grey.size
-            small += [_small(grey, (x0 * w, y0 * h, x1 * w, y1 * h)) for x0, y0, x1, y1 in _CROPS]
+            small += [_small(grey, (x0 * w, y0 * h, x1 * w, y1 * h)) for x0, y0, x1, y1 in CROPS]
         hashes.append(_hashes(small))
     return Fingerprints(
-        np.array(hashes, dtype=np.uint64).reshape(-1, 2 * len(_CROPS)),
-        np.array([_digest(i) for i in images], dtype=np.uint64),
+        np.array(hashes, dtype=np.uint64).reshape(-1, 2 * len(CROPS)),
+        np.array([pixel_digest(i) for i in images], dtype=np.uint64),
     )
 
 
-def _digest(image: np.ndarray) -> int:
+def pixel_digest(image: np.ndarray) -> int:
+    """A digest of the size and the pixels, 64 bits."""
     content = hashlib.blake2b(repr(image.shape).encode(), digest_size=8)
     content.update(np.ascontiguousarray(image).tobytes())
     return int.from_bytes(content.digest(), "big")
