@@ -19,7 +19,6 @@ from ktray.data.labelled.hygiene import (
     copies_between,
     counts,
     doubtful,
-    in_words,
     two_labels,
 )
 from ktray.data.labelled.hygiene_copies import Looks, looks
@@ -31,6 +30,7 @@ from ktray.distributed.ray_data import Item
 from ktray.errors import BadImage
 from ktray.models.teacher.leave_one_out import leave_one_out
 from ktray.models.teacher.spec import TeacherSpec
+from ktray.reporting.hygiene import clauses
 from ktray.retrieval.heldout_duplicates import SIMILARITY
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
@@ -85,7 +85,7 @@ def run(context: RunContext, adapt: StageResult | None, encoder: TeacherSpec | N
         max_pixels=context.recipe.data.max_pixels,
     )
     done = run_stage(context.runtime, inputs, work)
-    for text in in_words(done.manifest.get("counts", {})):
+    for text in clauses(done.manifest.get("counts", {})):
         logger.warning(f"hygiene   WARNING: {text}")
     return done
 
@@ -134,8 +134,8 @@ def _rows(
     stage: Stage,
     reporter: Reporter,
 ) -> Rows:
-    """``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb``, and for test images with a teacher ``embedding``; ADAPT
-    has embedded the others."""
+    """``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb``, and for test images with a teacher ``embedding``.
+    ADAPT has embedded the others."""
     encoder = inputs.encoder if split == "test" else None
     prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
     if not examples:

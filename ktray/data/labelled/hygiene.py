@@ -118,7 +118,8 @@ def _pair(kind: str, a: Checked, i: int, b: Checked, j: int, value: float) -> Fi
 
 
 def counts(findings: Sequence[Finding], torn: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The numbers of `in_words`: copies between each two splits, and of the other kinds."""
+    """Numbers of problems: of images of the second split that are copies of one in the first, as ``train_test`` and so
+    on; ``torn_groups``, ``two_labels`` and ``doubtful_labels``."""
     pairs = [f for f in findings if f.kind in COPIES]
     between = {
         f"{a}_{b}": len({f.other_uri for f in pairs if (f.split, f.other_split) == (a, b)})
@@ -127,19 +128,6 @@ def counts(findings: Sequence[Finding], torn: Mapping[str, Sequence[str]]) -> di
     return {
         **between,
         "torn_groups": len(torn),
-        TWO_LABELS: sum(f.kind == TWO_LABELS for f in findings),
-        DOUBTFUL_LABEL: sum(f.kind == DOUBTFUL_LABEL for f in findings),
+        "two_labels": sum(f.kind == TWO_LABELS for f in findings),
+        "doubtful_labels": sum(f.kind == DOUBTFUL_LABEL for f in findings),
     }
-
-
-def in_words(numbers: Mapping[str, int]) -> list[str]:
-    """Clauses about the numbers that are not 0."""
-    texts = {
-        "train_test": "test images that are copies of training images",
-        "train_val": "validation images that are copies of training images",
-        "val_test": "test images that are copies of validation images",
-        "torn_groups": "groups in more than one split",
-        TWO_LABELS: "identical images with two labels",
-        DOUBTFUL_LABEL: "training labels that the teacher contradicts",
-    }
-    return [f"{text}: {numbers[name]}" for name, text in texts.items() if numbers.get(name)]
