@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.data.labelled.forms import LabelledRow, count, three
@@ -37,8 +37,8 @@ def fill_splits(
 ) -> list[LabelledRow]:
     """Move rows of train to the splits that are missing, by class; see `ktray.data.labelled.labelled_set.divide`.
 
-    A unit counts for the class of its first row in the order of the draw. A unit that would make a split larger than
-    its share is passed over, except if the split would be empty.
+    A unit is drawn with the class of its first row. A unit that would make a split larger than its share of any class
+    is passed over, except if the split would have no image of the class.
 
     Args:
         copies: pairs of uris of images that show the same.
@@ -51,20 +51,23 @@ def fill_splits(
     train = [r for r in rows if r.split == "train"]
     unit = units(train, copies, groups=True)
     classes = _by_class(train)
+    content: dict[int, Counter[str]] = defaultdict(Counter)
+    owner: dict[int, str] = {}
+    for row in _shuffled(train, "split", seed):
+        content[unit[row.uri]][row.label] += 1
+        owner.setdefault(unit[row.uri], row.label)
+    target = {name: {label: max(1, round(shares[name] * len(group))) for label, group in classes} for name in missing}
+    filled: dict[str, Counter[str]] = {name: Counter() for name in missing}
     chosen: dict[int, str] = {}
     small_classes = 0
-    first_class: dict[int, str] = {}
-    for row in _shuffled(train, "split", seed):
-        first_class.setdefault(unit[row.uri], row.label)
     for label, group in classes:
         order = _shuffled(group, "split", seed)
-        sizes = Counter(unit[r.uri] for r in order)
-        remaining = [u for u in dict.fromkeys(unit[r.uri] for r in order) if first_class[u] == label]
+        remaining = [u for u in dict.fromkeys(unit[r.uri] for r in order) if owner[u] == label]
         small_classes += len(remaining) <= len(missing)
         for name in missing:
             later = len(missing) - missing.index(name)  # each remaining split, and train, should get at least one unit
             # With too few images, val has priority over test: without validation no model can be chosen.
-            taken = _take(remaining, sizes, max(1, round(shares[name] * len(group))), len(remaining) - later)
+            taken = _take(remaining, content, label, target[name], filled[name], len(remaining) - later)
             chosen.update(dict.fromkeys(taken, name))
             remaining = [u for u in remaining if u not in chosen]
     for u in _needed_in_train(classes, unit, chosen):
@@ -88,16 +91,31 @@ def fill_splits(
     return others + [replace(r, split=chosen.get(unit[r.uri], "train")) for r in train]
 
 
-def _take(units: Sequence[int], sizes: Counter[int], target: int, most: int) -> list[int]:
-    """At most ``most`` units, in their order, with ``target`` rows together; one more if every unit is larger."""
+def _take(
+    units: Sequence[int],
+    content: Mapping[int, Counter[str]],
+    label: str,
+    target: Mapping[str, int],
+    filled: Counter[str],
+    most: int,
+) -> list[int]:
+    """At most ``most`` units, in their order, that fill a split up to its targets; one more if it has no image of the
+    class ``label`` otherwise.
+
+    Args:
+        content: by unit, the number of its rows of each class.
+        target: by class, the number of rows that the split should have.
+        filled: by class, the number of rows that it has; the rows of the units are added.
+    """
     taken: list[int] = []
-    rows = 0
     for unit in units:
-        if rows < target and len(taken) < most and rows + sizes[unit] <= target:
+        fits = all(filled[name] + number <= target[name] for name, number in content[unit].items())
+        if fits and len(taken) < most:
             taken.append(unit)
-            rows += sizes[unit]
-    if not taken and most > 0:
-        taken = [min(units, key=lambda unit: sizes[unit])]
+            filled.update(content[unit])
+    if not filled[label] and most > 0:
+        taken = [min(units, key=lambda unit: content[unit].total())]
+        filled.update(content[taken[0]])
     return taken
 
 

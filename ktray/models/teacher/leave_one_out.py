@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ktray.models.teacher.heads import fit_temperature
 
 # Strengths of the regularisation as multiples of the largest eigenvalue of the embeddings' scatter matrix.
-STRENGTHS: tuple[float, ...] = tuple(10.0**e for e in np.arange(-4, 0.6, 0.5))
+STRENGTHS: tuple[float, ...] = tuple(10.0**e for e in np.arange(-3.5, 0.6, 0.75))
 _RANK = 1e-9  # eigenvalues below this share of the largest one are rounding noise
 _LARGEST = 1.0 - 1e-9  # leverage of an image that alone determines its prediction
 

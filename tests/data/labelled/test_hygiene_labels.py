@@ -85,14 +85,17 @@ def test_doubts_by_the_formulas_of_the_paper() -> None:
             margin = p[i, labels[i]] - p[i, other]
             if other != labels[i] and margin <= -0.2:
                 expected[i] = (other, margin)
-    listed = doubts(p, labels, most=-0.2)
+    listed = doubts(p, labels, most=-0.2, agreement=0.0)
     assert len(expected) > 10
     order = sorted(expected, key=lambda i: expected[i][1])
     assert listed.row.tolist() == order
     assert [(int(s), float(m)) for s, m in zip(listed.suggested, listed.margin, strict=True)] == [
         (o, pytest.approx(m)) for o, m in (expected[i] for i in order)
     ]
-    assert set(doubts(p, labels).row) == {i for i, (_, m) in expected.items() if m <= MARGIN}
+    strict = doubts(p, labels, agreement=0.0)
+    assert set(strict.row) == {i for i, (_, m) in expected.items() if m <= MARGIN}
+    assert len(strict) > 0
+    assert len(doubts(p, labels)) == 0  # the predictions agree with one label in four
 
 
 def test_nothing_to_judge_is_nothing_found() -> None:
