@@ -1,4 +1,4 @@
-"""HYGIENE in a whole run: planted copies and labels are counted, listed, shown and written to the log; nothing moves."""
+"""HYGIENE in a whole run: planted copies and labels are counted, listed, shown and logged; nothing is moved."""
 
 from __future__ import annotations
 

@@ -177,3 +177,11 @@ def test_too_many_images_are_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatc
     assert len(notes) == 1
     assert "task.group" in notes[0]
     assert MOST > 3
+
+
+def test_fixed_crops_are_those_of_pillow() -> None:
+    thumbs = looks(PHOTOS[:2]).thumb
+    for row in range(2):
+        views = thumbs[row], np.ascontiguousarray(thumbs[row][:, ::-1])
+        each = [module._unit(module._cut(view, box, 16)).ravel() for view in views for box in module.CROPS]
+        np.testing.assert_allclose(module._crops(thumbs, row), np.stack(each), atol=1e-3)
