@@ -93,7 +93,7 @@ def run(context: RunContext, adapt: StageResult | None, encoder: TeacherSpec | N
 def work(inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> HygieneManifest:
     task, adapt, classed = inputs.task, inputs.adapt, task_kind(inputs.kind).image_classes
     splits = {"train": task.train, "val": task.val, "test": task.test}
-    rows = {name: _rows(name, examples, inputs, runtime, stage, reporter) for name, examples in splits.items()}
+    rows = _rows(splits, inputs, runtime, stage, reporter)
     parts = [_checked(name, rows[name], splits[name], task.classes if classed else []) for name in splits]
     embedded = {name: r["embedding"].astype(np.float32) for name, r in rows.items() if "embedding" in r}
     if adapt:
@@ -127,20 +127,24 @@ def _write(stage: Stage, found: list[Finding]) -> None:
 
 
 def _rows(
-    split: str,
-    examples: list[LabelledExample],
-    inputs: HygieneInputs,
-    runtime: Runtime,
-    stage: Stage,
-    reporter: Reporter,
-) -> Rows:
-    """``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb``, and for test images with a teacher ``embedding``.
-    ADAPT has embedded the others."""
-    encoder = inputs.encoder if split == "test" else None
-    prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
-    if not examples:
-        return prepare({"uris": []})
-    return embed_images(runtime, Stage(stage.file(split)), [e.uri for e in examples], prepare, encoder, reporter)
+    splits: dict[str, list[LabelledExample]], inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Reporter
+) -> dict[str, Rows]:
+    """By split, ``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb`` of its usable images, and with a teacher
+    ``embedding`` of test images. ADAPT has embedded the others."""
+    apart = ["test"] if inputs.encoder and splits["test"] else []
+    together = [name for name in splits if name not in apart]
+    out: dict[str, Rows] = {}
+    for folder, names, encoder in (("others", together, None), ("test", apart, inputs.encoder)):
+        uris = [e.uri for name in names for e in splits[name]]
+        if not uris:
+            continue
+        prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
+        table = embed_images(runtime, Stage(stage.file(folder)), uris, prepare, encoder, reporter)
+        place = {str(uri): i for i, uri in enumerate(table["uri"])}
+        for name in names:
+            own = np.array([place[e.uri] for e in splits[name] if e.uri in place], dtype=np.int64)
+            out[name] = {column: values[own] for column, values in table.items()}
+    return out
 
 
 @dataclass(frozen=True)

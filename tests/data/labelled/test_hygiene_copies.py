@@ -183,5 +183,9 @@ def test_fixed_crops_are_those_of_pillow() -> None:
     thumbs = looks(PHOTOS[:2]).thumb
     for row in range(2):
         views = thumbs[row], np.ascontiguousarray(thumbs[row][:, ::-1])
-        each = [module._unit(module._cut(view, box, 16)).ravel() for view in views for box in module.CROPS]
+        each = [
+            module._unit(module._cut(view, box, 16)).transpose(2, 0, 1).ravel()
+            for view in views
+            for box in module.CROPS
+        ]
         np.testing.assert_allclose(module._crops(thumbs, row), np.stack(each), atol=1e-3)
