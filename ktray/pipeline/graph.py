@@ -12,7 +12,7 @@ from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.pipeline.select import SCRATCH, START, Candidate, baseline, best, distilled, models_to_test
 from ktray.recipe.schema import index_alone
-from ktray.stages import finetune, labels, transfer
+from ktray.stages import finetune, hygiene, labels, transfer
 from ktray.stages.adapt import stage as adapt
 from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate import stage as curate
@@ -43,6 +43,7 @@ class StageOutputs:
     teach: teach.TeachResult | None = None
     transfer: StageResult | None = None
     finetune: StageResult | None = None
+    hygiene: StageResult | None = None
 
 
 def stages(context: RunContext, trial: bool = False) -> StageOutputs:
@@ -53,15 +54,19 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         logger.info(f"student   {warning}")
     if not recipe.objective.has_transfer_set():
         decoded = labels.run(context, student.preprocess)
+        checked = None if trial else hygiene.run(context, None, None)
         trained = finetune.run_scratch(context, decoded, transfer.student_spec(context), booked="finetune")
         only = baseline(START if transfer.student_spec(context).published else SCRATCH, trained, context.metric)
-        models = {evaluate.STUDENT: trained}
-        return StageOutputs(decoded, None if trial else evaluate.run(context, models, None), [only], only)
+        tested = None if trial else evaluate.run(context, {evaluate.STUDENT: trained}, None)
+        return StageOutputs(decoded, tested, [only], only, hygiene=checked)
     start: PhaseOutputs | None = None
+    *_, (last, _) = phases(recipe)
     for name, phase in phases(recipe):
         inner = replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0))
         reads_map = phase.objective.traits.reads == "map"
-        start = _pretrain(inner, student.preprocess, map_shape(student.model, size)[1] if reads_map else 0, start)
+        map_side = map_shape(student.model, size)[1] if reads_map else 0
+        # A trial does not read the test split.
+        start = _pretrain(inner, student.preprocess, map_side, start, check=name == last and not trial)
         context.runtime.read += inner.runtime.read
     assert start is not None  # there is at least one phase
     decoded, transferred = start.labels, start.transfer
@@ -84,6 +89,7 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         teach=start.teach,
         transfer=transferred,
         finetune=finetuned,
+        hygiene=start.hygiene,
     )
 
 
@@ -105,13 +111,15 @@ class PhaseOutputs:
     curate: StageResult
     teach: teach.TeachResult
     transfer: StageResult
+    hygiene: StageResult | None
 
 
 @dataclass
 class TransferSetOutputs:
-    """The stages up to the transfer set; ``spec`` is the adapted teacher."""
+    """The stages up to the transfer set; ``encoder`` is the frozen teacher, ``spec`` the adapted teacher."""
 
     adapt: StageResult | None
+    encoder: TeacherSpec | None
     spec: AdaptedSpec | None
     index: StageResult | None
     curate: StageResult
@@ -130,13 +138,18 @@ def _curate(context: RunContext) -> TransferSetOutputs:
         indexed = index.run_labelled(context, context.source)
     elif recipe.transfer.source in ("generic", "retrieved", "list"):
         indexed = index.run(context, encoder)
-    return TransferSetOutputs(adapted, model, indexed, curate.run(context, encoder, adapted, indexed))
+    return TransferSetOutputs(adapted, spec, model, indexed, curate.run(context, encoder, adapted, indexed))
 
 
-def _pretrain(context: RunContext, student: Preprocess, map_side: int, start: PhaseOutputs | None) -> PhaseOutputs:
+def _pretrain(
+    context: RunContext, student: Preprocess, map_side: int, start: PhaseOutputs | None, check: bool
+) -> PhaseOutputs:
     curated = _curate(context)
+    checked = hygiene.run(context, curated.adapt, curated.encoder) if check else None
     by_teacher = (curated.adapt, curated.spec) if taught(context.recipe) else (None, None)
     targets = teach.run(context, curated.curate, *by_teacher, student, map_side)
     decoded = labels.run(context, student)
     transferred = transfer.run(context, targets, decoded, start.transfer if start else None)
-    return PhaseOutputs(decoded, curated.adapt, curated.spec, curated.index, curated.curate, targets, transferred)
+    return PhaseOutputs(
+        decoded, curated.adapt, curated.spec, curated.index, curated.curate, targets, transferred, checked
+    )

@@ -19,6 +19,7 @@ from torch import nn
 from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
 from ktray.data.captions import first_captions, tokenise
+from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.lists import embedded_only, gallery_shards
 from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation, allocate
@@ -77,6 +78,7 @@ def lines(resolved: Resolved) -> list[Line]:
     scratch_steps = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
     if not recipe.objective.has_transfer_set():
         return [
+            Line("hygiene", 0, 0, _checked(task)),
             Line(
                 "finetune",
                 cost.train(size) * scratch_steps * batch,
@@ -96,6 +98,7 @@ def lines(resolved: Resolved) -> list[Line]:
                 out[line.stage] = Line(line.stage, flops, stored, f"{before.what}; {what}")
             else:
                 out[line.stage] = Line(line.stage, line.flops, line.store_bytes, what)
+    out["hygiene"] = Line("hygiene", teacher.tower * len(task.test) if teacher else 0, 0, _checked(task))
     f = recipe.finetune
     if f.steps:
         last = phases(recipe)[-1][1]
@@ -117,6 +120,11 @@ def lines(resolved: Resolved) -> list[Line]:
     models = cost.forward(size) * (1 + len(ran)) + (teacher.tower if teacher else 0.0)
     out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
     return list(out.values())
+
+
+def _checked(task: LabelledSet) -> str:
+    images = len(task.train) + len(task.val) + len(task.test)
+    return f"{images:,} labelled images: copies in two splits, contradicted labels"
 
 
 class _Student:

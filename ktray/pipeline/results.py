@@ -15,12 +15,14 @@ import torch
 
 from ktray.accounting.device import versions
 from ktray.models.student.classifier import Student
+from ktray.pipeline import results_hygiene
 from ktray.pipeline.select import BASELINES, DISTILLED, MODELS
 from ktray.recipe.schema import Recipe
 from ktray.reporting.report import write_report
 from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
+from ktray.stages.hygiene import LIST
 from ktray.stages.manifests import AdaptManifest, CurateManifest
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.store import Dir
@@ -114,6 +116,8 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
         content["distilled_metric"] = {"val": outputs.candidates[0].val, **tested[DISTILLED]}
     if outputs.curate:
         content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
+    if outputs.hygiene:
+        content["hygiene"] = results_hygiene.numbers(outputs.hygiene)
     return DistillResult(**content) if metrics else TrialResult(**content)
 
 
@@ -184,6 +188,7 @@ def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], 
         worst=kind.worst(tested),
         worst_title=kind.worst_title,
         worst_value=kind.worst_value,
+        hygiene=results_hygiene.report(outputs.hygiene, context.recipe.data.max_pixels) if outputs.hygiene else None,
     )
 
 
@@ -199,4 +204,6 @@ def _log(
         for name in ("contact_sheet.png", "transfer.parquet"):
             if outputs.curate.stage.exists(name):
                 tracker.stored(outputs.curate.stage, name)
+    if outputs.hygiene:
+        tracker.stored(outputs.hygiene.stage, LIST)
     tracker.log_student(student, example)

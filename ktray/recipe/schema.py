@@ -64,6 +64,11 @@ class TaskConfig(Section):
         description="name of the training list in task.splits, such as train_1percent; null: the one for the "
         "label budget, or the full one",
     )
+    group: str | None = Field(
+        None,
+        description="column of a CSV or Parquet list that names the group of each image, such as a patient or a video; "
+        "a split that is drawn keeps a group together; null: the column group, if there is one",
+    )
     split_seed: int = Field(0, ge=0, description="seed that draws missing splits and the images of the label budget")
     val_fraction: float = Field(
         0.2,

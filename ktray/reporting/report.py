@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 from PIL import Image
 
+from ktray.reporting.hygiene import HygieneReport, clauses, closing_line
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
 from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
 from ktray.reporting.worst import WorstError
@@ -45,6 +46,7 @@ def write_report(
     worst_title: str = "",
     worst_value: str = "",
     comparisons: Sequence[dict[str, Any]] = (),
+    hygiene: HygieneReport | None = None,
 ) -> Path:
     """Write ``report.html`` into the run folder. The page contains its images and styles and loads nothing.
 
@@ -60,6 +62,7 @@ def write_report(
         worst_value: name of their ``confidence``; "": it is the student's confidence.
         comparisons: further rows for the accuracy table and the cost plot, each with ``name`` and, where known,
             ``val``, ``test`` (fractions) and ``flops``. A row with the name of a model of the result replaces its row.
+        hygiene: problems with the labelled images; None if they were not checked.
 
     Returns:
         The page's path.
@@ -100,6 +103,7 @@ def write_report(
         classes=list(classes),
         sheet=_data_uri(contact_sheet.read_bytes()) if contact_sheet and contact_sheet.exists() else None,
         worst=[(w, *_picture(w.image)) for w in worst],
+        hygiene=_hygiene(result, hygiene),
         data=_data(run_dir, result.get("data") or {}),
         transfer=result.get("transfer_set") or {},
         facts=[(k, _texts(result.get(k))) for k in ("versions", "device", "mlflow") if result.get(k)],
@@ -134,7 +138,7 @@ def closing_table(result: dict[str, Any]) -> str:
         table = [[metric_label(result), "validation", "test"]]
         table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
         text += "\n\n" + aligned(table, words=1, rules=(1,))
-    for line in advice(result):
+    for line in [*advice(result), *filter(None, [closing_line(result)])]:
         text += f"\n\n{line}"
     return text
 
@@ -254,6 +258,14 @@ def _confused(confusion: np.ndarray | None, classes: Sequence[str]) -> list[tupl
     order = np.argsort(-wrong, axis=None, kind="stable")[: _PAIRS if len(classes) <= _MATRIX_CLASSES else 3 * _PAIRS]
     pairs = [(*np.unravel_index(i, wrong.shape), int(wrong.flat[i])) for i in order.tolist() if wrong.flat[i]]
     return [(classes[t], classes[p], n, n / int(confusion[t].sum())) for t, p, n in pairs]
+
+
+def _hygiene(result: dict[str, Any], shown: HygieneReport | None) -> dict[str, Any] | None:
+    numbers = result.get("hygiene")
+    if not numbers or shown is None:
+        return None
+    groups = [(title, [([_picture(i) for i in e.images], e) for e in exhibits]) for title, exhibits in shown.groups]
+    return {**numbers, "clauses": clauses(numbers), "groups": groups, "torn": list(shown.torn)}
 
 
 def _data(run_dir: Path, data: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ktray.retrieval.heldout_duplicates import DISTANCE, Fingerprints, bit_counts
+from ktray.data.fingerprints import Fingerprints, bit_counts
+from ktray.retrieval.heldout_duplicates import DISTANCE
 
 # Number of cosine similarities in memory at a time: 64 MB.
 _VALUES_AT_ONCE = 16_000_000

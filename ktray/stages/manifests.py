@@ -60,6 +60,20 @@ class AdaptManifest(TypedDict):
     frozen: str | None
 
 
+class HygieneManifest(TypedDict):
+    """HYGIENE.
+
+    Attributes:
+        counts: numbers by kind of finding (`ktray.data.labelled.hygiene.counts`).
+        torn: groups that are in more than one split, with these splits.
+        checked: number of images that were compared.
+    """
+
+    counts: dict[str, int]
+    torn: dict[str, list[str]]
+    checked: int
+
+
 class IndexClasses(TypedDict, total=False):
     """``classes``: class names, if the gallery is the labelled generic set."""
 
@@ -185,6 +199,7 @@ class EvaluateManifest(TypedDict):
 MANIFESTS: dict[str, type] = {
     "labels": LabelsManifest,
     "adapt": AdaptManifest,
+    "hygiene": HygieneManifest,
     "index": IndexManifest,
     "curate": CurateManifest,
     "teach": TeachManifest,

@@ -55,6 +55,7 @@ class Classification(TaskKind):
             labels_per_class=part.labels_per_class,
             layout=part.layout,
             train_list=part.train_list,
+            group=part.group,
         )
 
     def loss(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

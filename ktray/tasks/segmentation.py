@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from ktray.data.augment import random_views
 from ktray.data.labelled.decode import LabelReader, MaskReader
+from ktray.data.labelled.forms import no_groups
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.labelled.masked import read_masked
 from ktray.data.labelled.masks import IGNORE
@@ -77,6 +78,7 @@ class Segmentation(TaskKind):
                 "task.labels_per_class cannot be used with task.kind=segmentation, because an image has many classes",
                 "Set task.labels=N for N labelled images in total, or task.train_list.",
             )
+        no_groups(part.group, data)
         return read_masked(
             data,
             splits=part.splits,

@@ -104,7 +104,12 @@ def test_mistakes_on_the_command_line_are_named():
 def test_a_file_may_serve_several_objectives(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("task: {data: mine}\nobjective: {name: oriented, temperature: 2.0, patches: 1.0}\n")
-    assert recipes.load(str(file), []).objective.model_dump() == {"name": "oriented", "temperature": 2.0, "mixup": 0.0}
+    assert recipes.load(str(file), []).objective.model_dump() == {
+        "name": "oriented",
+        "temperature": 2.0,
+        "mixup": None,
+        "cutmix": None,
+    }
     agnostic = recipes.load(str(file), ["objective.name=agnostic"])
     assert agnostic.objective.model_dump() == {"name": "agnostic", "match": "cosine", "patches": 1.0}
     file.write_text("task: {data: mine}\nobjective: {name: oriented, pathces: 1.0}\n")

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from ktray.reporting import report, units
+from ktray.reporting.hygiene import Exhibit, HygieneReport
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
 from ktray.reporting.report import accuracy_rows, closing_table, write_report
 from ktray.reporting.worst import WorstError
@@ -371,3 +372,31 @@ def test_a_transfer_that_loses_to_a_baseline_is_told(teacher: float, nothing_to_
     assert "note: the distilled student (90.0% on validation) loses to a baseline (95.0%) and is not delivered." in text
     assert ("there is nothing to transfer" in text) is nothing_to_transfer
     assert [row["name"] for row in accuracy_rows(found)] == ["teacher", "scratch", "distilled", "student"]
+
+
+def test_problems_with_the_labelled_images_are_shown_and_escaped(tmp_path: Path) -> None:
+    numbers = {"checked": 1200, "train_val": 0, "train_test": 2, "val_test": 0, "torn_groups": 1, "two_labels": 0}
+    found = result(hygiene={**numbers, "doubtful_labels": 1, "path": "/store/findings.parquet"})
+    exhibit = Exhibit([picture(0), picture(1)], [EVIL, "/b.png"], f"train, {EVIL} and test, b: the same file")
+    shown = HygieneReport([("Copies in two splits (1)", [exhibit])], [f"{EVIL}: test, train"])
+    read = page(tmp_path, found, hygiene=shown)
+    assert EVIL not in read.html
+    assert read.text.count(EVIL) == 3  # below the images, in the sentence, in the groups
+    assert len(read.all("img", title=EVIL)) == 1
+    assert "1,200 images were compared" in read.text
+    assert "test images that are copies of training images: 2; groups in more than one split: 1" in read.text
+    line = closing_table(found).splitlines()[-1]
+    assert line.startswith("labelled images: test images that are copies of training images: 2; groups")
+    assert line.endswith(
+        "training labels that the teacher contradicts: 1. The report shows them; the list is /store/findings.parquet."
+    )
+
+
+def test_labelled_images_without_problems_are_one_line(tmp_path: Path) -> None:
+    numbers = dict.fromkeys(("train_val", "train_test", "val_test", "torn_groups", "two_labels", "doubtful_labels"), 0)
+    found = result(hygiene={"checked": 9, **numbers, "path": "x"})
+    assert closing_table(found).splitlines()[-1] == (
+        "labelled images: no copies in two splits and no contradicted labels were found."
+    )
+    assert "no label is contradicted" in page(tmp_path, found, hygiene=HygieneReport()).text
+    assert "labelled images" not in closing_table(result())

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ktray.data.fingerprints import fingerprint, fingerprint_heldout
 from ktray.miniverse.world import sample
 from ktray.retrieval.heldout_duplicates import (
     IDENTICAL,
     NEAR_DUPLICATE,
     GalleryBlock,
-    fingerprint,
-    fingerprint_heldout,
     near_duplicates,
 )
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from ktray.data.fingerprints import Fingerprints
 from ktray.retrieval import set_duplicates as module
-from ktray.retrieval.heldout_duplicates import Fingerprints
 from ktray.retrieval.set_duplicates import SetDuplicates
 
 

@@ -25,7 +25,7 @@ from ktray.stages.base import Runtime
 from ktray.stages.inputs import NotInKey, StageInputs, key_value
 from ktray.storage.store import Store
 
-STAGES = {"labels", "adapt", "index", "curate", "teach", "transfer", "finetune", "scratch", "evaluate"}
+STAGES = {"labels", "adapt", "index", "curate", "hygiene", "teach", "transfer", "finetune", "scratch", "evaluate"}
 # Every exception is one that somebody has looked at: whoever adds one says why it cannot change a result.
 EXCEPTIONS = {
     "adapt": {"images", "levels"},

@@ -44,6 +44,8 @@ class LabelledRow:
         split: ``train``, ``val``, ``test``, or ``pool`` (a training image that is not in the chosen split list).
         version: size and modification time of the file (and of its mask), or empty.
         mask: where the label map of the image is, or empty.
+        group: name of a group of images that are not independent, such as those of one patient or of one video, or
+            empty. A split that ktray draws keeps the group together.
     """
 
     uri: str
@@ -52,16 +54,34 @@ class LabelledRow:
     split: str
     version: str = ""
     mask: str = field(default="", repr=False)
+    group: str = field(default="", repr=False)
 
 
-def read_rows(data: str, notes: list[str]) -> list[LabelledRow]:
-    """All labelled images of a folder of class folders or of a list. Ignored files are reported in ``notes``."""
+def read_rows(data: str, notes: list[str], group: str | None = None) -> list[LabelledRow]:
+    """All labelled images of a folder of class folders or of a list. Ignored files are reported in ``notes``.
+
+    Args:
+        group: the column of a list with the group of each image; None: the column ``group``, if there is one.
+
+    Raises:
+        KtrayError: there is nothing that can be read, or no such column.
+    """
     path, file = place(data)
     if file is None:
+        no_groups(group, path)
         return _folder(path, notes)
     if is_csv(path) or is_parquet(path):
-        return _list(file, notes)
+        return _list(file, notes, group)
     raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
+
+
+def no_groups(group: str | None, path: str) -> None:
+    """Raises KtrayError if task.group is set, for data without columns."""
+    if group is not None:
+        raise KtrayError(
+            f"task.group={group} is a column of a CSV or Parquet list, and '{path}' is a folder",
+            "Remove task.group, or set task.data to a list with the columns path,label and this one.",
+        )
 
 
 def place(data: str) -> tuple[str, FileStat | None]:
@@ -141,7 +161,7 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     return rows
 
 
-def _list(file: FileStat, notes: list[str]) -> list[LabelledRow]:
+def _list(file: FileStat, notes: list[str], group: str | None) -> list[LabelledRow]:
     path = file.path
     version = f"{file.size}:{file.mtime_ns}"
     lines = read_csv(path) if is_csv(path) else _parquet_lines(path)
@@ -151,12 +171,14 @@ def _list(file: FileStat, notes: list[str]) -> list[LabelledRow]:
             "The first line has the column names path,label[,split]. Add one line per image.",
         )
     names = {name.lower(): name for name in reversed(list(lines[0]))}
-    for needed in ("path", "label"):
+    groups = (group or "group").lower()
+    for needed in ("path", "label", *([groups] if group else [])):
         if needed not in names:
             near = difflib.get_close_matches(needed, names, n=1)
             hint = f"Rename '{names[near[0]]}'" if near else f"This one has the columns {', '.join(lines[0])}"
             raise KtrayError(
-                f"List '{path}' has no column '{needed}'", f"A list has the columns path,label[,split]. {hint}."
+                f"List '{path}' has no column '{needed}'{' (task.group)' if needed == groups else ''}",
+                f"A list has the columns path,label[,split][,group]. {hint}.",
             )
     rows: list[LabelledRow] = []
     for number, line in enumerate(lines, 2 if is_csv(path) else 1):
@@ -168,7 +190,8 @@ def _list(file: FileStat, notes: list[str]) -> list[LabelledRow]:
                 f"List '{path}' has {problem} in row {number}",
                 "Fill in path and label; splits are train, val and test.",
             )
-        rows.append(LabelledRow(resolve(name, path), nfc(name), label, SPLITS[split], version))
+        member = nfc(line[names[groups]]) if groups in names else ""
+        rows.append(LabelledRow(resolve(name, path), nfc(name), label, SPLITS[split], version, group=member))
     if not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",

@@ -7,12 +7,14 @@ the data. Therefore it is the same on every machine and for every order of direc
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from ktray.data.labelled.draw import draws, fill_splits, keep_budget
 from ktray.data.labelled.forms import LabelledRow, count, three
+from ktray.data.labelled.hygiene_copies import find_copies
+from ktray.data.labelled.hygiene_groups import in_words, torn_groups
 from ktray.errors import KtrayError
 
 
@@ -46,6 +48,7 @@ class LabelledSet:
         fingerprint: hash of names, labels, splits and, for folders, sizes and modification times.
         names: readable class names for people and text towers; empty if nothing better than ``classes`` is known.
         mask_offset: see `LabelledExample.mask`.
+        torn: groups of images (``task.group``) that are in more than one split of the data, with these splits.
     """
 
     classes: list[str]
@@ -57,6 +60,7 @@ class LabelledSet:
     fingerprint: str = ""
     names: list[str] = field(default_factory=list)
     mask_offset: int = 0
+    torn: dict[str, list[str]] = field(default_factory=dict)
 
 
 def divide(
@@ -74,6 +78,9 @@ def divide(
     facts: Any = None,
 ) -> LabelledSet:
     """Divide rows into train, val, test and the unlabelled rest.
+
+    What is drawn here keeps images together that show the same (`copies.find_copies`), and the splits also keep groups
+    (`LabelledRow.group`) together. Splits that the rows already have are not changed.
 
     Args:
         rows: all rows; repeated rows are counted once.
@@ -94,9 +101,14 @@ def divide(
     Raises:
         KtrayError: one image in two splits or with two labels.
     """
-    rows = _fill_splits(_without_repeats(rows, notes), seed, val_fraction, test_fraction, notes)
+    rows = _without_repeats(rows, notes)
+    copies = find_copies(rows, notes) if draws(rows, budget) else []
+    rows = fill_splits(rows, seed, val_fraction, test_fraction, copies, notes)
+    torn = torn_groups((r.group, r.split) for r in rows)
+    if torn:
+        notes.append(f"WARNING: {in_words(torn)}")
     class_names = classes(rows)
-    kept, surplus = _budget([r for r in rows if r.split == "train"], seed, budget, notes)
+    kept, surplus = keep_budget([r for r in rows if r.split == "train"], seed, budget, copies, notes)
     number = {name: i for i, name in enumerate(class_names)}
 
     def part(chosen: Iterable[LabelledRow]) -> list[LabelledExample]:
@@ -114,6 +126,8 @@ def divide(
         digest.update(repr(row).encode())
     if facts is not None:
         digest.update(repr(facts).encode())
+    if grouped := sorted((r.key, r.group) for r in rows if r.group):
+        digest.update(repr(grouped).encode())
     return LabelledSet(
         class_names,
         part(kept),
@@ -124,6 +138,7 @@ def divide(
         digest.hexdigest(),
         names(class_names),
         mask_offset,
+        torn,
     )
 
 
@@ -168,74 +183,3 @@ def _without_repeats(rows: Sequence[LabelledRow], notes: list[str]) -> list[Labe
     if repeats:
         notes.append(f"{repeats} lines of the list are repeats and are ignored.")
     return list(first_rows.values())
-
-
-def _fill_splits(
-    rows: Sequence[LabelledRow], seed: int, val_fraction: float, test_fraction: float, notes: list[str]
-) -> list[LabelledRow]:
-    present = {r.split for r in rows}
-    shares = {"val": val_fraction, "test": test_fraction}
-    missing = [name for name in ("test", "val") if name not in present]
-    if not missing:
-        return list(rows)
-    divided = [r for r in rows if r.split != "train"]
-    small_classes = 0
-    for _, group in _by_class(r for r in rows if r.split == "train"):
-        remaining = _shuffled(group, "split", seed)
-        small_classes += len(remaining) <= len(missing)
-        for name in missing:
-            later = len(missing) - missing.index(name)  # each remaining split, and train, should get at least one image
-            target = max(1, round(shares[name] * len(group)))
-            # With too few images, val has priority over test: without validation no model can be chosen.
-            number = min(target, len(remaining) - later) if len(remaining) > later else 0
-            divided += [replace(r, split=name) for r in remaining[:number]]
-            remaining = remaining[number:]
-        divided += remaining
-    names = " and ".join(reversed(missing))
-    fractions = " and ".join(f"{shares[name]:g}" for name in reversed(missing))
-    share_of = "of each class" if rows and rows[0].label else "of the images"
-    notes.append(f"There is no {names} split: {fractions} {share_of} is split off from train (seed {seed}).")
-    if small_classes:
-        notes.append(
-            f"Number of classes with too few images for every split: {small_classes}. "
-            "Train has priority, then val, then test."
-        )
-    return divided
-
-
-def _budget(
-    train: Sequence[LabelledRow], seed: int, labels_per_class: int | None, notes: list[str]
-) -> tuple[list[LabelledRow], list[LabelledRow]]:
-    """Divide the training rows into those within the label budget and the rest."""
-    if labels_per_class is None:
-        return list(train), []
-    kept: list[LabelledRow] = []
-    surplus: list[LabelledRow] = []
-    short = []
-    for name, group in _by_class(train):
-        order = _shuffled(group, "budget", seed)
-        kept += order[:labels_per_class]
-        surplus += order[labels_per_class:]
-        if len(group) < labels_per_class:
-            short.append(name)
-    if short:
-        notes.append(
-            f"{count(short, 'class', 'classes')} with fewer than {labels_per_class} training images: {three(short)}."
-            if short != [""]
-            else f"There are fewer than {labels_per_class} training images: {len(kept)}."
-        )
-    return kept, surplus
-
-
-def _by_class(rows: Iterable[LabelledRow]) -> list[tuple[str, list[LabelledRow]]]:
-    groups: dict[str, list[LabelledRow]] = defaultdict(list)
-    for row in rows:
-        groups[row.label].append(row)
-    return sorted(groups.items())
-
-
-def _shuffled(rows: Iterable[LabelledRow], purpose: str, seed: int) -> list[LabelledRow]:
-    def draw(row: LabelledRow) -> bytes:
-        return hashlib.blake2b(f"{purpose}\0{seed}\0{row.key}".encode(), digest_size=16).digest()
-
-    return sorted(rows, key=draw)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ktray.data.filesystem import normalise
-from ktray.data.labelled.forms import LabelledRow, count, place, read_rows, three
+from ktray.data.labelled.forms import LabelledRow, count, no_groups, place, read_rows, three
 from ktray.data.labelled.labelled_set import LabelledSet, check_train_list, divide
 from ktray.data.labelled.layouts import readable
 from ktray.data.labelled.split_lists import read_split_lists
@@ -23,14 +23,15 @@ def read_labelled(
     labels_per_class: int | None = None,
     layout: str = "auto",
     train_list: str | None = None,
+    group: str | None = None,
 ) -> LabelledSet:
     """Read images with one class each.
 
     Args:
         data: local path or ``s3://`` of one of: a folder with ``train/`` and optionally ``val/`` (or ``valid/``,
             ``validation/``) and ``test/``, each with class folders; a folder of class folders; a CSV or Parquet list
-            with columns path, label and optionally split. Paths in a list are absolute, ``s3://``, or relative to the
-            list's folder; a Parquet list may contain image bytes in place of paths.
+            with columns path, label and optionally split and group. Paths in a list are absolute, ``s3://``, or
+            relative to the list's folder; a Parquet list may contain image bytes in place of paths.
         splits: a folder with the lists ``train*.txt``, ``val*.txt``, ``test*.txt``, whose lines are ``file,class`` for
             the images under ``data``. Images that are only in other train lists are unlabeled.
         seed, val_fraction, test_fraction: see `ktray.data.labelled.labelled_set.divide`.
@@ -39,6 +40,7 @@ def read_labelled(
         layout: the layout of folders and lists (`layouts.LAYOUTS`); auto recognises it by the file names in the lists.
         train_list: name of the train list in ``splits``, with or without suffix; None: the list for the budget if there
             is one, otherwise the full list.
+        group: the column of a list with the group of each image; None: the column ``group``, if there is one.
 
     Returns:
         The set, each part in a fixed order.
@@ -64,9 +66,10 @@ def read_labelled(
                 f"task.splits needs a folder of images, but '{root}' is a list",
                 "Remove task.splits, or set task.data to a folder.",
             )
+        no_groups(group, root)
         rows, recognised = read_split_lists(root, normalise(splits), labels_per_class, train_list, layout, notes)
     else:
-        rows = read_rows(data, notes)
+        rows = read_rows(data, notes, group)
     return divide(
         rows,
         classes=lambda rows: _classes(rows, data),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ktray.data.decode import MAX_PIXELS
+from ktray.data.fingerprints import fingerprint
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image
@@ -18,7 +19,6 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.retrieval.crops import Crops
-from ktray.retrieval.heldout_duplicates import fingerprint
 from ktray.stages.index.decode import DecodeGallery
 from ktray.storage.columns import Rows
 

@@ -120,6 +120,20 @@ class TransferSet(ResultPart):
     path: str = Field(description="the Parquet file that lists the images")
 
 
+class Hygiene(ResultPart):
+    """Problems with the labelled images. Copies are images that show the same, also after being resized, cropped,
+    mirrored or saved again."""
+
+    checked: int = Field(description="number of images that were compared")
+    train_val: int = Field(description="number of validation images that are copies of training images")
+    train_test: int = Field(description="number of test images that are copies of training images")
+    val_test: int = Field(description="number of test images that are copies of validation images")
+    torn_groups: int = Field(description="number of groups (task.group) in more than one split")
+    two_labels: int = Field(description="number of images that are identical to one with another label")
+    doubtful_labels: int = Field(description="number of training labels that the teacher contradicts")
+    path: str = Field(description="the Parquet file that lists all of these, except torn groups")
+
+
 class JobRun(Result):
     """The entries that the results of all jobs with a run folder share."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from ktray.reporting.result.parts import Images, Number, PipelineRun, ResultPart, TransferSet
+from ktray.reporting.result.parts import Hygiene, Images, Number, PipelineRun, ResultPart, TransferSet
 
 
 class ValidationMetric(ResultPart):
@@ -75,6 +75,7 @@ class StudentRun(PipelineRun):
         None, description="metric of the distilled student, if a baseline is delivered instead"
     )
     transfer_set: TransferSet | None = None
+    hygiene: Hygiene | None = Field(None, description="left out in a trial, which does not read the test split")
 
 
 class TrialResult(StudentRun):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ktray.data.fingerprints import fingerprint_heldout
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import fetch_images
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
-from ktray.retrieval.heldout_duplicates import fingerprint_heldout
 from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
 from ktray.stages.index.stage import unit_embedding
 from ktray.stages.labels import SHARD

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from ktray.data.fingerprints import Fingerprints
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.fetch import fetch_images
 from ktray.errors import KtrayError
@@ -24,7 +25,7 @@ from ktray.models.teacher.spec import TeacherSpec
 from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
 from ktray.retrieval.coverage import coverage, lines
-from ktray.retrieval.heldout_duplicates import DuplicateTable, Fingerprints
+from ktray.retrieval.heldout_duplicates import DuplicateTable
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
 from ktray.retrieval.set_duplicates import SetDuplicates

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ktray.data.fingerprints import Small, fingerprint_small, shrink
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image, fetch
@@ -16,7 +17,6 @@ from ktray.data.sources.uris import ImageRef
 from ktray.distributed.ray_data import Item
 from ktray.errors import BadImage
 from ktray.retrieval.crops import Crops
-from ktray.retrieval.heldout_duplicates import Small, fingerprint_small, shrink
 from ktray.storage.columns import Rows
 
 # Bytes of pixels in one piece, which goes to the device at once. Ray Data's blocks have this size, too; several copies

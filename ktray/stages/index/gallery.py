@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from ktray.data.fingerprints import Fingerprints
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import map_numbered
 from ktray.recipe.choice import strategies
 from ktray.retrieval.heldout_duplicates import (
     DuplicateTable,
-    Fingerprints,
     GalleryBlock,
     hash_duplicates,
     near_duplicates,
