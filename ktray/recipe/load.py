@@ -22,8 +22,6 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 DEFAULT = "letters"
-# Parts of pydantic's paths that name a branch of a type, not a key.
-_BRANCHES = ("function", "literal", "bool", "constrained", "int", "float", "str", "list[", "dict[")
 WHOLE = ("kwargs", "strategy")  # mappings that a later value replaces instead of merging
 
 
@@ -120,12 +118,19 @@ def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where += [str(step) for step in first["loc"] if not str(step).startswith(_BRANCHES)]
+        where += [str(step) for step in first["loc"] if not _is_branch(str(step))]
         raise KtrayError(
             f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: "
             f"{first['msg'].removeprefix('Value error, ')}",
             "--help lists the type of each key.",
         ) from error
+
+
+def _is_branch(step: str) -> bool:
+    """Whether a part of pydantic's path to a value names a branch of a type, not a key."""
+    return step in ("int", "float", "str", "bool") or step.startswith(
+        ("function", "literal", "bool", "constrained", "list[", "dict[")
+    )
 
 
 def dump(recipe: Recipe) -> str:

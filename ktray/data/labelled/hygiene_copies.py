@@ -37,8 +37,8 @@ DISTANCE = 10
 CORRELATION = 0.93
 STRUCTURE = 0.85
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-# Number of images up to which copies are looked for before a split is drawn: some minutes on a few cores.
-MOST = 50_000
+# Number of images up to which copies are looked for before a split is drawn: about a minute on a few cores.
+MOST = 10_000
 _MANY = 5_000
 _THUMB = 32
 _GRID, _FINE = 16, 24
