@@ -247,7 +247,7 @@ class TaskKind(ABC):
         kwargs: dict[str, Any],
         outputs: int,
         image_size: int,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         checkpoint: str | None = None,
         **options: Any,
     ) -> Student:

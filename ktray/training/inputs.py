@@ -15,7 +15,7 @@ from ktray.data.augment import view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
-from ktray.models.student.classifier import Student
+from ktray.models.student.classifier import Student, published_source
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
@@ -199,7 +199,9 @@ class StudentSpec:
         name, kwargs: timm's name of the model and its arguments.
         num_classes: number of outputs of the model.
         image_size: side of the input in pixels.
-        pretrained, checkpoint: whether to use published weights, and a file to read them from.
+        pretrained: the source of the published weights that it starts from
+            (`ktray.models.student.classifier.published_source`); false: random weights.
+        checkpoint: a file of weights that it starts from.
         options: other options of the task kind's student; see `ktray.tasks.base.TaskKind.student_options`.
         start: directory and name of a file in the store with the initial weights; None: a new student.
     """
@@ -209,7 +211,7 @@ class StudentSpec:
     kwargs: dict[str, Any]
     num_classes: int
     image_size: int
-    pretrained: bool = False
+    pretrained: bool | str = False
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     start: tuple[Dir, str] | None = None
@@ -219,7 +221,9 @@ class StudentSpec:
         """The student of a resolved recipe."""
         part, kind = recipe.student, task_kind(recipe.task.kind)
         model = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
-        return cls(kind, *model, part.pretrained, part.checkpoint, kind.student_options(part), start)
+        # The source of the weights is part of the stages' keys, and is the same on all machines.
+        pretrained = part.pretrained is True and published_source(str(part.name))
+        return cls(kind, *model, pretrained, part.checkpoint, kind.student_options(part), start)
 
     def make(self, bare: bool = False) -> Student:
         """Build the student.
