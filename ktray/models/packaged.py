@@ -139,9 +139,8 @@ def packaged(model: str) -> PackagedWeights | None:
     """
     architecture, _, tag = model.partition(".")
     found = PACKAGED.get(architecture)
-    if found is None or (tag and tag != timm.get_pretrained_cfg(architecture).tag):
-        return None
-    return found
+    cfg = timm.get_pretrained_cfg(architecture) if found and tag else None
+    return None if cfg is not None and tag != cfg.tag else found
 
 
 def named(name: str) -> PackagedWeights:

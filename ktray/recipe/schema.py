@@ -163,8 +163,9 @@ class TeacherFinetuneConfig(Section):
 class TeacherConfig(Section):
     name: str | None = Field(
         None,
-        description="teacher model: open_clip:<model>[/<pretrained>], timm:<model>, or miniverse (ships with ktray); "
-        "null: that of the built-in task, or a published model for own data",
+        description="teacher model: open_clip:<model>[/<pretrained>], timm:<model>, efficientnet-lite0 (installed with "
+        "ktray; also -lite1, -lite2), or miniverse (ships with ktray); null: that of the built-in task; for own data "
+        "a published CLIP, or efficientnet-lite if its hub does not answer",
     )
     checkpoint: str | None = Field(
         None,
@@ -208,14 +209,16 @@ class StudentConfig(Section):
     )
     checkpoint: str | None = Field(
         None,
-        description="file of weights that the student starts from (safetensors or weights-only .pt); null: random "
-        "weights",
+        description="file of weights that the student starts from (safetensors or weights-only .pt); null: see "
+        "student.pretrained",
     )
     head: Literal["lraspp", "deeplabv3"] = Field(
         "lraspp", description="for segmentation: head on the feature maps of the student"
     )
-    pretrained: bool = Field(
-        False, description="start the student from the weights that timm publishes, which are downloaded"
+    pretrained: bool | Literal["auto"] = Field(
+        "auto",
+        description="start the student from published weights, of an installed package or of timm's hub; auto: true "
+        "for own data where such weights can be had, false for built-in tasks and with student.kwargs",
     )
 
 

@@ -15,7 +15,7 @@ from ktray.data.augment import view_keys
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
-from ktray.models.student.classifier import Student, published_source
+from ktray.models.student.classifier import HUB, Student, published_name, published_source
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
@@ -224,6 +224,16 @@ class StudentSpec:
         # The source of the weights is part of the stages' keys, and is the same on all machines.
         pretrained = part.pretrained is True and published_source(str(part.name))
         return cls(kind, *model, pretrained, part.checkpoint, kind.student_options(part), start)
+
+    @property
+    def initial(self) -> str:
+        """The origin of the initial weights of a new student, in words: ``random``, ``checkpoint``, or ``published``
+        with the name of the weights."""
+        if self.checkpoint:
+            return "checkpoint"
+        if not self.pretrained:
+            return "random"
+        return f"published ({published_name(self.name) if self.pretrained == HUB else self.pretrained})"
 
     def make(self, bare: bool = False) -> Student:
         """Build the student.

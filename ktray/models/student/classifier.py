@@ -200,6 +200,12 @@ def published_source(name: str) -> str:
     return found.name if found is not None and found.find() is not None else HUB
 
 
+def published_name(name: str) -> str:
+    """The full name of the weights that timm publishes for a model: ``architecture.tag``."""
+    cfg = timm.get_pretrained_cfg(name)
+    return name if cfg is None or not cfg.tag else f"{name.partition('.')[0]}.{cfg.tag}"
+
+
 def _check_start(name: str, weights: PackagedWeights) -> PackagedWeights:
     if packaged(name) is not weights:
         raise KtrayError(

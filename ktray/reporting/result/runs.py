@@ -49,6 +49,11 @@ class StudentRun(PipelineRun):
     task: str | None
     objective: str
     student: str | None
+    start: str = Field(
+        "random",
+        description="origin of the student's initial weights: random, checkpoint (student.checkpoint), or published "
+        "with the name of the weights",
+    )
     teacher: str | None = Field(description="null: the objective has no teacher")
     seed: int
     label_budget: int = Field(description="number of labelled training images")

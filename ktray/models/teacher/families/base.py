@@ -143,6 +143,11 @@ class TeacherFamily(ABC):
         this case its child modules are its layers."""
         return None
 
+    def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
+        """The repository of a model's published weights on the Hugging Face hub, and the possible names of their file;
+        None if they are not there. See `ktray.models.hub.available`."""
+        return None
+
     def offline_size(self, model: str) -> int:
         """Size in bytes of weights that were trained on photographs and are installed on this machine, so that they
         need no download; 0 if there are none. If the model hub cannot be reached, ktray takes the largest teacher."""

@@ -45,6 +45,9 @@ class PackagedFamily(TimmFamily):
             self.weights.load(parts.image_tower)
         return parts
 
+    def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
+        return None
+
     def offline_size(self, model: str) -> int:
         path = self.weights.find()
         return path.stat().st_size if path else 0
