@@ -34,7 +34,7 @@ class ComparedMetric(ResultPart):
 
 
 class TeacherMetric(ComparedMetric):
-    adapt: str = Field(description="how the teacher was adapted: text, probe or finetune")
+    adapt: str = Field(description="how the teacher was adapted: text, probe, finetune or lora")
 
 
 class ClusterShare(ResultPart):
