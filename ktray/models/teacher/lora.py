@@ -85,7 +85,7 @@ def merge_lora(tower: nn.Module) -> None:
     """
     for module in list(tower.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
