@@ -12,6 +12,7 @@ _FOLDERS = sorted({str(path.parent) for path in _HERE.rglob("*.py")})
 _PATHS = [*_FOLDERS, str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in _PATHS if p)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a token file of this machine must not decide a test
 
 import pytest  # noqa: E402

@@ -26,7 +26,7 @@ def command(argv, run=lambda r, s, d: None, plan=lambda r, s: None):
 def test_help_lists_every_key(capsys):
     assert command(["--help"]) == 0
     out = capsys.readouterr().out
-    for key in ("train.warmup=0.1", "teacher.adapt=auto  (probe|finetune|text|auto)", "gallery.data", "letters"):
+    for key in ("train.warmup=0.1", "teacher.adapt=auto  (probe|finetune|lora|text|auto)", "gallery.data", "letters"):
         assert key in out
 
 

@@ -152,7 +152,7 @@ def describe_keys(missing: list[str], unexpected: list[str], shapes: list[str] |
     return "; ".join(f"{len(keys)} {kind} ({_first_keys(keys)})" for kind, keys in kinds if keys)
 
 
-def wrong_keys(path: Path, why: str, key: str = "teacher.checkpoint") -> KtrayError:
+def wrong_keys(path: Path | str, why: str, key: str = "teacher.checkpoint") -> KtrayError:
     """The error for weights that do not belong to the model."""
     return KtrayError(
         f"The weights in '{path}' do not fit the model: {why}",
@@ -196,7 +196,11 @@ def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool
     Raises:
         KtrayError: see `read_weights`; or keys or shapes do not fit.
     """
-    state = read_weights(path, key)
+    return load_timm_state(model, read_weights(path, key), path, key, keep_head=keep_head)
+
+
+def load_timm_state(model: nn.Module, state: Tensors, path: Path | str, key: str, *, keep_head: bool = False) -> bool:
+    """Like `load_timm_weights`, for weights that were read from a file before."""
     fitted, loaded_head = _fit_head(model, state, keep_head)
     problem = mismatch(model, fitted)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -162,8 +162,9 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _T
     if tower:
         labelled = len(task.train) + len(task.val)
         adapt = tower * labelled
-        if predicts and (t.adapt == "finetune" or (t.adapt == "auto" and "finetune" in t.candidates)):
-            adapt += 3 * tower * t.finetune.steps * t.finetune.batch_size
+        if predicts:
+            # LoRA computes the gradients of all weights as well.
+            adapt += sum(3 * tower * part.steps * part.batch_size for part in t.trainings().values())
         how = t.adapt if predicts else "probe"
         yield Line("adapt", adapt, labelled * width * 2, f"{how} on {len(task.train)} labels")
     images = transfer_images(recipe, task)

@@ -24,6 +24,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
 from ktray.pipeline.image_kinds import choose_augmentation, choose_baselines, choose_learning_rate
+from ktray.pipeline.published import choose_start, choose_teacher
 from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
@@ -38,8 +39,6 @@ logger = logging.getLogger("ktray")
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
-PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
-PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
 # Residual networks accept an output stride, which leaves a feature map to pool over when the images are small.
 SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
 SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
@@ -74,8 +73,8 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             part = getattr(part, step)
         setattr(part, name, value)
         if why:
-            shown = f"{value:g}" if isinstance(value, float) else value
-            reasons.append(f"{key}={shown} ({why})")
+            text = str(value).lower() if isinstance(value, bool) else value
+            reasons.append(f"{key}={f'{value:g}' if isinstance(value, float) else text} ({why})")
 
     task, names, prompts = labelled_task(recipe, choose)
     reasons += list(task.notes)
@@ -92,7 +91,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     median = int(statistics.median(sides)) if sides else 224
     on_gpu = plan.worker_gpus > 0
 
-    _published(recipe, on_gpu, choose)
+    choose_teacher(recipe, on_gpu, choose)
     if recipe.image_size is None:
         size = next((s for s in (224, 160, 128, 96, 64, 48, 32) if s <= median), 32)
         if not on_gpu and size > 128:
@@ -109,6 +108,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             choose("student.name", "fastvit_s12", "the paper's student, because there is a GPU")
         else:
             choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    choose_start(recipe, choose)
     if recipe.transfer.source == "none" and recipe.objective.has_transfer_set():
         recipe.objective = without_transfer_set()
     if not recipe.objective.has_transfer_set():
@@ -280,23 +280,11 @@ def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
         reasons.append(f"gallery.data={recipe.gallery.data} (the built-in gallery)")
         if recipe.teacher.name is None:
             choose("teacher.name", "miniverse", "the small teacher that is part of ktray, for the built-in gallery")
-    _published(recipe, plan.worker_gpus > 0, choose)
+    choose_teacher(recipe, plan.worker_gpus > 0, choose)
     counts = [shard.count for shard in _gallery(recipe)]
     images = None if None in counts else sum(c or 0 for c in counts)
     nothing = LabelledSet([], [], [], [])
     return Resolved(recipe, nothing, [], [], "", 1.0, images, None, reasons)
-
-
-def _published(recipe: Recipe, on_gpu: bool, choose: Callable[[str, str, str], None]) -> None:
-    if recipe.teacher.name is not None:
-        return
-    if recipe.teacher.checkpoint:
-        raise KtrayError(
-            "teacher.checkpoint is set but teacher.name is not",
-            "Set teacher.name to the architecture, for example teacher.name=open_clip:ViT-B-16.",
-        )
-    name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
-    choose("teacher.name", name, "a published model for your own data, downloaded from its hub")
 
 
 def _home(recipe: Recipe) -> Path:

@@ -73,6 +73,7 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
         "task": recipe.task.name or recipe.task.data,
         "objective": recipe.objective.name,
         "student": recipe.student.name,
+        "start": student_spec(context).initial,
         "teacher": recipe.teacher.name if outputs.adapt else None,
         "seed": recipe.seed,
         "label_budget": len(context.task.train),

@@ -7,6 +7,7 @@ part in the choice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,7 +33,7 @@ class Candidate:
     Attributes:
         name: a key of `MODELS`.
         trained: the stage with its weights.
-        val: the task's metric on validation, a fraction.
+        val: the task's metric on validation, a fraction; in a plan, NaN for a stage that is not computed yet.
     """
 
     name: str
@@ -41,7 +42,9 @@ class Candidate:
 
 
 def best_validation(manifest: TrainedManifest, metric: str) -> float:
-    """The validation metric, a fraction, of the weights that a training stage kept."""
+    """The validation metric, a fraction, of the weights that a training stage kept; NaN if it is not computed yet."""
+    if "curve" not in manifest:
+        return math.nan
     name = f"val_{metric}"
     curve = [row for row in manifest["curve"] if name in row]
     kept = [row for row in curve if row["step"] == manifest["best_step"]] or curve[-1:]
@@ -52,6 +55,9 @@ def distilled(transferred: StageResult, finetuned: StageResult | None, metric: s
     """The distilled student after TRANSFER, if its predictions were validated there, and after FINETUNE, if the run has
     one. The better one is first."""
     found = []
+    if not all("curve" in stage.manifest for stage in (transferred, finetuned) if stage):  # in a plan
+        last = finetuned or transferred
+        return [_candidate(FINETUNED if finetuned else TRANSFERRED, last, metric)]
     if any(f"val_{metric}" in row for row in transferred.manifest["curve"]):
         found.append(_candidate(TRANSFERRED, transferred, metric))
     if finetuned is not None:
@@ -72,7 +78,9 @@ def baseline(name: str, trained: StageResult, metric: str) -> Candidate:
 
 
 def best(candidates: list[Candidate]) -> Candidate:
-    """The best candidate on validation; of equally good ones the first."""
+    """The best candidate on validation; of equally good ones, and of ones that are not computed yet, the first."""
+    if any(math.isnan(c.val) for c in candidates):
+        return candidates[0]
     return max(candidates, key=lambda c: c.val)
 
 

@@ -20,6 +20,7 @@ from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
+from ktray.recipe.teacher import TRAINED_TOWERS, TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.recipe.train import BaselinesConfig, FinetuneConfig, TrainConfig
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
@@ -151,25 +152,12 @@ class DataConfig(Section):
     )
 
 
-class TeacherFinetuneConfig(Section):
-    """Finetuning of the teacher's tower (teacher.adapt=finetune or auto)."""
-
-    steps: int = Field(150, ge=1, description="optimizer steps of the teacher's finetuning")
-    batch_size: int = Field(64, ge=1, description="images per step of the teacher's finetuning, over all workers")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of the teacher's last layers")
-    head_lr: float = Field(1e-3, gt=0, description="peak learning rate of the head on the teacher")
-    layer_decay: float = Field(
-        0.75, gt=0, le=1, description="factor by which the learning rate falls from each block to the block below it"
-    )
-    weight_decay: float = Field(0.05, ge=0, description="weight decay of AdamW in the teacher's finetuning")
-    ema: float = Field(0.98, ge=0, lt=1, description="decay of the teacher's averaged weights (EMA); 0: no averaging")
-
-
 class TeacherConfig(Section):
     name: str | None = Field(
         None,
-        description="teacher model: open_clip:<model>[/<pretrained>], timm:<model>, or miniverse (ships with ktray); "
-        "null: that of the built-in task, or a published model for own data",
+        description="teacher model: open_clip:<model>[/<pretrained>], timm:<model>, efficientnet-lite0 (installed with "
+        "ktray; also -lite1, -lite2), or miniverse (ships with ktray); null: that of the built-in task; for own data "
+        "a published CLIP, or efficientnet-lite if its hub does not answer",
     )
     checkpoint: str | None = Field(
         None,
@@ -191,16 +179,22 @@ class TeacherConfig(Section):
         description="for segmentation: number of last blocks (or of stages, where they differ in size) that the head "
         "on the teacher reads",
     )
-    adapt: Literal["probe", "finetune", "text", "auto"] = Field(
+    adapt: Literal["probe", "finetune", "lora", "text", "auto"] = Field(
         "auto",
-        description="adaptation of the teacher to the task: a linear probe, finetuning, or class names as text; auto: "
-        "the best of teacher.candidates on validation",
+        description="adaptation of the teacher to the task: a linear probe, finetuning, low-rank adaptation (LoRA), or "
+        "class names as text; auto: the best of teacher.candidates on validation",
     )
-    candidates: list[Literal["text", "probe", "finetune"]] = Field(
+    candidates: list[Literal["text", "probe", "finetune", "lora"]] = Field(
         ["text", "probe", "finetune"],
         description="adaptations that teacher.adapt=auto tries; text is tried only where the teacher has a text tower",
     )
     finetune: TeacherFinetuneConfig = TeacherFinetuneConfig()
+    lora: TeacherLoraConfig = TeacherLoraConfig()
+
+    def trainings(self) -> dict[str, TeacherFinetuneConfig]:
+        """The adaptations out of `TRAINED_TOWERS` that the recipe tries, with their settings."""
+        tried = self.candidates if self.adapt == "auto" else [self.adapt]
+        return {name: getattr(self, name) for name in TRAINED_TOWERS if name in tried}
 
 
 class StudentConfig(Section):
@@ -213,14 +207,16 @@ class StudentConfig(Section):
     )
     checkpoint: str | None = Field(
         None,
-        description="file of weights that the student starts from (safetensors or weights-only .pt); null: random "
-        "weights",
+        description="file of weights that the student starts from (safetensors or weights-only .pt); null: see "
+        "student.pretrained",
     )
     head: Literal["lraspp", "deeplabv3"] = Field(
         "lraspp", description="for segmentation: head on the feature maps of the student"
     )
-    pretrained: bool = Field(
-        False, description="start the student from the weights that timm publishes, which are downloaded"
+    pretrained: bool | Literal["auto"] = Field(
+        "auto",
+        description="start the student from published weights, of an installed package or of timm's hub; auto: true "
+        "for own data where such weights can be had, false for built-in tasks and with student.kwargs",
     )
 
 

@@ -200,8 +200,8 @@ class TaskKind(ABC):
     # Teacher.
 
     def candidates(self, part: TeacherConfig, has_text: bool) -> list[str]:
-        """The candidates of ADAPT, in order, out of ``text``, ``probe`` and ``finetune``. By default ``text``, which
-        needs a head from class names, is not among them.
+        """The candidates of ADAPT, in order, out of ``text``, ``probe``, ``finetune`` and ``lora``. By default
+        ``text``, which needs a head from class names, is not among them.
 
         Raises:
             KtrayError: this kind or teacher does not support teacher.adapt.
@@ -247,7 +247,7 @@ class TaskKind(ABC):
         kwargs: dict[str, Any],
         outputs: int,
         image_size: int,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         checkpoint: str | None = None,
         **options: Any,
     ) -> Student:

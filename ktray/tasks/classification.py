@@ -79,7 +79,7 @@ class Classification(TaskKind):
     ) -> FittedHeads:
         """Fit a head from class names, if the teacher has a text tower, and a linear probe that starts from it."""
         heads: dict[str, LinearHead] = {}
-        classes, fitted = settings.classes, "probe" in settings.wanted or "finetune" in settings.wanted
+        classes, fitted = settings.classes, any(name != "text" for name in settings.wanted)
 
         def fit() -> None:
             if teacher.has_text and ("text" in settings.wanted or fitted):

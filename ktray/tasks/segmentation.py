@@ -170,7 +170,7 @@ class Segmentation(TaskKind):
         kwargs: dict[str, Any],
         outputs: int,
         image_size: int,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         checkpoint: str | None = None,
         **options: Any,
     ) -> Segmenter:

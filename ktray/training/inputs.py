@@ -16,7 +16,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import WorkerPool
 from ktray.errors import KtrayError
-from ktray.models.student.classifier import Student
+from ktray.models.student.classifier import HUB, Student, published_name, published_source
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_rows
@@ -220,7 +220,9 @@ class StudentSpec:
         name, kwargs: timm's name of the model and its arguments.
         num_classes: number of outputs of the model.
         image_size: side of the input in pixels.
-        pretrained, checkpoint: whether to use published weights, and a file to read them from.
+        pretrained: the source of the published weights that it starts from
+            (`ktray.models.student.classifier.published_source`); false: random weights.
+        checkpoint: a file of weights that it starts from.
         options: other options of the task kind's student; see `ktray.tasks.base.TaskKind.student_options`.
         start: directory and name of a file in the store with the initial weights; None: a new student.
     """
@@ -230,7 +232,7 @@ class StudentSpec:
     kwargs: dict[str, Any]
     num_classes: int
     image_size: int
-    pretrained: bool = False
+    pretrained: bool | str = False
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     start: tuple[Dir, str] | None = None
@@ -240,12 +242,24 @@ class StudentSpec:
         """The student of a resolved recipe."""
         part, kind = recipe.student, task_kind(recipe.task.kind)
         model = str(part.name), dict(part.kwargs), num_classes, int(recipe.image_size or 0)
-        return cls(kind, *model, part.pretrained, part.checkpoint, kind.student_options(part), start)
+        # The source of the weights is part of the stages' keys, and is the same on all machines.
+        pretrained = part.pretrained is True and published_source(str(part.name))
+        return cls(kind, *model, pretrained, part.checkpoint, kind.student_options(part), start)
+
+    @property
+    def initial(self) -> str:
+        """The origin of the initial weights of a new student, in words: ``random``, ``checkpoint``, or ``published``
+        with the name of the weights."""
+        if self.checkpoint:
+            return "checkpoint"
+        if not self.pretrained:
+            return "random"
+        return f"published ({published_name(self.name) if self.pretrained == HUB else self.pretrained})"
 
     @property
     def published(self) -> bool:
         """Whether a new student starts from weights of another training."""
-        return self.pretrained or self.checkpoint is not None
+        return bool(self.pretrained) or self.checkpoint is not None
 
     def from_scratch(self) -> StudentSpec:
         """The same student with random initial weights."""

@@ -22,9 +22,11 @@ from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_
 from ktray.models.flops import forward_flops, train_flops
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import FeaturesAndLogits, classifier_of
+from ktray.models.teacher.lora import add_lora, merge_lora
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
-from ktray.recipe.schema import TeacherFinetuneConfig, TrainConfig
+from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
+from ktray.recipe.teacher import TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
 from ktray.training.evaluation import evaluator
@@ -346,7 +348,8 @@ def _predict(preprocess: Preprocess) -> Callable[[nn.Module, torch.Tensor], torc
 
 @dataclass(frozen=True)
 class AdaptSpec:
-    """Finetuning of the teacher's image tower and head on the labels, with layer-wise decay of the learning rate.
+    """Finetuning of the teacher's image tower (or of its products of low rank) and head on the labels, with layer-wise
+    decay of the learning rate.
 
     Attributes:
         start: the directory of the adapted teacher that the training starts from.
@@ -363,6 +366,7 @@ class AdaptSpec:
         kind = self.labels.kind
         with self.start.local() as folder:
             teacher = kind.teacher_form.load(folder, env.device)
+        self.prepare(teacher)
         env = env.divide(self.part.batch_size)
         batch = env.rows(self.part.batch_size)
         pixels, val_labels = self.labels.load("val", "pixels")
@@ -381,6 +385,16 @@ class AdaptSpec:
             weight=env.weight,
             autocast=torch.bfloat16 if env.device.type == "cuda" else None,
         )
+
+    def prepare(self, teacher: AdaptedTeacher) -> None:
+        """Give a teacher the parameters that are trained, and that the stored weights contain."""
+        if isinstance(self.part, TeacherLoraConfig):
+            add_lora(teacher.image_tower, self.part.rank, self.part.alpha, self.settings.seed)
+
+    def complete(self, teacher: AdaptedTeacher) -> None:
+        """Make an ordinary teacher of a trained one."""
+        merge_lora(teacher.image_tower)
+        teacher.finetuned = True
 
 
 class _Adapt(nn.Module):

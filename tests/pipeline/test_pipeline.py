@@ -1,5 +1,6 @@
 """The whole job on a small world: result, reuse, bad input, two workers, one clear line per error."""
 
+import dataclasses
 import json
 import shutil
 import sqlite3
@@ -19,8 +20,10 @@ import ktray
 from ktray import cli
 from ktray import recipe as recipes
 from ktray.jobs.definitions import Job
+from ktray.models.packaged import EFFICIENTNET_LITE
 from ktray.models.student.classifier import build_student
 from ktray.pipeline.run import run
+from ktray.recipe.registries import TEACHERS
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.manifests import MANIFESTS, StageManifest
 from ktray.storage.store import Stage
@@ -235,6 +238,9 @@ def test_the_published_teacher_without_a_network_says_what_to_do(cluster, world,
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for weights in EFFICIENTNET_LITE:  # as if their packages were not installed
+        absent = dataclasses.replace(weights, module="no_such_package_of_weights")
+        monkeypatch.setattr(TEACHERS.get(weights.name), "weights", absent)
     overrides = [f"store={tmp_path}", f"task.data={world[0] / 'task'}", f"gallery.data={world[0] / 'gallery'}"]
     found = recipes.load(None, overrides)
     with pytest.raises(ktray.errors.KtrayError, match=r"teacher\.checkpoint.*teacher\.name=miniverse"):

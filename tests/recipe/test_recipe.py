@@ -46,7 +46,7 @@ def test_a_part_of_a_recipe_goes_over_a_whole_one(name):
         ("trian.lr=3", r"Unknown recipe key 'trian\.lr'\. Did you mean 'train\.lr'"),
         ("lr=3", r"Did you mean 'train\.lr'"),
         ("train.lr=fast", r"'train\.lr' does not accept 'fast'"),
-        ("teacher.adapt=magic", "'probe', 'finetune', 'text' or 'auto'"),
+        ("teacher.adapt=magic", "'probe', 'finetune', 'lora', 'text' or 'auto'"),
         ("teach.views=0", "greater than or equal to 1"),
         ("transfer.size", "not a key=value pair"),
     ],

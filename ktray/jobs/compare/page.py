@@ -12,7 +12,7 @@ from ktray.reporting.units import flops, percent, seconds, usd
 
 COLUMNS = (
     "name", "accuracy", "spread", "low", "high", "validation", "flops", "teacher_share", "device_seconds", "usd",
-    "steps", "lr", "images", "seeds", "pareto", "lead", "lead_low", "lead_high", "reached_by", "times_less",
+    "start", "steps", "lr", "images", "seeds", "pareto", "lead", "lead_low", "lead_high", "reached_by", "times_less",
     "times_low", "times_high",
 )  # fmt: skip
 
@@ -96,6 +96,7 @@ def table(content: dict[str, Any]) -> str:
         span = f"{100 * w['low']:.1f} to {100 * w['high']:.1f}%"
         cost = f"{flops(w['flops']):>14}{w['teacher_share']:>9.0%}{seconds(w['device_seconds']):>10}{usd(w['usd']):>11}"
         out.append(f"{w['name']:<{width}}{accuracy(w):>15}{span:>18}{percent(w['validation']):>12}{cost}")
+    out += _starts(content["ways"])
     first = content["first"]
     others = [w for w in content["ways"] if w["family"] != content["ways"][0]["family"]]
     if others:
@@ -105,6 +106,17 @@ def table(content: dict[str, Any]) -> str:
         by = f" by '{w['reach']['name']}'" if w["reach"] else ""
         out.append(f"  {w['name']:<{width}}{points(w['lead']):>26}   {times(w['reach'])}{by}")
     return "\n".join(out)
+
+
+def _starts(methods: list[dict[str, Any]]) -> list[str]:
+    """Name the initial weights of the students, unless all of them were random."""
+    starts: dict[str, list[str]] = {}
+    for method in methods:
+        starts.setdefault(method.get("start", "unknown"), []).append(method["name"])
+    if set(starts) <= {"random", "unknown"}:
+        return []
+    named = (f"{start}: {', '.join(names) if len(starts) > 1 else 'all'}" for start, names in starts.items())
+    return [f"\nstart of the students: {'; '.join(named)}"]
 
 
 def _csv_row(method: dict[str, Any]) -> dict[str, Any]:

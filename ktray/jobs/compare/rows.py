@@ -89,6 +89,8 @@ def _row(store: Store, name: str, results: Sequence[dict[str, Any]]) -> dict[str
         "name": name,
         "objective": results[0]["objective"],
         "source": results[0].get("transfer_set", {}).get("source", "none"),
+        # A run of an earlier version has no entry; its student may have had any start.
+        "start": results[0].get("start", "unknown"),
         "images": float(np.mean(kept)) if kept else None,
         "accuracy": float(tests.mean()),
         "spread": float(tests.std(ddof=1)) if len(tests) > 1 else None,

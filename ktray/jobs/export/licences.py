@@ -25,4 +25,4 @@ def of_student(recipe: Recipe) -> str | None:
     """Return the licence of the student's initial weights (students are timm models); None if they were random."""
     if recipe.student.checkpoint:
         return f"{UNKNOWN_LICENCE} (weights of your own, student.checkpoint)"
-    return timm.licence(str(recipe.student.name)) if recipe.student.pretrained else None
+    return timm.licence(str(recipe.student.name)) if recipe.student.pretrained is True else None

@@ -129,7 +129,10 @@ def baseline(recipe: Recipe, plan: Allocation) -> Resolved:
     """Return the baseline, which is the recipe without any change, resolved and with the search's number of steps."""
     if recipe.tune.steps:
         recipe = recipes.override(recipe, {"train.steps": recipe.tune.steps})
-    return resolve(recipe, plan)
+    resolved = resolve(recipe, plan)
+    # A trial may have another student, for which other weights can be had.
+    resolved.recipe.student.pretrained = recipe.student.pretrained
+    return resolved
 
 
 def space_of(base: Recipe, plan: Allocation) -> Space:

@@ -19,6 +19,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
 from ktray.models.features import feature_dim, map_positions, pooled_features, trunk
 from ktray.models.messages import cause, unknown_name
+from ktray.models.packaged import PackagedWeights, named, packaged
 from ktray.models.weights import fetch, load_timm_weights
 
 # Arguments of timm.create_model that ktray sets itself, or that would change the type of model.
@@ -35,6 +36,8 @@ _RESERVED = {
     "exportable": "it does not change the weights",
     "no_jit": "it does not change the weights",
 }
+# The source of weights that timm downloads.
+HUB = "hub"
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def build_student(
     kwargs: dict[str, Any] | None = None,
     num_classes: int = 1000,
     image_size: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     checkpoint: str | None = None,
 ) -> Student:
     """Build a student by its timm name.
@@ -178,7 +181,8 @@ def build_student(
         kwargs: arguments of the model, e.g. ``{"patch_size": 2}``.
         num_classes: number of classes of the task.
         image_size: input size in pixels; None: the model's own.
-        pretrained: initialise with timm's published weights (needs a network).
+        pretrained: initialise with published weights, from the source that `published_source` finds (true), or from
+            the named source.
         checkpoint: initial weights; a classifier for other classes is not loaded.
 
     Raises:
@@ -191,7 +195,10 @@ def build_student(
     for key in kwargs:
         if key in _RESERVED:
             raise KtrayError(f"student.kwargs.{key} cannot be set: {_RESERVED[key]}", f"Remove student.kwargs.{key}.")
-    model = _create(name, kwargs, num_classes, image_size, pretrained)
+    source = published_source(name) if pretrained is True else pretrained
+    model = _create(name, kwargs, num_classes, image_size, source == HUB)
+    if source and source != HUB:
+        _check_start(name, named(str(source))).load(model)
     warnings = []
     if checkpoint:
         path = fetch(checkpoint, "student.checkpoint")
@@ -205,6 +212,28 @@ def build_student(
         preprocess = Preprocess.from_dict({**preprocess.to_dict(), "size": [image_size] * 2, "crop_pct": 1.0})
     warnings += _dry_run(model, name, preprocess.size, num_classes)
     return Student(model, name, kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+
+
+def published_source(name: str) -> str:
+    """Where ``student.pretrained=true`` takes the weights of a timm model from: the name of packaged weights whose
+    package is installed, or else `HUB`."""
+    found = packaged(name)
+    return found.name if found is not None and found.find() is not None else HUB
+
+
+def published_name(name: str) -> str:
+    """The full name of the weights that timm publishes for a model: ``architecture.tag``."""
+    cfg = timm.get_pretrained_cfg(name)
+    return name if cfg is None or not cfg.tag else f"{name.partition('.')[0]}.{cfg.tag}"
+
+
+def _check_start(name: str, weights: PackagedWeights) -> PackagedWeights:
+    if packaged(name) is not weights:
+        raise KtrayError(
+            f"The weights {weights.name} are for {weights.architecture}, not for student '{name}'",
+            "Set student.pretrained=true, or choose another student.name.",
+        )
+    return weights
 
 
 def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int | None, pretrained: bool) -> nn.Module:
@@ -230,9 +259,11 @@ def _create(name: str, kwargs: dict[str, Any], num_classes: int, image_size: int
         raise _cannot_build(name, kwargs, error) from error
     except Exception as error:
         if pretrained:
+            package = packaged(name)
             raise KtrayError(
                 f"The weights of student '{name}' cannot be fetched, network or hub is not available ({cause(error)})",
-                "Set student.checkpoint=FILE, or student.pretrained=false.",
+                (f"Install them as a package ({package.command}). Or set" if package else "Set")
+                + " student.checkpoint=FILE, or student.pretrained=false.",
             ) from error
         raise _cannot_build(name, kwargs, error) from error
 

@@ -132,7 +132,7 @@ def build_segmenter(
     kwargs: dict[str, Any] | None = None,
     num_classes: int = 150,
     image_size: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     checkpoint: str | None = None,
     head: Head = "lraspp",
     width: int = WIDTH,

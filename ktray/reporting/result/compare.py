@@ -34,6 +34,7 @@ class WayRow(ResultPart):
     name: str
     objective: str
     source: str = Field(description="source of the transfer set; none: there is no transfer set")
+    start: str = Field("random", description="origin of the student's initial weights, see the result of a run")
     images: Number | None = Field(description="number of images in the transfer set")
     accuracy: Number
     spread: Number | None = Field(description="standard deviation over the seeds; null for one seed")

@@ -34,7 +34,7 @@ class ComparedMetric(ResultPart):
 
 
 class TeacherMetric(ComparedMetric):
-    adapt: str = Field(description="how the teacher was adapted: text, probe or finetune")
+    adapt: str = Field(description="how the teacher was adapted: text, probe, finetune or lora")
 
 
 class Delivered(ResultPart):
@@ -60,6 +60,11 @@ class StudentRun(PipelineRun):
     task: str | None
     objective: str
     student: str | None
+    start: str = Field(
+        "random",
+        description="origin of the student's initial weights: random, checkpoint (student.checkpoint), or published "
+        "with the name of the weights",
+    )
     teacher: str | None = Field(description="null: the objective has no teacher")
     seed: int
     label_budget: int = Field(description="number of labelled training images")

@@ -1,9 +1,10 @@
 """ADAPT: adapt the teacher to the task with the labelled images.
 
 The candidates are ``text`` (a head from prompts with the class names), ``probe`` (the tower stays frozen and a head is
-trained on its embeddings, starting from the text head where there is one) and ``finetune`` (tower and head are
-trained). ``auto`` chooses the best candidate on validation. The temperature is fitted on validation, too, because the
-softmax of a CLIP-like teacher is too flat to learn from.
+trained on its embeddings, starting from the text head where there is one), ``finetune`` (tower and head are trained)
+and ``lora`` (the head is trained together with products of low rank, which are then added to the tower's weights).
+``auto`` chooses the best candidate on validation. The temperature is fitted on validation, too, because the softmax of
+a CLIP-like teacher is too flat to learn from.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ktray.models.teacher.adapted import save_candidate
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.recipe.choice import strategies
-from ktray.recipe.schema import TeacherFinetuneConfig
+from ktray.recipe.teacher import TRAINED_TOWERS, TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
@@ -42,6 +43,8 @@ from ktray.training.programs import AdaptSpec
 
 logger = logging.getLogger("ktray")
 
+SCORES = "scores.json"  # the scores of a trained candidate, in its folder
+
 
 @dataclass(frozen=True)
 class AdaptInputs(StageInputs):
@@ -51,7 +54,8 @@ class AdaptInputs(StageInputs):
         labels: the labelled images in the teacher's geometry.
         wanted: the candidates, in the order in which they are tried.
         names, prompts: the class names as text, and the templates for them.
-        finetune, views, seed: settings of the candidate ``finetune``; None where it is not tried.
+        finetune, lora: settings of these candidates; None where they are not tried.
+        views, seed: settings of the candidates that train the tower; None where none of them is tried.
         head: recipe values that only this task kind reads to fit its heads.
     """
 
@@ -67,6 +71,7 @@ class AdaptInputs(StageInputs):
     names: list[str]
     prompts: list[str]
     finetune: TeacherFinetuneConfig | None
+    lora: TeacherLoraConfig | None
     views: ViewPolicy | None
     seed: int | None
     metric: str
@@ -78,7 +83,7 @@ class AdaptInputs(StageInputs):
     def of(cls, context: RunContext, spec: TeacherSpec) -> AdaptInputs:
         recipe = context.recipe
         wanted = candidates(context, spec)
-        tuned = "finetune" in wanted
+        tuned = any(name in wanted for name in TRAINED_TOWERS)
         return cls(
             labels=labels_stage.run(context, context.kind.teacher_preprocess(spec.preprocess)),
             teacher=spec,
@@ -87,7 +92,8 @@ class AdaptInputs(StageInputs):
             classes=context.task.classes,
             names=context.names,
             prompts=context.prompts,
-            finetune=recipe.teacher.finetune if tuned else None,
+            finetune=recipe.teacher.finetune if "finetune" in wanted else None,
+            lora=recipe.teacher.lora if "lora" in wanted else None,
             views=view_policy(recipe.teach) if tuned else None,
             seed=recipe.seed if tuned else None,
             metric=context.metric,
@@ -129,8 +135,9 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     if reporter.progress:
         reporter.progress.update(fitted["images"])
     scores: dict[str, dict[str, float]] = fitted["scores"]
-    if "finetune" in wanted:
-        scores["finetune"] = _finetune(inputs, runtime, stage, fitted["start"], reporter)
+    for name in TRAINED_TOWERS:
+        if name in wanted:
+            scores[name] = _train(name, inputs, runtime, stage, fitted["start"], reporter)
     chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
     for name in stage.children():
         if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{fitted['start']}"):
@@ -189,13 +196,19 @@ def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     return predict
 
 
-def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, reporter: Reporter) -> dict[str, float]:
+def _train(
+    name: str, inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, reporter: Reporter
+) -> dict[str, float]:
+    """Train the candidate ``name``, store it and return its scores."""
     from ktray.distributed.mailbox import open_mailbox
     from ktray.training.ray_train import train
 
-    part, views = inputs.finetune, inputs.views
+    part, views = getattr(inputs, name), inputs.views
     assert part is not None  # set whenever the candidate is tried
     assert views is not None
+    done = f"candidate-{name}/{SCORES}"
+    if stage.exists(done):  # by an attempt that was interrupted later, in the training of another candidate
+        return dict(stage.read_json(done))
     settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=5, keep="best")
     base = stage.sub(f"candidate-{start}")
     labels = labels_stage.labels_of(inputs.labels, inputs.kind)
@@ -207,23 +220,29 @@ def _finetune(inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, r
 
         with base.local() as folder:
             teacher = labels.kind.teacher_form.load(folder)
+        job.prepare(teacher)
         teacher.load_state_dict(load_file(str(weights)))
-        teacher.finetuned = True
+        job.complete(teacher)
         pixels, label = labels.load("val", "pixels")
         with torch.inference_mode():
             raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
         teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
         result.update(scores, temperature=teacher.temperature)
-        save_candidate(stage, "finetune", teacher)
+        save_candidate(stage, name, teacher)
+        stage.write_json(done, result)
 
+    # Each candidate has checkpoints of its own, so that none resumes from those of another.
+    home = stage if name == "finetune" else Stage(stage.sub(f"training-{name}").uri)
     with open_mailbox(reporter.post) as board:
         train(
             job,
-            stage,
+            home,
             runtime.plan,
             board,
             max_failures=runtime.cluster.max_failures,
             on_weights=finish,
             resize_seconds=runtime.cluster.resize_seconds,
         )
+    if home is not stage:
+        home.delete()
     return result

@@ -172,3 +172,20 @@ def test_names_cannot_break_out(tmp_path):
     assert html.count("alert(1)") >= 10
     assert "<script" not in html
     assert "<img src=x" not in html
+
+
+def test_starts_are_named_unless_all_students_start_at_random():
+    rows = [row("a", "oriented", 0.9, 1e12), row("b", "scratch", 0.8, 1e12)]
+    assert "start of the students" not in page.table(content(rows, ["a", "b"]))
+    named = [{**rows[0], "start": "published (lite)"}, {**rows[1], "start": "random"}]
+    assert "start of the students: published (lite): a; random: b" in page.table(content(named, ["a", "b"]))
+    same = [{**one, "start": "checkpoint"} for one in rows]
+    assert "start of the students: checkpoint: all" in page.table(content(same, ["a", "b"]))
+
+
+def test_the_page_and_the_csv_file_have_the_starts(tmp_path):
+    rows = [row("a", "oriented", 0.9, 1e12, start="published (lite)"), row("b", "scratch", 0.8, 1e12, start="random")]
+    page.write(tmp_path, content(rows, ["a", "b"]))
+    with open(tmp_path / "compare.csv", newline="") as stream:
+        assert [line["start"] for line in csv.DictReader(stream)] == ["published (lite)", "random"]
+    assert "<td>published (lite)</td>" in (tmp_path / "compare.html").read_text()

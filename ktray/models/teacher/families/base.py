@@ -22,7 +22,10 @@ from ktray.models.messages import cause
 from ktray.models.teacher.layers import LayerOrder
 from ktray.recipe.registries import TEACHERS
 
-WAY_OUT = "Set teacher.checkpoint=FILE, or teacher.name=miniverse to use the small teacher that ships with ktray."
+WAY_OUT = (
+    "Set teacher.checkpoint=FILE, or use a teacher that needs no download: teacher.name=efficientnet-lite0 for "
+    "photographs, or teacher.name=miniverse for drawn images."
+)
 UNKNOWN_LICENCE = "unknown: check"
 
 
@@ -139,6 +142,16 @@ class TeacherFamily(ABC):
         """The order of a tower's layers; None if the tower does not belong to this family or its order is unknown. In
         this case its child modules are its layers."""
         return None
+
+    def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
+        """The repository of a model's published weights on the Hugging Face hub, and the possible names of their file;
+        None if they are not there. See `ktray.models.hub.available`."""
+        return None
+
+    def offline_size(self, model: str) -> int:
+        """Size in bytes of weights that were trained on photographs and are installed on this machine, so that they
+        need no download; 0 if there are none. If the model hub cannot be reached, ktray takes the largest teacher."""
+        return 0
 
     def licence(self, model: str) -> str:
         """Licence of the published weights of a model. ``model`` is the part of ``teacher.name`` after the colon."""

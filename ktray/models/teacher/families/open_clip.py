@@ -41,6 +41,9 @@ from ktray.models.teacher.layers import LayerOrder
 from ktray.models.weights import describe_keys, fetch, weight_errors, wrong_keys
 from ktray.recipe.registries import TEACHERS
 
+# Names of the file of weights in a repository that names none, in open_clip's order.
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
@@ -138,6 +141,14 @@ class OpenClipFamily(TeacherFamily):
             stages = {f"layer{i}.": i for i in range(1, 5)}
             return LayerOrder({**dict.fromkeys(("conv", "bn"), 0), **stages}, 5)
         return None
+
+    def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
+        architecture, _, tag = model.partition("/")
+        place = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "")
+        # ``owner/name/`` or ``owner/name/file``
+        owner, _, rest = place.partition("/")
+        name, _, file = rest.partition("/")
+        return (f"{owner}/{name}", (file,) if file else HUB_FILES) if name else None
 
     def licence(self, model: str) -> str:
         # open_clip records the location of the weights, but not their licence.

@@ -72,6 +72,9 @@ class TimmFamily(TeacherFamily):
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
         return layer_order(tower)
 
+    def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
+        return hub_files(model)
+
     def licence(self, model: str) -> str:
         return licence(model)
 
@@ -95,6 +98,14 @@ def layer_order(tower: nn.Module) -> LayerOrder | None:
     matcher: Any = tower.group_matcher
     by_layer = group_parameters(tower, matcher(coarse=False))
     return LayerOrder({n: i for i, names in by_layer.items() for n in names}, max(by_layer))
+
+
+def hub_files(model: str) -> tuple[str, tuple[str, ...]] | None:
+    """`TeacherFamily.hub_files` for any name of a timm model."""
+    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if cfg is None or not cfg.hf_hub_id:
+        return None
+    return str(cfg.hf_hub_id), (str(cfg.hf_hub_filename or "model.safetensors"), "pytorch_model.bin")
 
 
 def licence(model: str) -> str:

