@@ -65,6 +65,24 @@ def choose_learning_rate(recipe: Recipe, choose: Choose) -> None:
             choose("train.lr", LR_RANDOM, "")
 
 
+def batch_size(recipe: Recipe, gpu_workers: int) -> tuple[int, str]:
+    """The number of images of a step, and the reason. ``gpu_workers`` is the number of workers with a GPU."""
+    if gpu_workers:
+        return 512 * gpu_workers, "GPU"
+    if are_photographs(recipe) and starts_published(recipe):
+        return 64, "CPU, and a student that needs few steps because it starts from published weights"
+    return 128, "CPU"
+
+
+def min_steps(recipe: Recipe) -> tuple[int, str]:
+    """The smallest number of steps that ktray chooses for pretraining, and the kind of training that needs it."""
+    if not are_photographs(recipe):
+        return 200, "few images"
+    return (
+        (500, "photographs, published weights") if starts_published(recipe) else (2000, "photographs, random weights")
+    )
+
+
 def _is_convolutional(recipe: Recipe) -> bool:
     """Whether the student has more convolutions than the single one that embeds the patches of a transformer, which
     would not be stable at the larger learning rate."""

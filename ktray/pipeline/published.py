@@ -12,6 +12,13 @@ from ktray.errors import KtrayError
 from ktray.recipe.registries import TEACHERS
 from ktray.recipe.schema import Recipe
 
+# Residual networks accept an output stride, which leaves a feature map to pool over when the images are small.
+SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
+SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
+# Students for larger images, by device. Without a hub, the packaged student, which starts from ImageNet weights, is
+# better by far than a smaller one with random weights (docs/measured/photographs.md).
+STUDENT, PACKAGED_STUDENT, STUDENT_GPU = "mobilenetv3_small_050", "tf_efficientnet_lite0", "fastvit_s12"
+CPU_TEACHER_SIDE = 160  # pixels; the packaged teachers accept any size, and read twice as many images as at 224 px
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
 PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
 
@@ -49,8 +56,47 @@ def choose_teacher(recipe: Recipe, on_gpu: bool, choose: Choose) -> None:
     largest = max(sizes, key=lambda n: sizes[n], default="")
     if largest and sizes[largest]:
         choose("teacher.name", largest, f"trained on photographs and installed here; the hub of {name} does not answer")
+        if recipe.teacher.image_size is None and not on_gpu:
+            choose("teacher.image_size", CPU_TEACHER_SIDE, "twice as fast as 224 px, because there is no GPU")
+        if recipe.teacher.adapt == "auto" and not on_gpu:
+            choose(
+                "teacher.adapt", "probe", "finetuning a teacher takes long without a GPU, and a probe distils as well"
+            )
         return
     choose("teacher.name", name, "a published model for your own data, downloaded from its hub")
+
+
+def choose_student(recipe: Recipe, size: int, on_gpu: bool, choose: Choose) -> None:
+    """Choose ``student.name``, if it is open, by the size of the images and the device.
+
+    Args:
+        size: side of the student's input, pixels.
+        choose: see `choose_teacher`.
+    """
+    from ktray.models import hub  # slow to import
+    from ktray.models.packaged import packaged
+    from ktray.models.teacher.families import timm
+
+    part = recipe.student
+    if part.name is not None:
+        return
+    if size <= 64:
+        part.kwargs = {**SMALL_STUDENT_KWARGS, **part.kwargs}
+        name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
+        choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
+        return
+    if on_gpu:
+        choose("student.name", STUDENT_GPU, "the paper's student, because there is a GPU")
+        return
+    package, files = packaged(PACKAGED_STUDENT), timm.hub_files(STUDENT)
+    may_start = (
+        recipe.task.data is not None and part.pretrained in (True, "auto") and not (part.kwargs or part.checkpoint)
+    )
+    if may_start and package and package.find() and not (files and hub.available(*files)):
+        why = f"fast on CPUs; its published weights are installed, and the hub of {STUDENT} does not answer"
+        choose("student.name", PACKAGED_STUDENT, why)
+    else:
+        choose("student.name", STUDENT, "fast on CPUs")
 
 
 def choose_start(recipe: Recipe, choose: Choose) -> None:

@@ -23,8 +23,14 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
-from ktray.pipeline.image_kinds import choose_augmentation, choose_baselines, choose_learning_rate
-from ktray.pipeline.published import choose_start, choose_teacher
+from ktray.pipeline.image_kinds import (
+    batch_size,
+    choose_augmentation,
+    choose_baselines,
+    choose_learning_rate,
+    min_steps,
+)
+from ktray.pipeline.published import choose_start, choose_student, choose_teacher
 from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
@@ -39,11 +45,7 @@ logger = logging.getLogger("ktray")
 
 DEFAULT_TASK = "letters"
 PAPER_TASKS = ("imagenet", "places365", "ham10k", "eurosat", "ade20k")
-# Residual networks accept an output stride, which leaves a feature map to pool over when the images are small.
-SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
-SMALL_STUDENT_KWARGS: dict[str, Any] = {"output_stride": 8}
 SAMPLE = 48
-MIN_STEPS = 200
 
 
 @dataclass
@@ -99,15 +101,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         else:
             choose("image_size", size, f"median short side of the labelled images is {median} px")
     size = int(recipe.image_size or 32)
-    if recipe.student.name is None:
-        if size <= 64:
-            recipe.student.kwargs = {**SMALL_STUDENT_KWARGS, **recipe.student.kwargs}
-            name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
-            choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
-        elif on_gpu:
-            choose("student.name", "fastvit_s12", "the paper's student, because there is a GPU")
-        else:
-            choose("student.name", "mobilenetv3_small_050", "fast on CPUs")
+    choose_student(recipe, size, on_gpu, choose)
     choose_start(recipe, choose)
     if recipe.transfer.source == "none" and recipe.objective.has_transfer_set():
         recipe.objective = without_transfer_set()
@@ -164,7 +158,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             "Set finetune.steps to at least 1: finetuning trains the classifier.",
         )
     if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
-        limit = 153_600 if on_gpu else 6_000 if size <= 64 else 2_000
+        limit = 153_600 if on_gpu else 6_000
         if gallery_images is not None:
             limit = min(limit, max(1, gallery_images // 2))
         choose(
@@ -174,7 +168,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         choose("transfer.size", gallery_images, "all of the list")
     images = transfer_images(recipe, task)
     if recipe.train.batch_size is None:
-        choose("train.batch_size", 512 * plan.least if on_gpu else 128, "GPU" if on_gpu else "CPU")
+        choose("train.batch_size", *batch_size(recipe, plan.least if on_gpu else 0))
     batch = int(recipe.train.batch_size or 128)
     labelled = [recipe.finetune.batch_size] if traits.labelled else []
     ranks = virtual_ranks(plan.least, plan.workers, batch, *labelled)
@@ -192,8 +186,9 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         if epochs is None:
             epochs = 30.0 if on_gpu else max(2.0, min(30.0, 120_000 * (32 / size) ** 2 / max(1, images)))
             why = "as long as training helps, on a GPU" if on_gpu else "a few minutes on CPUs"
-            if epochs * images < MIN_STEPS * batch:
-                epochs, why = MIN_STEPS * batch / max(1, images), f"few images: at least {MIN_STEPS} steps"
+            least, kind = min_steps(recipe)
+            if epochs * images < least * batch:
+                epochs, why = least * batch / max(1, images), f"{kind}: at least {least} steps"
             choose("train.epochs", round(epochs, 2), why)
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
