@@ -63,7 +63,7 @@ class TrainConfig(Section):
     patience: int = Field(
         4,
         ge=0,
-        description="number of validations in a row that are worse than the best one by more than a point, after which "
+        description="number of validations in a row that are worse than the best one by more than chance, after which "
         "pretraining ends; 0: it never ends early",
     )
     augment: AugmentConfig = AugmentConfig()

@@ -24,7 +24,6 @@ from ktray.training.ray_train import train
 from ktray.training.worker import TrainingSpec
 
 WEIGHTS = "weights.safetensors"
-FALL = 0.01  # validation that is worse than the best by more than this has fallen; less can be chance
 HOW = NotInKey(
     "how often checkpoints are saved, how rows are read, and epochs, which `steps` replaces",
     ("checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"),
@@ -92,7 +91,7 @@ def run(
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
-    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, keep="best", tolerance=FALL)
+    settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, keep="best")
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,

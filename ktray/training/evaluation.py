@@ -20,6 +20,12 @@ def score(scores: dict[str, float], metric: str, loss: float) -> float:
     return scores[metric] - 1e-5 * min(loss, 50.0)
 
 
+def fall(images: int) -> float:
+    """The difference of a score (0..1) from which it has fallen, and not by chance: two standard errors of an accuracy
+    of one half on that many images, and at least a point."""
+    return max(0.01, 1 / max(1, images) ** 0.5)
+
+
 def evaluator(
     kind: TaskKind,
     pixels: torch.Tensor,

@@ -43,7 +43,6 @@ class TrainerSettings:
     keep: str = "last"  # or "best": the weights with the best validation score, including the initial weights
     accumulate: int = 1  # number of parts of a step's batch, which are processed one after the other
     patience: int = 0  # number of evaluations without a better score after which training stops; 0: never
-    tolerance: float = 0.0  # only evaluations that are worse than the best one by more than this count for `patience`
 
     @classmethod
     def of(cls, part: Section, **others: Any) -> TrainerSettings:
@@ -70,6 +69,8 @@ class TrainingProgram:
         after_step: called after each optimizer step with the fraction of the steps that are done.
         finish: copies into the model what other modules have learnt for it; called before the model is evaluated or
             saved.
+        tolerance: only evaluations that are worse than the best one by more than this count for
+            `TrainerSettings.patience`.
         teach: adds the targets of a teacher in this process to a batch. Its time counts as part of the step, not as
             waiting for data.
     """
@@ -88,6 +89,7 @@ class TrainingProgram:
     after_step: Callable[[float], None] | None = None
     finish: Callable[[nn.Module], None] | None = None
     teach: Callable[[Batch], Batch] | None = None
+    tolerance: float = 0.0
 
 
 @dataclass
@@ -356,7 +358,7 @@ class Trainer:
                     if self.s.keep == "best":
                         self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 else:
-                    state.stale = state.stale + 1 if score <= state.best_score - self.s.tolerance else 0
+                    state.stale = state.stale + 1 if score <= state.best_score - self.p.tolerance else 0
             row.update(metrics)
         if loss is not None or self.p.evaluate is not None:
             state.curve.append(row)

@@ -29,7 +29,7 @@ from ktray.recipe.section import digest
 from ktray.recipe.teacher import TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
-from ktray.training.evaluation import evaluator
+from ktray.training.evaluation import evaluator, fall
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram, decay_groups
 from ktray.training.worker import WorkerContext
@@ -235,10 +235,11 @@ class TransferSpec:
                 own = {"images": "label_images", "label": "label_of", "view_key": "label_key"}
                 yield {**views, **{name: labelled_views[column] for column, name in own.items()}}
 
-        evaluate = None
+        evaluate, tolerance = None, 0.0
         if traits.trains_classifier or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             evaluate = evaluator(self.labels.kind, pixels, labels, _predict(preprocess), env, self.metric)
+            tolerance = fall(len(labels))
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
         teacher = taught.teacher()
         live = teacher.flops if teacher else 0.0
@@ -260,6 +261,7 @@ class TransferSpec:
             averaged=module if labelled else None,
             after_step=lambda progress: objective.after_step(student, progress),
             finish=objective.finish,
+            tolerance=tolerance,
             teach=(lambda views: {**views, **teacher(views["pixels"])}) if teacher else None,
         )
 

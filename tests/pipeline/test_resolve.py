@@ -1,5 +1,7 @@
 """What the recipe leaves open is decided from the data and the machine, and told."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,17 +36,22 @@ def load(photos, *overrides):
     return recipes.load(None, [f"task.data={photos / 'task'}", f"gallery.data={photos / 'gallery'}", *overrides])
 
 
-@pytest.mark.parametrize(
-    ("machine", "size", "student", "images"), [(CPU, 128, "mobilenetv3_small_050", 15), (GPU, 160, "fastvit_s12", 15)]
-)
-def test_own_photos_close_every_key_with_its_reason(photos, machine, size, student, images):
+@pytest.mark.parametrize(("installed", "student"), [(True, "tf_efficientnet_lite0"), (False, "mobilenetv3_small_050")])
+@pytest.mark.parametrize(("machine", "size", "images"), [(CPU, 128, 15), (GPU, 160, 15)])
+def test_own_photos_close_every_key_with_its_reason(photos, machine, size, images, installed, student, monkeypatch):
+    found = Path(__file__) if installed else None
+    monkeypatch.setattr("ktray.models.packaged.PackagedWeights.find", lambda self: found)
+    student, starts = ("fastvit_s12", False) if machine is GPU else (student, installed)
     given = load(photos)
     found = resolve(given, machine)
     r = found.recipe
     assert (r.image_size, r.student.name, r.transfer.source, r.transfer.size) == (size, student, "retrieved", images)
     assert r.teacher.name in ("efficientnet-lite2", "efficientnet-lite1", "efficientnet-lite0", CLIP[machine is GPU])
-    assert r.student.pretrained is False  # no test asks the hub
-    assert r.train.steps == 200  # thirty passes over 15 images would be four steps
+    assert r.student.pretrained is starts  # no test asks the hub
+    # Thirty passes over 15 images would be four steps.
+    assert (r.train.steps, r.train.lr) == ((500, 5e-4) if starts else (2000, 6e-3))
+    assert r.objective.mixup == (0.0 if starts else 0.8)
+    assert (r.baselines.start, r.baselines.scratch) == (starts, not starts)
     for key in (
         "image_size",
         "student.name",

@@ -214,6 +214,17 @@ def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     )
 
 
+def test_a_fall_within_the_tolerance_is_no_reason_to_stop(tmp_path):
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "steps": 400, "evals": 20, "patience": 3})
+    # 0.85 is a fall of chance; from the eighth evaluation on, three are below it in a row.
+    scores = iter([0.1, 0.9, 0.7, 0.7, 0.85, 0.85, 0.85, 0.85, 0.7, 0.7, 0.7] + [0.95] * 50)
+    p = program(lambda m: (next(scores), {}))
+    p.tolerance = 0.1
+    state = Trainer(p, settings, Recorder(tmp_path).hooks).run()
+    assert state.step == 20 * 10
+    assert state.best_score == 0.9
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     p = program()
     p.batches = lambda start, stop: iter([{"x": torch.full((4, 4), torch.nan), "y": torch.zeros(4, 1)}] * 40)
