@@ -11,7 +11,7 @@ from ktray.distributed.mailbox import open_mailbox
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
@@ -38,6 +38,7 @@ class TransferInputs(StageInputs):
         start: the previous phase of pretraining, whose weights this phase starts from; None: initial weights.
         label_batch: labelled images per step, for an objective that also learns from labels; 0 for other objectives.
         views: view policy for objectives that cut views during training.
+        weight: ``transfer.weight``; ``none`` for an objective without predictions of the teacher.
     """
 
     stage = "transfer"
@@ -54,6 +55,7 @@ class TransferInputs(StageInputs):
     metric: str
     seed: int
     train: Annotated[TrainConfig, HOW]
+    weight: Annotated[str, AddedLater("none")]
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class TransferInputs(StageInputs):
     ) -> TransferInputs:
         recipe = context.recipe
         labelled = recipe.objective.traits.labelled
+        predicting = "logits" in recipe.objective.traits.targets_needed
         return cls(
             targets=targets,
             labels=labels,
@@ -73,6 +76,7 @@ class TransferInputs(StageInputs):
             metric=context.metric,
             seed=recipe.seed,
             train=recipe.train,
+            weight=recipe.transfer.weight if predicting else "none",
         )
 
 
@@ -90,7 +94,7 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
     job = TransferSpec(
         settings,
         starting_at(inputs.student, inputs.start),
-        inputs.targets.taught(),
+        replace(inputs.targets.taught(), weight=inputs.weight),
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         inputs.label_batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.loop import Batch
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
+from ktray.training.weights import WEIGHTS
 from ktray.training.worker import WorkerContext
 
 
@@ -125,6 +127,7 @@ class TargetSet:
         classes: number of classes of the task if only the largest logits are stored (`ktray.targets.top_k`); 0: all
             logits are stored.
         jpeg: whether views are stored as JPEG (`ktray.targets.jpeg`).
+        weight: name of the weights of rows in `ktray.training.weights.WEIGHTS`; ``none``: equal weights.
     """
 
     directory: Dir
@@ -141,6 +144,7 @@ class TargetSet:
     source_classes: int = 0
     classes: int = 0
     jpeg: bool = False
+    weight: str = "none"
 
     def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
         """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
@@ -157,6 +161,7 @@ class TargetSet:
             rank_count=env.rank_count,
             seed=seed,
             window_rows=window,
+            weigh=partial(WEIGHTS[self.weight], classes=self.classes) if self.weight in WEIGHTS else None,
         )
 
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:
