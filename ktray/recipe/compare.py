@@ -30,6 +30,11 @@ class CompareConfig(Section):
         description="factors on train.lr that each method tries with one seed; the best factor on validation is used; "
         "empty: no search",
     )
+    random: bool = Field(
+        True,
+        description="whether each retrieved transfer set of compare.ways and compare.sizes has a row beside it with as "
+        "many random images of the gallery, if none of the methods is that row",
+    )
     sizes: list[int] = Field(
         default_factory=list,
         description="further transfer set sizes with which the methods 'oriented retrieved' and 'agnostic retrieved' "
