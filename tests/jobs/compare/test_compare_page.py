@@ -172,3 +172,14 @@ def test_names_cannot_break_out(tmp_path):
     assert html.count("alert(1)") >= 10
     assert "<script" not in html
     assert "<img src=x" not in html
+
+
+def test_a_retrieved_set_is_compared_with_the_random_draw_beside_it(found, tmp_path):
+    draw = row("oriented generic", "oriented", 0.84, 6e12, images=2_000.0, like=["oriented retrieved"])
+    rows = [row("oriented retrieved", "oriented", 0.90, 8e12, images=2_000.0), draw]
+    drawn = content(rows, ["oriented retrieved", "oriented generic"])
+    (line,) = page.against_random(drawn)
+    assert line.startswith("oriented retrieved (2,000 images): +6.0 points on test compared with oriented generic")
+    assert line in page.table(drawn)
+    assert page.against_random(found) == []
+    assert "random draws" not in page.table(found)
