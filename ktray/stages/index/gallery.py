@@ -209,7 +209,7 @@ def alternatives(
     Returns:
         An empty dictionary if there are more than `COMPARED` candidates.
     """
-    if hits[1].size > COMPARED:
+    if int((hits[1] >= 0).sum()) > COMPARED:
         return {}
     candidates = Candidates(*hits, gallery.embeddings, predict)
     # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
