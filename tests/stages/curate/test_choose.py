@@ -74,7 +74,7 @@ def test_no_image_is_below_the_floor_and_all_above_it_are_found(world, strategy)
 
 def test_the_figures_say_what_the_floor_leaves_out(world):
     lines: list[str] = []
-    plain, floored = choose(world), choose(world, lines, min_similarity="auto")
+    plain, floored = choose(world, size=150), choose(world, lines, size=150, min_similarity="auto")
     assert plain.on_task["applied"] is False
     assert floored.on_task["applied"] is True
     below = int((plain.selection.similarity < 0.6).sum())
@@ -84,8 +84,10 @@ def test_the_figures_say_what_the_floor_leaves_out(world):
     # Both curves are those of the set without a floor.
     curve = plain.on_task["curve"]
     assert curve == floored.on_task["curve"]
-    assert curve["similarity"] == pytest.approx(sorted(plain.selection.similarity.tolist(), reverse=True))
-    assert any(f"{below:,} of the 60 nearest images are below it and left out" in line for line in lines)
+    descending = np.sort(plain.selection.similarity)[::-1]
+    assert curve["rank"][-1] == 150
+    assert curve["similarity"] == pytest.approx(descending[np.array(curve["rank"]) - 1].tolist())
+    assert any(f"{below:,} of the 150 nearest images are below it and left out" in line for line in lines)
 
 
 def test_the_share_that_agrees_is_that_of_the_predictions(world):
