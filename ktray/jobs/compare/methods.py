@@ -52,7 +52,7 @@ def list_methods(recipe: Recipe) -> Methods:
             for name, value in keys.items()
             if _retrieves(recipe, value)
         }
-    # The default methods already have a random draw for the objective that is compared by its sources.
+    # The default methods already have random draws for the objectives that are compared by their sources.
     methods = with_random_draws(recipe, methods, add=recipe.compare.random and bool(requested or recipe.compare.sizes))
     first = next(iter(keys))
     for budget in recipe.compare.budgets:

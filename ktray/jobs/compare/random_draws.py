@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ktray.recipe.objective import NO_SOURCE
 from ktray.recipe.registries import OBJECTIVES
 from ktray.recipe.schema import Recipe
 
@@ -83,8 +84,8 @@ def _group(method: Method) -> str:
 def _source(recipe: Recipe, method: Method) -> str:
     """The source of a method; that of ``auto`` as the pipeline will choose it."""
     objective = OBJECTIVES.get(method.keys.get("objective.name", recipe.objective.name))
-    source = method.keys.get("transfer.source", recipe.transfer.source)
-    if not objective.has_transfer_set() or source not in ("auto", RETRIEVED, RANDOM):
-        return str(source)
+    if not objective.has_transfer_set():
+        return NO_SOURCE
+    source = str(method.keys.get("transfer.source", recipe.transfer.source))
     gallery = recipe.task.data is None or recipe.gallery.data is not None or recipe.gallery.index is not None
-    return str(source) if source != "auto" else objective.sources[0] if gallery else "target"
+    return source if source != "auto" else objective.sources[0] if gallery else "target"
