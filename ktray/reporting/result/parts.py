@@ -132,7 +132,7 @@ class SetFigures(ResultPart):
     shared: Number | None = Field(description="share of the images of the run's own set that this set also has")
 
 
-class OnTask(ResultPart):
+class TaskShare(ResultPart):
     """How much of a retrieved transfer set belongs to the task."""
 
     floor: list[Number] = Field(description="floors of the similarity, one for each kind of query")
@@ -151,7 +151,7 @@ class TransferSet(ResultPart):
     kept: int
     dropped: dict[str, int] = Field(description="number of images that were left out, by reason")
     path: str = Field(description="the Parquet file that lists the images")
-    on_task: OnTask | None = Field(None, description="null: the images were chosen without queries")
+    on_task: TaskShare | None = Field(None, description="null: the images were chosen without queries")
 
 
 class JobRun(Result):
