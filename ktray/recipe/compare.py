@@ -32,8 +32,8 @@ class CompareConfig(Section):
     )
     random: bool = Field(
         True,
-        description="whether each retrieved transfer set of compare.ways and compare.sizes has a row beside it with as "
-        "many random images of the gallery, if none of the methods is that row",
+        description="add, for each retrieved transfer set of compare.ways and compare.sizes, a row with as many random "
+        "images of the gallery, unless one of the methods is that row",
     )
     sizes: list[int] = Field(
         default_factory=list,
