@@ -23,6 +23,7 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
+from ktray.objectives.matching import ClassMatching
 from ktray.pipeline.image_kinds import (
     batch_size,
     choose_augmentation,
@@ -157,6 +158,13 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             f"objective.name={recipe.objective.name} leaves the student's classifier untrained, and finetune.steps=0",
             "Set finetune.steps to at least 1: finetuning trains the classifier.",
         )
+    if recipe.transfer.size == "auto":
+        if recipe.transfer.min_similarity is None and recipe.transfer.source == "retrieved":
+            choose("transfer.min_similarity", "auto", "transfer.size=auto ends where images stop being on task")
+        recipe.transfer.size = None
+    classes_predicted = isinstance(task_kind(recipe.task.kind).matching, ClassMatching)
+    if recipe.transfer.weight != "none" and not (classes_predicted and "logits" in traits.targets_needed):
+        choose("transfer.weight", "none", f"{name} has no class predictions of the teacher to weight images by")
     if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
         limit = 153_600 if on_gpu else 6_000
         if gallery_images is not None:
@@ -214,7 +222,16 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         drawn = int(recipe.train.steps or 1) * batch
         row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
         streaming = plan.streaming if on_gpu else 0  # on CPUs a teacher that runs during training takes cores from it
-        choose("teach.mode", *choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), streaming))
+        mode, why = choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), streaming)
+        if mode == "live" and recipe.transfer.weight != "none":
+            mode, why = "cached", "transfer.weight reads the teacher's predictions before images are drawn"
+        choose("teach.mode", mode, why)
+    if recipe.teach.mode == "live" and recipe.transfer.weight != "none":
+        raise KtrayError(
+            f"transfer.weight={recipe.transfer.weight} needs the teacher's predictions before images are drawn, and "
+            "teach.mode=live computes them afterwards",
+            "Set teach.mode=cached, or transfer.weight=none.",
+        )
     if recipe.teach.mode == "streamed" and not plan.streaming:
         raise KtrayError(
             f"teach.mode=streamed needs a second GPU for the teacher of each worker, and {plan.workers} workers have "
@@ -258,7 +275,8 @@ def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
     """The number of images that the transfer set will have. ``transfer.source=target`` has at most the images of the
     task."""
     own = len(task.train) + len(task.unlabeled)
-    return min(recipe.transfer.size or own, own) if recipe.transfer.source == "target" else recipe.transfer.size or own
+    size = own if recipe.transfer.size in (None, "auto") else int(recipe.transfer.size or own)
+    return min(size, own) if recipe.transfer.source == "target" else size
 
 
 def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:

@@ -137,6 +137,7 @@ def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dic
         "kept": facts["kept"],
         "dropped": facts["dropped"],
         "path": folder.file("transfer.parquet"),
+        "on_task": facts.get("on_task"),
     }
 
 

@@ -12,6 +12,7 @@ from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.pipeline.results import transfer_set
 from ktray.reporting.result import SCHEMA, CurateResult, IndexResult, write_result
+from ktray.reporting.transfer_set import on_task_html
 from ktray.retrieval.browse import Match, Query, choose, page
 from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate.stage import REPEATED, small_images
@@ -138,4 +139,5 @@ def _page(context: RunContext, curated: StageResult) -> str:
             for i in shown.tolist()
             if uris[i] in images
         ],
+        on_task_html(curated.manifest.get("on_task")),
     )

@@ -30,6 +30,11 @@ class CompareConfig(Section):
         description="factors on train.lr that each method tries with one seed; the best factor on validation is used; "
         "empty: no search",
     )
+    random: bool = Field(
+        True,
+        description="add, for each retrieved transfer set of compare.ways and compare.sizes, a row with as many random "
+        "images of the gallery, unless one of the methods is that row",
+    )
     sizes: list[int] = Field(
         default_factory=list,
         description="further transfer set sizes with which the methods 'oriented retrieved' and 'agnostic retrieved' "

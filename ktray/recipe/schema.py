@@ -230,10 +230,21 @@ class TransferConfig(Section):
     strategy: Annotated[str | dict[str, Any], BeforeValidator(strategy_value)] = Field(
         DEFAULT_STRATEGY, description=StrategyConfig.model_fields["name"].description
     )
-    size: int | None = Field(
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
-        description="number of images in the transfer set; null: chosen by the size of the gallery and by the machine",
+        description="number of images in the transfer set; null: chosen by the size of the gallery and by the machine; "
+        "auto: the same number at most, and fewer where fewer images reach transfer.min_similarity, which is then auto "
+        "where it is null",
+    )
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] | None = Field(
+        None,
+        description="lowest cosine similarity to its query with which an image is retrieved; auto: the similarity that "
+        "90 of 100 labelled images have to the queries of the other images of their class; null: no floor",
+    )
+    weight: Literal["none", "confidence"] = Field(
+        "none",
+        description="weight of each image in pretraining: none (equal weights), or confidence (1 minus the normalised "
+        "entropy of the teacher's prediction: uncertain images are drawn less often)",
     )
     queries: Literal["images", "text", "both"] = Field(
         "images",

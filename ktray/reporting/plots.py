@@ -20,14 +20,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-_INK, _SOFT, _LINE = "#010101", "#010102", "#010103"
-_SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
+INK, _SOFT, _LINE = "#010101", "#010102", "#010103"
+SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {
-    _INK: "var(--ink)",
+    INK: "var(--ink)",
     _SOFT: "var(--soft)",
     _LINE: "var(--line)",
-    **{colour: f"var(--series-{i + 1})" for i, colour in enumerate(_SERIES)},
+    **{colour: f"var(--series-{i + 1})" for i, colour in enumerate(SERIES)},
 }
 # The same model has the same colour in every report.
 _MAIN = {"student": 0, "scratch": 1, "teacher": 2}
@@ -64,7 +64,7 @@ def curves_svg(name: str, rows: Sequence[dict[str, Any]], identifier: str, metri
     for axes, (points, kind) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         series = 0 if kind == "loss" else 1
         marker = _MARKERS[series] if len(points) <= 25 else None
-        axes.plot(*zip(*points, strict=True), color=_SERIES[series], marker=marker, markersize=4, linewidth=1.8)
+        axes.plot(*zip(*points, strict=True), color=SERIES[series], marker=marker, markersize=4, linewidth=1.8)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if kind == "loss":
@@ -79,11 +79,11 @@ def curves_svg(name: str, rows: Sequence[dict[str, Any]], identifier: str, metri
                 xytext=(0, 7),
                 textcoords="offset points",
                 ha="right" if best[0] > sum(axes.get_xlim()) / 2 else "left",
-                color=_INK,
+                color=INK,
             )
             axes.margins(y=0.18)
-        _style(axes)
-    return _svg(figure, identifier, f"Training curves of {name}")
+        style(axes)
+    return svg(figure, identifier, f"Training curves of {name}")
 
 
 def validation_value(row: dict[str, Any]) -> float | None:
@@ -107,8 +107,8 @@ def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accura
     axes.set_xscale("log")
     others = iter(range(len(_MAIN), len(_MAIN) + len(points)))
     for point in points:
-        series = (_MAIN[point.name] if point.name in _MAIN else next(others)) % len(_SERIES)
-        axes.plot(point.flops, point.accuracy, _MARKERS[series], color=_SERIES[series], markersize=10, clip_on=False)
+        series = (_MAIN[point.name] if point.name in _MAIN else next(others)) % len(SERIES)
+        axes.plot(point.flops, point.accuracy, _MARKERS[series], color=SERIES[series], markersize=10, clip_on=False)
     low, high = min(p.flops for p in points), max(p.flops for p in points)
     axes.set_xlim(low / 3, high * 3)
     axes.set_ylim(*_span([p.accuracy for p in (*points, *lines)]))
@@ -120,7 +120,7 @@ def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accura
             xycoords=axes.get_yaxis_transform(),
             xytext=(0, 4),
             textcoords="offset points",
-            color=_INK,
+            color=INK,
             parse_math=False,
         )
     for point in points:
@@ -132,7 +132,7 @@ def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accura
             textcoords="offset points",
             ha="right" if right_half else "left",
             va="center",
-            color=_INK,
+            color=INK,
             parse_math=False,
         )
     axes.xaxis.set_major_locator(LogLocator(numticks=7))
@@ -142,8 +142,8 @@ def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accura
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel("cost of all stages, FLOP (logarithmic)")
     axes.set_ylabel(f"test {metric}")
-    _style(axes)
-    return _svg(figure, identifier, "Cost against accuracy")
+    style(axes)
+    return svg(figure, identifier, "Cost against accuracy")
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
@@ -155,7 +155,8 @@ def _decimals(values: Sequence[float]) -> int:
     return 0 if max(values) - min(values) > 0.04 else 1
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Grid, spines and colours of all plots."""
     axes.grid(True, color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_facecolor("none")
@@ -167,7 +168,13 @@ def _style(axes: Axes) -> None:
         spine.set_color(_LINE)
 
 
-def _svg(figure: Figure, identifier: str, label: str) -> str:
+def svg(figure: Figure, identifier: str, label: str) -> str:
+    """The figure as inline SVG with the colours of the page.
+
+    Args:
+        identifier: distinguishes the ids of this plot from those of others on the page.
+        label: what the plot shows, for readers that do not see it.
+    """
     figure.set_facecolor("none")
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": identifier}):

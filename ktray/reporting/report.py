@@ -23,6 +23,7 @@ from PIL import Image
 
 from ktray.reporting.hygiene import HygieneReport, clauses, closing_line
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
+from ktray.reporting.transfer_set import on_task_html
 from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
 from ktray.reporting.worst import WorstError
 
@@ -106,6 +107,7 @@ def write_report(
         hygiene=_hygiene(result, hygiene),
         data=_data(run_dir, result.get("data") or {}),
         transfer=result.get("transfer_set") or {},
+        on_task=on_task_html((result.get("transfer_set") or {}).get("on_task")),
         facts=[(k, _texts(result.get(k))) for k in ("versions", "device", "mlflow") if result.get(k)],
         recipe=recipe.read_text("utf-8") if recipe.exists() else "",
     )

@@ -67,8 +67,19 @@ def choose(query: np.ndarray, most: int = MOST) -> np.ndarray:
     return kept
 
 
-def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Query], images: Sequence[Match]) -> str:
-    """The page as HTML: images grouped by query, with filters for class, query, similarity and strategy."""
+def page(
+    title: str,
+    subtitle: str,
+    classes: Sequence[str],
+    queries: Sequence[Query],
+    images: Sequence[Match],
+    figures: str = "",
+) -> str:
+    """The page as HTML: images grouped by query, with filters for class, query, similarity and strategy.
+
+    Args:
+        figures: HTML above the images, which is inserted as it is (`ktray.reporting.transfer_set.on_task_html`).
+    """
     data = {
         "classes": list(classes),
         "queries": [
@@ -89,7 +100,7 @@ def page(title: str, subtitle: str, classes: Sequence[str], queries: Sequence[Qu
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = resources.files("ktray.retrieval").joinpath("browse.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(template).render(title=title, subtitle=subtitle, data=text)
+    return environment.from_string(template).render(title=title, subtitle=subtitle, data=text, figures=figures)
 
 
 def _thumbnail(image: np.ndarray) -> str:

@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import BaseModel
 
 from ktray.recipe.section import digest
+
+Mark = TypeVar("Mark")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ class NotInKey:
 
     reason: str
     names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AddedLater:
+    """Marks what a later version of ktray added: ``field: Annotated[str, AddedLater("none")]``, or ``part:
+    Annotated[Section, AddedLater({"name": None})]`` for fields of the value.
+
+    A value that leaves the result as it was before stays out of the key, so that older stores stay valid. Every other
+    value is in the key.
+
+    Attributes:
+        neutral: the value that changes nothing; for fields of the value, such values by name.
+    """
+
+    neutral: Any
 
 
 @dataclass(frozen=True)
@@ -54,16 +71,25 @@ class StageInputs:
             elif mark.names:
                 kept = key_value(getattr(self, f.name))
                 parts[f.name] = {name: item for name, item in kept.items() if name not in mark.names}
+        for name, added in self._marks(AddedLater).items():
+            if isinstance(added.neutral, Mapping):
+                parts[name] = {k: v for k, v in parts[name].items() if k not in added.neutral or v != added.neutral[k]}
+            elif parts[name] == added.neutral:
+                del parts[name]
         return parts
 
     @classmethod
     def not_in_key(cls) -> dict[str, NotInKey]:
         """The fields that are left out of the key, entirely or in part, with their marks."""
+        return cls._marks(NotInKey)
+
+    @classmethod
+    def _marks(cls, which: type[Mark]) -> dict[str, Mark]:
         return {
             name: mark
             for name, kind in get_type_hints(cls, include_extras=True).items()
             for mark in getattr(kind, "__metadata__", ())
-            if isinstance(mark, NotInKey)
+            if isinstance(mark, which)
         }
 
     @property

@@ -100,12 +100,33 @@ class IndexManifest(IndexClasses):
     images: int
 
 
+class OnTask(TypedDict):
+    """How much of a retrieved transfer set belongs to the task.
+
+    Attributes:
+        floor: similarity floors, ascending; several where there are several kinds of queries, none if the labelled
+            images do not give one. They are calibrated or given in the recipe.
+        applied: whether images below the floor were left out.
+        below: number of images below the floor in the set of the same strategy and size without a floor.
+        curve: `ktray.retrieval.on_task.Judged.curve` of that set; None if it is empty.
+        sets: `ktray.retrieval.on_task.Judged.figures` of the chosen set and of others of its size; ``random`` is last.
+    """
+
+    floor: list[float]
+    applied: bool
+    below: int
+    curve: dict[str, Any] | None
+    sets: list[dict[str, Any]]
+
+
 class CurateFacts(TypedDict, total=False):
-    """Entries of a transfer set that comes from a gallery: `ktray.retrieval.coverage` (None without queries), and by
-    strategy, the share of the set that this strategy would also have chosen."""
+    """Entries of a transfer set that comes from a gallery: `ktray.retrieval.coverage` (None without queries), by
+    strategy the share of the set that this strategy would also have chosen, and `OnTask` (None without queries; older
+    manifests do not have it)."""
 
     coverage: dict[str, Any] | None
     agreement: dict[str, float]
+    on_task: OnTask | None
 
 
 class CurateManifest(CurateFacts):

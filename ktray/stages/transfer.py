@@ -12,7 +12,7 @@ from ktray.distributed.mailbox import open_mailbox
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
@@ -39,6 +39,7 @@ class TransferInputs(StageInputs):
         start: the previous phase of pretraining, whose weights this phase starts from; None: initial weights.
         label_batch: labelled images per step, for an objective that also learns from labels; 0 for other objectives.
         views: view policy for objectives that cut views during training.
+        weight: ``transfer.weight``; ``none`` for an objective without predictions of the teacher.
     """
 
     stage = "transfer"
@@ -56,6 +57,7 @@ class TransferInputs(StageInputs):
     metric: str
     seed: int
     train: Annotated[TrainConfig, HOW]
+    weight: Annotated[str, AddedLater("none")]
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class TransferInputs(StageInputs):
     ) -> TransferInputs:
         recipe = context.recipe
         labelled = recipe.objective.traits.labelled
+        predicting = "logits" in recipe.objective.traits.targets_needed
         return cls(
             targets=targets,
             labels=labels,
@@ -75,6 +78,7 @@ class TransferInputs(StageInputs):
             metric=context.metric,
             seed=recipe.seed,
             train=recipe.train,
+            weight=recipe.transfer.weight if predicting else "none",
         )
 
 
@@ -96,7 +100,7 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
     job = TransferSpec(
         settings,
         starting_at(inputs.student, inputs.start),
-        inputs.targets.taught(),
+        replace(inputs.targets.taught(), weight=inputs.weight),
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         inputs.label_batch,

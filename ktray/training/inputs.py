@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.loop import Batch
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
+from ktray.training.weights import WEIGHTS
 from ktray.training.worker import WorkerContext
 
 _SAMPLED_SHARDS = 32  # largest number of shards that `TargetSet.sample` reads
@@ -129,6 +131,7 @@ class TargetSet:
         classes: number of classes of the task if only the largest logits are stored (`ktray.targets.top_k`); 0: all
             logits are stored.
         jpeg: whether views are stored as JPEG (`ktray.targets.jpeg`).
+        weight: name of the weights of rows in `ktray.training.weights.WEIGHTS`; ``none``: equal weights.
     """
 
     directory: Dir
@@ -145,6 +148,7 @@ class TargetSet:
     source_classes: int = 0
     classes: int = 0
     jpeg: bool = False
+    weight: str = "none"
 
     def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
         """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
@@ -161,6 +165,7 @@ class TargetSet:
             rank_count=env.rank_count,
             seed=seed,
             window_rows=window,
+            weigh=partial(WEIGHTS[self.weight], classes=self.classes) if self.weight in WEIGHTS else None,
         )
 
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:

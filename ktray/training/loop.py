@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ktray.recipe.section import Section
+from ktray.training.average import Average
 from ktray.training.messages import CurvePoint, LoopMessage, Started, StepProgress
 
 Batch = dict[str, torch.Tensor]
@@ -177,25 +178,6 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
         raise ValueError(f"batches of {sizes} rows cannot be split into {count} equal parts: see train.accumulate")
     split = {name: value.tensor_split(count) for name, value in batch.items()}
     return [{name: parts[i] for name, parts in split.items()} for i in range(count)]
-
-
-class Average:
-    """Exponential moving average of a model's weights. Buffers are copied."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        # Early steps average over fewer steps, otherwise the random initial weights would keep their influence.
-        decay = min(self.decay, (1 + step) / (10 + step))
-        live = model.state_dict()
-        floats = [k for k, v in self.state.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floats], [live[k] for k in floats], 1 - decay)
-        for k, v in self.state.items():
-            if not v.is_floating_point():
-                v.copy_(live[k])
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""The three trainings: adaptation of the teacher, pretraining of the student, and finetuning on labels.
+"""The two trainings of a student: pretraining, and finetuning on labels.
 
 A specification is plain data (paths in the store, numbers); a worker builds the models and the sampler from it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,20 +22,15 @@ from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_
 from ktray.models.flops import forward_flops, train_flops
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import FeaturesAndLogits, classifier_of
-from ktray.models.teacher.lora import add_lora, merge_lora
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
-from ktray.recipe.teacher import TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
 from ktray.training.evaluation import evaluator, fall
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram, decay_groups
 from ktray.training.worker import WorkerContext
-
-if TYPE_CHECKING:
-    from ktray.models.teacher.adapted import AdaptedTeacher
 
 
 class Pretrain(nn.Module):
@@ -346,63 +341,3 @@ class FinetuneSpec:
 
 def _predict(preprocess: Preprocess) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     return lambda model, x: model(preprocess.normalise(x))
-
-
-@dataclass(frozen=True)
-class AdaptSpec:
-    """Finetuning of the teacher's image tower (or of its products of low rank) and head on the labels, with layer-wise
-    decay of the learning rate.
-
-    Attributes:
-        start: the directory of the adapted teacher that the training starts from.
-    """
-
-    settings: TrainerSettings
-    start: Dir
-    labels: Labels
-    policy: ViewPolicy
-    part: TeacherFinetuneConfig
-    metric: str
-
-    def build(self, env: WorkerContext) -> TrainingProgram:
-        kind = self.labels.kind
-        with self.start.local() as folder:
-            teacher = kind.teacher_form.load(folder, env.device)
-        self.prepare(teacher)
-        env = env.divide(self.part.batch_size)
-        batch = env.rows(self.part.batch_size)
-        pixels, val_labels = self.labels.load("val", "pixels")
-        size = teacher.preprocess.size
-        groups = teacher.param_groups(self.part.layer_decay, self.part.weight_decay, self.part.head_lr / self.part.lr)
-        seed = self.settings.seed
-        return TrainingProgram(
-            module=_Adapt(kind, teacher),
-            model=teacher,
-            groups=groups,
-            batches=lambda start, stop: self.labels.batches(env, batch, self.policy, size[0], seed, start, stop),
-            evaluate=evaluator(kind, pixels, val_labels, lambda m, x: m.logits(x), env, self.metric),
-            flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.rank_count,
-            images_per_step=batch * env.rank_count,
-            device=env.device,
-            weight=env.weight,
-            autocast=torch.bfloat16 if env.device.type == "cuda" else None,
-        )
-
-    def prepare(self, teacher: AdaptedTeacher) -> None:
-        """Give a teacher the parameters that are trained, and that the stored weights contain."""
-        if isinstance(self.part, TeacherLoraConfig):
-            add_lora(teacher.image_tower, self.part.rank, self.part.alpha, self.settings.seed)
-
-    def complete(self, teacher: AdaptedTeacher) -> None:
-        """Make an ordinary teacher of a trained one."""
-        merge_lora(teacher.image_tower)
-        teacher.finetuned = True
-
-
-class _Adapt(nn.Module):
-    def __init__(self, kind: TaskKind, teacher: AdaptedTeacher) -> None:
-        super().__init__()
-        self.kind, self.teacher = kind, teacher
-
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {"loss": self.kind.loss(self.teacher.logits(batch["images"]).float(), batch["label"])}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktray.storage.columns import Rows
+from ktray.training.weights import COPIES, WEIGHT, draw
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class RowSampler:
         seed: seed of all shuffles.
         window_rows: number of rows of a virtual rank that are read and shuffled together. If it is at least the number
             of all rows of the virtual rank, the virtual rank is resident: its rows are read once and kept in memory.
+        weigh: a function from the rows of a window to their weights (N,), at least 0: how often each row of the window
+            is drawn, relative to the mean of the window. None: each row is drawn once per epoch.
 
     Raises:
         ValueError: a virtual rank has no rows.
@@ -86,8 +89,9 @@ class RowSampler:
         rank_count: int = 1,
         seed: int = 0,
         window_rows: int = 1 << 62,
+        weigh: Callable[[Rows], np.ndarray] | None = None,
     ) -> None:
-        self.read = read
+        self.read, self.weigh = read, weigh
         self.streams = [_Stream(rank_slices(shards, n, rank_count), batch, n, seed, window_rows) for n in ranks]
         for stream in self.streams:
             if not stream.rows:
@@ -98,7 +102,7 @@ class RowSampler:
         """Batches ``start``..``stop - 1``. Every batch is full, also at the end of an epoch.
 
         In addition to the reader's columns, a batch has the column ``visit`` (N,) int64: how often each row was used
-        before.
+        before; with weights, a number that is different for each use of a row.
         """
         plans = [stream.schedule(start, stop) for stream in self.streams]
         # All streams share one reader, which reads the windows in the order in which the steps need them.
@@ -118,7 +122,7 @@ class RowSampler:
                     yield self._kept[number]
                     continue
                 while not waiting[number]:
-                    waiting[next(owners)].append(next(windows))
+                    waiting[next(owners)].append(self._weighed(next(windows)))
                 rows = waiting[number].popleft()
                 if self.streams[number].resident:
                     self._kept[number] = rows
@@ -135,6 +139,9 @@ class RowSampler:
                 if len(parts_of_batch) == 1
                 else {k: np.concatenate([part[k] for part in parts_of_batch]) for k in first}
             )
+
+    def _weighed(self, rows: Rows) -> Rows:
+        return {**rows, WEIGHT: self.weigh(rows)} if self.weigh else rows
 
 
 class _Stream:
@@ -183,24 +190,36 @@ class _Stream:
         """The batches of ``parts``; ``windows`` yields the rows of each part's window."""
         carried: Rows | None = None
         for part, rows in zip(parts, windows, strict=True):
-            count = _len(rows)
-            rows = {**rows, "visit": np.full(count, part.epoch, dtype=np.int64)}
-            order = self._rng(part.epoch, part.number).permutation(count)[part.first : part.last]
+            order, visit = self._drawn(part, rows)
             at = 0
             if carried is not None:
-                need = self.batch - _len(carried)
-                carried = {k: np.concatenate([v, rows[k][order[:need]]]) for k, v in carried.items()}
-                at = min(need, len(order))
+                at = min(self.batch - _len(carried), len(order))
+                begun = _rows_at(rows, order[:at], visit[:at])
+                carried = {k: np.concatenate([v, begun[k]]) for k, v in carried.items()}
                 if _len(carried) < self.batch:
                     continue
                 yield carried
                 carried = None
             while at + self.batch <= len(order):
-                take = order[at : at + self.batch]
-                yield {k: v[take] for k, v in rows.items()}
-                at += self.batch
+                end = at + self.batch
+                yield _rows_at(rows, order[at:end], visit[at:end])
+                at = end
             if at < len(order):
-                carried = {k: v[order[at:]] for k, v in rows.items()}
+                carried = _rows_at(rows, order[at:], visit[at:])
+
+    def _drawn(self, part: _Part, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the window of the rows of ``part``, in the order of use, and their ``visit``."""
+        rng, count = self._rng(part.epoch, part.number), _len(rows)
+        if WEIGHT in rows:
+            order, copy = draw(rows[WEIGHT], rng)
+            visit = part.epoch * COPIES + copy
+        else:
+            order, visit = rng.permutation(count), np.full(count, part.epoch, dtype=np.int64)
+        return order[part.first : part.last], visit[part.first : part.last]
+
+
+def _rows_at(rows: Rows, positions: np.ndarray, visit: np.ndarray) -> Rows:
+    return {**{name: column[positions] for name, column in rows.items() if name != WEIGHT}, "visit": visit}
 
 
 def _len(rows: Rows) -> int:

@@ -159,3 +159,34 @@ def test_an_objective_without_a_teacher_takes_a_random_set_and_trains_the_classi
         resolve(features, CPU)
     both = resolve(load(photos, "objective.name=oriented_features", "finetune.steps=0"), CPU)
     assert both.recipe.finetune.steps == 0
+
+
+def test_an_automatic_size_has_the_usual_limit_and_a_floor(photos):
+    usual, found = resolve(load(photos), CPU), resolve(load(photos, "transfer.size=auto"), CPU)
+    assert (usual.recipe.transfer.size, usual.recipe.transfer.min_similarity) == (15, None)
+    assert (found.recipe.transfer.size, found.recipe.transfer.min_similarity) == (15, "auto")
+    assert found.recipe.train.steps == usual.recipe.train.steps
+    assert any(reason.startswith("transfer.min_similarity=auto (") for reason in found.reasons)
+    given = resolve(load(photos, "transfer.size=auto", "transfer.min_similarity=0.4"), CPU)
+    assert given.recipe.transfer.min_similarity == 0.4
+    drawn = resolve(load(photos, "transfer.size=auto", "transfer.source=generic"), CPU)
+    assert (drawn.recipe.transfer.size, drawn.recipe.transfer.min_similarity) == (15, None)
+    own = resolve(load(photos, "transfer.size=auto", "transfer.source=target"), CPU)
+    assert own.recipe.transfer.size is None
+
+
+@pytest.mark.parametrize("wrong", ["transfer.size=0", "transfer.size=many", "transfer.min_similarity=1.5"])
+def test_a_size_or_floor_that_cannot_be_is_refused(photos, wrong):
+    with pytest.raises(KtrayError, match=wrong.partition("=")[0]):
+        load(photos, wrong)
+
+
+def test_weights_need_predictions_that_exist_before_images_are_drawn(photos):
+    found = resolve(load(photos, "transfer.weight=confidence", "teach.views=50"), CPU)
+    assert (found.recipe.transfer.weight, found.recipe.teach.mode) == ("confidence", "cached")
+    other = resolve(load(photos, "transfer.weight=confidence", "objective.name=agnostic"), CPU)
+    assert other.recipe.transfer.weight == "none"
+    assert any(reason.startswith("transfer.weight=none (agnostic") for reason in other.reasons)
+    with pytest.raises(KtrayError, match=r"teach\.mode=live") as refused:
+        resolve(load(photos, "transfer.weight=confidence", "teach.mode=live"), CPU)
+    assert "teach.mode=cached" in refused.value.remedy

@@ -105,3 +105,32 @@ def test_random_draws_and_the_tasks_own_images_have_a_page_too(world):
 def test_scratch_has_none(world):
     with pytest.raises(KtrayError, match="no transfer set"):
         curate_only(keys(world, "objective.name=scratch"))
+
+
+def test_a_floor_shortens_the_set_and_every_image_reaches_it(world, balanced):
+    plain = balanced[0]["transfer_set"]["on_task"]
+    assert not plain["applied"]
+    assert plain["sets"][-1]["name"] == "random"
+    assert plain["sets"][-1]["images"] == plain["sets"][0]["images"] == 60
+    similarities = sorted(row["similarity"] for row in listed(world, balanced[0]))
+    assert plain["below"] == sum(value < plain["floor"][0] for value in similarities)
+    floor = (similarities[-10] + similarities[-11]) / 2
+    result = curate_only(keys(world, f"transfer.min_similarity={floor}"))
+    chosen = result["transfer_set"]
+    assert chosen["on_task"]["applied"]
+    assert 10 <= chosen["kept"] < 60
+    assert min(row["similarity"] for row in listed(world, result)) >= floor - 1e-6
+    folder = world / "store" / "runs" / result["run_id"]
+    check_result("curate", folder / "result.json")
+    assert "below the floor and were left out" in (folder / "transfer.html").read_text()
+    with pytest.raises(KtrayError, match="No gallery image reaches the floor"):
+        curate_only(keys(world, "transfer.min_similarity=1.0"))
+
+
+def test_weights_train_another_student_on_the_same_targets(world):
+    short = ["train.steps=3", "baselines.scratch=false", "teach.mode=cached"]
+    plain, weighted = (run(keys(world, *short, f"transfer.weight={name}")) for name in ("none", "confidence"))
+    stages = [{stage["name"]: stage for stage in one["stages"]} for one in (plain, weighted)]
+    assert stages[0]["teach"]["key"] == stages[1]["teach"]["key"]
+    assert stages[0]["transfer"]["key"] != stages[1]["transfer"]["key"]
+    assert "the most similar first" in (world / "store" / "runs" / weighted["run_id"] / "report.html").read_text()

@@ -22,7 +22,7 @@ from ktray.pipeline.run import whole_stages
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
 from ktray.stages.base import Runtime
-from ktray.stages.inputs import NotInKey, StageInputs, key_value
+from ktray.stages.inputs import AddedLater, NotInKey, StageInputs, key_value
 from ktray.storage.store import Store
 
 STAGES = {"labels", "adapt", "index", "curate", "hygiene", "teach", "transfer", "finetune", "scratch", "evaluate"}
@@ -30,6 +30,7 @@ STAGES = {"labels", "adapt", "index", "curate", "hygiene", "teach", "transfer", 
 EXCEPTIONS = {
     "adapt": {"images", "levels"},
     "index": {"gallery", "encoder", "items", "prepare", "total", "folder", "shared"},
+    "curate": {"transfer"},
     "teach": {"predict"},
     "transfer": {"train"},
     "finetune": {"train"},
@@ -135,6 +136,45 @@ class Toy(StageInputs):
     train: Annotated[TrainConfig, NotInKey("how, not what", ("checkpoint_seconds",))] = dataclasses.field(
         default_factory=TrainConfig
     )
+
+
+@dataclass(frozen=True)
+class Grown(StageInputs):
+    """`Toy` in a later version."""
+
+    stage = "toy"
+    version = 1
+
+    size: int
+    train: Annotated[TrainConfig, NotInKey("how, not what", ("checkpoint_seconds",)), AddedLater({"clip": 1.0})] = (
+        dataclasses.field(default_factory=TrainConfig)
+    )
+    weight: Annotated[str, AddedLater("none")] = "none"
+
+
+def test_what_was_added_later_is_in_the_key_only_if_it_changes_something() -> None:
+    parts = Toy(1).key_parts()
+    del parts["train"]["clip"]  # as if the older version had no such field
+    base = Grown(1)
+    assert base.key_parts() == parts
+    assert base.key == Toy(1).key_of(parts)
+    assert Grown(1, weight="confidence").key_parts()["weight"] == "confidence"
+    assert Grown(1, train=TrainConfig(clip=2.0)).key_parts()["train"]["clip"] == 2.0
+    keys = {base.key, Grown(1, weight="confidence").key, Grown(1, train=TrainConfig(clip=2.0)).key}
+    assert len(keys) == 3
+    assert Grown(1, train=TrainConfig(checkpoint_seconds=1.0)).key == base.key
+
+
+def test_the_keys_of_transfer_sets_without_a_floor_and_of_equal_weights_are_those_of_older_stores(
+    seen: dict[str, StageInputs],
+) -> None:
+    curate, transfer = seen["curate"], seen["transfer"]
+    assert not {"min_similarity", "weight"} & set(curate.key_parts()["transfer"])
+    assert "weight" not in transfer.key_parts()
+    weighted = dataclasses.replace(curate, transfer=curate.transfer.model_copy(update={"weight": "confidence"}))
+    assert weighted.key == curate.key
+    floored = dataclasses.replace(curate, transfer=curate.transfer.model_copy(update={"min_similarity": 0.5}))
+    assert floored.key != curate.key
 
 
 def test_what_is_marked_stays_out_of_the_key() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ktray.recipe.schema import FinetuneConfig
+from ktray.training.average import Average
 from ktray.training.loop import (
-    Average,
     Trainer,
     TrainerCallbacks,
     TrainerSettings,

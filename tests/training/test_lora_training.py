@@ -18,9 +18,9 @@ from ktray.recipe.teacher import TeacherLoraConfig
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir
 from ktray.tasks.base import task_kind
+from ktray.training.adapt_program import AdaptSpec
 from ktray.training.inputs import Labels
 from ktray.training.loop import Trainer, TrainerCallbacks, TrainerSettings
-from ktray.training.programs import AdaptSpec
 from ktray.training.worker import WorkerContext
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from ktray import recipe as recipes
 from ktray.data.captions import first_captions
 from ktray.errors import KtrayError
+from ktray.jobs.compare.random_draws import Method, Methods, with_random_draws
 from ktray.recipe.choice import objectives
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.registries import OBJECTIVES
@@ -20,32 +20,14 @@ from ktray.tasks.base import task_kind
 logger = logging.getLogger("ktray")
 
 
-@dataclass(frozen=True)
-class Method:
-    """One pretraining method.
-
-    Attributes:
-        keys: the dotted recipe keys that the method sets, with their values.
-        family: if this is a shorter run of another method, or a run with another transfer set size, the name of that
-            method; otherwise the method's own name.
-        share: share of the steps that the budget allows.
-    """
-
-    keys: dict[str, Any]
-    family: str
-    share: float = 1.0
-
-
-Methods = dict[str, Method]
-
-
 def with_steps(recipe: Recipe) -> Recipe:
     """Return the recipe with the comparison's own number of steps, if ``compare.steps`` is set."""
     return recipes.override(recipe, {"train.steps": recipe.compare.steps}) if recipe.compare.steps else recipe
 
 
 def list_methods(recipe: Recipe) -> Methods:
-    """Return the methods that ``compare`` names, and their runs with fewer images and fewer steps.
+    """Return the methods that ``compare`` names, random draws beside their retrieved transfer sets, and their runs with
+    fewer images and fewer steps.
 
     Without names, these are all default methods that the data allows; the others are logged with the reason.
 
@@ -71,6 +53,8 @@ def list_methods(recipe: Recipe) -> Methods:
             for name, value in keys.items()
             if _retrieves(recipe, value)
         }
+    # The default methods already have random draws for the objectives that are compared by their sources.
+    methods = with_random_draws(recipe, methods, add=recipe.compare.random and bool(requested or recipe.compare.sizes))
     first = next(iter(keys))
     for budget in recipe.compare.budgets:
         if not 0 < budget < 1:

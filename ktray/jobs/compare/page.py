@@ -32,6 +32,7 @@ def write(folder: Path, content: dict[str, Any]) -> list[Path]:
         times=times,
         points=points,
         headline=headline(content),
+        draws=against_random(content),
     )
 
 
@@ -105,6 +106,11 @@ def table(content: dict[str, Any]) -> str:
     for w in others:
         by = f" by '{w['reach']['name']}'" if w["reach"] else ""
         out.append(f"  {w['name']:<{width}}{points(w['lead']):>26}   {times(w['reach'])}{by}")
+    if draws := against_random(content):
+        out += [
+            "\nretrieved transfer sets against random draws from the same gallery",
+            *(f"  {line}" for line in draws),
+        ]
     return "\n".join(out)
 
 
@@ -117,6 +123,17 @@ def _starts(methods: list[dict[str, Any]]) -> list[str]:
         return []
     named = (f"{start}: {', '.join(names) if len(starts) > 1 else 'all'}" for start, names in starts.items())
     return [f"\nstart of the students: {'; '.join(named)}"]
+
+
+def against_random(content: dict[str, Any]) -> list[str]:
+    """A sentence for each retrieved transfer set beside a random draw: the difference of their accuracies."""
+    rows = {row["name"]: row for row in content["ways"]}
+    return [
+        f"{name} ({rows[name]['images']:,.0f} images): {100 * (rows[name]['accuracy'] - draw['accuracy']):+.1f} points "
+        f"on test compared with {draw['name']} ({draw['images']:,.0f} images)"
+        for draw in rows.values()
+        for name in draw.get("like", ())
+    ]
 
 
 def _csv_row(method: dict[str, Any]) -> dict[str, Any]:

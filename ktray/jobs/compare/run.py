@@ -21,10 +21,11 @@ from ktray.jobs.compare.lr_search import search
 from ktray.jobs.compare.methods import list_methods, recipe_of, with_steps
 from ktray.jobs.compare.mlflow import chart, log
 from ktray.jobs.compare.parallel import how_many, share
+from ktray.jobs.compare.random_draws import Methods
 from ktray.jobs.compare.runner import Runner, open_folder
 from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
-from ktray.recipe.load import dump
+from ktray.recipe.load import dump, override
 from ktray.recipe.schema import Recipe
 from ktray.reporting.log import result
 from ktray.reporting.result import SCHEMA, CompareResult, write_result
@@ -77,7 +78,7 @@ def _compare(
         # teacher, and with many steps instead) do not run last, when other workers have nothing left to do.
         for name, method in (methods.items() if seed == seeds[0] else reversed(methods.items()))
     }
-    done = runner.run([(name, one) for (name, _), one in recipes.items()])
+    done = _run_all(runner, methods, recipes)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     for (name, _), outcome in zip(recipes, done, strict=True):
         results[name].append(outcome)
@@ -85,7 +86,7 @@ def _compare(
     for row in method_rows:
         name = row["name"]
         row.update(steps=budget[name].steps, lr=searched.lr[name], share=methods[name].share, keys=methods[name].keys)
-        row.update(trials=searched.trials.get(name, []))
+        row.update(trials=searched.trials.get(name, []), like=list(methods[name].like))
     any_result = done[0]
     teachers = [r["teacher_metric"] for r in done if "teacher_metric" in r]
     unique = {r["run_id"]: r for r in done}.values()
@@ -130,3 +131,17 @@ def _compare(
     result(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
     result(f"chart     {chart(recipe, store, content)}")
     return content
+
+
+def _run_all(runner: Runner, methods: Methods, recipes: dict[tuple[str, int], Recipe]) -> list[dict[str, Any]]:
+    """The results of all recipes, in order. Random draws run last, with as many images as the retrieved transfer sets
+    beside them really have."""
+    first = {place: one for place, one in recipes.items() if not methods[place[0]].like}
+    done = dict(zip(first, runner.run([(name, one) for (name, _), one in first.items()]), strict=True))
+    draws = {}
+    for (name, seed), one in recipes.items():
+        if like := methods[name].like:
+            size = done[like[0], seed]["transfer_set"]["kept"]
+            draws[name, seed] = override(one, {"transfer.size": size})
+    done |= zip(draws, runner.run([(name, one) for (name, _), one in draws.items()]), strict=True)
+    return [done[place] for place in recipes]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ktray.jobs.compare.figure import metric_name
 from ktray.jobs.tune import figure
+from ktray.jobs.tune.random_draw import sentence
 from ktray.jobs.tune.records import TrialPoint
 from ktray.jobs.tune.winner import title
 from ktray.reporting import page
@@ -39,6 +40,7 @@ def write(folder: Path, content: dict[str, Any], files: dict[str, str]) -> list[
         files=files,
         titles={p["run"]: title(TrialPoint(**p)) for p in content["front"]},
         values=_value,
+        random_draw=sentence(draw, content["winner"]["validation"]) if (draw := content.get("random_draw")) else "",
     )
 
 

@@ -17,6 +17,7 @@ from ktray.errors import KtrayError
 from ktray.jobs.tune import mlflow, page
 from ktray.jobs.tune.budget import SearchBudget
 from ktray.jobs.tune.importance import importance, of_transfer_set
+from ktray.jobs.tune.random_draw import sentence
 from ktray.jobs.tune.records import (
     BASELINE,
     OPEN,
@@ -150,7 +151,8 @@ def build(
     """Return the content of ``result.json`` of a finished search.
 
     Args:
-        final: see `ktray.jobs.tune.winner.train_winner`.
+        final: see `ktray.jobs.tune.winner.train_winner`; ``random`` is the result of
+            `ktray.jobs.tune.random_draw.random_draw`.
     """
     point: TrialPoint = final["point"]
     baseline = records.baseline()
@@ -190,6 +192,7 @@ def build(
             "missing": final["missing"],
             "student": f"{results[0]['folder']}/student" if results else None,
         },
+        "random_draw": final.get("random"),
         "importance": matters,
         "importance_of_transfer_set": of_transfer_set(matters),
         "sharing": sharing(records, budget, results),
@@ -237,6 +240,8 @@ def table(content: dict[str, Any]) -> str:
         )
     s = content["sharing"]
     out.append(f"\n{content['says']}")
+    if draw := content.get("random_draw"):
+        out.append(sentence(draw, content["winner"]["validation"]))
     out.append(
         f"{len(content['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared "
         f"stages ({s['flops_times']:.1f} times); {seconds(content['budget']['spent']['wall'])} of wall time"

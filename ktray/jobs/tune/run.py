@@ -25,6 +25,7 @@ from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.tune import mlflow, result
 from ktray.jobs.tune.budget import RECORD_SECONDS, Amounts, CostRate, SearchBudget, amounts, limits, show
 from ktray.jobs.tune.default_space import default_space
+from ktray.jobs.tune.random_draw import random_draw
 from ktray.jobs.tune.records import Records
 from ktray.jobs.tune.space import Space, read
 from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
@@ -101,6 +102,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
         budget.reserve = {}
         with _recording(budget, lambda: None):
             final = train_winner(base, records, budget, runner, test, at_once)
+            final["random"] = random_draw(base, records, budget, runner, final["point"], final["results"])
         content = result.build(base, run_id, folder, space, records, budget, final)
         content = result.write(content, base, folder, records, budget, tracker)
         status = "FINISHED"

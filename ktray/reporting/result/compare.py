@@ -59,6 +59,11 @@ class WayRow(ResultPart):
     share: Number = Field(description="share of the steps that the budget allows")
     keys: dict[str, Any] = Field(description="recipe keys that the method sets")
     trials: list[LrTrial]
+    like: list[str] = Field(
+        default_factory=list,
+        description="for a random draw: the methods with retrieved transfer sets beside it; it has as many images as "
+        "that of the first",
+    )
 
 
 class Shared(ResultPart):

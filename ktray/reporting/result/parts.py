@@ -109,6 +109,39 @@ class Images(ResultPart):
     reasons: dict[str, int] = Field(default_factory=dict, description="number of quarantined images, by reason")
 
 
+class SimilarityCurve(ResultPart):
+    """The similarity of the images of a transfer set to their queries, in descending order."""
+
+    rank: list[int] = Field(description="numbers of images")
+    similarity: list[Number] = Field(description="cosine similarity of the image at each rank")
+    agree: list[Number] | None = Field(
+        description="share of the images between a rank and the one before it for which the teacher predicts the class "
+        "of their query; null: images have no classes"
+    )
+
+
+class SetFigures(ResultPart):
+    """A transfer set, judged by the query that is nearest to each of its images."""
+
+    name: str = Field(description="strategy that would choose the set, or random: a random draw from the gallery")
+    images: int
+    similarity: Number | None = Field(description="median cosine similarity to the nearest query")
+    near: Number | None = Field(description="share of the images above the calibrated floor; null: there is none")
+    agree: Number | None = Field(description="share of the images with the predicted class of the nearest query")
+    confidence: Number | None = Field(description="mean of 1 minus the normalised entropy of the teacher's prediction")
+    shared: Number | None = Field(description="share of the images of the run's own set that this set also has")
+
+
+class TaskShare(ResultPart):
+    """How much of a retrieved transfer set belongs to the task."""
+
+    floor: list[Number] = Field(description="floors of the similarity, one for each kind of query")
+    applied: bool = Field(description="whether images below the floor were left out")
+    below: int = Field(description="number of images below the floor among those that are retrieved without a floor")
+    curve: SimilarityCurve | None = Field(description="of the images that are retrieved without a floor")
+    sets: list[SetFigures] = Field(description="the set of the run, and others of the same size")
+
+
 class TransferSet(ResultPart):
     """The transfer set of a run."""
 
@@ -118,6 +151,7 @@ class TransferSet(ResultPart):
     kept: int
     dropped: dict[str, int] = Field(description="number of images that were left out, by reason")
     path: str = Field(description="the Parquet file that lists the images")
+    on_task: TaskShare | None = Field(None, description="null: the images were chosen without queries")
 
 
 class Hygiene(ResultPart):

@@ -121,6 +121,16 @@ class WinnerPoint(TrialPoint):
     student: str | None
 
 
+class RandomDraw(ResultPart):
+    """The winner's recipe with random images of the gallery in place of the retrieved ones, with the seed of the
+    search."""
+
+    run: str | None
+    images: int = Field(description="number of images, as many as the winner's transfer set has")
+    validation: Number | None
+    missing: str | None = Field(description="why there is no run")
+
+
 class TuneProgress(Result):
     """jobs/tune.py during the search: the best trial so far."""
 
@@ -150,6 +160,7 @@ class TuneResult(JobRun):
     front: list[TrialPoint] = Field(description="the Pareto set of cost and validation, sorted by cost")
     given: GivenPoint
     winner: WinnerPoint
+    random_draw: RandomDraw | None = Field(None, description="null: the winner's transfer set was not retrieved")
     importance: dict[str, Number] = Field(description="share of the variance of validation that a key explains")
     importance_of_transfer_set: Number
     sharing: dict[str, Number] = Field(

@@ -137,17 +137,22 @@ def in_turn(
         similarity[query, rank].astype(np.float32),
         missing=size - len(selected),
         shortfall=int((quota - contributed)[short].sum()),
-        retry_k=_retry_k(index, quota, contributed, short, size + len(excluded)),
+        retry_k=_retry_k(index, quota, contributed, short, size + len(excluded), size > len(selected)),
     )
 
 
-def _retry_k(index: np.ndarray, quota: np.ndarray, contributed: np.ndarray, short: np.ndarray, bound: int) -> int:
+def _retry_k(
+    index: np.ndarray, quota: np.ndarray, contributed: np.ndarray, short: np.ndarray, bound: int, missing: bool
+) -> int:
     """Number of hits per query for the next search: estimated from the query with the lowest yield, at least doubled.
 
     ``bound`` hits (the number of images that can be selected or excluded) are always sufficient.
     """
     k = index.shape[1]
     extendable = short & (index[:, -1] >= 0) if k else short
+    if missing and not extendable.any() and k:
+        # The queries that missed their shares have no more hits above the floor, but others may have more.
+        extendable = index[:, -1] >= 0
     if not extendable.any() or k >= bound:
         return 0
     needed = np.ceil(k * quota[extendable] / np.maximum(1, contributed[extendable])).max()

@@ -38,8 +38,8 @@ from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import HeadSettings, task_kind
+from ktray.training.adapt_program import AdaptSpec
 from ktray.training.loop import TrainerSettings
-from ktray.training.programs import AdaptSpec
 
 logger = logging.getLogger("ktray")
 

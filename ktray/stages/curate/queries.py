@@ -7,7 +7,7 @@ share; ``best_first`` would take only images that the image queries find.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ktray.models.teacher.heads import text_head
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.crops import Crops
+from ktray.retrieval.floor import calibrated, leave_one_out, leave_one_out_of_mean
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, Runtime, StageResult
 from ktray.stages.curate.heldout import embed_images
@@ -40,11 +41,37 @@ class Queries:
         uris: names of the queries: an image, a crop, ``text:NAME`` for the prompts of a class, or ``class:NAME`` for
             the mean of the queries of a class.
         labels: (Q,) int64, classes of the queries.
+        origin: (Q,) int64, number of the labelled image from which a query was made; -1: from none.
+        floor: (Q,) float32, the calibrated similarity floor of a query (`ktray.retrieval.floor`); NaN where the
+            labelled images do not give one. Queries of different kinds (images, texts, means) have different floors.
     """
 
     embedding: np.ndarray
     uris: list[str]
     labels: np.ndarray
+    origin: np.ndarray
+    floor: np.ndarray
+
+    @classmethod
+    def of(
+        cls, embedding: np.ndarray, uris: list[str], labels: np.ndarray, origin: np.ndarray | None = None
+    ) -> Queries:
+        """Queries without a floor; those without ``origin`` are not made from labelled images."""
+        none = np.full(len(uris), -1, dtype=np.int64)
+        unknown = np.full(len(uris), np.nan, dtype=np.float32)
+        return cls(embedding, uris, labels, none if origin is None else origin, unknown)
+
+    @classmethod
+    def none(cls) -> Queries:
+        return cls.of(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
+
+    @classmethod
+    def joined(cls, groups: list[Queries]) -> Queries:
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([getattr(group, name) for group in groups])
+
+        uris = [uri for group in groups for uri in group.uris]
+        return cls(column("embedding"), uris, column("labels"), column("origin"), column("floor"))
 
     def __len__(self) -> int:
         return len(self.uris)
@@ -81,21 +108,17 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
             images of the task kind have no class.
     """
     part = inputs.transfer
+    embedding, uris, labels = adapt_stage.train_embeddings(inputs.adapt)
+    images = Queries.of(embedding, uris, labels, np.arange(len(uris)))
     groups = []
     if part.queries != "text":
-        images = Queries(*adapt_stage.train_embeddings(inputs.adapt))
-        groups.append(images)
-        if part.query_crops != "none":
-            groups.append(_crops(inputs, runtime, stage, images, reporter))
+        crops = [_crops(inputs, runtime, stage, images, reporter)] if part.query_crops != "none" else []
+        groups.append(Queries.joined([images, *crops]))
     if part.queries != "images":
         groups.append(_texts(inputs))
-    every = Queries(
-        np.concatenate([q.embedding for q in groups]),
-        [uri for q in groups for uri in q.uris],
-        np.concatenate([q.labels for q in groups]),
-    )
     if part.per == "query":
-        return every
+        return Queries.joined([_with_floor(group, images) for group in groups])
+    every = Queries.joined(groups)
     if not task_kind(inputs.kind).image_classes and part.queries != "text":
         raise KtrayError(
             f"transfer.per=class needs a class for each image, and images of task.kind={inputs.kind} have none",
@@ -104,7 +127,23 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
     present = np.unique(every.labels)
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-    return Queries(mean, [MEAN + inputs.classes[label] for label in present.tolist()], present)
+    means = Queries.of(mean, [MEAN + inputs.classes[label] for label in present.tolist()], present)
+    floor = calibrated(
+        leave_one_out_of_mean(images.embedding, images.labels, every.embedding, every.labels, every.origin)
+    )
+    return _floored(means, floor)
+
+
+def _with_floor(group: Queries, images: Queries) -> Queries:
+    """The queries with the floor that the labelled images give for queries of this kind. For a task without classes of
+    images, any other labelled image counts as one of the same class."""
+    return _floored(
+        group, calibrated(leave_one_out(images.embedding, images.labels, group.embedding, group.labels, group.origin))
+    )
+
+
+def _floored(group: Queries, floor: float | None) -> Queries:
+    return replace(group, floor=np.full(len(group), np.nan if floor is None else floor, dtype=np.float32))
 
 
 def _texts(inputs: QueryInputs) -> Queries:
@@ -116,17 +155,17 @@ def _texts(inputs: QueryInputs) -> Queries:
         )
     weight = text_head(spec.load(), inputs.names, inputs.prompts).weight.detach().float().cpu().numpy()
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
-    return Queries(unit, [TEXT + name for name in inputs.classes], np.arange(len(inputs.names)))
+    return Queries.of(unit, [TEXT + name for name in inputs.classes], np.arange(len(inputs.names)))
 
 
 def _crops(inputs: QueryInputs, runtime: Runtime, stage: Stage, images: Queries, reporter: Reporter) -> Queries:
     crops, spec = Crops(inputs.transfer.query_crops, int(inputs.crop_count or 1)), inputs.encoder
     prepare = _Crop(crops, spec.preprocess, inputs.max_pixels)
     rows = embed_images(runtime, Stage(stage.file("query-crops")), images.uris, prepare, spec, reporter)
-    label = dict(zip(images.uris, images.labels.tolist(), strict=True))
+    number = {uri: i for i, uri in enumerate(images.uris)}
     uris = rows["uri"].astype(str).tolist()
-    labels = np.array([label[whole] for whole in rows["whole"].astype(str).tolist()], dtype=np.int64)
-    return Queries(rows["embedding"].astype(np.float32), uris, labels)
+    origin = np.array([number[whole] for whole in rows["whole"].astype(str).tolist()], dtype=np.int64)
+    return Queries.of(rows["embedding"].astype(np.float32), uris, images.labels[origin], origin)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """CURATE: choose the transfer set, keep copies of held-out images out of it, and draw a contact sheet.
 
 ``transfer.source`` names where the images come from. ``retrieved``: each query (a labelled image, a crop of one, or a
-class name) contributes an equal share of its nearest gallery images. ``generic``: a random draw from the gallery.
+class name) contributes an equal share of its nearest gallery images, above a similarity floor if there is one; a query
+without near images left gives its share to the others. ``generic``: a random draw from the gallery.
 ``list``: the images in a list of the user. ``target``: the images of the task without their labels (the labelled images
 and those beyond the label budget). Gallery images that are copies of a validation or test image are dropped, and only
 one of several near-duplicates is kept. A caption or generic label that the objective needs is stored with each image.
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 
@@ -26,16 +27,15 @@ from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.contact_sheet import SheetRow, contact_sheet
 from ktray.retrieval.coverage import coverage, lines
 from ktray.retrieval.heldout_duplicates import DuplicateTable
-from ktray.retrieval.search import Hits
-from ktray.retrieval.select import Selection, listed_selection, random_selection
-from ktray.retrieval.set_duplicates import SetDuplicates
+from ktray.retrieval.select import Selection
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
+from ktray.stages.curate.choose import retrieved, without_queries
 from ktray.stages.curate.heldout import heldout
 from ktray.stages.curate.queries import Queries, QueryInputs, queries
 from ktray.stages.index import compress
-from ktray.stages.index.gallery import Gallery, agreement, duplicates, exact, retrieve
-from ktray.stages.inputs import StageInputs
+from ktray.stages.index.gallery import Gallery, duplicates, exact
+from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.manifests import CurateManifest
 from ktray.storage.columns import Rows, write_rows
 from ktray.storage.store import Stage
@@ -67,7 +67,11 @@ class CurateInputs(StageInputs):
     # 5: the other strategies that would also choose an image; 6: declared inputs
     version = 6
 
-    transfer: TransferConfig
+    transfer: Annotated[
+        TransferConfig,
+        NotInKey("weights of images do not change which images are chosen", ("weight",)),
+        AddedLater({"min_similarity": None}),
+    ]
     beside: list[str]
     index: StageResult | None
     encoder: TeacherSpec | None
@@ -134,7 +138,6 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     gallery = Gallery.of(index)
     kept_out = heldout(inputs.task, inputs.encoder, inputs.max_pixels, runtime, stage, reporter)
     copies = _copies(part, gallery, kept_out, embedded, runtime, reporter)
-    repeats = _repeats(part, gallery, embedded)
     exclude = copies.gallery
     if "caption" in inputs.beside:
         silent = np.flatnonzero(np.concatenate(gallery.columns("caption")) == "")
@@ -145,7 +148,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
                 "Set gallery.data to a gallery with captions (in a tar: a .txt for each image), or choose an "
                 "objective that needs no captions.",
             )
-    query_set = Queries(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int64))
+    query_set = Queries.none()
     if inputs.asks is not None:
         query_set = queries(inputs.asks, runtime, stage, reporter)
         write_rows(stage, "queries.parquet", {"uri": np.array(query_set.uris, dtype=str), "label": query_set.labels})
@@ -153,13 +156,20 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         nearest = compress.nearest(index.manifest["search"], gallery)
     else:
         nearest = partial(exact, gallery=gallery, plan=runtime.plan)
-    chosen, agreed = _choose(inputs, gallery, query_set, nearest, exclude, repeats, reporter)
+    if part.source == "retrieved" and inputs.adapt is not None:
+        has_classes = task_kind(inputs.kind).image_classes
+        able = part.chosen_strategy.needs_predictions or has_classes
+        predict = adapt_stage.frozen_predictions(inputs.adapt) if able else None
+        made = retrieved(part, gallery, query_set, nearest, exclude, predict, has_classes, reporter)
+    else:
+        made = without_queries(part, gallery, embedded, exclude)
+    chosen, agreed, repeated = made.selection, made.agreed, made.repeated
     if chosen.missing and part.source != "list":
+        limit = " reach the floor and" if made.on_task and made.on_task["applied"] else ""
         logger.info(
-            f"curate    only {len(chosen.gallery)} images of the gallery can be chosen, {chosen.missing} fewer than "
-            "transfer.size"
+            f"curate    only {len(chosen.gallery)} images of the gallery{limit} can be chosen, {chosen.missing} fewer "
+            "than transfer.size"
         )
-    repeated = repeats.repeats if repeats else {}
     uris = _write(stage, gallery, chosen, query_set, inputs.beside, agreed, copies, kept_out, repeated)
     dropped = {**copies.counts(), REPEATED: len(repeated)}
     query_coverage = None
@@ -176,6 +186,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         "similar_kept": copies.similar,
         "coverage": query_coverage,
         "agreement": {name: float(also.mean()) for name, also in agreed.items()} if len(chosen) else {},
+        "on_task": made.on_task,
     }
 
 
@@ -188,59 +199,6 @@ def _copies(
     if embedding is not None:
         reporter.meter.add(flops=2 * gallery.total * embedding.size)
     return copies
-
-
-def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
-    similarity = part.repeat_similarity
-    if similarity is None:
-        return None
-
-    def look(rows: np.ndarray) -> tuple[np.ndarray | None, Fingerprints]:
-        prints = (np.array(gallery.take(name, rows), dtype=np.uint64) for name in ("hash", "digest"))
-        vectors = np.stack(gallery.take("embedding", rows)).astype(np.float32) if embedded else None
-        return vectors, Fingerprints(*prints)
-
-    return SetDuplicates(look, similarity)
-
-
-def _choose(
-    inputs: CurateInputs,
-    gallery: Gallery,
-    query_set: Queries,
-    nearest: Callable[..., Hits],
-    exclude: np.ndarray,
-    repeats: SetDuplicates | None,
-    reporter: Reporter,
-) -> tuple[Selection, dict[str, np.ndarray]]:
-    """The transfer set, and by strategy, which of its images that strategy would also choose
-    (`ktray.stages.index.gallery.agreement`)."""
-    part, adapt, total = inputs.transfer, inputs.adapt, gallery.total
-    if part.source != "retrieved" or adapt is None:
-        while True:
-            chosen = (
-                listed_selection(total, part.size, exclude=exclude)
-                if part.source == "list"
-                else random_selection(total, int(part.size or 1), part.seed, exclude=exclude)
-            )
-            repeated_rows = repeats(chosen.gallery) if repeats else exclude[:0]
-            if not len(repeated_rows):
-                return chosen, {}
-            exclude = np.union1d(exclude, repeated_rows)
-
-    last: Hits = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
-
-    def hits(k: int) -> Hits:
-        nonlocal last
-        reporter.meter.add(flops=2 * total * query_set.embedding.size)
-        last = nearest(query_set.embedding, k=k)
-        return last
-
-    strategy = part.chosen_strategy
-    able = strategy.needs_predictions or task_kind(inputs.kind).image_classes
-    predict = adapt_stage.frozen_predictions(adapt) if able else None
-    chosen = retrieve(strategy, hits, len(query_set), gallery, int(part.size or 1), exclude, predict, repeats)
-    repeated = np.array(sorted(repeats.repeats), dtype=np.int64) if repeats else exclude[:0]
-    return chosen, agreement(chosen, last, gallery, np.union1d(exclude, repeated), predict, strategy)
 
 
 def _write(
@@ -289,6 +247,7 @@ def _write(
 def _target(inputs: CurateInputs, stage: Stage) -> CurateManifest:
     uris = [e.uri for e in inputs.task.train] + list(inputs.task.unlabeled)
     size = inputs.transfer.size
+    assert size != "auto"  # the pipeline has replaced it
     if size is not None and size < len(uris):
         order = np.random.default_rng(inputs.transfer.seed).permutation(len(uris))[:size]
         uris = [uris[i] for i in sorted(order.tolist())]

@@ -191,6 +191,35 @@ def retrieve(
             candidates = Candidates(*hits(k), gallery.embeddings, predict)
 
 
+def alternatives(
+    size: int,
+    hits: Hits,
+    gallery: Gallery,
+    exclude: np.ndarray,
+    predict: Callable[[np.ndarray], np.ndarray] | None,
+    own: StrategyConfig | None = None,
+) -> dict[str, Selection]:
+    """By strategy, what it would choose among the same candidates, if it chose ``size`` images.
+
+    Args:
+        hits: the candidates.
+        exclude, predict: as in `retrieve`; without ``predict``, strategies that need it are left out.
+        own: the strategy that chose the transfer set; it takes part with its own keys.
+
+    Returns:
+        An empty dictionary if there are more than `COMPARED` candidates.
+    """
+    if int((hits[1] >= 0).sum()) > COMPARED:
+        return {}
+    candidates = Candidates(*hits, gallery.embeddings, predict)
+    # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
+    # installed.
+    compared = {config.strategy_name(): config() for config in strategies() if config.compared}
+    compared |= {own.name: own} if own else {}
+    usable = {name: s for name, s in compared.items() if predict is not None or not s.needs_predictions}
+    return {name: s.select(candidates, size, exclude) for name, s in usable.items()}
+
+
 def agreement(
     chosen: Selection,
     hits: Hits,
@@ -199,24 +228,7 @@ def agreement(
     predict: Callable[[np.ndarray], np.ndarray] | None,
     own: StrategyConfig | None = None,
 ) -> dict[str, np.ndarray]:
-    """By strategy, (n,) bool: whether it would also choose each chosen image, if it chose equally many images among the
-    same candidates.
-
-    Args:
-        hits: the candidates.
-        exclude, predict: as in `retrieve`; without ``predict``, strategies that need it are left out.
-        own: the strategy that chose the images; it is compared with its own keys.
-
-    Returns:
-        An empty dictionary if there are more than `COMPARED` candidates.
-    """
-    if hits[1].size > COMPARED:
-        return {}
-    candidates = Candidates(*hits, gallery.embeddings, predict)
-    # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
-    # installed.
-    compared = {config.strategy_name(): config() for config in strategies() if config.compared}
-    compared |= {own.name: own} if own else {}
-    usable = {name: s for name, s in compared.items() if predict is not None or not s.needs_predictions}
-    choices = {name: s.select(candidates, len(chosen), exclude).gallery for name, s in usable.items()}
-    return {name: np.isin(chosen.gallery, rows) for name, rows in choices.items()}
+    """By strategy, (n,) bool: whether it would also choose each chosen image. The arguments are as in
+    `alternatives`."""
+    others = alternatives(len(chosen), hits, gallery, exclude, predict, own)
+    return {name: np.isin(chosen.gallery, other.gallery) for name, other in others.items()}

@@ -75,7 +75,9 @@ def test_what_is_left_out_is_said(bare):
 
 def test_ways_by_name(bare):
     base = recipes.load(None, ["compare.ways=[scratch, oriented retrieved]", "compare.budgets=[]"])
-    assert list(list_methods(base)) == ["scratch", "oriented retrieved"]
+    assert list(list_methods(base)) == ["scratch", "oriented retrieved", "oriented generic"]
+    alone = recipes.override(base, {"compare.random": False})
+    assert list(list_methods(alone)) == ["scratch", "oriented retrieved"]
     with pytest.raises(KtrayError, match="'oriented retrieved'"):
         list_methods(recipes.load(None, ["compare.ways=[orientd retrieved]"]))
     own = ["task.data=x", f"gallery.data={bare}"]
@@ -99,9 +101,14 @@ def test_sizes_and_budgets_are_runs_of_their_way():
     assert {family: len(names) for family, names in families.items()} == {
         "oriented retrieved": 5,
         "agnostic retrieved": 3,
-        "oriented generic": 1,
+        "oriented generic": 3,
+        "agnostic generic": 3,
         "scratch": 1,
     }
+    assert methods["oriented generic, 500 images"].keys["transfer.source"] == "generic"
+    assert methods["oriented generic, 500 images"].keys["transfer.size"] == 500
+    assert methods["oriented generic, 500 images"].like == ("oriented retrieved, 500 images",)
+    assert methods["oriented generic"].like == ("oriented retrieved",)
     assert methods["agnostic retrieved, 1,000 images"].keys["transfer.size"] == 1000
     assert methods["oriented retrieved, 1/8 steps"].share == 0.125
     for wrong in ("compare.budgets=[2]", "compare.sizes=[0]"):
@@ -115,3 +122,72 @@ def test_a_way_with_an_unknown_key_names_its_nearest():
         recipe_of(base, {"objective.mach": "mse"})
     with pytest.raises(KtrayError, match="compare"):
         recipe_of(base, {"compare.seeds": [1]})
+
+
+STRATEGIES = """compare.ways={
+    near: {transfer.source: retrieved, transfer.strategy: best_first},
+    apart: {transfer.source: retrieved, transfer.strategy: diverse},
+    floor: {transfer.source: retrieved, transfer.min_similarity: auto},
+    mse: {objective.name: agnostic, objective.match: mse},
+    own: {transfer.source: target},
+    scratch: {objective.name: scratch}}"""
+
+
+def test_strategies_have_a_random_draw_beside_them(bare):
+    methods = list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}", STRATEGIES]))
+    assert list(methods) == [
+        "near", "near, random", "apart", "floor", "floor, random", "mse", "mse, random", "own", "scratch",
+    ]  # fmt: skip
+    draw = methods["near, random"]
+    assert draw.keys == {"transfer.source": "generic"}
+    assert draw.like == ("near", "apart")
+    assert draw.family == "near, random"
+    assert methods["floor, random"].like == ("floor",)
+    assert methods["mse, random"].keys == {
+        "objective.name": "agnostic", "objective.match": "mse", "transfer.source": "generic",
+    }  # fmt: skip
+    assert not any(methods[name].like for name in ("near", "apart", "floor", "mse", "own", "scratch"))
+
+
+def test_a_draw_that_the_user_names_is_the_one_beside_them(bare):
+    ways = "compare.ways={a: {transfer.source: retrieved}, b: {transfer.source: generic}}"
+    methods = list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}", ways]))
+    assert list(methods) == ["a", "b"]
+    assert methods["b"].like == ("a",)
+
+
+def test_without_a_gallery_nothing_is_drawn():
+    methods = list_methods(recipes.load(None, ["task.data=x", "compare.ways={a: {objective.name: oriented}}"]))
+    assert list(methods) == ["a"]
+
+
+def test_the_default_methods_keep_the_draws_that_they_have(bare):
+    methods = list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))
+    likes = {name: method.like for name, method in methods.items() if method.like}
+    assert likes == {"oriented generic": ("oriented retrieved",), "agnostic generic": ("agnostic retrieved",)}
+    assert not [name for name in methods if name.endswith(", random")]
+
+
+def test_a_draw_has_as_many_images_as_the_set_beside_it_really_has(bare):
+    from ktray.jobs.compare.run import _run_all
+
+    base = recipes.load(None, ["task.data=x", f"gallery.data={bare}", "transfer.size=100", STRATEGIES])
+    methods = list_methods(base)
+    kept = {"near": 90, "apart": 88, "floor": 31, "mse": 100}
+    asked = []
+
+    class Runs:
+        def run(self, jobs):
+            asked.append([name for name, _ in jobs])
+            return [
+                {"size": one.transfer.size, "transfer_set": {"kept": kept.get(name, 0) + one.seed}}
+                for name, one in jobs
+            ]
+
+    given = {(name, seed): recipe_of(base, m.keys, seed=seed) for seed in (0, 1) for name, m in methods.items()}
+    found = dict(zip(given, _run_all(Runs(), methods, given), strict=True))
+    assert [found[name, 0]["size"] for name in ("near, random", "floor, random", "mse, random")] == [90, 31, 100]
+    assert found["near, random", 1]["size"] == 91
+    assert found["near", 0]["size"] == 100
+    assert [len(names) for names in asked] == [12, 6]
+    assert not [name for name in asked[0] if name.endswith("random")]

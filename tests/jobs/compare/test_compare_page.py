@@ -189,3 +189,14 @@ def test_the_page_and_the_csv_file_have_the_starts(tmp_path):
     with open(tmp_path / "compare.csv", newline="") as stream:
         assert [line["start"] for line in csv.DictReader(stream)] == ["published (lite)", "random"]
     assert "<td>published (lite)</td>" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_retrieved_set_is_compared_with_the_random_draw_beside_it(found, tmp_path):
+    draw = row("oriented generic", "oriented", 0.84, 6e12, images=2_000.0, like=["oriented retrieved"])
+    rows = [row("oriented retrieved", "oriented", 0.90, 8e12, images=2_000.0), draw]
+    drawn = content(rows, ["oriented retrieved", "oriented generic"])
+    (line,) = page.against_random(drawn)
+    assert line.startswith("oriented retrieved (2,000 images): +6.0 points on test compared with oriented generic")
+    assert line in page.table(drawn)
+    assert page.against_random(found) == []
+    assert "random draws" not in page.table(found)

@@ -21,7 +21,15 @@ def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("comparison")
     task, gallery = write_task(root / "task"), write_gallery(root / "gallery")
     data = [f"store={root / 'store'}", f"task.data={task}", f"gallery.data={gallery}"]
-    return root / "store", [*SMALL, *data, "train.steps=40", WAYS, "compare.seeds=[0, 1]", "compare.parallel=1"]
+    return root / "store", [
+        *SMALL,
+        *data,
+        "train.steps=40",
+        WAYS,
+        "compare.random=false",
+        "compare.seeds=[0, 1]",
+        "compare.parallel=1",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,25 @@
+"""The averaged weights of a training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Average:
+    """Exponential moving average of a model's weights. Buffers are copied."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        # Early steps average over fewer steps, otherwise the random initial weights would keep their influence.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = model.state_dict()
+        floats = [k for k, v in self.state.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.state[k] for k in floats], [live[k] for k in floats], 1 - decay)
+        for k, v in self.state.items():
+            if not v.is_floating_point():
+                v.copy_(live[k])
