@@ -53,7 +53,7 @@ def test_a_budget_that_a_way_cannot_meet_names_it(given):
 
 
 def test_equal_device_seconds_follows_the_measured_speeds(given):
-    base = recipes.load(None, [*given, "compare.equal=device_seconds"])
+    base = recipes.load(None, [*given, "compare.equal=device_seconds", "compare.random=false"])
     methods = list_methods(base)
     speeds = {"mse": MeasuredSpeed(100.0, 0.5), "scratch": MeasuredSpeed(20.0, 0.25)}
     found = budgets(base, methods, HERE, lambda methods, most: speeds)
@@ -106,9 +106,8 @@ def test_what_was_measured_is_kept(given, tmp_path):
 
 
 def test_a_plan_counts_seeds_and_trials(given):
-    base = recipes.load(
-        None, [*given, "compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]"]
-    )
+    parts = ["compare.seeds=[0, 1]", "compare.lr_search=[0.5, 1, 2]", "compare.budgets=[0.5]", "compare.random=false"]
+    base = recipes.load(None, [*given, *parts])
     found, said = budgets(base, list_methods(base), HERE), []
     heard(said, show, base)
     heads = found["mse"].flops + found["scratch"].flops

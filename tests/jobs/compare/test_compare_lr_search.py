@@ -18,6 +18,7 @@ def setting(*more):
             "compare.budgets=[0.5]",
             "compare.seeds=[7, 8]",
             "compare.lr_search=[]",
+            "compare.random=false",
             *more,
         ],
     )

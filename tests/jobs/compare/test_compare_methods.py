@@ -164,7 +164,7 @@ def test_without_a_gallery_nothing_is_drawn():
 def test_the_default_methods_keep_the_draws_that_they_have(bare):
     methods = list_methods(recipes.load(None, ["task.data=x", f"gallery.data={bare}"]))
     likes = {name: method.like for name, method in methods.items() if method.like}
-    assert likes == {"oriented generic": ("oriented retrieved",), "agnostic generic": ("agnostic retrieved",)}
+    assert likes == {f"{name} generic": (f"{name} retrieved",) for name in ("oriented", "agnostic", "consistency")}
     assert not [name for name in methods if name.endswith(", random")]
 
 

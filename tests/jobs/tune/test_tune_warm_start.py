@@ -18,6 +18,7 @@ BASE = recipes.override(
         "task.metric": "top1",
         "train.steps": 100,
         "train.lr": 1e-05,
+        "baselines.scratch": True,
         "student.name": "test_resnet",
         "student.kwargs": {"output_stride": 8},
     },
