@@ -58,7 +58,8 @@ class TrainConfig(Section):
     evals: int = Field(
         12,
         ge=1,
-        description="number of validations during pretraining; the student with the best one is kept",
+        description="number of validations during pretraining; the best student is kept if later ones are worse by "
+        "more than chance",
     )
     patience: int = Field(
         4,

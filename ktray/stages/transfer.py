@@ -87,8 +87,8 @@ def run(
 ) -> StageResult:
     """Store ``weights.safetensors`` of the pretrained student; the training curve is in the manifest.
 
-    The weights that are best on validation are kept. If the objective trains no classifier, there is no validation, and
-    the last weights are kept.
+    The last weights are kept, or the best ones on validation if validation has fallen since by more than chance. If the
+    objective trains no classifier, there is no validation, and the last weights are kept.
     """
     return run_stage(context.runtime, TransferInputs.of(context, targets, labels, start), work)
 

@@ -70,8 +70,9 @@ class TrainingProgram:
         after_step: called after each optimizer step with the fraction of the steps that are done.
         finish: copies into the model what other modules have learnt for it; called before the model is evaluated or
             saved.
-        tolerance: only evaluations that are worse than the best one by more than this count for
-            `TrainerSettings.patience`.
+        tolerance: scores that differ by less are equally good. Only evaluations that are worse than the best one by
+            more count for `TrainerSettings.patience`, and the best weights are only kept if the last ones are worse by
+            more.
         teach: adds the targets of a teacher in this process to a batch. Its time counts as part of the step, not as
             waiting for data.
     """
@@ -100,7 +101,9 @@ class State:
     Attributes:
         step: number of steps that are done.
         seconds: time that they took, over all attempts.
-        best_score, best_step: the best score on validation, and the step after which it was reached.
+        best_score, best_step: the best score on validation, and the step after which it was reached; at the end, those
+            of the kept weights.
+        last_score: the last score on validation.
         stale: number of evaluations in a row that count for `TrainerSettings.patience`.
         finished: whether the training has ended.
         curve: a row for each evaluation: ``step``, ``seconds``, ``loss`` and the metrics on validation.
@@ -110,6 +113,7 @@ class State:
     seconds: float = 0.0
     best_score: float = -math.inf
     best_step: int = 0
+    last_score: float = -math.inf
     stale: int = 0
     finished: bool = False
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -270,9 +274,17 @@ class Trainer:
                 self._save()
         if reported < state.step:  # also if the training stops early, so that all of its steps are counted
             self._report(waited / (time.perf_counter() - begun))
+        self._keep_last_if_as_good()
         state.finished = True
         self._save()
         return state
+
+    def _keep_last_if_as_good(self) -> None:
+        """Keep the last weights instead of the best ones if only chance may separate them: the best of many evaluations
+        is too good by chance, and later weights have seen more."""
+        state = self.state
+        if self.best is not None and state.best_score - state.last_score < self.p.tolerance:
+            self.best, state.best_score, state.best_step = None, state.last_score, state.step
 
     def _report(self, data_wait: float) -> None:
         """Report the steps that are done, and the fraction of the time in which the loop waited for data."""
@@ -335,6 +347,7 @@ class Trainer:
         if self.p.evaluate is not None:
             with self.finished_model() as model:
                 score, metrics = self.p.evaluate(model)
+                state.last_score = score
                 if score > state.best_score:
                     state.best_score, state.best_step, state.stale = score, state.step, 0
                     if self.s.keep == "best":

@@ -220,9 +220,28 @@ def test_a_fall_within_the_tolerance_is_no_reason_to_stop(tmp_path):
     scores = iter([0.1, 0.9, 0.7, 0.7, 0.85, 0.85, 0.85, 0.85, 0.7, 0.7, 0.7] + [0.95] * 50)
     p = program(lambda m: (next(scores), {}))
     p.tolerance = 0.1
-    state = Trainer(p, settings, Recorder(tmp_path).hooks).run()
+    recorder = Recorder(tmp_path)
+    state = Trainer(p, settings, recorder.hooks).run()
     assert state.step == 20 * 10
-    assert state.best_score == 0.9
+    assert (state.best_score, state.best_step) == (0.9, 20)
+
+
+@pytest.mark.parametrize(("last", "kept"), [(0.85, "last"), (0.75, "best")])
+def test_the_best_weights_are_kept_only_if_the_last_ones_are_worse_by_more_than_chance(tmp_path, last, kept):
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "steps": 40, "evals": 4, "keep": "best"})
+    seen, scores = [], iter([0.1, 0.9, 0.8, 0.8, last])
+
+    def evaluate(model):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(scores), {"val_top1": 0.0}
+
+    p, recorder = program(evaluate), Recorder(tmp_path)
+    p.tolerance = 0.1
+    state = Trainer(p, settings, recorder.hooks).run()
+    assert (state.best_score, state.best_step) == ((last, 40) if kept == "last" else (0.9, 10))
+    stored = load_file(recorder.saved[-1] / "weights.safetensors")
+    for name, value in seen[4 if kept == "last" else 1].items():
+        torch.testing.assert_close(stored[name], value)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):

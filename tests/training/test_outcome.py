@@ -11,6 +11,7 @@ STATE = {
     "seconds": 1.5,
     "best_score": 0.5,
     "best_step": 5,
+    "last_score": 0.25,
     "stale": 1,
     "finished": False,
     "curve": [{"step": 5, "seconds": 1.0, "loss": 0.25}],
