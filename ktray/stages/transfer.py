@@ -43,8 +43,9 @@ class TransferInputs(StageInputs):
     """
 
     stage = "transfer"
-    # 2: views keyed by image; 3: only the fields of the chosen objective; 4: the best weights on validation
-    version = 4
+    # 2: views keyed by image; 3: only the fields of the chosen objective; 4: ends early for a fall;
+    # 5: the last weights, unless validation has fallen
+    version = 5
 
     targets: TeachResult
     labels: StageResult
