@@ -10,8 +10,8 @@ With the teacher's calibrated logits ``z`` and the student's logits ``s`` of N v
 
 The three levels are those of MTKD (Informatica 50(13), 2026), which matches the predictions of an adapted teacher on
 unlabelled images. The two Gram matrices follow multi-level logit distillation (Jin et al., CVPR 2023). Its factors 1/N
-and 1/C are replaced by C/N^2, so that neither the batch nor the number of classes changes the size of a term. Each is of
-the order of 1 for confident predictions of equally frequent classes. Jin et al. also repeat each term at several
+and 1/C are replaced by C/N^2, so that neither the batch nor the number of classes changes the size of a term. Each is
+of the order of 1 for confident predictions of equally frequent classes. Jin et al. also repeat each term at several
 temperatures and leave out uncertain rows; this file does not. N is the batch of a worker.
 
 With ``mixup``, images and teacher probabilities of the same pair are mixed, as in `oriented`.
