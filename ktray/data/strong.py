@@ -33,7 +33,9 @@ OPERATIONS = (
     "autocontrast",
     "equalize",
 )
-_AREA, _RATIO = (0.02, 1 / 3), (0.3, 3.3)  # of an erased box: Zhong et al., arXiv 1708.04896, section 4.2
+# Share of the area, and height / width, of an erased box: random erasing (Zhong et al., arXiv 1708.04896) with the
+# ranges of torchvision's RandomErasing.
+_AREA, _RATIO = (0.02, 0.33), (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
@@ -139,18 +141,26 @@ def _erase(images: torch.Tensor, draws: np.ndarray, probability: float) -> torch
     """Replace a box of some images by the mean colour of the image.
 
     Args:
-        draws: (5, N) uniform numbers: whether, area, aspect ratio, and position of each box.
+        draws: (5, N) uniform numbers: whether, then those of `boxes`.
     """
-    height, width = images.shape[2:]
-    whether, area, aspect, across, down = draws
-    pixels = height * width * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
-    ratio = np.exp(math.log(_RATIO[0]) + aspect * (math.log(_RATIO[1]) - math.log(_RATIO[0])))
-    h, w = (np.minimum(np.round(np.sqrt(s)), side) for s, side in ((pixels * ratio, height), (pixels / ratio, width)))
-    top, left = np.floor(down * (height - h + 1)), np.floor(across * (width - w + 1))
-    h = np.where(whether < probability, h, 0)
-    limits = torch.from_numpy(np.stack([top, top + h, left, left + w]).astype(np.int64)).to(images.device)
-    y, x = (torch.arange(side, device=images.device) for side in (height, width))
-    rows = (y >= limits[0, :, None]) & (y < limits[1, :, None])
-    columns = (x >= limits[2, :, None]) & (x < limits[3, :, None])
+    inside = boxes(draws[1:], *images.shape[2:]) & (draws[0] < probability)[:, None, None]
     mean = images.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
-    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], mean, images)
+    return torch.where(torch.from_numpy(inside).to(images.device)[:, None], mean, images)
+
+
+def boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(N, height, width) bool: a random rectangle in each of N images. Sides that are too long are cut.
+
+    Args:
+        draws: (4, N) uniform numbers: area, ratio of the sides, and position across and down.
+    """
+    area, aspect, across, down = draws
+    share = _AREA[0] + area * (_AREA[1] - _AREA[0])
+    ratio = np.exp(math.log(_RATIO[0]) + aspect * (math.log(_RATIO[1]) - math.log(_RATIO[0])))
+    h, w = (np.round(np.minimum(np.sqrt(s), 1) * side) for s, side in ((share * ratio, height), (share / ratio, width)))
+    top, left = (np.floor(at * (side - size + 1)) for at, side, size in ((down, height, h), (across, width, w)))
+    rows, columns = (
+        (np.arange(side) >= first[:, None]) & (np.arange(side) < (first + size)[:, None])
+        for side, first, size in ((height, top, h), (width, left, w))
+    )
+    return rows[:, :, None] & columns[:, None, :]

@@ -1,4 +1,4 @@
-"""Features of a student before its classifier or head: pooled features, and the last feature map."""
+"""Features of a network before its classifier or head: pooled features, and the last feature map."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def trunk(model: nn.Module) -> Any:
     """The plain timm model in a student's network: its attribute ``timm_model`` if the network has another head,
     otherwise the network itself."""
     return getattr(model, "timm_model", model)
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether a network has more than one convolution. A single one is the patch embedding of a transformer."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
 def feature_dim(model: nn.Module) -> int:

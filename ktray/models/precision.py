@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ktray.models.features import is_convolutional
+
 DType = Literal["bf16"]
 Candidate = tuple[DType | None, bool]  # autocast, channels-last
 # A format must be clearly faster, because it rounds. A layout has no cost, but a tie should have a stable result.
@@ -97,8 +99,7 @@ def choose_precision(
         precision: force a number format; the layout is still chosen.
     """
     kind = torch.device(device).type
-    # A single convolution is the patch embedding of a transformer.
-    convolves = sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 1
+    convolves = is_convolutional(model)
     if kind == "cuda":
         reason = "requested" if precision != "auto" else "the rule on CUDA"
         return Precision(None if precision == "fp32" else "bf16", convolves, reason)

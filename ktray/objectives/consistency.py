@@ -22,7 +22,6 @@ images of other classes than those of the task.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +30,7 @@ from pydantic import Field
 from torch import nn
 
 from ktray.data.augment import random_views, uniforms
+from ktray.data.strong import boxes
 from ktray.data.views import ViewPolicy
 from ktray.objectives.base import (
     OBJECTIVES,
@@ -47,9 +47,7 @@ from ktray.objectives.base import (
 _WEAK, _STRONG, _ERASED = 0, 1, 2
 # Largest changes of brightness, contrast and saturation in a strong view.
 _STRONG_COLOURS = (0.6, 0.6, 0.6)
-# Area and ratio of sides of the erased rectangle (Zhong et al., arXiv 1708.04896, section 3.2), and its colour,
-# which is ImageNet's mean.
-_ERASED_AREA, _ERASED_RATIO, _GREY = (0.02, 0.33), (0.3, 1 / 0.3), (124.0, 116.0, 104.0)
+_GREY = (124.0, 116.0, 104.0)  # of the erased rectangle: ImageNet's mean
 
 
 @OBJECTIVES.register("consistency")
@@ -159,17 +157,6 @@ def erase(views: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
     The rectangle of a view depends only on its key. It lies inside the view: sides that are too long are cut.
     """
-    n, _, height, width = views.shape
-    area, aspect, across, down = uniforms(keys, _ERASED, 4)
-    area = _ERASED_AREA[0] + area * (_ERASED_AREA[1] - _ERASED_AREA[0])
-    low, high = (math.log(value) for value in _ERASED_RATIO)
-    ratio = torch.exp(low + aspect * (high - low))
-    h = ((area * ratio).sqrt().clamp(max=1.0) * height).round()
-    w = ((area / ratio).sqrt().clamp(max=1.0) * width).round()
-    top, left = (down * (height - h + 1)).floor(), (across * (width - w + 1)).floor()
-    box = [side.view(n, 1, 1).to(views.device) for side in (top, left, h, w)]
-    rows = torch.arange(height, device=views.device).view(1, -1, 1)
-    columns = torch.arange(width, device=views.device).view(1, 1, -1)
-    inside = (rows >= box[0]) & (rows < box[0] + box[2]) & (columns >= box[1]) & (columns < box[1] + box[3])
+    inside = boxes(uniforms(keys, _ERASED, 4).numpy(), *views.shape[2:])
     grey = torch.tensor(_GREY, device=views.device).to(views.dtype).view(1, 3, 1, 1)
-    return torch.where(inside[:, None], grey, views)
+    return torch.where(torch.from_numpy(inside).to(views.device)[:, None], grey, views)

@@ -5,18 +5,13 @@ docs/measured/photographs.md has the measurements behind each value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
 from ktray.errors import KtrayError
+from ktray.models.features import is_convolutional
 from ktray.models.flops import on_meta
+from ktray.pipeline.published import Choose
 from ktray.recipe.schema import Recipe
 from ktray.tasks.base import task_kind
 from ktray.training.inputs import StudentSpec
-
-Choose = Callable[[str, Any, str], None]  # key, value, and the reason that is printed; empty: nothing is printed
 
 DRAWING_SIDE = 64  # side of the student's input, pixels, up to which images are treated as drawings and tiles
 MIXUP = 0.8
@@ -84,10 +79,9 @@ def min_steps(recipe: Recipe) -> tuple[int, str]:
 
 
 def _is_convolutional(recipe: Recipe) -> bool:
-    """Whether the student has more convolutions than the single one that embeds the patches of a transformer, which
-    would not be stable at the larger learning rate."""
+    """Whether the student is convolutional. A transformer would not be stable at the larger learning rate."""
     model = on_meta(lambda: StudentSpec.of(recipe, 2).make(bare=True).model)
-    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+    return is_convolutional(model)
 
 
 def starts_published(recipe: Recipe) -> bool:

@@ -22,7 +22,7 @@ CPU_TEACHER_SIDE = 160  # pixels; the packaged teachers accept any size, and rea
 PUBLISHED_TEACHER = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
 PUBLISHED_TEACHER_GPU = "open_clip:ViT-L-14/datacomp_xl_s13b_b90k"
 
-Choose = Callable[[str, Any, str], None]
+Choose = Callable[[str, Any, str], None]  # key, value, and the reason that is printed; empty: nothing is printed
 
 
 def choose_teacher(recipe: Recipe, on_gpu: bool, choose: Choose) -> None:

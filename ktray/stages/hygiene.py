@@ -197,7 +197,13 @@ def _similar(embedded: dict[str, np.ndarray], reporter: Reporter) -> dict[tuple[
     found = {}
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         a, b = embedded.get(first), embedded.get(second)
-        if a is None or b is None or not len(a) or not len(b) or float(len(a)) * b.size > _MULTIPLICATIONS:
+        if a is None or b is None or not len(a) or not len(b):
+            continue
+        if float(len(a)) * b.size > _MULTIPLICATIONS:
+            logger.info(
+                f"hygiene   {first} and {second} have too many images ({len(a):,} x {len(b):,}) to compare all "
+                "embeddings: copies are found by their hashes only"
+            )
             continue
         reporter.meter.add(flops=2 * len(a) * b.size)
         pairs: list[tuple[int, int]] = []

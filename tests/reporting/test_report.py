@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ktray.reporting import report, units
+from ktray.reporting import report
 from ktray.reporting.hygiene import Exhibit, HygieneReport
 from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
 from ktray.reporting.report import accuracy_rows, closing_table, write_report
@@ -307,39 +307,6 @@ def test_closing_table() -> None:
         "student              79.0%  78.1%",
     ]
     assert closing_table({}).splitlines()[-1].startswith("total")
-
-
-@pytest.mark.parametrize(
-    ("write", "value", "text"),
-    [
-        (units.flops, 1.2e12, "1.2 TFLOP"),
-        (units.flops, 0, "0 FLOP"),
-        (units.flops, 999.96e9, "1 TFLOP"),
-        (units.flops, 999.4e9, "999 GFLOP"),
-        (units.flops, 4.4e17, "440 PFLOP"),
-        (units.flops, None, "–"),
-        (units.size, 1_900_000_000, "1.9 GB"),
-        (units.seconds, 0.04, "0.0 s"),
-        (units.seconds, 9.96, "10 s"),
-        (units.seconds, 35, "35 s"),
-        (units.seconds, 119.6, "2.0 min"),
-        (units.seconds, 7300, "2.0 h"),
-        (units.seconds, 216_000, "2.5 d"),
-        (units.seconds, None, "–"),
-        (units.usd, 0, "$0"),
-        (units.usd, 0.0004, "$0.0004"),
-        (units.usd, 0.000_063_4, "$0.000063"),
-        (units.usd, 0.0123, "$0.012"),
-        (units.usd, 0.5, "$0.50"),
-        (units.usd, 1234.5, "$1,234.50"),
-        (units.usd, None, "–"),
-        (units.percent, 0.7814, "78.1%"),
-        (units.percent, None, "–"),
-        (units.count, 12345, "12,345"),
-    ],
-)
-def test_numbers_for_people(write: Any, value: float | None, text: str) -> None:
-    assert write(value) == text
 
 
 def delivered(name: str, **validation: float) -> dict[str, Any]:
