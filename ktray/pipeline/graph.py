@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from ktray.data.preprocess import Preprocess
 from ktray.models.features import map_shape
+from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline.phases import needs_teacher, phases, taught
 from ktray.pipeline.select import SCRATCH, START, Candidate, baseline, best, distilled, models_to_test
 from ktray.recipe.schema import index_alone
-from ktray.stages import finetune, hygiene, labels, transfer
+from ktray.stages import ensemble, finetune, hygiene, labels, transfer
 from ktray.stages.adapt import stage as adapt
 from ktray.stages.base import RunContext, StageResult
 from ktray.stages.curate import stage as curate
@@ -22,6 +23,7 @@ from ktray.stages.teach import stage as teach
 from ktray.training.inputs import StudentSpec
 
 logger = logging.getLogger("ktray")
+TaughtBy = tuple[StageResult, AdaptedSpec | EnsembleSpec]
 
 
 @dataclass
@@ -31,6 +33,7 @@ class StageOutputs:
     Attributes:
         candidates: the students that the run can deliver, the distilled ones first.
         student: the delivered one.
+        teacher: the stage of the teacher whose predictions are tested: ADAPT, or ENSEMBLE for several teachers.
     """
 
     labels: StageResult
@@ -38,6 +41,7 @@ class StageOutputs:
     candidates: list[Candidate]
     student: Candidate
     adapt: StageResult | None = None
+    teacher: StageResult | None = None
     index: StageResult | None = None
     curate: StageResult | None = None
     teach: teach.TeachResult | None = None
@@ -76,14 +80,14 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         trained = finetune.run_scratch(context, decoded, initial, booked=name)
         candidates.append(baseline(name, trained, context.metric))
     chosen = best(candidates)
-    teacher = (start.spec, start.adapt) if start.adapt and start.spec else None
-    evaluated = None if trial else evaluate.run(context, models_to_test(candidates, chosen), teacher)
+    evaluated = None if trial else evaluate.run(context, models_to_test(candidates, chosen), start.teacher)
     return StageOutputs(
         labels=decoded,
         evaluate=evaluated,
         candidates=candidates,
         student=chosen,
         adapt=start.adapt,
+        teacher=start.teacher[0] if start.teacher else None,
         index=start.index,
         curate=start.curate,
         teach=start.teach,
@@ -102,11 +106,11 @@ def _baselines(context: RunContext) -> list[tuple[str, StudentSpec]]:
 
 @dataclass
 class PhaseOutputs:
-    """The stages of one phase of pretraining."""
+    """The stages of one phase of pretraining; ``teacher`` is the adapted teacher or the ensemble, with its stage."""
 
     labels: StageResult
     adapt: StageResult | None
-    spec: AdaptedSpec | None
+    teacher: TaughtBy | None
     index: StageResult | None
     curate: StageResult
     teach: teach.TeachResult
@@ -141,15 +145,30 @@ def _curate(context: RunContext) -> TransferSetOutputs:
     return TransferSetOutputs(adapted, spec, model, indexed, curate.run(context, encoder, adapted, indexed))
 
 
+def _teacher(context: RunContext, curated: TransferSetOutputs) -> TaughtBy | None:
+    """The teacher of the student with its stage: the adapted teacher, or the ensemble with ``teacher.others``."""
+    if not (curated.adapt and curated.spec):
+        return None
+    part = context.recipe.teacher
+    if not part.others:
+        return curated.adapt, curated.spec
+    stages, specs = [curated.adapt], [curated.spec]
+    for other in part.others:
+        recipe = context.recipe.model_copy(update={"teacher": part.model_copy(update=dict(other))})
+        spec = TeacherSpec.of(TeacherSource(other.name, other.checkpoint, other.config, other.image_size))
+        stages.append(adapt.run(replace(context, recipe=recipe), spec))
+        specs.append(adapt.adapted(context, stages[-1], spec))
+    return ensemble.run(context, stages, specs, [str(part.name), *(other.name for other in part.others)])
+
+
 def _pretrain(
     context: RunContext, student: Preprocess, map_side: int, start: PhaseOutputs | None, check: bool
 ) -> PhaseOutputs:
     curated = _curate(context)
     checked = hygiene.run(context, curated.adapt, curated.encoder) if check else None
-    by_teacher = (curated.adapt, curated.spec) if taught(context.recipe) else (None, None)
+    teacher = _teacher(context, curated)
+    by_teacher = teacher if teacher and taught(context.recipe) else (None, None)
     targets = teach.run(context, curated.curate, *by_teacher, student, map_side)
     decoded = labels.run(context, student)
     transferred = transfer.run(context, targets, decoded, start.transfer if start else None)
-    return PhaseOutputs(
-        decoded, curated.adapt, curated.spec, curated.index, curated.curate, targets, transferred, checked
-    )
+    return PhaseOutputs(decoded, curated.adapt, teacher, curated.index, curated.curate, targets, transferred, checked)

@@ -77,14 +77,16 @@ def lines(resolved: Resolved) -> list[Line]:
     batch = int(recipe.train.batch_size or 1)
     scratch_steps = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
     if not recipe.objective.has_transfer_set():
+        flops, what = (
+            cost.train(size) * scratch_steps * batch,
+            f"at most {scratch_steps} steps of {batch} labelled images",
+        )
+        if recipe.objective.traits.frozen:
+            labelled = len(task.train) + len(task.val)
+            flops, what = cost.forward(size) * labelled, f"a linear head on the features of {labelled} images"
         return [
             Line("hygiene", 0, 0, _checked(task)),
-            Line(
-                "finetune",
-                cost.train(size) * scratch_steps * batch,
-                0,
-                f"at most {scratch_steps} steps of {batch} labelled images",
-            ),
+            Line("finetune", flops, 0, what),
             Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
         ]
     teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
@@ -105,7 +107,7 @@ def lines(resolved: Resolved) -> list[Line]:
         replay = f.replay if last.objective.traits.replays else 0.0
         tuned = cost.train(size) * f.steps * f.batch_size * (1 + replay)
         if teacher and last.teach.mode != "cached" and taught(last):
-            tuned += teacher.tower * f.steps * f.batch_size * replay
+            tuned += teacher.together * f.steps * f.batch_size * replay
         out["finetune"] = Line(
             "finetune", tuned, 0, f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
         )
@@ -117,7 +119,7 @@ def lines(resolved: Resolved) -> list[Line]:
     for name, what in ran.items():
         text = f"baseline: {what}, at most {scratch_steps} steps (stops early)"
         out[name] = Line(name, cost.train(size) * scratch_steps * batch, 0, text)
-    models = cost.forward(size) * (1 + len(ran)) + (teacher.tower if teacher else 0.0)
+    models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
     out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
     return list(out.values())
 
@@ -139,16 +141,21 @@ class _Student:
 
 @dataclass(frozen=True)
 class _Teacher:
+    """FLOPs for one image of the teacher's tower, and of all teachers together."""
+
     tower: float
+    together: float
     width: int
     patch_dim: int
 
 
 def _teacher(recipe: Recipe) -> _Teacher:
     t = recipe.teacher
-    model = build_teacher(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size), device="meta")
-    tower = forward_flops(model.image_tower, (3, *model.preprocess.size))
-    return _Teacher(tower, int(model.embed_dim), int(model.patch_dim or 0))
+    sources = [TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size)]
+    sources += [TeacherSource(o.name, o.checkpoint, o.config, o.image_size) for o in t.others]
+    models = [build_teacher(source, device="meta") for source in sources]
+    towers = [forward_flops(model.image_tower, (3, *model.preprocess.size)) for model in models]
+    return _Teacher(towers[0], sum(towers), int(models[0].embed_dim), int(models[0].patch_dim or 0))
 
 
 def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _Teacher | None) -> Iterator[Line]:
@@ -157,15 +164,19 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _T
     objective: Objective = recipe.objective.build()
     traits = recipe.objective.traits
     needs = traits.targets_needed
-    tower, width = (teacher.tower, teacher.width) if teacher and needs_teacher(recipe) else (0.0, 0)
+    known = teacher if teacher and needs_teacher(recipe) else _Teacher(0.0, 0.0, 0, 0)
+    tower, together, width = known.tower, known.together, known.width
     predicts = "logits" in needs
     if tower:
         labelled = len(task.train) + len(task.val)
-        adapt = tower * labelled
+        adapt = together * labelled
         if predicts:
             # LoRA computes the gradients of all weights as well.
-            adapt += sum(3 * tower * part.steps * part.batch_size for part in t.trainings().values())
+            adapt += sum(3 * together * part.steps * part.batch_size for part in t.trainings().values())
         how = t.adapt if predicts else "probe"
+        if t.others:
+            how += f" of {1 + len(t.others)} teachers"
+            adapt += together * len(task.val)  # to weight the teachers
         yield Line("adapt", adapt, labelled * width * 2, f"{how} on {len(task.train)} labels")
     images = transfer_images(recipe, task)
     if recipe.transfer.source in ("generic", "retrieved", "list"):
@@ -190,7 +201,7 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _T
     if "patch_embedding" in needs and teacher:
         halves += teacher.patch_dim * map_shape(cost.model, size)[1] ** 2
     what = f"{recipe.teach.views} views of {images:,} images" if traits.views == "fixed" else f"{images:,} images"
-    stored, teacher_flops = recipe.teach.mode == "cached", tower if taught(recipe) else 0.0
+    stored, teacher_flops = recipe.teach.mode == "cached", together if taught(recipe) else 0.0
     if not stored:
         what = f"a list of {images:,} images ({recipe.teach.mode}: the teacher runs during training)"
     checked = checked_images(images) * (views // max(1, images))

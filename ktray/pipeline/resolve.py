@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ktray.data.decode import formats
+from ktray.data.labelled.hygiene_memory import copies_kept_in
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
@@ -32,13 +33,11 @@ from ktray.pipeline.image_kinds import (
     min_steps,
 )
 from ktray.pipeline.published import choose_start, choose_student, choose_teacher
+from ktray.pipeline.teaching import choose_teaching
 from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
-from ktray.targets.jpeg import view_bytes
-from ktray.targets.mode import choose_mode, free_bytes
-from ktray.targets.top_k import per_prediction
 from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
 
@@ -165,6 +164,8 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     classes_predicted = isinstance(task_kind(recipe.task.kind).matching, ClassMatching)
     if recipe.transfer.weight != "none" and not (classes_predicted and "logits" in traits.targets_needed):
         choose("transfer.weight", "none", f"{name} has no class predictions of the teacher to weight images by")
+    if recipe.teacher.others and not (classes_predicted and "logits" in traits.targets_needed):
+        choose("teacher.others", [], f"{name} has no class predictions of the teachers to average")
     if recipe.transfer.size is None and recipe.transfer.source in ("generic", "retrieved"):
         limit = 153_600 if on_gpu else 6_000
         if gallery_images is not None:
@@ -201,43 +202,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         choose("train.steps", max(1, round(epochs * images / batch)), f"{epochs:g} passes over {images} images")
     if recipe.train.epochs is None:
         recipe.train.epochs = round(int(recipe.train.steps or 1) * batch / max(1, images), 3)
-    classes = len(task.classes)
-    if recipe.teach.top_k == "auto":
-        if classes > 2000:
-            choose("teach.top_k", 200, f"{classes:,} classes")
-        else:
-            recipe.teach.top_k = 0
-    elif recipe.teach.top_k >= classes:
-        choose("teach.top_k", 0, f"there are {classes:,} classes")
-    if traits.sampled and recipe.teach.mode in ("live", "streamed"):
-        raise KtrayError(
-            f"objective.name={name} needs stored embeddings of the teacher before the first step, and "
-            f"teach.mode={recipe.teach.mode} stores none",
-            "Set teach.mode=cached.",
-        )
-    if recipe.teach.mode == "auto" and traits.sampled:
-        choose("teach.mode", "cached", f"{name} needs stored embeddings before the first step")
-    if recipe.teach.mode == "auto":
-        rows = images * (recipe.teach.views if traits.views == "fixed" else 1)
-        drawn = int(recipe.train.steps or 1) * batch
-        row_bytes = view_bytes(size, recipe.teach.jpeg) + 2 * per_prediction(classes, int(recipe.teach.top_k))
-        streaming = plan.streaming if on_gpu else 0  # on CPUs a teacher that runs during training takes cores from it
-        mode, why = choose_mode(rows, drawn, row_bytes, free_bytes(recipe.store), streaming)
-        if mode == "live" and recipe.transfer.weight != "none":
-            mode, why = "cached", "transfer.weight reads the teacher's predictions before images are drawn"
-        choose("teach.mode", mode, why)
-    if recipe.teach.mode == "live" and recipe.transfer.weight != "none":
-        raise KtrayError(
-            f"transfer.weight={recipe.transfer.weight} needs the teacher's predictions before images are drawn, and "
-            "teach.mode=live computes them afterwards",
-            "Set teach.mode=cached, or transfer.weight=none.",
-        )
-    if recipe.teach.mode == "streamed" and not plan.streaming:
-        raise KtrayError(
-            f"teach.mode=streamed needs a second GPU for the teacher of each worker, and {plan.workers} workers have "
-            f"{plan.total_gpus:g} GPUs in total",
-            "Set cluster.workers to at most half of the GPUs, or teach.mode=cached.",
-        )
+    choose_teaching(recipe, plan, images, len(task.classes), choose)
     canvas = 1.0 if median <= size else 8 / 7
     fingerprint = digest(task.fingerprint, canvas)
     class_names = names or task.names or task.classes
@@ -268,7 +233,8 @@ def labelled_task(
             f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
             f"{hint}Available metrics: auto, {', '.join(kind.metrics)}.",
         )
-    return kind.read(root, part), names, prompts
+    with copies_kept_in(Dir(recipe.store).sub("copies")):
+        return kind.read(root, part), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:

@@ -106,9 +106,15 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
             "test_images": student["n"],
         }
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
-    if outputs.adapt:
-        adapted = cast(AdaptManifest, outputs.adapt.manifest)
-        content["teacher_metric"] = {"val": adapted["val"], "adapt": adapted["chosen"], **tested.get("teacher", {})}
+    if outputs.adapt and outputs.teacher:
+        adapted, facts = cast(AdaptManifest, outputs.adapt.manifest), outputs.teacher.manifest
+        members = {"members": facts["members"]} if "members" in facts else {}
+        content["teacher_metric"] = {
+            "val": facts["val"],
+            "adapt": adapted["chosen"],
+            **members,
+            **tested.get("teacher", {}),
+        }
     for candidate in outputs.candidates if recipe.objective.has_transfer_set() else []:
         if candidate.name in BASELINES:
             name = evaluate.STUDENT if candidate is outputs.student else candidate.name

@@ -42,6 +42,8 @@ class Traits:
         classes: whether the objective is defined for classes of images only, with a linear last layer of the student.
         sampled: whether the objective needs a sample of the teacher's embeddings before the first step. Then TEACH must
             store them (``teach.mode=cached``).
+        frozen: for an objective without a transfer set, whether only a linear head is fitted, on the features of the
+            initial weights.
     """
 
     targets_needed: frozenset[Target] = frozenset()
@@ -50,6 +52,7 @@ class Traits:
     labelled: bool = False
     classes: bool = False
     sampled: bool = False
+    frozen: bool = False
 
     @property
     def trains_classifier(self) -> bool:

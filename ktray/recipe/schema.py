@@ -20,7 +20,13 @@ from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
-from ktray.recipe.teacher import TRAINED_TOWERS, TeacherFinetuneConfig, TeacherLoraConfig
+from ktray.recipe.teacher import (
+    TRAINED_TOWERS,
+    OtherTeacher,
+    TeacherFinetuneConfig,
+    TeacherLoraConfig,
+    other_teachers,
+)
 from ktray.recipe.train import BaselinesConfig, FinetuneConfig, TrainConfig
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 
@@ -173,6 +179,11 @@ class TeacherConfig(Section):
         "that the model was trained with",
         ge=16,
     )
+    others: Annotated[list[OtherTeacher], BeforeValidator(other_teachers)] = Field(
+        [],
+        description="further teachers, such as [efficientnet-lite1]: the student learns from the mean of all "
+        "predictions, weighted by validation; only teacher.name retrieves",
+    )
     levels: int = Field(
         1,
         ge=1,
@@ -300,7 +311,10 @@ class TeachConfig(Section):
         description="computation of the teacher's targets: cached (computed once and stored), streamed (computed by "
         "separate processes during training), or live (computed by the training workers); auto: the cheapest",
     )
-    views: int = Field(4, ge=1, description="number of augmented views of each image of the transfer set")
+    views: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="number of augmented views of each image of the transfer set; auto: chosen by the kind of images",
+    )
     top_k: NonNegativeInt | Literal["auto"] = Field(
         "auto",
         description="number of largest teacher logits that are stored for each view, with the total probability of "

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from ktray.recipe.section import Section
 
 # The names of these adaptations, which are also those of their sections.
 TRAINED_TOWERS = ("finetune", "lora")
+
+
+class OtherTeacher(Section):
+    """A further teacher. It may be written as its name alone."""
+
+    name: str = Field(description="model, as in teacher.name")
+    checkpoint: str | None = Field(None, description="file of its weights; null: published weights")
+    config: str | None = Field(None, description="JSON file with its open_clip configuration")
+    image_size: int | None = Field(None, ge=16, description="side of its input, in pixels; null: its own")
+
+
+def other_teachers(value: Any) -> Any:
+    """The value of ``teacher.others`` with a mapping in place of each name."""
+    one = [value] if isinstance(value, str | dict) else value
+    return [{"name": item} if isinstance(item, str) else item for item in one] if isinstance(one, list) else one
 
 
 class TeacherFinetuneConfig(Section):

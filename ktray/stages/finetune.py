@@ -13,7 +13,7 @@ from ktray.data.views import ViewPolicy
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import FinetuneConfig, TrainConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.inputs import StageInputs
+from ktray.stages.inputs import AddedLater, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
@@ -96,7 +96,12 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
 
 @dataclass(frozen=True)
 class ScratchInputs(StageInputs):
-    """The inputs of the scratch baseline; ``steps`` replaces ``train.steps``."""
+    """The inputs of the scratch baseline.
+
+    Attributes:
+        steps: replaces ``train.steps``.
+        probe: whether only a linear head is fitted, on the features of the initial weights.
+    """
 
     stage = "scratch"
     version = 3  # 2: views keyed by image; 3: declared inputs
@@ -109,10 +114,12 @@ class ScratchInputs(StageInputs):
     metric: str
     seed: int
     train: Annotated[TrainConfig, HOW]
+    probe: Annotated[bool, AddedLater(False)]
 
 
 def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, *, booked: str) -> StageResult:
-    """Train a student on the labels alone, with the steps and the batch size of pretraining.
+    """Train a student on the labels alone, with the steps and the batch size of pretraining; for an objective with
+    frozen weights, only fit its head.
 
     Training stops when validation has not improved for a third of the evaluations, because more steps would only add
     cost.
@@ -122,15 +129,17 @@ def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, 
         booked: name of the stage in the ledger.
     """
     recipe = context.recipe
+    probe = recipe.objective.traits.frozen
     inputs = ScratchInputs(
         labels=labels,
         kind=recipe.task.kind,
         student=student,
-        steps=int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
+        steps=0 if probe else int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
         views=view_policy(recipe.teach),
         metric=context.metric,
         seed=recipe.seed,
         train=recipe.train,
+        probe=probe,
     )
     return run_stage(context.runtime, inputs, work_scratch, ledger_name=booked)
 
@@ -149,5 +158,6 @@ def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter
         inputs.metric,
         runtime.store.sub("precision"),
         strong=strong_policy(part, inputs.views),
+        probe=inputs.probe,
     )
     return fit(runtime, stage, reporter, job, inputs.steps)

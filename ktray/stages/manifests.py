@@ -60,6 +60,31 @@ class AdaptManifest(TypedDict):
     frozen: str | None
 
 
+class EnsembleMember(TypedDict):
+    """One of several teachers: its name, how it was adapted, its metric on validation, and its weight."""
+
+    teacher: str
+    adapt: str
+    val: float
+    weight: float
+
+
+class EnsembleManifest(TypedDict):
+    """ENSEMBLE.
+
+    Attributes:
+        members: the teachers, in order.
+        val: the task's metric of their mean prediction on validation; ``scores`` has all metrics.
+        embed_dim, patch_dim: those of the first teacher.
+    """
+
+    members: list[EnsembleMember]
+    val: float
+    scores: dict[str, float]
+    embed_dim: int
+    patch_dim: int | None
+
+
 class HygieneManifest(TypedDict):
     """HYGIENE.
 
@@ -220,6 +245,7 @@ class EvaluateManifest(TypedDict):
 MANIFESTS: dict[str, type] = {
     "labels": LabelsManifest,
     "adapt": AdaptManifest,
+    "ensemble": EnsembleManifest,
     "hygiene": HygieneManifest,
     "index": IndexManifest,
     "curate": CurateManifest,

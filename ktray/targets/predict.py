@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
+from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import fitting_batch, patch_embeddings
 from ktray.storage.columns import Rows
 from ktray.targets.top_k import columns, sparsify
@@ -60,7 +60,7 @@ class Loaded:
     def __init__(self, plan: Predict, teacher: AdaptedTeacher) -> None:
         self.plan, self.teacher = plan, teacher
         self.device = next(teacher.image_tower.parameters()).device
-        self.flops = forward_flops(teacher.image_tower, (3, *teacher.preprocess.size))
+        self.flops = tower_flops(teacher)
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Batch:

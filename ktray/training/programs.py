@@ -272,6 +272,7 @@ class FinetuneSpec:
         taught: the transfer set of the pretraining.
         replay: number of images of the transfer set for each labelled image.
         strong: the augmentation of labelled and of replayed images.
+        probe: whether the classifier is set to a linear head on the features of the initial weights.
     """
 
     settings: TrainerSettings
@@ -286,6 +287,7 @@ class FinetuneSpec:
     taught: TargetSet | None = None
     replay: float = 0.0
     strong: StrongPolicy = PLAIN
+    probe: bool = False
 
     def build(self, env: WorkerContext) -> TrainingProgram:
         s, kind = self.settings, self.labels.kind
@@ -293,7 +295,8 @@ class FinetuneSpec:
         env = env.divide(self.batch)
         batch = env.rows(self.batch)
         traits = self.objective.traits if self.objective else Traits()
-        if self.student.start is not None and not traits.trains_classifier and kind.linear_student:
+        untrained = self.student.start is not None and not traits.trains_classifier
+        if kind.linear_student and (self.probe or untrained):
             _fit_classifier(model, preprocess, self.labels, env)
         # If the pretraining did not compare predictions, there is no distillation term to continue.
         extra = round(batch * self.replay) if self.taught and traits.replays else 0

@@ -8,6 +8,7 @@ from ktray.objectives.dual import Dual
 from ktray.objectives.mtkd import Mtkd
 from ktray.objectives.oriented import Oriented
 from ktray.objectives.oriented_features import OrientedFeatures
+from ktray.objectives.probe import Probe
 from ktray.objectives.scratch import Scratch
 from ktray.objectives.specmatch import Specmatch
 from ktray.objectives.supervised import Supervised
@@ -27,6 +28,7 @@ KINDS = {
     "supervised": Supervised,
     "dino": Dino,
     "scratch": Scratch,
+    "probe": Probe,
 }
 
 

@@ -27,6 +27,7 @@ from ktray.accounting.device import usable_cpus
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.fingerprints import CROPS, fingerprint_heldout
 from ktray.data.labelled.forms import LabelledRow
+from ktray.data.labelled.hygiene_memory import keep, recall
 from ktray.data.sources.fetch import fetch_images
 
 logger = logging.getLogger("ktray")
@@ -249,8 +250,8 @@ def _contrast_structure(a: np.ndarray, b: np.ndarray) -> float:
 def find_copies(rows: Sequence[LabelledRow], notes: list[str]) -> list[tuple[str, str]]:
     """Pairs of uris of training images that show the same, before a split is drawn from them.
 
-    Images that cannot be decoded have no copies. The result for the same files is kept for the next run of this
-    process.
+    Images that cannot be decoded have no copies. The result for the same files is kept, in this process and in the
+    place of `ktray.data.labelled.hygiene_memory`.
     """
     train = [(r.uri, r.version) for r in rows if r.split == "train"]
     if len(train) > MOST:
@@ -259,9 +260,13 @@ def find_copies(rows: Sequence[LabelledRow], notes: list[str]) -> list[tuple[str
             f"{MOST:,}). Name a column of groups in task.group if images belong together."
         )
         return []
+    if (known := recall(train)) is not None:
+        return known
     if len(train) > _MANY:
         logger.info(f"data      looking for copies among {len(train):,} training images before a split is drawn")
-    return _found(tuple(train))
+    pairs = _found(tuple(train))
+    keep(train, pairs)
+    return pairs
 
 
 @lru_cache(maxsize=4)

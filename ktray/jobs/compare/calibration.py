@@ -38,7 +38,10 @@ class MeasuredSpeed:
         return self.fixed + steps * self.step
 
     def within(self, seconds: float) -> int:
-        """Return the largest number of steps that takes at most ``seconds``; 0 if one step takes longer."""
+        """Return the largest number of steps that takes at most ``seconds``; 0 if one step takes longer. For a method
+        that takes no steps, it is 1."""
+        if not self.step:
+            return int(self.fixed <= seconds)
         return max(0, int((seconds - self.fixed) / self.step + 1e-9))
 
 

@@ -54,7 +54,10 @@ class _Cost:
         return self._fixed + self._step * steps
 
     def within(self, budget: float) -> int:
-        """Return the largest number of steps that costs at most ``budget``; 0 if one step costs more."""
+        """Return the largest number of steps that costs at most ``budget``; 0 if one step costs more. For a method that
+        takes no steps, it is the number in the recipe."""
+        if not self._step:
+            return self.steps if self._fixed <= budget else 0
         # The costs are sums of floats, so a budget that is exceeded by a billionth still counts as kept.
         return max(0, int((budget - self._fixed) / self._step + 1e-9))
 

@@ -86,6 +86,10 @@ def unavailable(recipe: Recipe) -> dict[str, str]:
     if not task_kind(recipe.task.kind).image_classes:
         lacking = f"task.kind={recipe.task.kind} has no classes of images"
         reasons = {config.objective_name(): lacking for config in objectives() if config().traits.classes}
+    part = recipe.student
+    if not part.checkpoint and (not part.pretrained or (part.pretrained == "auto" and recipe.task.data is None)):
+        frozen = [config.objective_name() for config in objectives() if config().traits.frozen]
+        reasons |= dict.fromkeys(frozen, "the student starts from random weights")
     if recipe.task.data is None:
         return reasons
     captions = recipe.gallery.data is not None and bool(first_captions(recipe.gallery.data, recipe.gallery.column))

@@ -38,7 +38,8 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
         if text:
             space["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
         space["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
-    space["teach.views"] = sorted({max(1, recipe.teach.views // 2), recipe.teach.views})
+    views = int(recipe.teach.views)
+    space["teach.views"] = sorted({max(1, views // 2), views})
     space["objective.name"] = [config.name for config in searched]
     # An objective that does not compare predictions uses the frozen teacher.
     predicting = [config.name for config in searched if "logits" in config.traits.targets_needed]

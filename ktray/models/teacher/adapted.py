@@ -84,6 +84,11 @@ class AdaptedTeacher(nn.Module):
         """A head of the type that `head_facts` describes, into which weights can be loaded."""
         return LinearHead(torch.zeros(outputs, teacher.embed_dim))
 
+    @property
+    def members(self) -> Sequence[AdaptedTeacher]:
+        """The teachers that predict together; only this one, unless it is an ensemble."""
+        return [self]
+
     def embed(self, batch: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 to (N, embed_dim) float32, not normalised to unit length."""
         return embed(self.image_tower, self.preprocess, batch)

@@ -80,8 +80,9 @@ def laid_out(model: Model) -> Model:
 
 
 def tower_flops(model: Teacher | AdaptedTeacher) -> float:
-    """FLOPs of the image tower for one image."""
-    return forward_flops(model.image_tower, (3, *model.preprocess.size))
+    """FLOPs of the image tower for one image; of several teachers, the sum."""
+    parts = model.members if isinstance(model, AdaptedTeacher) else [model]
+    return sum(forward_flops(part.image_tower, (3, *part.preprocess.size)) for part in parts)
 
 
 @torch.inference_mode()

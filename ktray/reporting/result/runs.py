@@ -33,8 +33,23 @@ class ComparedMetric(ResultPart):
     test: Number = Field(0, description="left out in a trial, or if the model was not tested")
 
 
+class TeacherMember(ResultPart):
+    """One of several teachers."""
+
+    teacher: str = Field(description="name of the model")
+    adapt: str = Field(description="how it was adapted")
+    val: Number = Field(description="the task's metric on validation, a fraction")
+    weight: Number = Field(description="its weight in the mean of the predictions")
+
+
 class TeacherMetric(ComparedMetric):
-    adapt: str = Field(description="how the teacher was adapted: text, probe, finetune or lora")
+    adapt: str = Field(
+        description="how the teacher was adapted: text, probe, finetune or lora; of several teachers, the first"
+    )
+    members: list[TeacherMember] = Field(
+        default_factory=list,
+        description="the teachers whose mean prediction the student learns from, if there are several",
+    )
 
 
 class Delivered(ResultPart):

@@ -18,6 +18,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.distributed.ray_data import Item, map_shards
 from ktray.errors import KtrayError
 from ktray.models.flops import forward_flops
+from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
 from ktray.stages.base import (
     Reporter,
@@ -108,7 +109,7 @@ class _MakeScore:
     stage: Stage
     kind: TaskKind
     students: dict[str, StudentSpec]
-    teacher: AdaptedSpec | None
+    teacher: AdaptedSpec | EnsembleSpec | None
     outputs: int
 
     def __call__(self) -> _Score:
@@ -121,7 +122,7 @@ class EvaluateInputs(StageInputs):
 
     Attributes:
         weights: by name of a student, the stage that trained it.
-        adapt: the ADAPT stage of the teacher; None: the teacher is not tested.
+        adapt: the stage of the teacher, ADAPT or ENSEMBLE; None: the teacher is not tested.
         kind: the task kind.
         reader: how labels are read.
     """
@@ -136,28 +137,32 @@ class EvaluateInputs(StageInputs):
     max_pixels: int
     kind: str
     reader: LabelReader
-    teacher: Annotated[AdaptedSpec | None, NotInKey("it is the result of ADAPT, whose key is in `adapt`")]
+    teacher: Annotated[
+        AdaptedSpec | EnsembleSpec | None, NotInKey("it is the result of the stage whose key is in `adapt`")
+    ]
 
 
 def run(
-    context: RunContext, weights: dict[str, StageResult], teacher: tuple[AdaptedSpec, StageResult] | None
+    context: RunContext,
+    weights: dict[str, StageResult],
+    teacher: tuple[StageResult, AdaptedSpec | EnsembleSpec] | None,
 ) -> StageResult:
     """Store shards with what the task kind keeps from the predictions of each model, and ``metrics`` by model in the
     manifest.
 
     Args:
         weights: by name of a student, the stage that trained it.
-        teacher: (adapted teacher, ADAPT stage); None: no teacher is tested.
+        teacher: the stage ADAPT or ENSEMBLE with its teacher; None: no teacher is tested.
     """
     inputs = EvaluateInputs(
         task=context.task,
         weights=weights,
         student=student_spec(context),
-        adapt=teacher[1] if teacher else None,
+        adapt=teacher[0] if teacher else None,
         max_pixels=context.recipe.data.max_pixels,
         kind=context.recipe.task.kind,
         reader=context.kind.reader(context.task, whole=True),
-        teacher=teacher[0] if teacher else None,
+        teacher=teacher[1] if teacher else None,
     )
     return run_stage(context.runtime, inputs, work)
 

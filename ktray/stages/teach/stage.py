@@ -20,6 +20,7 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.distributed.ray_data import Item, cpu_shards, map_shards
 from ktray.errors import KtrayError
+from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
@@ -90,7 +91,7 @@ class TeachInputs(StageInputs):
     """The inputs of TEACH.
 
     Attributes:
-        adapt: the ADAPT stage of the teacher; None where the objective needs no teacher.
+        adapt: the stage of the teacher, ADAPT or ENSEMBLE; None where the objective needs no teacher.
         targets: the targets that the objective needs for each view.
         cut: how views are cut; whole images for an objective that cuts its own views.
         student_size: side of the student's input, pixels.
@@ -120,7 +121,7 @@ def run(
     context: RunContext,
     curate: StageResult,
     adapt: StageResult | None,
-    spec: AdaptedSpec | None,
+    spec: AdaptedSpec | EnsembleSpec | None,
     student: Preprocess,
     map_side: int,
 ) -> TeachResult:
@@ -129,7 +130,7 @@ def run(
     ``label`` (int64).
 
     Args:
-        adapt, spec: the ADAPT stage and its adapted teacher; None where the objective needs no teacher.
+        adapt, spec: the stage ADAPT or ENSEMBLE and its teacher; None where the objective needs no teacher.
         student: the student's preprocessing.
         map_side: side of the student's last feature map, to which patch embeddings are resampled.
     """

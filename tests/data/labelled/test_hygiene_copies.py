@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from ktray.data.labelled.hygiene import (
     two_labels,
 )
 from ktray.data.labelled.hygiene_copies import MOST, copies, find_copies, looks, structure
+from ktray.data.labelled.hygiene_memory import copies_kept_in
 from ktray.miniverse.world import sample
+from ktray.storage.store import Dir
 
 
 def photo(seed: int, height: int = 120, width: int = 90) -> np.ndarray:
@@ -168,6 +171,34 @@ def test_files_are_read_and_broken_ones_have_no_copies(tmp_path) -> None:
     rows = [LabelledRow(str(tmp_path / f"{i}.png"), str(i), "x", "train") for i in range(5)]
     held = LabelledRow(str(tmp_path / "0.png"), "again", "x", "test")
     assert find_copies([*rows, held], []) == [(rows[0].uri, rows[2].uri)]
+
+
+def test_copies_are_kept_in_the_store_for_the_same_files_only(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, image in enumerate([PHOTOS[0], mirrored(PHOTOS[0]), PHOTOS[1]]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    rows = [LabelledRow(str(tmp_path / f"{i}.png"), str(i), "x", "train", f"version {i}") for i in range(3)]
+    pairs = [(rows[0].uri, rows[1].uri)]
+    place = Dir(str(tmp_path / "copies"))
+    with copies_kept_in(place):
+        assert find_copies(rows, []) == pairs
+    assert len(place.names(".json")) == 1
+
+    def read_again(files) -> list:
+        raise AssertionError("the images are decoded again")
+
+    monkeypatch.setattr(module, "_found", read_again)
+    with copies_kept_in(place):
+        assert find_copies(rows, []) == pairs
+        assert find_copies(rows[::-1], []) == pairs
+        for changed in (
+            rows[:2],
+            [*rows[:2], replace(rows[2], version="another")],
+            [replace(r, version="") for r in rows],
+        ):
+            with pytest.raises(AssertionError):
+                find_copies(changed, [])
+    with pytest.raises(AssertionError):
+        find_copies(rows, [])  # nothing is kept outside of the block
 
 
 def test_too_many_images_are_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:

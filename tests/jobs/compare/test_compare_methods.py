@@ -45,14 +45,14 @@ def test_default_ways_follow_the_data(bare, captioned):
     assert "clip" not in unavailable(recipes.load(None, ["task.data=x", f"gallery.data={captioned}"]))
     assert "supervised" not in unavailable(recipes.load(None, ["task.data=x", "supervised.data=y"]))
     keys, missing = default_methods(recipes.load(None, []))
-    assert not missing
-    assert {k["objective.name"] for k in keys.values()} == set(OBJECTIVES.names())
+    assert missing == {"probe": "the student starts from random weights"}
+    assert {k["objective.name"] for k in keys.values()} == set(OBJECTIVES.names()) - {"probe"}
 
 
 def test_objectives_of_classes_are_left_out_for_maps(bare):
     base = recipes.load(None, ["task.data=x", f"gallery.data={bare}", "task.kind=segmentation"])
     keys, missing = default_methods(base)
-    of_classes = {"dual", "oriented_features", "mtkd", "consistency"}
+    of_classes = {"dual", "oriented_features", "mtkd", "consistency", "probe"}
     assert not of_classes & {way["objective.name"] for way in keys.values()}
     assert of_classes <= set(unavailable(base))
     assert all("no classes of images" in missing[name] for name in missing if name.split()[0] in of_classes)
