@@ -167,8 +167,8 @@ def _pretrain(
     curated = _curate(context)
     checked = hygiene.run(context, curated.adapt, curated.encoder) if check else None
     teacher = _teacher(context, curated)
-    by_teacher = teacher if teacher and taught(context.recipe) else (None, None)
-    targets = teach.run(context, curated.curate, *by_teacher, student, map_side)
+    done, spec = teacher if teacher and taught(context.recipe) else (None, None)
+    targets = teach.run(context, curated.curate, done, spec, student, map_side)
     decoded = labels.run(context, student)
     transferred = transfer.run(context, targets, decoded, start.transfer if start else None)
     return PhaseOutputs(decoded, curated.adapt, teacher, curated.index, curated.curate, targets, transferred, checked)

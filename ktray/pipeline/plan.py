@@ -173,7 +173,7 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _T
         if predicts:
             # LoRA computes the gradients of all weights as well.
             adapt += sum(3 * together * part.steps * part.batch_size for part in t.trainings().values())
-        how = t.adapt if predicts else "probe"
+        how = str(t.adapt) if predicts else "probe"
         if t.others:
             how += f" of {1 + len(t.others)} teachers"
             adapt += together * len(task.val)  # to weight the teachers
@@ -195,7 +195,7 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: _Student, teacher: _T
             f"{gallery_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else ""),
         )
         yield Line("curate", search_flops, images * 100, f"{recipe.transfer.source}, {images:,} images")
-    views = images * (1 if traits.views == "canvas" else recipe.teach.views)
+    views = images * (1 if traits.views == "canvas" else recipe.teach.view_count)
     halves = per_prediction(classes, int(recipe.teach.top_k)) if predicts else 0
     halves += width if "embedding" in needs else 0
     if "patch_embedding" in needs and teacher:

@@ -38,7 +38,7 @@ def choose_teaching(recipe: Recipe, plan: Allocation, images: int, classes: int,
             choose("teach.views", VIEWS_PHOTOGRAPHS, "photographs")
         else:
             recipe.teach.views = VIEWS
-    views = int(recipe.teach.views) if traits.views == "fixed" else 1
+    views = recipe.teach.view_count if traits.views == "fixed" else 1
     if recipe.teach.top_k == "auto":
         if classes > 2000:
             choose("teach.top_k", 200, f"{classes:,} classes")

@@ -41,8 +41,8 @@ def default_objective() -> ObjectiveConfig:
 
 
 def without_transfer_set() -> ObjectiveConfig:
-    """The objective that learns from the labels alone."""
-    return next(config for config in objectives() if not config.has_transfer_set())()
+    """The objective that trains the student on the labels alone."""
+    return next(config for config in objectives() if not config.has_transfer_set() and not config().traits.frozen)()
 
 
 def owners(field: str) -> list[str]:

@@ -334,6 +334,11 @@ class TeachConfig(Section):
     )
     seed: int = Field(0, ge=0, description="seed of the random crops, flips and colours of the views")
 
+    @property
+    def view_count(self) -> int:
+        """``views`` of a resolved recipe."""
+        return int(self.views)
+
 
 class Recipe(Section):
     store: str = Field("./ktray-store", description="folder or s3://bucket/prefix that holds stages and runs")

@@ -17,7 +17,7 @@ from ktray.models.teacher.spec import AdaptedSpec, predict_numpy, tower_flops
 from ktray.stages import labels as labels_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
-from ktray.stages.manifests import EnsembleManifest
+from ktray.stages.manifests import EnsembleManifest, EnsembleMember
 from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.store import Stage
 from ktray.tasks.base import task_kind
@@ -85,7 +85,7 @@ def work(inputs: EnsembleInputs, runtime: Runtime, stage: Stage, reporter: Repor
     reporter.shards([ShardSummary("ensemble", images=fitted["images"], flops=fitted["flops"])])
     stage.write_json(FILE, {"weights": fitted["weights"], "temperature": fitted["temperature"]})
     first = inputs.adapts[0].manifest
-    members = [
+    members: list[EnsembleMember] = [
         {"teacher": name, "adapt": done.manifest["chosen"], "val": scores[inputs.metric], "weight": weight}
         for name, done, scores, weight in zip(
             inputs.names, inputs.adapts, fitted["member_scores"], fitted["weights"], strict=True

@@ -143,7 +143,7 @@ def test_objectives_of_classes_are_refused_for_maps(tmp_path):
     write_scenes(tmp_path / "task", tmp_path / "gallery")
     data = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", "task.kind=segmentation"]
     of_classes = [config.objective_name() for config in objectives() if config().traits.classes]
-    assert of_classes == ["dual", "oriented_features", "mtkd", "consistency"]
+    assert of_classes == ["dual", "oriented_features", "mtkd", "consistency", "probe"]
     for name in of_classes:
         with pytest.raises(KtrayError, match=f"{name} needs one class for each image") as caught:
             resolve(recipes.load(None, [*data, f"objective.name={name}", "image_size=32"]), CPU)

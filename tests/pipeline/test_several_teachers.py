@@ -68,7 +68,13 @@ def test_a_student_learns_the_mean_of_two_teachers(cluster: Any, tmp_path: Path)
 def test_the_plan_counts_every_teacher(cluster: Any, tmp_path: Path) -> None:
     write_task(tmp_path / "task")
     write_gallery(tmp_path / "gallery")
-    keys = [f"task.data={tmp_path / 'task'}", f"gallery.data={tmp_path / 'gallery'}", *SMALL, *SHORT]
+    keys = [
+        f"task.data={tmp_path / 'task'}",
+        f"gallery.data={tmp_path / 'gallery'}",
+        *SMALL,
+        *SHORT,
+        "teach.mode=cached",
+    ]
 
     def flops(*more: str) -> dict[str, float]:
         return {line.stage: line.flops for line in lines(resolve(recipes.load(None, [*keys, *more]), cluster))}

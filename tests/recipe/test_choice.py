@@ -51,6 +51,7 @@ NEWER = {
     "mtkd": ["instance_weight", "batch_weight", "class_weight", "temperature", "mixup"],
     "specmatch": ["power", "epsilon", "warmup"],
     "consistency": ["threshold", "unlabelled_weight"],
+    "probe": [],
 }
 KEYS = {
     config.objective_name(): [*OWN.get(config.objective_name(), {}), *ADDED.get(config.objective_name(), {})]
@@ -167,8 +168,9 @@ def test_the_rules_are_the_same_for_a_mapping():
         fitting({**raw, "wish": 1})
 
 
-def test_one_objective_learns_from_the_labels_alone():
+def test_the_objective_without_a_transfer_set_trains_the_whole_student():
     assert without_transfer_set().name == "scratch"
+    assert not without_transfer_set().traits.frozen
 
 
 def test_a_strategy_is_a_name():

@@ -38,7 +38,7 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
         if text:
             space["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
         space["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}
-    views = int(recipe.teach.views)
+    views = recipe.teach.view_count
     space["teach.views"] = sorted({max(1, views // 2), views})
     space["objective.name"] = [config.name for config in searched]
     # An objective that does not compare predictions uses the frozen teacher.

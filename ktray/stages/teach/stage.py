@@ -147,7 +147,7 @@ def run(
         adapt=adapt,
         targets=targets,
         teach=part,
-        cut=MakeViews(view_policy(part), part.views, part.seed, view_size, recipe.data.max_pixels, canvas),
+        cut=MakeViews(view_policy(part), part.view_count, part.seed, view_size, recipe.data.max_pixels, canvas),
         student_size=student_size,
         map_side=map_side,
         classes=len(context.task.classes),
@@ -166,7 +166,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     uris = table["uri"].tolist()
     tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
     extra = {"text": tokens, "label": table.get("label")}
-    per_shard = int(max(1, min(512, SHARD_BYTES // (part.views * 3 * view_size**2), -(-len(uris) // 8))))
+    per_shard = int(max(1, min(512, SHARD_BYTES // (part.view_count * 3 * view_size**2), -(-len(uris) // 8))))
     items = []
     for i in range(0, len(uris), per_shard):
         span = slice(i, i + per_shard)

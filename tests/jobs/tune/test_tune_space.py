@@ -128,7 +128,7 @@ def test_a_recipe_outside_the_space_is_nowhere():
 @pytest.mark.parametrize("gallery", [None, "images"])
 @pytest.mark.parametrize("text", [False, True])
 def test_the_default_space_is_one(gallery, text):
-    base = recipes.override(BASE, {"gallery.data": gallery, "student.kwargs": {"output_stride": 8}})
+    base = recipes.override(BASE, {"gallery.data": gallery, "student.kwargs": {"output_stride": 8}, "teach.views": 4})
     space = read(base, default_space(base, text, on_gpu=False))
     keys = {spec.key for spec in space.specs}
     assert {"objective.name", "teacher.adapt", "student", "train.lr", "train.batch_size", "teach.views"} <= keys
