@@ -14,6 +14,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in _PATHS if p)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a token file of this machine must not decide a test
+if not os.environ.get("KTRAY_GPU_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare tensors of this process, on the CPU
 
 import pytest  # noqa: E402
 
@@ -100,3 +102,14 @@ def photo():
     from photo import make_photo
 
     return make_photo(173, 260)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of what only a GPU can show are skipped where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))

@@ -130,7 +130,7 @@ class Meter:
         log: Log,
         entry: Entry,
         device: Mapping[str, Any],
-        devices: int = 1,
+        devices: float = 1,
         prices: Mapping[str, float] | None = None,
         joules: Callable[[], float] | None = None,
         interval: float = 5.0,
@@ -182,7 +182,7 @@ class Meter:
             self._restarts += 1
             self._lost += round(lost_flops)
 
-    def hold(self, devices: int) -> None:
+    def hold(self, devices: float) -> None:
         """Set the number of devices that the attempt holds from now on."""
         with self._lock:
             now = self._clock()
@@ -275,7 +275,7 @@ class Ledger:
         return list(own.values())
 
     @contextlib.contextmanager
-    def attempt(self, log: Log, stage: str, key: str, devices: int = 1) -> Iterator[Meter]:
+    def attempt(self, log: Log, stage: str, key: str, devices: float = 1) -> Iterator[Meter]:
         """Measure an attempt: ``with ledger.attempt(log, "teach", key) as meter: ... meter.add(...)``.
 
         Earlier attempts under the same key that did not finish are also entered, because this one resumes from them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
@@ -117,8 +118,13 @@ def _boxes(draws: torch.Tensor, policy: ViewPolicy, height: int, width: int) -> 
     return torch.stack(rows).permute(2, 0, 1).float()
 
 
+@lru_cache
+def _luma(device: torch.device) -> torch.Tensor:
+    """The weights of the colours; kept, because a copy to a GPU makes the host wait."""
+    return torch.tensor(_LUMA, device=device).view(1, 3, 1, 1)
+
+
 def _recolour(pixels: torch.Tensor, b: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """Brightness, saturation and contrast as one linear map; see `ktray.data.views`."""
-    weights = torch.tensor(_LUMA, device=pixels.device).view(1, 3, 1, 1)
-    luma = (pixels * weights).sum(1, keepdim=True)
+    luma = (pixels * _luma(pixels.device)).sum(1, keepdim=True)
     return (b * c * s) * pixels + (b * c * (1 - s)) * luma + (b * (1 - c)) * luma.mean((2, 3), keepdim=True)

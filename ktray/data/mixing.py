@@ -16,7 +16,7 @@ def mix(
         mixup_alpha, cutmix_alpha: parameters of the Beta distributions; 0: off.
     """
     if mixup_alpha > 0 and cutmix_alpha > 0:
-        first = bool(_draws(generator).random() < 0.5)
+        first = bool(_draws(generator, salt=1).random() < 0.5)
         mixup_alpha, cutmix_alpha = (mixup_alpha, 0.0) if first else (0.0, cutmix_alpha)
     if mixup_alpha > 0:
         return mixup(images, targets, mixup_alpha, generator)
@@ -80,9 +80,12 @@ def cutmix(
     return mixed, targets.lerp(targets[pairing], (bottom - top) * (right - left) / (height * width))
 
 
-def _draws(generator: torch.Generator) -> np.random.Generator:
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return np.random.default_rng(seed)
+def _draws(generator: torch.Generator, salt: int = 0) -> np.random.Generator:
+    """A generator of numbers on the host. A number from a GPU would make the host wait for the GPU, so the seed of its
+    generator, which is new in each step, takes its place."""
+    if generator.device.type == "cuda":
+        return np.random.default_rng([generator.initial_seed(), salt])
+    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
 def _pairing(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -43,7 +43,9 @@ class Allocation:
     @property
     def line(self) -> str:
         """One line for the terminal."""
-        device = "GPU" if self.worker_gpus else "CPU"
+        device = "CPU"
+        if self.worker_gpus:
+            device = "GPU" if self.worker_gpus == 1 else f"{self.worker_gpus:g} of a GPU"
         teachers = f"{self.actors} teacher {'actors' if self.actor_gpus else 'tasks'} of {self.actor_cpus:g} CPU"
         return (
             f"cluster   {self.total_cpus:g} CPUs, {self.total_gpus:g} GPUs: "
@@ -59,7 +61,13 @@ TEACHER_BYTES = 4e9
 
 
 def allocate(
-    cpus: float, gpus: float, nodes: int, workers: int | tuple[int, int], use_gpu: bool | str, memory: float = math.inf
+    cpus: float,
+    gpus: float,
+    nodes: int,
+    workers: int | tuple[int, int],
+    use_gpu: bool | str,
+    memory: float = math.inf,
+    gpu_share: float = 1.0,
 ) -> Allocation:
     """Divide a cluster. Training workers leave CPUs for reading, so that a decode task always fits.
 
@@ -68,11 +76,13 @@ def allocate(
     ready; with one thread each, the tasks do not wait for each other.
 
     Args:
-        cpus, gpus, nodes: size of the cluster, or of the job's part of it.
+        cpus, gpus, nodes: size of the cluster, or of the job's part of it; it may be less than one GPU.
         workers: number of training workers, or their minimum and maximum. With a range, each worker has a GPU or, on
             CPUs, most of a node, so that as many workers fit as there are GPUs or nodes.
         use_gpu: whether training uses GPUs; ``"auto"``: if there are any.
         memory: memory of the cluster, in bytes.
+        gpu_share: share of a GPU that each training worker and each teacher takes; a job with less than one GPU takes
+            no more than it has.
 
     Raises:
         KtrayError: the shares cannot fit; the message shows the numbers.
@@ -80,10 +90,16 @@ def allocate(
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     elastic = least < most
     on_gpu = gpus > 0 if use_gpu == "auto" else bool(use_gpu)
-    if on_gpu and gpus < least:
+    if gpu_share < 1:  # a whole number of shares on each GPU
+        gpu_share = 1 / math.floor(1 / gpu_share + 1e-9)
+    gpu_share = min(gpu_share, gpus) if on_gpu and gpus else gpu_share
+    slots = int(gpus / gpu_share + 1e-9)
+    if on_gpu and slots < least:
         raise KtrayError(
-            f"{least} training workers need {least} GPUs, but the cluster has {gpus:g}",
-            f"Set cluster.workers={int(gpus)} or cluster.use_gpu=false.",
+            f"{least} training workers need {least * gpu_share:g} GPUs, but the cluster has {gpus:g}",
+            f"Set cluster.workers={slots} or cluster.use_gpu=false."
+            if slots
+            else "Set cluster.use_gpu=false, or use a cluster with a GPU.",
         )
     if cpus <= 0:
         raise KtrayError(
@@ -97,7 +113,7 @@ def allocate(
             f"the cluster has {nodes}",
             f"Set cluster.workers={nodes}..{most}, or a fixed number of workers, which can share a node.",
         )
-    count = min(most, max(least, int(gpus) if on_gpu else nodes)) if elastic else most
+    count = min(most, max(least, slots if on_gpu else nodes)) if elastic else most
     # At least half of the CPUs are left for reading, and at least one if there are two.
     worker_cpus = min(1.0, int(50 * cpus / count) / 100)
     if elastic and on_gpu:
@@ -115,7 +131,7 @@ def allocate(
             f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",
         )
     if on_gpu:
-        actors = max(1, int(gpus))
+        actors = max(1, slots)
         actor_cpus = min(1.0, cpus / 2 / actors)
         decode_cpus = min(1.0, cpus - actors * actor_cpus)
     else:
@@ -124,7 +140,7 @@ def allocate(
     left = cpus - count * worker_cpus
     # A teacher that runs during training has its own GPU. On CPUs, teachers and reading share the CPUs that training
     # leaves.
-    streaming = int((gpus - most) // most) if on_gpu else max(1, min(actors, int(left / decode_cpus / count)))
+    streaming = int((slots - most) // most) if on_gpu else max(1, min(actors, int(left / decode_cpus / count)))
     cores_per_node = max(1, int(cpus / max(1, nodes)))
     return Allocation(
         total_cpus=cpus,
@@ -132,10 +148,10 @@ def allocate(
         least=least,
         workers=most,
         worker_cpus=worker_cpus,
-        worker_gpus=1.0 if on_gpu else 0.0,
+        worker_gpus=gpu_share if on_gpu else 0.0,
         actors=actors,
         actor_cpus=actor_cpus,
-        actor_gpus=1.0 if on_gpu else 0.0,
+        actor_gpus=gpu_share if on_gpu else 0.0,
         decode_cpus=decode_cpus,
         # A process cannot use more cores than its node has.
         worker_threads=max(1, min(cores_per_node, cores_per_node * nodes // count)),
@@ -144,12 +160,14 @@ def allocate(
     )
 
 
-def cluster_allocation(workers: int | tuple[int, int], use_gpu: bool | str, jobs: int = 1) -> Allocation:
+def cluster_allocation(
+    workers: int | tuple[int, int], use_gpu: bool | str, jobs: int = 1, gpu_share: float = 1.0
+) -> Allocation:
     """`allocate` for the cluster that Ray is connected to, or for the part of it that each of ``jobs`` jobs has.
 
     While a job reads, it holds at most half of the CPUs of its part, and no GPU of another job. If two jobs both
     planned with the whole cluster, they could hold all of it together, and both would wait for ever for a reading task
-    or for a teacher's GPU.
+    or for a teacher's GPU. Jobs that outnumber the GPUs share them.
     """
     import ray
 
@@ -157,7 +175,13 @@ def cluster_allocation(workers: int | tuple[int, int], use_gpu: bool | str, jobs
     cpus, gpus, memory = (float(total.get(name, 0.0)) for name in ("CPU", "GPU", "memory"))
     # A head node without CPUs for work and nodes that have left the cluster do not count.
     working = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
-    return allocate(cpus / jobs, gpus // jobs, max(1, working // jobs), workers, use_gpu, memory / jobs)
+    part = gpus_for_each(gpus, jobs)
+    return allocate(cpus / jobs, part, max(1, working // jobs), workers, use_gpu, memory / jobs, gpu_share)
+
+
+def gpus_for_each(gpus: float, jobs: int) -> float:
+    """The GPUs of each of ``jobs`` jobs: whole ones, or an equal share of one where there are fewer GPUs than jobs."""
+    return float(gpus // jobs) or gpus / jobs
 
 
 def cluster_memory(jobs: int = 1) -> float:

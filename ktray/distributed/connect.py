@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ktray
+from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.termination import kept_sigterm
 
 # Environment of the worker processes. By default glibc returns the memory of a large tensor to the kernel when the
@@ -85,15 +87,30 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
                 address="local",
                 include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
                 num_cpus=cores,
-                object_store_memory=object_store or int(min(2_000_000_000, memory_bytes() * 0.15)),
+                object_store_memory=object_store or _object_store(memory_bytes()),
                 **common,
             )
     # Ray Data logs an error with its traceback and also raises it; the command line prints it in one line.
     for name, quiet in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
         logging.getLogger(name).setLevel(logging.INFO if debug else quiet)
+    use_assigned_device()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False
+
+
+def _object_store(memory: float) -> int:
+    """Size in bytes of the object store for a machine with ``memory`` bytes.
+
+    Little passes through it on a small machine. On a large one, decoded images wait in it for the GPUs: it has Ray's
+    own share, as far as the shared memory of the machine has room.
+    """
+    if memory < 32e9:
+        return int(min(2e9, 0.15 * memory))
+    with contextlib.suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        return int(max(2e9, min(0.3 * memory, 0.9 * shared.f_bavail * shared.f_frsize)))
+    return int(2e9)
 
 
 def authentication(address: str | None) -> dict[str, str]:

@@ -1,17 +1,20 @@
-"""Maps over shards with Ray Data: CPU tasks prepare the shards, and a pool of device workers finishes them.
+"""Maps over shards with Ray Data: CPU tasks prepare the shards, a device computes, and the CPU tasks store the result.
 
-A shard is one unit of work. It is prepared on a CPU and finished by a device worker that writes its result; the shard
-is done once that file is in the store. A killed stage therefore resumes with the missing shards.
+A shard is one unit of work, which is done once its file is in the store. A killed stage therefore resumes with the
+missing shards.
 
-A device worker on a GPU is an actor that gets its input from decode tasks. Without GPUs, one task does both: passing
-pixels to another process would copy them, and two kinds of tasks that share few CPUs leave some CPUs idle. The process
+On GPUs, a CPU task sends the columns that the device needs to a device worker (`ktray.distributed.device_workers`), and
+stores the shard with what comes back. There are two tasks for each CPU: while one waits for the device, the other
+decodes. Without GPUs, the task itself computes, because passing pixels to another process would copy them. The process
 of such a task keeps the model for the next task. Ray also gives the same processes to the next stage, which saves some
 seconds of imports.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,33 +23,27 @@ import numpy as np
 import pyarrow as pa
 
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.device_work import DeviceWork, Item, in_this_process
+from ktray.distributed.device_workers import RESTARTS, WORKERS, map_on_workers
 from ktray.distributed.ray_internals import capture_executor
 from ktray.distributed.watchdog import iterate_watched, waiting_for
 from ktray.storage.columns import Rows
 
-Item = dict[str, Any]
 Prepare = Callable[[Item], Rows | Iterator[Rows]]
-# Turns a device worker's result for an item into a table with one row.
+# Turns the result of `DeviceWork.finish` for an item into a table with one row.
 ToTable = Callable[[Item, Any], pa.Table]
-# The part of a stage that runs on the device. It is created once per process and then called for every shard, with the
-# item and its prepared columns; it writes what the stage stores, and returns a summary (JSON-able).
-Finish = Callable[[Item, Rows], dict[str, Any]]
 
 
-def map_shards(
-    items: Sequence[Item],
-    prepare: Prepare,
-    finish: Callable[[], Finish],
-    plan: Allocation,
-) -> Iterator[dict[str, Any]]:
-    """Run every item through ``prepare`` (CPU task) and ``finish`` (device worker). Yields summaries as they arrive.
+def map_shards(items: Sequence[Item], prepare: Prepare, work: DeviceWork, plan: Allocation) -> Iterator[dict[str, Any]]:
+    """Run every item through ``prepare`` (on a CPU) and ``work``. Yields summaries as they arrive.
 
     Args:
         items: JSON-able descriptions of shards.
         prepare: turns an item into columns of equal length; it runs on any node. For an item that is too large for the
             memory, it returns an iterator of pieces. Each piece is finished separately: its item has the number of the
             piece as ``piece``, and the item of the last piece has the number of pieces as ``pieces``.
-        finish: creates the worker's callable; it runs once per process.
+        work: what a device computes from the columns, and how the shard is stored; it returns the summary.
     """
     import ray
 
@@ -60,12 +57,18 @@ def map_shards(
     pool = WorkerPool(
         min(plan.actors, len(rows)), plan.decode_cpus, plan.actor_cpus, plan.actor_gpus, plan.actor_threads
     )
+    if not pool.gpus:
+        waiting_for("its tasks", f"{pool.cpus:g} CPUs each")
+        yield from _summaries(map_items(dataset, prepare, work, pool, _summary_table))
+        return
     waiting_for(
-        "its tasks",
-        f"{pool.gpus:g} GPUs and {pool.cpus:g} CPUs each"
-        + (f", {pool.decode_cpus:g} CPUs to decode" if pool.gpus else ""),
+        "its device workers and tasks",
+        f"{pool.gpus:g} GPUs and {pool.cpus:g} CPUs each, {pool.decode_cpus:g} CPUs to decode",
     )
-    yield from _summaries(map_items(dataset, prepare, finish, pool, _summary_table))
+    with WORKERS.borrow(pool.size, pool.cpus, pool.gpus, pool.threads) as workers:
+        sent = _PrepareSendFinish(prepare, work, workers)
+        options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+        yield from _summaries(dataset.map_batches(sent, num_cpus=pool.decode_cpus / 2, **options))
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,22 @@ class WorkerPool:
     threads: int
 
 
-def map_items(dataset: Any, prepare: Prepare, finish: Callable[[], Any], pool: WorkerPool, to_table: ToTable) -> Any:
-    """Run the dataset's items through ``prepare`` and ``finish``; returns the dataset of the tables of ``to_table``."""
-    from ray import cloudpickle
+def map_items(dataset: Any, prepare: Prepare, work: DeviceWork, pool: WorkerPool, to_table: ToTable) -> Any:
+    """Run the dataset's items through ``prepare`` and ``work``; returns the dataset of the tables of ``to_table``."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     if pool.gpus:
         return dataset.map_batches(_Prepare(prepare), num_cpus=pool.decode_cpus, **options).map_batches(
             _Actor,
-            fn_constructor_args=(finish, pool.threads, to_table),
+            fn_constructor_args=(work, pool.threads, to_table),
             # Fewer actors are enough while the decode tasks are slower, or while a machine of the cluster is missing.
             compute=ActorPoolStrategy(min_size=1, max_size=pool.size),
             num_gpus=pool.gpus,
             num_cpus=pool.cpus,
             **options,
         )
-    both = _PrepareAndFinish(prepare, cloudpickle.dumps(finish), pool.threads, to_table)
+    both = _PrepareAndFinish(prepare, work, pool.threads, to_table)
     # Each task holds a model, so the memory limits their number.
     return dataset.map_batches(both, compute=TaskPoolStrategy(size=pool.size), num_cpus=pool.cpus, **options)
 
@@ -120,29 +122,26 @@ def cpu_shards(
 
 
 def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Allocation) -> Iterator[tuple[int, Rows]]:
-    """Run ``work`` on every item (picklable) in parallel tasks. Yields (number of the item, columns) as they arrive.
+    """Run ``work`` on every item (picklable) in parallel. Yields (number of the item, columns) as they arrive.
 
-    Each task has a device if the plan gives its device workers one. A single item is processed in this process.
+    With GPUs, the device workers do it, otherwise CPU tasks. Without GPUs, a single item is processed in this process.
     """
+    if plan.actor_gpus and items:
+        waiting_for("its device workers", f"{plan.actor_gpus:g} GPUs and {plan.actor_cpus:g} CPUs each")
+        size = min(plan.actors, len(items))
+        with WORKERS.borrow(size, plan.actor_cpus, plan.actor_gpus, plan.actor_threads) as workers:
+            yield from iterate_watched(lambda: map_on_workers(workers, items, work), lambda: None)
+        return
     if len(items) < 2:
         yield from ((number, work(item)) for number, item in enumerate(items))
         return
     import ray
-    from ray.data import TaskPoolStrategy
 
     rows = [{"number": number} for number in range(len(items))]
-    options: dict[str, Any]
-    if plan.actor_gpus:
-        options = {"num_gpus": plan.actor_gpus, "num_cpus": plan.actor_cpus, "compute": TaskPoolStrategy(plan.actors)}
-    else:
-        options = {"num_cpus": plan.decode_cpus}
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _NumberedWork(list(items), work), batch_size=1, batch_format="pyarrow", **options
+        _NumberedWork(list(items), work), batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
     )
-    waiting_for(
-        "its tasks",
-        f"{plan.actor_gpus:g} GPUs and {plan.actor_cpus if plan.actor_gpus else plan.decode_cpus:g} CPUs each",
-    )
+    waiting_for("its tasks", f"{plan.decode_cpus:g} CPUs each")
     for batch in _batches(dataset):
         for i in range(batch.num_rows):
             yield batch.column("number")[i].as_py(), unpack(batch.column("columns"), i)
@@ -153,6 +152,7 @@ class _NumberedWork:
         self.items, self.work = items, work
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        use_assigned_device()
         number = batch.column("number")[0].as_py()
         columns = self.work(self.items[number])
         return pa.table({"number": [number], "columns": pack(columns)})
@@ -193,6 +193,7 @@ class _Work:
         self.work = work
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        use_assigned_device()
         items = [json.loads(text) for text in batch.column("item").to_pylist()]
         return pa.table({"summary": [json.dumps(self.work(item), default=float) for item in items]})
 
@@ -219,42 +220,71 @@ class _Prepare:
         self.prepare = prepare
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        use_assigned_device()
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
             yield pa.table({"item": [json.dumps(item)], "columns": pack(columns)})
 
 
+class _PrepareSendFinish:
+    """A CPU task for a shard, whose model is in device workers."""
+
+    def __init__(self, prepare: Prepare, work: DeviceWork, workers: Sequence[Any]) -> None:
+        import ray
+        from ray import cloudpickle
+
+        content = cloudpickle.dumps(work)
+        self.prepare, self.work, self.workers = prepare, work, list(workers)
+        self.key, self.reference = hashlib.sha256(content).hexdigest(), ray.put(content)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        import ray
+
+        use_assigned_device()
+        text = batch.column("item")[0].as_py()
+        worker = self.workers[zlib.crc32(text.encode()) % len(self.workers)]
+        for item, columns in _pieces(json.loads(text), self.prepare):
+            sent = pa.table({"columns": pack({name: columns[name] for name in self.work.reads})})
+            answer = worker.compute.options(max_task_retries=RESTARTS).remote(self.key, [self.reference], sent)
+            computed = unpack(ray.get(answer).column("columns"))
+            yield _summary_table(item, self.work.finish(item, columns, computed))
+
+
 class _Actor:
-    def __init__(self, finish: Callable[[], Any], threads: int, to_table: ToTable) -> None:
+    def __init__(self, work: DeviceWork, threads: int, to_table: ToTable) -> None:
         import torch
 
+        use_assigned_device()
         torch.set_num_threads(threads)
-        self.finish, self.to_table = finish(), to_table
+        self.finish, self.to_table = in_this_process(work, work.model.load()), to_table
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.finished(json.loads(batch.column("item")[0].as_py()), unpack(batch.column("columns")))
-
-    def finished(self, item: Item, columns: Rows) -> pa.Table:
-        return self.to_table(item, self.finish(item, columns))
+        item = json.loads(batch.column("item")[0].as_py())
+        return self.to_table(item, self.finish(item, unpack(batch.column("columns"))))
 
 
 class _PrepareAndFinish:
-    """`_Prepare` and `_Actor` in one task. The process keeps the last actor for the tasks that follow."""
+    """`_Prepare` and `_Actor` in one task. The process keeps the last model for the tasks that follow."""
 
-    kept: tuple[bytes, _Actor] | None = None
+    kept: tuple[bytes, Any] | None = None
 
-    def __init__(self, prepare: Prepare, finish: bytes, threads: int, to_table: ToTable) -> None:
-        self.prepare, self.finish, self.threads, self.to_table = prepare, finish, threads, to_table
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __init__(self, prepare: Prepare, work: DeviceWork, threads: int, to_table: ToTable) -> None:
         from ray import cloudpickle
 
+        self.prepare, self.work, self.threads, self.to_table = prepare, work, threads, to_table
+        self.name = hashlib.sha256(cloudpickle.dumps(work.model)).digest()
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        import torch
+
         kept = _PrepareAndFinish.kept
-        if kept is None or kept[0] != self.finish:
-            _PrepareAndFinish.kept = None  # dropped before the next model is loaded
-            actor = _Actor(cloudpickle.loads(self.finish), self.threads, self.to_table)
-            kept = _PrepareAndFinish.kept = self.finish, actor
+        if kept is None or kept[0] != self.name:
+            kept = _PrepareAndFinish.kept = None  # dropped before the next model is loaded
+            use_assigned_device()
+            torch.set_num_threads(self.threads)
+            kept = _PrepareAndFinish.kept = self.name, self.work.model.load()
+        finish = in_this_process(self.work, kept[1])
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
-            yield kept[1].finished(item, columns)
+            yield self.to_table(item, finish(item, columns))
 
 
 def pack(columns: Rows) -> pa.Array:

@@ -1,4 +1,7 @@
-"""A Ray task with a limited number of retries. Ray's own retries are unlimited if a worker runs out of memory."""
+"""A Ray task with a limited number of retries. Ray's own retries are unlimited if a worker runs out of memory.
+
+Work on a GPU is done in a device worker, which already has CUDA open.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from ktray.distributed import watchdog
+from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.device_workers import WORKERS
 from ktray.errors import KtrayError
 
 T = TypeVar("T")
@@ -47,18 +52,14 @@ def run_with_retries(
 
     errors = ray.exceptions
     lost: tuple[Any, ...] = errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError
-    again: tuple[Any, ...] = (errors.OutOfMemoryError, *lost, *also)
-    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
+    again: tuple[Any, ...] = (errors.OutOfMemoryError, errors.RayActorError, *lost, *also)
     failures = 0
     while True:
-        under_way = task.remote(work)
         try:
-            return cast(
-                T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.cancel, under_way, force=True))
-            )
+            return _on_device(work, cpus, gpus) if gpus else _in_task(work, cpus)
         except again as error:
             failures += 1
-            out_of_memory = isinstance(error, errors.OutOfMemoryError)
+            out_of_memory = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
             if failures <= max_failures:
                 why = "it ran out of memory" if out_of_memory else type(error).__name__
                 logger.warning(f"{what} was lost ({why}); it is started again ({failures} of at most {max_failures})")
@@ -73,5 +74,24 @@ def run_with_retries(
             raise
 
 
+def _in_task(work: Callable[[], T], cpus: float) -> T:
+    import ray
+
+    task: Any = ray.remote(num_cpus=cpus, max_retries=0)(_call)
+    under_way = task.remote(work)
+    return cast(T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.cancel, under_way, force=True)))
+
+
+def _on_device(work: Callable[[], T], cpus: float, gpus: float) -> T:
+    import ray
+    from ray import cloudpickle
+
+    with WORKERS.borrow(1, cpus, gpus) as (worker,):
+        under_way = worker.call.remote(cloudpickle.dumps(work))
+        # A call of an actor cannot be cancelled; the error ends the worker.
+        return cast(T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.kill, worker)))
+
+
 def _call(work: Callable[[], T]) -> T:
+    use_assigned_device()
     return work()

@@ -19,7 +19,7 @@ from torch import nn
 from ktray.models.features import is_convolutional
 
 DType = Literal["bf16"]
-Candidate = tuple[DType | None, bool]  # autocast, channels-last
+Candidate = tuple[DType | None, bool, bool]  # autocast, channels-last, cuDNN's search for the fastest algorithm
 # A format must be clearly faster, because it rounds. A layout has no cost, but a tie should have a stable result.
 _CLEARLY, _LAYOUT = 0.9, 0.97
 # A candidate that is slower than the fastest by this factor (after one round; after more rounds) is not timed again.
@@ -36,11 +36,14 @@ class Precision:
         autocast: "bf16", or None for float32 everywhere.
         channels_last: whether convolutions and images have the channels-last layout.
         reason: the reason of the decision, one line for the log.
+        benchmark: whether cuDNN times the algorithms of each convolution and takes the fastest one, on a GPU. With
+            channels-last, this can make a step more than twice as fast. It does not suit varying shapes.
     """
 
     autocast: DType | None
     channels_last: bool
     reason: str
+    benchmark: bool = False
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -50,6 +53,12 @@ class Precision:
     @property
     def memory_format(self) -> torch.memory_format:
         return _layout(self.channels_last)
+
+    def apply(self, model: nn.Module) -> None:
+        """Set the layout of the model, and the search of cuDNN for this process."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = self.benchmark
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,9 +95,9 @@ def choose_precision(
 ) -> Precision:
     """Choose the format and layout of a model.
 
-    On CUDA: bf16 autocast, and channels-last for models with convolutions. On CPU with ``auto``: the fastest of the
-    safe candidates in a measurement of about two seconds on a copy (at most ten seconds for slow models). On other
-    devices: float32.
+    The fastest of the safe candidates in a measurement of about two seconds on a copy (at most ten seconds for slow
+    models). On CUDA with ``auto``, the format is bf16, and layout and algorithm of convolutions are measured. On other
+    devices than these and CPUs: float32.
 
     Args:
         model: takes normalised float images (N, 3, h, w); it is not changed.
@@ -100,27 +109,37 @@ def choose_precision(
     """
     kind = torch.device(device).type
     convolves = is_convolutional(model)
-    if kind == "cuda":
-        reason = "requested" if precision != "auto" else "the rule on CUDA"
-        return Precision(None if precision == "fp32" else "bf16", convolves, reason)
-    if kind != "cpu":
+    if kind not in ("cpu", "cuda"):
         return Precision("bf16" if precision == "bf16" else None, False, f"the rule on {kind}")
+    candidates = _cuda(convolves, precision) if kind == "cuda" else _cpu(model, convolves, train, precision)
+    if len(candidates) == 1:
+        dtype, channels_last, benchmark = candidates[0]
+        return Precision(dtype, channels_last, "the only safe choice", benchmark)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return _fastest(_measure(model, candidates, size, batch, train, torch.device(device)), kind)
+
+
+def _cuda(convolves: bool, precision: str) -> list[Candidate]:
+    dtype: DType | None = None if precision == "fp32" else "bf16"
+    # The more likely candidate is first, because the measurement of a slow model may not reach the last one.
+    if convolves:
+        return [(dtype, True, True), (dtype, False, True), (dtype, True, False), (dtype, False, False)]
+    return [(dtype, False, False)]
+
+
+def _cpu(model: nn.Module, convolves: bool, train: bool, precision: str) -> list[Candidate]:
     candidates: list[Candidate] = []
     if precision != "bf16":
-        candidates.append((None, False))
+        candidates.append((None, False, False))
         # The crash is in the backward pass; the forward pass is safe.
         if convolves and (not train or fp32_channels_last_is_safe(model)):
-            candidates.append((None, True))
+            candidates.append((None, True, False))
     if precision != "fp32":
-        # The more likely candidate is first, because the measurement of a slow model may not reach the last one.
-        candidates += [("bf16", True), ("bf16", False)] if convolves else [("bf16", False)]
-    if len(candidates) == 1:
-        return Precision(*candidates[0], "the only safe choice")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return _fastest(_measure(model, candidates, size, batch, train))
+        candidates += [("bf16", True, False), ("bf16", False, False)] if convolves else [("bf16", False, False)]
+    return candidates
 
 
-def _fastest(seconds: dict[Candidate, float]) -> Precision:
+def _fastest(seconds: dict[Candidate, float], kind: str = "cpu") -> Precision:
     """The first candidate, unless another layout is faster or another format is clearly faster."""
     chosen = first = next(iter(seconds))
     for candidate in sorted(seconds, key=lambda c: seconds[c]):
@@ -128,30 +147,43 @@ def _fastest(seconds: dict[Candidate, float]) -> Precision:
             chosen = candidate
             break
     table = ", ".join(f"{_name(c)} {1000 * s:.3g} ms" for c, s in seconds.items())
-    return Precision(*chosen, f"measured on CPU: {table}")
+    dtype, channels_last, benchmark = chosen
+    return Precision(dtype, channels_last, f"measured on {'a GPU' if kind == 'cuda' else 'CPU'}: {table}", benchmark)
 
 
 def _measure(
-    model: nn.Module, candidates: list[Candidate], size: tuple[int, int], batch: int, train: bool
+    model: nn.Module,
+    candidates: list[Candidate],
+    size: tuple[int, int],
+    batch: int,
+    train: bool,
+    device: torch.device,
 ) -> dict[Candidate, float]:
     """Best time of a step, in seconds, per candidate. For slow models the last candidates are skipped.
 
     The random number generator of the caller is not changed.
     """
-    start = time.perf_counter()
+    start, on_gpu = time.perf_counter(), device.type == "cuda"
+    before = torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[]):
         copies = {
-            cl: deepcopy(model).cpu().to(memory_format=_layout(cl)).train(train) for cl in {c[1] for c in candidates}
+            cl: deepcopy(model).to(device).to(memory_format=_layout(cl)).train(train)
+            for cl in {c[1] for c in candidates}
         }
 
         def steps(images: int) -> dict[Candidate, Callable[[], None]]:
-            return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size), train) for c in candidates}
+            return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size, device=device), train) for c in candidates}
 
-        probe = steps(2)[candidates[0]]
-        seconds_per_step = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
-        # About five rounds of the two most relevant candidates fit into the budget.
-        images = int(2 * _BUDGET_S / (5 * 2) / max(seconds_per_step, 1e-6))
-        ready = steps(max(2, min(batch, 64, images)))
+        if on_gpu:  # a small batch would measure how fast the host launches kernels
+            ready = steps(max(2, batch))
+            for step in ready.values():  # kernels are loaded, and cuDNN searches
+                step()
+        else:
+            probe = steps(2)[candidates[0]]
+            seconds_per_step = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
+            # About five rounds of the two most relevant candidates fit into the budget.
+            images = int(2 * _BUDGET_S / (5 * 2) / max(seconds_per_step, 1e-6))
+            ready = steps(max(2, min(batch, 64, images)))
         seconds: dict[Candidate, float] = {}
         # Candidates alternate, so that other processes slow down all of them; the minimum excludes disturbances.
         for round_number in range(8):
@@ -161,22 +193,26 @@ def _measure(
                     continue
                 elapsed = time.perf_counter() - start
                 if seconds and elapsed > (5 if round_number == 0 else 1) * _BUDGET_S:
-                    return seconds
+                    break
                 seconds[candidate] = min(_timed(ready[candidate]), seconds.get(candidate, math.inf))
+    torch.backends.cudnn.benchmark = before
     return seconds
 
 
 def _step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
-    autocast, channels_last = candidate
+    autocast, channels_last, benchmark = candidate
     images = x.to(memory_format=_layout(channels_last))
 
     def step() -> None:
+        torch.backends.cudnn.benchmark = benchmark
         with torch.set_grad_enabled(train):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast is not None):
                 out = model(images)
             if train:
                 model.zero_grad(set_to_none=True)
                 (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
 
     return step
 
@@ -192,4 +228,5 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _name(candidate: Candidate) -> str:
-    return f"{candidate[0] or 'fp32'} {'channels-last' if candidate[1] else 'contiguous'}"
+    searched = " with cuDNN's search" if candidate[2] else ""
+    return f"{candidate[0] or 'fp32'} {'channels-last' if candidate[1] else 'contiguous'}{searched}"

@@ -274,7 +274,9 @@ def this_machine(recipe: Recipe) -> Allocation:
     cores = max(2.0, float(device["cores"]))
     low, high = recipe.cluster.span
     nodes = low if low < high else 1  # on CPUs each worker has a node; assume that all nodes are like this one
-    return allocate(cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu)
+    return allocate(
+        cores * nodes, float(len(gpus)), nodes, (low, high), recipe.cluster.use_gpu, gpu_share=recipe.cluster.gpu_share
+    )
 
 
 def show(recipe: Recipe, until: str | None = None) -> None:

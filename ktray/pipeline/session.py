@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ktray.distributed.allocation import Allocation, cluster_allocation, cluster_memory, others
 from ktray.distributed.autoscale import gathered
 from ktray.distributed.connect import connect
+from ktray.distributed.device_workers import WORKERS
 from ktray.distributed.doctor.run import require
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Store
@@ -56,9 +57,10 @@ def open_session(recipe: Recipe, debug: bool = False, allocation: Allocation | N
     if allocation is not None:
         yield Session(store, allocation, part.jobs)
         return
-    with gathered(part):
+    with gathered(part), contextlib.ExitStack() as until:
+        until.callback(WORKERS.end)
         require(recipe)
-        whole = cluster_allocation(part.span, part.use_gpu, part.jobs)
+        whole = cluster_allocation(part.span, part.use_gpu, part.jobs, part.gpu_share)
         if hint := others(part.jobs):
             logger.info(f"cluster   {hint}")
         yield Session(store, whole, part.jobs)

@@ -21,6 +21,13 @@ class ClusterConfig(Section):
         description="seconds between two checks for machines that have joined, where cluster.workers is a range",
     )
     use_gpu: bool | Literal["auto"] = Field("auto", description="use GPUs; auto: where the cluster has any")
+    gpu_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU that each training worker and each teacher takes; with 0.25, four small runs of a "
+        "search or a comparison share a GPU",
+    )
     cpus: int = Field(
         0,
         ge=0,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ktray.errors import KtrayError
+from ktray.models.device import device
 from ktray.retrieval.search import Hits, top
 
 logger = logging.getLogger("ktray")
@@ -219,9 +220,9 @@ def _train(factory: str, sample: Callable[[int], np.ndarray]) -> tuple[Any, int]
     if hasattr(ivf, "do_polysemous_training"):
         # This training takes minutes. It renumbers the codes for comparisons by Hamming distance; these are not used.
         ivf.do_polysemous_training = False
-    if faiss.get_num_gpus() > 0:  # k-means takes most of the training time
-        flat = faiss.IndexFlatIP(faiss.extract_index_ivf(index).d)
-        faiss.extract_index_ivf(index).clustering_index = faiss.index_cpu_to_all_gpus(flat)
+    if device().type == "cuda" and faiss.get_num_gpus() > 0:  # k-means takes most of the training time
+        on_gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))  # FAISS does not keep it alive
+        faiss.extract_index_ivf(index).clustering_index = on_gpu
     index.train(vectors)
     return index, len(vectors)
 

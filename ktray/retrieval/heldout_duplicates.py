@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktray.data.fingerprints import Fingerprints, bit_counts
+from ktray.models.device import device
+from ktray.retrieval.products import above
 
 SIMILARITY = 0.85
 DISTANCE = 6
@@ -127,19 +129,21 @@ def near_duplicates(
             digest, hash_ = block.fingerprints.digest[part], block.fingerprints.hash[part]
             positions = np.searchsorted(digests, digest).clip(max=len(digests) - 1)
             identical = digests[positions] == digest
-            cosine = embedding @ reference.T
-            g, h = np.nonzero((cosine >= similarity) & ~identical[:, None])
+            g, h, cosine = _similar(embedding, reference, similarity)
+            other = ~identical[g]
+            g, h, cosine = g[other], h[other], cosine[other]
             bits = _distances(hash_[g], heldout.hash, h)
             close = bits <= distance
             similar += len(np.unique(g)) - len(np.unique(g[close]))
             best: dict[int, tuple[int, float, int]] = {}
-            for i, j, b in zip(g[close].tolist(), h[close].tolist(), bits[close].tolist(), strict=True):
-                best[i] = min(best.get(i, (b, -cosine[i, j], j)), (b, -cosine[i, j], j))
+            found = (values[close].tolist() for values in (g, h, bits, cosine))
+            for i, j, b, value in zip(*found, strict=True):
+                best[i] = min(best.get(i, (b, -value, j)), (b, -value, j))
             start = block.offset + first
             rows += [(start + i, j, -negative, b, NEAR_DUPLICATE) for i, (b, negative, j) in best.items()]
             for i in np.flatnonzero(identical).tolist():
                 j = int(first_with[positions[i]])
-                rows.append((start + i, j, cosine[i, j], 0, IDENTICAL))
+                rows.append((start + i, j, float(embedding[i] @ reference[j]), 0, IDENTICAL))
     rows.sort()
     columns = list(zip(*rows, strict=True)) or [()] * 5
     return DuplicateTable(
@@ -150,6 +154,15 @@ def near_duplicates(
         list(columns[4]),
         similar,
     )
+
+
+def _similar(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of rows with at least this similarity: rows of ``a``, rows of ``b``, similarities."""
+    if (place := device()).type == "cuda":
+        return above(a, b, similarity, place)
+    cosine = a @ b.T
+    g, h = np.nonzero(cosine >= similarity)
+    return g, h, cosine[g, h]
 
 
 def hash_duplicates(

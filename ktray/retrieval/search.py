@@ -1,8 +1,8 @@
 """Exact nearest-neighbour search by inner product, one gallery block at a time.
 
-FAISS computes the large matrix product. Its hits are scored again in double precision and ordered by (similarity,
-index). Therefore the result does not depend on how the gallery is divided into blocks, on the number of threads, or
-on whether a GPU computed the product.
+FAISS computes the large matrix product, or torch on a GPU for which FAISS is not built. The hits are scored again in
+double precision and ordered by (similarity, index). Therefore the result does not depend on how the gallery is divided
+into blocks, on the number of threads, or on whether a GPU computed the product.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ktray.errors import KtrayError
+from ktray.models.device import device
+from ktray.retrieval.products import exact, nearest
 
 Block = tuple[int, np.ndarray]
 
@@ -79,7 +81,8 @@ def _check(rows: np.ndarray, name: str, width: int) -> None:
 
 
 def _knn() -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
-    """(queries, block, k) -> (similarity, row), computed by FAISS, on a GPU if FAISS finds one."""
+    """(queries, block, k) -> (similarity, row), computed by FAISS, or on this process's GPU."""
+    place = device()
     try:
         import faiss
     except ImportError as error:
@@ -88,11 +91,13 @@ def _knn() -> Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarr
             "Install faiss-cpu (on Linux x86-64 also faiss-gpu), or set transfer.source=target, which needs no search.",
         ) from error
     resources: Any = None
-    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
+    if place.type == "cuda" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
         resources = faiss.StandardGpuResources()
 
     def knn(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if resources is not None and k <= _GPU_MAX_K:
+        if place.type == "cuda" and not (resources and k <= _GPU_MAX_K):
+            return nearest(queries, block, k, place)
+        if resources is not None:
             hits = faiss.knn_gpu(resources, queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
         else:
             hits = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
@@ -110,8 +115,8 @@ def _search_block(
     """(Q, k) similarity and row in the block, in exact order; filled with -inf and -1 if the block has fewer rows."""
     fetch = min(len(block), k + _MARGIN)
     rough, rows = knn(queries, block, fetch)
-    exact = _rescore(queries, block, rows)
-    similarity, index = top(exact, rows, k)
+    scored = _rescore(queries, block, rows)
+    similarity, index = top(scored, rows, k)
     if fetch == len(block):
         return similarity, index
     # If the last fetched row of a query is as similar as its k-th row, FAISS may have omitted further such rows.
@@ -125,6 +130,8 @@ def _search_block(
 
 def _rescore(queries: np.ndarray, block: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(Q, R) float32 inner products of each query with its rows. Each value is independent of the other rows."""
+    if (place := device()).type == "cuda":
+        return exact(queries, block, rows, place)
     out = np.empty(rows.shape, dtype=np.float32)
     step = max(1, _RESCORE_VALUES // max(1, rows.shape[1] * queries.shape[1]))
     for first in range(0, len(queries), step):

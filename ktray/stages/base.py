@@ -218,7 +218,8 @@ class Reporter:
             self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
-        self.meter.hold(message.workers if self.runtime.plan.worker_gpus else message.machines)
+        gpus = self.runtime.plan.worker_gpus
+        self.meter.hold(message.workers * gpus if gpus else message.machines)
 
     def _state(self, state: str, why: str) -> None:
         """Record the state of Ray Train's controller. It is no heartbeat, because the controller may retry for ever."""
@@ -303,7 +304,7 @@ def _attempt(
     runs cannot change them."""
     key = inputs.key_of(parts)
     shown, ledger_stage = names
-    devices = runtime.plan.least if runtime.plan.worker_gpus else 1
+    devices = runtime.plan.least * runtime.plan.worker_gpus or 1
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
     with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, devices) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)

@@ -26,7 +26,7 @@ from ktray.data.labelled.hygiene_labels import doubts
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
-from ktray.distributed.ray_data import Item
+from ktray.distributed.device_work import Item
 from ktray.errors import BadImage
 from ktray.models.teacher.leave_one_out import leave_one_out
 from ktray.models.teacher.spec import TeacherSpec

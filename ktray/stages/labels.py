@@ -13,7 +13,8 @@ from typing import Any
 from ktray.data.labelled.decode import LabelReader, decode_examples
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.data.preprocess import Preprocess
-from ktray.distributed.ray_data import Item, cpu_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import cpu_shards
 from ktray.errors import KtrayError
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import StageInputs

@@ -35,6 +35,7 @@ class Predict:
         patch_side: side of the student's last feature map, to which patch embeddings are resized.
         batch: number of images per batch.
         top_k: number of classes whose logits are kept (`ktray.targets.top_k`); 0: all.
+        relative: whether only differences between logits matter, as before a softmax; the largest is then stored as 0.
     """
 
     source: Loads
@@ -43,6 +44,7 @@ class Predict:
     patch_side: int
     batch: int = 256
     top_k: int = 0
+    relative: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,6 +54,11 @@ class Predict:
     def load(self) -> Loaded:
         """Load the teacher on the device of this process."""
         return Loaded(self, self.source.load())
+
+    def resized(self, columns: Rows) -> Rows:
+        """The column ``pixels`` (N, 3, H, W) uint8 at the student's size."""
+        pixels = torch.from_numpy(columns["pixels"])
+        return {"pixels": fit_pixels(pixels, self.student_size).numpy()}
 
 
 class Loaded:
@@ -74,21 +81,26 @@ class Loaded:
             ``logits`` (N, C) or maps of logits (N, C, h, w), or the result of `sparsify` for either; ``embedding``
             (N, D); ``patch_embedding`` (N, D, side, side), not normalised.
         """
+        views = pixels.to(self.device, non_blocking=True)
+        return {"pixels": fit_pixels(views, self.plan.student_size), **self._outputs(views)}
+
+    @torch.no_grad()
+    def targets(self, pixels: np.ndarray) -> Rows:
+        """The same targets, without the pixels, as NumPy arrays, for views (N, 3, H, W) uint8; N may be 0."""
+        if not len(pixels):
+            example = self._outputs(torch.zeros((1, *pixels.shape[1:]), dtype=torch.uint8))
+            return {name: value[:0].cpu().numpy() for name, value in example.items()}
+        return {name: value.cpu().numpy() for name, value in self._outputs(torch.from_numpy(pixels)).items()}
+
+    def _outputs(self, pixels: torch.Tensor) -> Batch:
         size = fitting_batch(self.teacher.preprocess, self.device, self.plan.batch)
         parts = [self._batch(pixels[at : at + size]) for at in range(0, len(pixels), size)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def rows(self, pixels: np.ndarray) -> Rows:
-        """Compute the targets of views (N, 3, H, W) uint8 as NumPy arrays; N may be 0."""
-        if not len(pixels):
-            example = self(torch.zeros((1, *pixels.shape[1:]), dtype=torch.uint8))
-            return {name: value[:0].cpu().numpy() for name, value in example.items()}
-        return {name: value.cpu().numpy() for name, value in self(torch.from_numpy(pixels)).items()}
-
     def _batch(self, pixels: torch.Tensor) -> Batch:
         plan, teacher = self.plan, self.teacher
         views = pixels.to(self.device, non_blocking=True)
-        outputs = {"pixels": fit_pixels(views, plan.student_size)}
+        outputs: Batch = {}
         if "patch_embedding" in plan.targets:
             maps = patch_embeddings(teacher.image_tower, teacher.preprocess, teacher.source, views)
             outputs["patch_embedding"] = fit_maps(maps, plan.patch_side).half()
@@ -98,6 +110,9 @@ class Loaded:
             outputs["embedding"] = embedding.half()
         if "logits" in plan.targets:
             logits = teacher.logits(views, embedding)
+            if plan.relative:
+                # Half precision has steps of 0.25 above 256, and ends at 65,504.
+                logits = logits - logits.amax(1, keepdim=True)
             outputs |= sparsify(logits, plan.top_k) if plan.top_k else {"logits": logits.half()}
         return outputs
 

@@ -9,6 +9,7 @@ recall of classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,6 +79,11 @@ class Classification(TaskKind):
         self, teacher: Teacher, train: LabelledSplit, val: LabelledSplit, settings: HeadSettings
     ) -> FittedHeads:
         """Fit a head from class names, if the teacher has a text tower, and a linear probe that starts from it."""
+        place = next(teacher.image_tower.parameters()).device  # fitting is fast where the teacher is
+        train, val = (
+            replace(split, embedding=split.embedding.to(place), targets=split.targets.to(place))
+            for split in (train, val)
+        )
         heads: dict[str, LinearHead] = {}
         classes, fitted = settings.classes, any(name != "text" for name in settings.wanted)
 
@@ -100,7 +106,7 @@ class Classification(TaskKind):
         temperature = fit_temperature(out, targets)
         calibrated = out / temperature
         loss = float(F.cross_entropy(calibrated, targets))
-        return temperature, {**self.scores(self.tally(calibrated, targets)[:-2].numpy()), "loss": loss}
+        return temperature, {**self.scores(self.tally(calibrated, targets)[:-2].cpu().numpy()), "loss": loss}
 
     def student_head(
         self, train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor], outputs: int

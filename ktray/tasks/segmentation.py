@@ -28,6 +28,7 @@ from ktray.data.labelled.masks import IGNORE
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
 from ktray.errors import KtrayError
+from ktray.models.device import device
 from ktray.models.flops import count_flops
 from ktray.models.maps import map_loss, resize_map
 from ktray.models.student.classifier import Student
@@ -36,7 +37,7 @@ from ktray.models.student.segmenter_io import FILE, load_segmenter, save_segment
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.map_head import fit_map_probe, fit_map_temperature
 from ktray.models.teacher.map_teacher import MapTeacher
-from ktray.models.teacher.spec import device, tower_flops
+from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import Teacher
 from ktray.objectives.matching import MapMatching, Matching
 from ktray.recipe.registries import TASKS
@@ -50,6 +51,7 @@ from ktray.tasks.weighted import MeanIoU, WeightedScores
 
 COUNTS = ("tp", "fp", "fn")
 BATCH = 64
+_VALUES = 2**27  # logits at the resolution of the masks that are compared at a time: 0.5 GB, and as much for the loss
 
 
 class Segmentation(TaskKind):
@@ -105,6 +107,12 @@ class Segmentation(TaskKind):
         return map_loss(out, targets)
 
     def tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # Logits at the resolution of the masks take gigabytes for a batch of images with many classes.
+        each = max(1, _VALUES // (out.shape[1] * targets.shape[1] * targets.shape[2]))
+        parts = zip(out.split(each), targets.split(each), strict=True)
+        return torch.stack([self._tally(maps, masks) for maps, masks in parts]).sum(0)
+
+    def _tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         resized = resize_map(out, (targets.shape[1], targets.shape[2]))
         loss = F.cross_entropy(resized, targets.long(), reduction="sum", ignore_index=IGNORE)
         counted = targets != IGNORE

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Average:
-    """Exponential moving average of a model's weights. Buffers are copied."""
+    """Exponential moving average of a model's weights and float buffers; integer buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -19,7 +19,8 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         live = model.state_dict()
         floats = [k for k, v in self.state.items() if v.is_floating_point()]
+        counts = [k for k, v in self.state.items() if not v.is_floating_point()]
+        # One call for all tensors: a kernel for each of them would take longer than their work on a GPU.
         torch._foreach_lerp_([self.state[k] for k in floats], [live[k] for k in floats], 1 - decay)
-        for k, v in self.state.items():
-            if not v.is_floating_point():
-                v.copy_(live[k])
+        if counts:
+            torch._foreach_copy_([self.state[k] for k in counts], [live[k] for k in counts])

@@ -29,11 +29,13 @@ from ktray.targets.top_k import columns as stored_columns
 from ktray.targets.top_k import densify
 from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.loop import Batch
+from ktray.training.prefetch import on_device
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
 from ktray.training.weights import WEIGHTS
 from ktray.training.worker import WorkerContext
 
+_ON_DEVICE = 2_000_000_000  # bytes of labelled images up to which they are kept on the device
 _SAMPLED_SHARDS = 32  # largest number of shards that `TargetSet.sample` reads
 
 
@@ -69,8 +71,10 @@ class Labels:
         targets of the same views, and ``view_key`` (N,) int64 (see `ktray.data.augment.view_keys`). ``batch`` is the
         number of views of each of the worker's virtual ranks."""
         canvases, labels = self.load("train", "canvas")
+        if canvases.nbytes <= _ON_DEVICE:
+            canvases, labels = canvases.to(env.device), labels.to(env.device)
         for rows in _order(len(labels), env, batch, seed, start, stop):
-            take = torch.from_numpy(rows["row"])
+            take = torch.from_numpy(rows["row"]).to(canvases.device, non_blocking=True)
             keys = view_keys(seed, rows["row"], rows["visit"])
             images, target = canvases[take].to(env.device), labels[take].to(env.device)
             views, target = self.kind.random_views(images, target, policy, keys, size)
@@ -208,11 +212,15 @@ class TargetSet:
     ) -> Iterator[Batch]:
         """Batches ``start``..``stop - 1`` on the device, with ``batch`` rows of each of the worker's virtual ranks, as
         `ktray.objectives.base.Objective.step` expects them."""
-        for rows in self.sampler(part, env, batch, seed).batches(start, stop):
-            keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
-            columns = {
-                k: torch.from_numpy(np.ascontiguousarray(v)).to(env.device, non_blocking=True) for k, v in rows.items()
-            }
+
+        def on_cpu() -> Iterator[Batch]:
+            for rows in self.sampler(part, env, batch, seed).batches(start, stop):
+                keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
+                yield {"view_key": keys, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in rows.items()}}
+
+        # The random numbers of a view are computed from its key on the CPU.
+        for columns in on_device(on_cpu(), env.device, stay=("view_key",)):
+            keys = columns.pop("view_key")
             yield {**densify(columns, self.classes), "view_key": keys}
 
 

@@ -22,7 +22,9 @@ from torch import nn
 
 from ktray.recipe.section import Section
 from ktray.training.average import Average
+from ktray.training.checkpoint_interval import CheckpointInterval
 from ktray.training.messages import CurvePoint, LoopMessage, Started, StepProgress
+from ktray.training.optimisation import learning_rate
 
 Batch = dict[str, torch.Tensor]
 STATE = "outcome.json"  # name of the file in a checkpoint
@@ -30,7 +32,8 @@ STATE = "outcome.json"  # name of the file in a checkpoint
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The settings of the optimisation. ``checkpoint_seconds`` is converted to steps once the speed is known."""
+    """The settings of the optimisation. ``checkpoint_seconds`` is converted to steps once the speed is known
+    (`ktray.training.checkpoint_interval`)."""
 
     steps: int
     lr: float
@@ -146,29 +149,6 @@ class TrainerCallbacks:
     folder: Callable[[], Path]
 
 
-def learning_rate(step: int, settings: TrainerSettings) -> float:
-    """Factor on the peak learning rate at a step: a linear warm-up to 1, then half a cosine down to 0."""
-    warm = max(1, round(settings.warmup * settings.steps))
-    if step < warm:
-        return (step + 1) / warm
-    share = (step - warm) / max(1, settings.steps - warm)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def decay_groups(
-    model: nn.Module, weight_decay: float, lr_scale: float = 1.0, frozen: float = 0.0
-) -> list[dict[str, Any]]:
-    """Two groups for the optimizer: matrices and kernels with weight decay, biases and norms without. In the share
-    ``frozen`` of the steps at the start, they do not change."""
-    named = [p for p in model.parameters() if p.requires_grad]
-    both = {"lr_scale": lr_scale, "frozen": frozen}
-    groups = [
-        {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay, **both},
-        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0, **both},
-    ]
-    return [g for g in groups if g["params"]]
-
-
 def _parts(batch: Batch, count: int) -> list[Batch]:
     """Split a batch into ``count`` equal parts.
 
@@ -237,14 +217,11 @@ class Trainer:
         images, flops = state.step * self.p.images_per_step, state.step * self.p.flops_per_step
         self.callbacks.progress(Started(state.step, images, flops))
         eval_every = max(1, s.steps // s.evals)
-        save_every: int | None = None
-        # The speed is measured twice. The first step is left out, because it allocates and compiles. The second
-        # measurement is more accurate, but with slow steps much work could be lost before it.
-        measured_at = {2, max(2, min(20, s.steps // 20))}
+        interval = CheckpointInterval(s.checkpoint_seconds, s.steps, self._agree)
         losses: list[torch.Tensor] = []
         if state.step == 0:
             self._evaluate()
-        begun = since = warm = time.perf_counter()
+        begun = since = time.perf_counter()
         waited, first = 0.0, state.step
         before, reported = state.seconds, state.step
         stream = self.p.batches(state.step, s.steps)
@@ -265,13 +242,11 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {state.step}: lower the learning rate")
                 self._evaluate(loss)
-            done = state.step - first
-            if done == 1:
-                warm = now
-            elif done in measured_at:
-                save_every = self._agree(max(1, round(s.checkpoint_seconds * (done - 1) / (now - warm))))
-            if save_every and state.step % save_every == 0 and state.step < s.steps:
+            interval.stepped(state.step - first, now)
+            if interval.due(state.step) and state.step < s.steps:
+                saving = time.perf_counter()
                 self._save()
+                interval.saved(time.perf_counter() - saving)
         if reported < state.step:  # also if the training stops early, so that all of its steps are counted
             self._report(waited / (time.perf_counter() - begun))
         self._keep_last_if_as_good()
@@ -303,13 +278,13 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> torch.Tensor:
         """Make one optimizer step. Returns the mean loss, on the device."""
-        factor = learning_rate(step, self.s)
+        factor = learning_rate(step, self.s.steps, self.s.warmup)
         for group in self.optimizer.param_groups:
             moves = step / self.s.steps >= group.get("frozen", 0.0)
             group["lr"] = self.s.lr * factor * group.get("lr_scale", 1.0) * moves
-        generator = torch.Generator(device=self.p.device).manual_seed(
-            (self.s.seed * 1_000_003 + step) * 4099 + self.rank
-        )
+        drawn = (self.s.seed * 1_000_003 + step) * 4099 + self.rank
+        generator = torch.Generator(device=self.p.device).manual_seed(drawn)
+        torch.manual_seed(drawn)  # for dropout in the student: the same after a restart, different on each rank
         self.module.train()
         total = torch.zeros((), device=self.p.device)
         parts = _parts(batch, self.s.accumulate)

@@ -29,7 +29,8 @@ from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
 from ktray.training.evaluation import evaluator, fall
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
-from ktray.training.loop import Batch, TrainerSettings, TrainingProgram, decay_groups
+from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
+from ktray.training.optimisation import decay_groups
 from ktray.training.worker import WorkerContext
 
 
@@ -137,7 +138,9 @@ def settle_precision(
     batch = rows * -(-env.rank_count // world)
     # A repeated measurement may have another result. The first decision in a store is used for every rank, restart and
     # seed, so that runs differ only by their recipes.
-    name = f"{digest([spec.name, spec.kwargs, size, batch, world, str(env.device.type), cpu_model(), requested])}.json"
+    kind = env.device.type
+    machine = torch.cuda.get_device_name(env.device) if kind == "cuda" else cpu_model()
+    name = f"{digest([spec.name, spec.kwargs, size, batch, world, kind, machine, requested])}.json"
     decision: list[Any] = [None]
     if env.rank == 0:
         if not directory.exists(name):
@@ -147,8 +150,7 @@ def settle_precision(
     if env.world > 1:
         dist.broadcast_object_list(decision, 0)
     chosen: Precision = decision[0]
-    if chosen.channels_last:
-        model.to(memory_format=torch.channels_last)
+    chosen.apply(model)
     return chosen
 
 
@@ -217,7 +219,7 @@ class TransferSpec:
         strong = self.strong if traits.views == "fixed" else PLAIN
         module = Pretrain(student, preprocess, objective, strong).to(env.device)
         if self.part.compile:
-            module.student = torch.compile(module.student)  # type: ignore[assignment]
+            module.student.compile()  # in place: the names in checkpoints stay the same
         label_batch = env.rows(self.label_batch) if labelled else 0
 
         def batches(start: int, stop: int) -> Iterator[Batch]:

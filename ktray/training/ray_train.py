@@ -1,9 +1,8 @@
 """The launcher of the training loop: workers, DDP, checkpoints in the store, and progress in the mailbox.
 
-Ray Train runs trainings with several workers or a GPU. For each training it starts a controller, workers and helper
-processes, and each of them needs seconds for its imports. That does not matter for an hour of training on a cluster,
-but on two cores it takes 20 s per stage. A single worker without a GPU is therefore a plain Ray task, whose process Ray
-keeps for the next task.
+Ray Train runs trainings with several workers. For each training it starts a controller, workers and helper processes,
+and each of them needs seconds for its imports. That does not matter for an hour of training on a cluster, but it takes
+20 s per stage. A single worker is therefore a plain Ray task.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +24,9 @@ import torch
 
 from ktray.distributed import watchdog
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.device_workers import WORKERS
 from ktray.distributed.retried_task import run_with_retries
+from ktray.models.device import device
 from ktray.storage.store import Stage, storage_error
 from ktray.training.loop import Trainer, TrainerCallbacks, TrainingProgram
 from ktray.training.messages import LoopMessage, Message, Started
@@ -76,7 +78,7 @@ def train(
             "teacher_threads": plan.actor_threads,
         },
     }
-    single = plan.workers == 1 and not plan.worker_gpus and not stage.exists(f"{FOLDER}/{MANAGED}")
+    single = plan.workers == 1 and not stage.exists(f"{FOLDER}/{MANAGED}")
     try:
         if single:
             outcome = _single_worker(config, stage, plan, max_failures, on_weights)
@@ -110,6 +112,7 @@ def _ray_train(
     shares = " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
     watchdog.waiting_for("its training workers", f"{count} workers with {shares} each, each worker on one node")
 
+    WORKERS.end()  # idle device workers hold GPUs that the training workers need
     api: Any = ray.train  # Ray declares the types of the older Train
 
     def fit() -> Any:
@@ -181,13 +184,19 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     context, stage = ray.train.get_context(), config["stage"]
+    one_upload = threading.Semaphore()
 
     def upload(local: Any, name: str) -> Any:
         # The store uploads, not Ray, because Ray fails after a few seconds if a store is busy.
-        stage.put(Path(local.path), f"{FOLDER}/{name}")
+        try:
+            stage.put(Path(local.path), f"{FOLDER}/{name}")
+        finally:
+            one_upload.release()
         return ray.train.Checkpoint(f"{context.get_storage().experiment_fs_path}/{name}", stage.fs)
 
     def save(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
+        if folder:
+            one_upload.acquire()  # otherwise checkpoints fill the disk if the store is slower than training
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
         # Reports are processed in order: when the last one, which is waited for, is done, so are all others.
         mode = ray.train.CheckpointUploadMode.SYNC if last else ray.train.CheckpointUploadMode.ASYNC
@@ -212,11 +221,12 @@ def _worker(config: dict[str, Any]) -> None:
 def _single_worker(
     config: dict[str, Any], stage: Stage, plan: Allocation, max_failures: int, on_weights: Callable[[Path], None]
 ) -> Outcome:
-    watchdog.waiting_for("its training worker", f"{plan.worker_cpus:g} CPUs")
+    watchdog.waiting_for("its training worker", f"{plan.worker_cpus:g} CPUs and {plan.worker_gpus:g} GPUs")
     # As with Ray Train, a worker that dies, or that loses its disk or network, resumes from its last checkpoint.
     work = partial(_work_alone, config, stage)
     remedy = "Lower train.batch_size, or use a smaller student or machines with more memory."
-    run_with_retries(work, "the training worker", remedy, max_failures, cpus=plan.worker_cpus, also=(OSError,))
+    share = {"cpus": plan.worker_cpus, "gpus": plan.worker_gpus}
+    run_with_retries(work, "the training worker", remedy, max_failures, also=(OSError,), **share)
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 
@@ -250,7 +260,7 @@ def _work_alone(config: dict[str, Any], stage: Stage) -> None:
         ThreadPoolExecutor(1) as background,
         stage.local(f"{FOLDER}/{last}") if last else contextlib.nullcontext() as resume,
     ):
-        _fit(config, WorkerContext(torch.device("cpu"), 0, 1, **config["resources"]), save, resume, Path(scratch))
+        _fit(config, WorkerContext(device(), 0, 1, **config["resources"]), save, resume, Path(scratch))
 
 
 def _last(stage: Stage) -> str | None:

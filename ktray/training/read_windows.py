@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from ktray.distributed.ray_data import Item, WorkerPool, map_items, ordered, pack, views
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import WorkerPool, map_items, ordered, pack, views
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import decode_views
 from ktray.targets.make_views import MakeViews
-from ktray.targets.predict import Predict
+from ktray.targets.predict import Loaded, Predict
 from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.sampler import Reader, Window
 
@@ -140,18 +141,22 @@ class _CutSlice:
 
 @dataclass(frozen=True)
 class _PredictRows:
-    """Loads the teacher in the worker's process, and adds its targets to rows."""
+    """Adds the teacher's targets to rows."""
 
     predict: Predict
 
-    def __call__(self) -> Callable[[Item, Rows], Rows]:
-        loaded = self.predict.load()
+    reads: ClassVar[tuple[str, ...]] = ("pixels",)
 
-        def add_targets(item: Item, rows: Rows) -> Rows:
-            pixels = rows.pop("pixels")
-            return {**loaded.rows(pixels), **rows, "flops": np.array([loaded.flops * len(pixels)])}
+    @property
+    def model(self) -> Predict:
+        return self.predict
 
-        return add_targets
+    def compute(self, model: Loaded, columns: Rows) -> Rows:
+        pixels = columns["pixels"]
+        return {**model.targets(pixels), "flops": np.array([model.flops * len(pixels)])}
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> Rows:
+        return {**columns, **self.predict.resized(columns), **computed}
 
 
 def listed(shard: str) -> str:

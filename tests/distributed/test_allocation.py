@@ -52,6 +52,31 @@ def test_gpus_are_used_where_there_are_any():
     assert allocate(16, 2, 1, 2, False).worker_gpus == 0
 
 
+def test_small_runs_share_a_gpu():
+    p = allocate(16, 1, 1, 1, "auto", gpu_share=0.25)
+    assert (p.worker_gpus, p.actor_gpus, p.actors) == (0.25, 0.25, 4)
+    assert "0.25 of a GPU" in p.line
+    assert allocate(16, 1, 1, 4, "auto", gpu_share=0.25).workers == 4
+    assert allocate(16, 1, 1, 1, "auto", gpu_share=0.4).worker_gpus == 0.5  # a whole number of shares on a GPU
+    p = allocate(16, 2, 1, (1, 16), "auto", gpu_share=0.5)
+    assert (p.least, p.workers, p.actors) == (1, 16, 4)
+    with pytest.raises(KtrayError, match=r"5 training workers need 1\.25 GPUs, but the cluster has 1"):
+        allocate(16, 1, 1, 5, "auto", gpu_share=0.25)
+    with pytest.raises(KtrayError, match="use_gpu=false"):
+        allocate(16, 0, 1, 1, True)
+
+
+def test_jobs_that_outnumber_the_gpus_share_them(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 1.0, "memory": 1e12})
+    assert cluster_allocation(1, "auto", 2).worker_gpus == 0.5  # before: no GPU, without a word
+    assert cluster_allocation(1, "auto", 3).worker_gpus == pytest.approx(1 / 3)
+    assert cluster_allocation(1, "auto", 2, 0.25).worker_gpus == 0.25
+    assert cluster_allocation(1, False, 2).worker_gpus == 0
+
+
 def test_actors_on_gpus_leave_room_for_a_decode_task():
     p = allocate(4, 8, 1, 8, "auto")
     assert p.actors * p.actor_cpus + p.decode_cpus <= 4 + 1e-9

@@ -60,40 +60,56 @@ def test_a_shard_that_is_not_what_was_written_is_named(tmp_path, hurt):
         read_rows(directory, "s.parquet")
 
 
+class Factor:
+    """A model for the test, which tells how many were loaded in its process."""
+
+    loaded = 0
+
+    def __init__(self, value, name=""):
+        self.value, self.name = value, name
+
+    def load(self):
+        Factor.loaded += 1
+        return self.value, os.getpid(), Factor.loaded
+
+
 class Double:
-    """Device half for the test: writes the shard and sums it."""
+    """The device multiplies; the CPU writes the shard with another column that the device has not seen."""
 
-    def __init__(self, directory):
-        self.directory = directory
+    reads = ("x",)
 
-    def __call__(self, item, rows):
-        write_rows(self.directory, item["name"], {"x": rows["x"] * 2})
-        return {"name": item["name"], "sum": float(rows["x"].sum()), "n": len(rows["x"])}
+    def __init__(self, directory, name=""):
+        self.directory, self.model = directory, Factor(2, name)
 
+    def compute(self, model, rows):
+        assert rows.keys() == {"x"}
+        value, process, loaded = model
+        return {"x": rows["x"] * value, "made": np.array([process, loaded])}
 
-class MakeDouble:
-    def __init__(self, directory):
-        self.directory = directory
-
-    def __call__(self):
-        return Double(self.directory)
+    def finish(self, item, rows, computed):
+        made = tuple(computed["made"].tolist())
+        if self.directory is not None:
+            write_rows(self.directory, item["name"], {"x": computed["x"], "y": rows["y"]})
+        return {"name": item["name"], "sum": float(rows["x"].sum()), "n": len(rows["x"]), "made": made}
 
 
 def prepare(item):
     if item.get("fail"):
         raise KtrayError("This shard is broken", "Mend it.")
-    return {"x": np.arange(item["n"], dtype=np.float32)}
+    return {"x": np.arange(item["n"], dtype=np.float32), "y": np.full(item["n"], 7)}
 
 
 def test_every_shard_is_finished_once_and_written_whole(cluster, tmp_path):
     directory = Dir(str(tmp_path))
     items = [{"name": f"s{i}.parquet", "n": n} for i, n in enumerate([5, 0, 3, 8])]
-    found = list(map_shards(items, prepare, MakeDouble(directory), cluster))
+    found = list(map_shards(items, prepare, Double(directory), cluster))
     assert sorted((s["name"], s["n"], s["sum"]) for s in found) == [
         (i["name"], i["n"], float(sum(range(i["n"])))) for i in items
     ]
     for item in items:
-        np.testing.assert_array_equal(read_rows(directory, item["name"])["x"], 2.0 * np.arange(item["n"]))
+        rows = read_rows(directory, item["name"])
+        np.testing.assert_array_equal(rows["x"], 2.0 * np.arange(item["n"]))
+        np.testing.assert_array_equal(rows["y"], np.full(item["n"], 7))
 
 
 def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
@@ -101,33 +117,20 @@ def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
 
     items = [{"name": "s.parquet", "n": 1, "fail": True}]
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
-        list(map_shards(items, prepare, MakeDouble(Dir(str(tmp_path))), cluster))
+        list(map_shards(items, prepare, Double(Dir(str(tmp_path))), cluster))
     assert explain(caught.value) == "This shard is broken. Mend it."
 
 
-class MakeNamed:
-    """Tells which process made it and how many were made there."""
-
-    made = 0
-
-    def __init__(self, name):
-        self.name = name
-
-    def __call__(self):
-        MakeNamed.made += 1
-        made = MakeNamed.made
-        return lambda item, rows: {"by": self.name, "process": os.getpid(), "made": made}
-
-
-def test_a_process_makes_its_device_half_once_and_a_new_one_for_another_stage(cluster):
-    items = [{"n": 1}] * 6
-    first = list(map_shards(items, prepare, MakeNamed("first"), cluster))
-    second = list(map_shards(items, prepare, MakeNamed("second"), cluster))
-    assert {s["by"] for s in first} == {"first"}
-    assert {s["by"] for s in second} == {"second"}
-    for found in (first, second):
-        made = {(s["process"], s["made"]) for s in found}
-        assert len(made) == len({process for process, _ in made}), "made again for a shard of the same stage"
+def test_a_process_loads_a_model_once_and_keeps_it_for_the_next_stage(cluster):
+    items = [{"name": str(i), "n": 1} for i in range(6)]
+    first = list(map_shards(items, prepare, Double(None, "one model"), cluster))
+    again = list(map_shards(items, prepare, Double(None, "one model"), cluster))
+    other = list(map_shards(items, prepare, Double(None, "another"), cluster))
+    loads = [{tuple(s["made"]) for s in found} for found in (first, again, other)]
+    assert len({process for process, _ in loads[0]}) == len(loads[0]), "loaded again for a shard of the same stage"
+    known = {process for process, _ in loads[0]}
+    assert {made for made in loads[1] if made[0] in known} <= loads[0], "loaded again for the next stage"
+    assert not loads[2] & (loads[0] | loads[1])
 
 
 class Patient:
@@ -147,13 +150,14 @@ class Patient:
         raise KtrayError("The first piece did not come", "")
 
 
-def make_told():
-    return lambda item, rows: {"piece": item["piece"], "of": item.get("pieces"), "n": len(rows["x"])}
+class Told(Double):
+    def finish(self, item, rows, computed):
+        return {"piece": item["piece"], "of": item.get("pieces"), "n": len(rows["x"])}
 
 
 def test_a_piece_is_told_while_later_ones_are_read(cluster, tmp_path):
     seen = tmp_path / "seen"
-    told = map_shards([{"name": "s"}], Patient(seen), make_told, cluster)
+    told = map_shards([{"name": "s"}], Patient(seen), Told(None), cluster)
     assert next(told) == {"piece": 0, "of": None, "n": 3}
     seen.touch()
     assert list(told) == [{"piece": 1, "of": None, "n": 4}, {"piece": 2, "of": 3, "n": 5}]
@@ -173,10 +177,17 @@ def test_an_actor_gets_what_a_decode_task_gave():
     ]
     got = []
 
-    def keep():
-        return lambda item, columns: got.append((item, columns)) or {"n": len(columns["id"])}
+    class Keep(Double):
+        reads = ()
 
-    actor = ray_data._Actor(keep, torch.get_num_threads(), ray_data._summary_table)
+        def compute(self, model, columns):
+            return {}
+
+        def finish(self, item, columns, computed):
+            got.append((item, columns))
+            return {"n": len(columns["id"])}
+
+    actor = ray_data._Actor(Keep(None), torch.get_num_threads(), ray_data._summary_table)
     told = [json.loads(actor(table)["summary"][0].as_py()) for table in both_halves({"name": "s"}, rows)]
     assert told == [{"n": 2}, {"n": 0}, {"n": 5}]
     assert [item.get("piece") for item, _ in got] == [0, 1, 2]

@@ -9,7 +9,8 @@ import torch
 from ray.exceptions import OutOfMemoryError
 from torch import nn
 
-from ktray.training.loop import TrainerSettings, TrainingProgram, decay_groups
+from ktray.training.loop import TrainerSettings, TrainingProgram
+from ktray.training.optimisation import decay_groups
 
 STEPS, FAILS = 30, 20
 SETTINGS = TrainerSettings(

@@ -19,10 +19,9 @@ from ktray.training.loop import (
     TrainerCallbacks,
     TrainerSettings,
     TrainingProgram,
-    decay_groups,
-    learning_rate,
 )
 from ktray.training.messages import StepProgress
+from ktray.training.optimisation import decay_groups, learning_rate
 
 SETTINGS = TrainerSettings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
 
@@ -95,9 +94,9 @@ def test_settings_take_a_section_by_name_and_other_values_win():
 
 def test_schedule_is_linear_then_half_cosine():
     s = TrainerSettings(steps=100, lr=1, weight_decay=0, warmup=0.1, ema=0, clip=1, seed=0)
-    assert [learning_rate(i, s) for i in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(55, s) == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
-    assert learning_rate(100, s) == pytest.approx(0.0)
+    assert [learning_rate(i, s.steps, s.warmup) for i in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(55, s.steps, s.warmup) == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert learning_rate(100, s.steps, s.warmup) == pytest.approx(0.0)
 
 
 def test_average_equals_a_plain_loop():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ktray.data.views import ViewPolicy
+from ktray.distributed.device_work import in_this_process
 from ktray.errors import KtrayError
 from ktray.models.student.classifier import build_student
 from ktray.models.teacher.adapted import AdaptedTeacher
@@ -29,6 +30,11 @@ from ktray.training.worker import WorkerContext
 CLASSES, VIEWS, SIDE, BATCH = ["a", "b", "c"], 2, 24, 6
 TARGETS = ("embedding", "logits")
 MODES = ("cached", "streamed", "live")
+
+
+def both(work):
+    """Both parts of a device's work, in this process."""
+    return in_this_process(work, work.model.load())
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def world(tmp_path_factory):
         {"name": f"shard-{i}.parquet", "uris": uris[a:b], "beside": {}}
         for i, (a, b) in enumerate([(0, 4), (4, 5), (5, 10)])
     ]
-    finish = WithTeacher(stage, predict)()
+    finish = both(WithTeacher(stage, predict))
     rows = {}
     for item in items:
         rows[item["name"]] = finish(item, cut(item))["rows"]
@@ -128,9 +134,9 @@ def test_all_modes_give_the_same_predictions_where_few_are_kept(cluster, world, 
     few = replace(dense, targets=("logits",), top_k=1)
     made = Store(str(tmp_path)).stage("teach", "00000000000000aa")
     for item in items:
-        WithTeacher(made, few)()(item, cut(item))
+        both(WithTeacher(made, few))(item, cut(item))
         ListImages(made, VIEWS)(item)
-        assert min(f["cosine"] for f in [CheckTargets(made, few)()(item, cut(item))]) > 0.99999
+        assert min(f["cosine"] for f in [both(CheckTargets(made, few))(item, cut(item))]) > 0.99999
         assert "logits" not in read_rows(made, item["name"])
 
     def source(mode):
@@ -153,8 +159,8 @@ def test_views_that_are_stored_as_jpeg_have_the_same_targets(cluster, world, tmp
     _, items, rows, cut, predict = world
     made = Store(str(tmp_path)).stage("teach", "00000000000000bb")
     for item in items:
-        WithTeacher(made, predict, 95)()(item, cut(item))
-        assert CheckTargets(made, predict)()(item, cut(item))["cosine"] > 0.99999
+        both(WithTeacher(made, predict, 95))(item, cut(item))
+        assert both(CheckTargets(made, predict))(item, cut(item))["cosine"] > 0.99999
     source = TargetSet(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True)
     for a, b in zip(batches(source, part), batches(taught(world, "cached"), part), strict=True):
         assert torch.equal(a["view_key"], b["view_key"])
@@ -195,7 +201,7 @@ def test_an_image_that_is_gone_is_told_once_and_others_stand_in(cluster, world, 
 
 def test_what_is_stored_is_compared_with_the_live_teacher(world, tmp_path):
     stage, items, rows, cut, predict = world
-    finish = CheckTargets(stage, predict)()
+    finish = both(CheckTargets(stage, predict))
     some = sample(items, rows)
     assert [len(item["uris"]) for item in some] == [2, 2]  # four of ten, in the first and the last shard
     found = [finish(item, cut(item)) for item in some]
@@ -222,7 +228,7 @@ def test_a_wrong_cache_is_named(world, tmp_path, what):
         "lost": "view 0 of .* is missing in the stored targets",
     }
     with pytest.raises(KtrayError, match=expected[what]) as told:
-        CheckTargets(hurt, predict)()(items[0], cut(items[0]))
+        both(CheckTargets(hurt, predict))(items[0], cut(items[0]))
     assert name in str(told.value)
     assert hurt.uri in str(told.value)
 

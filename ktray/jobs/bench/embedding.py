@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from safetensors.torch import save_file
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.sources.base import Shard
 from ktray.distributed.allocation import Allocation
-from ktray.distributed.ray_data import Item, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import map_shards
+from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
 from ktray.jobs.bench.rows import BenchRow, in_turns
+from ktray.models.device import device
 from ktray.models.teacher.families.base import TeacherSource, family_of, model_of
-from ktray.models.teacher.spec import TeacherSpec, device, tower_flops
+from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
 from ktray.stages.index.decode import DecodeGallery
-from ktray.stages.index.stage import MakeEmbedGallery
+from ktray.stages.index.stage import EmbedGallery
 
 SECONDS = 10.0
 BATCH = 64
@@ -59,17 +63,29 @@ def embedding(
     Args:
         images: number of images in the shards.
     """
-    model = spec.tower()
-    rate = bare(model, cores)
+    limit_rate = partial(_bare_rate, spec, cores, plan)
+    rate = limit_rate()
     # Enough images to keep the encoder busy for some seconds; a shorter run would measure the start-up.
     some = shards[: max(1, round(len(shards) * min(1.0, 2 * SECONDS * rate / max(1, images))))]
-    limit, reached = in_turns(lambda: bare(model, cores), lambda: through_ray(some, spec, plan, folder), repeats)
+    limit, reached = in_turns(limit_rate, lambda: through_ray(some, spec, plan, folder), repeats)
     facts: dict[str, float | int | str] = {
-        "flops_per_image": tower_flops(model),
+        "flops_per_image": tower_flops(spec.tower()),
         "dimensions": spec.embed_dim,
-        "device": str(device()),
+        "device": "GPU" if plan.actor_gpus else "CPU",
     }
     return BenchRow(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts)
+
+
+def _bare_rate(spec: TeacherSpec, cores: int, plan: Allocation) -> float:
+    """`bare` in this process, or in a device worker if the teacher runs on a GPU."""
+    if not plan.actor_gpus:
+        return bare(spec.tower(), cores)
+    what = partial(_bare_of, spec, cores)
+    return run_with_retries(what, "the encoder", "", 0, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
+
+
+def _bare_of(spec: TeacherSpec, cores: int) -> float:
+    return bare(spec.tower(), cores)
 
 
 @torch.inference_mode()
@@ -100,7 +116,7 @@ def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Allocation, folder
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     prepare = DecodeGallery(shards, spec.preprocess, Crops(), MAX_PIXELS)
     began = time.perf_counter()
-    rows = sum(done["rows"] for done in map_shards(items, prepare, MakeEmbedGallery(IndexDir(str(home)), spec), plan))
+    rows = sum(done["rows"] for done in map_shards(items, prepare, EmbedGallery(IndexDir(str(home)), spec), plan))
     spent = time.perf_counter() - began
     shutil.rmtree(home, ignore_errors=True)
     if not rows:

@@ -14,7 +14,8 @@ from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.data.views import ViewPolicy
 from ktray.distributed.allocation import Allocation
-from ktray.distributed.ray_data import Item, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import map_shards
 from ktray.jobs.bench.embedding import encoder
 from ktray.miniverse.photos import ensure_tars
 from ktray.models.teacher.adapted import AdaptedTeacher
@@ -85,12 +86,14 @@ class BenchTargets:
     shards: tuple[tuple[str, int], ...]
     cut: MakeViews
     predict: Predict
+    jpeg: int | None = None
 
     def target_set(self, mode: str) -> TargetSet:
         """Return the transfer set in a mode of ``teach.mode``."""
         size = self.cut.size if mode == "live" else self.case.size
-        how = (None, None) if mode == "cached" else (self.cut, self.predict)
-        return TargetSet(self.stage, self.shards, 3 * size**2 + 2 * CLASSES + 16, ("logits",), mode, *how)
+        cut, predict = (None, None) if mode == "cached" else (self.cut, self.predict)
+        row, jpeg = 3 * size**2 + 2 * CLASSES + 16, mode == "cached" and self.jpeg is not None
+        return TargetSet(self.stage, self.shards, row, ("logits",), mode, cut, predict, jpeg=jpeg)
 
     @property
     def student(self) -> StudentSpec:
@@ -113,12 +116,16 @@ class BenchTargets:
         )
 
 
-def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
-    """Return the case's transfer set under ``folder``; if it does not exist, TEACH's own code writes it."""
+def ensure_targets(case: Case, folder: Path, plan: Allocation, jpeg: int | None = None) -> BenchTargets:
+    """Return the case's transfer set under ``folder``; if it does not exist, TEACH's own code writes it.
+
+    Args:
+        jpeg: JPEG quality of the stored views; None: raw pixels.
+    """
     spec = encoder(case.teacher, folder)
     home = folder / f"lesson-{case.student}-{case.size}"
     if not (home / "adapted").exists():
-        teacher = spec.tower()
+        teacher = spec.tower().cpu()
         torch.manual_seed(0)
         head = LinearHead(torch.randn(CLASSES, teacher.embed_dim))
         AdaptedTeacher(teacher, head, [f"class {i}" for i in range(CLASSES)], 0.1).save(home / "adapted")
@@ -127,14 +134,14 @@ def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
     predict = Predict(AdaptedSpec(Dir(str(home / "adapted")), spec.preprocess), ("logits",), case.size, 0)
     shards = list_shards(ensure_tars(folder / "photos", case.images))
     uris = [record.uri for shard in shards for record in read_shard(shard)][: case.images]
-    stage = Store(str(home)).stage("teach", f"{case.images:016d}")
+    stage = Store(str(home)).stage("teach" if jpeg is None else f"teach-jpeg-{jpeg}", f"{case.images:016d}")
     items: list[Item] = [
         {"name": f"{first // SHARD:05d}.parquet", "uris": uris[first : first + SHARD], "beside": {}}
         for first in range(0, len(uris), SHARD)
     ]
     rows = {item["name"]: ListImages(stage, 1)(item) for item in items}
     todo = [item for item in items if not stage.exists(f"{item['name']}.json")]
-    for _ in map_shards(todo, cut, WithTeacher(stage, predict), plan):
+    for _ in map_shards(todo, cut, WithTeacher(stage, predict, jpeg), plan):
         pass
     labels = Dir(str(home / "labels"))
     write_rows(
@@ -142,4 +149,4 @@ def ensure_targets(case: Case, folder: Path, plan: Allocation) -> BenchTargets:
         "val-00000.parquet",
         {"pixels": np.zeros((8, 3, case.size, case.size), np.uint8), "label": np.arange(8)},
     )
-    return BenchTargets(case, Dir(str(home)), stage, tuple(rows.items()), cut, predict)
+    return BenchTargets(case, Dir(str(home)), stage, tuple(rows.items()), cut, predict, jpeg)

@@ -16,7 +16,8 @@ from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image
 from ktray.data.sources.shards import read_shard
 from ktray.distributed.allocation import Allocation
-from ktray.distributed.ray_data import Item, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import map_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.retrieval.crops import Crops
 from ktray.stages.index.decode import DecodeGallery
@@ -44,13 +45,28 @@ def through_ray(shards: list[Shard], preprocess: Preprocess, plan: Allocation) -
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     began = time.perf_counter()
     images = sum(
-        done["rows"] for done in map_shards(items, DecodeGallery(shards, preprocess, Crops(), MAX_PIXELS), _Count, plan)
+        done["rows"]
+        for done in map_shards(items, DecodeGallery(shards, preprocess, Crops(), MAX_PIXELS), _Count(), plan)
     )
     return images / (time.perf_counter() - began)
 
 
 class _Count:
-    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
+    """Work without a model."""
+
+    reads: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> _Count:
+        return self
+
+    def load(self) -> None:
+        return None
+
+    def compute(self, model: None, columns: Rows) -> Rows:
+        return {}
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         return {"rows": len(columns["pixels"])}
 
 

@@ -17,6 +17,7 @@ from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.distributed.connect import connect
 from ktray.errors import KtrayError
 from ktray.jobs.bench.embedding import embedding, encoder
+from ktray.jobs.bench.gpu import gpu
 from ktray.jobs.bench.ingest import ingest
 from ktray.jobs.bench.lesson import CASES
 from ktray.jobs.bench.machine import busy_cores, peak_memory
@@ -147,6 +148,10 @@ def _memory(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow
     return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
 
 
+def _gpu(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
+    return gpu(folder, plan, usable_cpus(), recipe.bench.quick, recipe.bench.vectors)
+
+
 _BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = {
     "read": _read,
     "embed": _embed,
@@ -157,6 +162,7 @@ _BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = 
     "startup": _startup,
     "reuse": _reuse,
     "memory": _memory,
+    "gpu": _gpu,
 }
 
 

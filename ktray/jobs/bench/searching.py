@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ktray.distributed.allocation import Allocation
-from ktray.distributed.ray_data import Item, cpu_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import cpu_shards
 from ktray.jobs.bench.rows import BenchRow, in_turns
 from ktray.recipe.schema import GalleryConfig
 from ktray.retrieval.index_dir import IndexDir, IndexedShard

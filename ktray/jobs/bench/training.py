@@ -15,8 +15,10 @@ from torch import nn
 
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.mailbox import open_mailbox
+from ktray.distributed.retried_task import run_with_retries
 from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, BenchTargets, Case, ensure_targets, less
 from ktray.jobs.bench.rows import BenchRow, in_turns
+from ktray.models.device import device
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.store import Store
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
@@ -37,12 +39,14 @@ class Variant:
         mode: value of ``teach.mode``.
         resident: whether rows stay in memory after the first pass.
         with_teacher: whether the teacher runs during training.
+        jpeg: JPEG quality of the stored views; None: raw pixels.
     """
 
     name: str
     mode: str
     resident: bool
     with_teacher: bool
+    jpeg: int | None = None
 
     def part(self, batch: int) -> TrainConfig:
         """Return section train of the recipe.
@@ -101,7 +105,7 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
             facts["data_wait"] = max(waits)
             yield BenchRow(f"train {variant.name}, {case.name}", "images/s", limit_name, *rates, facts)
         if case.large and not quick:
-            rates = in_turns(limit, partial(_in_worker, _timm_step, targets, steps_with_teacher, plan), repeats)
+            rates = in_turns(limit, partial(on_device, _timm_step, targets, steps_with_teacher, plan), repeats)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 
 
@@ -164,32 +168,31 @@ class Watched:
 def bare(targets: BenchTargets, steps: int, plan: Allocation) -> float:
     """Measure images a second of the student's supervised step (forward, backward, fused AdamW) on tensors in memory,
     in a worker like TRANSFER's."""
-    return float(_in_worker(_bare_step, targets, steps, plan))
+    return float(on_device(_bare_step, targets, steps, plan))
 
 
-def _in_worker(work: Any, targets: BenchTargets, steps: int, plan: Allocation) -> float:
-    import ray
-
-    how: dict[str, Any] = {"num_cpus": plan.worker_cpus, "num_gpus": plan.worker_gpus}
-    task: Any = ray.remote(**how)(work)
-    rate: float = ray.get(task.remote(targets, steps, plan.worker_threads))
-    return rate
+def on_device(work: Any, targets: BenchTargets, steps: int, plan: Allocation) -> Any:
+    """Call ``work(targets, steps, threads)`` in a worker like TRANSFER's."""
+    what = partial(work, targets, steps, plan.worker_threads)
+    return run_with_retries(
+        what, "the worker", "Use a larger machine.", 0, cpus=plan.worker_cpus, gpus=plan.worker_gpus
+    )
 
 
 def _bare_step(targets: BenchTargets, steps: int, threads: int) -> float:
-    case, (model, preprocess, precision, device) = targets.case, _student(targets, threads)
+    case, (model, preprocess, precision, place) = targets.case, _student(targets, threads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    batches = _tensors(case, device)
+    batches = _tensors(case, place)
 
     def step(number: int) -> None:
         pixels, labels = batches[number % len(batches)]
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        with torch.autocast(place.type, dtype=precision, enabled=precision is not None):
             loss = nn.functional.cross_entropy(model(preprocess.scale(pixels)).float(), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _rate(step, steps, case.batch, device)
+    return _rate(step, steps, case.batch, place)
 
 
 def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
@@ -198,36 +201,36 @@ def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
 
     from ktray.jobs.bench.embedding import encoder
 
-    case, (model, preprocess, precision, device) = targets.case, _student(targets, threads)
+    case, (model, preprocess, precision, place) = targets.case, _student(targets, threads)
     teacher = encoder(case.teacher, Path(targets.home.path).parent).tower()
-    tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(device).eval()
+    tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(place).eval()
     task = LogitDistillationTask(
-        model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=device, verbose=False
+        model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=place, verbose=False
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    batches = _tensors(case, device)
+    batches = _tensors(case, place)
 
     def step(number: int) -> None:
         pixels, labels = batches[number % len(batches)]
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        with torch.autocast(place.type, dtype=precision, enabled=precision is not None):
             loss = task(preprocess.scale(pixels), labels)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _rate(step, steps, case.batch, device)
+    return _rate(step, steps, case.batch, place)
 
 
 def _student(targets: BenchTargets, threads: int) -> Any:
     """Return the student with the number format and memory layout that TRANSFER chose."""
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    env = WorkerContext(device, 0, 1, 1.0)
+    place = device()
+    env = WorkerContext(place, 0, 1, 1.0)
     model, preprocess = targets.student.build(env, 0)
     precision = settle_precision(
         targets.home.sub("precision"), targets.student, model, env, targets.case.batch, PART.precision
     )
-    return model.train(), preprocess, precision.autocast_dtype, device
+    return model.train(), preprocess, precision.autocast_dtype, place
 
 
 def _tensors(case: Case, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -59,7 +59,7 @@ def measure(
     """
     directory = store.sub("calibration")
     seed = base.compare.seeds[0]
-    devices = plan.workers if plan.worker_gpus else 1
+    devices = plan.workers * plan.worker_gpus or 1
     speeds: dict[str, MeasuredSpeed] = {}
     for name, method in methods.items():
         recipes = [recipe_of(base, method.keys, seed=seed, train__steps=n) for n in (SHORT, LONG)]
@@ -71,7 +71,7 @@ def measure(
     return speeds
 
 
-def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: int) -> MeasuredSpeed:
+def speed(store: Store, short: dict[str, Any], long: dict[str, Any], devices: float) -> MeasuredSpeed:
     """Compute the speed from two results of one method, with `SHORT` and `LONG` steps.
 
     Training on labels alone may stop early; then the steps that were done count.

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-from ktray.distributed.allocation import Allocation, allocate
+from ktray.distributed.allocation import Allocation, allocate, gpus_for_each
 from ktray.errors import KtrayError
 
 T = TypeVar("T")
@@ -37,8 +37,9 @@ def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, mem
     """
     on_gpu = whole.worker_gpus > 0
     if on_gpu:
-        room = max(1, int(whole.total_gpus // whole.least))
-        why = f"{whole.total_gpus:g} GPUs, {whole.least} for each"
+        each = whole.least * whole.worker_gpus
+        room = max(1, int(whole.total_gpus / each + 1e-9))
+        why = f"{whole.total_gpus:g} GPUs, {each:g} for each"
     else:
         room = max(1, min(int(whole.total_cpus // whole.least), int(memory // (BYTES_A_PIPELINE * whole.least))))
         why = (
@@ -49,8 +50,8 @@ def how_many(requested: int | Literal["auto"], whole: Allocation, jobs: int, mem
         return min(room, jobs), why
     if on_gpu and requested > room:
         raise KtrayError(
-            f"compare.parallel={requested} pipelines of {whole.least} GPUs do not fit on {whole.total_gpus:g}",
-            f"Set compare.parallel to at most {room}.",
+            f"compare.parallel={requested} pipelines of {each:g} GPUs do not fit on {whole.total_gpus:g}",
+            f"Set compare.parallel to at most {room}, or cluster.gpu_share=0.5 so that runs share a GPU.",
         )
     return min(requested, jobs), "compare.parallel"
 
@@ -67,8 +68,8 @@ def share(whole: Allocation, count: int) -> Allocation:
     """
     if count == 1:
         return whole
-    gpus = float(whole.total_gpus // count)
-    return allocate(whole.total_cpus / count, gpus, 1, whole.least, whole.worker_gpus > 0)
+    gpus, on_gpu = gpus_for_each(whole.total_gpus, count), whole.worker_gpus > 0
+    return allocate(whole.total_cpus / count, gpus, 1, whole.least, on_gpu, gpu_share=whole.worker_gpus or 1.0)
 
 
 def run_all(jobs: Sequence[Callable[[], T]], at_once: int) -> list[T]:

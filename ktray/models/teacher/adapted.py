@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
+from ktray.models.features import freeze_idle
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.layers import layer_decay_groups
 from ktray.models.teacher.teacher import Teacher, TeacherSource, embed
@@ -104,14 +106,21 @@ class AdaptedTeacher(nn.Module):
 
     def logits_of(self, embedding: torch.Tensor) -> torch.Tensor:
         """Calibrated logits for computed embeddings."""
-        logits: torch.Tensor = self.head(embedding).float()
+        # In half precision, the steps between the logits of a CLIP head (up to 100) are larger than an eighth.
+        exact = torch.autocast("cuda", enabled=False) if embedding.is_cuda else contextlib.nullcontext()
+        with exact:
+            logits: torch.Tensor = self.head(embedding.float())
         return logits / self.temperature
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.logits(batch)
 
     def param_groups(self, layer_decay: float, weight_decay: float, head_scale: float) -> list[dict[str, Any]]:
-        """Optimizer groups for finetuning: tower with layer-wise decay, head with `head_scale` times the rate."""
+        """Optimizer groups for finetuning: tower with layer-wise decay, head with `head_scale` times the rate.
+
+        Parameters without influence on `logits`, as CoCa's tower has them, are frozen.
+        """
+        freeze_idle(self, self, self.preprocess.size[0])
         head = [
             {"params": [self.head.weight], "lr_scale": head_scale, "weight_decay": weight_decay},
             {"params": [self.head.bias], "lr_scale": head_scale, "weight_decay": 0.0},

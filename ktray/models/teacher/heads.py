@@ -45,7 +45,8 @@ class LinearHead(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())
-        self.bias = nn.Parameter(torch.zeros(len(weight)) if bias is None else bias.detach().float().clone())
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.bias = nn.Parameter(bias.detach().float().clone())
         self.l2: float | None = None
         self.scores: dict[float, float] = {}
 

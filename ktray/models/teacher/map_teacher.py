@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ktray.models.features import freeze_idle
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.map_head import MapHead
 from ktray.models.teacher.teacher import Teacher, patch_embeddings
@@ -44,8 +43,3 @@ class MapTeacher(AdaptedTeacher):
         """
         levels = len(self.head.dims)
         return self.logits_of(patch_embeddings(self.image_tower, self.preprocess, self.source, batch, levels))
-
-    def param_groups(self, layer_decay: float, weight_decay: float, head_scale: float) -> list[dict[str, Any]]:
-        """Optimizer groups for finetuning. Parameters without influence on `logits` are frozen."""
-        freeze_idle(self, self, self.preprocess.size[0])
-        return super().param_groups(layer_decay, weight_decay, head_scale)

@@ -9,16 +9,12 @@ import numpy as np
 import torch
 
 from ktray.data.preprocess import Preprocess
+from ktray.models.device import device
 from ktray.models.features import is_convolutional
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.teacher import Teacher, TeacherSource, fitting_batch
 from ktray.storage.store import Dir
-
-
-def device() -> torch.device:
-    """The accelerator that Ray assigned to this process, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,16 @@ class TeacherSpec:
     def tower(self) -> Teacher:
         """Load the teacher without its text tower."""
         return self.load().drop_text()
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Description of a frozen teacher without its text tower."""
+
+    spec: TeacherSpec
+
+    def load(self) -> Teacher:
+        return self.spec.tower()
 
 
 @dataclass(frozen=True)

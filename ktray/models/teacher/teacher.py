@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -135,10 +138,15 @@ def fitting_batch(preprocess: Preprocess, device: torch.device, most: int) -> in
     return max(1, min(most, _CPU_PIXELS // (height * width)))
 
 
-def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to the embedding of the tower (N, D) float32."""
+def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """uint8 (N, 3, H, W) to the embedding of the tower (N, D) float32.
+
+    Args:
+        exact: compute in float32 on a GPU, too; otherwise its matrix products are in bfloat16.
+    """
     x = preprocess.normalise(batch).to(_dtype(tower))
-    out = tower(x)
+    with _products(x.device, exact):
+        out = tower(x)
     # CoCa's tower returns (pooled, tokens).
     pooled: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return pooled.float()
@@ -149,9 +157,22 @@ def patch_embeddings(
 ) -> torch.Tensor:
     """Like `Teacher.patch_embeddings`, for a tower without its `Teacher`."""
     x = preprocess.normalise(batch).to(_dtype(tower))
-    maps = [m.float() for m in family_of(source.name).patch_maps(tower, x, levels)]
+    with _products(x.device):
+        found = family_of(source.name).patch_maps(tower, x, levels)
+    maps = [m.float() for m in found]
     rows, columns = max(tuple(m.shape[-2:]) for m in maps)
     return torch.cat([resize_map(m, (rows, columns)) for m in maps], 1)
+
+
+def products_on(gpu: bool) -> str:
+    """The number format of a teacher's matrix products: ``bf16`` on a GPU, which is 6 to 9 times as fast as ``fp32``
+    there. Normalisation and heads are in float32."""
+    return "bf16" if gpu else "fp32"
+
+
+def _products(device: torch.device, exact: bool = False) -> contextlib.AbstractContextManager[Any]:
+    on_gpu = device.type == "cuda" and not exact
+    return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
 
 def _dtype(tower: nn.Module) -> torch.dtype:

@@ -23,15 +23,17 @@ from ktray.data.views import ViewPolicy
 from ktray.distributed import watchdog
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
+from ktray.models.device import device
 from ktray.models.teacher.adapted import save_candidate
 from ktray.models.teacher.heads import LinearHead
-from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec
+from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, laid_out, predict_numpy, tower_flops
+from ktray.models.teacher.teacher import products_on
 from ktray.recipe.choice import strategies
 from ktray.recipe.teacher import TRAINED_TOWERS, TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.stages import labels as labels_stage
 from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.inputs import NotInKey, StageInputs
+from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.manifests import AdaptManifest
 from ktray.stages.shard_summary import ShardSummary
 from ktray.stages.teach.stage import view_policy
@@ -44,6 +46,7 @@ from ktray.training.loop import TrainerSettings
 logger = logging.getLogger("ktray")
 
 SCORES = "scores.json"  # the scores of a trained candidate, in its folder
+TRAINED = "trained.safetensors"  # weights of a candidate that is not calibrated yet
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class AdaptInputs(StageInputs):
         finetune, lora: settings of these candidates; None where they are not tried.
         views, seed: settings of the candidates that train the tower; None where none of them is tried.
         head: recipe values that only this task kind reads to fit its heads.
+        products: number format of the teacher's matrix products.
     """
 
     stage = "adapt"
@@ -76,6 +80,7 @@ class AdaptInputs(StageInputs):
     seed: int | None
     metric: str
     head: Any
+    products: Annotated[str, AddedLater("fp32")]
     levels: Annotated[int, NotInKey("`head` contains it where the task kind reads it")]
     images: Annotated[int, NotInKey("the number of labelled images, for the progress line")]
 
@@ -98,6 +103,7 @@ class AdaptInputs(StageInputs):
             seed=recipe.seed if tuned else None,
             metric=context.metric,
             head=context.kind.head_key(recipe.teacher),
+            products=products_on(context.plan.actor_gpus > 0),
             levels=recipe.teacher.levels,
             images=len(context.task.train) + len(context.task.val),
         )
@@ -213,22 +219,21 @@ def _train(
     base = stage.sub(f"candidate-{start}")
     labels = labels_stage.labels_of(inputs.labels, inputs.kind)
     job = AdaptSpec(settings, base, labels, views, part, inputs.metric)
-    result: dict[str, float] = {}
+    plan, result = runtime.plan, dict[str, float]()
 
     def finish(weights: Path) -> None:
-        from safetensors.torch import load_file
-
-        with base.local() as folder:
-            teacher = labels.kind.teacher_form.load(folder)
-        job.prepare(teacher)
-        teacher.load_state_dict(load_file(str(weights)))
-        job.complete(teacher)
-        pixels, label = labels.load("val", "pixels")
-        with torch.inference_mode():
-            raw = torch.cat([teacher.logits(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
-        teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
-        result.update(scores, temperature=teacher.temperature)
-        save_candidate(stage, name, teacher)
+        stage.write(TRAINED, weights.read_bytes())
+        calibrated = run_with_retries(
+            partial(_calibrate, job, stage, name),
+            "the task that calibrates the teacher",
+            "Choose a smaller teacher, or use machines with more memory.",
+            runtime.cluster.max_failures,
+            cpus=plan.actor_cpus,
+            gpus=plan.actor_gpus,
+        )
+        result.update(calibrated["scores"])
+        reporter.shards([ShardSummary(f"calibrate-{name}", images=calibrated["images"], flops=calibrated["flops"])])
+        stage.delete(TRAINED)
         stage.write_json(done, result)
 
     # Each candidate has checkpoints of its own, so that none resumes from those of another.
@@ -246,3 +251,27 @@ def _train(
     if home is not stage:
         home.delete()
     return result
+
+
+def _calibrate(job: AdaptSpec, stage: Stage, name: str) -> dict[str, Any]:
+    """Store the trained candidate with its temperature. Returns its ``scores``, and the work as ``images`` and
+    ``flops``."""
+    from safetensors.torch import load_file
+
+    labels = job.labels
+    with job.start.local() as folder:
+        teacher = labels.kind.teacher_form.load(folder)
+    job.prepare(teacher)
+    with stage.local(TRAINED) as weights:
+        teacher.load_state_dict(load_file(str(weights)))
+    job.complete(teacher)
+    laid_out(teacher.to(device()))
+    pixels, label = labels.load("val", "pixels")
+    raw = torch.from_numpy(predict_numpy(teacher, pixels.numpy(), labels.kind.test_batch))
+    teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
+    save_candidate(stage, name, teacher.cpu())
+    return {
+        "scores": {**scores, "temperature": teacher.temperature},
+        "images": len(pixels),
+        "flops": tower_flops(teacher) * len(pixels),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from ktray.data.fingerprints import fingerprint_heldout
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import fetch_images
-from ktray.distributed.ray_data import Item, cpu_shards, map_shards
-from ktray.models.teacher.spec import TeacherSpec, tower_flops
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import cpu_shards, map_shards
+from ktray.models.teacher.spec import TeacherSpec, Tower
+from ktray.models.teacher.teacher import Teacher
 from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
-from ktray.stages.index.stage import unit_embedding
+from ktray.stages.index.stage import unit_embeddings
 from ktray.stages.labels import SHARD
 from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -55,7 +57,7 @@ def embed_images(
     reporter.shards(replace(s.resumed(), bad=()) for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
     summaries = (
-        map_shards(todo, prepare, _MakeEmbedder(folder, spec), runtime.plan)
+        map_shards(todo, prepare, _Embed(folder, spec), runtime.plan)
         if spec
         else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
@@ -97,28 +99,27 @@ class _Write:
         return _finish(self.folder, item, self.prepare(item), 0.0)
 
 
-class _Embedder:
-    def __init__(self, plan: _MakeEmbedder) -> None:
-        assert plan.spec is not None
-        self.plan, self.model = plan, plan.spec.tower()
-        self.flops = tower_flops(self.model)
-
-    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        columns["embedding"] = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
-        return _finish(self.plan.folder, item, columns, self.flops)
-
-
 @dataclass(frozen=True)
-class _MakeEmbedder:
+class _Embed:
     folder: Stage
-    spec: TeacherSpec | None
-    batch: int = 256
+    spec: TeacherSpec
 
-    def __call__(self) -> _Embedder:
-        return _Embedder(self)
+    reads: ClassVar[tuple[str, ...]] = ("pixels",)
+
+    @property
+    def model(self) -> Tower:
+        return Tower(self.spec)
+
+    def compute(self, model: Teacher, columns: Rows) -> Rows:
+        return unit_embeddings(model, columns["pixels"])
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
+        kept = {name: values for name, values in columns.items() if name not in self.reads}
+        rows = {**kept, "embedding": computed["embedding"]}
+        return _finish(self.folder, item, rows, float(computed["flops"][0]))
 
 
 def _finish(folder: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
     write_rows(folder, item["name"], columns)
     rows = len(columns["uri"])
-    return finish_shard(folder, ShardSummary(item["name"], rows, len(item["uris"]), images=rows, flops=flops * rows))
+    return finish_shard(folder, ShardSummary(item["name"], rows, len(item["uris"]), images=rows, flops=flops))

@@ -8,13 +8,15 @@ share; ``best_first`` would take only images that the image queries find.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import fetch_images
 from ktray.data.sources.uris import ImageRef
-from ktray.distributed.ray_data import Item
+from ktray.distributed.device_work import Item
+from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import text_head
 from ktray.models.teacher.spec import TeacherSpec
@@ -115,7 +117,7 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
         crops = [_crops(inputs, runtime, stage, images, reporter)] if part.query_crops != "none" else []
         groups.append(Queries.joined([images, *crops]))
     if part.queries != "images":
-        groups.append(_texts(inputs))
+        groups.append(_texts(inputs, runtime))
     if part.per == "query":
         return Queries.joined([_with_floor(group, images) for group in groups])
     every = Queries.joined(groups)
@@ -146,16 +148,27 @@ def _floored(group: Queries, floor: float | None) -> Queries:
     return replace(group, floor=np.full(len(group), np.nan if floor is None else floor, dtype=np.float32))
 
 
-def _texts(inputs: QueryInputs) -> Queries:
-    spec = inputs.encoder
+def _texts(inputs: QueryInputs, runtime: Runtime) -> Queries:
+    spec, plan = inputs.encoder, runtime.plan
     if not spec.has_text:
         raise KtrayError(
             f"transfer.queries={inputs.transfer.queries} needs a text tower, and teacher '{spec.source.name}' has none",
             "Set transfer.queries=images, or set teacher.name to an open_clip model.",
         )
-    weight = text_head(spec.load(), inputs.names, inputs.prompts).weight.detach().float().cpu().numpy()
+    weight = run_with_retries(
+        partial(_text_weight, spec, inputs.names, inputs.prompts),
+        "the task that embeds the class names",
+        "Choose a smaller teacher, or use machines with more memory.",
+        runtime.cluster.max_failures,
+        cpus=plan.actor_cpus,
+        gpus=plan.actor_gpus,
+    )
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
     return Queries.of(unit, [TEXT + name for name in inputs.classes], np.arange(len(inputs.names)))
+
+
+def _text_weight(spec: TeacherSpec, names: list[str], prompts: list[str]) -> np.ndarray:
+    return np.asarray(text_head(spec.load(), names, prompts).weight.detach().float().cpu().numpy())
 
 
 def _crops(inputs: QueryInputs, runtime: Runtime, stage: Stage, images: Queries, reporter: Reporter) -> Queries:

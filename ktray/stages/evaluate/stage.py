@@ -15,11 +15,13 @@ import torch
 from ktray.data.labelled.decode import LabelReader, decode_examples
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
-from ktray.distributed.ray_data import Item, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import map_shards
 from ktray.errors import KtrayError
+from ktray.models.device import device
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.ensemble import EnsembleSpec
-from ktray.models.teacher.spec import AdaptedSpec, device, predict_numpy, tower_flops
+from ktray.models.teacher.spec import AdaptedSpec, predict_numpy, tower_flops
 from ktray.stages.base import (
     Reporter,
     RunContext,
@@ -58,10 +60,10 @@ class _Prepare:
         return columns
 
 
-class _Score:
-    """Predicts the images of a shard with each model, and stores the rows of the task kind."""
+class _Models:
+    """The loaded models."""
 
-    def __init__(self, plan: _MakeScore) -> None:
+    def __init__(self, plan: _TestedModels) -> None:
         from ktray.training.worker import WorkerContext
 
         env = WorkerContext(device(), 0, 1, 1.0)
@@ -73,23 +75,9 @@ class _Score:
             self.flops += tower_flops(self.teacher)
 
     @torch.inference_mode()
-    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        plan = self.plan
-        out: Rows = {"uri": columns["uri"], **plan.kind.test_columns(columns)}
-        for name in [*self.students, *([TEACHER] if self.teacher else [])]:
-            rows, counts = plan.kind.test_rows(self._predictions(name, columns), columns)
-            out |= {f"{name}{suffix}": values for suffix, values in rows.items()}
-            if name == STUDENT and counts is not None:
-                plan.stage.write_json(f"{item['name']}{CONFUSION}", counts)
-        write_rows(plan.stage, item["name"], out)
-        n = len(out["uri"])
-        bad = pairs(columns["bad"].tolist())
-        summary = ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=self.flops * n)
-        return finish_shard(plan.stage, summary)
-
-    def _predictions(self, name: str, columns: Rows) -> np.ndarray:
+    def predictions(self, name: str, columns: Rows) -> np.ndarray:
         """The output of a model, (N, ...) float32."""
-        batch = self.plan.kind.test_batch
+        batch = self.plan.batch
         if name == TEACHER and self.teacher is not None:
             return predict_numpy(self.teacher, columns[TEACHER], batch)
         model, preprocess = self.students[name]
@@ -103,17 +91,51 @@ class _Score:
 
 
 @dataclass(frozen=True)
-class _MakeScore:
-    """Creates `_Score` in the actor that runs it."""
+class _TestedModels:
+    """Description of the models, by name; ``outputs`` is the number of classes."""
 
-    stage: Stage
-    kind: TaskKind
     students: dict[str, StudentSpec]
     teacher: AdaptedSpec | EnsembleSpec | None
     outputs: int
+    batch: int
 
-    def __call__(self) -> _Score:
-        return _Score(self)
+    @property
+    def names(self) -> list[str]:
+        return [*self.students, *([TEACHER] if self.teacher else [])]
+
+    def load(self) -> _Models:
+        return _Models(self)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Predicts the images of a shard with each model, and stores the rows of the task kind."""
+
+    stage: Stage
+    kind: TaskKind
+    model: _TestedModels
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (STUDENT, TEACHER) if self.model.teacher else (STUDENT,)
+
+    def compute(self, model: _Models, columns: Rows) -> Rows:
+        found = {name: model.predictions(name, columns) for name in self.model.names}
+        return {**found, "flops": np.array([model.flops])}
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
+        out: Rows = {"uri": columns["uri"], **self.kind.test_columns(columns)}
+        for name in self.model.names:
+            rows, counts = self.kind.test_rows(computed[name], columns)
+            out |= {f"{name}{suffix}": values for suffix, values in rows.items()}
+            if name == STUDENT and counts is not None:
+                self.stage.write_json(f"{item['name']}{CONFUSION}", counts)
+        write_rows(self.stage, item["name"], out)
+        n, bad = len(out["uri"]), pairs(columns["bad"].tolist())
+        flops = float(computed["flops"][0]) * n
+        return finish_shard(
+            self.stage, ShardSummary(item["name"], n, len(item["examples"]), bad, images=n, flops=flops)
+        )
 
 
 @dataclass(frozen=True)
@@ -179,8 +201,8 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
     students = {name: starting_at(inputs.student, trained) for name, trained in inputs.weights.items()}
     todo = [i for i in items if i["name"] not in finished]
     prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
-    finish = _MakeScore(stage, kind, students, teacher, len(classes))
-    reporter.shards(ShardSummary.each(map_shards(todo, prepare, finish, runtime.plan)))
+    score = _Score(stage, kind, _TestedModels(students, teacher, len(classes), kind.test_batch))
+    reporter.shards(ShardSummary.each(map_shards(todo, prepare, score, runtime.plan)))
     rows = load(stage)
     if not len(rows["uri"]):
         raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")

@@ -14,7 +14,7 @@ from ktray.data.sources.fetch import decode_image, fetch
 from ktray.data.sources.records import ImageRecord
 from ktray.data.sources.shards import read_shard
 from ktray.data.sources.uris import ImageRef
-from ktray.distributed.ray_data import Item
+from ktray.distributed.device_work import Item
 from ktray.errors import BadImage
 from ktray.retrieval.crops import Crops
 from ktray.storage.columns import Rows

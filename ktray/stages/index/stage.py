@@ -11,16 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.base import Shard
 from ktray.data.sources.lists import gallery_shards
-from ktray.distributed.ray_data import Item, cpu_shards, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.errors import KtrayError
-from ktray.models.teacher.spec import TeacherSpec, embed_numpy, tower_flops
+from ktray.models.teacher.spec import TeacherSpec, Tower, embed_numpy, tower_flops
+from ktray.models.teacher.teacher import Teacher, products_on
 from ktray.recipe.schema import GalleryConfig, index_alone
 from ktray.recipe.section import digest
 from ktray.retrieval.crops import Crops
@@ -39,6 +41,7 @@ logger = logging.getLogger("ktray")
 
 SHARDS_VERSION = 3  # version of the shards in the folder of an index; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
+BATCH = 256  # images of a forward pass on a GPU
 # Lowest accepted cosine similarity between precomputed embeddings and the teacher's: half precision and another JPEG
 # decoder change it by a few thousandths; embeddings of another encoder have a similarity near 0.
 SAME = 0.95
@@ -86,37 +89,35 @@ class _WriteFingerprints:
         return {"several": [replace(piece, pieces=len(pieces)).to_json() for piece in pieces]}
 
 
-class _EmbedGallery:
-    """The device part: compute unit-length fp16 embeddings from pixels."""
-
-    def __init__(self, plan: MakeEmbedGallery) -> None:
-        self.plan, self.model = plan, plan.spec.tower()
-        self.flops = tower_flops(self.model)
-
-    def __call__(self, item: Item, columns: Rows) -> dict[str, Any]:
-        embedding = computed = unit_embedding(self.model, columns.pop("pixels"), self.plan.batch)
-        if "given" in columns:
-            embedding = _unit(columns.pop("given").astype(np.float32))
-            _check_given(embedding[: len(computed)], computed, item["source"], self.plan.spec)
-        return _write_part(self.plan.folder, item, columns, embedding, self.flops * len(computed)).to_json()
-
-
 @dataclass(frozen=True)
-class MakeEmbedGallery:
-    """Creates the device part of INDEX in the actor that runs it. It writes embeddings and fingerprints into the
-    folder."""
+class EmbedGallery:
+    """Computes unit-length fp16 embeddings from pixels, and writes them with the fingerprints into the folder."""
 
     folder: IndexDir
     spec: TeacherSpec
-    batch: int = 256
 
-    def __call__(self) -> _EmbedGallery:
-        return _EmbedGallery(self)
+    reads: ClassVar[tuple[str, ...]] = ("pixels",)
+
+    @property
+    def model(self) -> Tower:
+        return Tower(self.spec)
+
+    def compute(self, model: Teacher, columns: Rows) -> Rows:
+        return unit_embeddings(model, columns["pixels"])
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
+        embedding = found = computed["embedding"]
+        columns = {name: values for name, values in columns.items() if name not in self.reads}
+        if "given" in columns:
+            embedding = _unit(columns.pop("given").astype(np.float32))
+            _check_given(embedding[: len(found)], found, item["source"], self.spec)
+        return _write_part(self.folder, item, columns, embedding, float(computed["flops"][0])).to_json()
 
 
-def unit_embedding(model: Any, pixels: np.ndarray, batch: int) -> np.ndarray:
-    """Embeddings (N, D) float16 of unit length, from pixels (N, 3, H, W) uint8."""
-    return _unit(embed_numpy(model, pixels, batch))
+def unit_embeddings(model: Teacher, pixels: np.ndarray) -> Rows:
+    """``embedding`` (N, D) float16 of unit length, from pixels (N, 3, H, W) uint8, and ``flops`` (1,)."""
+    embedding = _unit(embed_numpy(model, pixels, BATCH))
+    return {"embedding": embedding, "flops": np.array([tower_flops(model) * len(pixels)])}
 
 
 def _unit(embedding: np.ndarray) -> np.ndarray:
@@ -214,6 +215,8 @@ def _index(
         "crops": [crops.kind, crops.count] if crops.kind != "none" else None,
         "max_pixels": recipe.data.max_pixels,
     }
+    if spec and (products := products_on(context.plan.actor_gpus > 0)) != "fp32":
+        facts["products"] = products  # older folders, with embeddings from CPUs, do not name the format
     # Relative to the root of the store, so that a store can be moved.
     shared = f"galleries/{digest('gallery', [SHARDS_VERSION, facts])}"
     own = g.index if spec else None
@@ -264,7 +267,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         logger.info(f"index     {len(finished):,} of {len(names):,} shards are already in the index")
     todo = [item for item in inputs.items if item["name"] not in finished]
     results = (
-        map_shards(todo, inputs.prepare, MakeEmbedGallery(folder, spec), runtime.plan)
+        map_shards(todo, inputs.prepare, EmbedGallery(folder, spec), runtime.plan)
         if spec
         else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
     )

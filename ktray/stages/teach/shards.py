@@ -3,13 +3,12 @@ or compare stored targets with those that the teacher computes now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ktray.distributed.ray_data import Item
+from ktray.distributed.device_work import Item
 from ktray.errors import KtrayError
 from ktray.stages.base import finish_shard
 from ktray.stages.shard_summary import ShardSummary, pairs
@@ -17,7 +16,7 @@ from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.targets.jpeg import encode_views
 from ktray.targets.make_views import MakeViews
-from ktray.targets.predict import Predict
+from ktray.targets.predict import Loaded, Predict
 from ktray.targets.top_k import dense_rows
 from ktray.training.read_windows import listed
 
@@ -48,20 +47,24 @@ class WithoutTeacher:
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """Creates, in the actor that runs it, a function that stores views with the teacher's outputs; ``jpeg`` as in
-    `encode_views`."""
+    """Stores views with the teacher's outputs; ``jpeg`` as in `encode_views`."""
 
     stage: Stage
     predict: Predict
     jpeg: int | None = None
 
-    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
-        loaded = self.predict.load()
+    reads: ClassVar[tuple[str, ...]] = ("pixels",)
 
-        def finish(item: Item, columns: Rows) -> dict[str, Any]:
-            return _write(self.stage, item, {**columns, **loaded.rows(columns["pixels"])}, loaded.flops, self.jpeg)
+    @property
+    def model(self) -> Predict:
+        return self.predict
 
-        return finish
+    def compute(self, model: Loaded, columns: Rows) -> Rows:
+        return {**model.targets(columns["pixels"]), "flops": np.array([model.flops])}
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
+        flops = float(computed.pop("flops")[0])
+        return _write(self.stage, item, {**columns, **self.predict.resized(columns), **computed}, flops, self.jpeg)
 
 
 @dataclass(frozen=True)
@@ -103,43 +106,47 @@ class CheckedShard(ShardSummary):
 
 @dataclass(frozen=True)
 class CheckTargets:
-    """Creates, in the actor that runs it, a function that compares stored targets with the live teacher's, on views
-    that are cut again."""
+    """Compares stored targets with the live teacher's, on views that are cut again."""
 
     stage: Stage
     predict: Predict
 
-    def __call__(self) -> Callable[[Item, Rows], dict[str, Any]]:
-        loaded = self.predict.load()
-        classes = len(loaded.teacher.classes)
+    reads: ClassVar[tuple[str, ...]] = ("pixels",)
 
-        def finish(item: Item, columns: Rows) -> dict[str, Any]:
-            fresh = loaded.rows(columns["pixels"])
-            stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
-            stored_rows, fresh_rows = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
-            row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
-            worst = 1.0
-            for here, view in enumerate(columns["view_id"].tolist()):
-                where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
-                if view not in row_of:
+    @property
+    def model(self) -> Predict:
+        return self.predict
+
+    def compute(self, model: Loaded, columns: Rows) -> Rows:
+        facts = {"flops": np.array([model.flops]), "classes": np.array([len(model.teacher.classes)])}
+        return {**model.targets(columns["pixels"]), **facts}
+
+    def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
+        flops, classes = float(computed.pop("flops")[0]), int(computed.pop("classes")[0])
+        fresh = computed
+        stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
+        stored_rows, fresh_rows = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
+        row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
+        worst = 1.0
+        for here, view in enumerate(columns["view_id"].tolist()):
+            where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
+            if view not in row_of:
+                raise KtrayError(
+                    f"{where} is missing in the stored targets", f"Delete {self.stage.uri} and run the job again."
+                )
+            for name in self.predict.targets:
+                cosine = _cosine(stored_rows[name][row_of[view]], fresh_rows[name][here])
+                worst = min(worst, cosine)
+                if not cosine >= SAME:
                     raise KtrayError(
-                        f"{where} is missing in the stored targets", f"Delete {self.stage.uri} and run the job again."
+                        f"The stored targets are wrong: the stored {name} of {where} has a cosine similarity of "
+                        f"{cosine:.4f} with the live teacher's output; at least {SAME} is required",
+                        f"Delete {self.stage.uri} and run the job again. If the error occurs again, the teacher's "
+                        "outputs differ between machines or batches; check whether all machines use the same "
+                        "precision.",
                     )
-                for name in self.predict.targets:
-                    cosine = _cosine(stored_rows[name][row_of[view]], fresh_rows[name][here])
-                    worst = min(worst, cosine)
-                    if not cosine >= SAME:
-                        raise KtrayError(
-                            f"The stored targets are wrong: the stored {name} of {where} has a cosine similarity of "
-                            f"{cosine:.4f} with the live teacher's output; at least {SAME} is required",
-                            f"Delete {self.stage.uri} and run the job again. If the error occurs again, the teacher's "
-                            "outputs differ between machines or batches; check whether all machines use the same "
-                            "precision.",
-                        )
-            views = len(columns["view_id"])
-            return CheckedShard(item["name"], flops=loaded.flops * views, checked=views, cosine=worst).to_json()
-
-        return finish
+        views = len(columns["view_id"])
+        return CheckedShard(item["name"], flops=flops * views, checked=views, cosine=worst).to_json()
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

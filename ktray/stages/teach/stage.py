@@ -18,10 +18,12 @@ from typing import Annotated, cast
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
 from ktray.data.views import ViewPolicy
-from ktray.distributed.ray_data import Item, cpu_shards, map_shards
+from ktray.distributed.device_work import Item
+from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec
+from ktray.objectives.matching import ClassMatching, MapMatching
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, run_stage
@@ -142,6 +144,7 @@ def run(
     canvas = canvas_preprocess(student, context.canvas) if traits.views == "canvas" else None
     map_side = map_side if "patch_embedding" in targets else 0
     teacher_targets = tuple(t for t in targets if t in TEACHER_TARGETS)
+    relative = isinstance(context.kind.matching, ClassMatching | MapMatching)
     inputs = TeachInputs(
         curate=curate,
         adapt=adapt,
@@ -152,7 +155,9 @@ def run(
         map_side=map_side,
         classes=len(context.task.classes),
         positions=context.kind.positions(view_size),
-        predict=Predict(spec, teacher_targets, student_size, map_side, top_k=int(part.top_k)) if spec else None,
+        predict=Predict(spec, teacher_targets, student_size, map_side, top_k=int(part.top_k), relative=relative)
+        if spec
+        else None,
     )
     return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
 

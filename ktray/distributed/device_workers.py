@@ -1,0 +1,182 @@
+"""Device workers: one process for each GPU, or share of a GPU, that lives as long as the job.
+
+A new process on a GPU needs 10 to 20 s for imports and for opening CUDA, and a run has about ten stages that use the
+GPU. Stages therefore borrow the workers, which keep the models that they loaded last. Without GPUs there are none: Ray
+keeps the processes of CPU tasks anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.device_work import DeviceWork, compute
+
+MODELS = 2  # models that a worker keeps: the teacher of one stage, and that of the next
+AT_ONCE = 2  # shards of a worker at a time: one is computed while the columns of the other are copied
+RESTARTS = 3  # of a worker's process in the middle of a stage
+
+
+class _DeviceWorker:
+    """The process of a device worker."""
+
+    def __init__(self) -> None:
+        use_assigned_device()
+        self._models: OrderedDict[bytes, Any] = OrderedDict()
+        self._work: dict[str, DeviceWork] = {}
+        self._lock = threading.Lock()  # two calls must not load a model twice
+
+    def set_threads(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def call(self, work: bytes) -> Any:
+        """Call a function that needs the whole device. The kept models make room for it."""
+        import torch
+        from ray import cloudpickle
+
+        with self._lock:
+            self._forget(0)
+        try:
+            return cloudpickle.loads(work)()
+        finally:
+            torch.backends.cudnn.benchmark = False  # the next stage may have varying shapes
+
+    def compute(self, key: str, work: list[Any], columns: pa.Table) -> pa.Table:
+        """`DeviceWork.compute` on packed columns.
+
+        Args:
+            key: identifies the work.
+            work: reference to the pickled work, in a list, so that it is read only once.
+        """
+        from ktray.distributed.ray_data import pack, unpack
+
+        plan, model = self._ready(key, work)
+        return pa.table({"columns": pack(compute(plan, model, unpack(columns.column("columns"))))})
+
+    def apply(self, key: str, work: list[Any], item: Any) -> Any:
+        """Call a function, which is identified like the work of `compute`, with an item."""
+        import ray
+        from ray import cloudpickle
+
+        with self._lock:
+            if key not in self._work:
+                self._work = {key: cloudpickle.loads(ray.get(work[0]))}
+            function: Any = self._work[key]
+        return function(item)
+
+    def _ready(self, key: str, work: list[Any]) -> tuple[DeviceWork, Any]:
+        import ray
+        from ray import cloudpickle
+
+        with self._lock:
+            if key not in self._work:
+                self._work = {key: cloudpickle.loads(ray.get(work[0]))}
+            plan = self._work[key]
+            name = hashlib.sha256(cloudpickle.dumps(plan.model)).digest()
+            if name not in self._models:
+                self._forget(MODELS - 1)
+                self._models[name] = plan.model.load()
+            self._models.move_to_end(name)
+            return plan, self._models[name]
+
+    def _forget(self, keep: int) -> None:
+        """Drop the models that were not used for the longest time."""
+        import torch
+
+        while len(self._models) > keep:
+            self._models.popitem(last=False)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class DeviceWorkers:
+    """The device workers of this driver. Pipelines on several threads borrow different ones."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[tuple[float, float], Any]] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def borrow(self, count: int, cpus: float, gpus: float, threads: int = 1) -> Iterator[list[Any]]:
+        """Handles of ``count`` workers with ``cpus``, ``gpus`` and ``threads`` each; new ones if too few are idle.
+
+        Idle workers of another size are ended, because they hold the GPUs. After an error the workers are ended, too,
+        because they may still be at work.
+        """
+        kind = (cpus, gpus)
+        with self._lock:
+            own = [worker for known, worker in self._idle if known == kind][:count]
+            others = [worker for known, worker in self._idle if known != kind]
+            self._idle = [(known, worker) for known, worker in self._idle if known == kind and worker not in own]
+        _end(others)
+        own += [_start(*kind) for _ in range(count - len(own))]
+        for worker in own:
+            worker.set_threads.remote(threads)
+        try:
+            yield own
+        except BaseException:
+            _end(own)
+            raise
+        with self._lock:
+            self._idle += [(kind, worker) for worker in own]
+
+    def end(self) -> None:
+        """End the idle workers, so that their GPUs are free for other processes."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        _end([worker for _, worker in idle])
+
+
+WORKERS = DeviceWorkers()
+
+
+def _start(cpus: float, gpus: float) -> Any:
+    import ray
+
+    remote: Any = ray.remote  # Ray declares only some of the options
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": AT_ONCE, "max_restarts": RESTARTS}
+    return remote(**options)(_DeviceWorker).remote()
+
+
+def _end(workers: Sequence[Any]) -> None:
+    import ray
+
+    for worker in workers:
+        with contextlib.suppress(Exception):  # Ray may have ended already
+            ray.kill(worker)
+
+
+def map_on_workers(
+    workers: Sequence[Any], items: Sequence[Any], function: Callable[[Any], Any]
+) -> Iterator[tuple[int, Any]]:
+    """Call ``function`` (picklable) with every item in the workers. Yields (number of the item, result) as they
+    arrive."""
+    import ray
+    from ray import cloudpickle
+
+    content = cloudpickle.dumps(function)
+    key, reference = hashlib.sha256(content).hexdigest(), ray.put(content)
+    running: dict[Any, tuple[int, Any]] = {}
+    todo = iter(enumerate(items))
+
+    def start(worker: Any) -> None:
+        for number, item in todo:
+            running[worker.apply.options(max_task_retries=RESTARTS).remote(key, [reference], item)] = number, worker
+            return
+
+    for worker in [w for w in workers for _ in range(AT_ONCE)]:
+        start(worker)
+    while running:
+        (done,), _ = ray.wait(list(running))
+        number, worker = running.pop(done)
+        yield number, ray.get(done)
+        start(worker)

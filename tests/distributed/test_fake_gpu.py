@@ -1,0 +1,69 @@
+"""The GPU branch of every stage on a machine without a GPU: Ray is told of GPUs, torch has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_task import SMALL, write_gallery, write_task
+
+LONG = pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="a minute; KTRAY_LONG_TESTS=1 runs it")
+JOB = Path(__file__).parents[1] / "helpers" / "fake_gpu_job.py"
+
+
+def job(folder: Path, gpus: int, name: str, *keys: str) -> Any:
+    """What `fake_gpu_job.py` found, in a Ray of its own."""
+    hidden = ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")  # Ray checks the latter against its number of GPUs
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [sys.executable, str(JOB), str(gpus), str(folder), name, *keys]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    home = tmp_path_factory.mktemp("task")
+    task, gallery = write_task(home / "task"), write_gallery(home / "gallery")
+    short = ["train.steps=6", "finetune.steps=2", "baselines.scratch=false", "train.evals=2"]
+    return [f"task.data={task}", f"gallery.data={gallery}", *SMALL, *short]
+
+
+@pytest.mark.slow
+def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path) -> None:
+    found = job(tmp_path, 1, "devices")
+    assert found["with a GPU"] == [True, "cpu"]  # torch has none
+    assert found["without"] == [False, "cpu"]
+    assert found["numbered"] == [[True], [True]]
+    assert found["cpu shards"] == [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=LONG), 2])
+def test_a_whole_run_on_a_gpu_or_a_share_of_one(keys: list[str], tmp_path: Path, jobs: int) -> None:
+    store = tmp_path / "store"
+    result = job(tmp_path, 1, "distill", f"store={store}", f"cluster.jobs={jobs}", *keys)
+    assert result["cluster"]["gpus"] == 1 / jobs
+    assert {row["name"] for row in result["stages"]} >= {"adapt", "index", "curate", "teach", "transfer", "evaluate"}
+    assert result["metric"]["test_images"] == 45
+    # One worker needs no Ray Train, and what a GPU computed is not taken for what a CPU computed.
+    assert not list(store.rglob("checkpoint_manager_snapshot.json"))
+    (adapt,) = (store / "stages/adapt").iterdir()
+    assert json.loads((adapt / "manifest.json").read_text())["inputs"]["products"] == "bf16"
+
+
+@LONG
+@pytest.mark.slow
+def test_two_trials_of_a_search_share_a_gpu(keys: list[str], tmp_path: Path) -> None:
+    search = [
+        "tune.space={train.lr: [0.003, 0.004]}", "tune.search=grid", "tune.trials=3", "tune.rungs=[1]",
+        "tune.stop=none", "tune.seeds=1", "budget.flops=1e13", "cluster.gpu_share=0.5",
+    ]  # fmt: skip
+    result = job(tmp_path, 1, "tune", f"store={tmp_path / 'store'}", *keys, *search)
+    assert len(result["trials"]) == 3  # with the baseline
+    assert {trial["state"] for trial in result["trials"]} == {"finished"}

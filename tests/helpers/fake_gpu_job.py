@@ -1,0 +1,63 @@
+"""A job on a Ray that believes in GPUs which this machine does not have, so that device workers compute on the CPU.
+
+Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune or devices
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+
+
+def seen() -> list[Any]:
+    """What a task may use: whether a GPU was assigned to it, and the device it would compute on."""
+    from ktray.models import device
+
+    return [device._assigned, device.device().type]
+
+
+def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
+    ray.init(
+        address="local", num_cpus=4, num_gpus=gpus, include_dashboard=False, object_store_memory=300_000_000,
+        log_to_driver=False,
+    )  # fmt: skip
+    from ktray import recipe as recipes
+    from ktray.distributed.allocation import allocate
+    from ktray.distributed.ray_data import cpu_shards, map_numbered
+    from ktray.distributed.retried_task import run_with_retries
+
+    if job == "devices":
+        plan = allocate(4, gpus, 1, 1, "auto")
+        found: Any = {
+            "with a GPU": run_with_retries(seen, "a", "b", 0, cpus=1, gpus=1),
+            "without": run_with_retries(seen, "a", "b", 0, cpus=1),
+            "numbered": [rows["gpu"].tolist() for _, rows in map_numbered([0, 1], numbered, plan)],
+            "cpu shards": [summary["gpu"] for summary in cpu_shards([{"name": "x"}], shard, plan)],
+        }
+    elif job == "distill":
+        from ktray.pipeline.run import run
+
+        found = run(recipes.load(None, keys))
+    else:
+        from ktray.jobs.tune.run import tune
+
+        found = tune(recipes.load(None, keys))
+    (folder / "found.json").write_text(json.dumps(found, default=float))
+
+
+def numbered(item: int) -> dict[str, Any]:
+    import numpy as np
+
+    return {"gpu": np.array([bool(seen()[0])])}
+
+
+def shard(item: dict[str, Any]) -> dict[str, Any]:
+    return {"gpu": bool(seen()[0])}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
