@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_work import DeviceWork, compute
+from ktray.distributed.packing import pack, unpack
 
 MODELS = 2  # models that a worker keeps: the teacher of one stage, and that of the next
 AT_ONCE = 2  # shards of a worker at a time: one is computed while the columns of the other are copied
@@ -57,8 +58,6 @@ class _DeviceWorker:
             key: identifies the work.
             work: reference to the pickled work, in a list, so that it is read only once.
         """
-        from ktray.distributed.ray_data import pack, unpack
-
         plan, model = self._ready(key, work)
         return pa.table({"columns": pack(compute(plan, model, unpack(columns.column("columns"))))})
 

@@ -11,6 +11,7 @@ from typing import Any
 from ktray.errors import KtrayError
 from ktray.recipe.registries import TEACHERS
 from ktray.recipe.schema import Recipe
+from ktray.tasks.base import task_kind
 
 # Residual networks accept an output stride, which leaves a feature map to pool over when the images are small.
 SMALL_STUDENT, SMALL_STUDENT_GPU = "test_resnet", "resnet18"
@@ -100,7 +101,8 @@ def choose_student(recipe: Recipe, size: int, on_gpu: bool, choose: Choose) -> N
 
 
 def choose_start(recipe: Recipe, choose: Choose) -> None:
-    """Choose ``student.pretrained``, if it is ``auto``: true if published weights of the student can be had.
+    """Choose ``student.pretrained`` and ``student.fit_head``, if they are ``auto``: true if published weights of the
+    student can be had.
 
     Built-in tasks start from random weights: their images are drawn, and their published results started so. So do
     students with ``student.kwargs``, because these can change the layers.
@@ -110,8 +112,16 @@ def choose_start(recipe: Recipe, choose: Choose) -> None:
         choose: see `choose_teacher`.
     """
     part = recipe.student
-    if part.pretrained != "auto":
-        return
+    if part.pretrained == "auto":
+        _choose_pretrained(recipe, choose)
+    if part.fit_head == "auto":
+        part.fit_head = False
+        if (part.pretrained or part.checkpoint) and task_kind(recipe.task.kind).linear_student:
+            choose("student.fit_head", True, "a linear probe of the published features, instead of random weights")
+
+
+def _choose_pretrained(recipe: Recipe, choose: Choose) -> None:
+    part = recipe.student
     if recipe.task.data is None or part.checkpoint:
         part.pretrained = False
         return

@@ -224,6 +224,11 @@ class StudentConfig(Section):
     head: Literal["lraspp", "deeplabv3"] = Field(
         "lraspp", description="for segmentation: head on the feature maps of the student"
     )
+    fit_head: bool | Literal["auto"] = Field(
+        "auto",
+        description="before training, set the new classifier of a student with published weights to a linear probe of "
+        "its features, so that a random one does not distort them; auto: true for classification",
+    )
     pretrained: bool | Literal["auto"] = Field(
         "auto",
         description="start the student from published weights, of an installed package or of timm's hub; auto: true "

@@ -17,7 +17,7 @@ from ktray.stages.inputs import AddedLater, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
-from ktray.stages.transfer import HOW, fit, starting_at, strong_policy, student_spec
+from ktray.stages.transfer import HOW, fit, fits_head, starting_at, strong_policy, student_spec
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -100,7 +100,8 @@ class ScratchInputs(StageInputs):
 
     Attributes:
         steps: replaces ``train.steps``.
-        probe: whether only a linear head is fitted, on the features of the initial weights.
+        probe: whether the classifier starts as a linear head on the features of the initial weights; without steps,
+            nothing else is trained.
     """
 
     stage = "scratch"
@@ -129,17 +130,17 @@ def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, 
         booked: name of the stage in the ledger.
     """
     recipe = context.recipe
-    probe = recipe.objective.traits.frozen
+    frozen = recipe.objective.traits.frozen
     inputs = ScratchInputs(
         labels=labels,
         kind=recipe.task.kind,
         student=student,
-        steps=0 if probe else int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
+        steps=0 if frozen else int(recipe.baselines.scratch_steps or recipe.train.steps or 1),
         views=view_policy(recipe.teach),
         metric=context.metric,
         seed=recipe.seed,
         train=recipe.train,
-        probe=probe,
+        probe=frozen or (student.published and fits_head(context)),
     )
     return run_stage(context.runtime, inputs, work_scratch, ledger_name=booked)
 

@@ -40,6 +40,7 @@ class TransferInputs(StageInputs):
         label_batch: labelled images per step, for an objective that also learns from labels; 0 for other objectives.
         views: view policy for objectives that cut views during training.
         weight: ``transfer.weight``; ``none`` for an objective without predictions of the teacher.
+        probe: whether the classifier starts as a linear probe (``student.fit_head``).
     """
 
     stage = "transfer"
@@ -59,6 +60,7 @@ class TransferInputs(StageInputs):
     seed: int
     train: Annotated[TrainConfig, HOW]
     weight: Annotated[str, AddedLater("none")]
+    probe: Annotated[bool, AddedLater(False)]
 
     @classmethod
     def of(
@@ -80,6 +82,7 @@ class TransferInputs(StageInputs):
             seed=recipe.seed,
             train=recipe.train,
             weight=recipe.transfer.weight if predicting else "none",
+            probe=start is None and fits_head(context) and recipe.objective.traits.trains_classifier,
         )
 
 
@@ -110,6 +113,7 @@ def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Repor
         inputs.metric,
         runtime.store.sub("precision"),
         strong_policy(part, inputs.views),
+        inputs.probe,
     )
     return fit(runtime, stage, reporter, job, settings.steps)
 
@@ -119,6 +123,12 @@ def strong_policy(part: TrainConfig, views: ViewPolicy) -> StrongPolicy:
     a = part.augment
     hflip = views.hflip if a.crop_min < 1 else 0.0
     return StrongPolicy(a.crop_min, hflip, a.photometric, a.magnitude, a.erase)
+
+
+def fits_head(context: RunContext) -> bool:
+    """Whether the new classifier of the student starts as a linear probe. The recipe must be resolved."""
+    student = student_spec(context)
+    return context.recipe.student.fit_head is True and student.published and context.kind.linear_student
 
 
 def student_spec(context: RunContext) -> StudentSpec:

@@ -73,7 +73,11 @@ def entries(fs: pafs.FileSystem, path: str, recursive: bool = False) -> Iterable
     s3 = handler(fs)
     if s3:
         return s3.walk(path, recursive)
-    infos: list[pafs.FileInfo] = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    try:
+        infos: list[pafs.FileInfo] = fs.get_file_info(selector)
+    except FileNotFoundError:  # another process deleted the folder between pyarrow's check and its listing
+        return []
     return infos
 
 

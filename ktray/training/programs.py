@@ -104,7 +104,10 @@ def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, en
 
 
 def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> None:
-    """Set a pretrained student's untrained last layer to a linear head on its features, for a fair start.
+    """Set a pretrained student's untrained last layer to a linear head on its features.
+
+    It is a fair start for pretraining that trains no classifier. A random head would also distort published features in
+    the first steps (Kumar et al., arXiv 2202.10054).
 
     The head is fitted on features of unit length. The classifier's features have other lengths, so the weights are
     divided by the mean length.
@@ -167,6 +170,7 @@ class TransferSpec:
         part: the recipe's section ``train``.
         metric: name of the metric for validation.
         directory: the directory of the store for decisions about precision.
+        probe: whether the classifier starts as a linear head on the features of the initial weights.
     """
 
     settings: TrainerSettings
@@ -180,11 +184,14 @@ class TransferSpec:
     metric: str
     directory: Dir
     strong: StrongPolicy = PLAIN
+    probe: bool = False
 
     def build(self, env: WorkerContext) -> TrainingProgram:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
         traits = self.objective.traits
+        if self.probe and traits.trains_classifier:
+            _fit_classifier(model, preprocess, self.labels, env)
         labelled = traits.labelled
         env = env.divide(int(self.part.batch_size or 1), *([self.label_batch] if labelled else []))
         batch = env.rows(int(self.part.batch_size or 1))
@@ -274,7 +281,7 @@ class FinetuneSpec:
         taught: the transfer set of the pretraining.
         replay: number of images of the transfer set for each labelled image.
         strong: the augmentation of labelled and of replayed images.
-        probe: whether the classifier is set to a linear head on the features of the initial weights.
+        probe: whether the classifier starts as a linear head on the features of the initial weights.
     """
 
     settings: TrainerSettings

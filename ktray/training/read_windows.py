@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from ktray.distributed.device_work import Item
-from ktray.distributed.ray_data import WorkerPool, map_items, ordered, pack, views
+from ktray.distributed.packing import pack, views
+from ktray.distributed.ray_data import WorkerPool, map_items, ordered
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import decode_views

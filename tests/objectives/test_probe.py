@@ -61,3 +61,35 @@ def test_only_the_head_is_fitted(cluster: Any, tmp_path: Path) -> None:
         reference.fit(features / length, truth.numpy())
         apart.append(np.abs(reference.coef_ - found).max() / np.abs(found).max())
     assert min(apart) < 0.01
+
+
+@pytest.mark.slow
+def test_a_published_student_starts_with_this_head_unless_the_recipe_refuses(cluster: Any, tmp_path: Path) -> None:
+    write_task(tmp_path / "task", train=8)
+    torch.manual_seed(3)
+    start = timm.create_model("test_resnet", num_classes=10, output_stride=16)
+    save_file(start.state_dict(), str(tmp_path / "start.safetensors"))
+    short = [
+        "train.steps=2",
+        "train.evals=1",
+        "finetune.steps=0",
+        f"student.checkpoint={tmp_path / 'start.safetensors'}",
+    ]
+    keys = [f"store={tmp_path / 'store'}", f"task.data={tmp_path / 'task'}", *SMALL, *short]
+
+    def curves(*more: str) -> dict[str, float]:
+        """The first validation loss of each training of a student, before any step."""
+        result = heard([], run, recipes.load(None, [*keys, *more]))
+        found = {}
+        for row in result["stages"]:
+            if row["name"] in ("transfer", "start", "finetune"):
+                stage = "transfer" if row["name"] == "transfer" else "scratch"
+                manifest = json.loads((tmp_path / "store/stages" / stage / row["key"] / "manifest.json").read_text())
+                found[row["name"]] = manifest["curve"][0]["val_loss"]
+        return found
+
+    (probe,) = curves("objective.name=probe").values()
+    fitted, random = curves(), curves("student.fit_head=false")
+    assert set(fitted) == {"transfer", "start"}
+    assert list(fitted.values()) == pytest.approx([probe, probe], rel=1e-4)
+    assert min(abs(loss - probe) for loss in random.values()) > 1e-3

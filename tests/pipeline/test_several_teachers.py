@@ -18,6 +18,7 @@ from ktray.models.teacher.ensemble import mix
 from ktray.pipeline.plan import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
+from ktray.stages.manifests import MANIFESTS, StageManifest
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Dir
 
@@ -38,6 +39,8 @@ def test_a_student_learns_the_mean_of_two_teachers(cluster: Any, tmp_path: Path)
     (ensemble,) = (store / "stages/ensemble").iterdir()
     facts, manifest = (json.loads((ensemble / name).read_text()) for name in ("ensemble.json", "manifest.json"))
     assert result["teacher_metric"]["val"] == manifest["val"]
+    kind = MANIFESTS["ensemble"]
+    assert kind.__required_keys__ | StageManifest.__required_keys__ == manifest.keys()  # type: ignore[attr-defined]
     assert 0 <= result["teacher_metric"]["test"] <= 1
 
     # The stored targets are those of the mean, each teacher at its own size.
