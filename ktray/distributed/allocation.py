@@ -101,6 +101,12 @@ def allocate(
             if slots
             else "Set cluster.use_gpu=false, or use a cluster with a GPU.",
         )
+    if on_gpu and gpu_share < 1 and most > 1:
+        raise KtrayError(
+            f"{most} training workers of one run cannot share a GPU, because NCCL needs one for each; here each has "
+            f"{gpu_share:g}",
+            "Set cluster.workers=1 with cluster.gpu_share, or leave cluster.gpu_share at 1.",
+        )
     if cpus <= 0:
         raise KtrayError(
             "The cluster has no CPU for work",

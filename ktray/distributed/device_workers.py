@@ -31,7 +31,8 @@ class _DeviceWorker:
     def __init__(self) -> None:
         use_assigned_device()
         self._models: OrderedDict[bytes, Any] = OrderedDict()
-        self._work: dict[str, DeviceWork] = {}
+        self._work: tuple[str, Any] = ("", None)  # its key, and what was loaded
+        self._model_name = b""  # of the work
         self._lock = threading.Lock()  # two calls must not load a model twice
 
     def set_threads(self, threads: int) -> None:
@@ -63,29 +64,33 @@ class _DeviceWorker:
 
     def apply(self, key: str, work: list[Any], item: Any) -> Any:
         """Call a function, which is identified like the work of `compute`, with an item."""
-        import ray
-        from ray import cloudpickle
-
         with self._lock:
-            if key not in self._work:
-                self._work = {key: cloudpickle.loads(ray.get(work[0]))}
-            function: Any = self._work[key]
+            function = self._loaded(key, work)
         return function(item)
 
     def _ready(self, key: str, work: list[Any]) -> tuple[DeviceWork, Any]:
-        import ray
         from ray import cloudpickle
 
         with self._lock:
-            if key not in self._work:
-                self._work = {key: cloudpickle.loads(ray.get(work[0]))}
-            plan = self._work[key]
-            name = hashlib.sha256(cloudpickle.dumps(plan.model)).digest()
+            known = self._work[0] == key
+            plan: DeviceWork = self._loaded(key, work)
+            if not known:
+                self._model_name = hashlib.sha256(cloudpickle.dumps(plan.model)).digest()
+            name = self._model_name
             if name not in self._models:
                 self._forget(MODELS - 1)
                 self._models[name] = plan.model.load()
             self._models.move_to_end(name)
             return plan, self._models[name]
+
+    def _loaded(self, key: str, work: list[Any]) -> Any:
+        """The work or function with this key. The last one is kept."""
+        import ray
+        from ray import cloudpickle
+
+        if self._work[0] != key:
+            self._work = key, cloudpickle.loads(ray.get(work[0]))
+        return self._work[1]
 
     def _forget(self, keep: int) -> None:
         """Drop the models that were not used for the longest time."""

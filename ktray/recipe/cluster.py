@@ -25,8 +25,8 @@ class ClusterConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="share of a GPU that each training worker and each teacher takes; with 0.25, four small runs of a "
-        "search or a comparison share a GPU",
+        description="share of a GPU that each teacher and the training worker of a run take; with 0.25, four small "
+        "runs of a search or a comparison share a GPU; runs with several workers need whole GPUs",
     )
     cpus: int = Field(
         0,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ktray.distributed.watchdog import iterate_watched
+
 Batch = dict[str, torch.Tensor]
-AHEAD = 2  # batches that are copied before they are needed; as many wait in pinned memory
+AHEAD = 2  # batches that are copied before they are needed; one more waits in pinned memory
 
 
 def on_device(batches: Iterator[Batch], device: torch.device, stay: tuple[str, ...] = ()) -> Iterator[Batch]:
@@ -31,7 +30,8 @@ def on_device(batches: Iterator[Batch], device: torch.device, stay: tuple[str, .
     def pinned(batch: Batch) -> Batch:
         return {name: value if name in stay else value.pin_memory() for name, value in batch.items()}
 
-    return _copied(_read_ahead(batches, pinned), device, stay)
+    ahead = iterate_watched(lambda: map(pinned, batches), lambda: None)
+    return _copied(ahead, device, stay)
 
 
 def _copied(batches: Iterator[Batch], device: torch.device, stay: tuple[str, ...]) -> Iterator[Batch]:
@@ -57,37 +57,3 @@ def _copied(batches: Iterator[Batch], device: torch.device, stay: tuple[str, ...
                 value.record_stream(current)
         start()
         yield batch
-
-
-def _read_ahead(items: Iterator[Any], change: Callable[[Any], Any]) -> Iterator[Any]:
-    """The changed items, which a thread computes ahead. Its errors are raised here; closing this iterator ends it."""
-    box: queue.Queue[tuple[bool, Any]] = queue.Queue(AHEAD)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                box.put(entry, timeout=0.2)
-                return
-
-    def read() -> None:
-        try:
-            for item in items:
-                put((True, change(item)))
-                if stopped.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    threading.Thread(target=read, name="ktray-read-ahead", daemon=True).start()
-    try:
-        while True:
-            is_item, value = box.get()
-            if not is_item:
-                if value is not None:
-                    raise value
-                return
-            yield value
-    finally:
-        stopped.set()

@@ -1,4 +1,4 @@
-"""The GPU branch of every stage on a machine without a GPU: Ray is told of GPUs, torch has none."""
+"""The code for GPUs in every stage, on a machine without GPUs: Ray is started with some, and torch finds none."""
 
 from __future__ import annotations
 

@@ -24,12 +24,18 @@ from ktray.tasks.base import task_kind
 from ktray.training.inputs import Labels
 
 
-@pytest.mark.slow
-def test_only_the_head_is_fitted(cluster: Any, tmp_path: Path) -> None:
-    write_task(tmp_path / "task", train=8)
+def published(folder: Path) -> torch.nn.Module:
+    """A task in ``folder``, and a student whose weights are in ``start.safetensors`` there."""
+    write_task(folder / "task", train=8)
     torch.manual_seed(3)
     start = timm.create_model("test_resnet", num_classes=10, output_stride=16)
-    save_file(start.state_dict(), str(tmp_path / "start.safetensors"))
+    save_file(start.state_dict(), str(folder / "start.safetensors"))
+    return start
+
+
+@pytest.mark.slow
+def test_only_the_head_is_fitted(cluster: Any, tmp_path: Path) -> None:
+    start = published(tmp_path)
     keys = [f"store={tmp_path / 'store'}", f"task.data={tmp_path / 'task'}", *SMALL, "objective.name=probe"]
     result = heard([], run, recipes.load(None, [*keys, f"student.checkpoint={tmp_path / 'start.safetensors'}"]))
     assert result["objective"] == "probe"
@@ -65,10 +71,7 @@ def test_only_the_head_is_fitted(cluster: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_published_student_starts_with_this_head_unless_the_recipe_refuses(cluster: Any, tmp_path: Path) -> None:
-    write_task(tmp_path / "task", train=8)
-    torch.manual_seed(3)
-    start = timm.create_model("test_resnet", num_classes=10, output_stride=16)
-    save_file(start.state_dict(), str(tmp_path / "start.safetensors"))
+    published(tmp_path)
     short = [
         "train.steps=2",
         "train.evals=1",

@@ -81,7 +81,9 @@ def _bare_rate(spec: TeacherSpec, cores: int, plan: Allocation) -> float:
     if not plan.actor_gpus:
         return bare(spec.tower(), cores)
     what = partial(_bare_of, spec, cores)
-    return run_with_retries(what, "the encoder", "", 0, cpus=plan.actor_cpus, gpus=plan.actor_gpus)
+    return run_with_retries(
+        what, "the encoder", "Choose a smaller encoder.", 0, cpus=plan.actor_cpus, gpus=plan.actor_gpus
+    )
 
 
 def _bare_of(spec: TeacherSpec, cores: int) -> float:
@@ -116,7 +118,7 @@ def through_ray(shards: list[Shard], spec: TeacherSpec, plan: Allocation, folder
     items: list[Item] = [{"shard": i, "name": s.fingerprint, "source": s.paths[0]} for i, s in enumerate(shards)]
     prepare = DecodeGallery(shards, spec.preprocess, Crops(), MAX_PIXELS)
     began = time.perf_counter()
-    rows = sum(done["rows"] for done in map_shards(items, prepare, EmbedGallery(IndexDir(str(home)), spec), plan))
+    rows = sum(done["rows"] for done in map_shards(items, prepare, EmbedGallery(spec, IndexDir(str(home))), plan))
     spent = time.perf_counter() - began
     shutil.rmtree(home, ignore_errors=True)
     if not rows:

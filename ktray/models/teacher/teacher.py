@@ -138,14 +138,10 @@ def fitting_batch(preprocess: Preprocess, device: torch.device, most: int) -> in
     return max(1, min(most, _CPU_PIXELS // (height * width)))
 
 
-def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor, exact: bool = False) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to the embedding of the tower (N, D) float32.
-
-    Args:
-        exact: compute in float32 on a GPU, too; otherwise its matrix products are in bfloat16.
-    """
+def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) to the embedding of the tower (N, D) float32."""
     x = preprocess.normalise(batch).to(_dtype(tower))
-    with _products(x.device, exact):
+    with _products(x.device):
         out = tower(x)
     # CoCa's tower returns (pooled, tokens).
     pooled: torch.Tensor = out[0] if isinstance(out, tuple) else out
@@ -170,9 +166,8 @@ def products_on(gpu: bool) -> str:
     return "bf16" if gpu else "fp32"
 
 
-def _products(device: torch.device, exact: bool = False) -> contextlib.AbstractContextManager[Any]:
-    on_gpu = device.type == "cuda" and not exact
-    return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+def _products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _dtype(tower: nn.Module) -> torch.dtype:

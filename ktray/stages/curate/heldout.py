@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,9 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import fetch_images
 from ktray.distributed.device_work import Item
 from ktray.distributed.ray_data import cpu_shards, map_shards
-from ktray.models.teacher.spec import TeacherSpec, Tower
-from ktray.models.teacher.teacher import Teacher
+from ktray.models.teacher.spec import TeacherSpec
 from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
-from ktray.stages.index.stage import unit_embeddings
+from ktray.stages.index.stage import EmbedPixels
 from ktray.stages.labels import SHARD
 from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -57,7 +56,7 @@ def embed_images(
     reporter.shards(replace(s.resumed(), bad=()) for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
     summaries = (
-        map_shards(todo, prepare, _Embed(folder, spec), runtime.plan)
+        map_shards(todo, prepare, _Embed(spec, folder), runtime.plan)
         if spec
         else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
@@ -100,18 +99,8 @@ class _Write:
 
 
 @dataclass(frozen=True)
-class _Embed:
+class _Embed(EmbedPixels):
     folder: Stage
-    spec: TeacherSpec
-
-    reads: ClassVar[tuple[str, ...]] = ("pixels",)
-
-    @property
-    def model(self) -> Tower:
-        return Tower(self.spec)
-
-    def compute(self, model: Teacher, columns: Rows) -> Rows:
-        return unit_embeddings(model, columns["pixels"])
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         kept = {name: values for name, values in columns.items() if name not in self.reads}

@@ -90,10 +90,9 @@ class _WriteFingerprints:
 
 
 @dataclass(frozen=True)
-class EmbedGallery:
-    """Computes unit-length fp16 embeddings from pixels, and writes them with the fingerprints into the folder."""
+class EmbedPixels:
+    """Computes ``embedding`` (N, D) float16 of unit length, and ``flops`` (1,), from pixels (N, 3, H, W) uint8."""
 
-    folder: IndexDir
     spec: TeacherSpec
 
     reads: ClassVar[tuple[str, ...]] = ("pixels",)
@@ -103,7 +102,16 @@ class EmbedGallery:
         return Tower(self.spec)
 
     def compute(self, model: Teacher, columns: Rows) -> Rows:
-        return unit_embeddings(model, columns["pixels"])
+        pixels = columns["pixels"]
+        embedding = _unit(embed_numpy(model, pixels, BATCH))
+        return {"embedding": embedding, "flops": np.array([tower_flops(model) * len(pixels)])}
+
+
+@dataclass(frozen=True)
+class EmbedGallery(EmbedPixels):
+    """Writes the embeddings with the fingerprints into the folder."""
+
+    folder: IndexDir
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         embedding = found = computed["embedding"]
@@ -112,12 +120,6 @@ class EmbedGallery:
             embedding = _unit(columns.pop("given").astype(np.float32))
             _check_given(embedding[: len(found)], found, item["source"], self.spec)
         return _write_part(self.folder, item, columns, embedding, float(computed["flops"][0])).to_json()
-
-
-def unit_embeddings(model: Teacher, pixels: np.ndarray) -> Rows:
-    """``embedding`` (N, D) float16 of unit length, from pixels (N, 3, H, W) uint8, and ``flops`` (1,)."""
-    embedding = _unit(embed_numpy(model, pixels, BATCH))
-    return {"embedding": embedding, "flops": np.array([tower_flops(model) * len(pixels)])}
 
 
 def _unit(embedding: np.ndarray) -> np.ndarray:
@@ -267,7 +269,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         logger.info(f"index     {len(finished):,} of {len(names):,} shards are already in the index")
     todo = [item for item in inputs.items if item["name"] not in finished]
     results = (
-        map_shards(todo, inputs.prepare, EmbedGallery(folder, spec), runtime.plan)
+        map_shards(todo, inputs.prepare, EmbedGallery(spec, folder), runtime.plan)
         if spec
         else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
     )
