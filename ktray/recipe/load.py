@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,6 +16,7 @@ from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.registries import OBJECTIVES, STRATEGIES
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import Section
+from ktray.recipe.values import OPEN_KEYS, Scalar, parse, plain, read_document, write_document
 from ktray.redact import credential_in
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -25,24 +26,39 @@ DEFAULT = "letters"
 WHOLE = ("kwargs", "strategy")  # mappings that a later value replaces instead of merging
 
 
-def schema(model: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, Any, str, str]]:
+def schema() -> list[tuple[str, Any, str, str]]:
     """All keys of the schema as (dotted key, default, type, description)."""
-    rows: list[tuple[str, Any, str, str]] = []
+    choices = {
+        OBJECTIVES.key: "|".join(config.objective_name() for config in objectives()),
+        STRATEGIES.key: "|".join(config.strategy_name() for config in strategies()),
+    }
+    return [(key, default, choices.get(key) or _type_name(kind), text) for key, default, kind, text in _keys()]
+
+
+def _keys(model: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """All keys of the schema as (dotted key, default, annotation, description)."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if kind is ObjectiveConfig:
-            names = "|".join(config.objective_name() for config in objectives())
             text = ObjectiveConfig.model_fields["name"].description or ""
-            rows.append((f"{prefix}{name}.name", DEFAULT_OBJECTIVE, names, text))
-            rows += [(f"{prefix}{name}.{key}", default, _type_name(k), t) for key, default, k, t in objective_rows()]
+            yield f"{prefix}{name}.name", DEFAULT_OBJECTIVE, str, text
+            yield from ((f"{prefix}{name}.{key}", default, k, t) for key, default, k, t in objective_rows())
         elif isinstance(kind, type) and issubclass(kind, Section):
-            rows += schema(kind, f"{prefix}{name}.")
+            yield from _keys(kind, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            choices = "|".join(config.strategy_name() for config in strategies())
-            shown = choices if prefix + name == STRATEGIES.key else _type_name(kind)
-            rows.append((prefix + name, default, shown, field.description or ""))
-    return rows
+            yield prefix + name, default, kind, field.description or ""
+
+
+def _kind(key: str, kinds: dict[str, Any]) -> Any:
+    """The annotation of a key; of a key below one with a mapping, that of the mapping's values."""
+    opened = _opened(key)
+    return get_args(kinds[opened])[1] if opened else kinds.get(key, Any)
+
+
+def _opened(key: str) -> str:
+    """The key with a mapping of the user's own keys that a key is below; empty for all others."""
+    return next((k for k in OPEN_KEYS if key.startswith(f"{k}.")), "")
 
 
 def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
@@ -50,9 +66,8 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
 
     Keys of later recipes replace those of earlier ones. If no recipe has a section ``task``, the recipes are merged
     into the recipe of the built-in task (``letters``, or that of ``task.name``), or, with ``task.data``, into the
-    defaults of the schema. Values are read as YAML, so ``transfer.size=500``, ``student.kwargs={patch_size: 2}`` and
-    ``gallery.data=[a,b]`` have the right types. Keys in files that belong to other objectives than the chosen one are
-    dropped (`ktray.recipe.choice` has the rules).
+    defaults of the schema. The type of a key decides how its value is read (`ktray.recipe.values`). Keys in files that
+    belong to other objectives than the chosen one are dropped (`ktray.recipe.choice` has the rules).
 
     Raises:
         KtrayError: there is no such recipe, a key is unknown (the message names the nearest one), a value has the wrong
@@ -69,13 +84,18 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
         if (BUILTIN / f"{name}.yaml").exists():
             raw, over = _read_yaml(name), raw
             _merge(raw, over)
+    kinds = {key: kind for key, _, kind, _ in _keys()}
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise KtrayError(
                 f"'{text}' is not a key=value pair", "Write it in the form key=value, for example transfer.size=500."
             )
-        _set(raw, key.strip(), _parse_value(value))
+        key = key.strip()
+        if key in kinds or _opened(key):
+            _set(raw, key, parse(key, value, _kind(key, kinds)))
+        else:
+            _set(raw, key, value)
     return _validate(raw, [text.partition("=")[0].strip() for text in overrides])
 
 
@@ -135,7 +155,7 @@ def _is_branch(step: str) -> bool:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, from which `load` reads an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_document(recipe.model_dump(mode="json"))
 
 
 def _read_yaml(recipe: str) -> dict[str, Any]:
@@ -149,7 +169,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
                 f"Built-in recipes: {', '.join(builtin)}. The name of a file must end in .yaml.",
             )
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = read_document(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise KtrayError(
             f"Recipe file '{path}' cannot be read: {error.strerror}", "Check the path in --recipe."
@@ -158,32 +178,31 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
         raise KtrayError(
             f"Recipe file '{path}' is not YAML: {error}".replace("\n", " "), "Correct the file."
         ) from error
+    if isinstance(raw, Scalar) and raw.value is None:
+        raw = {}
     if not isinstance(raw, dict):
         raise KtrayError(
             f"Recipe file '{path}' has no keys at its top level", "Start from the recipe.yaml of a run folder."
         )
-    return raw
+    return _typed(raw, {key: kind for key, _, kind, _ in _keys()})
 
 
-def _parse_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _typed(raw: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The content of a recipe file with values of the types of their keys."""
+    return {
+        name: plain(value, kinds.get(f"{prefix}{name}", Any))
+        if f"{prefix}{name}" in kinds or not isinstance(value, dict)
+        else _typed(value, kinds, f"{prefix}{name}.")
+        for name, value in raw.items()
+    }
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    parts = key.split(".")
+    opened = _opened(key)
+    parts = [*opened.split("."), key[len(opened) + 1 :]] if opened else key.split(".")
     if key == OBJECTIVES.key and isinstance(value, str):
         OBJECTIVES.get(value)  # first: without its package, its keys are unknown
-    keys = {row[0] for row in schema()}
-    if key not in keys and not any(key.startswith(f"{k}.") for k in ("student.kwargs", "prices", "mlflow.tags")):
+    if not opened and key not in {row[0] for row in _keys()}:
         raise _unknown(key)
     node = raw
     for part in parts[:-1]:

@@ -99,7 +99,8 @@ def test_mistakes_on_the_command_line_are_named():
     refused(r"No objective is named 'orientd'.*Did you mean 'oriented'", "objective.name=orientd")
     refused(r"Unknown recipe key 'objective\.protypes'\. Did you mean 'objective\.prototypes'", "objective.protypes=8")
     refused(r"'objective\.temperature' does not accept -1", "objective.temperature=-1")
-    refused(r"'objective\.name' does not accept None", "objective.name=null")
+    refused(r"No objective is named 'null'", "objective.name=null")
+    refused(r"'objective\.name' does not accept None", "objective.name=")
 
 
 def test_a_file_may_serve_several_objectives(tmp_path):
@@ -177,7 +178,8 @@ def test_a_strategy_is_a_name():
     assert recipes.load(None, ["transfer.strategy=diverse"]).transfer.strategy == "diverse"
     assert recipes.load(None, ["transfer.strategy={name: diverse}"]).transfer.strategy == "diverse"
     refused(r"No strategy is named 'divers' \(transfer\.strategy\).*'diverse'\?", "transfer.strategy=divers")
-    refused(r"'transfer\.strategy' does not accept 3: .*the name of a strategy", "transfer.strategy=3")
+    refused(r"No strategy is named '3'", "transfer.strategy=3")
+    refused(r"'transfer\.strategy' does not accept .*the name of a strategy", "transfer.strategy={size: 3}")
     (row,) = [row for row in recipes.schema() if row[0] == "transfer.strategy"]
     assert row[2] == "query_balanced|class_balanced|best_first|diverse|informative"
 

@@ -188,6 +188,6 @@ def test_yaml_makes_no_objects(tmp_path):
     (tmp_path / "r.yaml").write_text(f"seed: {text}\n")
     with pytest.raises(KtrayError, match="is not YAML"):
         recipes.load(str(tmp_path / "r.yaml"), [])
-    with pytest.raises(KtrayError, match="does not accept"):
+    with pytest.raises(KtrayError, match="is not YAML"):
         recipes.load(None, [f"seed={text}"])
     assert not mark.exists()
