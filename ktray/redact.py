@@ -1,4 +1,8 @@
-"""Removal of secrets from everything that is logged, printed and saved."""
+"""Removal of secrets from what is logged and shown.
+
+Masked texts are for people. What a program uses - paths, names, ids - is never masked, because it would no longer name
+what it named.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,16 @@ HIDDEN = "[hidden]"
 _SECRET_WORDS = r"secret|passw(or)?d|credential|authorization|(api|access|private)_?key|(^|[._-])token$|_token$"
 _SECRET_KEY = re.compile(rf"(^|[._-])aws_|{_SECRET_WORDS}", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(_SECRET_WORDS, re.IGNORECASE)
+# Tokens of known services. Names of files, such as hf_image_classification_sets, look like them but for the lengths
+# and the signs, and a name must stay what it is.
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[opsur]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,}|"
+    r"hf_[A-Za-z0-9]{30,}|glpat-[\w-]{20,}|sk-[A-Za-z0-9]{32,}|sk-(?:proj|ant|svcacct)-[\w-]{32,})(?![A-Za-z0-9])"
+)
 _SECRET_TEXT = (
     (re.compile(r"(?<=://)[^/\s]+@"), f"{HIDDEN}@"),  # user:password@ in a URL
     (re.compile(r"(?i)([?&][\w-]*(?:signature|token|credential|sig|password|key)=)[^&\s]+"), rf"\1{HIDDEN}"),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:ghp|gho|hf|glpat|sk)[_-][A-Za-z0-9_-]{16,}\b"), HIDDEN),
+    (_TOKEN, HIDDEN),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
 )
 # Forms that can only be secrets, so that a recipe that contains one can be rejected. The name of a user without a
@@ -22,9 +32,7 @@ _SECRET_TEXT = (
 _CERTAIN = {
     "a password": re.compile(r"://[^/\s@:]*:[^/\s]+@"),
     "a signed URL": _SECRET_TEXT[1][0],
-    "a key or token": re.compile(
-        r"\b((AKIA|ASIA)[0-9A-Z]{16}|gh[opsur]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|glpat-[\w-]{20,})\b"
-    ),
+    "a key or token": _TOKEN,
 }
 
 

@@ -131,11 +131,8 @@ def _logged(
         finally:
             context.tracker.finish(status)
             pending = context.tracker.close(timeout=60)
-            if pending:
-                logger.info(
-                    f"mlflow    {pending} events are not sent yet; log.jsonl keeps them, and the next run sends them"
-                )
-            else:
+            context.tracker.tell(pending)
+            if not pending:
                 home = local_home(store)
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
 

@@ -79,3 +79,7 @@ class EventTracker(ABC):
     def is_transient(self, error: BaseException) -> bool:
         """Whether sending the same event later may succeed. By default it may not, and the event is skipped."""
         return False
+
+    def remedy(self, error: BaseException, destination: Destination) -> str:
+        """What the user can change so that a failed attempt succeeds, as a sentence; empty if nothing is known."""
+        return ""

@@ -67,7 +67,9 @@ class Delivery:
     Attributes:
         wake: a condition that is notified when ``queue`` or ``problem`` changes.
         queue: events that are not sent yet.
-        problem: why the last attempt failed; None: it succeeded.
+        problem: why the last attempt failed, with the remedy if there is one; None: it succeeded.
+        refused: number of events that the tracker refused and that are not sent again.
+        first_refusal: why it refused the first of them.
     """
 
     def __init__(self, tracker: EventTracker, destination: Destination, log: EventLog, state: Path) -> None:
@@ -75,6 +77,7 @@ class Delivery:
         self.wake = threading.Condition()
         self.queue: deque[dict[str, Any]] = deque()
         self.problem: str | None = None
+        self.refused, self.first_refusal = 0, ""
         self._closing = threading.Event()
         self._students: dict[int, tuple[Any, Any]] = {}
         state.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,11 @@ class Delivery:
         self._write_state()
         self._thread = threading.Thread(target=self._work, name=f"ktray-{tracker.label.lower()}", daemon=True)
         self._thread.start()
+
+    @property
+    def label(self) -> str:
+        """Name of the tracker in messages."""
+        return self._tracker.label
 
     @property
     def alive(self) -> bool:
@@ -164,7 +172,9 @@ class Delivery:
                     sink = self._tracker.open(self._destination, self.state)
                 sink.deliver(records)
             except Exception as error:
-                text = str(scrub(f"{type(error).__name__}: {error}"))[:500]
+                text = " ".join(str(scrub(f"{type(error).__name__}: {error}")).split())[:500]
+                if remedy := str(scrub(self._tracker.remedy(error, self._destination))):
+                    text = f"{text.rstrip('.')}. {remedy}"
                 if self._tracker.is_transient(error):
                     if self.problem is None:
                         self._log.note(f"{name} is not reachable; events wait in this log: {text}")
@@ -177,6 +187,8 @@ class Delivery:
                     pause = min(60.0, 2 * pause)
                     continue
                 self._log.note(f"{name} refused '{records[0]['event']}': {text}")
+                self.first_refusal = self.first_refusal or f"'{records[0]['event']}': {text}"
+                self.refused += len(records)
             else:
                 pause = 1.0
                 self.problem = None

@@ -42,10 +42,36 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) or module in ("requests", "urllib3", "sqlalchemy", "sqlite3", "botocore")
 
 
+def remedy(error: BaseException, uri: str) -> str:
+    """What to change after an error of MLflow, as a sentence; empty if nothing is known.
+
+    Args:
+        uri: the tracking URI.
+    """
+    text, code = str(error), getattr(error, "error_code", None)
+    if "out-of-date database schema" in text:
+        return f"Another version of MLflow made this database: copy it, then run `mlflow db upgrade {uri}`."
+    if "locate revision" in text:
+        return "A newer version of MLflow made this database: install that version, or set mlflow.uri to another."
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or re.search(r"\b(401|403)\b", text):
+        return (
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to a user who may "
+            "write to the experiment."
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return "Set MLFLOW_TRACKING_SERVER_CERT_PATH (or REQUESTS_CA_BUNDLE) to the certificates of your authority."
+    if "readonly database" in text or isinstance(error, PermissionError):
+        return "Make the database and its folder writable, or set mlflow.uri to another."
+    return ""
+
+
 class MLflowTracker(EventTracker):
     """MLflow, which every run uses."""
 
     label = "MLflow"
+
+    def remedy(self, error: BaseException, destination: Destination) -> str:
+        return remedy(error, destination.uri)
 
     def address(self, destination: Destination) -> str:
         return destination.uri

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,7 +31,11 @@ from ktray.tracking.base import Destination
 from ktray.tracking.delivery import Delivery, EventLog
 from ktray.tracking.mlflow_server import MLFLOW
 
+logger = logging.getLogger("ktray")
+
 WAY = "way"  # tag of the runs of a comparison
+# The parts of an event that people read, whose secrets are masked. The others name files, runs and stages.
+_SHOWN = ("params", "tags")
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -180,7 +185,7 @@ class Tracker:
 
     @property
     def problem(self) -> str | None:
-        """Why the last attempt to reach the server failed; None: it succeeded."""
+        """Why the last attempt to reach the server failed, and what to change; None: it succeeded."""
         return self._main.problem
 
     @property
@@ -224,8 +229,26 @@ class Tracker:
             shutil.rmtree(self._copies, ignore_errors=True)
         return pending[0]
 
+    def tell(self, pending: int) -> None:
+        """Warn of what the trackers did not take, with the reason and the remedy.
+
+        Args:
+            pending: the result of `close`.
+        """
+        for delivery in self._deliveries:
+            if delivery.refused:
+                some = "an event" if delivery.refused == 1 else f"{delivery.refused} events, first"
+                logger.warning(f"mlflow    {delivery.label} refused {some} {delivery.first_refusal}")
+        if pending:
+            why = (self.problem or "the server is slow").rstrip(".")
+            logger.warning(
+                f"mlflow    {pending} events are not sent: {why}. They are kept in {self._log.path}, and the next run "
+                "sends them once the server accepts them."
+            )
+
     def _put(self, event: str, **content: Any) -> int:
-        record = {"time": round(time.time(), 3), "event": event, **scrub(content)}
+        shown = {name: scrub(content[name]) for name in _SHOWN if name in content}
+        record = {"time": round(time.time(), 3), "event": event, **content, **shown}
         with self._log.lock:
             self._log.append(record)
             number = self._log.lines

@@ -37,7 +37,7 @@ def log(recipe: Recipe, home: Path, result: dict[str, Any], rows: Sequence[Bench
     tracker.final({**values, "peak_memory_bytes": result["peak_memory_bytes"]})
     tracker.artifact(folder / "bench.md")
     tracker.finish()
-    tracker.close(60)
+    tracker.tell(tracker.close(60))
     return tracker.info()
 
 

@@ -52,7 +52,7 @@ def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files:
     for name in files:
         tracker.stored(kept, name)
     tracker.finish()
-    tracker.close(60)
+    tracker.tell(tracker.close(60))
     return tracker.info()
 
 

@@ -108,7 +108,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
         status = "FINISHED"
     finally:
         tracker.finish(status)
-        tracker.close(20)
+        tracker.tell(tracker.close(20))
     log.result("")
     log.result(result.table(content))
     log.result(f"\npage      {folder.file('tune.html')}\nresult    {folder.file('result.json')}")
