@@ -22,6 +22,7 @@ from ktray.distributed.termination import EXIT_CODE, handle_sigterm, was_termina
 from ktray.errors import KtrayError
 from ktray.jobs.definitions import JOBS, Job
 from ktray.recipe.help import READ_BY, keys, shown, width
+from ktray.recipe.places import with_absolute_places
 from ktray.recipe.schema import Recipe
 from ktray.redact import scrub
 from ktray.reporting import log
@@ -271,6 +272,7 @@ def _main(job: Job, words: list[str]) -> None:
             "shared storage)"
         )
         recipe.store = store
+    recipe = with_absolute_places(recipe)
     if arguments.plan:
         with log.ending():
             job.plan(recipe)

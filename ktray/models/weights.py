@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import nn
 
 from ktray.errors import KtrayError
 from ktray.models.messages import cause
+from ktray.models.weight_forms import common_prefix, file_form, key_form, unwrapped
 from ktray.storage import s3
 
 Tensors = dict[str, torch.Tensor]
@@ -97,7 +98,7 @@ def weight_errors(path: Path, key: str = "teacher.checkpoint") -> Iterator[None]
     except pickle.UnpicklingError as error:
         raise KtrayError(
             f"'{path}' contains more than tensors (or is damaged). It is not opened, because a pickle can run code",
-            f"Save the state dict as safetensors and set {key}= to it.",
+            file_form(path) or f"Save the state dict as safetensors and set {key}= to it.",
         ) from error
     except RuntimeError as error:
         wrong = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
@@ -115,7 +116,7 @@ def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
     """The state dict of a safetensors or (weights-only) torch file, on the CPU.
 
     Wrappers of training scripts are removed: the entries ``state_dict`` and ``model`` (averaged weights have priority),
-    and the prefixes ``module.`` and ``_orig_mod.``.
+    and the prefixes of DDP, FSDP and torch.compile.
 
     Raises:
         KtrayError: the file cannot be read, or is a pickle with other content than tensors and plain containers.
@@ -132,7 +133,7 @@ def read_weights(path: Path, key: str = "teacher.checkpoint") -> Tensors:
             break
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise KtrayError(f"'{path}' does not contain a state dict", f"Set {key}= to a file with named tensors.")
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in loaded.items()}
+    return unwrapped(loaded)
 
 
 def mismatch(model: nn.Module, state: Tensors) -> str:
@@ -152,11 +153,19 @@ def describe_keys(missing: list[str], unexpected: list[str], shapes: list[str] |
     return "; ".join(f"{len(keys)} {kind} ({_first_keys(keys)})" for kind, keys in kinds if keys)
 
 
-def wrong_keys(path: Path | str, why: str, key: str = "teacher.checkpoint") -> KtrayError:
-    """The error for weights that do not belong to the model."""
+def wrong_keys(path: Path | str, why: str, key: str = "teacher.checkpoint", names: Iterable[str] = ()) -> KtrayError:
+    """The error for weights that do not belong to the model.
+
+    Args:
+        names: the names of the weights in the file, by which other forms are recognised.
+    """
+    form = key_form(names)
+    prefix = common_prefix(names)
+    if not form and prefix:
+        form = f"All names begin with '{prefix}': if a wrapper added it, save the weights of the model inside."
     return KtrayError(
         f"The weights in '{path}' do not fit the model: {why}",
-        f"Check that {key}= belongs to this model (name, config, image size).",
+        form or f"Check that {key}= belongs to this model (name, config, image size).",
     )
 
 
@@ -174,7 +183,7 @@ def fill(module: nn.Module, path: Path) -> None:
     with weight_errors(path):
         state = load_file(str(path))
     if why := mismatch(module, state):
-        raise wrong_keys(path, why)
+        raise wrong_keys(path, why, names=state)
     module.load_state_dict(state)
 
 
@@ -201,8 +210,15 @@ def load_timm_weights(model: nn.Module, path: Path, key: str, *, keep_head: bool
 
 def load_timm_state(model: nn.Module, state: Tensors, path: Path | str, key: str, *, keep_head: bool = False) -> bool:
     """Like `load_timm_weights`, for weights that were read from a file before."""
+    names = list(state)
     fitted, loaded_head = _fit_head(model, state, keep_head)
     problem = mismatch(model, fitted)
+    if problem and (prefix := common_prefix(state)):
+        inner = {name.removeprefix(prefix): value for name, value in state.items()}
+        fitted_inner, has_head = _fit_head(model, inner, keep_head)
+        if not mismatch(model, fitted_inner):
+            model.load_state_dict(fitted_inner)
+            return has_head
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if problem and convert is not None:
         # Published weights may have other names, or position embeddings for another size. If the converter fails,
@@ -212,7 +228,7 @@ def load_timm_state(model: nn.Module, state: Tensors, path: Path | str, key: str
         fitted, loaded_head = _fit_head(model, state, keep_head)
         problem = mismatch(model, fitted)
     if problem:
-        raise wrong_keys(path, problem, key)
+        raise wrong_keys(path, problem, key, names)
     model.load_state_dict(fitted)
     return loaded_head
 
@@ -241,5 +257,5 @@ def _first_keys(keys: list[str]) -> str:
 def _unreadable(path: Path, error: Exception, key: str) -> KtrayError:
     return KtrayError(
         f"'{path}' cannot be read as weights: {cause(error)}",
-        f"Set {key}= to a safetensors file or a state dict saved by torch.",
+        file_form(path) or f"Set {key}= to a safetensors file or a state dict saved by torch.",
     )

@@ -35,6 +35,7 @@ from ktray.pipeline.image_kinds import (
 from ktray.pipeline.published import choose_start, choose_student, choose_teacher
 from ktray.pipeline.teaching import choose_teaching
 from ktray.recipe.choice import without_transfer_set
+from ktray.recipe.places import with_absolute_places
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
@@ -65,7 +66,7 @@ class Resolved:
 
 def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     """Read the labels, then choose a value for each open key. The argument ``recipe`` is not changed."""
-    recipe = recipe.model_copy(deep=True)
+    recipe = with_absolute_places(recipe).model_copy(deep=True)
     reasons: list[str] = []
 
     def choose(key: str, value: Any, why: str) -> None:
@@ -247,6 +248,7 @@ def transfer_images(recipe: Recipe, task: LabelledSet) -> int:
 
 def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
     """Resolve only what `jobs/index.py` needs from a recipe: the gallery and its encoder, without a task."""
+    recipe = with_absolute_places(recipe).model_copy(deep=True)
     reasons: list[str] = []
 
     def choose(key: str, value: str, why: str) -> None:

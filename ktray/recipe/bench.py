@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ktray.recipe.places import Place
 from ktray.recipe.section import Section
 
 
@@ -19,7 +20,7 @@ class BenchConfig(Section):
         "only where this list names them",
     )
     quick: bool = Field(False, description="measure each part once, on few images and vectors, for a rough result")
-    json_file: str | None = Field(None, description="file that receives a copy of result.json; null: no copy")
+    json_file: Place | None = Field(None, description="file that receives a copy of result.json; null: no copy")
     repeats: int = Field(3, ge=1, description="number of repetitions of each measurement; the median is reported")
     images: int = Field(
         4000, ge=1, description="number of photo-like JPEGs, 500 x 375 pixels each, that are read and embedded"

@@ -17,6 +17,7 @@ from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.objective import ObjectiveConfig
+from ktray.recipe.places import Place
 from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
@@ -37,7 +38,7 @@ class TaskConfig(Section):
         description="built-in task, such as letters or digits; ignored where task.data is set; null without "
         "task.data: letters",
     )
-    data: str | None = Field(
+    data: Place | None = Field(
         None,
         description="labelled images: a folder with train/, val/ and test/, a folder of class folders, or a CSV or "
         "Parquet list; for segmentation a folder with train/images, train/masks (also val, test) and classes.txt",
@@ -61,7 +62,7 @@ class TaskConfig(Section):
     layout: Literal["auto", "imagenet", "places365", "ham10k", "eurosat", "ade20k"] = Field(
         "auto", description="layout of a published data set in task.data; auto: recognised where task.splits is set"
     )
-    splits: str | None = Field(
+    splits: Place | None = Field(
         None,
         description="folder of lists that split task.data, with one line file,class for each image; null: the split "
         "that task.data has, or one that is drawn at random",
@@ -105,7 +106,7 @@ class TaskConfig(Section):
 
 
 class GalleryConfig(Section):
-    data: list[str] | str | None = Field(
+    data: list[Place] | Place | None = Field(
         None,
         description="unlabelled images: a folder, tar shards, Parquet or CSV, local or s3://; one address or a list "
         "of them",
@@ -115,13 +116,13 @@ class GalleryConfig(Section):
         description="column of a Parquet gallery that holds the images' bytes or paths; auto: recognised by type "
         "and name",
     )
-    images: list[str] | str | None = Field(
+    images: list[Place] | Place | None = Field(
         None,
         description="images of a gallery that is given as a folder of clip-retrieval's embeddings: the folder that "
         "relative paths start at, or the tar shards that hold the images; null: relative paths start at the folder "
         "of the embeddings",
     )
-    index: str | None = Field(
+    index: Place | None = Field(
         None,
         description="folder of the index (the embedded gallery), local or s3://, which runs reuse and extend; without "
         "gallery.data, the gallery is everything that the index holds; null: a folder in the store for each encoder",
@@ -165,12 +166,12 @@ class TeacherConfig(Section):
         "ktray; also -lite1, -lite2), or miniverse (ships with ktray); null: that of the built-in task; for own data "
         "a published CLIP, or efficientnet-lite if its hub does not answer",
     )
-    checkpoint: str | None = Field(
+    checkpoint: Place | None = Field(
         None,
         description="file of the teacher's weights (safetensors or weights-only .pt), local or s3://; null: published "
         "weights",
     )
-    config: str | None = Field(
+    config: Place | None = Field(
         None, description="JSON file with the open_clip configuration of a model that open_clip does not know"
     )
     image_size: int | None = Field(
@@ -216,7 +217,7 @@ class StudentConfig(Section):
         default_factory=dict,
         description="arguments that timm.create_model gets for the student, such as {patch_size: 2}",
     )
-    checkpoint: str | None = Field(
+    checkpoint: Place | None = Field(
         None,
         description="file of weights that the student starts from (safetensors or weights-only .pt); null: see "
         "student.pretrained",
@@ -291,7 +292,7 @@ class TransferConfig(Section):
         description="cosine similarity from which two images of the transfer set are checked, by their pixels, as "
         "duplicates; null: duplicates are kept",
     )
-    list: str | None = Field(
+    list: Place | None = Field(
         None,
         description="for transfer.source=list: Parquet, CSV or text file with the paths or URIs of the images, local "
         "or s3://",
@@ -305,7 +306,7 @@ class TransferConfig(Section):
 
 
 class SupervisedDataConfig(Section):
-    data: str | None = Field(
+    data: Place | None = Field(
         None, description="labelled generic images for objective.name=supervised, in one of the forms of task.data"
     )
 
@@ -346,7 +347,7 @@ class TeachConfig(Section):
 
 
 class Recipe(Section):
-    store: str = Field("./ktray-store", description="folder or s3://bucket/prefix that holds stages and runs")
+    store: Place = Field("./ktray-store", description="folder or s3://bucket/prefix that holds stages and runs")
     seed: int = Field(0, ge=0, description="seed of training: initial weights, order of images, mixup")
     image_size: int | None = Field(
         None,

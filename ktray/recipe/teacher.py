@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ktray.recipe.places import Place
 from ktray.recipe.section import Section
 
 # The names of these adaptations, which are also those of their sections.
@@ -16,8 +17,8 @@ class OtherTeacher(Section):
     """A further teacher. It may be written as its name alone."""
 
     name: str = Field(description="model, as in teacher.name")
-    checkpoint: str | None = Field(None, description="file of its weights; null: published weights")
-    config: str | None = Field(None, description="JSON file with its open_clip configuration")
+    checkpoint: Place | None = Field(None, description="file of its weights; null: published weights")
+    config: Place | None = Field(None, description="JSON file with its open_clip configuration")
     image_size: int | None = Field(None, ge=16, description="side of its input, in pixels; null: its own")
 
 

@@ -61,15 +61,24 @@ class Tower:
 
 @dataclass(frozen=True)
 class AdaptedSpec:
-    """Description of an adapted teacher in the store; ``form`` is its class."""
+    """Description of an adapted teacher in the store.
+
+    Attributes:
+        form: its class.
+        base: where the files of the base teacher are now, if they have moved since the teacher was adapted; None: they
+            have not.
+    """
 
     directory: Dir
     preprocess: Preprocess
     form: type[AdaptedTeacher] = AdaptedTeacher
+    base: TeacherSource | None = None
 
     def load(self) -> AdaptedTeacher:
+        base = self.base
         with self.directory.local() as folder:
-            return laid_out(self.form.load(folder, device()))
+            checkpoint, config = (base.checkpoint, base.config) if base else (None, None)
+            return laid_out(self.form.load(folder, device(), checkpoint, config))
 
 
 Model = TypeVar("Model", Teacher, AdaptedTeacher)

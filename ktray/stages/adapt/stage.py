@@ -165,7 +165,7 @@ def adapted(context: RunContext, done: StageResult, spec: TeacherSpec) -> Adapte
     """The adapted teacher in the folder of an ADAPT stage. For a plan, the stage may not exist yet; then the folder
     does not exist either."""
     folder, kind = done.stage.sub(done.manifest.get("directory", "unmade")), context.kind
-    return AdaptedSpec(folder, kind.teacher_preprocess(spec.preprocess), kind.teacher_form)
+    return AdaptedSpec(folder, kind.teacher_preprocess(spec.preprocess), kind.teacher_form, spec.source)
 
 
 def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarray]:

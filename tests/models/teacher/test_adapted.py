@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,9 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead
 from ktray.models.teacher.load import load_teacher
+from ktray.models.teacher.spec import AdaptedSpec
+from ktray.models.teacher.teacher import TeacherSource
+from ktray.storage.store import Dir
 
 CLASSES = ["ä b", "c", "d"]
 
@@ -98,3 +102,23 @@ def test_finetuning_reaches_tower_and_head_at_their_rates(adapted: AdaptedTeache
     adapted.train()
     adapted(batch()).square().sum().backward()
     assert all(p.grad is not None for p in adapted.parameters())
+
+
+def test_the_files_of_the_base_may_have_moved(tmp_path: Path, tiny_clip: SimpleNamespace) -> None:
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    shutil.copy(tiny_clip.checkpoint, old)
+    base = load_teacher("open_clip:tiny", str(old), str(tiny_clip.config))
+    adapted = AdaptedTeacher(base, LinearHead(torch.ones(2, base.embed_dim)), ["a", "b"])
+    adapted.save(tmp_path / "adapted")
+    old.rename(new)
+    folder = Dir(str(tmp_path / "adapted"))
+    with pytest.raises(KtrayError, match="There is no file"):
+        AdaptedSpec(folder, base.preprocess).load()
+    moved = TeacherSource("open_clip:tiny", str(new), str(tiny_clip.config))
+    image = torch.zeros(1, 3, *base.preprocess.size, dtype=torch.uint8)
+    found = AdaptedSpec(folder, base.preprocess, base=moved).load()
+    assert torch.equal(found.logits(image), adapted.logits(image))
+    other = dict(load_file(new))
+    save_file({name: value + 1 for name, value in other.items()}, new)
+    with pytest.raises(KtrayError, match="is not the one that was adapted"):
+        AdaptedSpec(folder, base.preprocess, base=moved).load()

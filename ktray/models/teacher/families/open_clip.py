@@ -38,7 +38,8 @@ from ktray.models.teacher.families.base import (
     not_a_name,
 )
 from ktray.models.teacher.layers import LayerOrder
-from ktray.models.weights import describe_keys, fetch, weight_errors, wrong_keys
+from ktray.models.weight_forms import common_prefix
+from ktray.models.weights import describe_keys, fetch, mismatch, read_weights, weight_errors, wrong_keys
 from ktray.recipe.registries import TEACHERS
 
 # Names of the file of weights in a repository that names none, in open_clip's order.
@@ -98,10 +99,7 @@ class OpenClipFamily(TeacherFamily):
         except Exception as error:
             raise (no_hub if published else cannot_build)(found, error) from error
         if weights is not None:
-            with weight_errors(weights):
-                keys = open_clip.load_checkpoint(model, str(weights), strict=False, weights_only=True)
-            if keys and (why := describe_keys(list(keys.missing_keys), list(keys.unexpected_keys))):
-                raise wrong_keys(weights, why)
+            _fill(model, weights)
         preprocess = Preprocess.from_open_clip(model)
         tower: nn.Module = model.visual
         if timm_tower and size:
@@ -192,6 +190,24 @@ class TextTower(nn.Module):
         tokens = self._tokenizer(texts).to(next(self.model.parameters()).device)
         encoded: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return F.normalize(encoded.float(), dim=-1)
+
+
+def _fill(model: nn.Module, weights: Path) -> None:
+    """Load a file of weights, with or without the prefixes of wrappers. open_clip takes off one ``module.`` itself."""
+    with weight_errors(weights):
+        keys = open_clip.load_checkpoint(model, str(weights), strict=False, weights_only=True)
+    if not keys or not (why := describe_keys(list(keys.missing_keys), list(keys.unexpected_keys))):
+        return
+    names: list[str] = []
+    if weights.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        state = read_weights(weights)
+        names = list(state)
+        prefix = common_prefix(names)
+        for candidate in (state, {name.removeprefix(prefix): value for name, value in state.items()}):
+            if not mismatch(model, candidate):
+                model.load_state_dict(candidate)
+                return
+    raise wrong_keys(weights, why, names=names)
 
 
 def _read_config(uri: str) -> dict[str, Any]:
