@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import ktray
 from ktray import recipe as recipes
 from ktray.distributed.connect import lasting_store
-from ktray.distributed.explain import explain
-from ktray.distributed.termination import EXIT_CODE, handle_sigterm, was_terminated
+from ktray.distributed.explain import DONE, FAULT, INPUT, INTERRUPTED, exit_code, explain
+from ktray.distributed.termination import handle_sigterm, was_terminated
 from ktray.errors import KtrayError
 from ktray.jobs.definitions import JOBS, Job
 from ktray.recipe.help import READ_BY, keys, shown, width
@@ -214,14 +214,14 @@ def entry(argv: Sequence[str] | None = None) -> int:
             hint = f"Did you mean '{near[0]}'? " if near else ""
             what = f"Unknown option '{name}' before the job's name" if name[:1] == "-" else f"No job is named '{name}'"
             log.logger.error(f"error: {KtrayError(what, f'{hint}`ktray --help` lists the jobs.')}")
-            return 1
-    return 0 if name else 1
+            return INPUT
+    return DONE if name else INPUT
 
 
 def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Parse the command line, build the recipe, and run or plan the job.
 
-    Returns the exit code, which is 0 only if the result was written.
+    Returns the exit code: 0 only if the result was written; the others are in `ktray.distributed.explain`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     handle_sigterm()
@@ -229,15 +229,21 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         try:
             _main(job, words)
         except KeyboardInterrupt:
-            word, code = ("terminated", EXIT_CODE) if was_terminated() else ("interrupted", 130)
+            word = "terminated" if was_terminated() else "interrupted"
             log.logger.warning(f"{word}; the same command resumes this job")
-            return code
+            return INTERRUPTED
         except Exception as error:
             if "--debug" in words:
                 traceback.print_exc()
             log.logger.error(f"error: {scrub(explain(error))}")
-            return 1
-    return 0
+            code = exit_code(error)
+            if code == FAULT:
+                log.logger.error(
+                    "This is a fault of ktray. Please report it with this line, the output of the same command with "
+                    "--debug, and log.jsonl of the run folder."
+                )
+            return code
+    return DONE
 
 
 def _main(job: Job, words: list[str]) -> None:

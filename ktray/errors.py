@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
-MARK = "ktray.errors.KtrayError:"  # precedes the message where Ray passes an error on as text
+# Precedes the message where Ray passes an error on as text.
+MARK = re.compile(r"ktray\.errors\.(KtrayError|ResourceError): ?")
 # Messages of the errors that workers see after another worker has died.
 _CONSEQUENCE = re.compile(
     r"gloo|nccl|process ?group|collective|all_?(reduce|gather)|broadcast|barrier|rendezvous|tcpstore|"
@@ -18,12 +20,14 @@ class KtrayError(Exception):
     """An error that the user can fix. It says what is wrong and what to change.
 
     `str(error)` is one line, ``what. remedy``; the command line prints it without a traceback
-    (``--debug`` shows the traceback).
+    (``--debug`` shows the traceback), and exits with `exit_code`.
 
     Args:
         what: what is wrong and where, as a sentence without the final period.
         remedy: what to change, with the names of the recipe's keys if any are involved.
     """
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what = what.rstrip(".")
@@ -33,6 +37,12 @@ class KtrayError(Exception):
     def __reduce__(self) -> tuple[type[KtrayError], tuple[str, str]]:
         # Ray passes exceptions between processes, and the default method would lose the second argument.
         return (type(self), (self.what, self.remedy))
+
+
+class ResourceError(KtrayError):
+    """A `KtrayError` about the cluster, a machine, a disk or the network. The same command may succeed later."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class BadImage(Exception):
@@ -59,7 +69,7 @@ def first_failed(failures: Mapping[int, BaseException]) -> int:
         failure = failures[rank]
         name = type(failure).__name__
         text = f"{name} {failure}"
-        if isinstance(failure, KtrayError) or MARK in str(failure):
+        if isinstance(failure, KtrayError) or MARK.search(str(failure)):
             return 0, rank
         if "HealthCheck" in name or "Actor" in name:
             return 2, rank

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
+from ktray.data.magic import HEAD_BYTES, what_it_is
 from ktray.errors import BadImage
 
 # Pillow warns of large sizes, which are checked here, and of unusual metadata, once per file. The filter is permanent,
@@ -61,7 +62,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, enough: Enough | No
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage("not an image, or in an unsupported format") from None
+        kind = what_it_is(data[:HEAD_BYTES])
+        raise BadImage(f"not an image: {kind}" if kind else "not an image, or in an unsupported format") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from None
     # Decoders raise many types of exceptions for broken input: OSError, SyntaxError, struct.error, ValueError, ...
@@ -126,8 +128,8 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _orientation(data: bytes) -> int:
-    """The orientation in the EXIF data of a JPEG; 1 if it is missing or invalid."""
-    if not _has_exif(data):
+    """The orientation in the EXIF data of a JPEG, or else in its XMP data; 1 if it is missing or invalid."""
+    if not _has_metadata(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=formats()) as image:
@@ -137,14 +139,19 @@ def _orientation(data: bytes) -> int:
         return 1
 
 
-def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has a segment with EXIF data before its pixels. Most have none, and this check is fast."""
+def _has_metadata(data: bytes) -> bool:
+    """Whether a JPEG has a segment before its pixels that may hold an orientation: EXIF data, or XMP data that mention
+    it. Most have none, and this check is fast."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 9] == b"Exif\0":
-            return True
         padding = data[at + 1] == 0xFF
-        at += 1 if padding else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        size = 1 if padding else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xE1:
+            if data[at + 4 : at + 9] == b"Exif\0":
+                return True
+            if data[at + 4 : at + 17] == b"http://ns.ado" and b"Orientation" in data[at : at + size]:
+                return True
+        at += size
     return False
 
 

@@ -26,6 +26,7 @@ import pyarrow.fs as pafs
 from ktray.errors import KtrayError
 from ktray.redact import scrub
 from ktray.storage import s3
+from ktray.storage.store import STORE_MARK
 
 # An encoded image is read into memory completely; photos are far smaller than this.
 MAX_FILE_BYTES = 1 << 28
@@ -33,7 +34,13 @@ MAX_FILE_BYTES = 1 << 28
 ROOTS = "KTRAY_DATA_ROOTS"
 _STREAM_BLOCK = 1 << 23
 
-_JUNK = ("__MACOSX",)
+# Leftovers of systems and tools, in lower case: of archives, NAS boxes (thumbnails, trash, snapshots), file systems,
+# Windows, Python and sync programs. Names that begin with a dot are left out as well.
+_JUNK = frozenset((
+    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "lost+found",
+    "$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "__pycache__", "_gsdata_", "found.000",
+))  # fmt: skip
 _BUCKET = re.compile(r"[\w.-]+", re.ASCII)
 
 
@@ -139,20 +146,24 @@ def is_folder(path: str) -> bool:
 
 
 def hidden(name: str) -> bool:
-    """Whether a name does not belong to the data: dot files (``.DS_Store``, ``._photo.jpg``), remains of archives."""
-    return name.startswith(".") or name in _JUNK
+    """Whether a name does not belong to the data: dot files (``.DS_Store``, ``._photo.jpg``) and leftovers."""
+    return name.startswith((".", "~$")) or name.lower() in _JUNK
 
 
 def children(path: str) -> tuple[list[str], list[str]]:
     """Names of the subfolders (including links to folders) and of the files directly in a folder, both sorted."""
     if not is_remote(path):
         with os.scandir(path) as entries:
-            named = [(e.name, e.is_dir()) for e in entries]
+            named = [(e.name, e.is_dir()) for e in entries if not _is_store(e)]
     else:
         fs, inside = locate(path)
         named = [(i.base_name, i.type == pafs.FileType.Directory) for i in s3.entries(fs, inside)]
     named = sorted((name, is_dir) for name, is_dir in named if not hidden(name))
     return [name for name, is_dir in named if is_dir], [name for name, is_dir in named if not is_dir]
+
+
+def _is_store(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and os.path.exists(f"{entry.path}/{STORE_MARK}")
 
 
 def walk(path: str) -> Iterator[FileStat]:
@@ -181,6 +192,8 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
             raise
         yield FileStat(path, -1, 0)
         return
+    if not top and any(entry.name == STORE_MARK for entry in entries):
+        return
     for entry in entries:
         if hidden(entry.name):
             continue
@@ -199,9 +212,19 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
 def _walk_remote(path: str) -> Iterator[FileStat]:
     fs, inside = locate(path)
     scheme = path.partition("://")[0]
-    for info in s3.entries(fs, inside, recursive=True):
+    found = list(s3.entries(fs, inside, recursive=True))
+    stores = tuple(
+        info.path.removesuffix(STORE_MARK)
+        for info in found
+        if info.path.endswith(f"/{STORE_MARK}") and info.path != f"{inside}/{STORE_MARK}"
+    )
+    for info in found:
         below = info.path[len(inside) :].strip("/").split("/")
-        if info.type == pafs.FileType.File and not any(hidden(part) for part in below):
+        if (
+            info.type == pafs.FileType.File
+            and not info.path.startswith(stores)
+            and not any(hidden(part) for part in below)
+        ):
             yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
 
 
@@ -258,6 +281,16 @@ def read_bytes(path: str) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise FileTooLarge(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB")
     return data
+
+
+def read_head(path: str, size: int) -> bytes:
+    """The first ``size`` bytes of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open_random(path) as stream:
+        return bytes(stream.read(size))
 
 
 def write_bytes(path: str, data: bytes) -> None:

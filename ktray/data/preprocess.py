@@ -26,6 +26,9 @@ from torchvision import transforms
 Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["shortest", "squash", "longest"]
 
+# Longest side of an image as a multiple of its shortest one; of longer images the centre is used.
+MOST_ASPECT = 16
+
 _TIMM_CROP_MODES: dict[str, ResizeMode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
@@ -125,7 +128,7 @@ class Preprocess:
             (3, height, width) uint8, contiguous.
         """
         pil = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        pixels = np.asarray(_geometry(self)(pil.convert("RGB")))
+        pixels = np.asarray(_geometry(self)(_bounded(pil.convert("RGB"))))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
@@ -151,6 +154,19 @@ class Preprocess:
         """Like `normalise`, but without resizing: (N, 3, H, W) on the scale 0..255 to (N, 3, H, W) float32."""
         scale, bias = _affine(self.mean, self.std, batch.device)
         return torch.addcmul(bias, batch.float(), scale)
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """The centre of an image that is more than `MOST_ASPECT` times as long as wide; every other image unchanged.
+
+    The shorter edge is fitted to the input, so that a strip of 60,000 x 1 pixels would become one of 13 million x 224.
+    """
+    width, height = image.size
+    most = MOST_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 @lru_cache(maxsize=64)

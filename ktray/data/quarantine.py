@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,26 @@ class Bad:
     uri: str
     reason: str
     stage: str
+
+
+@dataclass(frozen=True)
+class BadLimit:
+    """How many images may be unusable.
+
+    Attributes:
+        fraction: largest accepted share of the images (``data.max_bad_fraction``); 0: none may be unusable.
+        images: number that is accepted whatever their share (``data.max_bad_images``), but not more than a tenth of the
+            images: in a small set, one image is more than any sensible share.
+    """
+
+    fraction: float
+    images: int = 0
+
+    def allowed(self, read: int) -> float:
+        """The number of unusable images that is accepted of ``read`` images."""
+        if not self.fraction:
+            return 0.0
+        return max(self.fraction * read, min(float(self.images), 0.1 * read))
 
 
 class Quarantine:
@@ -52,26 +73,37 @@ class Quarantine:
         """Number of distinct images over all stages."""
         return len({uri for uri, _ in self._rows})
 
-    def check(self, read: int, max_fraction: float) -> None:
-        """Fail if too large a share of the images was unusable.
+    def exceeds(self, read: int, limit: BadLimit) -> bool:
+        """Whether more images are unusable than is accepted of ``read`` images."""
+        return self.images() > limit.allowed(read)
+
+    def check(self, read: int, limit: BadLimit) -> None:
+        """Fail if too many of the images are unusable.
 
         Args:
             read: number of images that were read, including the unusable ones.
-            max_fraction: largest accepted share (``data.max_bad_fraction``).
+            limit: what is accepted.
 
         Raises:
-            KtrayError: the share is larger; the message names three of the images.
+            KtrayError: more are unusable; the message names three of the images and the value to set.
         """
+        if self.exceeds(read, limit):
+            raise KtrayError(self.describe(read, limit), f"Repair or remove these images, or {self.raised(read)}.")
+
+    def describe(self, read: int, limit: BadLimit) -> str:
+        """The number and share of unusable images, the limit, and three examples."""
         bad = self.images()
-        if bad <= max_fraction * read:
-            return
         shown = list({row.uri: row for row in self}.values())[:3]
         examples = "; ".join(f"'{row.uri}' ({row.reason})" for row in shown)
-        raise KtrayError(
-            f"{bad} of {read} images cannot be used ({bad / max(read, 1):.1%}, the limit is {max_fraction:.1%}), "
-            f"for example {examples}",
-            "Repair or remove these images, or raise data.max_bad_fraction.",
+        return (
+            f"{bad} of {read} images cannot be used ({bad / max(read, 1):.1%}, the limit is {limit.fraction:.1%}), "
+            f"for example {examples}"
         )
+
+    def raised(self, read: int) -> str:
+        """What to set so that this share is accepted, with some room."""
+        share = min(1.0, 1.2 * self.images() / max(read, 1))
+        return f"set data.max_bad_fraction={math.ceil(100 * share) / 100:g}"
 
     def table(self) -> pa.Table:
         """Columns uri, reason, stage, sorted."""

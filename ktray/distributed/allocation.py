@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ktray.errors import KtrayError
+from ktray.errors import ResourceError
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def allocate(
             no more than it has.
 
     Raises:
-        KtrayError: the shares cannot fit; the message shows the numbers.
+        ResourceError: the shares cannot fit; the message shows the numbers.
     """
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     elastic = least < most
@@ -95,26 +95,26 @@ def allocate(
     gpu_share = min(gpu_share, gpus) if on_gpu and gpus else gpu_share
     slots = int(gpus / gpu_share + 1e-9)
     if on_gpu and slots < least:
-        raise KtrayError(
+        raise ResourceError(
             f"{least} training workers need {least * gpu_share:g} GPUs, but the cluster has {gpus:g}",
             f"Set cluster.workers={slots} or cluster.use_gpu=false."
             if slots
             else "Set cluster.use_gpu=false, or use a cluster with a GPU.",
         )
     if on_gpu and gpu_share < 1 and most > 1:
-        raise KtrayError(
+        raise ResourceError(
             f"{most} training workers of one run cannot share a GPU, because NCCL needs one for each; here each has "
             f"{gpu_share:g}",
             "Set cluster.workers=1 with cluster.gpu_share, or leave cluster.gpu_share at 1.",
         )
     if cpus <= 0:
-        raise KtrayError(
+        raise ResourceError(
             "The cluster has no CPU for work",
             "Start a node with CPUs (ray start --num-cpus=N), or request CPUs from an autoscaling cluster "
             "(cluster.cpus=16 cluster.gpus=1).",
         )
     if elastic and not on_gpu and nodes < least:
-        raise KtrayError(
+        raise ResourceError(
             f"cluster.workers={least}..{most} on CPUs needs one node for each worker, so at least {least} nodes, but "
             f"the cluster has {nodes}",
             f"Set cluster.workers={nodes}..{most}, or a fixed number of workers, which can share a node.",
@@ -131,7 +131,7 @@ def allocate(
     workers_per_node = 1 if elastic else count // nodes
     reading_cpus = min(cpus / 2, cpus / nodes - workers_per_node * worker_cpus)
     if worker_cpus < 0.02:
-        raise KtrayError(
+        raise ResourceError(
             f"{count} training workers do not fit on {cpus:g} CPUs: each would get {cpus / 2 / count:.3f} CPUs, and "
             "the minimum is 0.02",
             f"Set cluster.workers to at most {int(cpus / 2 / 0.02)}.",

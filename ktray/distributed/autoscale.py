@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ktray.errors import KtrayError
+from ktray.errors import ResourceError
 from ktray.recipe.cluster import ClusterConfig
 
 logger = logging.getLogger("ktray")
@@ -55,7 +55,7 @@ def _wait(part: ClusterConfig, kept: dict[str, Any]) -> None:
         while not (_enough(part) and _keep(part, kept)):
             now = time.monotonic()
             if now - began > part.wait_seconds:
-                raise KtrayError(
+                raise ResourceError(
                     f"The cluster has {_there()} after {part.wait_seconds:g} s, but the job requests {part.cpus} CPUs "
                     f"and {part.gpus} GPUs",
                     "Look for the autoscaler's reason in `ray status` (max_workers, quota, no spot machine available?),"

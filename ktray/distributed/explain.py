@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from ktray.errors import MARK, KtrayError, first_failed
+import errno
+import re
+
+from ktray.errors import MARK, KtrayError, ResourceError, first_failed
+
+DONE, FAULT, INPUT, RESOURCES, INTERRUPTED = 0, 1, KtrayError.exit_code, ResourceError.exit_code, 4
+"""Exit codes: done; a fault of ktray; a mistake in the input; the cluster, a machine or a disk; interrupted."""
+
+# Errors of Ray that say that a process, a machine or its memory was lost.
+_LOST = re.compile(
+    r"OutOfMemory|WorkerCrashed|ActorDied|ActorUnavailable|NodeDied|ObjectLost|ObjectStoreFull|RaySystem"
+)
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def explain(error: BaseException) -> str:
@@ -10,6 +23,17 @@ def explain(error: BaseException) -> str:
 
     If several training workers failed, it is the error of the worker that caused the others to fail (`first_failed`).
     """
+    return _explain(error)[0]
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code for an error that ended a job, one of those above."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return _explain(error)[1]
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
     chain: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -20,29 +44,36 @@ def explain(error: BaseException) -> str:
         todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
     for link in chain:
         # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
-        if isinstance(link, KtrayError) and MARK not in str(link):
-            return str(link)
+        if isinstance(link, KtrayError) and not MARK.search(str(link)):
+            return str(link), link.exit_code
     for link in chain:
         failures = getattr(link, "worker_failures", None)
         if failures:
             rank = first_failed(failures)
-            return f"rank {rank} of the training workers: {explain(failures[rank])}"
+            text, code = _explain(failures[rank])
+            return f"rank {rank} of the training workers: {text}", code
     for link in chain:
         # Ray re-raises errors of workers as text if they cannot be pickled.
-        text = str(link)
-        if MARK in text:
-            return text.rsplit(MARK, 1)[1].strip().splitlines()[0]
+        found = list(MARK.finditer(str(link)))
+        if found:
+            code = RESOURCES if found[-1][1] == ResourceError.__name__ else INPUT
+            return str(link)[found[-1].end() :].strip().splitlines()[0], code
     for link in chain:
         if isinstance(link, OSError) and link.errno:
             from ktray.storage.store import storage_error
 
-            return str(storage_error(link, str(link.filename or "store")))
+            code = INPUT if link.errno in _NO_FILE else FAULT
+            if link.errno in _FULL or isinstance(link, ConnectionError | TimeoutError):
+                code = RESOURCES
+            return str(storage_error(link, str(link.filename or "store"))), code
     last = chain[-1]
     text = " ".join(str(last).split()) or type(last).__name__
     where = next(
         (f"on {link.ip}, process {link.pid}; " for link in chain if hasattr(link, "ip") and hasattr(link, "pid")), ""
     )
-    return f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
+    lost = any(_LOST.search(type(link).__name__) or isinstance(link, MemoryError) for link in chain)
+    line = f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
+    return line, RESOURCES if lost or isinstance(last, ConnectionError | TimeoutError) else FAULT
 
 
 _INNER = ("cause", "controller_failure", "health_check_failure")  # attributes in which Ray's errors keep their causes

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from ktray.distributed import watchdog
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_workers import WORKERS
-from ktray.errors import KtrayError
+from ktray.errors import ResourceError
 
 T = TypeVar("T")
 logger = logging.getLogger("ktray")
@@ -66,7 +66,7 @@ def run_with_retries(
                 continue
             if out_of_memory:
                 used = re.search(r"was (\S+ used / \S+) limit", str(error))
-                raise KtrayError(
+                raise ResourceError(
                     f"{what[0].upper()}{what[1:]} ran out of memory in {failures} "
                     f"{'attempts' if failures > 1 else 'attempt'} ({used[1] if used else 'all'} on its machine)",
                     remedy,

@@ -12,9 +12,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODE = 128 + signal.SIGTERM
-
-
 _received = False
 
 

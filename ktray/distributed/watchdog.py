@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
-from ktray.errors import KtrayError
+from ktray.errors import ResourceError
 from ktray.reporting.progress import humanise
 
 T = TypeVar("T")
@@ -65,19 +65,19 @@ class Watchdog:
         """Check for a stall.
 
         Raises:
-            KtrayError: the last heartbeat is too long ago.
+            ResourceError: the last heartbeat is too long ago.
         """
         if self.silent > self.seconds:
             raise self._error()
 
-    def _error(self) -> KtrayError:
+    def _error(self) -> ResourceError:
         silent = humanise(self.silent)
         causes = _within(_ANSWER_S, _nodes, "Ray's head node does not answer: check that its machine is up.")
         causes += _within(
             _ANSWER_S, lambda: _answers(self._store), "The store does not answer: check the network and its server."
         )
         requested = f" (requested: {self._requested})" if self._requested else ""
-        return KtrayError(
+        return ResourceError(
             f"{self.stage}: no progress for {silent} (last: {self._progress}) while waiting for "
             f"{self._waits or 'its tasks'}{requested}",
             f"{' '.join(causes)} The same command resumes from what is stored; cluster.stall_minutes sets the limit.",
@@ -128,7 +128,7 @@ def run_watched(work: Callable[[], T], cancel: Callable[[], object]) -> T:
         cancel: ends the work; it is called when the watchdog finds a stall or the wait is interrupted.
 
     Raises:
-        KtrayError: the stage's watchdog found a stall.
+        ResourceError: the stage's watchdog found a stall.
     """
     (result,) = iterate_watched(lambda: (work(),), cancel)
     return result

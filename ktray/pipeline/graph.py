@@ -28,7 +28,8 @@ TaughtBy = tuple[StageResult, AdaptedSpec | EnsembleSpec]
 
 @dataclass
 class StageOutputs:
-    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial.
+    """The stages of one run; None where the recipe has no such stage. ``evaluate`` is None in a trial and without a
+    test split.
 
     Attributes:
         candidates: the students that the run can deliver, the distilled ones first.
@@ -61,7 +62,7 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         checked = None if trial else hygiene.run(context, None, None)
         trained = finetune.run_scratch(context, decoded, transfer.student_spec(context), booked="finetune")
         only = baseline(START if transfer.student_spec(context).published else SCRATCH, trained, context.metric)
-        tested = None if trial else evaluate.run(context, {evaluate.STUDENT: trained}, None)
+        tested = evaluate.run(context, {evaluate.STUDENT: trained}, None) if _is_tested(context, trial) else None
         return StageOutputs(decoded, tested, [only], only, hygiene=checked)
     start: PhaseOutputs | None = None
     *_, (last, _) = phases(recipe)
@@ -80,7 +81,9 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         trained = finetune.run_scratch(context, decoded, initial, booked=name)
         candidates.append(baseline(name, trained, context.metric))
     chosen = best(candidates)
-    evaluated = None if trial else evaluate.run(context, models_to_test(candidates, chosen), start.teacher)
+    evaluated = None
+    if _is_tested(context, trial):
+        evaluated = evaluate.run(context, models_to_test(candidates, chosen), start.teacher)
     return StageOutputs(
         labels=decoded,
         evaluate=evaluated,
@@ -95,6 +98,11 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
         finetune=finetuned,
         hygiene=start.hygiene,
     )
+
+
+def _is_tested(context: RunContext, trial: bool) -> bool:
+    """A trial does not read the test split, and small data may have none."""
+    return bool(context.task.test) and not trial
 
 
 def _baselines(context: RunContext) -> list[tuple[str, StudentSpec]]:

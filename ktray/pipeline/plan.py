@@ -87,7 +87,7 @@ def lines(resolved: Resolved) -> list[Line]:
         return [
             Line("hygiene", 0, 0, _checked(task)),
             Line("finetune", flops, 0, what),
-            Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
+            Line("evaluate", cost.forward(size) * len(task.test), 0, _tested(task)),
         ]
     teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
     out: dict[str, Line] = {}
@@ -120,8 +120,12 @@ def lines(resolved: Resolved) -> list[Line]:
         text = f"baseline: {what}, at most {scratch_steps} steps (stops early)"
         out[name] = Line(name, cost.train(size) * scratch_steps * batch, 0, text)
     models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
-    out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
+    out["evaluate"] = Line("evaluate", models * len(task.test), 0, _tested(task))
     return list(out.values())
+
+
+def _tested(task: LabelledSet) -> str:
+    return f"{len(task.test):,} test images" if task.test else "no test split: not run"
 
 
 def _checked(task: LabelledSet) -> str:

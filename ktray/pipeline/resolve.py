@@ -14,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
+from ktray.accounting.device import describe_device
 from ktray.data.decode import formats
-from ktray.data.labelled.hygiene_memory import copies_kept_in
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.memory import kept_in
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
@@ -25,6 +26,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
 from ktray.objectives.matching import ClassMatching
+from ktray.pipeline.checks import require_files, warnings
 from ktray.pipeline.image_kinds import (
     batch_size,
     choose_augmentation,
@@ -38,7 +40,7 @@ from ktray.recipe.choice import without_transfer_set
 from ktray.recipe.places import with_absolute_places
 from ktray.recipe.schema import Recipe, index_alone
 from ktray.recipe.section import digest
-from ktray.storage.store import Dir
+from ktray.storage.store import STORE_MARK, Dir
 from ktray.tasks.base import task_kind
 from ktray.training.virtual_ranks import virtual_ranks
 
@@ -79,6 +81,8 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             text = str(value).lower() if isinstance(value, bool) else value
             reasons.append(f"{key}={f'{value:g}' if isinstance(value, float) else text} ({why})")
 
+    require_files(recipe)
+    reasons += warnings(recipe, describe_device())
     task, names, prompts = labelled_task(recipe, choose)
     reasons += list(task.notes)
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
@@ -174,6 +178,9 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         choose(
             "transfer.size", limit, "the paper's size" if limit == 153_600 else "chosen for this machine and gallery"
         )
+    few = gallery_images is not None and 0 < gallery_images < int(recipe.transfer.size or 0)
+    if few and recipe.transfer.source in ("generic", "retrieved") and recipe.gallery.crops == "none":
+        choose("transfer.size", gallery_images, "the gallery has no more images")
     if recipe.transfer.size is None and recipe.transfer.source == "list" and gallery_images:
         choose("transfer.size", gallery_images, "all of the list")
     images = transfer_images(recipe, task)
@@ -234,7 +241,7 @@ def labelled_task(
             f"task.kind={part.kind} has no metric '{part.metric}' (task.metric)",
             f"{hint}Available metrics: auto, {', '.join(kind.metrics)}.",
         )
-    with copies_kept_in(Dir(recipe.store).sub("copies")):
+    with kept_in(Dir(recipe.store).sub("labelled")):
         return kind.read(root, part), names, prompts
 
 
@@ -272,6 +279,8 @@ def _home(recipe: Recipe) -> Path:
     home = Path(recipe.store if "://" not in recipe.store else "ktray-store").expanduser() / "miniverse"
     if not home.exists():
         logger.info("miniverse drawing the built-in images (only once, takes a few seconds)")
+        home.mkdir(parents=True)
+        (home.parent / STORE_MARK).touch()
     return home
 
 

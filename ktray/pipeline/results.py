@@ -19,7 +19,7 @@ from ktray.pipeline import results_hygiene
 from ktray.pipeline.select import BASELINES, DISTILLED, MODELS
 from ktray.recipe.schema import Recipe
 from ktray.reporting.report import write_report
-from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, write_result
+from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, finished, write_result
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.hygiene import LIST
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def write(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
     """Write the run folder and log it; returns the content of ``result.json``."""
     folder = context.store.run(context.run_id)
-    typed = build(context, outputs, folder, begun)
+    typed = build(context, outputs, folder, begun, trial=False)
     result = typed.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
@@ -56,13 +56,15 @@ def write(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str,
 def write_trial(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
     """Write and log the result of a trial: ``result.json`` with the metrics on validation and the cost."""
     folder = context.store.run(context.run_id)
-    result = write_result(folder, build(context, outputs, folder, begun))
+    result = write_result(folder, build(context, outputs, folder, begun, trial=True))
     context.tracker.final(stable_metrics(result))
     folder.delete("running.json")
     return result
 
 
-def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
+def build(
+    context: RunContext, outputs: StageOutputs, folder: Dir, begun: float, trial: bool
+) -> DistillResult | TrialResult:
     """The content of ``result.json``. That of a trial has nothing from the test split."""
     recipe = context.recipe
     metrics = outputs.evaluate.manifest["metrics"] if outputs.evaluate else {}
@@ -95,6 +97,7 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
             "cpus": context.plan.total_cpus,
             "gpus": context.plan.total_gpus,
         },
+        **finished(begun),
         "wall_seconds": round(time.time() - begun, 2),
     }
     if metrics:
@@ -105,6 +108,8 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
             "per_class": student["per_class"],
             "test_images": student["n"],
         }
+    elif not trial:
+        content["metric"] |= {"test": None, "per_class": {}, "test_images": 0}
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
     if outputs.adapt and outputs.teacher:
         adapted, facts = cast(AdaptManifest, outputs.adapt.manifest), outputs.teacher.manifest
@@ -125,7 +130,7 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
         content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
     if outputs.hygiene:
         content["hygiene"] = results_hygiene.numbers(outputs.hygiene)
-    return DistillResult(**content) if metrics else TrialResult(**content)
+    return TrialResult(**content) if trial else DistillResult(**content)
 
 
 def transfer_set(recipe: Recipe, curated: Mapping[str, Any], folder: Dir) -> dict[str, Any]:
@@ -176,9 +181,12 @@ def _trained(context: RunContext, outputs: StageOutputs) -> Student:
 
 def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
     classes, kind = context.task.classes, context.kind
-    assert outputs.evaluate is not None  # a trial has no report
-    rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
-    tested = TestSet(rows, context.task, reader, partial(_trained, context, outputs), context.recipe.data.max_pixels)
+    worst, counts = [], None
+    if outputs.evaluate is not None:
+        rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
+        pixels = context.recipe.data.max_pixels
+        worst = kind.worst(TestSet(rows, context.task, reader, partial(_trained, context, outputs), pixels))
+        counts = evaluate.confusion(context, outputs.evaluate.stage)
     trained = {"transfer": outputs.transfer, "finetune": outputs.finetune}
     trained |= {c.name: c.trained for c in outputs.candidates if c.name in BASELINES}
     curves = {name: done.manifest["curve"] for name, done in trained.items() if done is not None}
@@ -190,10 +198,10 @@ def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], 
         folder,
         {**result, "recipe": context.store.run(context.run_id).read("recipe.yaml").decode()},
         curves=curves,
-        confusion=evaluate.confusion(context, outputs.evaluate.stage),
+        confusion=counts,
         classes=classes,
         contact_sheet=sheet,
-        worst=kind.worst(tested),
+        worst=worst,
         worst_title=kind.worst_title,
         worst_value=kind.worst_value,
         hygiene=results_hygiene.report(outputs.hygiene, context.recipe.data.max_pixels) if outputs.hygiene else None,

@@ -11,7 +11,7 @@ import numpy as np
 from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.pipeline.results import transfer_set
-from ktray.reporting.result import SCHEMA, CurateResult, IndexResult, write_result
+from ktray.reporting.result import SCHEMA, CurateResult, IndexResult, finished, write_result
 from ktray.reporting.transfer_set import on_task_html
 from ktray.retrieval.browse import Match, Query, choose, page
 from ktray.stages.base import RunContext, StageResult
@@ -92,6 +92,7 @@ def _shared(context: RunContext, folder: Dir, begun: float) -> dict[str, Any]:
         "mlflow": context.tracker.info(),
         "versions": versions(),
         "device": dict(context.ledger.device),
+        **finished(begun),
         "wall_seconds": round(time.time() - begun, 2),
     }
 

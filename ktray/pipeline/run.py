@@ -14,12 +14,14 @@ from typing import Any, cast
 from ktray.accounting.device import describe_device
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
+from ktray.data.quarantine import BadLimit
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline import results
+from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.graph import _curate, stages
 from ktray.pipeline.phases import phases
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
@@ -123,6 +125,8 @@ def _logged(
         for reason in resolved.reasons:
             logger.info(f"recipe    {reason}")
         context = _open(store, resolved, plan, tags, stack)
+        folder = store.run(context.run_id)
+        stack.enter_context(failure_recorded(folder, context.run_id, time.time(), partial(_state, context)))
         status = "FAILED"
         try:
             result = work(context)
@@ -135,6 +139,17 @@ def _logged(
             if not pending:
                 home = local_home(store)
                 catch_up(home / "runs", recipe.mlflow.uri, recipe.mlflow.experiment, home)
+
+
+def _state(context: RunContext) -> dict[str, Any]:
+    """What is known of a run that failed."""
+    ledger = context.ledger
+    return {
+        "stage": context.runtime.running[-1] if context.runtime.running else None,
+        "cost": ledger.summary(),
+        "stages": ledger.stages(),
+        "mlflow": context.tracker.info(timeout=1.0),
+    }
 
 
 def whole_stages(store: Store, resolved: Resolved, plan: Allocation) -> dict[str, bool]:
@@ -192,7 +207,7 @@ def _context(
             tracker=tracker,
             run_id=run_id,
             cluster=recipe.cluster,
-            max_bad_fraction=recipe.data.max_bad_fraction,
+            bad_limit=BadLimit(recipe.data.max_bad_fraction, recipe.data.max_bad_images),
         ),
         task=resolved.task,
         class_names=resolved.class_names,

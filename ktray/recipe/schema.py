@@ -59,8 +59,11 @@ class TaskConfig(Section):
     labels: int | None = Field(
         None, ge=1, description="label budget for segmentation: labelled training images in all; null: all of them"
     )
-    layout: Literal["auto", "imagenet", "places365", "ham10k", "eurosat", "ade20k"] = Field(
-        "auto", description="layout of a published data set in task.data; auto: recognised where task.splits is set"
+    layout: Literal["auto", "classes", "splits", "imagenet", "places365", "ham10k", "eurosat", "ade20k"] = Field(
+        "auto",
+        description="layout of task.data: classes (each folder is a class, also one called train), splits (train/, "
+        "val/ and test/ hold class folders, and other folders are ignored), or that of a published data set with "
+        "task.splits; auto: recognised",
     )
     splits: Place | None = Field(
         None,
@@ -153,7 +156,14 @@ class GalleryConfig(Section):
 
 
 class DataConfig(Section):
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable images above which a stage fails")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of unusable images above which a stage fails; 0: none may be unusable"
+    )
+    max_bad_images: int = Field(
+        3,
+        ge=0,
+        description="number of unusable images that a stage accepts whatever their share, up to a tenth of its images",
+    )
     max_pixels: int = Field(
         178_956_970, ge=1, description="largest image that is decoded, in pixels (width times height)"
     )

@@ -69,7 +69,7 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Scalar:
 
 
 for _tag in ("null", "bool", "int", "float", "str"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _scalar)  # type: ignore[no-untyped-call]
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _scalar)
 
 
 def read_document(text: str) -> Any:

@@ -140,6 +140,11 @@ def closing_table(result: dict[str, Any]) -> str:
         table = [[metric_label(result), "validation", "test"]]
         table += [[row["name"], percent(row["val"]), percent(row["test"])] for row in accuracy]
         text += "\n\n" + aligned(table, words=1, rules=(1,))
+    if (result.get("metric") or {}).get("test_images") == 0:
+        text += (
+            "\n\nno test split: there is no test metric. The student was chosen on validation, so that its accuracy "
+            "there is an optimistic estimate."
+        )
     for line in [*advice(result), *filter(None, [closing_line(result)])]:
         text += f"\n\n{line}"
     return text

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
-from ktray.data.quarantine import Bad, Quarantine
+from ktray.data.quarantine import Bad, BadLimit, Quarantine
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ktray.data.labelled.labelled_set import LabelledSet
 logger = logging.getLogger("ktray")
 
+_EARLY = 200  # number of images after which a large share of unusable ones is reported
+
 
 @dataclass
 class Runtime:
@@ -38,10 +40,11 @@ class Runtime:
     Attributes:
         plan: the run's part of the cluster.
         cluster: how to handle failures, missing machines and stalls.
-        max_bad_fraction: fraction of unusable images above which a stage fails.
+        bad_limit: how many images may be unusable before a stage fails.
         phase: name of the phase if the pretraining has several; it marks their progress and curves.
         read: number of images that the run has read.
         quarantine: those of these images that cannot be used.
+        running: names of the stages that are being computed, the innermost last.
         planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
     """
 
@@ -51,10 +54,11 @@ class Runtime:
     tracker: Tracker
     run_id: str
     cluster: ClusterConfig
-    max_bad_fraction: float
+    bad_limit: BadLimit
     phase: str = ""
     read: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
+    running: list[str] = field(default_factory=list)
     planned: dict[str, bool] | None = None
 
 
@@ -144,12 +148,15 @@ class Reporter:
         self.read = self.done = 0
         self.quarantine = Quarantine()
         self._refused = ""
+        self._total = 0
+        self._warned = False
         self._lock = threading.Lock()
         self._images = self._flops = 0.0  # totals of the training that are already counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` is None if it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
+        self._total = total or 0
 
     def shards(self, summaries: Iterable[S]) -> list[S]:
         """Count shards as they are finished. Returns their summaries."""
@@ -165,8 +172,22 @@ class Reporter:
             self.meter.add(flops=summary.flops, images=summary.images)
             if self.progress:
                 self.progress.update(self.done)
+            self._check_bad()
             finished.append(summary)
         return finished
+
+    def _check_bad(self) -> None:
+        """End a stage that has more unusable images than all of its images may have, and warn early of one that will
+        probably have them."""
+        limit = self.runtime.bad_limit
+        if self._total and self.quarantine.exceeds(max(self._total, self.read), limit):
+            self.quarantine.check(self.read, limit)
+        if not self._warned and self.read >= _EARLY and self.quarantine.exceeds(self.read, limit):
+            self._warned = True
+            logger.warning(
+                f"{self.name:<9} {self.quarantine.describe(self.read, limit)}. If this share remains, the stage will "
+                f"fail: {self.quarantine.raised(self.read)}, or repair the images"
+            )
 
     def post(self, message: Message) -> None:
         """Process a message of a training worker or of Ray Train's controller."""
@@ -257,7 +278,7 @@ def run_stage(
             exists. If not, the stage is computed again.
 
     Raises:
-        KtrayError: more images are unusable than ``Runtime.max_bad_fraction`` allows, or the stage stalled.
+        KtrayError: more images are unusable than ``Runtime.bad_limit`` allows, or the stage stalled.
     """
     parts, stage_name = inputs.key_parts(), inputs.stage
     key = inputs.key_of(parts)
@@ -310,10 +331,12 @@ def _attempt(
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
+            runtime.running.append(shown)
             with watch(watchdog):
                 manifest = dict(work(inputs, runtime, stage, reporter))
-            reporter.quarantine.check(reporter.read, runtime.max_bad_fraction)
+            reporter.quarantine.check(reporter.read, runtime.bad_limit)
             status = "FINISHED"
+            runtime.running.pop()  # after a failure it stays, and names the stage
         finally:
             if reporter.progress:
                 reporter.progress.close("done" if status == "FINISHED" else "stopped")
@@ -332,7 +355,7 @@ def _attempt(
 def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     bad = Quarantine(Bad(uri, reason, stage) for uri, reason, stage in manifest.get("quarantine", []))
     # A reused stage is also checked: it may have been computed with a higher limit than this recipe's.
-    bad.check(int(manifest.get("read", 0)), runtime.max_bad_fraction)
+    bad.check(int(manifest.get("read", 0)), runtime.bad_limit)
     runtime.read += int(manifest.get("read", 0))
     runtime.quarantine.merge(bad)
 

@@ -24,12 +24,14 @@ from typing import IO, Any
 
 import pyarrow.fs as pafs
 
-from ktray.errors import KtrayError
+from ktray.errors import KtrayError, ResourceError
 from ktray.storage import s3
 from ktray.storage.lease import FOLDER as LEASE
 from ktray.storage.lease import Lease
 from ktray.storage.retry import retry_for
 
+# The file that marks a folder as a store (`ktray.data.filesystem` leaves such folders out of listings).
+STORE_MARK = ".ktray-store"
 _BLOCK = 1 << 23
 _PROBE_S = 15.0  # seconds; at the start, a store that does not answer more likely has a wrong address than is busy
 
@@ -37,17 +39,17 @@ _PROBE_S = 15.0  # seconds; at the start, a store that does not answer more like
 def storage_error(error: OSError, where: str) -> KtrayError:
     """The `KtrayError` for an error of the file system."""
     if error.errno == errno.ENOSPC:
-        return KtrayError(f"No space is left on the disk of '{where}'", "Free space or set store= to another disk.")
+        return ResourceError(f"No space is left on the disk of '{where}'", "Free space or set store= to another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return KtrayError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
+        return ResourceError(f"No permission to write to '{where}'", "Set store= to a folder that you may write to.")
     what = f"'{where}' cannot be written: {error}".replace("\n", " ")
     remedy = "AWS_ENDPOINT_URL and the credentials" if "://" in where else "its disk"
     if "HTTP status 411" in what:  # older stores do not support a checksum after the data
-        return KtrayError(
+        return ResourceError(
             what,
             "This store does not support checksums after the data: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required.",
         )
-    return KtrayError(what, f"Check store= and {remedy}.")
+    return ResourceError(what, f"Check store= and {remedy}.")
 
 
 @contextlib.contextmanager
@@ -340,8 +342,15 @@ class Store(Dir):
         with retry_for(_PROBE_S):
             self.write(name, b"x" * 4096)
             self.delete(name)
+            if not self.exists(STORE_MARK):
+                self.write(STORE_MARK, b"A store of ktray. Its content is left out where images are listed.\n")
 
 
 def local_home(store: Store) -> Path:
     """Local folder for the embedded MLflow and the logs: the store itself, or ``./ktray-store`` for a store on S3."""
-    return Path(store.path) if store.is_local else Path("ktray-store").absolute()
+    if store.is_local:
+        return Path(store.path)
+    home = Path("ktray-store").absolute()
+    home.mkdir(exist_ok=True)
+    (home / STORE_MARK).touch()
+    return home

@@ -13,7 +13,7 @@ from ktray.distributed.ray_internals import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupTimeoutError,
 )
-from ktray.errors import KtrayError, first_failed
+from ktray.errors import KtrayError, ResourceError, first_failed
 from ktray.training.messages import ControllerState
 
 
@@ -43,7 +43,7 @@ class ControllerWatcher(ControllerCallback):
         if state == "rescheduling" and not isinstance(cause, WorkerGroupStartupTimeoutError):
             self.failures += 1
             if self.failures > self.limit != -1:
-                raise KtrayError(
+                raise ResourceError(
                     f"Training workers could not be set up {self.failures} times: {reason(error)}",
                     "Look for the cause in the nodes' logs under /tmp/ray/session_latest/logs; cluster.max_failures "
                     "sets the limit.",

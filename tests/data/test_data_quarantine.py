@@ -3,7 +3,7 @@ import pytest
 from image_zoo import write_zoo
 
 from ktray.data.decode import decode_rgb
-from ktray.data.quarantine import Bad, Quarantine
+from ktray.data.quarantine import Bad, BadLimit, Quarantine
 from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.errors import BadImage, KtrayError
@@ -44,16 +44,33 @@ def test_an_image_counts_once_a_stage_and_once_in_the_share():
 def test_limit(bad, read, limit, fails):
     quarantine = Quarantine(Bad(f"{i}.jpg", f"reason {i}", "index") for i in range(bad))
     if not fails:
-        quarantine.check(read, limit)
+        quarantine.check(read, BadLimit(limit))
         return
     with pytest.raises(KtrayError, match="cannot be used"):
-        quarantine.check(read, limit)
+        quarantine.check(read, BadLimit(limit))
+
+
+@pytest.mark.parametrize(("read", "allowed"), [(6, 0.6), (20, 2), (30, 3), (200, 3), (300, 3), (1000, 10), (0, 0)])
+def test_a_few_images_are_accepted_whatever_their_share(read, allowed):
+    assert BadLimit(0.01, 3).allowed(read) == pytest.approx(allowed)
+    assert BadLimit(0, 3).allowed(read) == 0  # unless none is
+    one = Quarantine([Bad("a.jpg", "truncated", "labels")])
+    assert one.exceeds(20, BadLimit(0.01))
+    assert not one.exceeds(20, BadLimit(0.01, 3))
+
+
+def test_the_value_to_set_accepts_what_was_seen():
+    quarantine = Quarantine(Bad(f"{i}.jpg", "truncated", "index") for i in range(30))
+    with pytest.raises(KtrayError, match=r"set data\.max_bad_fraction=0\.04\.") as caught:
+        quarantine.check(1000, BadLimit(0.01))
+    value = float(str(caught.value).rpartition("=")[2].rstrip("."))
+    quarantine.check(1000, BadLimit(value))
 
 
 def test_error_names_count_share_limit_examples_and_key():
     quarantine = Quarantine(Bad(f"{i}.jpg", f"reason {i}", stage) for i in range(5) for stage in ("index", "teach"))
     with pytest.raises(KtrayError) as caught:
-        quarantine.check(200, 0.01)
+        quarantine.check(200, BadLimit(0.01))
     text = str(caught.value)
     for part in ("5 of 200", "2.5%", "1.0%", "'0.jpg' (reason 0)", "'1.jpg'", "'2.jpg'", "data.max_bad_fraction"):
         assert part in text

@@ -15,7 +15,6 @@ from ktray.models.student.classifier import build_student
 from ktray.models.teacher.load import load_teacher
 from ktray.models.weight_forms import common_prefix, file_form, key_form, unwrapped
 
-
 WRAPPERS = (
     "module.",
     "_orig_mod.",

@@ -10,6 +10,7 @@ from heard import heard
 
 from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Ledger, attempts
+from ktray.data.quarantine import BadLimit
 from ktray.recipe.cluster import ClusterConfig
 from ktray.stages.base import Runtime, run_stage
 from ktray.stages.inputs import StageInputs
@@ -31,7 +32,7 @@ def runtime(store, run):
     plan = SimpleNamespace(least=1, workers=1, worker_gpus=0.0)
     return Runtime(
         store=store, plan=plan, ledger=Ledger(describe_device(), run), tracker=tracker, run_id=run,
-        cluster=ClusterConfig(), max_bad_fraction=0.1,
+        cluster=ClusterConfig(), bad_limit=BadLimit(0.1),
     )  # fmt: skip
 
 

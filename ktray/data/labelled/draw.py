@@ -14,8 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ktray.data.labelled.forms import LabelledRow, count, three
 from ktray.data.labelled.hygiene_groups import Pairs, units
+from ktray.data.labelled.rows import LabelledRow, count, three
 
 _SPLITS = ("test", "val")
 

@@ -1,77 +1,56 @@
-"""The file formats of labelled images: folders of class folders and lists are read as rows of one type."""
+"""The forms of labelled images: folders of class folders, lists, and tables are read as rows of one type."""
 
 from __future__ import annotations
 
-import difflib
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Sized
-from dataclasses import dataclass, field
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
-from ktray.data.sources.csv_lists import is_csv, read_csv
-from ktray.data.sources.parquet_tables import holds_bytes, image_column
-from ktray.data.sources.parquets import ParquetRow, is_parquet
-from ktray.data.sources.records import is_image
-from ktray.data.sources.uris import ImageRef, resolve
+from ktray.data.labelled.annotations import annotated
+from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
+from ktray.data.labelled.tables import read_table, read_tables
+from ktray.data.magic import HEAD_BYTES, decodable, image_kind
+from ktray.data.sources.csv_lists import is_csv
+from ktray.data.sources.parquets import is_parquet
+from ktray.data.sources.records import is_image, may_be_image
 from ktray.errors import KtrayError
 
-SPLITS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+# Names of folders that hold images of any class.
+_NO_CLASSES = ("images", "image", "imgs", "img", "photos", "unlabeled", "unlabelled", "unknown", "test_images")
 FORMS = (
     "Name a folder with train/, val/ and test/ that contain class folders, a folder of class folders, or a CSV or "
     "Parquet list with the columns path,label[,split]."
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """One labelled image before the splits are drawn.
-
-    Attributes:
-        uri: where the image is.
-        key: path of the image inside the data, or ``class/file`` of a split list. It is the same on every machine, and
-            random draws depend on it.
-        label: the name of the class, Unicode NFC; empty if a mask contains the classes.
-        split: ``train``, ``val``, ``test``, or ``pool`` (a training image that is not in the chosen split list).
-        version: size and modification time of the file (and of its mask), or empty.
-        mask: where the label map of the image is, or empty.
-        group: name of a group of images that are not independent, such as those of one patient or of one video, or
-            empty. A split that ktray draws keeps the group together.
-    """
-
-    uri: str
-    key: str
-    label: str
-    split: str
-    version: str = ""
-    mask: str = field(default="", repr=False)
-    group: str = field(default="", repr=False)
-
-
-def read_rows(data: str, notes: list[str], group: str | None = None) -> list[LabelledRow]:
-    """All labelled images of a folder of class folders or of a list. Ignored files are reported in ``notes``.
+def read_rows(data: str, notes: list[str], group: str | None = None, layout: str = "auto") -> list[LabelledRow]:
+    """All labelled images of a folder of class folders, of a list, or of the tables that a folder or pattern names.
+    Ignored files are reported in ``notes``.
 
     Args:
         group: the column of a list with the group of each image; None: the column ``group``, if there is one.
+        layout: ``classes``: every folder is a class, whatever its name; ``splits``: train, val and test are splits, and
+            other folders beside them are ignored; auto: recognised.
 
     Raises:
         KtrayError: there is nothing that can be read, or no such column.
     """
+    normal = filesystem.normalise(data)
+    if filesystem.has_glob(normal) and filesystem.stat(normal) is None and not filesystem.is_folder(normal):
+        return _pattern(normal, notes, group)
     path, file = place(data)
     if file is None:
-        no_groups(group, path)
-        return _folder(path, notes)
+        rows = _folder(path, notes, layout)
+        if not rows:
+            rows = _tables_below(path, notes, group)
+        elif group is not None:
+            no_groups(group, path)
+        if not rows:
+            raise _nothing(path, notes)
+        return rows
     if is_csv(path) or is_parquet(path):
-        return _list(file, notes, group)
+        return read_table(file, notes, group)
     raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
 
 
@@ -102,29 +81,78 @@ def place(data: str) -> tuple[str, FileStat | None]:
     return path, file
 
 
-def _folder(path: str, notes: list[str]) -> list[LabelledRow]:
-    parts: dict[str, list[str]] = defaultdict(list)
+def _nothing(path: str, notes: Sequence[str]) -> KtrayError:
+    """The error for a folder without labelled images, with what was seen instead."""
+    return KtrayError(f"'{path}' has no images in class folders", " ".join([*notes, FORMS]))
+
+
+def _folder(path: str, notes: list[str], layout: str) -> list[LabelledRow]:
     folders, _ = filesystem.children(path)
+    parts: dict[str, list[str]] = defaultdict(list)
     for name in folders:
         if split := SPLITS.get(name.lower()):
             parts[split].append(name)
-    if "train" in parts:
-        twice = [names for names in parts.values() if len(names) > 1]
-        if twice:
-            raise KtrayError(
-                f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge the folders, or remove one."
-            )
-        ignored = [n for n in folders if n.lower() not in SPLITS]
-        if ignored:
-            notes.append(f"Folders other than train, val and test are ignored: {', '.join(ignored[:5])}.")
-        rows = [row for split, (name,) in sorted(parts.items()) for row in _classes(path, name, split, notes)]
-    else:
-        if parts and set(folders) == {name for names in parts.values() for name in names}:
+    if layout == "classes" or "train" not in parts:
+        if layout == "splits":
+            raise KtrayError(f"'{path}' has no train folder (task.layout=splits)", FORMS)
+        if layout == "auto" and parts and set(folders) == {name for names in parts.values() for name in names}:
             raise KtrayError(f"'{path}' has {' and '.join(sorted(parts))} but no train folder", FORMS)
-        rows = _classes(path, "", "train", notes)
-    if not rows:
-        raise KtrayError(f"'{path}' has no images in class folders", FORMS)
-    return rows
+        return _classes(path, "", "train", notes)
+    twice = [names for names in parts.values() if len(names) > 1]
+    if twice:
+        raise KtrayError(
+            f"'{path}' has two folders for one split: {' and '.join(twice[0])}", "Merge the folders, or remove one."
+        )
+    others = [name for name in folders if name.lower() not in SPLITS]
+    if layout == "auto" and others and _are_classes(path, parts, others):
+        return _classes(path, "", "train", notes)
+    if others:
+        notes.append(f"Folders other than train, val and test are ignored: {', '.join(others[:5])}.")
+    rows: list[LabelledRow] = []
+    for split, (name,) in sorted(parts.items(), key=lambda item: item[0] != "train"):
+        listed = annotated(path, name, split)
+        rows += _classes(path, name, split, notes) if listed is None else listed
+    return _without_unlabelled(rows, notes)
+
+
+def _are_classes(path: str, parts: dict[str, list[str]], others: Sequence[str]) -> bool:
+    """Whether folders called train, val or test are classes like the others beside them: they hold images themselves.
+
+    Raises:
+        KtrayError: it cannot be told, because train has class folders and others beside it have images.
+    """
+    with_images = [name for name in others if _has_images(f"{path}/{name}")]
+    names = [name for names in parts.values() for name in names]
+    if not with_images:
+        return False
+    if not any(filesystem.children(f"{path}/{name}")[0] for name in names):
+        return True
+    if len(names) > 1:  # two folders that are called like splits, with class folders in them, are splits
+        return False
+    raise KtrayError(
+        f"'{path}' has a folder '{names[0]}' with class folders, and beside it folders with images: "
+        f"{three(with_images)}",
+        "Set task.layout=splits if the others are to be ignored, or task.layout=classes if "
+        f"'{names[0]}' is a class as well.",
+    )
+
+
+def _has_images(folder: str) -> bool:
+    return any(is_image(name) for name in filesystem.children(folder)[1])
+
+
+def _without_unlabelled(rows: list[LabelledRow], notes: list[str]) -> list[LabelledRow]:
+    """Leave out a test folder without class folders, as in published sets whose test labels are secret."""
+    classes = {row.label for row in rows if row.split == "train"}
+    labels = {row.label for row in rows if row.split == "test"}
+    if len(labels) != 1 or labels <= classes or next(iter(labels)).lower() not in _NO_CLASSES:
+        return rows
+    dropped = sum(row.split == "test" for row in rows)
+    notes.append(
+        f"The test folder has no class folders, only '{labels.pop()}' with {dropped} images without labels: it is "
+        "ignored."
+    )
+    return [row for row in rows if row.split != "test"]
 
 
 def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[LabelledRow]:
@@ -134,24 +162,20 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     names, files = filesystem.children(folder)
     rows: list[LabelledRow] = []
     empty: list[str] = []
-    counts = {"they are not images": 0, "their names are not UTF-8": 0, "they are in linked or unreadable folders": 0}
+    ignored: Counter[str] = Counter()
     for name in names:
         before = len(rows)
         for file in filesystem.walk(f"{folder}/{name}"):
             key = prefix + name + file.path[len(folder) + 1 + len(name) :]
-            if filesystem.printable(file.path) != file.path:
-                counts["their names are not UTF-8"] += 1
-            elif file.size < 0:
-                counts["they are in linked or unreadable folders"] += 1
-            elif not is_image(file.path):
-                counts["they are not images"] += 1
+            reason = _unusable(file)
+            if reason:
+                ignored[reason] += 1
             else:
                 rows.append(LabelledRow(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
         if len(rows) == before:
             empty.append(filesystem.printable(name))
-    for reason, number in counts.items():
-        if number:
-            notes.append(f"{number} files in '{prefix or './'}' are ignored: {reason}.")
+    for reason, number in sorted(ignored.items()):
+        notes.append(f"{number} files in '{prefix or './'}' are ignored: {reason}.")
     loose = sum(map(is_image, files))
     if loose:
         notes.append(f"{loose} images directly in '{prefix or './'}' are ignored: they are not in a class folder.")
@@ -161,89 +185,54 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     return rows
 
 
-def _list(file: FileStat, notes: list[str], group: str | None) -> list[LabelledRow]:
-    path = file.path
-    version = f"{file.size}:{file.mtime_ns}"
-    lines = read_csv(path) if is_csv(path) else _parquet_lines(path)
-    if not lines:
-        raise KtrayError(
-            f"List '{path}' has no rows",
-            "The first line has the column names path,label[,split]. Add one line per image.",
-        )
-    names = {name.lower(): name for name in reversed(list(lines[0]))}
-    groups = (group or "group").lower()
-    for needed in ("path", "label", *([groups] if group else [])):
-        if needed not in names:
-            near = difflib.get_close_matches(needed, names, n=1)
-            hint = f"Rename '{names[near[0]]}'" if near else f"This one has the columns {', '.join(lines[0])}"
-            raise KtrayError(
-                f"List '{path}' has no column '{needed}'{' (task.group)' if needed == groups else ''}",
-                f"A list has the columns path,label[,split][,group]. {hint}.",
-            )
-    rows: list[LabelledRow] = []
-    for number, line in enumerate(lines, 2 if is_csv(path) else 1):
-        name, label = line[names["path"]], nfc(line[names["label"]])
-        split = line[names["split"]].lower() if "split" in names else "train"
-        if not name or not label or split not in SPLITS:
-            problem = "no path" if not name else "no label" if not label else f"split '{split}'"
-            raise KtrayError(
-                f"List '{path}' has {problem} in row {number}",
-                "Fill in path and label; splits are train, val and test.",
-            )
-        member = nfc(line[names[groups]]) if groups in names else ""
-        rows.append(LabelledRow(resolve(name, path), nfc(name), label, SPLITS[split], version, group=member))
-    if not any(map(_reachable, rows)):
-        raise KtrayError(
-            f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
-            "Check the paths: they are absolute, s3://, or relative to the folder of the list.",
-        )
-    return rows
-
-
-def _reachable(row: LabelledRow) -> bool:
-    """False if the file is certainly missing. Single missing files are quarantined when they are read."""
-    container = ImageRef.parse(row.uri).path
-    return filesystem.is_remote(container) or filesystem.stat(container) is not None
-
-
-def _parquet_lines(path: str) -> list[dict[str, str]]:
-    """The rows of a Parquet list as text. For images inside the file, the path is the uri of the row."""
-    try:
-        with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
-            schema = file.schema_arrow
-            lower = {name.lower(): name for name in reversed(schema.names)}
-            inside = "path" not in lower and any(holds_bytes(f.type) for f in schema)
-            images = image_column(schema, "auto", path) if inside else None
-            text_columns = [f.name for f in schema if not pa.types.is_nested(f.type) and not holds_bytes(f.type)]
-            columns: list[dict[str, Any]] = file.read(columns=text_columns).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise KtrayError(
-            f"List '{path}' is not a complete Parquet file: {filesystem.why(error)}", "Write the file again."
-        ) from error
-    lines = [{name: _text(value) for name, value in row.items()} for row in columns]
-    if images is not None:
-        lines = [{"path": str(ParquetRow(path, row=i)), **line} for i, line in enumerate(lines)]
-    return lines
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # null or NaN
+def _unusable(file: FileStat) -> str:
+    """Why a file in a class folder is not one of its images; "" if it is."""
+    if filesystem.printable(file.path) != file.path:
+        return "their names are not UTF-8"
+    if file.size < 0:
+        return "they are in linked or unreadable folders"
+    if is_image(file.path):
         return ""
-    if isinstance(value, float) and value.is_integer():  # pandas writes integers with nulls as floats
-        return str(int(value))
-    return str(value).strip()
+    if not may_be_image(file.path):
+        return "they are not images"
+    # The name says nothing, or something that it need not be: phones and tools write JPEGs called .HEIC or .img.
+    try:
+        head = filesystem.read_head(file.path, HEAD_BYTES)
+    except OSError:
+        return "they are not images"
+    if decodable(head):
+        return ""
+    kind = image_kind(head)
+    return f"they are {kind} images, which are not supported (convert them to JPEG)" if kind else "they are not images"
 
 
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
+    stats = [filesystem.stat(path) for path in filesystem.expand(pattern) if is_parquet(path) or is_csv(path)]
+    files = [file for file in stats if file is not None]
+    if not files:
+        raise KtrayError(f"No CSV or Parquet list matches '{pattern}'", f"Check task.data. {FORMS}")
+    return read_tables(files, notes, group)
 
 
-def three(names: Iterable[str]) -> str:
-    """Up to three of the names, and the number of further names."""
-    listed = list(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(f"'{filesystem.printable(name)}'" for name in listed[:3]) + more
-
-
-def count(things: Sized, one: str, many: str = "") -> str:
-    return f"{len(things)} {one if len(things) == 1 else many or one + 's'}"
+def _tables_below(path: str, notes: list[str], group: str | None) -> list[LabelledRow]:
+    """The rows of Parquet files in a folder, in its folder ``data``, or in its only folder that has some; none if there
+    are no such files."""
+    found: dict[str, list[FileStat]] = defaultdict(list)
+    for file in filesystem.walk(path):
+        if is_parquet(file.path) and file.size >= 0:
+            found[file.path.rpartition("/")[0]].append(file)
+    for folder in (path, f"{path}/data"):
+        if folder in found:
+            return read_tables(found[folder], notes, group)
+    if all(folder.rpartition("/")[0] == path and folder.rpartition("/")[2].lower() in SPLITS for folder in found):
+        rows: list[LabelledRow] = []
+        for folder, files in sorted(found.items()):
+            for file in sorted(files, key=lambda f: f.path):
+                rows += read_table(file, notes, group, SPLITS[folder.rpartition("/")[2].lower()])
+        return rows
+    if len(found) > 1:
+        names = [folder.removeprefix(f"{path}/") for folder in sorted(found)]
+        raise KtrayError(
+            f"'{path}' has Parquet files in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
+        )
+    return read_tables(next(iter(found.values())), notes, group) if found else []

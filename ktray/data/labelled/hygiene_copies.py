@@ -26,8 +26,8 @@ from PIL import Image
 from ktray.accounting.device import usable_cpus
 from ktray.data.decode import MAX_PIXELS
 from ktray.data.fingerprints import CROPS, fingerprint_heldout
-from ktray.data.labelled.forms import LabelledRow
-from ktray.data.labelled.hygiene_memory import keep, recall
+from ktray.data.labelled.memory import keep_copies, recall_copies
+from ktray.data.labelled.rows import LabelledRow
 from ktray.data.sources.fetch import fetch_images
 
 logger = logging.getLogger("ktray")
@@ -251,7 +251,7 @@ def find_copies(rows: Sequence[LabelledRow], notes: list[str]) -> list[tuple[str
     """Pairs of uris of training images that show the same, before a split is drawn from them.
 
     Images that cannot be decoded have no copies. The result for the same files is kept, in this process and in the
-    place of `ktray.data.labelled.hygiene_memory`.
+    place of `ktray.data.labelled.memory`.
     """
     train = [(r.uri, r.version) for r in rows if r.split == "train"]
     if len(train) > MOST:
@@ -260,12 +260,12 @@ def find_copies(rows: Sequence[LabelledRow], notes: list[str]) -> list[tuple[str
             f"{MOST:,}). Name a column of groups in task.group if images belong together."
         )
         return []
-    if (known := recall(train)) is not None:
+    if (known := recall_copies(train)) is not None:
         return known
     if len(train) > _MANY:
         logger.info(f"data      looking for copies among {len(train):,} training images before a split is drawn")
     pairs = _found(tuple(train))
-    keep(train, pairs)
+    keep_copies(train, pairs)
     return pairs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ktray.data.labelled.forms import LabelledRow, count, three
+from ktray.data.labelled.rows import LabelledRow, count, three
 
 Pairs = Sequence[tuple[str, str]]  # uris of two images that show the same
 

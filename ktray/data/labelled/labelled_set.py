@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ktray.data.labelled.contents import content_versions
 from ktray.data.labelled.draw import draws, fill_splits, keep_budget
-from ktray.data.labelled.forms import LabelledRow, count, three
 from ktray.data.labelled.hygiene_copies import find_copies
 from ktray.data.labelled.hygiene_groups import in_words, torn_groups
+from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.errors import KtrayError
 
 
@@ -45,7 +46,8 @@ class LabelledSet:
         train, val, test: disjoint lists; train contains only the images within the label budget.
         unlabeled: uris of the training images beyond the label budget, without their labels.
         notes: decisions with their reasons, one sentence each.
-        fingerprint: hash of names, labels, splits and, for folders, sizes and modification times.
+        fingerprint: hash of names, labels, splits and of the contents of local files (of much data and of remote files:
+            sizes and modification times).
         names: readable class names for people and text towers; empty if nothing better than ``classes`` is known.
         mask_offset: see `LabelledExample.mask`.
         torn: groups of images (``task.group``) that are in more than one split of the data, with these splits.
@@ -117,13 +119,19 @@ def divide(
 
     val, test = ([r for r in rows if r.split == name] for name in ("val", "test"))
     if not val:
-        notes.append("There is no validation image: each class has only one image, which stays in train.")
+        raise KtrayError(
+            "There is no validation image: each class has only one image, which has to train",
+            "Add a second image to at least one class, or a val split: without validation no model can be chosen.",
+        )
     if not test:
         notes.append("There is no test image and therefore no test metric.")
     pool = sorted([*surplus, *(r for r in rows if r.split == "pool")], key=lambda r: r.key)
     digest = hashlib.blake2b(digest_size=16)
+    contents = content_versions(rows)
     for row in [*sorted(rows, key=lambda r: (r.key, r.split)), *sorted(kept, key=lambda r: r.key)]:
-        digest.update(repr(row).encode())
+        known = [contents.get(uri) for uri in (row.uri, row.mask) if uri]
+        version = row.version if None in known else ":".join(map(str, known))
+        digest.update(repr(replace(row, version=version)).encode())
     if facts is not None:
         digest.update(repr(facts).encode())
     if grouped := sorted((r.key, r.group) for r in rows if r.group):

@@ -14,10 +14,11 @@ from PIL import Image
 from ktray.data import filesystem
 from ktray.data.decode import formats
 from ktray.data.filesystem import FileStat
-from ktray.data.labelled.forms import SPLITS, LabelledRow, count, nfc, place, three
+from ktray.data.labelled.forms import place
 from ktray.data.labelled.labelled_set import LabelledSet, check_train_list, divide
 from ktray.data.labelled.layouts import distinct
 from ktray.data.labelled.masks import IGNORE, decode_mask
+from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
 from ktray.data.labelled.split_lists import choose_lists, read_list
 from ktray.data.sources.records import is_image
 from ktray.errors import BadImage, KtrayError

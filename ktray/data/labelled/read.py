@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ktray.data.filesystem import normalise
-from ktray.data.labelled.forms import LabelledRow, count, no_groups, place, read_rows, three
+from ktray.data.labelled.forms import no_groups, place, read_rows
 from ktray.data.labelled.labelled_set import LabelledSet, check_train_list, divide
 from ktray.data.labelled.layouts import readable
+from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.data.labelled.split_lists import read_split_lists
 from ktray.errors import KtrayError
+
+FOLDERS = ("classes", "splits")  # layouts of folders
 
 
 def read_labelled(
@@ -37,7 +40,8 @@ def read_labelled(
         seed, val_fraction, test_fraction: see `ktray.data.labelled.labelled_set.divide`.
         labels_per_class: label budget; a smaller budget is a subset of a larger one with the same seed. None keeps all
             of train.
-        layout: the layout of folders and lists (`layouts.LAYOUTS`); auto recognises it by the file names in the lists.
+        layout: the layout of folders and lists: ``classes`` or ``splits`` (see `forms.read_rows`), or one of
+            `layouts.LAYOUTS`; auto recognises it by the file names in the lists and by the folders.
         train_list: name of the train list in ``splits``, with or without suffix; None: the list for the budget if there
             is one, otherwise the full list.
         group: the column of a list with the group of each image; None: the column ``group``, if there is one.
@@ -52,7 +56,11 @@ def read_labelled(
     """
     if layout == "ade20k":
         raise KtrayError("task.layout=ade20k is a layout with masks", "Set task.kind=segmentation.")
-    if layout != "auto" and not splits:
+    if layout in FOLDERS and splits:
+        raise KtrayError(
+            f"task.layout={layout} is a layout of folders, and task.splits is set", "Remove one of the two keys."
+        )
+    if layout not in ("auto", *FOLDERS) and not splits:
         raise KtrayError(
             f"task.layout={layout} needs its split lists",
             "Set task.splits to their folder, or task.layout=auto for train/, val/ and test/ with class folders.",
@@ -69,7 +77,7 @@ def read_labelled(
         no_groups(group, root)
         rows, recognised = read_split_lists(root, normalise(splits), labels_per_class, train_list, layout, notes)
     else:
-        rows = read_rows(data, notes, group)
+        rows = read_rows(data, notes, group, layout)
     return divide(
         rows,
         classes=lambda rows: _classes(rows, data),

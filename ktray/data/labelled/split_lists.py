@@ -12,8 +12,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ktray.data import filesystem
-from ktray.data.labelled.forms import SPLITS, LabelledRow, count, nfc, three
 from ktray.data.labelled.layouts import LAYOUTS, PLAIN, Layout, Pairs, recognise
+from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
 from ktray.errors import KtrayError
 
 

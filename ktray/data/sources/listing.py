@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
+from ktray.data.magic import HEAD_BYTES, decodable
 from ktray.data.sources.base import ROWS, Cut, Shard, in_order
 from ktray.data.sources.files import FILES
+from ktray.data.sources.parquets import is_parquet
+from ktray.data.sources.records import may_be_image
 from ktray.errors import KtrayError
 from ktray.recipe.registries import SOURCES
 
@@ -38,6 +41,33 @@ class _Files:
                 self.files[name][file.path] = file
                 return True
         return False
+
+    def add_by_content(self, file: FileStat) -> bool:
+        """Add a local file whose name does not say that it is an image, if its content does."""
+        if filesystem.is_remote(file.path) or not may_be_image(file.path):
+            return False
+        try:
+            head = filesystem.read_head(file.path, HEAD_BYTES)
+        except OSError:
+            return False
+        if decodable(head):
+            self.files[FILES][file.path] = file
+            return True
+        return False
+
+    def leave_out_metadata(self) -> None:
+        """Leave out tables that describe other files of the folder, as img2dataset writes them: ``00000.parquet``
+        beside ``00000.tar`` or beside the folder ``00000``."""
+        tables = [(name, path) for name, files in self.files.items() for path in files if is_parquet(path)]
+        others = [path for files in self.files.values() for path in files if not is_parquet(path)]
+        stems = {path.rpartition(".")[0] for path in others} | {path.rpartition("/")[0] for path in others}
+        described = [(name, path) for name, path in tables if path.rpartition(".")[0] in stems]
+        if len(described) < len(tables):
+            return
+        for name, path in described:
+            del self.files[name][path]
+            if not self.files[name]:
+                del self.files[name]
 
     def merge(self, other: _Files) -> None:
         for name, files in other.files.items():
@@ -118,8 +148,9 @@ def _folder(path: str) -> _Files:
     for file in filesystem.walk(path):
         if file.size < 0:
             unread.append(file)
-        elif not files.add(file, in_folder=True):
+        elif not files.add(file, in_folder=True) and not files.add_by_content(file):
             unsupported.append(file.path)
+    files.leave_out_metadata()
     if not files.files:
         content = f"it contains {_summary(unsupported)}" if unsupported else "it is empty"
         linked = f", and {len(unread)} linked or unreadable folders that are not entered" if unread else ""

@@ -7,6 +7,7 @@ gallery consists of image files, a file name with or without suffix, as in the l
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections.abc import Sequence
 
@@ -71,10 +72,10 @@ def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = 
     if any(source.lists_images and source.fits(path) for _, source in SOURCES):
         return list_shards(path, column=column)
     try:
-        text = filesystem.read_bytes(path).decode("utf-8-sig")
+        with io.TextIOWrapper(filesystem.open_stream(path), encoding="utf-8-sig") as lines:
+            names = [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise KtrayError(f"List '{path}' cannot be read: {filesystem.why(error)}", "Check the path.") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise KtrayError(f"List '{path}' is empty", "Write one image per line.")
     if len(set(names)) < len(names):

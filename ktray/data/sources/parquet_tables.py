@@ -50,6 +50,19 @@ def holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+# Columns of bytes with these names are text: Spark writes text without saying that it is text.
+_TEXT_NAMES = (
+    "path", "uri", "url", "filename", "file_name", "filepath", "image_path", "label", "labels", "class", "category",
+    "split", "group", "caption", "text", "txt", "id", "key",
+)  # fmt: skip
+
+
+def holds_image(column: pa.Field) -> bool:
+    """Whether a column may hold encoded images."""
+    plain = not pa.types.is_struct(column.type)
+    return holds_bytes(column.type) and not (plain and column.name.lower() in _TEXT_NAMES)
+
+
 def holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return holds_text(kind.value_type)
@@ -77,8 +90,8 @@ def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> st
                 f"Its columns are {listed}.",
             )
         return wanted
-    with_bytes = [f.name for f in schema if holds_bytes(f.type)]
-    path_column = _named([f.name for f in schema if holds_text(f.type)], PATH_NAMES)
+    with_bytes = [f.name for f in schema if holds_image(f)]
+    path_column = _named([f.name for f in schema if _is_text(f)], PATH_NAMES)
     bytes_column = _named(with_bytes, BYTES_NAMES) or (with_bytes[0] if len(with_bytes) == 1 else None)
     if bytes_column is None and len(with_bytes) > 1:
         raise KtrayError(
@@ -93,7 +106,11 @@ def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> st
 
 
 def caption_column(schema: pa.Schema) -> str | None:
-    return _named([f.name for f in schema if holds_text(f.type)], CAPTION_NAMES)
+    return _named([f.name for f in schema if _is_text(f)], CAPTION_NAMES)
+
+
+def _is_text(column: pa.Field) -> bool:
+    return holds_text(column.type) or (holds_bytes(column.type) and not holds_image(column))
 
 
 def _named(columns: Sequence[str], preferred: Sequence[str]) -> str | None:

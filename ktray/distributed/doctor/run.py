@@ -16,7 +16,7 @@ from ktray.distributed.doctor.checks import DoctorCheck
 from ktray.distributed.doctor.pairs import meet, pairs
 from ktray.distributed.doctor.probe import ProbeRequest, clock, probe
 from ktray.distributed.ray_internals import dashboard_address
-from ktray.errors import KtrayError
+from ktray.errors import KtrayError, ResourceError
 from ktray.recipe.schema import Recipe
 from ktray.redact import scrub
 from ktray.storage.store import Store
@@ -104,7 +104,7 @@ def require(recipe: Recipe) -> None:
         return
     for check in examine(recipe, quick=True):
         if check.state == "FAIL":
-            raise KtrayError(f"{check.name}: {check.found}", check.remedy)
+            raise ResourceError(f"{check.name}: {check.found}", check.remedy)
         if check.state == "warn":
             logger.info(f"doctor    {check.line}")
 
@@ -122,7 +122,9 @@ def show(recipe: Recipe, debug: bool = False) -> None:
         if check.state == "FAIL":
             failed.append(check.name)
     if failed:
-        raise KtrayError(f"{len(failed)} check(s) failed: {', '.join(failed)}", "Each line above says what to change.")
+        raise ResourceError(
+            f"{len(failed)} check(s) failed: {', '.join(failed)}", "Each line above says what to change."
+        )
 
 
 def _on(work: Callable[..., Any], node: str, gpus: float = 0.0) -> Any:

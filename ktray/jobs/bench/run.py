@@ -33,7 +33,7 @@ from ktray.jobs.bench.workers import workers
 from ktray.miniverse.photos import ensure_tars
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
-from ktray.reporting.result import SCHEMA, BenchResult, write_result
+from ktray.reporting.result import SCHEMA, BenchResult, finished, write_result
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
 
@@ -82,6 +82,7 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         "commit": (commit() or "")[:7] or None,
         "versions": versions(),
         "device": describe_device(),
+        **finished(began),
         "wall_seconds": round(time.time() - began, 1),
     }
     folder.write("recipe.yaml", dump(recipe).encode())

@@ -23,12 +23,15 @@ from ktray.jobs.compare.mlflow import chart, log
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.compare.random_draws import Methods
 from ktray.jobs.compare.runner import Runner, open_folder
+from ktray.pipeline.checks import require_test_split
+from ktray.pipeline.failure import failure_recorded
+from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump, override
 from ktray.recipe.schema import Recipe
 from ktray.reporting.log import result
-from ktray.reporting.result import SCHEMA, CompareResult, write_result
+from ktray.reporting.result import SCHEMA, CompareResult, finished, write_result
 from ktray.storage.store import local_home
 
 logger = logging.getLogger("ktray")
@@ -53,11 +56,13 @@ def _compare(
 ) -> dict[str, Any]:
     store, whole = session.store, session.allocation
     methods = list_methods(recipe)
+    require_test_split(resolve(recipe, whole).task, "jobs/compare.py compares methods on it")
     seeds = recipe.compare.seeds
     at_once, why = how_many(recipe.compare.parallel, whole, len(methods) * len(seeds), session.memory)
     logger.info(f"cluster   {at_once} runs at once ({why})")
     run_id, folder = open_folder(store, recipe, until)
     logger.info(f"compare   {folder.uri}")
+    until.enter_context(failure_recorded(folder, run_id, begun))
     folder.write("recipe.yaml", dump(recipe).encode())
     runner = Runner(store, folder, whole, share(whole, at_once), at_once, debug)
     aside = recipe.model_copy(deep=True)
@@ -116,6 +121,7 @@ def _compare(
         "versions": any_result["versions"],
         "device": any_result["device"],
         "ktray": ktray.__version__,
+        **finished(begun),
         "wall_seconds": round(time.time() - begun, 2),
     }
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:

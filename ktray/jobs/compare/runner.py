@@ -88,5 +88,8 @@ class Runner:
         run = self.store.run(str(self.folder.read_json(f"done/{key}.json")["run"]))
         if not run.exists("result.json"):
             return False
-        self.results[key] = run.read_json("result.json")
+        result = run.read_json("result.json")
+        if result.get("status", "finished") != "finished":
+            return False
+        self.results[key] = result
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import ktray
 from ktray.accounting.device import describe_device, versions
-from ktray.data.labelled.forms import count
+from ktray.data.labelled.rows import count
 from ktray.errors import KtrayError
 from ktray.jobs.tune import mlflow, page
 from ktray.jobs.tune.budget import SearchBudget
@@ -32,7 +33,7 @@ from ktray.pipeline.run_folder import RUNNING
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import humanise
-from ktray.reporting.result import SCHEMA, TuneProgress, TuneResult, write_result
+from ktray.reporting.result import SCHEMA, TuneProgress, TuneResult, finished, write_result
 from ktray.reporting.result.tune import Spending, TrialPoint, TrialRecord
 from ktray.reporting.units import flops, percent, seconds, usd
 from ktray.storage.store import Dir
@@ -199,6 +200,7 @@ def build(
         "versions": versions(),
         "device": dict(describe_device()),
         "ktray": ktray.__version__,
+        **finished(time.time() - budget.elapsed),
         "wall_seconds": round(budget.elapsed, 2),
     }
     content["says"] = headline(content)

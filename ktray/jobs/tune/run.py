@@ -33,6 +33,8 @@ from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
 from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
+from ktray.pipeline.checks import require_test_split
+from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import Session, open_session
@@ -70,6 +72,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     logger.info(f"cluster   {at_once} runs at once ({why})")
     part = share(whole, at_once)
     resolved = baseline(recipe, part)
+    require_test_split(resolved.task, "jobs/tune.py tests the best configuration on it")
     base = resolved.recipe
     space = space_of(base, part)
     for spec in space.specs:
@@ -79,6 +82,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     run_id, folder = open_run(store, same, f"tune-{task_title(base)}", until)
     folder.write("recipe.yaml", dump(base).encode())
     logger.info(f"tune      {folder.uri}")
+    until.enter_context(failure_recorded(folder, run_id, time.time()))
     records = Records(folder)
     records.load()
     budget = _open_budget(base, store, folder, at_once, begun)

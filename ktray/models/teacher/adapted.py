@@ -152,7 +152,7 @@ class AdaptedTeacher(nn.Module):
         directory: str | Path,
         device: str | torch.device = "cpu",
         checkpoint: str | None = None,
-        config: str | None = None,
+        config: str | dict[str, Any] | None = None,
     ) -> Form:
         """Inverse of `save`, in evaluation mode.
 

@@ -3,7 +3,8 @@
 from ktray.reporting.result.bench import BenchResult
 from ktray.reporting.result.compare import CompareResult
 from ktray.reporting.result.export import ExportResult
-from ktray.reporting.result.parts import SCHEMA, Result, write_result
+from ktray.reporting.result.failure import FailedResult
+from ktray.reporting.result.parts import SCHEMA, Result, finished, utc, write_result
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
@@ -14,10 +15,13 @@ __all__ = [
     "CurateResult",
     "DistillResult",
     "ExportResult",
+    "FailedResult",
     "IndexResult",
     "Result",
     "TrialResult",
     "TuneProgress",
     "TuneResult",
+    "finished",
+    "utc",
     "write_result",
 ]

@@ -3,6 +3,8 @@ share."""
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -36,6 +38,20 @@ def write_result(folder: Dir, result: Result, name: str = "result.json") -> dict
     content = result.content()
     folder.write_json(name, content)
     return content
+
+
+def finished(begun: float) -> dict[str, str]:
+    """The entries ``status``, ``started`` and ``ended`` of a job that finishes now.
+
+    Args:
+        begun: time of its start, seconds since 1970.
+    """
+    return {"status": "finished", "started": utc(begun), "ended": utc(time.time())}
+
+
+def utc(seconds: float) -> str:
+    """A time, in seconds since 1970, as ISO 8601 in UTC, such as ``2026-11-28T14:30:00Z``."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Gpu(ResultPart):
@@ -172,6 +188,9 @@ class JobRun(Result):
     """The entries that the results of all jobs with a run folder share."""
 
     run_id: str
+    status: Literal["finished"] = Field("finished", description="failed jobs write another result, with their error")
+    started: str = Field("", description="time of the start of the attempt that finished, ISO 8601 in UTC")
+    ended: str = Field("", description="time of the end, ISO 8601 in UTC")
     versions: dict[str, str] = Field(description="versions of Python, ktray and the libraries that affect a result")
     device: Device
     mlflow: MLflowRun

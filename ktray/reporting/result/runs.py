@@ -19,7 +19,7 @@ class StudentMetric(ValidationMetric):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Number] = Field(init=False)
 
-    test: Number
+    test: Number | None = Field(description="null: the data has no test split")
     per_class: dict[str, Number | None] = Field(
         default_factory=dict, description="accuracy by class; null for a class that does not occur"
     )

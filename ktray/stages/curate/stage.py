@@ -145,8 +145,8 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         if len(silent) == gallery.total:
             raise KtrayError(
                 "No gallery image has a caption, and the objective learns from captions",
-                "Set gallery.data to a gallery with captions (in a tar: a .txt for each image), or choose an "
-                "objective that needs no captions.",
+                "Set gallery.data to a gallery with captions (in a tar: a .txt directly before or after each image, as "
+                "`tar --sort=name` writes them), or choose an objective that needs no captions.",
             )
     query_set = Queries.none()
     if inputs.asks is not None:

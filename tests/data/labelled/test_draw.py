@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from ktray.data.labelled.draw import draws, fill_splits, keep_budget
-from ktray.data.labelled.forms import LabelledRow
 from ktray.data.labelled.hygiene_groups import torn_groups, units
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.labelled.read import read_labelled
+from ktray.data.labelled.rows import LabelledRow
 from ktray.errors import KtrayError
 from ktray.recipe.schema import TaskConfig
 from ktray.tasks.base import task_kind

@@ -12,7 +12,6 @@ from PIL import Image, ImageEnhance
 
 from ktray.data.fingerprints import fingerprint_heldout
 from ktray.data.labelled import hygiene_copies as module
-from ktray.data.labelled.forms import LabelledRow
 from ktray.data.labelled.hygiene import (
     NEAR_COPY,
     SAME_FILE,
@@ -23,7 +22,8 @@ from ktray.data.labelled.hygiene import (
     two_labels,
 )
 from ktray.data.labelled.hygiene_copies import MOST, copies, find_copies, looks, structure
-from ktray.data.labelled.hygiene_memory import copies_kept_in
+from ktray.data.labelled.memory import kept_in
+from ktray.data.labelled.rows import LabelledRow
 from ktray.miniverse.world import sample
 from ktray.storage.store import Dir
 
@@ -179,7 +179,7 @@ def test_copies_are_kept_in_the_store_for_the_same_files_only(tmp_path, monkeypa
     rows = [LabelledRow(str(tmp_path / f"{i}.png"), str(i), "x", "train", f"version {i}") for i in range(3)]
     pairs = [(rows[0].uri, rows[1].uri)]
     place = Dir(str(tmp_path / "copies"))
-    with copies_kept_in(place):
+    with kept_in(place):
         assert find_copies(rows, []) == pairs
     assert len(place.names(".json")) == 1
 
@@ -187,7 +187,7 @@ def test_copies_are_kept_in_the_store_for_the_same_files_only(tmp_path, monkeypa
         raise AssertionError("the images are decoded again")
 
     monkeypatch.setattr(module, "_found", read_again)
-    with copies_kept_in(place):
+    with kept_in(place):
         assert find_copies(rows, []) == pairs
         assert find_copies(rows[::-1], []) == pairs
         for changed in (

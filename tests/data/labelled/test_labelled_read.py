@@ -132,6 +132,7 @@ def test_clutter_is_ignored_and_counted(tmp_path):
     make(root, {"train/a": 5, "train/b": 5, "train/empty": 0, "val/a": 1, "test/b": 1, "extras/x": 3})
     (root / "train/a/readme.txt").write_text("")
     (root / "train/a/Thumbs.db").write_text("")
+    (root / "train/b/notes.json").write_text("{}")
     (root / "train/a/.DS_Store").write_text("")
     (root / "train/loose.png").write_bytes(b"")
     out = read_labelled(str(root), seed=0)
@@ -214,7 +215,7 @@ def test_folder_and_list_on_s3(tmp_path, monkeypatch):
     assert [u.removeprefix("s3://") for u in uris] == [
         e.uri.removeprefix(f"{tmp_path}/") for e in [*local.train, *local.val, *local.test]
     ]
-    (tmp_path / "bucket/list.csv").write_text("path,label\nd/a b/0.jpg,x\nd/ü/0.jpg,y\n")
+    (tmp_path / "bucket/list.csv").write_text("path,label,split\nd/a b/0.jpg,x,\nd/ü/0.jpg,y,train\nd/ü/1.jpg,y,val\n")
     assert [e.uri for e in read_labelled("s3://bucket/list.csv", seed=0).train] == [
         "s3://bucket/d/a b/0.jpg",
         "s3://bucket/d/ü/0.jpg",
@@ -288,9 +289,9 @@ HEAD = "path,label,split\n"
     ("text", "what"),
     [
         ("", "has no rows"),
-        ("file,lable\nx/0.jpg,a\n", "no column 'path'"),
+        ("place,label\nx/0.jpg,a\n", "no column 'path'"),
         ("path,lable\nx/0.jpg,a\n", "no column 'label'.*Rename 'lable'"),
-        ("path;label\nx/0.jpg;a\n", "no column 'path'"),
+        ("path:label\nx/0.jpg:a\n", "no column 'path'"),
         (HEAD + "x/0.jpg,a,train\nx/1.jpg,,train\n", "no label in row 3"),
         (HEAD + "x/0.jpg,a,trian\n", "split 'trian' in row 2"),
         (

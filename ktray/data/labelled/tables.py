@@ -1,0 +1,243 @@
+"""Labelled images in tables: CSV lists, and Parquet files with paths or with the images themselves.
+
+Parquet data sets as Hugging Face publishes them have an image column ``{bytes, path}``, class numbers whose names are
+in the metadata of the schema, and several files for each split (``data/train-00000-of-00002.parquet``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktray.data import filesystem
+from ktray.data.filesystem import FileStat
+from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc
+from ktray.data.sources.csv_lists import CsvTable, is_csv, no_rows
+from ktray.data.sources.parquet_tables import PATH_NAMES, holds_image, image_column
+from ktray.data.sources.parquets import ParquetRow
+from ktray.data.sources.uris import ImageRef, resolve
+from ktray.errors import KtrayError
+
+# Names of the columns with the label and with the split, the preferred ones first.
+LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "coarse_label")
+SPLIT_NAMES = ("split", "subset", "partition")
+# Names of columns that probably name a group of images which are not independent.
+_GROUP_LIKE = re.compile(
+    r"(patient|subject|person|lesion|case|study|animal|product|item|video|clip|session|scene|slide|sequence|burst)"
+    r"[ _-]?(id|no|nr|number|name|key)?",
+    re.IGNORECASE,
+)
+_UNLABELLED = "-1"  # the class number of images without a label, as in the test splits of published sets
+
+
+@dataclass
+class _Table:
+    """The columns of a table that describe labelled images, as rows of text.
+
+    Attributes:
+        names: names of all columns.
+        rows: path, label, split and group of each row; "" where a column or a cell is missing.
+        inside: the images are in the file: ``path`` is the number of the row.
+        classes: names of the class numbers.
+        first: number of the first row in messages.
+    """
+
+    names: list[str]
+    rows: Iterator[tuple[str, str, str, str]]
+    inside: bool = False
+    classes: list[str] = field(default_factory=list)
+    first: int = 1
+
+
+def read_table(file: FileStat, notes: list[str], group: str | None, split: str = "train") -> list[LabelledRow]:
+    """The labelled images of a CSV or Parquet list.
+
+    Args:
+        notes: decisions with their reasons are appended.
+        group: the column with the group of each image; None: the column ``group``, if there is one.
+        split: the split of rows without one.
+
+    Raises:
+        KtrayError: the list cannot be read, lacks a column, or has a row without path or label, or none of its images
+            exists.
+    """
+    path = file.path
+    table = _csv(path, group, notes) if is_csv(path) else _parquet(path, group, notes)
+    version = f"list {file.size}:{file.mtime_ns}"
+    name_in_keys = path.rpartition("/")[2]
+    rows: list[LabelledRow] = []
+    unlabelled = 0
+    for number, (name, label, own_split, member) in enumerate(table.rows, table.first):
+        label = nfc(label)
+        part = own_split.lower() or split
+        if table.classes and label == _UNLABELLED:
+            unlabelled += 1
+            continue
+        if not name or not label or part not in SPLITS:
+            problem = "no path" if not name else "no label" if not label else f"split '{own_split}'"
+            raise KtrayError(
+                f"List '{path}' has {problem} in row {number}",
+                "Fill in path and label; splits are train, val and test.",
+            )
+        if table.classes:
+            if not label.isdigit() or int(label) >= len(table.classes):
+                raise KtrayError(
+                    f"List '{path}' has the label {label} in row {number}, and its {len(table.classes)} classes are "
+                    f"numbered from 0",
+                    "Correct the label, or the class names in the metadata of its schema.",
+                )
+            label = nfc(table.classes[int(label)])
+        uri = str(ParquetRow(path, row=int(name))) if table.inside else resolve(name, path)
+        key = f"{name_in_keys}#row={name}" if table.inside else nfc(name)
+        rows.append(LabelledRow(uri, key, label, SPLITS[part], version, group=nfc(member)))
+    if unlabelled:
+        notes.append(f"{unlabelled} rows of '{name_in_keys}' have no label (-1) and are ignored.")
+    if not rows and not unlabelled:
+        raise no_rows(path)
+    if rows and not any(map(_reachable, rows)):
+        raise KtrayError(
+            f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
+            "Check the paths: they are absolute, s3://, or relative to the folder of the list.",
+        )
+    return rows
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that the name of a table begins with, as in ``train-00000-of-00002.parquet``; None if it names none."""
+    stem = path.rpartition("/")[2].partition(".")[0].lower()
+    first = re.split(r"[-_.]", stem, maxsplit=1)[0]
+    return SPLITS.get(stem) or SPLITS.get(first)
+
+
+def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) -> list[LabelledRow]:
+    """The labelled images of several tables, whose names begin with their splits (see `split_of_file`).
+
+    Raises:
+        KtrayError: see `read_table`; or a name begins with no split although others do.
+    """
+    splits = {file.path: split_of_file(file.path) for file in files}
+    without = [path for path, split in splits.items() if split is None]
+    if without and len(without) < len(files):
+        raise KtrayError(
+            f"The name of '{without[0]}' begins with no split, and those of {len(files) - len(without)} other files do",
+            "Let the names begin with train, val or test, or name one file.",
+        )
+    read: dict[str, list[str]] = defaultdict(list)
+    rows: list[LabelledRow] = []
+    for file in sorted(files, key=lambda f: f.path):
+        split = splits[file.path] or "train"
+        rows += read_table(file, notes, group, split)
+        read[split].append(file.path)
+    listed = ", ".join(f"{len(paths)} for {split}" for split, paths in sorted(read.items()))
+    notes.append(f"{len(files)} tables are read: {listed}.")
+    classes = Counter(row.label for row in rows)
+    if classes and all(name.isdigit() for name in classes) and len(classes) > 1:
+        notes.append("The class names are numbers: the tables have no names for them.")
+    return rows
+
+
+def _csv(path: str, group: str | None, notes: list[str]) -> _Table:
+    table = CsvTable.open(path)
+    paths = _column(table.names, ("path", *PATH_NAMES), "path", path)
+    wanted = [paths, *_described(table.names, path, group, notes)]
+    present = [name for name in wanted if name]
+    at = [present.index(name) if name else -1 for name in wanted]
+
+    def rows() -> Iterator[tuple[str, str, str, str]]:
+        for cells in table.rows(present):
+            path_cell, label, split, member = (cells[i] if i >= 0 else "" for i in at)
+            yield path_cell, label, split, member
+
+    return _Table(table.names, rows(), first=2)
+
+
+def _parquet(path: str, group: str | None, notes: list[str]) -> _Table:
+    try:
+        with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
+            schema = file.schema_arrow
+            names = list(schema.names)
+            inside = any(holds_image(f) for f in schema)
+            images = image_column(schema, "auto", path) if inside else None
+            paths = None if inside else _column(names, ("path", *PATH_NAMES), "path", path)
+            described = _described([n for n in names if n != images], path, group, notes)
+            present = [name for name in (paths, *described) if name]
+            columns = file.read(columns=present).to_pydict()
+            count = file.metadata.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise KtrayError(
+            f"List '{path}' is not a complete Parquet file: {filesystem.why(error)}", "Write the file again."
+        ) from error
+
+    def rows() -> Iterator[tuple[str, str, str, str]]:
+        for i in range(count):
+            label, split, member = (_text(columns[name][i]) if name else "" for name in described)
+            yield str(i) if paths is None else _text(columns[paths][i]), label, split, member
+
+    return _Table(names, rows(), inside, class_names(schema, described[0] or ""))
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str]:
+    """The names of class numbers that Hugging Face's ``datasets`` stores in a schema (feature ClassLabel); else []."""
+    try:
+        facts = json.loads((schema.metadata or {})[b"huggingface"])
+        feature = facts["info"]["features"][column]
+        names = feature["names"] if feature.get("_type") == "ClassLabel" else []
+        return [str(name) for name in names] if pa.types.is_integer(schema.field(column).type) else []
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _described(names: Sequence[str], path: str, group: str | None, notes: list[str]) -> tuple[str, str, str]:
+    """The columns with label, split and group; "" for a split or group that the table does not have."""
+    label = _column(names, LABEL_NAMES, "label", path)
+    if label.lower() != LABEL_NAMES[0]:
+        notes.append(f"The column '{label}' of '{path.rpartition('/')[2]}' has the labels.")
+    lower = {name.lower(): name for name in reversed(names)}
+    split = next((lower[name] for name in SPLIT_NAMES if name in lower), "")
+    if group is not None:
+        member = _column(names, (group.lower(),), group, path, " (task.group)")
+    else:
+        member = lower.get("group", "")
+        seen = [name for name in names if _GROUP_LIKE.fullmatch(name) and name not in (label, split)]
+        if not member and seen:
+            notes.append(
+                f"The column '{seen[0]}' may name images that belong together; task.group={seen[0]} keeps them in one "
+                "split."
+            )
+    return label, split, member
+
+
+def _column(names: Sequence[str], known: Sequence[str], needed: str, path: str, key: str = "") -> str:
+    lower = {name.lower(): name for name in reversed(names)}
+    found = next((lower[name] for name in known if name in lower), None)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(needed.lower(), lower, n=1)
+    hint = f"Rename '{lower[near[0]]}'" if near else f"This one has the columns {', '.join(names)}"
+    raise KtrayError(
+        f"List '{path}' has no column '{needed}'{key}", f"A list has the columns path,label[,split][,group]. {hint}."
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # null or NaN
+        return ""
+    if isinstance(value, bytes):  # Spark writes text without saying that it is text
+        return value.decode("utf-8", "replace").strip()
+    if isinstance(value, float) and value.is_integer():  # pandas writes integers with nulls as floats
+        return str(int(value))
+    return str(value).strip()
+
+
+def _reachable(row: LabelledRow) -> bool:
+    """False if the file is certainly missing. Single missing files are quarantined when they are read."""
+    container = ImageRef.parse(row.uri).path
+    return filesystem.is_remote(container) or filesystem.stat(container) is not None

@@ -1,0 +1,93 @@
+"""Checks of a recipe before anything is paid: files that do not exist, names that name nothing, disks that are full."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ktray.accounting.prices import price_table
+from ktray.data import filesystem
+from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.errors import KtrayError
+from ktray.recipe.schema import Recipe
+
+_FEW_GB = 2.0
+
+
+def require_files(recipe: Recipe) -> None:
+    """Check that the files of weights and configs exist.
+
+    Raises:
+        KtrayError: one does not; the message has the nearest name in its folder.
+    """
+    for key, path in _files(recipe):
+        place = filesystem.normalise(path)
+        try:
+            found = filesystem.stat(place)
+        except OSError as error:
+            raise KtrayError(
+                f"{key}={path} cannot be read: {filesystem.why(error)}", "Check its permissions."
+            ) from error
+        if found is None:
+            raise KtrayError(f"There is no file '{path}' ({key})", _nearest(place) or f"Set {key} to an existing file.")
+
+
+def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    teacher, student = recipe.teacher, recipe.student
+    parts = [("teacher", teacher), *(("teacher.others", other) for other in teacher.others), ("student", student)]
+    for prefix, part in parts:
+        for name in ("checkpoint", "config"):
+            if path := getattr(part, name, None):
+                yield f"{prefix}.{name}", path
+
+
+def _nearest(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    if filesystem.is_remote(path) or not filesystem.is_folder(folder or "/"):
+        return ""
+    near = difflib.get_close_matches(name, filesystem.children(folder or "/")[1], n=1)
+    return f"Did you mean '{folder}/{near[0]}'?" if near else ""
+
+
+def require_test_split(task: LabelledSet, why: str) -> None:
+    """Raises KtrayError if the data has no test split, for jobs that need one."""
+    if not task.test:
+        raise KtrayError(
+            f"There is no test image, and {why}",
+            "Add a test split, or more images: with three or more in a class, one is split off for testing.",
+        )
+
+
+def warnings(recipe: Recipe, device: Mapping[str, Any]) -> list[str]:
+    """What is probably not meant, as sentences: prices for devices that do not exist here, and a full disk.
+
+    Args:
+        device: the result of `ktray.accounting.device.describe_device`.
+    """
+    return [*_prices(recipe, device), *_disk(recipe)]
+
+
+def _prices(recipe: Recipe, device: Mapping[str, Any]) -> Iterator[str]:
+    table = price_table()
+    known = {"cpu_core", *table["accelerators"], *table["instances"], str(device.get("instance") or "")}
+    names = [str(gpu["name"]).lower() for gpu in device.get("gpus") or []]
+    for name in recipe.prices:
+        if name in known or any(name.lower() in gpu for gpu in names):
+            continue
+        near = difflib.get_close_matches(name, known - {""}, n=1, cutoff=0.6)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        yield f"WARNING: prices.{name} names no device of ktray's table or of this machine.{hint}"
+
+
+def _disk(recipe: Recipe) -> Iterator[str]:
+    if "://" in recipe.store:
+        return
+    place = Path(recipe.store).expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < _FEW_GB * 1e9:
+        yield f"WARNING: the disk of the store has {free / 1e9:.1f} GB left ({place}); the stages may not fit."
