@@ -13,7 +13,17 @@ from typing import Any
 
 import ktray
 from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.surroundings import (
+    LEAST_OBJECT_STORE,
+    check_address,
+    give_a_home,
+    not_reached,
+    shared_memory,
+    use_short_temporary_folder,
+)
 from ktray.distributed.termination import kept_sigterm
+
+logger = logging.getLogger("ktray")
 
 # Environment of the worker processes. By default glibc returns the memory of a large tensor to the kernel when the
 # tensor is freed, and a training step then waits for some 5,000 page faults. With these settings glibc keeps and reuses
@@ -56,6 +66,10 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         "RAY_BACKEND_LOG_LEVEL": "info" if debug else "fatal",
     }.items():
         os.environ.setdefault(name, value)
+    check_address(os.environ.get("RAY_ADDRESS"))
+    for done in (give_a_home(os.environ), use_short_temporary_folder(os.environ)):
+        if done:
+            logger.info(f"machine   {done}")
     _authenticate(os.environ.get("RAY_ADDRESS"))
     import ray.data  # before the levels below: importing it sets them
 
@@ -72,8 +86,11 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         # The workers of a submitted job already run in its working directory; other drivers must send the package.
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(ktray.__file__).parent)]}
         env["env_vars"] = worker_settings()
-        with kept_sigterm():
-            ray.init(address=address, runtime_env=env, **common)
+        try:
+            with kept_sigterm():
+                ray.init(address=address, runtime_env=env, **common)
+        except (ConnectionError, TimeoutError, OSError) as error:
+            raise not_reached(address, error) from error
     else:
         from ktray.accounting.device import memory_bytes, usable_cpus
 
@@ -82,12 +99,15 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
         for name, value in (TUNED | idle).items():  # the workers are started from here
             os.environ.setdefault(name, value)
+        size = object_store or _object_store(memory_bytes())
+        for told in shared_memory(size, memory_bytes()):
+            logger.warning(f"machine   {told}")
         with kept_sigterm():
             ray.init(
                 address="local",
                 include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
                 num_cpus=cores,
-                object_store_memory=object_store or _object_store(memory_bytes()),
+                object_store_memory=size,
                 **common,
             )
     # Ray Data logs an error with its traceback and also raises it; the command line prints it in one line.
@@ -106,7 +126,7 @@ def _object_store(memory: float) -> int:
     own share, as far as the shared memory of the machine has room.
     """
     if memory < 32e9:
-        return int(min(2e9, 0.15 * memory))
+        return int(min(2e9, max(LEAST_OBJECT_STORE, 0.15 * memory)))
     with contextlib.suppress(OSError):
         shared = os.statvfs("/dev/shm")
         return int(max(2e9, min(0.3 * memory, 0.9 * shared.f_bavail * shared.f_frsize)))

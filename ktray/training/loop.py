@@ -23,6 +23,7 @@ from torch import nn
 from ktray.recipe.section import Section
 from ktray.training.average import Average
 from ktray.training.checkpoint_interval import CheckpointInterval
+from ktray.training.cpu_share import CpuShare
 from ktray.training.messages import CurvePoint, LoopMessage, Started, StepProgress
 from ktray.training.optimisation import learning_rate
 
@@ -225,12 +226,15 @@ class Trainer:
         waited, first = 0.0, state.step
         before, reported = state.seconds, state.step
         stream = self.p.batches(state.step, s.steps)
+        share = CpuShare() if self.p.device.type == "cpu" else None
         while state.step < s.steps and not (s.patience and state.stale >= s.patience):
             wait_began = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - wait_began
             losses.append(self._step(batch, state.step))
             state.step += 1
+            if share is not None:
+                share.stepped()
             state.seconds = before + time.perf_counter() - begun
             now = time.perf_counter()
             if now - since > 0.5:
@@ -249,6 +253,8 @@ class Trainer:
                 interval.saved(time.perf_counter() - saving)
         if reported < state.step:  # also if the training stops early, so that all of its steps are counted
             self._report(waited / (time.perf_counter() - begun))
+        if share is not None:
+            share.end()
         self._keep_last_if_as_good()
         state.finished = True
         self._save()

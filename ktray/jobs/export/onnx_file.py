@@ -20,6 +20,7 @@ from ktray.models.messages import cause
 from ktray.models.student.classifier import Student
 
 OPSET = 18  # the lowest that torch's exporter writes; onnxruntime has read it since 1.14 (February 2023)
+IR_VERSION = 8  # the lowest that allows this opset; torch's exporter writes 10, which onnxruntime reads since 1.18
 INPUT, OUTPUT = "image", "logits"
 
 
@@ -62,9 +63,28 @@ def write(student: Student, path: Path) -> None:
 
 
 def annotate(model: onnx.ModelProto, student: Student) -> None:
-    """Write class names and preprocessing into the file's metadata, from which `predict` reads them."""
+    """Write class names and preprocessing into the file's metadata, from which `predict` reads them, in the lowest
+    version of the file format that holds the model."""
+    make_portable(model)
     facts = {"classes": student.classes, "preprocess": student.preprocess.to_dict()}
     onnx.helper.set_model_props(model, {METADATA: json.dumps(facts, ensure_ascii=False)})
+
+
+def make_portable(model: onnx.ModelProto) -> None:
+    """Lower the version of the file format to `IR_VERSION`, without what only newer versions have: notes of the
+    exporter on nodes and values, which no runtime reads."""
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        del graph.metadata_props[:]
+        for node in graph.node:
+            del node.metadata_props[:]
+        for value in graph.value_info:
+            del value.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
 
 
 def check(model: onnx.ModelProto, path: Path) -> None:

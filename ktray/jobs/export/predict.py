@@ -1,4 +1,5 @@
-"""Classify images with a student that ktray exported. This needs numpy, Pillow and onnxruntime, but not ktray.
+"""Classify images with a student that ktray exported. This needs Python 3.8, numpy 1.21, Pillow 9.0 and onnxruntime
+1.14, or newer ones, but not ktray.
 
     python predict.py IMAGE ... [--model student.int8.onnx]
 
@@ -28,7 +29,10 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "MPO", "PPM")
 METADATA = "ktray"  # the metadata key of class names and preprocessing in the ONNX file
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_RESAMPLING = getattr(Image, "Resampling", Image)  # Pillow before 9.1 has the filters in the module
+_FILTERS = {"bilinear": _RESAMPLING.BILINEAR, "bicubic": _RESAMPLING.BICUBIC}
+# Longest side of an image as a multiple of its shortest one; of longer images the centre is used.
+MOST_ASPECT = 16
 
 
 def decode(data: bytes) -> Image.Image:
@@ -56,10 +60,22 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
-    if image.has_transparency_data:
+    if _transparent(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparent(image: Image.Image) -> bool:
+    """Whether an image may have transparent pixels; ``has_transparency_data`` of Pillow 10.1."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    w, h = image.size
+    most = MOST_ASPECT * min(w, h)
+    left, top = max(0, (w - most) // 2), max(0, (h - most) // 2)
+    return image.crop((left, top, left + min(w, most), top + min(h, most))) if max(w, h) > most else image
 
 
 def geometry(image: Image.Image, p: dict[str, Any]) -> np.ndarray:
@@ -70,6 +86,7 @@ def geometry(image: Image.Image, p: dict[str, Any]) -> np.ndarray:
     """
     height, width = p["size"]
     tall, wide = int(height / p["crop_pct"]), int(width / p["crop_pct"])
+    image = _bounded(image)
     w, h = image.size
     if p["resize_mode"] == "squash":
         target = (wide, tall)
@@ -164,7 +181,7 @@ class Classifier:
         """
         predictions = []
         for row in self.probabilities(images).tolist():
-            named = dict(zip(self.classes, row, strict=True))
+            named = dict(zip(self.classes, row))  # noqa: B905  # `strict` needs Python 3.10
             label = max(named, key=lambda name: named[name])
             predictions.append({"label": label, "probability": named[label], "probabilities": named})
         return predictions
