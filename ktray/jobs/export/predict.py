@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,18 @@ METADATA = "ktray"  # the metadata key of class names and preprocessing in the O
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _RESAMPLING = getattr(Image, "Resampling", Image)  # Pillow before 9.1 has the filters in the module
 _FILTERS = {"bilinear": _RESAMPLING.BILINEAR, "bicubic": _RESAMPLING.BICUBIC}
+_ORIENTATION = 0x0112  # the EXIF tag
+_XMP = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
+_WAYS = getattr(Image, "Transpose", Image)
+_TURNS = {
+    2: _WAYS.FLIP_LEFT_RIGHT,
+    3: _WAYS.ROTATE_180,
+    4: _WAYS.FLIP_TOP_BOTTOM,
+    5: _WAYS.TRANSPOSE,
+    6: _WAYS.ROTATE_270,
+    7: _WAYS.TRANSVERSE,
+    8: _WAYS.ROTATE_90,
+}
 # Longest side of an image as a multiple of its shortest one; of longer images the centre is used.
 MOST_ASPECT = 16
 
@@ -45,16 +58,26 @@ def decode(data: bytes) -> Image.Image:
         Image.init()
         with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             image.load()
-            return _rgb(image)
+            return _rgb(_upright(image, data))
     except Exception as error:  # decoders raise exceptions of any type on damaged input
         raise ValueError(f"not a usable image: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, data: bytes) -> Image.Image:
+    """The image as a viewer shows it: turned as its EXIF data say, or else its XMP data, which Pillow before 9.5 does
+    not look at in a JPEG."""
     try:
-        image = ImageOps.exif_transpose(image)
+        known = _ORIENTATION in image.getexif()
+        image = ImageOps.exif_transpose(image) or image
+        if known or image.format not in (None, "JPEG", "MPO"):
+            return image
+        found = _XMP.search(data[: data.find(b"\xff\xda") + 1 or len(data)])
+        return image.transpose(_TURNS[int(found[1])]) if found and int(found[1]) in _TURNS else image
     except Exception:  # damaged metadata, while the pixels are good
-        image = image.copy()
+        return image.copy()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
