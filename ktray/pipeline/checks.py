@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
 
 _FEW_GB = 2.0
+_SHOWN = 8
 
 
 def require_files(recipe: Recipe) -> None:
@@ -52,6 +54,28 @@ def _nearest(path: str) -> str:
     return f"Did you mean '{folder}/{near[0]}'?" if near else ""
 
 
+def task_counts(task: LabelledSet, image_classes: bool) -> str:
+    """The labelled images in words: the classes by name and the numbers of images by split, as a sentence.
+
+    Args:
+        image_classes: whether each image has one class, so that the images of a class can be counted.
+    """
+    splits = {"training": task.train, "validation": task.val, "test": task.test}
+    text = ", ".join(f"{len(images):,} {name}" for name, images in splits.items()) + " images"
+    shown = ", ".join(task.classes[:_SHOWN]) + (", ..." if len(task.classes) > _SHOWN else "")
+    text = f"{len(task.classes)} classes ({shown}): {text}" if task.classes else text
+    if not image_classes or not task.classes:
+        return text
+    least_and_most = []
+    for name, images in splits.items():
+        each = Counter(example.label for example in images)
+        if images:
+            numbers = sorted({each[i] for i in range(len(task.classes))})
+            span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+            least_and_most.append(f"{span} {name}")
+    return f"{text}; of each class {', '.join(least_and_most)}"
+
+
 def require_test_split(task: LabelledSet, why: str) -> None:
     """Raises KtrayError if the data has no test split, for jobs that need one."""
     if not task.test:
@@ -68,6 +92,17 @@ def warnings(recipe: Recipe, device: Mapping[str, Any]) -> list[str]:
         device: the result of `ktray.accounting.device.describe_device`.
     """
     return [*_prices(recipe, device), *_disk(recipe)]
+
+
+def cautions(recipe: Recipe) -> list[str]:
+    """What is assumed of the teachers, as sentences."""
+    if not recipe.teacher.checkpoint:
+        return []
+    from ktray.models.teacher.families.base import TeacherSource, family_of  # slow to import
+
+    part = recipe.teacher
+    source = TeacherSource(str(part.name), part.checkpoint, part.config, part.image_size)
+    return [text for text in (family_of(source.name).caution(source),) if text]
 
 
 def _prices(recipe: Recipe, device: Mapping[str, Any]) -> Iterator[str]:

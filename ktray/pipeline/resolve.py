@@ -26,7 +26,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
 from ktray.objectives.matching import ClassMatching
-from ktray.pipeline.checks import require_files, warnings
+from ktray.pipeline.checks import cautions, require_files, task_counts, warnings
 from ktray.pipeline.image_kinds import (
     batch_size,
     choose_augmentation,
@@ -84,7 +84,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     require_files(recipe)
     reasons += warnings(recipe, describe_device())
     task, names, prompts = labelled_task(recipe, choose)
-    reasons += list(task.notes)
+    reasons += [*task.notes, task_counts(task, task_kind(recipe.task.kind).image_classes)]
     if (recipe.transfer.source == "list") != (recipe.transfer.list is not None):
         raise KtrayError(
             "transfer.source=list and transfer.list=FILE must be set together, and one is missing",
@@ -99,6 +99,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
     on_gpu = plan.worker_gpus > 0
 
     choose_teacher(recipe, on_gpu, choose)
+    reasons += cautions(recipe)
     if recipe.image_size is None:
         size = next((s for s in (224, 160, 128, 96, 64, 48, 32) if s <= median), 32)
         if not on_gpu and size > 128:

@@ -59,3 +59,14 @@ def test_a_family_needs_two_methods_only() -> None:
     assert (family.has_text, family.map_widths(tower), family.layer_order(tower)) == (False, [], None)
     assert family.licence("one").startswith("unknown")
     assert family.untrained("one") is None
+
+
+def test_an_assumed_activation_is_told() -> None:
+    family = family_of("open_clip:ViT-B-32")
+    told = family.caution(TeacherSource("open_clip:ViT-B-32", "/x.safetensors"))
+    assert "QuickGELU" in told
+    assert "teacher.name=open_clip:ViT-B-32/openai" in told
+    assert family.caution(TeacherSource("open_clip:ViT-B-32/openai", "/x.safetensors")) == ""
+    assert family.caution(TeacherSource("open_clip:ViT-B-32")) == ""
+    assert family.caution(TeacherSource("open_clip:ViT-B-16-SigLIP", "/x.safetensors")) == ""
+    assert family_of("timm:vit_base").caution(TeacherSource("timm:vit_base", "/x")) == ""

@@ -143,6 +143,10 @@ class TeacherFamily(ABC):
         this case its child modules are its layers."""
         return None
 
+    def caution(self, source: TeacherSource) -> str:
+        """What is assumed of a teacher that its weights do not tell, as a sentence; empty if nothing is."""
+        return ""
+
     def hub_files(self, model: str) -> tuple[str, tuple[str, ...]] | None:
         """The repository of a model's published weights on the Hugging Face hub, and the possible names of their file;
         None if they are not there. See `ktray.models.hub.available`."""

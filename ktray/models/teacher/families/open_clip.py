@@ -71,6 +71,19 @@ class OpenClipFamily(TeacherFamily):
             raise KtrayError(f"Teacher '{source.name}' has no weights", WAY_OUT.replace("FILE,", f"FILE{hint},"))
         return ResolvedTeacher(source, "open_clip", model, tag, source.checkpoint, parsed)
 
+    def caution(self, source: TeacherSource) -> str:
+        architecture, _, tag = model_of(source.name).partition("/")
+        if tag or not source.checkpoint or source.config:
+            return ""
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        quick = [t for t in tags if (open_clip.get_pretrained_cfg(architecture, t) or {}).get("quick_gelu")]
+        if not quick:
+            return ""
+        return (
+            f"WARNING: teacher.checkpoint is taken for a model with GELU; weights of {', '.join(quick[:3])} need "
+            f"QuickGELU and give poor embeddings without it: for them, set teacher.name={source.name}/{quick[0]}."
+        )
+
     def architecture(self, found: ResolvedTeacher) -> Any:
         return found.config or open_clip.get_model_config(found.model)
 

@@ -1,0 +1,66 @@
+"""What is checked and told before anything is paid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ktray import recipe as recipes
+from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
+from ktray.errors import KtrayError
+from ktray.pipeline.checks import require_files, require_test_split, task_counts, warnings
+
+DEVICE = {"cores": 2, "gpus": [{"name": "NVIDIA L4"}], "instance": "g6.xlarge"}
+
+
+def recipe(*keys: str) -> recipes.Recipe:
+    return recipes.load(None, ["task.data=/z", *keys])
+
+
+@pytest.mark.parametrize("key", ["teacher.checkpoint", "teacher.config", "student.checkpoint"])
+def test_a_file_that_is_not_there_is_named_with_the_nearest(tmp_path: Path, key: str) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    require_files(recipe("teacher.name=x", f"{key}={tmp_path}/weights.pt"))
+    with pytest.raises(KtrayError, match=rf"There is no file .*\({key}\)\. Did you mean '.*/weights\.pt'\?"):
+        require_files(recipe("teacher.name=x", f"{key}={tmp_path}/weigths.pt"))
+    with pytest.raises(KtrayError, match=f"Set {key} to an existing file"):
+        require_files(recipe("teacher.name=x", f"{key}=/nowhere/at/all.pt"))
+
+
+def test_files_of_further_teachers(tmp_path: Path) -> None:
+    with pytest.raises(KtrayError, match=r"teacher\.others\.checkpoint"):
+        require_files(recipe("teacher.name=x", "teacher.others=[{name: y, checkpoint: /nowhere.pt}]"))
+
+
+def test_prices_that_name_nothing() -> None:
+    assert warnings(recipe("prices.g6.xlarge=0.9", "prices.L4=0.5", "prices.cpu_core=0.1"), DEVICE) == []
+    (told,) = warnings(recipe("prices.FOO=0.9"), DEVICE)
+    assert "prices.FOO names no device" in told
+    (told,) = warnings(recipe("prices.H10=0.9"), DEVICE)
+    assert "Did you mean 'H100'?" in told
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1, 1, 1e8))
+    (told,) = warnings(recipe(f"store={tmp_path}/not/yet/there"), DEVICE)
+    assert "0.1 GB left" in told
+    assert warnings(recipe("store=s3://bucket/x"), DEVICE) == []
+
+
+def test_the_counts_of_a_task() -> None:
+    def images(*labels: int) -> list[LabelledExample]:
+        return [LabelledExample(f"{i}.jpg", label) for i, label in enumerate(labels)]
+
+    task = LabelledSet(["cat", "dog"], images(0, 0, 0, 1), images(0, 1), [])
+    assert task_counts(task, True) == (
+        "2 classes (cat, dog): 4 training, 2 validation, 0 test images; of each class 1 to 3 training, 1 validation"
+    )
+    assert task_counts(task, False) == "2 classes (cat, dog): 4 training, 2 validation, 0 test images"
+    many = LabelledSet([f"c{i}" for i in range(100)], images(*range(100)), [], [])
+    assert task_counts(many, True).startswith("100 classes (c0, c1, c2, c3, c4, c5, c6, c7, ...): 100 training")
+    with pytest.raises(KtrayError, match="There is no test image, and it needs one"):
+        require_test_split(task, "it needs one")
