@@ -18,6 +18,7 @@ from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.stages.transfer import HOW, fit, fits_head, starting_at, strong_policy, student_spec
+from ktray.stages.windows import with_windows
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -77,6 +78,8 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         checkpoint_seconds=inputs.train.checkpoint_seconds,
         keep="best",
     )
+    taught = inputs.targets.taught()
+    replayed = max(1, round(part.batch_size * part.replay))
     job = FinetuneSpec(
         settings,
         starting_at(inputs.student, inputs.transfer),
@@ -84,10 +87,10 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         inputs.views,
         part.batch_size,
         inputs.objective,
-        inputs.train,
+        with_windows(inputs.train, taught, replayed, runtime, stage),
         inputs.metric,
         runtime.store.sub("precision"),
-        inputs.targets.taught(),
+        taught,
         part.replay,
         strong=strong_policy(inputs.train, inputs.views),
     )

@@ -16,6 +16,7 @@ from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
+from ktray.stages.windows import with_windows
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -98,13 +99,14 @@ def run(
 
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
-    part = inputs.train
+    taught = replace(inputs.targets.taught(), weight=inputs.weight)
+    part = with_windows(inputs.train, taught, int(inputs.train.batch_size or 1), runtime, stage)
     settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, keep="best")
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,
         starting_at(inputs.student, inputs.start),
-        replace(inputs.targets.taught(), weight=inputs.weight),
+        taught,
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         inputs.label_batch,
