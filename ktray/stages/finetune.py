@@ -24,6 +24,8 @@ from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import FinetuneSpec
 
+BASELINE_EVALS = 15  # validations of a baseline, after the first
+
 
 @dataclass(frozen=True)
 class FinetuneInputs(StageInputs):
@@ -150,7 +152,9 @@ def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, 
 
 def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
-    settings = TrainerSettings.of(part, steps=inputs.steps, seed=inputs.seed, evals=15, patience=5, keep="best")
+    settings = TrainerSettings.of(
+        part, steps=inputs.steps, seed=inputs.seed, evals=BASELINE_EVALS, patience=5, keep="best"
+    )
     job = FinetuneSpec(
         settings,
         inputs.student,

@@ -60,7 +60,8 @@ def rank_slices(
     start = rank if seed is None else (rank + epoch) % count  # the largest part has another rank in each epoch
     if len(shards) >= 4 * count:
         order = np.arange(len(shards)) if seed is None else _divide(seed, epoch).permutation(len(shards))
-        return [Slice(*shards[i], views=views) for i in order[start::count] if shards[i][1]]
+        own = [shards[i] for i in order[start::count]]
+        return [Slice(name, rows, views=views) for name, rows in own if rows]
     # Every ``count``-th image of the set, so that the parts differ by at most one image.
     before = np.cumsum([0, *(rows // views for _, rows in shards)]).tolist()
     slices = [

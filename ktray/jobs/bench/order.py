@@ -140,8 +140,11 @@ def order(steps: int = STEPS) -> Iterator[BenchRow]:
             "workers": case.ranks,
             "window (rows)": case.window_rows * case.ranks,
         }
-        name = f"{case.name}: "
-        for what, field in (("images in a batch", "images"), ("classes in a batch", "classes")):
-            values = [[float(getattr(m, field))] for m in (limit, reached)]
-            yield BenchRow(name + what, "distinct", "uniform shuffle", *values, facts if field == "images" else {})
-        yield BenchRow(name + "longest sequence of one class", "rows", "uniform shuffle", [limit.run], [reached.run])
+        for what, unit, field in (
+            ("images in a batch", "distinct", "images"),
+            ("classes in a batch", "distinct", "classes"),
+            ("longest sequence of one class", "rows", "run"),
+        ):
+            uniform, trained = ([float(getattr(mixed, field))] for mixed in (limit, reached))
+            name = f"{case.name}: {what}"
+            yield BenchRow(name, unit, "uniform shuffle", uniform, trained, facts if field == "images" else {})

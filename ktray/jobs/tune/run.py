@@ -33,6 +33,7 @@ from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
 from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import Session, open_session
@@ -148,7 +149,7 @@ def space_of(base: Recipe, plan: Allocation) -> Space:
 
 def _planned(resolved: Resolved, stages: Sequence[str]) -> dict[str, float]:
     """Return the planned FLOPs of some stages of the baseline."""
-    return {line.stage: line.flops for line in planning.lines(resolved) if line.stage in stages}
+    return {line.stage: line.flops for line in lines(resolved) if line.stage in stages}
 
 
 def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:

@@ -16,7 +16,7 @@ from ktray.errors import KtrayError
 from ktray.jobs.compare import methods
 from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
 from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, OVER_COST_LIMIT, Records, TrialPoint, TrialRecord
-from ktray.pipeline import plan as planning
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run as pipeline
 from ktray.pipeline.run import whole_stages
@@ -216,7 +216,7 @@ class TrialRunner:
     def _stages(self, recipe: Recipe) -> dict[str, float]:
         with muted():
             resolved = resolve(recipe, self.share)
-        return {line.stage: line.flops for line in planning.lines(resolved) if line.stage != "evaluate"}
+        return {line.stage: line.flops for line in lines(resolved) if line.stage != "evaluate"}
 
     def _fit(self, record: TrialRecord) -> None:
         """Reduce the steps of a trial whose model would cost more than the winner may."""

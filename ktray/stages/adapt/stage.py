@@ -47,6 +47,7 @@ logger = logging.getLogger("ktray")
 
 SCORES = "scores.json"  # the scores of a trained candidate, in its folder
 TRAINED = "trained.safetensors"  # weights of a candidate that is not calibrated yet
+TOWER_EVALS = 5  # validations of the training of a tower, after the first
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,9 @@ def _train(
     done = f"candidate-{name}/{SCORES}"
     if stage.exists(done):  # by an attempt that was interrupted later, in the training of another candidate
         return dict(stage.read_json(done))
-    settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=5, keep="best")
+    settings = TrainerSettings.of(
+        part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=TOWER_EVALS, keep="best"
+    )
     base = stage.sub(f"candidate-{start}")
     labels = labels_stage.labels_of(inputs.labels, inputs.kind)
     job = AdaptSpec(settings, base, labels, views, part, inputs.metric)
