@@ -94,6 +94,7 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
             "workers": recipe.cluster.workers,
             "cpus": context.plan.total_cpus,
             "gpus": context.plan.total_gpus,
+            "machines": context.runtime.machines.types() if context.runtime.machines else [],
         },
         "wall_seconds": round(time.time() - begun, 2),
     }

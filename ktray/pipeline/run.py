@@ -15,6 +15,7 @@ from ktray.accounting.device import describe_device
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
@@ -179,11 +180,17 @@ def _open(
     )
     logger.info(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
-    return _context(store, resolved, plan, ledger, tracker, run_id)
+    return _context(store, resolved, plan, ledger, tracker, run_id, ClusterMachines(plan, recipe.prices))
 
 
 def _context(
-    store: Store, resolved: Resolved, plan: Allocation, ledger: Ledger, tracker: Tracker, run_id: str
+    store: Store,
+    resolved: Resolved,
+    plan: Allocation,
+    ledger: Ledger,
+    tracker: Tracker,
+    run_id: str,
+    machines: ClusterMachines | None = None,
 ) -> RunContext:
     recipe = resolved.recipe
     return RunContext(
@@ -196,6 +203,7 @@ def _context(
             run_id=run_id,
             cluster=recipe.cluster,
             max_bad_fraction=recipe.data.max_bad_fraction,
+            machines=machines,
         ),
         task=resolved.task,
         class_names=resolved.class_names,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ktray.accounting.held import Held
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
-from ktray.stages.inputs import StageInputs
+from ktray.stages.inputs import Devices, StageInputs
 from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
 from ktray.storage.lease import Lease, LeaseLost
@@ -42,6 +45,7 @@ class Runtime:
         phase: name of the phase if the pretraining has several; it marks their progress and curves.
         read: number of images that the run has read.
         quarantine: those of these images that cannot be used.
+        machines: the machines of the cluster with their prices; None in a plan.
         planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
     """
 
@@ -55,6 +59,7 @@ class Runtime:
     phase: str = ""
     read: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
+    machines: ClusterMachines | None = None
     planned: dict[str, bool] | None = None
 
 
@@ -218,8 +223,29 @@ class Reporter:
             self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
-        gpus = self.runtime.plan.worker_gpus
-        self.meter.hold(message.workers * gpus if gpus else message.machines)
+        if self.runtime.machines is None or not message.nodes:
+            return
+        held = self.runtime.machines.workers(message.nodes)
+        if len(self.starts) > 1:
+            self.meter.hold(held)
+        else:  # the workers had their places before they could say so
+            self.meter.correct(held)
+
+    @contextlib.contextmanager
+    def task(self) -> Iterator[Callable[[str], None]]:
+        """Book a task on one device. It yields a function that is to be called with the node of the task."""
+        machines = self.runtime.machines
+        if machines is None:
+            yield lambda node: None
+            return
+        self.meter.hold(machines.some(self.runtime.plan.worker_gpus or 1.0))
+
+        def worked_at(node: str) -> None:
+            held = machines.workers([node])
+            self.meter.correct(held)
+            self.meter.hold(held)  # what follows is not part of the task
+
+        yield worked_at
 
     def _state(self, state: str, why: str) -> None:
         """Record the state of Ray Train's controller. It is no heartbeat, because the controller may retry for ever."""
@@ -304,9 +330,8 @@ def _attempt(
     runs cannot change them."""
     key = inputs.key_of(parts)
     shown, ledger_stage = names
-    devices = runtime.plan.least * runtime.plan.worker_gpus or 1
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, devices) as meter:
+    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, _held(runtime, inputs.devices)) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
@@ -327,6 +352,18 @@ def _attempt(
     manifest = stage.commit(manifest, lease)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
+
+
+def _held(runtime: Runtime, devices: Devices) -> Held | None:
+    """What a stage holds at its start, until its workers say where they are."""
+    machines, plan = runtime.machines, runtime.plan
+    if machines is None:
+        return None
+    whole = machines.cluster()
+    if devices == "cluster":
+        return whole
+    one = plan.worker_gpus or 1.0
+    return whole.of(min(one * (plan.least if devices == "workers" else 1), whole.devices))
 
 
 def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:

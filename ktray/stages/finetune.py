@@ -37,6 +37,7 @@ class FinetuneInputs(StageInputs):
     """
 
     stage = "finetune"
+    devices = "workers"
     version = 3  # 2: views keyed by image; 3: only the fields of the chosen objective
 
     transfer: StageResult
@@ -110,6 +111,7 @@ class ScratchInputs(StageInputs):
     """
 
     stage = "scratch"
+    devices = "workers"
     version = 3  # 2: views keyed by image; 3: declared inputs
 
     labels: StageResult

@@ -45,6 +45,7 @@ class TransferInputs(StageInputs):
     """
 
     stage = "transfer"
+    devices = "workers"
     # 2: views keyed by image; 3: only the fields of the chosen objective; 4: ends early for a fall;
     # 5: the last weights, unless validation has fallen
     version = 5

@@ -65,6 +65,7 @@ class AdaptInputs(StageInputs):
     """
 
     stage = "adapt"
+    devices = "one"
     # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept; 4: declared inputs
     version = 4
 
@@ -135,9 +136,10 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "the task that fits the teacher's heads",
         "Choose a smaller teacher, or use machines with more memory.",
     )
-    fitted = run_with_retries(
-        fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus
-    )
+    with reporter.task() as at:
+        fitted = run_with_retries(
+            fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus, at=at
+        )
     reporter.shards([ShardSummary("heads", images=fitted["images"], flops=fitted["flops"])])
     if reporter.progress:
         reporter.progress.update(fitted["images"])
@@ -226,14 +228,16 @@ def _train(
 
     def finish(weights: Path) -> None:
         stage.write(TRAINED, weights.read_bytes())
-        calibrated = run_with_retries(
-            partial(_calibrate, job, stage, name),
-            "the task that calibrates the teacher",
-            "Choose a smaller teacher, or use machines with more memory.",
-            runtime.cluster.max_failures,
-            cpus=plan.actor_cpus,
-            gpus=plan.actor_gpus,
-        )
+        with reporter.task() as at:
+            calibrated = run_with_retries(
+                partial(_calibrate, job, stage, name),
+                "the task that calibrates the teacher",
+                "Choose a smaller teacher, or use machines with more memory.",
+                runtime.cluster.max_failures,
+                cpus=plan.actor_cpus,
+                gpus=plan.actor_gpus,
+                at=at,
+            )
         result.update(calibrated["scores"])
         reporter.shards([ShardSummary(f"calibrate-{name}", images=calibrated["images"], flops=calibrated["flops"])])
         stage.delete(TRAINED)
