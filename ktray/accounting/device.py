@@ -11,6 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def _nvml_gpus() -> list[dict[str, Any]]:
         ]
     except Exception:  # no driver, no NVML in the container
         return []
+
+
+def device_name(description: Mapping[str, Any], gpu: bool) -> str:
+    """The name of a device, by which speeds are compared: of the GPUs, or of the processor with its cores."""
+    gpus = description.get("gpus") or []
+    if gpu and gpus:
+        return str(gpus[0]["name"])
+    return f"{description['cpu']}, {description['cores']} cores"
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

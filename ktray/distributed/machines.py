@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ktray.accounting.device import describe_device, describe_node
+from ktray.accounting.device import describe_device, describe_node, device_name
 from ktray.accounting.held import Held, Machine, cluster_holds, workers_hold
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.nodes import on_node, on_nodes
@@ -46,6 +46,13 @@ class ClusterMachines:
         names = ("instance", "market", "accelerator", "usd_per_hour")
         return [{"count": count, **dict(zip(names, about, strict=True))} for about, count in found.items()]
 
+    def name(self) -> str:
+        """The names of the devices of the machines that work."""
+        gpu = bool(self.allocation.worker_gpus)
+        machines = self.working()
+        with_gpus = [machine for machine in machines if machine.gpus] if gpu else machines
+        return " + ".join(sorted({device_name(m.description, gpu) for m in with_gpus or machines}))
+
     def cluster(self) -> Held:
         """What a stage holds that works on the whole part of the job."""
         import ray
@@ -58,6 +65,18 @@ class ClusterMachines:
     def some(self, devices: float) -> Held:
         """A number of devices whose place is not known yet, at the mean price."""
         return self.cluster().of(devices)
+
+    def expected(self, devices: str) -> Held:
+        """What a stage holds at its start, until its workers say where they are.
+
+        Args:
+            devices: `ktray.stages.inputs.StageInputs.devices`.
+        """
+        whole, part = self.cluster(), self.allocation
+        if devices == "cluster":
+            return whole
+        count = (part.worker_gpus or 1.0) * (part.least if devices == "workers" else 1)
+        return whole.of(min(count, whole.devices))
 
     def workers(self, nodes: Sequence[str]) -> Held:
         """What training workers hold, by the node of each."""

@@ -1,19 +1,25 @@
 """``--plan``: the stages of a run, which of them the store holds already, and what the others will cost. Nothing runs.
 
-Time and money follow from an assumed rate (FLOP/s), so they are only as accurate as that rate; the ledger of a run has
-the measured values.
+Time and money follow from the speeds that runs with this store have measured on such a device, else from those that
+ktray ships, else from a roofline (`ktray.pipeline.estimate`). The ledger of a run has the measured values, and its
+``result.json`` compares them with the plan.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 
 from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
+from ktray.accounting.roofline import CORE_RATE
+from ktray.accounting.speeds import SHIPPED as TABLE
+from ktray.accounting.speeds import STORE, Speed
 from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
-from ktray.pipeline.plan_gallery import gallery_images, given_embeddings
-from ktray.pipeline.plan_stages import lines, teacher_cost
+from ktray.pipeline.estimate import CORES, ROOFLINE, Estimate, PlannedDevice, estimate
+from ktray.pipeline.plan_gallery import gallery_images, given_embeddings, missing_images
+from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, teacher_cost, traffic_of
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
 from ktray.recipe.schema import Recipe
 from ktray.retrieval.crops import Crops
@@ -21,13 +27,17 @@ from ktray.storage.store import Store
 
 logger = logging.getLogger("ktray")
 
-# Sustained FLOP/s per device in training and embedding: 35% of the dense bf16 peak of NVIDIA's data sheets.
+# For tables of several devices (comparisons, galleries): 35% of the dense bf16 peak of NVIDIA's data sheets.
 RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
 GPU_RATE = 42e12
-CORE_RATE = 30e9  # one CPU core, fp32; these models reach between 10 and 60 GFLOP/s in measurements
 
-
-HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  what"
+HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  {'speed':<10}what"
+_SOURCES = {
+    STORE: "store: measured by runs with this store",
+    TABLE: "table: measured by ktray's authors on such a device, without reading and start-up",
+    ROOFLINE: "roofline: from FLOPs and memory traffic, without reading, decoding and start-up",
+    CORES: f"cores: assumed {CORE_RATE / 1e9:g} GFLOP/s for each core, without decoding and start-up",
+}
 
 
 def this_machine(recipe: Recipe) -> Allocation:
@@ -54,24 +64,35 @@ def show(recipe: Recipe, until: str | None = None) -> None:
     resolved = resolve(recipe, local)
     for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
-    rate, price, kind = machine(recipe)
+    device = PlannedDevice.of(resolved.recipe, describe_device())
     store = Store(resolved.recipe.store)
-    whole, unknown = _whole(store, resolved, local)
+    whole, speeds, unknown = _whole(store, resolved, local)
+    if missing := missing_images(resolved):
+        logger.warning(f"WARNING: {missing}")
     logger.info(HEAD)
-    total = saved = 0.0
     planned = lines(resolved)
+    traffic = traffic_of(resolved) if device.gpu else {}
     last = next((i for i, line in enumerate(planned) if line.stage == until), len(planned) - 1)
+    total, spent, sources = (0.0, 0.0), (0.0, 0.0), set[str]()
     for line in planned[: last + 1]:
         there = whole.get(line.stage, False)
-        total += line.flops
-        saved += line.flops if there else 0.0
+        found = estimate(line, traffic.get(line.stage, 0.0), speeds.get(line.stage), device)
+        total = total[0] + line.flops, total[1] + found.device_seconds
+        if not there:
+            spent = spent[0] + line.flops, spent[1] + found.device_seconds
+        sources.add(found.source)
         state = "reused" if there else "to run"
-        logger.info(_row(line.stage, state, line.flops, rate, price, line.store_bytes, line.what))
-    logger.info(_row("total", "", total, rate, price, 0, ""))
-    if saved:
-        logger.info(_row("to spend", "", total - saved, rate, price, 0, "excludes the stages that are reused"))
-    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), without decoding and start-up")
+        logger.info(_row(line.stage, state, line.flops, found, device.hourly, line.store_bytes, line.what))
+    logger.info(_row("total", "", total[0], Estimate(total[1], ""), device.hourly, 0, ""))
+    if spent != total:
+        text = "excludes the stages that are reused"
+        logger.info(_row("to spend", "", spent[0], Estimate(spent[1], ""), device.hourly, 0, text))
+    _explain(device, sources)
     logger.info(f"store     {store.uri}; {unknown or 'complete stages in the store are reused at no cost'}")
+
+
+def _explain(device: PlannedDevice, sources: Iterable[str]) -> None:
+    logger.info(f"\non {device.name}; speed: {'; '.join(_SOURCES[source] for source in sorted(sources))}")
 
 
 def show_index(recipe: Recipe) -> None:
@@ -79,25 +100,19 @@ def show_index(recipe: Recipe) -> None:
     resolved = resolve_gallery(recipe, this_machine(recipe))
     for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
-    rate, price, kind = machine(recipe)
+    device = PlannedDevice.of(resolved.recipe, describe_device())
     teacher = teacher_cost(resolved.recipe)
     images, images_text = gallery_images(resolved)
     crops = Crops(recipe.gallery.crops, recipe.gallery.crop_count).most
     rows = images * crops
+    embedded = rows - given_embeddings(recipe)
     logger.info(HEAD)
     what = f"{images_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else "")
-    logger.info(
-        _row(
-            "index",
-            "",
-            teacher.tower * (rows - given_embeddings(recipe)),
-            rate,
-            price,
-            rows * (teacher.width * 2 + 100),
-            what,
-        )
-    )
-    logger.info(f"\nat {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), without decoding")
+    line = Line("index", teacher.tower * embedded, rows * (teacher.width * 2 + 100), what)
+    traffic = teacher_cost(resolved.recipe, TRAFFIC).tower * embedded if device.gpu else 0.0
+    found = estimate(line, traffic, None, device)
+    logger.info(_row("index", "", line.flops, found, device.hourly, line.store_bytes, what))
+    _explain(device, [found.source])
     logger.info("shards that are already in the index cost nothing")
 
 
@@ -110,25 +125,27 @@ def machine(recipe: Recipe) -> tuple[float, float | None, str]:
     return rate, hourly_price(device, recipe.prices), name or f"{device['cores']} CPU cores"
 
 
-def _whole(store: Store, resolved: Resolved, local: Allocation) -> tuple[dict[str, bool], str]:
-    """By name, whether the store holds each stage completely; and, where the teacher is not on this machine, the reason
-    why that is not known."""
+def _whole(
+    store: Store, resolved: Resolved, local: Allocation
+) -> tuple[dict[str, bool], Mapping[str, Speed | None], str]:
+    """By name, whether the store holds each stage completely, and its measured speed; and, where the teacher is not on
+    this machine, the reason why that is not known."""
     import huggingface_hub.constants
 
-    from ktray.pipeline.run import whole_stages
+    from ktray.pipeline.run import look_at_stages
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
     try:
-        return whole_stages(store, resolved, local), ""
+        return *look_at_stages(store, resolved, local), ""
     except KtrayError as error:
-        return {}, f"the stages that it holds are not known: {error.what}"
+        return {}, {}, f"the stages that it holds are not known: {error.what}"
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
-def _row(stage: str, state: str, flops: float, rate: float, price: float | None, stored: float, what: str) -> str:
-    hours = flops / rate / 3600
+def _row(stage: str, state: str, flops: float, found: Estimate, price: float | None, stored: float, what: str) -> str:
+    hours = found.device_seconds / 3600
     usd = f"{hours * price:.4f}" if price is not None else "?"
     size = f"{stored / 1e6:.1f} MB" if stored else ""
-    return f"{stage:<10}{state:<10}{flops:>12.3g}{hours:>14.4f}{usd:>10}{size:>10}  {what}"
+    return f"{stage:<10}{state:<10}{flops:>12.3g}{hours:>14.4f}{usd:>10}{size:>10}  {found.source:<10}{what}"

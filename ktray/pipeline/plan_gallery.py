@@ -6,7 +6,7 @@ import os
 
 from ktray.data.sources.lists import embedded_only, gallery_shards
 from ktray.data.sources.shards import read_shard
-from ktray.pipeline.resolve import Resolved
+from ktray.pipeline.resolve import Resolved, transfer_images
 from ktray.recipe.schema import Recipe
 
 
@@ -35,3 +35,17 @@ def gallery_images(resolved: Resolved) -> tuple[int, str]:
     guess = images * sum(sizes) / max(1, sizes[0])
     total = round(guess) + sum(s.count or 0 for s in shards)
     return total, f"about {total:,}"
+
+
+def missing_images(resolved: Resolved) -> str:
+    """A sentence if the gallery is known to have fewer images than the transfer set should have; else empty."""
+    recipe = resolved.recipe
+    if recipe.transfer.source not in ("generic", "retrieved", "list") or not recipe.objective.has_transfer_set():
+        return ""
+    asked, (there, text) = transfer_images(recipe, resolved.task), gallery_images(resolved)
+    if not there or there >= asked:
+        return ""
+    return (
+        f"the gallery has {text} images, fewer than transfer.size={asked:,}: the transfer set will be smaller. Use a "
+        "larger gallery.data, or set transfer.size."
+    )

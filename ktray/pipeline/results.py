@@ -34,10 +34,16 @@ if TYPE_CHECKING:
     from ktray.pipeline.graph import StageOutputs
 
 
-def write(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
-    """Write the run folder and log it; returns the content of ``result.json``."""
+def write(
+    context: RunContext, outputs: StageOutputs, begun: float, plan: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``.
+
+    Args:
+        plan: what was planned, and what it took (`ktray.pipeline.estimate.compared`).
+    """
     folder = context.store.run(context.run_id)
-    typed = build(context, outputs, folder, begun)
+    typed = build(context, outputs, folder, begun, plan)
     result = typed.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
@@ -62,7 +68,9 @@ def write_trial(context: RunContext, outputs: StageOutputs, begun: float) -> dic
     return result
 
 
-def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float) -> DistillResult | TrialResult:
+def build(
+    context: RunContext, outputs: StageOutputs, folder: Dir, begun: float, plan: dict[str, Any] | None = None
+) -> DistillResult | TrialResult:
     """The content of ``result.json``. That of a trial has nothing from the test split."""
     recipe = context.recipe
     metrics = outputs.evaluate.manifest["metrics"] if outputs.evaluate else {}
@@ -124,6 +132,8 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
         content["distilled_metric"] = {"val": outputs.candidates[0].val, **tested[DISTILLED]}
     if outputs.curate:
         content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
+    if plan:
+        content["plan"] = plan
     if outputs.hygiene:
         content["hygiene"] = results_hygiene.numbers(outputs.hygiene)
     return DistillResult(**content) if metrics else TrialResult(**content)

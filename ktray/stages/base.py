@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ktray.accounting.held import Held
 from ktray.accounting.ledger import DirLog, Ledger, Meter
+from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.machines import ClusterMachines
@@ -18,9 +18,10 @@ from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
-from ktray.stages.inputs import Devices, StageInputs
+from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
+from ktray.stages.speed import keep_speed, known_speed
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -46,6 +47,8 @@ class Runtime:
         read: number of images that the run has read.
         quarantine: those of these images that cannot be used.
         machines: the machines of the cluster with their prices; None in a plan.
+        device: name of the devices, for measured speeds (`ktray.accounting.device.device_name`).
+        speeds: by name in the ledger, the speed that was known when the stage began; None: it was not measured.
         planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
     """
 
@@ -60,6 +63,8 @@ class Runtime:
     read: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
     machines: ClusterMachines | None = None
+    device: str = ""
+    speeds: dict[str, Speed | None] = field(default_factory=dict)
     planned: dict[str, bool] | None = None
 
 
@@ -297,6 +302,7 @@ def run_stage(
 
     manifest = complete()
     if runtime.planned is not None:
+        runtime.speeds.setdefault(ledger_stage, known_speed(runtime.store, inputs, runtime.device))
         runtime.planned[ledger_stage] = manifest is not None and runtime.planned.get(ledger_stage, True)
         return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
@@ -330,8 +336,10 @@ def _attempt(
     runs cannot change them."""
     key = inputs.key_of(parts)
     shown, ledger_stage = names
+    runtime.speeds.setdefault(ledger_stage, known_speed(runtime.store, inputs, runtime.device))
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, _held(runtime, inputs.devices)) as meter:
+    held = runtime.machines.expected(inputs.devices) if runtime.machines else None
+    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, held) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
@@ -350,20 +358,9 @@ def _attempt(
     manifest.update(run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)
+    keep_speed(runtime.store, inputs, runtime.device, meter.entry)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
-
-
-def _held(runtime: Runtime, devices: Devices) -> Held | None:
-    """What a stage holds at its start, until its workers say where they are."""
-    machines, plan = runtime.machines, runtime.plan
-    if machines is None:
-        return None
-    whole = machines.cluster()
-    if devices == "cluster":
-        return whole
-    one = plan.worker_gpus or 1.0
-    return whole.of(min(one * (plan.least if devices == "workers" else 1), whole.devices))
 
 
 def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:

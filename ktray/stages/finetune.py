@@ -7,7 +7,7 @@ labels, finetuning can destroy what the student learned in pretraining, and then
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from ktray.data.views import ViewPolicy
 from ktray.recipe.objective import ObjectiveConfig
@@ -51,6 +51,19 @@ class FinetuneInputs(StageInputs):
     metric: str
     seed: int
     train: Annotated[TrainConfig, HOW]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "objective": self.objective.name,
+            "batch": self.finetune.batch_size,
+            "replay": self.finetune.replay,
+            "precision": self.train.precision,
+            "mode": self.targets.mode,
+        }
 
 
 def run(context: RunContext, transfer: StageResult, targets: TeachResult, labels: StageResult) -> StageResult:
@@ -123,6 +136,16 @@ class ScratchInputs(StageInputs):
     seed: int
     train: Annotated[TrainConfig, HOW]
     probe: Annotated[bool, AddedLater(False)]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "batch": self.train.batch_size,
+            "precision": self.train.precision,
+        }
 
 
 def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, *, booked: str) -> StageResult:

@@ -64,6 +64,12 @@ class StageInputs:
     version: ClassVar[int]
     devices: ClassVar[Devices] = "cluster"
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        """What the time for an image depends on, besides the device (`ktray.accounting.speeds`), as JSON-like data.
+        Empty if the time of the stage is not planned."""
+        return {}
+
     def key_parts(self) -> dict[str, Any]:
         """The content that is hashed, as JSON-like data. The manifest stores it, so that two keys can be compared."""
         parts: dict[str, Any] = {"version": self.version}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ktray.data.strong import StrongPolicy
 from ktray.data.views import ViewPolicy
@@ -86,6 +86,18 @@ class TransferInputs(StageInputs):
             weight=recipe.transfer.weight if predicting else "none",
             probe=start is None and fits_head(context) and recipe.objective.traits.trains_classifier,
         )
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "objective": self.objective.name,
+            "batch": self.train.batch_size,
+            "precision": self.train.precision,
+            "mode": self.targets.mode,
+        }
 
 
 def run(

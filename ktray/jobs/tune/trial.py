@@ -18,8 +18,8 @@ from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
 from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, OVER_COST_LIMIT, Records, TrialPoint, TrialRecord
 from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
+from ktray.pipeline.run import look_at_stages
 from ktray.pipeline.run import run as pipeline
-from ktray.pipeline.run import whole_stages
 from ktray.recipe.schema import Recipe
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 from ktray.reporting.log import muted, titled
@@ -209,7 +209,7 @@ class TrialRunner:
         recipe = recipe_of(self.base, record.keys, share)
         recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
         with muted():
-            there = whole_stages(self.store, resolve(recipe, self.share), self.share)
+            there, _ = look_at_stages(self.store, resolve(recipe, self.share), self.share)
         planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
         return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
 

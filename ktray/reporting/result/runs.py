@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from ktray.reporting.result.parts import Hygiene, Images, Number, PipelineRun, ResultPart, TransferSet
+from ktray.reporting.result.parts import (
+    Hygiene,
+    Images,
+    Number,
+    PipelineRun,
+    PlanAndTaken,
+    ResultPart,
+    TransferSet,
+)
 
 
 class ValidationMetric(ResultPart):
@@ -123,6 +131,7 @@ class DistillResult(StudentRun):
     """jobs/distill.py."""
 
     metric: StudentMetric
+    plan: PlanAndTaken | None = Field(None, description="what was planned, and what it took")
 
 
 class IndexSearch(ResultPart):

@@ -110,6 +110,10 @@ class AdaptInputs(StageInputs):
             images=len(context.task.train) + len(context.task.val),
         )
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {"model": self.teacher.source.name, "size": self.teacher.preprocess.size[0], "tried": self.wanted}
+
 
 def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     """The candidates, in order. An objective that needs no predictions needs no adapted teacher. For it, only the probe

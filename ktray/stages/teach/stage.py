@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
@@ -52,6 +52,7 @@ class TeachResult:
     done: StageResult
     cut: MakeViews
     predict: Predict | None
+    mode: str
 
     @property
     def key(self) -> str:
@@ -118,6 +119,16 @@ class TeachInputs(StageInputs):
     classes: int
     positions: int
     predict: Annotated[Predict | None, NotInKey("it uses the teacher of ADAPT, at the sizes above")]
+    teacher: Annotated[str | None, NotInKey("name of the teacher of `adapt`, for measured speeds")]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.teacher,
+            "size": self.cut.size,
+            "targets": list(self.targets),
+            "jpeg": self.teach.jpeg is not None,
+        }
 
 
 def run(
@@ -159,8 +170,9 @@ def run(
         predict=Predict(spec, teacher_targets, student_size, map_side, top_k=int(part.top_k), relative=relative)
         if spec
         else None,
+        teacher="+".join([str(recipe.teacher.name), *(o.name for o in recipe.teacher.others)]) if spec else None,
     )
-    return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
+    return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict, part.mode)
 
 
 def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TeachManifest:
