@@ -11,14 +11,18 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# The provider's name of the machine's type, as in prices.yaml. Cluster templates set it when they start a machine.
-INSTANCE_VARIABLE = "KTRAY_INSTANCE"
+from ktray.accounting.provider import machine_type
+
+# What a machine is, for its price: the provider's name of its type, as in prices.yaml; spot or on-demand; the name of
+# its accelerators. They are set before `ray start`, where the provider's metadata service cannot be reached.
+INSTANCE_VARIABLE, MARKET_VARIABLE, ACCELERATOR_VARIABLE = "KTRAY_INSTANCE", "KTRAY_MARKET", "KTRAY_ACCELERATOR"
 
 
 def describe_device() -> dict[str, Any]:
@@ -26,8 +30,8 @@ def describe_device() -> dict[str, Any]:
 
     Returns:
         ``cpu`` (model name), ``cores`` (usable, not installed), ``memory_bytes`` (usable), ``gpus`` (list of
-        ``{"name", "memory_bytes"}`` of the GPUs that torch sees), ``system`` and, if the environment variable
-        ``KTRAY_INSTANCE`` is set, its value as ``instance``.
+        ``{"name", "memory_bytes"}`` of the GPUs that torch sees), ``system`` and, if the environment variables
+        ``KTRAY_INSTANCE`` and ``KTRAY_MARKET`` are set, their values as ``instance`` and ``market``.
     """
     device: dict[str, Any] = {
         "cpu": cpu_model(),
@@ -36,9 +40,51 @@ def describe_device() -> dict[str, Any]:
         "gpus": _gpus(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    if os.environ.get(INSTANCE_VARIABLE):
-        device["instance"] = os.environ[INSTANCE_VARIABLE]
+    for name, variable in (("instance", INSTANCE_VARIABLE), ("market", MARKET_VARIABLE)):
+        if os.environ.get(variable):
+            device[name] = os.environ[variable]
     return device
+
+
+def describe_node(gpus: float) -> dict[str, Any]:
+    """`describe_device` for a node of a cluster, from a task that no GPU is assigned to.
+
+    The type of the machine is that of the provider's metadata service if ``KTRAY_INSTANCE`` does not name it. The names
+    of the GPUs are those of NVML, or ``KTRAY_ACCELERATOR``.
+
+    Args:
+        gpus: number of GPUs that Ray knows on the node.
+    """
+    device = describe_device()
+    if "instance" not in device:
+        device = {**machine_type(), **device}
+    if gpus >= 1:
+        name = os.environ.get(ACCELERATOR_VARIABLE)
+        found = [{"name": name, "memory_bytes": 0}] * int(gpus) if name else _nvml_gpus()
+        device["gpus"] = found[: int(gpus)] or device["gpus"]
+    return device
+
+
+def _nvml_gpus() -> list[dict[str, Any]]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            {"name": str(pynvml.nvmlDeviceGetName(h)), "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(h).total)}
+            for h in handles
+        ]
+    except Exception:  # no driver, no NVML in the container
+        return []
+
+
+def device_name(description: Mapping[str, Any], gpu: bool) -> str:
+    """The name of a device, by which speeds are compared: of the GPUs, or of the processor with its cores."""
+    gpus = description.get("gpus") or []
+    if gpu and gpus:
+        return str(gpus[0]["name"])
+    return f"{description['cpu']}, {description['cores']} cores"
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

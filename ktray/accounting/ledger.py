@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ktray.accounting.device import peak_rss
-from ktray.accounting.prices import price_of
+from ktray.accounting.held import Held
+from ktray.accounting.prices import hourly_price
 
 STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
 PART_OF = {"labels": "adapt"}  # decoding the labelled images counts for the stage that needs them first
@@ -119,7 +120,7 @@ class Meter:
     Args:
         log: the stage's log.
         entry: stage, key, attempt and run.
-        device, devices, prices: see `ktray.accounting.prices.price_of`.
+        held: the devices that the attempt holds at its start.
         joules: an energy counter such as that of `ktray.accounting.energy.gpu_joules`, or None.
         interval: seconds between heartbeats at the start of the attempt.
         clock: returns seconds; monotonic.
@@ -129,21 +130,19 @@ class Meter:
         self,
         log: Log,
         entry: Entry,
-        device: Mapping[str, Any],
-        devices: float = 1,
-        prices: Mapping[str, float] | None = None,
+        held: Held,
         joules: Callable[[], float] | None = None,
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._log, self._device, self._prices = log, device, dict(prices or {})
-        # The devices held now, and the device-seconds of those held before ``_since``.
-        self._devices, self._held, self._since = devices, 0.0, 0.0
+        self._log = log
+        # The devices held now, since ``_since``, and what was held before.
+        self._held, self._since = held, 0.0
+        self._before: list[tuple[float, Held]] = []  # seconds, devices
         self._restarts = self._lost = 0
         self._joules, self._interval, self._clock = joules, interval, clock
         self._lock = threading.Lock()
         self._flops = self._images = self._peak = 0
-        self._device_seconds: float | None = None
         self._worker_joules: float | None = None
         self._began = self._joules_began = 0.0
         self._stop = threading.Event()
@@ -154,7 +153,6 @@ class Meter:
         self,
         flops: float = 0,
         images: int = 0,
-        device_seconds: float | None = None,
         peak_memory_bytes: int = 0,
         joules: float | None = None,
     ) -> None:
@@ -163,7 +161,6 @@ class Meter:
         Args:
             flops: FLOPs that were executed.
             images: number of images that were processed.
-            device_seconds: device time that workers measured. If it is given, it replaces wall seconds times devices.
             peak_memory_bytes: peak memory of a process.
             joules: energy that workers measured.
         """
@@ -171,8 +168,6 @@ class Meter:
             self._flops += round(flops)
             self._images += images
             self._peak = max(self._peak, peak_memory_bytes)
-            if device_seconds is not None:
-                self._device_seconds = (self._device_seconds or 0.0) + device_seconds
             if joules is not None:
                 self._worker_joules = (self._worker_joules or 0.0) + joules
 
@@ -182,21 +177,25 @@ class Meter:
             self._restarts += 1
             self._lost += round(lost_flops)
 
-    def hold(self, devices: float) -> None:
-        """Set the number of devices that the attempt holds from now on."""
+    def hold(self, held: Held) -> None:
+        """Set the devices that the attempt holds from now on."""
         with self._lock:
             now = self._clock()
-            self._held += (now - self._since) * self._devices
-            self._devices, self._since = devices, now
+            self._before.append((now - self._since, self._held))
+            self._held, self._since = held, now
+
+    def correct(self, held: Held) -> None:
+        """Set the devices that the attempt holds since the last `hold`, or since its start, and from now on."""
+        with self._lock:
+            self._held = held
 
     def now(self, state: str = "running") -> Entry:
         """The attempt's cost up to this moment."""
         with self._lock:
             now = self._clock()
             wall = now - self._began
-            device_seconds = self._device_seconds
-            if device_seconds is None:
-                device_seconds = self._held + (now - self._since) * self._devices
+            parts = [*self._before, (now - self._since, self._held)]
+            priced = [seconds * held.hourly / 3600 for seconds, held in parts if held.hourly is not None]
             energy = self._worker_joules
             if self._joules is not None:
                 energy = (energy or 0.0) + self._joules() - self._joules_began
@@ -205,10 +204,10 @@ class Meter:
                 flops=self._flops,
                 images=self._images,
                 wall_seconds=wall,
-                device_seconds=device_seconds,
+                device_seconds=sum(seconds * held.devices for seconds, held in parts),
                 peak_memory_bytes=max(self._peak, peak_rss()),
                 kwh=None if energy is None else energy / JOULES_PER_KWH,
-                usd=price_of(self._device, device_seconds, 1, self._prices),
+                usd=sum(priced) if len(priced) == len(parts) else None,
                 restarts=self._restarts,
                 lost_flops=self._lost,
                 state=state,
@@ -275,18 +274,19 @@ class Ledger:
         return list(own.values())
 
     @contextlib.contextmanager
-    def attempt(self, log: Log, stage: str, key: str, devices: float = 1) -> Iterator[Meter]:
+    def attempt(self, log: Log, stage: str, key: str, held: Held | None = None) -> Iterator[Meter]:
         """Measure an attempt: ``with ledger.attempt(log, "teach", key) as meter: ... meter.add(...)``.
 
         Earlier attempts under the same key that did not finish are also entered, because this one resumes from them.
 
         Args:
-            devices: number of devices that the attempt holds at its start.
+            held: the devices that the attempt holds at its start; None: one like those of the run's machine.
         """
         earlier = [replace(e, stage=stage) for e in attempts(log.read())]
         self.entries += earlier
         number = 1 + max((e.attempt for e in earlier), default=0)
-        meter = Meter(log, Entry(stage, key, number, self.run), self.device, devices, self.prices, self.joules)
+        held = held or Held(1, hourly_price(self.device, self.prices))
+        meter = Meter(log, Entry(stage, key, number, self.run), held, self.joules)
         try:
             with meter:
                 self.running.append(meter)

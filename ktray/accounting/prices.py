@@ -10,6 +10,8 @@ import yaml
 
 from ktray.errors import KtrayError
 
+SPOT = "spot:"
+
 
 def price_table() -> dict[str, Any]:
     """The content of ``prices.yaml``: ``as_of``, ``accelerators``, ``instances``, ``cpu_core``; in USD per hour."""
@@ -22,7 +24,9 @@ def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | Non
 
     Args:
         device: the result of `ktray.accounting.device.describe_device`.
-        overrides: the recipe's ``prices``: accelerator names, instance types or ``cpu_core``, in USD per hour.
+        overrides: the recipe's ``prices``: accelerator names, instance types or ``cpu_core``, in USD per hour. Names
+            that begin with ``spot:`` are for spot machines; without one, a spot machine has its on-demand price, which
+            is an upper limit.
 
     Returns:
         None for an accelerator that is neither in the table nor in ``overrides``: no price is invented.
@@ -35,6 +39,10 @@ def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | Non
         if not price >= 0:
             raise KtrayError(f"The price of '{name}' is {price} USD per hour", "Set prices.* to 0 or more.")
     gpus = device.get("gpus") or []
+    spot = {name.removeprefix(SPOT): price for name, price in own.items() if name.startswith(SPOT)}
+    own = {name: price for name, price in own.items() if not name.startswith(SPOT)}
+    if device.get("market") == "spot":
+        own |= spot
     instance = device.get("instance")
     gpu_name = str(gpus[0]["name"]) if gpus else ""
     by_name = _longest_match(own, gpu_name) if gpus else None
@@ -46,14 +54,6 @@ def hourly_price(device: Mapping[str, Any], overrides: Mapping[str, float] | Non
     if gpus:
         return _longest_match(table["accelerators"], gpu_name)
     return float(own.get("cpu_core", table["cpu_core"])) * int(device["cores"])
-
-
-def price_of(
-    device: Mapping[str, Any], seconds: float, devices: int, overrides: Mapping[str, float] | None = None
-) -> float | None:
-    """The price in USD of holding ``devices`` devices (accelerators, or machines without any) for ``seconds``."""
-    hourly = hourly_price(device, overrides)
-    return None if hourly is None else hourly * devices * seconds / 3600
 
 
 def _longest_match(prices: Mapping[str, float], name: str) -> float | None:

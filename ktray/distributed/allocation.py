@@ -197,6 +197,17 @@ def cluster_memory(jobs: int = 1) -> float:
     return float(ray.cluster_resources().get("memory", 0.0)) / jobs
 
 
+def worker_memory(allocation: Allocation, jobs: int = 1) -> float:
+    """Memory in bytes of each training worker on the machine with the least memory, if ``jobs`` jobs spread their
+    workers evenly over the machines; 0 if Ray does not know it."""
+    import ray
+
+    kind = "GPU" if allocation.worker_gpus else "CPU"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+    least = min((float(node.get("memory", 0.0)) for node in nodes), default=0.0)
+    return least / max(1, -(-allocation.workers * jobs // max(1, len(nodes))))
+
+
 def others(jobs: int) -> str | None:
     """A hint for the user if other jobs hold a part of the cluster and this job plans with all of it, else None."""
     import ray

@@ -28,6 +28,7 @@ def run_with_retries(
     *,
     cpus: float,
     gpus: float = 0.0,
+    at: Callable[[str], None] | None = None,
     also: tuple[type[Exception], ...] = (),
 ) -> T:
     """Call ``work`` in a Ray worker, and wait for its result under the stage's watchdog.
@@ -41,6 +42,7 @@ def run_with_retries(
         remedy: what to change if the worker runs out of memory, for the error message.
         max_failures: number of failures after which ``work`` is called again.
         cpus, gpus: resources of the task.
+        at: called with the id of the node where ``work`` ran, when it has ended.
         also: errors of ``work`` after which it is also called again.
 
     Raises:
@@ -56,7 +58,10 @@ def run_with_retries(
     failures = 0
     while True:
         try:
-            return _on_device(work, cpus, gpus) if gpus else _in_task(work, cpus)
+            result, node = _on_device(work, cpus, gpus) if gpus else _in_task(work, cpus)
+            if at:
+                at(node)
+            return result
         except again as error:
             failures += 1
             out_of_memory = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
@@ -74,24 +79,31 @@ def run_with_retries(
             raise
 
 
-def _in_task(work: Callable[[], T], cpus: float) -> T:
+def _in_task(work: Callable[[], T], cpus: float) -> tuple[T, str]:
     import ray
 
     task: Any = ray.remote(num_cpus=cpus, max_retries=0)(_call)
     under_way = task.remote(work)
-    return cast(T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.cancel, under_way, force=True)))
+    end = partial(ray.cancel, under_way, force=True)
+    return cast("tuple[T, str]", watchdog.run_watched(partial(ray.get, under_way), end))
 
 
-def _on_device(work: Callable[[], T], cpus: float, gpus: float) -> T:
+def _on_device(work: Callable[[], T], cpus: float, gpus: float) -> tuple[T, str]:
     import ray
     from ray import cloudpickle
 
     with WORKERS.borrow(1, cpus, gpus) as (worker,):
-        under_way = worker.call.remote(cloudpickle.dumps(work))
+        under_way = worker.call.remote(cloudpickle.dumps(partial(_with_place, work)))
         # A call of an actor cannot be cancelled; the error ends the worker.
-        return cast(T, watchdog.run_watched(partial(ray.get, under_way), partial(ray.kill, worker)))
+        return cast("tuple[T, str]", watchdog.run_watched(partial(ray.get, under_way), partial(ray.kill, worker)))
 
 
-def _call(work: Callable[[], T]) -> T:
+def _call(work: Callable[[], T]) -> tuple[T, str]:
     use_assigned_device()
-    return work()
+    return _with_place(work)
+
+
+def _with_place(work: Callable[[], T]) -> tuple[T, str]:
+    import ray
+
+    return work(), str(ray.get_runtime_context().get_node_id())

@@ -34,10 +34,16 @@ if TYPE_CHECKING:
     from ktray.pipeline.graph import StageOutputs
 
 
-def write(context: RunContext, outputs: StageOutputs, begun: float) -> dict[str, Any]:
-    """Write the run folder and log it; returns the content of ``result.json``."""
+def write(
+    context: RunContext, outputs: StageOutputs, begun: float, plan: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``.
+
+    Args:
+        plan: what was planned, and what it took (`ktray.pipeline.estimate.compared`).
+    """
     folder = context.store.run(context.run_id)
-    typed = build(context, outputs, folder, begun, trial=False)
+    typed = build(context, outputs, folder, begun, trial=False, plan=plan)
     result = typed.content()
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         local = Path(scratch)
@@ -63,7 +69,12 @@ def write_trial(context: RunContext, outputs: StageOutputs, begun: float) -> dic
 
 
 def build(
-    context: RunContext, outputs: StageOutputs, folder: Dir, begun: float, trial: bool
+    context: RunContext,
+    outputs: StageOutputs,
+    folder: Dir,
+    begun: float,
+    trial: bool,
+    plan: dict[str, Any] | None = None,
 ) -> DistillResult | TrialResult:
     """The content of ``result.json``. That of a trial has nothing from the test split."""
     recipe = context.recipe
@@ -96,6 +107,7 @@ def build(
             "workers": recipe.cluster.workers,
             "cpus": context.plan.total_cpus,
             "gpus": context.plan.total_gpus,
+            "machines": context.runtime.machines.types() if context.runtime.machines else [],
         },
         **finished(begun),
         "wall_seconds": round(time.time() - begun, 2),
@@ -128,6 +140,8 @@ def build(
         content["distilled_metric"] = {"val": outputs.candidates[0].val, **tested[DISTILLED]}
     if outputs.curate:
         content["transfer_set"] = transfer_set(recipe, outputs.curate.manifest, outputs.curate.stage)
+    if plan:
+        content["plan"] = plan
     if outputs.hygiene:
         content["hygiene"] = results_hygiene.numbers(outputs.hygiene)
     return TrialResult(**content) if trial else DistillResult(**content)

@@ -11,19 +11,23 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from ktray.accounting.device import describe_device
+from ktray.accounting.device import describe_device, device_name
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
+from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import BadLimit
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline import results
+from ktray.pipeline.estimate import PlannedDevice, compared
 from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.graph import _curate, stages
 from ktray.pipeline.phases import phases
+from ktray.pipeline.plan_stages import lines, traffic_of
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import open_session
@@ -64,10 +68,12 @@ def run(
     """
     begun = time.time()
 
-    def work(context: RunContext) -> dict[str, Any]:
+    def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
         with limited(None if limit is None else partial(limit, context.ledger)):
             outputs = stages(context, trial)
-        return results.write_trial(context, outputs, begun) if trial else results.write(context, outputs, begun)
+        if trial:
+            return results.write_trial(context, outputs, begun)
+        return results.write(context, outputs, begun, _planned_and_taken(context, resolved))
 
     return _logged(recipe, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
 
@@ -85,7 +91,7 @@ def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         raise KtrayError(f"objective.name={recipe.objective.name} has no transfer set", "Choose another objective.")
     begun = time.time()
 
-    def work(context: RunContext) -> dict[str, Any]:
+    def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
         name, phase = phases(context.recipe)[-1]
         outputs = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
         return results_transfer_set.write(context, outputs.curate, begun)
@@ -100,7 +106,7 @@ def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
 
     begun = time.time()
 
-    def work(context: RunContext) -> dict[str, Any]:
+    def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
         t = context.recipe.teacher
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
         return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
@@ -113,7 +119,7 @@ def _logged(
     debug: bool,
     plan: Allocation | None,
     tags: Mapping[str, str],
-    work: Callable[[RunContext], dict[str, Any]],
+    work: Callable[[RunContext, Resolved], dict[str, Any]],
     settle: Callable[[Recipe, Allocation], Resolved] = resolve,
 ) -> dict[str, Any]:
     """Run ``work`` in a run folder and log the run to MLflow, also when it fails."""
@@ -129,7 +135,7 @@ def _logged(
         stack.enter_context(failure_recorded(folder, context.run_id, time.time(), partial(_state, context)))
         status = "FAILED"
         try:
-            result = work(context)
+            result = work(context, resolved)
             status = "FINISHED"
             return result
         finally:
@@ -152,9 +158,18 @@ def _state(context: RunContext) -> dict[str, Any]:
     }
 
 
-def whole_stages(store: Store, resolved: Resolved, plan: Allocation) -> dict[str, bool]:
-    """For a plan: by the name of a stage in the ledger, whether the store holds it completely. This runs and writes
-    nothing."""
+def _planned_and_taken(context: RunContext, resolved: Resolved) -> dict[str, Any]:
+    """What was planned for the stages that this run computed, and what they took."""
+    device = PlannedDevice.of(resolved.recipe, context.ledger.device)
+    traffic = traffic_of(resolved) if device.gpu else {}
+    return compared(lines(resolved), traffic, context.runtime.speeds, device, context.ledger.entries)
+
+
+def look_at_stages(
+    store: Store, resolved: Resolved, plan: Allocation
+) -> tuple[dict[str, bool], dict[str, Speed | None]]:
+    """For a plan: by the name of a stage in the ledger, whether the store holds it completely, and the speed that was
+    measured for it on this machine. This runs and writes nothing."""
     device = describe_device()
     silent = cast(Tracker, None)  # no stage runs, so nothing is logged
     context = _context(store, resolved, plan, Ledger(device), silent, "plan")
@@ -162,7 +177,7 @@ def whole_stages(store: Store, resolved: Resolved, plan: Allocation) -> dict[str
     context.runtime.planned = planned
     with muted():
         stages(context)
-    return planned
+    return planned, context.runtime.speeds
 
 
 def _open(
@@ -191,11 +206,17 @@ def _open(
     )
     logger.info(f"run       {folder.uri}")
     ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
-    return _context(store, resolved, plan, ledger, tracker, run_id)
+    return _context(store, resolved, plan, ledger, tracker, run_id, ClusterMachines(plan, recipe.prices))
 
 
 def _context(
-    store: Store, resolved: Resolved, plan: Allocation, ledger: Ledger, tracker: Tracker, run_id: str
+    store: Store,
+    resolved: Resolved,
+    plan: Allocation,
+    ledger: Ledger,
+    tracker: Tracker,
+    run_id: str,
+    machines: ClusterMachines | None = None,
 ) -> RunContext:
     recipe = resolved.recipe
     return RunContext(
@@ -208,6 +229,8 @@ def _context(
             run_id=run_id,
             cluster=recipe.cluster,
             bad_limit=BadLimit(recipe.data.max_bad_fraction, recipe.data.max_bad_images),
+            machines=machines,
+            device=machines.name() if machines else device_name(ledger.device, bool(plan.worker_gpus)),
         ),
         task=resolved.task,
         class_names=resolved.class_names,

@@ -85,8 +85,11 @@ class TrainConfig(Section):
         description="size in bytes up to which a transfer set stays in the memory of a worker; larger ones are "
         "streamed",
     )
-    window_bytes: int = Field(
-        256_000_000, ge=1, description="size in bytes of the window in which streamed rows are shuffled"
+    window_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="size in bytes of the window in which streamed rows are shuffled; null: chosen by the memory of "
+        "the machines",
     )
 
 

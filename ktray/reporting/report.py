@@ -145,9 +145,20 @@ def closing_table(result: dict[str, Any]) -> str:
             "\n\nno test split: there is no test metric. The student was chosen on validation, so that its accuracy "
             "there is an optimistic estimate."
         )
-    for line in [*advice(result), *filter(None, [closing_line(result)])]:
+    for line in [*advice(result), *filter(None, [closing_line(result), planned_line(result)])]:
         text += f"\n\n{line}"
     return text
+
+
+def planned_line(result: Mapping[str, Any]) -> str:
+    """What was planned for the stages that the run computed, and what they took; empty if none is comparable."""
+    plan = result.get("plan") or {}
+    if not plan.get("stages"):
+        return ""
+    return (
+        f"planned {seconds(plan['planned_seconds'])}, {usd(plan['planned_usd'])}; took {seconds(plan['seconds'])}, "
+        f"{usd(plan['usd'])}, for the stages {', '.join(row['name'] for row in plan['stages'])}."
+    )
 
 
 def advice(result: dict[str, Any]) -> list[str]:

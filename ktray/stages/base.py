@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktray.accounting.ledger import DirLog, Ledger, Meter
+from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import Bad, BadLimit, Quarantine
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
@@ -18,6 +21,7 @@ from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S, ShardSummary
+from ktray.stages.speed import keep_speed, known_speed
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -45,6 +49,9 @@ class Runtime:
         read: number of images that the run has read.
         quarantine: those of these images that cannot be used.
         running: names of the stages that are being computed, the innermost last.
+        machines: the machines of the cluster with their prices; None in a plan.
+        device: name of the devices, for measured speeds (`ktray.accounting.device.device_name`).
+        speeds: by name in the ledger, the speed that was known when the stage began; None: it was not measured.
         planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
     """
 
@@ -59,6 +66,9 @@ class Runtime:
     read: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
     running: list[str] = field(default_factory=list)
+    machines: ClusterMachines | None = None
+    device: str = ""
+    speeds: dict[str, Speed | None] = field(default_factory=dict)
     planned: dict[str, bool] | None = None
 
 
@@ -239,8 +249,29 @@ class Reporter:
             self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
-        gpus = self.runtime.plan.worker_gpus
-        self.meter.hold(message.workers * gpus if gpus else message.machines)
+        if self.runtime.machines is None or not message.nodes:
+            return
+        held = self.runtime.machines.workers(message.nodes)
+        if len(self.starts) > 1:
+            self.meter.hold(held)
+        else:  # the workers had their places before they could say so
+            self.meter.correct(held)
+
+    @contextlib.contextmanager
+    def task(self) -> Iterator[Callable[[str], None]]:
+        """Book a task on one device. It yields a function that is to be called with the node of the task."""
+        machines = self.runtime.machines
+        if machines is None:
+            yield lambda node: None
+            return
+        self.meter.hold(machines.some(self.runtime.plan.worker_gpus or 1.0))
+
+        def worked_at(node: str) -> None:
+            held = machines.workers([node])
+            self.meter.correct(held)
+            self.meter.hold(held)  # what follows is not part of the task
+
+        yield worked_at
 
     def _state(self, state: str, why: str) -> None:
         """Record the state of Ray Train's controller. It is no heartbeat, because the controller may retry for ever."""
@@ -292,6 +323,7 @@ def run_stage(
 
     manifest = complete()
     if runtime.planned is not None:
+        runtime.speeds.setdefault(ledger_stage, known_speed(runtime.store, inputs, runtime.device))
         runtime.planned[ledger_stage] = manifest is not None and runtime.planned.get(ledger_stage, True)
         return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
@@ -325,9 +357,10 @@ def _attempt(
     runs cannot change them."""
     key = inputs.key_of(parts)
     shown, ledger_stage = names
-    devices = runtime.plan.least * runtime.plan.worker_gpus or 1
+    runtime.speeds.setdefault(ledger_stage, known_speed(runtime.store, inputs, runtime.device))
     watchdog = Watchdog(shown, runtime.cluster.stall_minutes, lambda: stage.exists("manifest.json"))
-    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, devices) as meter:
+    held = runtime.machines.expected(inputs.devices) if runtime.machines else None
+    with runtime.ledger.attempt(DirLog(stage), ledger_stage, key, held) as meter:
         reporter = Reporter(runtime, shown, meter, watchdog, lease.check)
         status = "FAILED"
         try:
@@ -348,6 +381,7 @@ def _attempt(
     manifest.update(run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)
+    keep_speed(runtime.store, inputs, runtime.device, meter.entry)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
 

@@ -37,6 +37,7 @@ class EnsembleInputs(StageInputs):
     """
 
     stage = "ensemble"
+    devices = "one"
     version = 1
 
     adapts: tuple[StageResult, ...]
@@ -74,14 +75,16 @@ def work(inputs: EnsembleInputs, runtime: Runtime, stage: Stage, reporter: Repor
     plan, cluster = runtime.plan, runtime.cluster
     reporter.expect(inputs.images)
     watchdog.waiting_for("the teachers' predictions", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-    fitted = run_with_retries(
-        partial(fit, inputs.labels, inputs.members, inputs.kind, plan.worker_threads),
-        "the task that weights the teachers",
-        "Use fewer teachers, or machines with more memory.",
-        cluster.max_failures,
-        cpus=plan.actor_cpus,
-        gpus=plan.actor_gpus,
-    )
+    with reporter.task() as at:
+        fitted = run_with_retries(
+            partial(fit, inputs.labels, inputs.members, inputs.kind, plan.worker_threads),
+            "the task that weights the teachers",
+            "Use fewer teachers, or machines with more memory.",
+            cluster.max_failures,
+            cpus=plan.actor_cpus,
+            gpus=plan.actor_gpus,
+            at=at,
+        )
     reporter.shards([ShardSummary("ensemble", images=fitted["images"], flops=fitted["flops"])])
     stage.write_json(FILE, {"weights": fitted["weights"], "temperature": fitted["temperature"]})
     first = inputs.adapts[0].manifest

@@ -7,7 +7,7 @@ labels, finetuning can destroy what the student learned in pretraining, and then
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from ktray.data.views import ViewPolicy
 from ktray.recipe.objective import ObjectiveConfig
@@ -18,10 +18,13 @@ from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.stages.transfer import HOW, fit, fits_head, starting_at, strong_policy, student_spec
+from ktray.stages.windows import with_windows
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
 from ktray.training.programs import FinetuneSpec
+
+BASELINE_EVALS = 15  # validations of a baseline, after the first
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class FinetuneInputs(StageInputs):
     """
 
     stage = "finetune"
+    devices = "workers"
     version = 3  # 2: views keyed by image; 3: only the fields of the chosen objective
 
     transfer: StageResult
@@ -47,6 +51,19 @@ class FinetuneInputs(StageInputs):
     metric: str
     seed: int
     train: Annotated[TrainConfig, HOW]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "objective": self.objective.name,
+            "batch": self.finetune.batch_size,
+            "replay": self.finetune.replay,
+            "precision": self.train.precision,
+            "mode": self.targets.mode,
+        }
 
 
 def run(context: RunContext, transfer: StageResult, targets: TeachResult, labels: StageResult) -> StageResult:
@@ -77,6 +94,8 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         checkpoint_seconds=inputs.train.checkpoint_seconds,
         keep="best",
     )
+    taught = inputs.targets.taught()
+    replayed = max(1, round(part.batch_size * part.replay))
     job = FinetuneSpec(
         settings,
         starting_at(inputs.student, inputs.transfer),
@@ -84,10 +103,10 @@ def work(inputs: FinetuneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         inputs.views,
         part.batch_size,
         inputs.objective,
-        inputs.train,
+        with_windows(inputs.train, taught, replayed, runtime, stage),
         inputs.metric,
         runtime.store.sub("precision"),
-        inputs.targets.taught(),
+        taught,
         part.replay,
         strong=strong_policy(inputs.train, inputs.views),
     )
@@ -105,6 +124,7 @@ class ScratchInputs(StageInputs):
     """
 
     stage = "scratch"
+    devices = "workers"
     version = 3  # 2: views keyed by image; 3: declared inputs
 
     labels: StageResult
@@ -116,6 +136,16 @@ class ScratchInputs(StageInputs):
     seed: int
     train: Annotated[TrainConfig, HOW]
     probe: Annotated[bool, AddedLater(False)]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "batch": self.train.batch_size,
+            "precision": self.train.precision,
+        }
 
 
 def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, *, booked: str) -> StageResult:
@@ -147,7 +177,9 @@ def run_scratch(context: RunContext, labels: StageResult, student: StudentSpec, 
 
 def work_scratch(inputs: ScratchInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
     part = inputs.train
-    settings = TrainerSettings.of(part, steps=inputs.steps, seed=inputs.seed, evals=15, patience=5, keep="best")
+    settings = TrainerSettings.of(
+        part, steps=inputs.steps, seed=inputs.seed, evals=BASELINE_EVALS, patience=5, keep="best"
+    )
     job = FinetuneSpec(
         settings,
         inputs.student,

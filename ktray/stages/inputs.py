@@ -11,13 +11,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel
 
 from ktray.recipe.section import digest
 
 Mark = TypeVar("Mark")
+# All devices of the job; those of its training workers; one device.
+Devices = Literal["cluster", "workers", "one"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,18 @@ class StageInputs:
     Attributes:
         stage: name of the stage's folder in the store.
         version: version of the stage's code. It must be raised if the same inputs give another result.
+        devices: what the stage works on, for its cost.
     """
 
     stage: ClassVar[str]
     version: ClassVar[int]
+    devices: ClassVar[Devices] = "cluster"
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """What the time for an image depends on, besides the device (`ktray.accounting.speeds`), as JSON-like data.
+        Empty if the time of the stage is not planned."""
+        return {}
 
     def key_parts(self) -> dict[str, Any]:
         """The content that is hashed, as JSON-like data. The manifest stores it, so that two keys can be compared."""

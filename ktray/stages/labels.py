@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ktray.data.labelled.decode import LabelReader, decode_examples
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.data.preprocess import Preprocess
@@ -69,7 +71,7 @@ class LabelsInputs(StageInputs):
     """
 
     stage = "labels"
-    version = 2  # 2: declared inputs
+    version = 3  # 2: declared inputs; 3: training images in random order
 
     task: LabelledSet
     preprocess: Preprocess
@@ -93,7 +95,9 @@ def run(context: RunContext, preprocess: Preprocess) -> StageResult:
 
 
 def work(inputs: LabelsInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> LabelsManifest:
-    items = shard_items("train", inputs.task.train) + shard_items("val", inputs.task.val)
+    # The task's images are sorted by class. Each shard should be a random sample of them.
+    order = np.random.default_rng(0).permutation(len(inputs.task.train)).tolist()
+    items = shard_items("train", [inputs.task.train[i] for i in order]) + shard_items("val", inputs.task.val)
     reporter.expect(sum(len(i["examples"]) for i in items))
     decode = _Decode(stage, inputs.preprocess, inputs.canvas, inputs.max_pixels, inputs.reader)
     kept = reporter.shards(ShardSummary.each(cpu_shards(items, decode, runtime.plan)))

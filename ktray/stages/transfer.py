@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ktray.data.strong import StrongPolicy
 from ktray.data.views import ViewPolicy
@@ -16,6 +16,7 @@ from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
 from ktray.stages.teach.stage import TeachResult, view_policy
+from ktray.stages.windows import with_windows
 from ktray.storage.store import Stage
 from ktray.training.inputs import StudentSpec
 from ktray.training.loop import TrainerSettings
@@ -44,6 +45,7 @@ class TransferInputs(StageInputs):
     """
 
     stage = "transfer"
+    devices = "workers"
     # 2: views keyed by image; 3: only the fields of the chosen objective; 4: ends early for a fall;
     # 5: the last weights, unless validation has fallen
     version = 5
@@ -85,6 +87,18 @@ class TransferInputs(StageInputs):
             probe=start is None and fits_head(context) and recipe.objective.traits.trains_classifier,
         )
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "objective": self.objective.name,
+            "batch": self.train.batch_size,
+            "precision": self.train.precision,
+            "mode": self.targets.mode,
+        }
+
 
 def run(
     context: RunContext, targets: TeachResult, labels: StageResult, start: StageResult | None = None
@@ -98,13 +112,14 @@ def run(
 
 
 def work(inputs: TransferInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TrainedManifest:
-    part = inputs.train
+    taught = replace(inputs.targets.taught(), weight=inputs.weight)
+    part = with_windows(inputs.train, taught, int(inputs.train.batch_size or 1), runtime, stage)
     settings = TrainerSettings.of(part, steps=int(part.steps or 1), seed=inputs.seed, keep="best")
     reporter.read = inputs.targets.images
     job = TransferSpec(
         settings,
         starting_at(inputs.student, inputs.start),
-        replace(inputs.targets.taught(), weight=inputs.weight),
+        taught,
         labels_of(inputs.labels, inputs.kind),
         inputs.views,
         inputs.label_batch,

@@ -43,50 +43,48 @@ class MakeViews:
             ``uri``, ``view_index`` (n,) int32, ``view_id`` (n,) int64, ``view`` (n, `VIEW_LENGTH`) int32, ``pixels``
             (n, 3, H, W) uint8, the columns of ``beside``, and ``bad``: (uri, reason) of each image that cannot be used.
         """
-        return self._cut(item, [(number, range(self.per_image)) for number in range(len(item["uris"]))])
+        return self._cut(item, range(len(item["uris"])))
 
     def some(self, item: dict[str, Any], start: int, step: int) -> Rows:
-        """Rows ``start::step`` of the views of an item; the other views are not cut.
+        """The views of the images ``start::step`` of an item.
 
-        The row of an image that cannot be used is replaced by a copy of another row, so that the number of rows is as
-        expected.
+        The rows of an image that cannot be used are replaced by copies of those of another image, so that the number of
+        rows is as expected.
 
         Raises:
             KtrayError: none of the images can be used.
         """
-        wanted = range(start, len(item["uris"]) * self.per_image, step)
-        by_image: dict[int, list[int]] = {}
-        for number in wanted:
-            by_image.setdefault(number // self.per_image, []).append(number % self.per_image)
-        rows = self._cut(item, list(by_image.items()))
+        wanted = range(start, len(item["uris"]), step)
+        rows = self._cut(item, wanted)
         count, bad = len(rows["pixels"]), rows.pop("bad")
-        if count == len(wanted):
+        if count == len(wanted) * self.per_image:
             return {**rows, "bad": bad}
         if not count:
             raise KtrayError(
-                f"None of {len(by_image)} images can be used; the first one is '{bad[0][0]}': {bad[0][1]}",
+                f"None of {len(wanted)} images can be used; the first one is '{bad[0][0]}': {bad[0][1]}",
                 "CURATE could read these images: check whether they were moved or deleted.",
             )
-        return {**{name: np.resize(v, (len(wanted), *v.shape[1:])) for name, v in rows.items()}, "bad": bad}
+        full = len(wanted) * self.per_image
+        return {**{name: np.resize(v, (full, *v.shape[1:])) for name, v in rows.items()}, "bad": bad}
 
-    def _cut(self, item: dict[str, Any], requested: list[tuple[int, Any]]) -> Rows:
+    def _cut(self, item: dict[str, Any], numbers: Sequence[int]) -> Rows:
         uris: list[str] = []
         indices: list[int] = []
         records: list[View] = []
         height, width = self.canvas.size if self.canvas else (self.size, self.size)
-        pixels = np.empty((sum(len(views) for _, views in requested), 3, height, width), np.uint8)
+        pixels = np.empty((len(numbers) * self.per_image, 3, height, width), np.uint8)
         bad: list[tuple[str, str]] = []
         image_number: list[int] = []
-        images = fetch([item["uris"][number] for number, _ in requested])
-        for (number, views), (uri, data, error) in zip(requested, images, strict=True):
+        images = fetch([item["uris"][number] for number in numbers])
+        for number, (uri, data, error) in zip(numbers, images, strict=True):
             try:
-                views_of_image = self.views_of(uri, data, error, views, pixels[len(uris) :])
+                views_of_image = self.views_of(uri, data, error, pixels[len(uris) :])
             except BadImage as reason:
                 bad.append((uri, reason.reason))
                 continue
             records += views_of_image
             uris += [uri] * len(views_of_image)
-            indices += views
+            indices += range(len(views_of_image))
             image_number += [number] * len(views_of_image)
         rows = {
             "uri": np.array(uris, dtype=str),
@@ -103,16 +101,13 @@ class MakeViews:
             rows[name] = values_per_row.astype(np.int32) if name == "text" else values_per_row[:, 0]
         return rows
 
-    def views_of(
-        self, uri: str, data: bytes | None, error: str | None, wanted: Sequence[int], out: np.ndarray
-    ) -> list[View]:
-        """The requested views of one image. The image is decoded at the lowest sufficient resolution.
+    def views_of(self, uri: str, data: bytes | None, error: str | None, out: np.ndarray) -> list[View]:
+        """The views of one image. The image is decoded at the lowest sufficient resolution.
 
         Args:
             uri: where the image is.
             data, error: the encoded image, or why it could not be read.
-            wanted: numbers of the requested views.
-            out: (at least ``len(wanted)``, 3, H, W) uint8. The pixels are written to its first rows. If the image
+            out: (at least `per_image`, 3, H, W) uint8. The pixels are written to its first rows. If the image
                 cannot be used, the content of these rows is undefined.
 
         Raises:
@@ -123,8 +118,6 @@ class MakeViews:
             out[0] = self.canvas.eval_transform(image)
             return [View(0, 0, image.shape[1], image.shape[0])]
         whole: tuple[int, int] = (0, 0)
-        # The resolution depends on all views of the image, not only on the requested views, so that a view has the
-        # same pixels in every request.
         views: list[View] = []
 
         def enough(height: int, width: int) -> float:
@@ -134,10 +127,9 @@ class MakeViews:
             return min(min(view.width, view.height) for view in views) / self.size
 
         image = decode_image(uri, data, error, max_pixels=self.max_pixels, enough=enough)
-        chosen = [views[i] for i in wanted]
-        for view, target in zip(chosen, out, strict=False):
+        for view, target in zip(views, out, strict=False):
             render(image, view, self.size, whole, target)
-        return chosen
+        return views
 
 
 def _view_id(uri: str, index: int) -> int:

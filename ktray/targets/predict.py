@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ktray.models.flops import count_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.spec import tower_flops
-from ktray.models.teacher.teacher import fitting_batch, patch_embeddings
+from ktray.models.teacher.teacher import embed_with_patches, fitting_batch, patch_embeddings
 from ktray.storage.columns import Rows
 from ktray.targets.top_k import columns, sparsify
 
 Batch = dict[str, torch.Tensor]
+_COUNTED = 2  # views with which FLOPs are counted
 
 
 class Loads(Protocol):
@@ -62,12 +63,20 @@ class Predict:
 
 
 class Loaded:
-    """A loaded teacher that computes the outputs of a `Predict`."""
+    """A loaded teacher that computes the outputs of a `Predict`.
+
+    Attributes:
+        flops: FLOPs for one view, counted on the graph of all outputs.
+    """
 
     def __init__(self, plan: Predict, teacher: AdaptedTeacher) -> None:
         self.plan, self.teacher = plan, teacher
         self.device = next(teacher.image_tower.parameters()).device
-        self.flops = tower_flops(teacher)
+        # What is executed, because some outputs need a pass of the tower of their own.
+        size = max(max(part.preprocess.size) for part in teacher.members)
+        views = torch.zeros((_COUNTED, 3, size, size), dtype=torch.uint8, device=self.device)
+        with torch.no_grad():
+            self.flops = count_flops(lambda: self._batch(views)) / _COUNTED
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Batch:
@@ -101,12 +110,17 @@ class Loaded:
         plan, teacher = self.plan, self.teacher
         views = pixels.to(self.device, non_blocking=True)
         outputs: Batch = {}
-        if "patch_embedding" in plan.targets:
-            maps = patch_embeddings(teacher.image_tower, teacher.preprocess, teacher.source, views)
-            outputs["patch_embedding"] = fit_maps(maps, plan.patch_side).half()
         embedding: torch.Tensor | None = None
+        if "patch_embedding" in plan.targets:
+            first = teacher.members[0]  # the teacher whose embeddings the targets are
+            tower = first.image_tower, first.preprocess, first.source, views
+            if "embedding" in plan.targets or "logits" in plan.targets:
+                embedding, maps = embed_with_patches(*tower)
+            else:
+                maps = patch_embeddings(*tower)
+            outputs["patch_embedding"] = fit_maps(maps, plan.patch_side).half()
         if "embedding" in plan.targets:
-            embedding = teacher.embed(views).float()
+            embedding = teacher.embed(views).float() if embedding is None else embedding
             outputs["embedding"] = embedding.half()
         if "logits" in plan.targets:
             logits = teacher.logits(views, embedding)

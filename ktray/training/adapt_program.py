@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ktray.data.views import ViewPolicy
-from ktray.models.flops import train_flops
+from ktray.models.flops import forward_flops, train_flops
 from ktray.models.teacher.lora import add_lora, merge_lora
 from ktray.recipe.teacher import TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.storage.store import Dir
@@ -59,6 +59,7 @@ class AdaptSpec:
             flops_per_step=train_flops(teacher.image_tower, (3, *size)) * batch * env.rank_count,
             images_per_step=batch * env.rank_count,
             device=env.device,
+            flops_per_evaluation=forward_flops(teacher.image_tower, (3, *size)) * len(val_labels),
             weight=env.weight,
             autocast=torch.bfloat16 if env.device.type == "cuda" else None,
         )

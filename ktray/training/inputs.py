@@ -33,6 +33,7 @@ from ktray.training.prefetch import on_device
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
 from ktray.training.sampler import Reader, RowSampler
 from ktray.training.weights import WEIGHTS
+from ktray.training.window_size import FEWEST_BYTES
 from ktray.training.worker import WorkerContext
 
 _ON_DEVICE = 2_000_000_000  # bytes of labelled images up to which they are kept on the device
@@ -136,6 +137,7 @@ class TargetSet:
             logits are stored.
         jpeg: whether views are stored as JPEG (`ktray.targets.jpeg`).
         weight: name of the weights of rows in `ktray.training.weights.WEIGHTS`; ``none``: equal weights.
+        views: number of consecutive rows of a shard that show one image.
     """
 
     directory: Dir
@@ -153,6 +155,7 @@ class TargetSet:
     classes: int = 0
     jpeg: bool = False
     weight: str = "none"
+    views: int = 1
 
     def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
         """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
@@ -160,7 +163,9 @@ class TargetSet:
         resident = rows * self.row_bytes <= part.resident_bytes
         # The windows of a virtual rank are the same with any number of workers, so their size is what each worker can
         # hold when there are the fewest workers.
-        window = 1 << 62 if resident else max(batch, part.window_bytes // self.row_bytes // env.max_ranks)
+        window = 1 << 62
+        if not resident:
+            window = max(batch, (part.window_bytes or FEWEST_BYTES) // self.row_bytes // env.max_ranks)
         return RowSampler(
             self.shards,
             self._reader(env, resident),
@@ -169,6 +174,7 @@ class TargetSet:
             rank_count=env.rank_count,
             seed=seed,
             window_rows=window,
+            views=self.views,
             weigh=partial(WEIGHTS[self.weight], classes=self.classes) if self.weight in WEIGHTS else None,
         )
 

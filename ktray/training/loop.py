@@ -68,6 +68,8 @@ class TrainingProgram:
         evaluate: model -> (score, metrics) on validation, the same on every rank; a higher score is better.
         flops_per_step, images_per_step: FLOPs and images of a step, over all ranks.
         device: the device of this rank.
+        flops_per_evaluation, flops_before: FLOPs of a validation, and of what `build` computed before the first step,
+            over all ranks.
         autocast: number format of the matrix products; None: no autocast.
         weight: weight of this rank's loss in the mean over ranks: above 1 if it has more rows than other ranks.
         averaged: the module whose weights are averaged, which contains the model; None: the model itself.
@@ -89,6 +91,8 @@ class TrainingProgram:
     flops_per_step: float
     images_per_step: int
     device: torch.device
+    flops_per_evaluation: float = 0.0
+    flops_before: float = 0.0
     autocast: torch.dtype | None = None
     weight: float = 1.0
     averaged: nn.Module | None = None
@@ -215,8 +219,7 @@ class Trainer:
         s, state = self.s, self.state
         if state.finished:
             return state
-        images, flops = state.step * self.p.images_per_step, state.step * self.p.flops_per_step
-        self.callbacks.progress(Started(state.step, images, flops))
+        self.callbacks.progress(Started(state.step, *self._totals()))
         eval_every = max(1, s.steps // s.evals)
         interval = CheckpointInterval(s.checkpoint_seconds, s.steps, self._agree)
         losses: list[torch.Tensor] = []
@@ -224,7 +227,7 @@ class Trainer:
             self._evaluate()
         begun = since = time.perf_counter()
         waited, first = 0.0, state.step
-        before, reported = state.seconds, state.step
+        before = state.seconds
         stream = self.p.batches(state.step, s.steps)
         share = CpuShare() if self.p.device.type == "cpu" else None
         while state.step < s.steps and not (s.patience and state.stale >= s.patience):
@@ -239,7 +242,7 @@ class Trainer:
             now = time.perf_counter()
             if now - since > 0.5:
                 self._report(waited / (now - begun))
-                since, reported = now, state.step
+                since = now
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
@@ -251,8 +254,7 @@ class Trainer:
                 saving = time.perf_counter()
                 self._save()
                 interval.saved(time.perf_counter() - saving)
-        if reported < state.step:  # also if the training stops early, so that all of its steps are counted
-            self._report(waited / (time.perf_counter() - begun))
+        self._report(waited / (time.perf_counter() - begun))  # all steps, and the last validation
         if share is not None:
             share.end()
         self._keep_last_if_as_good()
@@ -269,10 +271,14 @@ class Trainer:
 
     def _report(self, data_wait: float) -> None:
         """Report the steps that are done, and the fraction of the time in which the loop waited for data."""
-        step = self.state.step
-        self.callbacks.progress(
-            StepProgress(step, step * self.p.images_per_step, step * self.p.flops_per_step, data_wait)
-        )
+        self.callbacks.progress(StepProgress(self.state.step, *self._totals(), data_wait))
+
+    def _totals(self) -> tuple[float, float]:
+        """Images and FLOPs since the first step."""
+        p, step = self.p, self.state.step
+        validations = len(self.state.curve) if p.evaluate is not None else 0
+        flops = p.flops_before + step * p.flops_per_step + validations * p.flops_per_evaluation
+        return step * p.images_per_step, flops
 
     def _agree(self, value: int) -> int:
         # Saving is a barrier over all ranks, so all ranks must save at the same steps.

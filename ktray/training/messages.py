@@ -22,14 +22,14 @@ class Started:
         step: number of steps that are already done; 0 at the start of a run.
         images, flops: totals up to this step.
         workers: number of workers.
-        machines: number of nodes that they run on.
+        nodes: Ray's id of the node of each worker.
     """
 
     step: int
     images: float
     flops: float
     workers: int = 1
-    machines: int = 1
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

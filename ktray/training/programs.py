@@ -19,9 +19,10 @@ from ktray.data.preprocess import Preprocess
 from ktray.data.strong import PLAIN, StrongPolicy, strong_views
 from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
-from ktray.models.flops import forward_flops, train_flops
+from ktray.models.flops import count_flops, forward_flops, train_flops
 from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import FeaturesAndLogits, classifier_of
+from ktray.models.teacher.heads import LinearHead
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
@@ -103,8 +104,9 @@ def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, en
     return torch.cat([pooled_features(model, preprocess.normalise(x)).float() for x in batches])
 
 
-def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> None:
-    """Set a pretrained student's untrained last layer to a linear head on its features.
+def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> float:
+    """Set a pretrained student's untrained last layer to a linear head on its features. Returns the FLOPs of all
+    workers, each of which does the same.
 
     It is a fair start for pretraining that trains no classifier. A random head would also distort published features in
     the first steps (Kumar et al., arXiv 2202.10054).
@@ -117,12 +119,15 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
     features = _features(model, preprocess, pixels, env)
     classifier = classifier_of(model)
     val = (_features(model, preprocess, val_pixels, env), val_y)
-    head = labels.kind.student_head((features, y), val, len(classifier.weight))
+    heads: list[LinearHead] = []
+    flops = count_flops(lambda: heads.append(labels.kind.student_head((features, y), val, len(classifier.weight))))
+    (head,) = heads
     with torch.no_grad():
         weight = head.weight / features.norm(dim=1).mean()
         classifier.weight.copy_(weight.view_as(classifier.weight))
         assert classifier.bias is not None  # classifier_of has checked it
         classifier.bias.copy_(head.bias)
+    return (flops + forward_flops(model, pixels.shape[1:]) * (len(pixels) + len(val_pixels))) * env.world
 
 
 def settle_precision(
@@ -190,8 +195,8 @@ class TransferSpec:
         s, taught = self.settings, self.taught
         model, preprocess = self.student.build(env, s.seed)
         traits = self.objective.traits
-        if self.probe and traits.trains_classifier:
-            _fit_classifier(model, preprocess, self.labels, env)
+        fits = self.probe and traits.trains_classifier
+        before = _fit_classifier(model, preprocess, self.labels, env) if fits else 0.0
         labelled = traits.labelled
         env = env.divide(int(self.part.batch_size or 1), *([self.label_batch] if labelled else []))
         batch = env.rows(int(self.part.batch_size or 1))
@@ -239,11 +244,12 @@ class TransferSpec:
                 own = {"images": "label_images", "label": "label_of", "view_key": "label_key"}
                 yield {**views, **{name: labelled_views[column] for column, name in own.items()}}
 
-        evaluate, tolerance = None, 0.0
+        evaluate, tolerance, validation = None, 0.0, 0.0
         if traits.trains_classifier or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             evaluate = evaluator(self.labels.kind, pixels, labels, _predict(preprocess), env, self.metric)
             tolerance = fall(len(labels))
+            validation = forward_flops(model, (3, size, size)) * len(labels)
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
         teacher = taught.teacher()
         live = teacher.flops if teacher else 0.0
@@ -259,6 +265,8 @@ class TransferSpec:
             flops_per_step=((per_image + live) * batch + labelled_cost) * env.rank_count,
             images_per_step=(batch + label_batch) * env.rank_count,
             device=env.device,
+            flops_per_evaluation=validation,
+            flops_before=before,
             weight=env.weight,
             autocast=precision.autocast_dtype,
             # Heads that become part of the student are averaged with it.
@@ -305,8 +313,8 @@ class FinetuneSpec:
         batch = env.rows(self.batch)
         traits = self.objective.traits if self.objective else Traits()
         untrained = self.student.start is not None and not traits.trains_classifier
-        if kind.linear_student and (self.probe or untrained):
-            _fit_classifier(model, preprocess, self.labels, env)
+        fits = kind.linear_student and (self.probe or untrained)
+        before = _fit_classifier(model, preprocess, self.labels, env) if fits else 0.0
         # If the pretraining did not compare predictions, there is no distillation term to continue.
         extra = round(batch * self.replay) if self.taught and traits.replays else 0
         precision = settle_precision(self.directory, self.student, model, env, batch + extra, self.part.precision)
@@ -345,6 +353,8 @@ class FinetuneSpec:
             flops_per_step=train_flops(model, (3, size, size)) * images + live,
             images_per_step=images,
             device=env.device,
+            flops_per_evaluation=forward_flops(model, (3, size, size)) * len(val_labels),
+            flops_before=before,
             autocast=precision.autocast_dtype,
             weight=env.weight,
             teach=teach if teacher else None,

@@ -225,8 +225,15 @@ def _single_worker(
     # As with Ray Train, a worker that dies, or that loses its disk or network, resumes from its last checkpoint.
     work = partial(_work_alone, config, stage)
     remedy = "Lower train.batch_size, or use a smaller student or machines with more memory."
-    share = {"cpus": plan.worker_cpus, "gpus": plan.worker_gpus}
-    run_with_retries(work, "the training worker", remedy, max_failures, also=(OSError,), **share)
+    run_with_retries(
+        work,
+        "the training worker",
+        remedy,
+        max_failures,
+        cpus=plan.worker_cpus,
+        gpus=plan.worker_gpus,
+        also=(OSError,),
+    )
     with stage.local(f"{FOLDER}/{_last(stage)}") as folder:
         return _outcome(folder, on_weights)
 
@@ -290,12 +297,12 @@ def _fit(
     span = _span(config["span"], env.world, resume)
     program = job.build(replace(env, report=report, span=span))
     begun = time.perf_counter()
-    machines = _machines(env.world)
+    nodes = _nodes(env.world)
 
     def progress(message: LoopMessage) -> None:
         if env.rank == 0:
             if isinstance(message, Started):  # the loop does not know the other workers
-                message = replace(message, workers=env.world, machines=machines)
+                message = replace(message, workers=env.world, nodes=nodes)
             report(message)
 
     def keep(folder: Path | None, metrics: dict[str, Any], last: bool) -> None:
@@ -323,8 +330,8 @@ def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, 
     return (low, high) if world <= high else span
 
 
-def _machines(world: int) -> int:
-    """Number of nodes that the workers run on."""
+def _nodes(world: int) -> tuple[str, ...]:
+    """Ray's id of the node of each worker."""
     import ray
     import torch.distributed as dist
 
@@ -333,7 +340,7 @@ def _machines(world: int) -> int:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, here[0])
         here = gathered
-    return len(set(here))
+    return tuple(here)
 
 
 def _report(program: TrainingProgram, seconds: float, span: tuple[int, int]) -> CostReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
         whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
         for window in windows:
-            yield _concat([decode_views(_every(whole(s.shard), s.start, s.step)) for s in window])
+            yield _concat([decode_views(_some(whole(s.shard), s.start, s.step, s.views)) for s in window])
 
     return read
 
@@ -76,7 +76,7 @@ class _StreamReader:
 
     def __call__(self, windows: Sequence[Window]) -> Iterator[Rows]:
         rows = [
-            {"item": json.dumps({"shard": s.shard, "start": s.start, "step": s.step, "last": i == len(window) - 1})}
+            {"item": json.dumps({**asdict(s), "last": i == len(window) - 1})}
             for window in windows
             for i, s in enumerate(window)
         ]
@@ -126,7 +126,8 @@ class _ReadSlice:
     columns: Sequence[str]
 
     def __call__(self, item: Item) -> Rows:
-        return _read(self.directory, self.columns, item["shard"], item["start"], item["step"])
+        rows = read_rows(self.directory, item["shard"], self.columns)
+        return decode_views(_some(rows, item["start"], item["step"], item["views"]))
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,11 @@ def listed(shard: str) -> str:
     return f"{shard}.images"
 
 
-def _read(directory: Dir, columns: Sequence[str], shard: str, start: int, step: int) -> Rows:
-    return decode_views(_every(read_rows(directory, shard, columns), start, step))
-
-
-def _every(rows: Rows, start: int, step: int) -> Rows:
-    return rows if (start, step) == (0, 1) else {k: v[start::step] for k, v in rows.items()}
+def _some(rows: Rows, start: int, step: int, views: int) -> Rows:
+    """The rows of images ``start::step``; each ``views`` consecutive rows show one image."""
+    if (start, step) == (0, 1):
+        return rows
+    return {k: v.reshape(-1, views, *v.shape[1:])[start::step].reshape(-1, *v.shape[1:]) for k, v in rows.items()}
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:

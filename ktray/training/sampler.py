@@ -1,9 +1,14 @@
 """The sampler: a reproducible, endless order of training rows over shards.
 
-The rows in batch ``k`` of a virtual rank (see `ktray.training.virtual_ranks`) only depend on the seed, the shards and
-the number of virtual ranks. A run that restarts at step ``k``, with the same or another number of workers, therefore
-continues with exactly the batches that it would have had, and does not read the rows again that it has already used.
-All epochs are one stream without a pause between them.
+The rows in batch ``k`` of a virtual rank (see `ktray.training.virtual_ranks`) only depend on the seed, the shards, the
+size of a window and the number of virtual ranks. A run that restarts at step ``k``, with the same or another number of
+workers, therefore continues with exactly the batches that it would have had, and does not read the rows again that it
+has already used. All epochs are one stream without a pause between them.
+
+Rows that stay in memory are shuffled together. Larger sets are read in windows of many shards in random order, and each
+epoch divides the shards anew among the virtual ranks. Shards contain images in random order
+(`ktray.stages.teach.items`), so that a window is a random sample of the set. In a window, the views of an image are
+kept apart (`spread_views`).
 """
 
 from __future__ import annotations
@@ -20,16 +25,19 @@ from ktray.training.weights import COPIES, WEIGHT, draw
 
 @dataclass(frozen=True)
 class Slice:
-    """The rows ``start::step`` of one shard, which has ``rows`` rows."""
+    """The rows of the images ``start::step`` of one shard. The shard has ``rows`` rows, and each ``views`` consecutive
+    rows show one image."""
 
     shard: str
     rows: int
     start: int = 0
     step: int = 1
+    views: int = 1
 
     @property
     def count(self) -> int:
-        return len(range(self.start, self.rows, self.step))
+        """Number of rows."""
+        return len(range(self.start, self.rows // self.views, self.step)) * self.views
 
 
 Window = Sequence[Slice]
@@ -37,15 +45,49 @@ Window = Sequence[Slice]
 Reader = Callable[[Sequence[Window]], Iterator[Rows]]
 
 
-def rank_slices(shards: Sequence[tuple[str, int]], rank: int, count: int) -> list[Slice]:
-    """The part of the shards (name, rows) that belongs to virtual rank ``rank`` of ``count``.
+def rank_slices(
+    shards: Sequence[tuple[str, int]], rank: int, count: int, views: int = 1, epoch: int = 0, seed: int | None = None
+) -> list[Slice]:
+    """The part of the shards (name, rows) that belongs to virtual rank ``rank`` of ``count`` in an epoch.
 
-    It consists of whole shards, or, if there are few shards, of some rows of each shard.
+    It consists of whole shards, or, if there are few shards, of some images of each shard. The virtual ranks have all
+    rows of the set together.
+
+    Args:
+        views: number of consecutive rows that show one image.
+        seed: divides the shards in another way in each epoch; None: in the same way in all epochs.
     """
+    start = rank if seed is None else (rank + epoch) % count  # the largest part has another rank in each epoch
     if len(shards) >= 4 * count:
-        return [Slice(name, rows) for name, rows in shards[rank::count] if rows]
-    slices = [Slice(name, rows, rank, count) for name, rows in shards]
+        order = np.arange(len(shards)) if seed is None else _divide(seed, epoch).permutation(len(shards))
+        own = [shards[i] for i in order[start::count]]
+        return [Slice(name, rows, views=views) for name, rows in own if rows]
+    # Every ``count``-th image of the set, so that the parts differ by at most one image.
+    before = np.cumsum([0, *(rows // views for _, rows in shards)]).tolist()
+    slices = [
+        Slice(name, rows, (start - first) % count, count, views)
+        for (name, rows), first in zip(shards, before, strict=False)
+    ]
     return [s for s in slices if s.count]
+
+
+def _divide(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch, 1 << 31])
+
+
+def spread_views(images: int, views: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order of ``images * views`` rows, of which each ``views`` consecutive ones show one image.
+
+    It has ``views`` rounds, each with one view of each image. The images of the first half of a round are also those of
+    the first half of all others, so that at least half of the images come between two views of an image.
+
+    Returns:
+        (images * views,) int64 row numbers.
+    """
+    halves = np.array_split(rng.permutation(images), 2)
+    view = rng.permuted(np.tile(np.arange(views), (images, 1)), axis=1)
+    rounds = [np.concatenate([rng.permutation(half) for half in halves]) for _ in range(views)]
+    return np.concatenate([order * views + view[order, number] for number, order in enumerate(rounds)])
 
 
 @dataclass(frozen=True)
@@ -70,8 +112,10 @@ class RowSampler:
         ranks: the virtual ranks of the worker.
         rank_count: number of virtual ranks of all workers.
         seed: seed of all shuffles.
-        window_rows: number of rows of a virtual rank that are read and shuffled together. If it is at least the number
-            of all rows of the virtual rank, the virtual rank is resident: its rows are read once and kept in memory.
+        window_rows: number of rows of a virtual rank that are read and shuffled together, up to one slice more. If no
+            virtual rank has more rows, all are resident: they keep the same rows in all epochs, read them once and hold
+            them in memory.
+        views: number of consecutive rows of a shard that show one image.
         weigh: a function from the rows of a window to their weights (N,), at least 0: how often each row of the window
             is drawn, relative to the mean of the window. None: each row is drawn once per epoch.
 
@@ -89,13 +133,22 @@ class RowSampler:
         rank_count: int = 1,
         seed: int = 0,
         window_rows: int = 1 << 62,
+        views: int = 1,
         weigh: Callable[[Rows], np.ndarray] | None = None,
     ) -> None:
         self.read, self.weigh = read, weigh
-        self.streams = [_Stream(rank_slices(shards, n, rank_count), batch, n, seed, window_rows) for n in ranks]
-        for stream in self.streams:
-            if not stream.rows:
-                raise ValueError(f"virtual rank {stream.rank} of {rank_count} has no rows in {len(shards)} shards")
+        sizes = [sum(s.count for s in rank_slices(shards, n, rank_count, views)) for n in range(rank_count)]
+        if not all(sizes):
+            raise ValueError(f"virtual rank {sizes.index(0)} of {rank_count} has no rows in {len(shards)} shards")
+        resident = max(sizes) <= window_rows
+
+        def slices(rank: int) -> Callable[[int], list[Slice]]:
+            if resident:
+                same = rank_slices(shards, rank, rank_count, views)
+                return lambda epoch: same
+            return lambda epoch: rank_slices(shards, rank, rank_count, views, epoch, seed)
+
+        self.streams = [_Stream(slices(n), batch, n, seed, window_rows, resident, views) for n in ranks]
         self._kept: dict[int, Rows] = {}
 
     def batches(self, start: int, stop: int) -> Iterator[Rows]:
@@ -145,37 +198,52 @@ class RowSampler:
 
 
 class _Stream:
-    """The rows of one virtual rank."""
+    """The rows of one virtual rank; ``slices`` gives those of each epoch."""
 
-    def __init__(self, slices: list[Slice], batch: int, rank: int, seed: int, window_rows: int) -> None:
+    def __init__(
+        self,
+        slices: Callable[[int], list[Slice]],
+        batch: int,
+        rank: int,
+        seed: int,
+        window_rows: int,
+        resident: bool,
+        views: int,
+    ) -> None:
         self.slices, self.batch, self.rank, self.seed = slices, batch, rank, seed
-        self.rows = sum(s.count for s in slices)
-        self.window_rows, self.resident = window_rows, self.rows <= window_rows
+        self.window_rows, self.resident, self.views = window_rows, resident, views
 
     def _rng(self, epoch: int, window: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.rank, epoch, window])
 
     def windows(self, epoch: int) -> list[list[Slice]]:
         """The windows of the epoch, in the order in which they are read."""
+        slices = self.slices(epoch)
         if self.resident:
-            return [self.slices]
-        order = self._rng(epoch, 1 << 30).permutation(len(self.slices))
-        windows: list[list[Slice]] = [[]]
-        filled = 0
-        for i in order:
-            if filled and filled + self.slices[i].count > self.window_rows:
-                windows.append([])
-                filled = 0
-            windows[-1].append(self.slices[i])
-            filled += self.slices[i].count
-        return windows
+            return [slices]
+        order = self._rng(epoch, 1 << 30).permutation(len(slices))
+        rows = np.array([slices[i].count for i in order])
+        ends = np.cumsum(rows)
+        # Windows of nearly equal size. The images of a very small one at the end would repeat within a batch.
+        number = ((ends - rows / 2) / ends[-1] * -(-ends[-1] // self.window_rows)).astype(np.int64)
+        return [[slices[i] for i in order[number == window]] for window in np.unique(number)]
+
+    def _begin(self, row: int) -> tuple[int, int]:
+        """The epoch of a row of the stream, and the number of rows before this epoch."""
+        epoch = position = 0
+        while True:
+            rows = sum(s.count for s in self.slices(epoch))
+            if self.resident:  # all epochs have equally many rows
+                return row // rows, row // rows * rows
+            if position + rows > row:
+                return epoch, position
+            epoch, position = epoch + 1, position + rows
 
     def schedule(self, start: int, stop: int) -> list[_Part]:
         """The windows that hold the rows of batches ``start``..``stop - 1``."""
         first_row, last_row = start * self.batch, stop * self.batch
         parts = []
-        epoch = first_row // self.rows
-        position = epoch * self.rows
+        epoch, position = self._begin(first_row)
         while position < last_row:
             for number, window in enumerate(self.windows(epoch)):
                 count = sum(s.count for s in window)
@@ -214,7 +282,9 @@ class _Stream:
             order, copy = draw(rows[WEIGHT], rng)
             visit = part.epoch * COPIES + copy
         else:
-            order, visit = rng.permutation(count), np.full(count, part.epoch, dtype=np.int64)
+            mixed = self.resident or self.views == 1
+            order = rng.permutation(count) if mixed else spread_views(count // self.views, self.views, rng)
+            visit = np.full(count, part.epoch, dtype=np.int64)
         return order[part.first : part.last], visit[part.first : part.last]
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ktray.accounting.energy import gpu_joules
+from ktray.accounting.held import Held
 from ktray.accounting.ledger import DirLog, Entry, Ledger, Meter, attempts, cost_summary
-from ktray.accounting.prices import hourly_price, price_of
+from ktray.accounting.prices import hourly_price
 from ktray.errors import KtrayError
 from ktray.storage.store import Dir
 
@@ -43,31 +44,41 @@ class Clock:
 
 
 def meter(log: Lines, clock: Clock, **settings: object) -> Meter:
-    defaults: dict[str, object] = {"device": CPU, "prices": {"cpu_core": 0.9}, "clock": clock, "interval": 1e6}
+    defaults: dict[str, object] = {"held": Held(1, 3.6), "clock": clock, "interval": 1e6}
     return Meter(log, Entry("teach", "k"), **{**defaults, **settings})  # type: ignore[arg-type]
 
 
 def test_an_attempt_costs_what_was_counted() -> None:
     log, clock = Lines(), Clock()
-    with meter(log, clock, devices=2) as m:
+    with meter(log, clock, held=Held(2, 7.2)) as m:
         m.add(flops=1e9, images=10)
         m.add(flops=2e9, images=5, peak_memory_bytes=10**15)
         clock.now += 50
     e = m.entry
     assert (e.flops, e.images, e.peak_memory_bytes) == (3_000_000_000, 15, 10**15)
     assert (e.wall_seconds, e.device_seconds, e.state) == (50, 100, "done")
-    assert e.usd == pytest.approx(0.9 * 4 * 100 / 3600)  # USD per core and hour, 4 cores, 2 machines, 50 s
+    assert e.usd == pytest.approx(7.2 * 50 / 3600)  # USD an hour for both devices, 50 s
     assert e.kwh is None
     assert attempts(log.lines) == [e]
 
 
-def test_device_seconds_of_workers_replace_wall_time() -> None:
+def test_each_time_costs_what_was_held_then() -> None:
+    """10 s of two devices at 3.6 USD an hour each, 20 s of one at 1.8, 5 s of three at 36 together."""
     log, clock = Lines(), Clock()
-    with meter(log, clock, devices=2) as m:
-        m.add(device_seconds=7)
-        m.add(device_seconds=8)
-        clock.now += 50
-    assert (m.entry.device_seconds, m.entry.wall_seconds) == (15, 50)
+    with meter(log, clock, held=Held(9, 99.0)) as m:
+        clock.now += 4
+        m.correct(Held(2, 7.2))  # what was meant from the start
+        clock.now += 6
+        m.hold(Held(1, 1.8))
+        clock.now += 20
+        m.hold(Held(3, 36.0))
+        clock.now += 5
+    assert m.entry.device_seconds == 2 * 10 + 1 * 20 + 3 * 5
+    assert m.entry.usd == pytest.approx((7.2 * 10 + 1.8 * 20 + 36.0 * 5) / 3600)
+    with meter(Lines(), clock) as m:
+        m.hold(Held(1, None))  # a device without a price
+        clock.now += 1
+    assert m.entry.usd is None
 
 
 def test_energy_is_the_counters_difference_plus_what_workers_hand_in() -> None:
@@ -213,7 +224,11 @@ def test_prices_of_accelerators_machines_and_cores() -> None:
     assert hourly_price({**CPU, "instance": "unknown"}) == hourly_price(CPU)
     assert hourly_price(A100, {"A100": 1.0}) == 1.0
     assert hourly_price({**CPU, "instance": "mine"}, {"mine": 0.2}) == 0.2
-    assert price_of(A100, 1800, 4, {"a100": 2.0}) == pytest.approx(4.0)
+    spot = {**CPU, "instance": "c7i.xlarge", "market": "spot"}
+    assert hourly_price(spot) == 0.1785  # the on-demand price is an upper limit
+    assert hourly_price(spot, {"spot:c7i.xlarge": 0.06}) == 0.06
+    assert hourly_price({**spot, "market": "on-demand"}, {"spot:c7i.xlarge": 0.06}) == 0.1785
+    assert hourly_price({**A100, "market": "spot"}, {"spot:A100": 1.2, "A100": 3.0}) == 1.2
     with pytest.raises(KtrayError, match=r"Set prices"):
         hourly_price(A100, {"A100": -1})
 

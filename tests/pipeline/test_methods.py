@@ -13,7 +13,8 @@ from small_task import SMALL, write_captioned, write_generic, write_task
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.compare.costs import by_stage
-from ktray.pipeline.plan import lines, this_machine
+from ktray.pipeline.plan import this_machine
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
 from ktray.storage.columns import read_rows

@@ -255,7 +255,7 @@ def test_store_that_cannot_be_written(tmp_path):
 
 def test_plan_counts_what_the_run_then_spends(first, world, capsys):
     from ktray.distributed.allocation import allocate
-    from ktray.pipeline.plan import lines
+    from ktray.pipeline.plan_stages import lines
     from ktray.pipeline.resolve import resolve
 
     store, data, result, _, _ = first

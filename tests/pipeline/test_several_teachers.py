@@ -15,7 +15,7 @@ from small_task import SMALL, write_gallery, write_task
 from ktray import recipe as recipes
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.ensemble import mix
-from ktray.pipeline.plan import lines
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
 from ktray.stages.manifests import MANIFESTS, StageManifest

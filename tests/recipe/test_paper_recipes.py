@@ -15,7 +15,8 @@ from ktray import recipe as recipes
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.distributed.allocation import allocate as share_out
 from ktray.jobs.compare.methods import recipe_of
-from ktray.pipeline.plan import RATES, lines
+from ktray.pipeline.plan import RATES
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from heard import hearing
 
+from ktray.accounting.held import Held
 from ktray.accounting.ledger import Entry, Meter
 from ktray.distributed.watchdog import Watchdog
 from ktray.stages.base import Reporter
@@ -40,9 +41,10 @@ def made():
                     ]
                 ),
                 plan=SimpleNamespace(worker_gpus=1.0),
+                machines=SimpleNamespace(workers=lambda nodes: Held(len(nodes), 36.0 * len(nodes))),
             )
             log = SimpleNamespace(append=lambda line: None)
-            meter = Meter(log, Entry("transfer", "k", 2), {"gpus": [], "cores": 1}, 1, clock=clock)
+            meter = Meter(log, Entry("transfer", "k", 2), Held(7, 700.0), clock=clock)
             reporter = Reporter(context, "transfer", meter, Watchdog("transfer", 1, clock=clock))
             reporter.rows = rows
             return reporter, clock, said
@@ -51,7 +53,7 @@ def made():
 
 
 def start(step, workers):
-    return Started(step, step * IMAGES, step * FLOPS, workers, machines=workers)
+    return Started(step, step * IMAGES, step * FLOPS, workers, nodes=("n",) * workers)
 
 
 def step(number):
@@ -87,7 +89,9 @@ def test_device_time_is_that_of_as_many_as_there_were(made):
             clock.now = at
             reporter.post(start(30, workers))
         clock.now = 45
-        assert reporter.meter.now().device_seconds == 15 * 1 + 10 * 3 + 20 * 2
+        now = reporter.meter.now()
+        assert now.device_seconds == 15 * 1 + 10 * 3 + 20 * 2
+        assert now.usd == pytest.approx(now.device_seconds / 100)
 
 
 def test_states_of_the_controller_are_no_sign_of_life(made):

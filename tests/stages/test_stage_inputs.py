@@ -18,7 +18,7 @@ import ktray.stages
 from ktray import recipe as recipes
 from ktray.data.preprocess import Preprocess
 from ktray.pipeline.resolve import resolve
-from ktray.pipeline.run import whole_stages
+from ktray.pipeline.run import look_at_stages
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
 from ktray.stages.base import Runtime
@@ -44,7 +44,7 @@ EXCEPTIONS = {
     "ensemble": {"members", "names", "images"},
     "index": {"gallery", "encoder", "items", "prepare", "total", "folder", "shared"},
     "curate": {"transfer"},
-    "teach": {"predict"},
+    "teach": {"predict", "teacher"},
     "transfer": {"train"},
     "finetune": {"train"},
     "scratch": {"train"},
@@ -73,7 +73,7 @@ def seen(cluster, tmp_path_factory) -> dict[str, StageInputs]:
         patch.setattr(
             StageInputs, "key_of", lambda self, parts: found.setdefault(self.stage, self) and key_of(self, parts)
         )
-        whole_stages(Store(folder), resolve(recipe, cluster), cluster)
+        look_at_stages(Store(folder), resolve(recipe, cluster), cluster)
     return found
 
 

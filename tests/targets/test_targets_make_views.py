@@ -60,16 +60,15 @@ def test_large_jpegs_are_decoded_as_small_as_all_their_views_bear(item, tmp_path
     full = np.asarray(Image.open(path))
     fully = np.stack([render(full, view_from_ints(v), size) for v in rows["view"]])
     assert not np.array_equal(rows["pixels"], fully)  # it was decoded smaller indeed
-    # And alike, whichever of its views are asked for.
-    np.testing.assert_array_equal(CUT.some(item, 1, 3)["pixels"], rows["pixels"][1::3])
 
 
-@pytest.mark.parametrize(("start", "step"), [(0, 1), (0, 2), (1, 2), (2, 4), (7, 8), (14, 15)])
-def test_some_rows_are_those_of_all(item, start, step):
+@pytest.mark.parametrize(("start", "step"), [(0, 1), (0, 2), (1, 2), (2, 4), (4, 5)])
+def test_the_rows_of_some_images_are_those_of_all(item, start, step):
     every, some = CUT(item), CUT.some(item, start, step)
     assert len(some["bad"]) == 0
     for name in every.keys() - {"bad"}:
-        np.testing.assert_array_equal(some[name], every[name][start::step], err_msg=name)
+        of_images = every[name].reshape(5, 3, *every[name].shape[1:])[start::step]
+        np.testing.assert_array_equal(some[name], of_images.reshape(-1, *every[name].shape[1:]), err_msg=name)
 
 
 def test_a_broken_image_is_told_and_where_rows_are_promised_others_stand_in(item, tmp_path):

@@ -46,14 +46,18 @@ def crops(cache, world, starts, window_bytes=1 << 30):
     count: Counter[int] = Counter()
     batch = 5
     steps = 2 * ROWS // (batch * world)
+    seen = []
     for rank in range(world):
         for first, last in zip([0, *starts], [*starts, steps], strict=True):
-            for rows in cache.batches(part, env(rank, world), batch, SEED, first, last):
-                views = random_views(rows["pixels"], POLICY, rows["view_key"], salt=1)
-                for pixels, view in zip(rows["pixels"].numpy(), views.numpy(), strict=True):
-                    image = int((pictures() == pixels).all((1, 2, 3)).argmax())
-                    found[image, count[image]] = view.tobytes()
-                    count[image] += 1
+            for step, rows in enumerate(cache.batches(part, env(rank, world), batch, SEED, first, last), first):
+                seen.append((step, rank, rows))
+    # In another epoch, an image may belong to another rank.
+    for _, _, rows in sorted(seen, key=lambda entry: entry[:2]):
+        views = random_views(rows["pixels"], POLICY, rows["view_key"], salt=1)
+        for pixels, view in zip(rows["pixels"].numpy(), views.numpy(), strict=True):
+            image = int((pictures() == pixels).all((1, 2, 3)).argmax())
+            found[image, count[image]] = view.tobytes()
+            count[image] += 1
     return found
 
 

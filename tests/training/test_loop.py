@@ -20,7 +20,7 @@ from ktray.training.loop import (
     TrainerSettings,
     TrainingProgram,
 )
-from ktray.training.messages import StepProgress
+from ktray.training.messages import Started, StepProgress
 from ktray.training.optimisation import decay_groups, learning_rate
 
 SETTINGS = TrainerSettings(steps=40, lr=0.05, weight_decay=0.01, warmup=0.1, ema=0.9, clip=1.0, seed=3, evals=4)
@@ -211,6 +211,22 @@ def test_patience_stops_early_and_cost_counts_only_what_ran(tmp_path):
     assert [post.step for post in recorder.posts if isinstance(post, StepProgress)][-1] == 80, (
         "the last steps are not accounted for"
     )
+
+
+def test_flops_are_those_of_steps_validations_and_what_came_before(tmp_path):
+    settings = TrainerSettings(**{**SETTINGS.__dict__, "steps": 40, "evals": 4})
+    p = program(lambda m: (0.5, {}))
+    p.flops_per_evaluation, p.flops_before = 1_000.0, 50_000.0
+    recorder = Recorder(tmp_path)
+    state = Trainer(p, settings, recorder.hooks).run()
+    totals = [post.flops for post in recorder.posts if isinstance(post, Started | StepProgress)]
+    assert totals[0] == 50_000
+    assert totals[-1] == 50_000 + 40 * 10 + 5 * 1_000  # the first of five validations is before the first step
+    assert len(state.curve) == 5
+    p.evaluate = None
+    last = Trainer(p, settings, Recorder(tmp_path / "without").hooks)
+    last.run()
+    assert last._totals() == (40 * 16, 50_000 + 40 * 10)
 
 
 def test_a_fall_within_the_tolerance_is_no_reason_to_stop(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Started, StepProgress, TeacherFlops
 
 MESSAGES = [
-    Started(0, 0, 0.0, workers=2, machines=1),
+    Started(0, 0, 0.0, workers=2, nodes=("a", "a")),
     StepProgress(3, 24, 300.0, data_wait=0.1),
     CurvePoint(3, {"loss": 0.5}),
     BadImages((("a.png", "truncated"),)),

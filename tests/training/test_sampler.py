@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ktray.training.sampler import RowSampler, rank_slices
+from ktray.training.sampler import RowSampler, rank_slices, spread_views
 from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
 SHARDS = [(f"s{i}", rows) for i, rows in enumerate([7, 5, 9, 4, 6, 8, 3, 10])]
@@ -29,12 +29,14 @@ def test_every_row_once_per_epoch_and_full_batches(window_rows, lane, of):
     assert len(batches) == 50
     assert {len(b["id"]) for b in batches} == {4}
     stream = np.concatenate([b["id"] for b in batches])
-    mine = np.sort(
-        np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in rank_slices(SHARDS, lane, of)])
-    )
-    for epoch in range(len(stream) // len(mine)):
-        part = stream[epoch * len(mine) : (epoch + 1) * len(mine)]
-        np.testing.assert_array_equal(np.sort(part), mine)
+    visits = np.concatenate([b["visit"] for b in batches])
+    assert np.all(np.diff(visits) >= 0)
+    seed = None if window_rows == 10_000 else 3  # rows that stay in memory are the same in all epochs
+    for epoch in range(visits[-1]):
+        mine = rank_slices(SHARDS, lane, of, epoch=epoch, seed=seed)
+        ids = np.concatenate([START[s.shard] + np.arange(s.rows)[s.start :: s.step] for s in mine])
+        np.testing.assert_array_equal(np.sort(stream[visits == epoch]), np.sort(ids))
+    assert visits[-1] > 2
     for b in batches:
         np.testing.assert_array_equal(b["x"], b["id"] * 2.0)
 
@@ -97,6 +99,58 @@ def test_resident_feed_reads_once_and_order_differs_by_epoch_and_seed():
     assert not np.array_equal(first, second)
     other = next(iter(RowSampler(SHARDS, reader(), batch=TOTAL, seed=2).batches(0, 1)))["id"]
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("shards", [[(f"s{i}", 3) for i in range(40)], SHARDS[:3]])
+def test_ranks_divide_the_set_anew_in_each_epoch(shards):
+    """Whole shards where there are many, images of each shard where there are few; all ranks together have every row
+    once, and a rank sees nearly the whole set within a few epochs."""
+    of, seen = 2, set()
+    for epoch in range(8):
+        parts = [rank_slices(shards, rank, of, epoch=epoch, seed=9) for rank in range(of)]
+        rows = [(s.shard, row) for part in parts for s in part for row in range(s.start, s.rows, s.step)]
+        assert sorted(rows) == sorted((name, row) for name, count in shards for row in range(count))
+        seen |= {(s.shard, row) for s in parts[0] for row in range(s.start, s.rows, s.step)}
+    assert len(seen) >= 0.95 * sum(count for _, count in shards)
+    fixed = [rank_slices(shards, 0, of, epoch=epoch) for epoch in range(3)]
+    assert fixed[0] == fixed[1] == fixed[2]
+
+
+@pytest.mark.parametrize(("images", "views"), [(40, 4), (7, 3), (1, 5), (0, 2), (2, 1)])
+def test_views_of_an_image_are_apart(images, views):
+    order = spread_views(images, views, np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(images * views))
+    places = np.argsort(order).reshape(images, views)
+    if images > 1:
+        gaps = np.diff(np.sort(places, axis=1), axis=1)
+        assert (gaps > images // 2 - 1).all()
+    for batch in range(0, images * views - images // 2, max(1, images // 2)):
+        shown = order[batch : batch + images // 2] // views
+        assert len(set(shown.tolist())) == len(shown)
+
+
+def test_the_views_of_an_image_are_read_together_and_used_apart():
+    views = 3
+    shards = [(f"s{i}", 16 * views) for i in range(24)]
+    begin = {name: i * 16 * views for i, (name, _) in enumerate(shards)}
+
+    def read(windows):
+        for window in windows:
+            rows = [np.arange(s.rows).reshape(-1, views)[s.start :: s.step].ravel() + begin[s.shard] for s in window]
+            assert sum(s.count for s in window) == sum(map(len, rows))
+            yield {"id": np.concatenate(rows)}
+
+    for count in (1, 2, 8):  # with 8 ranks, each has some images of each shard
+        ids = []
+        for rank in range(count):
+            settings = {"batch": 6, "window_rows": 24 * views, "views": views, "seed": 2}
+            sampler = RowSampler(shards, read, ranks=[rank], rank_count=count, **settings)
+            stream = list(sampler.batches(0, 24 * 16 * views // count // 6))
+            same = [len(set((b["id"] // views).tolist())) for b in stream]
+            # Only where a window ends in the middle of a batch may an image be there twice.
+            assert np.mean(same) > 5.7
+            ids += [int(i) for b in stream for i in b["id"]]
+        assert sorted(ids) == list(range(24 * 16 * views))
 
 
 def test_batch_larger_than_the_set_spans_epochs():

@@ -73,7 +73,7 @@ def taught(world, mode, stage=None):
     made, _, rows, cut, predict = world
     known = {} if mode == "cached" else {"cut": cut, "predict": predict}
     size = 3 * SIDE**2
-    return TargetSet(stage or made, tuple(rows.items()), size, TARGETS, mode, **known)
+    return TargetSet(stage or made, tuple(rows.items()), size, TARGETS, mode, views=VIEWS, **known)
 
 
 def batches(source, part, rank=0, of=1, start=0, stop=9, report=lambda values: None):
@@ -141,7 +141,9 @@ def test_all_modes_give_the_same_predictions_where_few_are_kept(cluster, world, 
 
     def source(mode):
         how = (None, None) if mode == "cached" else (cut, few)
-        return TargetSet(made, tuple(rows.items()), 3 * SIDE**2, ("logits",), mode, *how, classes=len(CLASSES))
+        return TargetSet(
+            made, tuple(rows.items()), 3 * SIDE**2, ("logits",), mode, *how, classes=len(CLASSES), views=VIEWS
+        )
 
     full = list(batches(taught(world, "cached"), RESIDENT))
     for mode in MODES:
@@ -161,7 +163,7 @@ def test_views_that_are_stored_as_jpeg_have_the_same_targets(cluster, world, tmp
     for item in items:
         both(WithTeacher(made, predict, 95))(item, cut(item))
         assert both(CheckTargets(made, predict))(item, cut(item))["cosine"] > 0.99999
-    source = TargetSet(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True)
+    source = TargetSet(made, tuple(rows.items()), 3 * SIDE**2, TARGETS, jpeg=True, views=VIEWS)
     for a, b in zip(batches(source, part), batches(taught(world, "cached"), part), strict=True):
         assert torch.equal(a["view_key"], b["view_key"])
         assert torch.equal(a["logits"], b["logits"])

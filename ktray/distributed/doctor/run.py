@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ktray.accounting.device import versions
@@ -15,6 +15,7 @@ from ktray.distributed.doctor import checks
 from ktray.distributed.doctor.checks import DoctorCheck
 from ktray.distributed.doctor.pairs import meet, pairs
 from ktray.distributed.doctor.probe import ProbeRequest, clock, probe
+from ktray.distributed.nodes import SECONDS, on_node, on_nodes
 from ktray.distributed.ray_internals import dashboard_address
 from ktray.errors import KtrayError, ResourceError
 from ktray.recipe.schema import Recipe
@@ -22,8 +23,6 @@ from ktray.redact import scrub
 from ktray.storage.store import Store
 
 logger = logging.getLogger("ktray")
-
-_SECONDS = 180.0  # time limit for a node to start a process and import torch
 
 
 def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
@@ -46,7 +45,7 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
         return
     try:
         request = ProbeRequest(store.uri, token, names, decode=not quick)
-        probes, lost = _everywhere(nodes, lambda node: _on(probe, node).remote(request, node))
+        probes, lost = on_nodes(nodes, lambda node: on_node(probe, node).remote(request, node))
         hosts = {node: report["host"] for node, report in probes.items()}
         missing = [hosts[node] for node in probes if not store.exists(f"{token}/{node}")]
     finally:
@@ -73,7 +72,7 @@ def examine(recipe: Recipe, quick: bool = False) -> Iterator[DoctorCheck]:
     yield checks.decodes_fast(probes)
     workers, gpus = trainers(nodes, probes, recipe.cluster.use_gpu)
     tried = pairs(workers, every=len(workers) <= 8) or [(node, node) for node in workers[:1] if not gpus]
-    failures = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, _on, gpus))]
+    failures = [(hosts[a], hosts[b], cause) for a, b in tried if (cause := meet(a, b, on_node, gpus))]
     yield checks.network(failures, len(tried))
     yield checks.guarded(_dashboard())
     yield _mlflow(recipe)
@@ -127,40 +126,16 @@ def show(recipe: Recipe, debug: bool = False) -> None:
         )
 
 
-def _on(work: Callable[..., Any], node: str, gpus: float = 0.0) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}
-    return ray.remote(**options)(work).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-
-
-def _everywhere(nodes: Any, start: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Start a task on each node. Returns the results by node, and for the nodes without a result the reason."""
-    import ray
-
-    refs = {node: start(node) for node in nodes}
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=_SECONDS)
-    results: dict[str, Any] = {}
-    lost: dict[str, str] = {}
-    for node, ref in refs.items():
-        try:
-            results[node] = ray.get(ref, timeout=0.1)
-        except Exception as error:  # a node that died, a process that cannot import ktray, a timeout
-            lost[node] = " ".join(str(error).split())[-200:] or f"no answer within {_SECONDS:g} s"
-    return results, lost
-
-
 def _skews(nodes: list[str]) -> dict[str, tuple[float, float]]:
     """For each node, how many seconds its clock is ahead, and half of the time that the request took."""
     import ray
 
     skews = {}
     for node in nodes:
-        remote_clock = _on(clock, node)
-        ray.get(remote_clock.remote(), timeout=_SECONDS)  # starts a process on the node
+        remote_clock = on_node(clock, node)
+        ray.get(remote_clock.remote(), timeout=SECONDS)  # starts a process on the node
         before = time.time()
-        node_time = ray.get(remote_clock.remote(), timeout=_SECONDS)
+        node_time = ray.get(remote_clock.remote(), timeout=SECONDS)
         after = time.time()
         skews[node] = node_time - (before + after) / 2, (after - before) / 2
     return skews

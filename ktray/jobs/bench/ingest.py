@@ -101,7 +101,7 @@ class _Views(Dataset[np.ndarray]):
 
 def _view(cut: MakeViews, uri: str, data: bytes) -> np.ndarray:
     pixels = np.empty((1, 3, cut.size, cut.size), np.uint8)
-    cut.views_of(uri, data, None, [0], pixels)
+    cut.views_of(uri, data, None, pixels)
     return pixels[0]
 
 

@@ -23,6 +23,7 @@ from ktray.jobs.bench.lesson import CASES
 from ktray.jobs.bench.machine import busy_cores, peak_memory
 from ktray.jobs.bench.memory import memory
 from ktray.jobs.bench.mlflow import log
+from ktray.jobs.bench.order import order
 from ktray.jobs.bench.reading import reading
 from ktray.jobs.bench.reuse import reuse
 from ktray.jobs.bench.rows import BenchRow, markdown
@@ -149,6 +150,10 @@ def _memory(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow
     return memory(folder, plan, *((4,) if recipe.bench.quick else ()))
 
 
+def _order(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
+    return order()
+
+
 def _gpu(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return gpu(folder, plan, usable_cpus(), recipe.bench.quick, recipe.bench.vectors)
 
@@ -164,6 +169,7 @@ _BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = 
     "reuse": _reuse,
     "memory": _memory,
     "gpu": _gpu,
+    "order": _order,
 }
 
 

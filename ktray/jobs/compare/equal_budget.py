@@ -11,7 +11,8 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.calibration import MeasuredSpeed
 from ktray.jobs.compare.methods import Methods, list_methods, recipe_of, with_steps
-from ktray.pipeline.plan import RATES, lines, this_machine
+from ktray.pipeline.plan import RATES, this_machine
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.recipe.schema import Recipe
 from ktray.reporting.log import muted

@@ -8,7 +8,8 @@ from ktray.jobs.tune.budget import limits, show
 from ktray.jobs.tune.result import described
 from ktray.jobs.tune.run import baseline, space_of
 from ktray.jobs.tune.trial import STUDENTS
-from ktray.pipeline.plan import lines, machine, this_machine
+from ktray.pipeline.plan import machine, this_machine
+from ktray.pipeline.plan_stages import lines
 from ktray.recipe.schema import Recipe
 from ktray.reporting.units import flops, seconds
 

@@ -16,10 +16,9 @@ from functools import partial
 from typing import Any
 
 from ktray import recipe as recipes
-from ktray.accounting.device import describe_device
 from ktray.accounting.ledger import DirLog, Entry, attempts
-from ktray.accounting.prices import hourly_price
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.errors import KtrayError
 from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.tune import mlflow, result
@@ -35,6 +34,7 @@ from ktray.models.teacher.families.base import family_of
 from ktray.pipeline import plan as planning
 from ktray.pipeline.checks import require_test_split
 from ktray.pipeline.failure import failure_recorded
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import Session, open_session
@@ -85,7 +85,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     until.enter_context(failure_recorded(folder, run_id, time.time()))
     records = Records(folder)
     records.load()
-    budget = _open_budget(base, store, folder, at_once, begun)
+    budget = _open_budget(base, store, folder, at_once, begun, part)
     logger.info("budget    " + ", ".join(show(unit, limit) for unit, limit in budget.limits.items()))
     if budget.grown:
         records.reopen()
@@ -152,12 +152,12 @@ def space_of(base: Recipe, plan: Allocation) -> Space:
 
 def _planned(resolved: Resolved, stages: Sequence[str]) -> dict[str, float]:
     """Return the planned FLOPs of some stages of the baseline."""
-    return {line.stage: line.flops for line in planning.lines(resolved) if line.stage in stages}
+    return {line.stage: line.flops for line in lines(resolved) if line.stage in stages}
 
 
-def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float) -> SearchBudget:
-    device = describe_device()
-    if base.tune.cost == "usd" and hourly_price(device, base.prices) is None:
+def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float, part: Allocation) -> SearchBudget:
+    hourly = ClusterMachines(part, base.prices).some(1).hourly
+    if base.tune.cost == "usd" and hourly is None:
         raise KtrayError(
             "tune.cost is usd, but a device of this cluster has no price", "Set prices.NAME (USD an hour)."
         )
@@ -166,7 +166,7 @@ def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: f
         limits(base.budget),
         CostRate(rate / at_once),
         at_once,
-        hourly_price(device, base.prices),
+        hourly,
         lambda state: folder.write_json(BUDGET_FILE, state),
     )
     budget.before = time.monotonic() - begun

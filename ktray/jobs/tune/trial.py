@@ -16,10 +16,10 @@ from ktray.errors import KtrayError
 from ktray.jobs.compare import methods
 from ktray.jobs.tune.budget import BudgetExceeded, SearchBudget
 from ktray.jobs.tune.records import BASELINE, OVER_BUDGET, OVER_COST_LIMIT, Records, TrialPoint, TrialRecord
-from ktray.pipeline import plan as planning
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
+from ktray.pipeline.run import look_at_stages
 from ktray.pipeline.run import run as pipeline
-from ktray.pipeline.run import whole_stages
 from ktray.recipe.schema import Recipe
 from ktray.recipe.tune import BudgetConfig, TuneConfig
 from ktray.reporting.log import muted, titled
@@ -209,14 +209,14 @@ class TrialRunner:
         recipe = recipe_of(self.base, record.keys, share)
         recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
         with muted():
-            there = whole_stages(self.store, resolve(recipe, self.share), self.share)
+            there, _ = look_at_stages(self.store, resolve(recipe, self.share), self.share)
         planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
         return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
 
     def _stages(self, recipe: Recipe) -> dict[str, float]:
         with muted():
             resolved = resolve(recipe, self.share)
-        return {line.stage: line.flops for line in planning.lines(resolved) if line.stage != "evaluate"}
+        return {line.stage: line.flops for line in lines(resolved) if line.stage != "evaluate"}
 
     def _fit(self, record: TrialRecord) -> None:
         """Reduce the steps of a trial whose model would cost more than the winner may."""

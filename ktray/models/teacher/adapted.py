@@ -45,6 +45,7 @@ class AdaptedTeacher(nn.Module):
 
     FILE: ClassVar[str] = "adapted.json"
     HOLDS: ClassVar[str] = "adapted teacher"
+    POOLED: ClassVar[bool] = True  # whether the head reads the pooled embedding
 
     def __init__(
         self,

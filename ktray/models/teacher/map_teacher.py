@@ -16,6 +16,7 @@ class MapTeacher(AdaptedTeacher):
 
     FILE: ClassVar[str] = "dense_teacher.json"
     HOLDS: ClassVar[str] = "segmentation teacher"
+    POOLED: ClassVar[bool] = False
 
     @classmethod
     def misfit(cls, teacher: Teacher, head: Any, outputs: int) -> str:

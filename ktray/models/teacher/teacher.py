@@ -143,6 +143,20 @@ def embed(tower: nn.Module, preprocess: Preprocess, batch: torch.Tensor) -> torc
     x = preprocess.normalise(batch).to(_dtype(tower))
     with _products(x.device):
         out = tower(x)
+    return _pooled(out)
+
+
+def embed_with_patches(
+    tower: nn.Module, preprocess: Preprocess, source: TeacherSource, batch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`embed` and `patch_embeddings` of the last level, in one forward pass if the tower can compute both."""
+    x = preprocess.normalise(batch).to(_dtype(tower))
+    with _products(x.device):
+        out, (patches,) = family_of(source.name).output_and_maps(tower, x)
+    return _pooled(out), patches.float()
+
+
+def _pooled(out: Any) -> torch.Tensor:
     # CoCa's tower returns (pooled, tokens).
     pooled: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return pooled.float()

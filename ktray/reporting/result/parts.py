@@ -116,6 +116,30 @@ class StageRow(ResultPart):
     usd: Number | None
 
 
+class PlannedStage(ResultPart):
+    """A stage that the run computed: what was planned, and what it took."""
+
+    name: str
+    source: str = Field(
+        description="where the plan is from: store (earlier runs with it), table (shipped with ktray), roofline, or "
+        "cores (one speed for all models)"
+    )
+    planned_seconds: Number
+    planned_usd: Number | None
+    seconds: Number
+    usd: Number | None
+
+
+class PlanAndTaken(ResultPart):
+    """The plan of the stages that the run computed in one attempt, and what they took; sums and stages."""
+
+    planned_seconds: Number
+    planned_usd: Number | None
+    seconds: Number
+    usd: Number | None
+    stages: list[PlannedStage]
+
+
 class Images(ResultPart):
     """The images that a run read."""
 

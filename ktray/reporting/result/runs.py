@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from ktray.reporting.result.parts import Hygiene, Images, Number, PipelineRun, ResultPart, TransferSet
+from ktray.reporting.result.parts import (
+    Hygiene,
+    Images,
+    Number,
+    PipelineRun,
+    PlanAndTaken,
+    ResultPart,
+    TransferSet,
+)
 
 
 class ValidationMetric(ResultPart):
@@ -63,10 +71,25 @@ class Delivered(ResultPart):
     )
 
 
+class Machines(ResultPart):
+    """Machines of one type."""
+
+    count: int
+    instance: str | None = Field(description="the provider's name of the type; null if it is not known")
+    market: str | None = Field(description="spot or on-demand; null if it is not known")
+    accelerator: str | None = Field(description="name of its GPUs; null without any")
+    usd_per_hour: Number | None = Field(
+        description="price of a GPU with its share of the machine, or of the machine without GPUs; null: not known"
+    )
+
+
 class ClusterShare(ResultPart):
     workers: int | str = Field(description="number of training workers, or a range min..max")
     cpus: Number
     gpus: Number
+    machines: list[Machines] = Field(
+        default_factory=list, description="the machines that did work, by type; their prices are those of the cost"
+    )
 
 
 class StudentRun(PipelineRun):
@@ -108,6 +131,7 @@ class DistillResult(StudentRun):
     """jobs/distill.py."""
 
     metric: StudentMetric
+    plan: PlanAndTaken | None = Field(None, description="what was planned, and what it took")
 
 
 class IndexSearch(ResultPart):

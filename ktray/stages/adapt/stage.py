@@ -47,6 +47,7 @@ logger = logging.getLogger("ktray")
 
 SCORES = "scores.json"  # the scores of a trained candidate, in its folder
 TRAINED = "trained.safetensors"  # weights of a candidate that is not calibrated yet
+TOWER_EVALS = 5  # validations of the training of a tower, after the first
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class AdaptInputs(StageInputs):
     """
 
     stage = "adapt"
+    devices = "one"
     # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept; 4: declared inputs
     version = 4
 
@@ -108,6 +110,10 @@ class AdaptInputs(StageInputs):
             images=len(context.task.train) + len(context.task.val),
         )
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {"model": self.teacher.source.name, "size": self.teacher.preprocess.size[0], "tried": self.wanted}
+
 
 def candidates(context: RunContext, spec: TeacherSpec) -> list[str]:
     """The candidates, in order. An objective that needs no predictions needs no adapted teacher. For it, only the probe
@@ -134,9 +140,10 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "the task that fits the teacher's heads",
         "Choose a smaller teacher, or use machines with more memory.",
     )
-    fitted = run_with_retries(
-        fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus
-    )
+    with reporter.task() as at:
+        fitted = run_with_retries(
+            fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus, at=at
+        )
     reporter.shards([ShardSummary("heads", images=fitted["images"], flops=fitted["flops"])])
     if reporter.progress:
         reporter.progress.update(fitted["images"])
@@ -215,7 +222,9 @@ def _train(
     done = f"candidate-{name}/{SCORES}"
     if stage.exists(done):  # by an attempt that was interrupted later, in the training of another candidate
         return dict(stage.read_json(done))
-    settings = TrainerSettings.of(part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=5, keep="best")
+    settings = TrainerSettings.of(
+        part, warmup=0.1, clip=1.0, seed=int(inputs.seed or 0), evals=TOWER_EVALS, keep="best"
+    )
     base = stage.sub(f"candidate-{start}")
     labels = labels_stage.labels_of(inputs.labels, inputs.kind)
     job = AdaptSpec(settings, base, labels, views, part, inputs.metric)
@@ -223,14 +232,16 @@ def _train(
 
     def finish(weights: Path) -> None:
         stage.write(TRAINED, weights.read_bytes())
-        calibrated = run_with_retries(
-            partial(_calibrate, job, stage, name),
-            "the task that calibrates the teacher",
-            "Choose a smaller teacher, or use machines with more memory.",
-            runtime.cluster.max_failures,
-            cpus=plan.actor_cpus,
-            gpus=plan.actor_gpus,
-        )
+        with reporter.task() as at:
+            calibrated = run_with_retries(
+                partial(_calibrate, job, stage, name),
+                "the task that calibrates the teacher",
+                "Choose a smaller teacher, or use machines with more memory.",
+                runtime.cluster.max_failures,
+                cpus=plan.actor_cpus,
+                gpus=plan.actor_gpus,
+                at=at,
+            )
         result.update(calibrated["scores"])
         reporter.shards([ShardSummary(f"calibrate-{name}", images=calibrated["images"], flops=calibrated["flops"])])
         stage.delete(TRAINED)

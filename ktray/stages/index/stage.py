@@ -199,6 +199,14 @@ class IndexInputs(StageInputs):
     folder: Annotated[IndexDir, NotInKey("follows from `facts` or `own`")]
     shared: Annotated[str, NotInKey("name of the folder in the store, follows from `facts`")]
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.source.name if self.encoder else None,
+            "size": self.encoder.preprocess.size[0] if self.encoder else 0,
+            "crops": self.facts["crops"],
+        }
+
 
 def _index(
     context: RunContext,

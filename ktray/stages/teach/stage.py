@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from ktray.data.captions import tokenise
 from ktray.data.preprocess import Preprocess
@@ -31,6 +31,7 @@ from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
 from ktray.stages.manifests import TargetSizes, TeachManifest
 from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.teach.items import images_per_shard, shard_items
 from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
@@ -41,7 +42,6 @@ from ktray.training.inputs import TargetSet
 
 logger = logging.getLogger("ktray")
 
-SHARD_BYTES = 64_000_000
 Targets = tuple[str, ...]
 
 
@@ -52,6 +52,7 @@ class TeachResult:
     done: StageResult
     cut: MakeViews
     predict: Predict | None
+    mode: str
 
     @property
     def key(self) -> str:
@@ -85,6 +86,7 @@ class TeachResult:
             text_length=m["text_length"],
             source_classes=m["source_classes"],
             classes=m["classes"],
+            views=self.cut.per_image,
         )
 
 
@@ -104,8 +106,8 @@ class TeachInputs(StageInputs):
 
     stage = "teach"
     # 2: view ids, captions, labels, patch embeddings, whole images; 3: modes, page checksums; 4: torch's resize;
-    # 5: declared inputs
-    version = 5
+    # 5: declared inputs; 6: images in random order
+    version = 6
 
     curate: StageResult
     adapt: StageResult | None
@@ -117,6 +119,16 @@ class TeachInputs(StageInputs):
     classes: int
     positions: int
     predict: Annotated[Predict | None, NotInKey("it uses the teacher of ADAPT, at the sizes above")]
+    teacher: Annotated[str | None, NotInKey("name of the teacher of `adapt`, for measured speeds")]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.teacher,
+            "size": self.cut.size,
+            "targets": list(self.targets),
+            "jpeg": self.teach.jpeg is not None,
+        }
 
 
 def run(
@@ -158,8 +170,9 @@ def run(
         predict=Predict(spec, teacher_targets, student_size, map_side, top_k=int(part.top_k), relative=relative)
         if spec
         else None,
+        teacher="+".join([str(recipe.teacher.name), *(o.name for o in recipe.teacher.others)]) if spec else None,
     )
-    return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict)
+    return TeachResult(run_stage(context.runtime, inputs, work), inputs.cut, inputs.predict, part.mode)
 
 
 def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> TeachManifest:
@@ -171,12 +184,8 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     uris = table["uri"].tolist()
     tokens, vocabulary = tokenise(table["caption"].tolist()) if "text" in targets else (None, 0)
     extra = {"text": tokens, "label": table.get("label")}
-    per_shard = int(max(1, min(512, SHARD_BYTES // (part.view_count * 3 * view_size**2), -(-len(uris) // 8))))
-    items = []
-    for i in range(0, len(uris), per_shard):
-        span = slice(i, i + per_shard)
-        along = {name: values[span].tolist() for name, values in extra.items() if values is not None}
-        items.append({"name": f"shard-{i // per_shard:06d}.parquet", "uris": uris[span], "beside": along})
+    per_shard = images_per_shard(len(uris), part.view_count, view_size)
+    items = shard_items(uris, extra, per_shard, part.seed)
     if cached:
         rows = _store(inputs, runtime, stage, reporter, items)
     else:

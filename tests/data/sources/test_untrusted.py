@@ -21,7 +21,7 @@ from ktray.data.sources.shards import read_shard
 from ktray.data.sources.tars import TarMember, read_tar
 from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import BadImage, KtrayError
-from ktray.pipeline.plan import _gallery_images
+from ktray.pipeline.plan_gallery import gallery_images
 
 
 def errors(spec):
@@ -140,7 +140,7 @@ def test_a_plan_unpacks_no_bomb_either(tmp_path, monkeypatch):
     path = tmp_path / "x.tar.gz"
     path.write_bytes(tar_bytes([("1.jpg", jpeg()), ("2.jpg", bytes(4 << 20)), ("3.jpg", jpeg())], "w:gz"))
     recipe = recipes.load(None, ["task.data=photos", f"gallery.data={path}"])
-    images, _ = _gallery_images(SimpleNamespace(gallery_images=None, recipe=recipe))
+    images, _ = gallery_images(SimpleNamespace(gallery_images=None, recipe=recipe))
     assert images == 1
 
 

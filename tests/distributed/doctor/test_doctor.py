@@ -11,6 +11,7 @@ from ktray import recipe as recipes
 from ktray.accounting.device import versions
 from ktray.distributed.doctor import checks, pairs, run
 from ktray.distributed.doctor.probe import ProbeRequest, probe
+from ktray.distributed.nodes import on_node
 from ktray.errors import KtrayError
 
 NAMES = ["versions", "store", "checkpoints", "GPUs", "clocks", "plan", "decoding", "network", "token", "MLflow"]
@@ -97,10 +98,10 @@ def test_a_slow_node_is_named():
 
 def test_nodes_that_cannot_meet_are_told(cluster, monkeypatch):
     node = ray.nodes()[0]["NodeID"]
-    assert pairs.meet(node, node, run._on, gpus=False) is None
+    assert pairs.meet(node, node, on_node, gpus=False) is None
     monkeypatch.setattr(pairs, "_SECONDS", 3)
     monkeypatch.setattr(pairs, "meeting_place", lambda: ("127.0.0.1", "no port"))
-    assert pairs.meet(node, node, run._on, gpus=False)
+    assert pairs.meet(node, node, on_node, gpus=False)
     found = checks.network([("a", "b", "refused")], 3)
     assert found.state == "FAIL"
     assert "GLOO_SOCKET_IFNAME" in found.line

@@ -12,7 +12,8 @@ from ktray.jobs.compare import calibration
 from ktray.jobs.compare.calibration import MeasuredSpeed
 from ktray.jobs.compare.equal_budget import budgets, show
 from ktray.jobs.compare.methods import Method, list_methods, recipe_of
-from ktray.pipeline.plan import RATES, lines
+from ktray.pipeline.plan import RATES
+from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.storage.store import Store
 

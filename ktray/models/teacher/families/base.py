@@ -138,6 +138,11 @@ class TeacherFamily(ABC):
         """
         raise KtrayError("This teacher has no patch embeddings", "Choose another teacher.name.")
 
+    def output_and_maps(self, tower: nn.Module, x: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        """The output of the tower, and the result of `patch_maps` for one level. Families that can compute both in one
+        forward pass override this method; by default there are two."""
+        return tower(x), self.patch_maps(tower, x, 1)
+
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
         """The order of a tower's layers; None if the tower does not belong to this family or its order is unknown. In
         this case its child modules are its layers."""

@@ -130,13 +130,11 @@ class OpenClipFamily(TeacherFamily):
         return [int(inner.width)] * len(inner.resblocks)
 
     def patch_maps(self, tower: nn.Module, x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-        # The last norm applies to patch embeddings as well as to the pooled embedding, except after an attention pool
-        # of another width.
-        normed = getattr(tower, "attn_pool", None) is None
-        out = tower.forward_intermediates(  # type: ignore[operator]
-            x, indices=levels, intermediates_only=True, normalize_intermediates=normed
-        )
-        return list(out["image_intermediates"])
+        return list(_intermediates(tower, x, levels, intermediates_only=True)["image_intermediates"])
+
+    def output_and_maps(self, tower: nn.Module, x: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        out = _intermediates(tower, x, 1)
+        return out["image_features"], list(out["image_intermediates"])
 
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
         if isinstance(tower, TimmModel):
@@ -170,6 +168,16 @@ class OpenClipFamily(TeacherFamily):
     def untrained(self, model: str) -> nn.Module | None:
         module: nn.Module = open_clip.create_model(model, load_weights=False)
         return module
+
+
+def _intermediates(tower: nn.Module, x: torch.Tensor, levels: int, **options: Any) -> dict[str, Any]:
+    # The last norm applies to patch embeddings as well as to the pooled embedding, except after an attention pool of
+    # another width.
+    normed = getattr(tower, "attn_pool", None) is None
+    found: dict[str, Any] = tower.forward_intermediates(  # type: ignore[operator]
+        x, indices=levels, normalize_intermediates=normed, **options
+    )
+    return found
 
 
 class TextTower(nn.Module):

@@ -69,6 +69,10 @@ class TimmFamily(TeacherFamily):
         # The last norm applies to patch embeddings as well as to the pooled embedding.
         return list(tower.forward_intermediates(x, indices=levels, intermediates_only=True, norm=True))  # type: ignore[operator]
 
+    def output_and_maps(self, tower: nn.Module, x: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        final, maps = tower.forward_intermediates(x, indices=1, norm=True)  # type: ignore[operator]
+        return tower.forward_head(final), list(maps)  # type: ignore[operator]
+
     def layer_order(self, tower: nn.Module) -> LayerOrder | None:
         return layer_order(tower)
 
