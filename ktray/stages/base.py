@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,7 +153,10 @@ class Reporter:
 
     def shards(self, summaries: Iterable[S]) -> list[S]:
         """Count shards as they are finished. Returns their summaries."""
-        finished = []
+        return list(self.counted(summaries))
+
+    def counted(self, summaries: Iterable[S]) -> Iterator[S]:
+        """Count shards, or pieces of shards, as they are finished, and pass their summaries on."""
         for summary in summaries:
             self.check()
             check_limit()
@@ -165,8 +168,7 @@ class Reporter:
             self.meter.add(flops=summary.flops, images=summary.images)
             if self.progress:
                 self.progress.update(self.done)
-            finished.append(summary)
-        return finished
+            yield summary
 
     def post(self, message: Message) -> None:
         """Process a message of a training worker or of Ray Train's controller."""

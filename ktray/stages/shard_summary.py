@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 S = TypeVar("S", bound="ShardSummary")
+P = TypeVar("P", bound="PieceSummary")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,30 @@ class ShardSummary:
     def resumed(self: S) -> S:
         """This summary without work, because the ledger has counted it for the earlier attempt."""
         return replace(self, images=0, flops=0.0)
+
+
+@dataclass(frozen=True)
+class PieceSummary(ShardSummary):
+    """The summary of one piece of a shard: the counts are those of the piece, ``name`` is the name of the shard.
+
+    Attributes:
+        piece: number of the piece.
+        pieces: number of pieces in the shard, in the summary of its last piece; None in the others.
+    """
+
+    piece: int = 0
+    pieces: int | None = None
+
+
+def whole_shards(pieces: Iterable[P]) -> Iterator[list[P]]:
+    """The pieces of each shard in their order, as soon as its last piece has arrived."""
+    open_: dict[str, dict[int, P]] = {}
+    for piece in pieces:
+        received = open_.setdefault(piece.name, {})
+        received[piece.piece] = piece
+        count = next((p.pieces for p in received.values() if p.pieces), None)
+        if count == len(received):
+            yield [received[number] for number in sorted(open_.pop(piece.name))]
 
 
 def pairs(listed: Iterable[Iterable[Any]]) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from ktray.reporting.result.bench import BenchResult
 from ktray.reporting.result.compare import CompareResult
 from ktray.reporting.result.export import ExportResult
 from ktray.reporting.result.parts import SCHEMA, Result, write_result
+from ktray.reporting.result.predict import PredictResult
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
@@ -15,6 +16,7 @@ __all__ = [
     "DistillResult",
     "ExportResult",
     "IndexResult",
+    "PredictResult",
     "Result",
     "TrialResult",
     "TuneProgress",

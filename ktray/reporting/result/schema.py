@@ -11,6 +11,7 @@ from ktray.reporting.result.bench import BenchResult
 from ktray.reporting.result.compare import CompareResult
 from ktray.reporting.result.export import ExportResult
 from ktray.reporting.result.parts import Result
+from ktray.reporting.result.predict import PredictResult
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
@@ -25,6 +26,7 @@ RESULTS: dict[str, type[Result]] = {
     "tune-running": TuneProgress,
     "bench": BenchResult,
     "export": ExportResult,
+    "predict": PredictResult,
 }
 
 
