@@ -10,18 +10,9 @@ def explain(error: BaseException) -> str:
 
     If several training workers failed, it is the error of the worker that caused the others to fail (`first_failed`).
     """
-    chain: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        link = todo.pop(0)
-        if link is None or link in chain:
-            continue
-        chain.append(link)
-        todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
-    for link in chain:
-        # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
-        if isinstance(link, KtrayError) and MARK not in str(link):
-            return str(link)
+    if found := user_error(error):
+        return str(found)
+    chain = _chain(error)
     for link in chain:
         failures = getattr(link, "worker_failures", None)
         if failures:
@@ -43,6 +34,25 @@ def explain(error: BaseException) -> str:
         (f"on {link.ip}, process {link.pid}; " for link in chain if hasattr(link, "ip") and hasattr(link, "pid")), ""
     )
     return f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
+
+
+def user_error(error: BaseException) -> KtrayError | None:
+    """The `KtrayError` in the chain of Ray's wrappers; None if there is none."""
+    # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
+    return next((link for link in _chain(error) if isinstance(link, KtrayError) and MARK not in str(link)), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and all errors that it wraps."""
+    chain: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        link = todo.pop(0)
+        if link is None or link in chain:
+            continue
+        chain.append(link)
+        todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
+    return chain
 
 
 _INNER = ("cause", "controller_failure", "health_check_failure")  # attributes in which Ray's errors keep their causes
