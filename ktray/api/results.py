@@ -20,6 +20,7 @@ from ktray.reporting.units import flops, percent, usd
 from ktray.storage.store import Dir, Store
 
 if TYPE_CHECKING:
+    from ktray.data.labelled.labelled_set import LabelledSet
     from ktray.models.student.classifier import Student
     from ktray.recipe.schema import Recipe
 
@@ -123,6 +124,18 @@ class Run(FinishedJob):
 
         with self._dir.local("recipe.yaml") as path:
             return recipes.load(str(path), [])
+
+    @cached_property
+    def task(self) -> LabelledSet:
+        """The labelled images of the run: lists ``train``, ``val`` and ``test`` of examples with ``uri`` and ``label``,
+        which is an index into ``classes``.
+
+        Raises:
+            KtrayError: the images have moved or changed.
+        """
+        from ktray.pipeline.finished_run import FinishedRun
+
+        return FinishedRun(Store(self.store), self._dir, self.recipe, self.result).task()
 
     @cached_property
     def student(self) -> Student:
