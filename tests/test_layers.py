@@ -26,7 +26,7 @@ LAYERS = (
     ("stages",),
     ("pipeline",),
     ("jobs",),
-    ("cli",),
+    ("cli", "api"),
 )
 # What may import Ray. Anything else runs, and is tested, without a cluster.
 ON_RAY = ("ktray.distributed.", "ktray.training.ray_train", "ktray.jobs.")

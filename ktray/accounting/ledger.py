@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -319,22 +319,25 @@ class Ledger:
         return stage_rows(self.entries)
 
 
-def cost_summary(entries: Iterable[Entry]) -> dict[str, Any]:
+def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> dict[str, Any]:
     """The ``cost`` object of ``result.json``.
 
     ``flops`` and ``device_seconds`` have a key for each stage, including ``evaluate``, and their ``total``. Entries of
     any other stage (a baseline such as ``scratch``) are not part of the method: they are under ``baselines`` and in no
     total. ``usd`` is None if the price of a device is not known. ``kwh`` is the sum over the measured attempts, and
     None if nothing was measured. ``without_cache`` also includes the original cost of the reused stages.
+
+    Args:
+        stages: the stages of the method; another job than those of the pipeline has its own.
     """
     all_entries = [replace(e, stage=PART_OF.get(e.stage, e.stage)) for e in entries]
-    method = [e for e in all_entries if e.stage in STAGES]
+    method = [e for e in all_entries if e.stage in stages]
     spent = [e for e in method if not e.cached]
-    others = [e for e in all_entries if e.stage not in STAGES]
+    others = [e for e in all_entries if e.stage not in stages]
     names = list(dict.fromkeys(e.stage for e in others))
     return {
-        "flops": _by_stage(spent, "flops"),
-        "device_seconds": _by_stage(spent, "device_seconds"),
+        "flops": _by_stage(spent, "flops", stages),
+        "device_seconds": _by_stage(spent, "device_seconds", stages),
         "wall_seconds": sum(e.wall_seconds for e in spent),
         "usd": _money(spent),
         "kwh": _energy(spent),
@@ -371,8 +374,8 @@ def stage_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
-def _by_stage(spent: list[Entry], what: str) -> dict[str, Any]:
-    sums = {stage: sum(getattr(e, what) for e in spent if e.stage == stage) for stage in STAGES}
+def _by_stage(spent: list[Entry], what: str, stages: Sequence[str]) -> dict[str, Any]:
+    sums = {stage: sum(getattr(e, what) for e in spent if e.stage == stage) for stage in stages}
     return {**sums, "total": sum(sums.values())}
 
 

@@ -34,18 +34,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    chain: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        link = todo.pop(0)
-        if link is None or link in chain:
-            continue
-        chain.append(link)
-        todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
-    for link in chain:
-        # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
-        if isinstance(link, KtrayError) and not MARK.search(str(link)):
-            return str(link), link.exit_code
+    if found := user_error(error):
+        return str(found), found.exit_code
+    chain = _chain(error)
     for link in chain:
         failures = getattr(link, "worker_failures", None)
         if failures:
@@ -54,10 +45,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"rank {rank} of the training workers: {text}", code
     for link in chain:
         # Ray re-raises errors of workers as text if they cannot be pickled.
-        found = list(MARK.finditer(str(link)))
-        if found:
-            code = RESOURCES if found[-1][1] == ResourceError.__name__ else INPUT
-            return str(link)[found[-1].end() :].strip().splitlines()[0], code
+        marks = list(MARK.finditer(str(link)))
+        if marks:
+            code = RESOURCES if marks[-1][1] == ResourceError.__name__ else INPUT
+            return str(link)[marks[-1].end() :].strip().splitlines()[0], code
     for link in chain:
         if isinstance(link, OSError) and link.errno:
             from ktray.storage.store import storage_error
@@ -74,6 +65,25 @@ def _explain(error: BaseException) -> tuple[str, int]:
     lost = any(_LOST.search(type(link).__name__) or isinstance(link, MemoryError) for link in chain)
     line = f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
     return line, RESOURCES if lost or isinstance(last, ConnectionError | TimeoutError) else FAULT
+
+
+def user_error(error: BaseException) -> KtrayError | None:
+    """The `KtrayError` in the chain of Ray's wrappers; None if there is none."""
+    # Ray's wrapper is also a KtrayError, with the worker's traceback as its text.
+    return next((link for link in _chain(error) if isinstance(link, KtrayError) and not MARK.search(str(link))), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and all errors that it wraps."""
+    chain: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        link = todo.pop(0)
+        if link is None or link in chain:
+            continue
+        chain.append(link)
+        todo += [link.__cause__, *(getattr(link, name, None) for name in _INNER), link.__context__]
+    return chain
 
 
 _INNER = ("cause", "controller_failure", "health_check_failure")  # attributes in which Ray's errors keep their causes

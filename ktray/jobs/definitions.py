@@ -128,6 +128,18 @@ def _plan_export(recipe: Recipe) -> None:
     show(recipe)
 
 
+def _predict(recipe: Recipe, debug: bool) -> None:
+    from ktray.jobs.predict.run import closing, predict
+
+    result(f"\n{closing(predict(recipe, debug))}")
+
+
+def _plan_predict(recipe: Recipe) -> None:
+    from ktray.jobs.predict.run import show
+
+    show(recipe)
+
+
 def _bench(recipe: Recipe, debug: bool) -> None:
     from ktray.jobs.bench.run import bench
 
@@ -190,6 +202,12 @@ JOBS: Mapping[str, Job] = {
             "Export the student of a run: ONNX (and int8), plain timm, a model card, a registered version in MLflow.",
             _export,
             _plan_export,
+        ),
+        Job(
+            "predict",
+            "Predict the class of every image in a bucket or folder, with the student or the teacher of a run.",
+            _predict,
+            _plan_predict,
         ),
         Job(
             "bench",

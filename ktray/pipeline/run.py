@@ -75,7 +75,7 @@ def run(
             return results.write_trial(context, outputs, begun)
         return results.write(context, outputs, begun, _planned_and_taken(context, resolved))
 
-    return _logged(recipe, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
+    return logged_run(recipe, debug, plan, {**(tags or {}), **({"trial": "true"} if trial else {})}, work)
 
 
 def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         outputs = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
         return results_transfer_set.write(context, outputs.curate, begun)
 
-    return _logged(recipe, debug, None, {"job": "curate"}, work)
+    return logged_run(recipe, debug, None, {"job": "curate"}, work)
 
 
 def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
@@ -111,10 +111,10 @@ def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
         return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
 
-    return _logged(recipe, debug, None, {"job": "index"}, work, resolve_gallery)
+    return logged_run(recipe, debug, None, {"job": "index"}, work, resolve_gallery)
 
 
-def _logged(
+def logged_run(
     recipe: Recipe,
     debug: bool,
     plan: Allocation | None,
@@ -122,7 +122,13 @@ def _logged(
     work: Callable[[RunContext, Resolved], dict[str, Any]],
     settle: Callable[[Recipe, Allocation], Resolved] = resolve,
 ) -> dict[str, Any]:
-    """Run ``work`` in a run folder and log the run to MLflow, also when it fails."""
+    """Run ``work`` in a run folder and log the run to MLflow, also when it fails.
+
+    Args:
+        plan: the part of the cluster to use; None: the whole cluster.
+        tags: tags of the MLflow run. ``job`` is the name of the job, which is part of the run's identity.
+        settle: chooses a value for each open key of the recipe.
+    """
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(open_session(recipe, debug, plan))
         store, plan = session.store, session.allocation
@@ -242,7 +248,10 @@ def _context(
 
 
 def _title(recipe: Recipe, tags: Mapping[str, str]) -> str:
-    return "index" if tags.get("job") == "index" else f"{task_title(recipe)}-{recipe.objective.name}"
+    job = tags.get("job")
+    if job == "index":
+        return job
+    return f"{task_title(recipe)}-{'predict' if job == 'predict' else recipe.objective.name}"
 
 
 def logged_params(recipe: Recipe) -> dict[str, Any]:

@@ -4,8 +4,8 @@
 and writes recipes, and ``builtin/`` has the built-in recipes.
 """
 
-from ktray.recipe.load import BUILTIN, DEFAULT, dump, load, override, schema
+from ktray.recipe.load import BUILTIN, DEFAULT, dotted, dump, load, load_values, override, schema
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 
-__all__ = ["BUILTIN", "DEFAULT", "Recipe", "digest", "dump", "load", "override", "schema"]
+__all__ = ["BUILTIN", "DEFAULT", "Recipe", "digest", "dotted", "dump", "load", "load_values", "override", "schema"]

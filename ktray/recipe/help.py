@@ -41,11 +41,19 @@ SECTIONS = {
     "tune": "What jobs/tune.py searches, and how.",
     "budget": "What a whole search of jobs/tune.py may spend, the final training of the winner included.",
     "export": "Which run jobs/export.py exports, and to what.",
+    "predict": "Which model of a run jobs/predict.py applies, and to which images.",
     "bench": "What jobs/bench.py measures.",
 }
 GENERAL = "General"
 # Sections that only one job reads; the help of the other jobs names that job instead of the keys.
-READ_BY = {"compare": "compare", "tune": "tune", "budget": "tune", "export": "export", "bench": "bench"}
+READ_BY = {
+    "compare": "compare",
+    "tune": "tune",
+    "budget": "tune",
+    "export": "export",
+    "predict": "predict",
+    "bench": "bench",
+}
 
 
 def keys(job: str) -> str:

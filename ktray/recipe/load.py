@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -73,18 +73,8 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
         KtrayError: there is no such recipe, a key is unknown (the message names the nearest one), a value has the wrong
             type, or an override is a key of another objective than the chosen one.
     """
-    wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
-    raw: dict[str, Any] = {}
-    for name in wanted:
-        _merge(raw, _read_yaml(name))
-    own = any(text.startswith("task.data=") for text in overrides)
-    if "task" not in raw and not own:
-        named = [text.partition("=")[2].strip() for text in overrides if text.startswith("task.name=")]
-        name = named[-1] if named else DEFAULT
-        if (BUILTIN / f"{name}.yaml").exists():
-            raw, over = _read_yaml(name), raw
-            _merge(raw, over)
     kinds = {key: kind for key, _, kind, _ in _keys()}
+    pairs: list[tuple[str, Any]] = []
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
@@ -92,11 +82,43 @@ def load(recipes: str | list[str] | None, overrides: list[str]) -> Recipe:
                 f"'{text}' is not a key=value pair", "Write it in the form key=value, for example transfer.size=500."
             )
         key = key.strip()
-        if key in kinds or _opened(key):
-            _set(raw, key, parse(key, value, _kind(key, kinds)))
+        known = key in kinds or _opened(key)
+        pairs.append((key, parse(key, value, _kind(key, kinds)) if known else value))
+    return load_values(recipes, pairs)
+
+
+def load_values(recipes: str | list[str] | None, overrides: Sequence[tuple[str, Any]]) -> Recipe:
+    """`load` with overrides that are pairs of a dotted key and a value; later pairs replace earlier ones."""
+    wanted = [recipes] if isinstance(recipes, str) else list(recipes or [])
+    raw: dict[str, Any] = {}
+    for name in wanted:
+        _merge(raw, _read_yaml(name))
+    own = any(key == "task.data" for key, _ in overrides)
+    if "task" not in raw and not own:
+        named = [str(value) for key, value in overrides if key == "task.name"]
+        name = named[-1] if named else DEFAULT
+        if (BUILTIN / f"{name}.yaml").exists():
+            raw, over = _read_yaml(name), raw
+            _merge(raw, over)
+    for key, value in overrides:
+        _set(raw, key, value)
+    return _validate(raw, [key for key, _ in overrides])
+
+
+def dotted(keys: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as pairs of a dotted key and a value: ``{"train": {"steps": 20}}`` is ``[("train.steps", 20)]``.
+
+    A mapping that is itself the value of a key, such as ``student.kwargs``, stays a mapping.
+    """
+    leaves = {row[0] for row in schema()}
+    pairs: list[tuple[str, Any]] = []
+    for name, value in keys.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in leaves:
+            pairs += dotted(value, f"{key}.")
         else:
-            _set(raw, key, value)
-    return _validate(raw, [text.partition("=")[0].strip() for text in overrides])
+            pairs.append((key, value))
+    return pairs
 
 
 def _merge(raw: dict[str, Any], more: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ktray.recipe.compare import CompareConfig
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.places import Place
+from ktray.recipe.predict import PredictConfig
 from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
@@ -383,6 +384,7 @@ class Recipe(Section):
     compare: CompareConfig = CompareConfig()
     bench: BenchConfig = BenchConfig()
     export: ExportConfig = ExportConfig()
+    predict: PredictConfig = PredictConfig()
     tune: TuneConfig = TuneConfig()
     budget: BudgetConfig = BudgetConfig()
     prices: dict[str, float] = Field(

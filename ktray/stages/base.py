@@ -20,7 +20,7 @@ from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import WorkerStart
-from ktray.stages.shard_summary import S, ShardSummary
+from ktray.stages.shard_summary import S
 from ktray.stages.speed import keep_speed, known_speed
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
@@ -170,7 +170,10 @@ class Reporter:
 
     def shards(self, summaries: Iterable[S]) -> list[S]:
         """Count shards as they are finished. Returns their summaries."""
-        finished = []
+        return list(self.counted(summaries))
+
+    def counted(self, summaries: Iterable[S]) -> Iterator[S]:
+        """Count shards, or pieces of shards, as they are finished, and pass their summaries on."""
         for summary in summaries:
             self.check()
             check_limit()
@@ -183,8 +186,7 @@ class Reporter:
             if self.progress:
                 self.progress.update(self.done)
             self._check_bad()
-            finished.append(summary)
-        return finished
+            yield summary
 
     def _check_bad(self) -> None:
         """End a stage that has more unusable images than all of its images may have, and warn early of one that will
@@ -392,22 +394,3 @@ def _count(runtime: Runtime, manifest: dict[str, Any]) -> None:
     bad.check(int(manifest.get("read", 0)), runtime.bad_limit)
     runtime.read += int(manifest.get("read", 0))
     runtime.quarantine.merge(bad)
-
-
-def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
-    """The summaries of the shards that earlier attempts have finished, by name of the shard."""
-    return {
-        name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
-        for name in stage.names(".parquet.json")
-    }
-
-
-def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:
-    """Declare a shard finished. Its summary is written after its data, so that a restart counts the shard once.
-
-    Returns:
-        `ShardSummary.to_json`, for `ktray.distributed.ray_data.map_shards`.
-    """
-    content = summary.to_json()
-    stage.write_json(f"{summary.name}.json", content)
-    return content

@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
+from ktray.storage.store import Stage
+
 S = TypeVar("S", bound="ShardSummary")
+P = TypeVar("P", bound="PieceSummary")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,49 @@ class ShardSummary:
         return replace(self, images=0, flops=0.0)
 
 
+@dataclass(frozen=True)
+class PieceSummary(ShardSummary):
+    """The summary of one piece of a shard: the counts are those of the piece, ``name`` is the name of the shard.
+
+    Attributes:
+        piece: number of the piece.
+        pieces: number of pieces in the shard, in the summary of its last piece; None in the others.
+    """
+
+    piece: int = 0
+    pieces: int | None = None
+
+
+def whole_shards(pieces: Iterable[P]) -> Iterator[list[P]]:
+    """The pieces of each shard in their order, as soon as its last piece has arrived."""
+    open_: dict[str, dict[int, P]] = {}
+    for piece in pieces:
+        received = open_.setdefault(piece.name, {})
+        received[piece.piece] = piece
+        count = next((p.pieces for p in received.values() if p.pieces), None)
+        if count == len(received):
+            yield [received[number] for number in sorted(open_.pop(piece.name))]
+
+
 def pairs(listed: Iterable[Iterable[Any]]) -> tuple[tuple[str, str], ...]:
     """(uri, reason) of the images that could not be used, from JSON or an array of text."""
     return tuple((str(uri), str(reason)) for uri, reason in listed)
+
+
+def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
+    """The summaries of the shards that earlier attempts have finished, by name of the shard."""
+    return {
+        name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
+        for name in stage.names(".parquet.json")
+    }
+
+
+def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:
+    """Declare a shard finished. Its summary is written after its data, so that a restart counts the shard once.
+
+    Returns:
+        `ShardSummary.to_json`, for `ktray.distributed.ray_data.map_shards`.
+    """
+    content = summary.to_json()
+    stage.write_json(f"{summary.name}.json", content)
+    return content

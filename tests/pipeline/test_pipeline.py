@@ -11,10 +11,9 @@ import pytest
 import timm
 import torch
 from heard import heard
-from image_zoo import write_zoo
 from PIL import Image
 from results import check_result
-from small_task import CLASSES, SMALL, write_gallery, write_task
+from small_task import CLASSES, SMALL
 
 import ktray
 from ktray import cli
@@ -34,22 +33,13 @@ def distil(store, *overrides, lines=None):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    write_task(root / "task")
-    write_gallery(root / "gallery")
-    zoo = write_zoo(root / "gallery" / "zoo")
-    return root, zoo
+def world(zoo_world):
+    return zoo_world
 
 
 @pytest.fixture(scope="module")
-def first(cluster, world, tmp_path_factory):
-    root, zoo = world
-    store = tmp_path_factory.mktemp("store")
-    data = [f"task.data={root / 'task'}", f"gallery.data={root / 'gallery'}", "data.max_bad_fraction=0.2"]
-    lines: list[str] = []
-    result = distil(store, *data, "train.steps=60", lines=lines)
-    return store, data, result, lines, zoo
+def first(zoo_run):
+    return zoo_run
 
 
 def test_result_holds_the_contract_and_the_student_learned(first):

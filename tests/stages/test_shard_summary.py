@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ktray.stages.base import finish_shard, finished_shards
-from ktray.stages.shard_summary import ShardSummary, pairs
+from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards, pairs
 from ktray.storage.store import Stage
 
 STORED = {

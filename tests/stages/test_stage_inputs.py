@@ -56,7 +56,7 @@ def kinds() -> dict[str, type[StageInputs]]:
     """The inputs of all stages, by the stage's name."""
     for module in pkgutil.walk_packages(ktray.stages.__path__, "ktray.stages."):
         importlib.import_module(module.name)
-    return {kind.stage: kind for kind in StageInputs.__subclasses__() if kind.__module__.startswith("ktray.")}
+    return {kind.stage: kind for kind in StageInputs.__subclasses__() if kind.__module__.startswith("ktray.stages.")}
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import jinja2
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.jobs.export import licences
 from ktray.jobs.export.agreement import PYTORCH
-from ktray.jobs.export.run_source import ExportedRun
 from ktray.jobs.export.targets.base import all_targets
 from ktray.models.student.classifier import Student
+from ktray.pipeline.finished_run import FinishedRun
 from ktray.reporting import report, units
 
 _SHOWN = 30
@@ -27,7 +27,7 @@ def _files() -> dict[str, str]:
     return {PYTORCH: "model.safetensors", **{name: target.file for name, target in all_targets()}}
 
 
-def write(folder: Path, source: ExportedRun, student: Student, task: LabelledSet, content: dict[str, Any]) -> None:
+def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet, content: dict[str, Any]) -> None:
     """Write ``README.md``.
 
     Args:
@@ -118,7 +118,7 @@ def write(folder: Path, source: ExportedRun, student: Student, task: LabelledSet
     (folder / "README.md").write_text(page.strip() + "\n", encoding="utf-8")
 
 
-def task_name(source: ExportedRun) -> str:
+def task_name(source: FinishedRun) -> str:
     """Return the name of the task without its parent folders, which do not belong into a published card."""
     recipe = source.recipe
     data = recipe.task.data

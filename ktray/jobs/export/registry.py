@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
-from ktray.jobs.export.run_source import ExportedRun
 from ktray.jobs.export.targets.base import all_targets
+from ktray.pipeline.finished_run import FinishedRun
 from ktray.redact import scrub
 from ktray.storage.store import local_home
 from ktray.tracking.mlflow_server import Server, is_transient
@@ -28,7 +28,7 @@ REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
 _TIMEOUT_S = 10.0
 
 
-def log(source: ExportedRun, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+def log(source: FinishedRun, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Log the model, and register it if the recipe says so. An existing model or version of the same export is reused.
 
     Args:
@@ -62,7 +62,7 @@ def log(source: ExportedRun, folder: Path, content: dict[str, Any]) -> dict[str,
         return {"model_uri": None}
 
 
-def _log(source: ExportedRun, folder: Path, content: dict[str, Any], uri: str) -> dict[str, Any]:
+def _log(source: FinishedRun, folder: Path, content: dict[str, Any], uri: str) -> dict[str, Any]:
     part = source.recipe.export
     server = Server(uri, source.recipe.mlflow.experiment, {"run_id": None, "stages": {}}, _TIMEOUT_S)
     mark = f"{content['key']}-{part.serve}"
@@ -77,7 +77,7 @@ def _log(source: ExportedRun, folder: Path, content: dict[str, Any], uri: str) -
     return {**logged, "name": part.register_as, "version": version, "alias": part.alias}
 
 
-def _model(server: Server, source: ExportedRun, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
+def _model(server: Server, source: FinishedRun, folder: Path, content: dict[str, Any], mark: str) -> tuple[str, str]:
     """Return id and location of the logged model, which may be that of an earlier call with the same files."""
     client = server.client
     models = client.search_logged_models([server.experiment_id], f"tags.`{TAG}` = '{mark}'", max_results=10)
@@ -160,7 +160,7 @@ def metrics(content: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _run(server: Server, source: ExportedRun) -> str | None:
+def _run(server: Server, source: FinishedRun) -> str | None:
     """Return the id of the run in MLflow, if this server has it."""
     run_id = (source.result.get("mlflow") or {}).get("run_id")
     if run_id is None:

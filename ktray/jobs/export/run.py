@@ -18,10 +18,11 @@ from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
 from ktray.jobs.export import agreement, card, latency, predict, registry
 from ktray.jobs.export.agreement import PYTORCH, AgreementScores, Scorer
-from ktray.jobs.export.run_source import ExportedRun, find
+from ktray.jobs.export.run_source import find
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork, all_targets, serving, wanted_targets
 from ktray.models.flops import forward_flops
 from ktray.models.student.classifier import Student
+from ktray.pipeline.finished_run import FinishedRun
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
@@ -96,7 +97,7 @@ def show(requested: Recipe) -> None:
         logger.info(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
 
 
-def _key(source: ExportedRun, task: LabelledSet) -> str:
+def _key(source: FinishedRun, task: LabelledSet) -> str:
     part = source.recipe.export
     weights = {
         name: hashlib.sha256(source.folder.read(f"student/{name}")).hexdigest()
@@ -125,7 +126,7 @@ def _whole(target: Dir, key: str) -> dict[str, Any] | None:
     return content if same else None
 
 
-def _make(source: ExportedRun, task: LabelledSet, key: str, scratch: Path) -> dict[str, Any]:
+def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> dict[str, Any]:
     folder = scratch / FOLDER
     part, student = source.recipe.export, source.student()
     with source.folder.local("student") as weights:

@@ -94,6 +94,15 @@ class Student(nn.Module):
         """(N, 3, h, w) normalised float to pooled features (N, feature_dim), before the classifier."""
         return pooled_features(trunk(self.model), x)
 
+    def transform(self, image: Image.Image | np.ndarray | bytes | str | Path) -> torch.Tensor:
+        """One image to the input of `model`, (3, h, w) float32: resized, cropped and normalised.
+
+        Args:
+            image: see `predict`.
+        """
+        pixels = torch.from_numpy(self.preprocess.eval_transform(_rgb(image)))
+        return self.preprocess.normalise(pixels[None])[0]
+
     @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64) -> list[Any]:
         """Predict whole images, in evaluation mode; see `decide` for the results.

@@ -5,6 +5,7 @@ from ktray.reporting.result.compare import CompareResult
 from ktray.reporting.result.export import ExportResult
 from ktray.reporting.result.failure import FailedResult
 from ktray.reporting.result.parts import SCHEMA, Result, finished, utc, write_result
+from ktray.reporting.result.predict import PredictResult
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
@@ -17,6 +18,7 @@ __all__ = [
     "ExportResult",
     "FailedResult",
     "IndexResult",
+    "PredictResult",
     "Result",
     "TrialResult",
     "TuneProgress",

@@ -12,6 +12,7 @@ from ktray.reporting.result.compare import CompareResult
 from ktray.reporting.result.export import ExportResult
 from ktray.reporting.result.failure import FailedResult
 from ktray.reporting.result.parts import Result
+from ktray.reporting.result.predict import PredictResult
 from ktray.reporting.result.runs import CurateResult, DistillResult, IndexResult, TrialResult
 from ktray.reporting.result.tune import TuneProgress, TuneResult
 
@@ -27,6 +28,7 @@ RESULTS: dict[str, type[Result]] = {
     "bench": BenchResult,
     "export": ExportResult,
     "failed": FailedResult,
+    "predict": PredictResult,
 }
 
 

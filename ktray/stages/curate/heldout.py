@@ -15,10 +15,10 @@ from ktray.data.sources.fetch import fetch_images
 from ktray.distributed.device_work import Item
 from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.models.teacher.spec import TeacherSpec
-from ktray.stages.base import Reporter, Runtime, finish_shard, finished_shards
+from ktray.stages.base import Reporter, Runtime
 from ktray.stages.index.stage import EmbedPixels
 from ktray.stages.labels import SHARD
-from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 

@@ -27,14 +27,12 @@ from ktray.stages.base import (
     RunContext,
     Runtime,
     StageResult,
-    finish_shard,
-    finished_shards,
     run_stage,
 )
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import shard_items
 from ktray.stages.manifests import EvaluateManifest
-from ktray.stages.shard_summary import ShardSummary, pairs
+from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards, pairs
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage

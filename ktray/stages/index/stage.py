@@ -33,7 +33,7 @@ from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.gallery import Gallery
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.manifests import IndexClasses, IndexManifest
-from ktray.stages.shard_summary import ShardSummary, pairs
+from ktray.stages.shard_summary import PieceSummary, ShardSummary, pairs, whole_shards
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
 
@@ -48,17 +48,9 @@ SAME = 0.95
 
 
 @dataclass(frozen=True)
-class IndexPiece(ShardSummary):
-    """The summary of one piece of a shard: the counts are those of the piece, ``name`` is the name of the shard.
+class IndexPiece(PieceSummary):
+    """The summary of one piece of a shard. ``part``: the part of the index that was written, as `Part.to_json`."""
 
-    Attributes:
-        piece: number of the piece.
-        pieces: number of pieces in the shard, in the summary of its last piece; None in the others.
-        part: the part of the index that was written, as `Part.to_json`.
-    """
-
-    piece: int = 0
-    pieces: int | None = None
     part: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -336,19 +328,12 @@ def _each(several: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _gathered(pieces: Iterable[IndexPiece], reporter: Reporter, sources: dict[str, str]) -> Iterator[IndexedShard]:
     """Combine pieces into shards; a shard is yielded as soon as its last piece has arrived."""
-    open_: dict[str, dict[int, IndexPiece]] = {}
-    for piece in pieces:
-        reporter.shards([piece])
-        received = open_.setdefault(piece.name, {})
-        received[piece.piece] = piece
-        count = next((p.pieces for p in received.values() if p.pieces), None)
-        if count == len(received):
-            ordered = [received[number] for number in sorted(open_.pop(piece.name))]
-            yield IndexedShard(
-                piece.name,
-                tuple(Part.from_json(p.part) for p in ordered),
-                sum(p.rows for p in ordered),
-                sum(p.read for p in ordered),
-                tuple(bad for p in ordered for bad in p.bad),
-                sources[piece.name],
-            )
+    for ordered in whole_shards(reporter.counted(pieces)):
+        yield IndexedShard(
+            ordered[0].name,
+            tuple(Part.from_json(p.part) for p in ordered),
+            sum(p.rows for p in ordered),
+            sum(p.read for p in ordered),
+            tuple(bad for p in ordered for bad in p.bad),
+            sources[ordered[0].name],
+        )

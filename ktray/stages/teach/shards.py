@@ -10,8 +10,7 @@ import numpy as np
 
 from ktray.distributed.device_work import Item
 from ktray.errors import KtrayError
-from ktray.stages.base import finish_shard
-from ktray.stages.shard_summary import ShardSummary, pairs
+from ktray.stages.shard_summary import ShardSummary, finish_shard, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.store import Stage
 from ktray.targets.jpeg import encode_views

@@ -26,11 +26,11 @@ from ktray.models.teacher.spec import AdaptedSpec
 from ktray.objectives.matching import ClassMatching, MapMatching
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
-from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, finished_shards, run_stage
+from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
 from ktray.stages.manifests import TargetSizes, TeachManifest
-from ktray.stages.shard_summary import ShardSummary
+from ktray.stages.shard_summary import ShardSummary, finished_shards
 from ktray.stages.teach.items import images_per_shard, shard_items
 from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
 from ktray.storage.columns import read_rows

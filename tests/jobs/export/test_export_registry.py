@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export import predict, registry
-from ktray.jobs.export.run_source import ExportedRun, find
+from ktray.jobs.export.run_source import find
+from ktray.pipeline.finished_run import FinishedRun
 
 FOUND: dict[str, Any] = {
     "key": "0123456789abcdef",
@@ -41,7 +42,7 @@ def folder(onnx_file: Path, tmp_path: Path) -> Path:
     return place
 
 
-def source(run: Path, *overrides: str) -> ExportedRun:
+def source(run: Path, *overrides: str) -> FinishedRun:
     return find(recipes.load(None, [f"store={run.parents[1]}", f"export.run={run.name}", *overrides]))
 
 

@@ -21,8 +21,8 @@ from ktray.jobs.export import latency
 from ktray.jobs.export.agreement import AgreementScores, Scorer
 from ktray.jobs.export.images import Split
 from ktray.jobs.export.predict import Classifier
-from ktray.jobs.export.run_source import ExportedRun
 from ktray.models.student.classifier import Student
+from ktray.pipeline.finished_run import FinishedRun
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.registries import EXPORTS
 
@@ -40,7 +40,7 @@ class ExportWork:
         on_val: scores on validation of the student and of the targets with ``exact``; empty while these are written.
     """
 
-    source: ExportedRun
+    source: FinishedRun
     student: Student
     task: LabelledSet
     folder: Path

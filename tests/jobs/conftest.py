@@ -18,10 +18,10 @@ from ktray.models.student.classifier_io import save_student
 SIDE = 32
 
 
-def trained(data: Path, name: str = "test_resnet", **kwargs: Any) -> Student:
+def trained(data: Path, name: str = "test_resnet", side: int = SIDE, **kwargs: Any) -> Student:
     """A student of the stripes, fitted to their train and validation images; poor students prove little."""
     torch.manual_seed(0)
-    student = build_student(name, kwargs, 3, SIDE)
+    student = build_student(name, kwargs, 3, side)
     student.classes = sorted(CLASSES)
     paths = sorted(p for p in data.glob("*/*/*") if p.parts[-3] in ("train", "val"))
     files = [(path, student.classes.index(path.parent.name)) for path in paths]
@@ -70,6 +70,7 @@ def leave(store: Path, data: Path, student: Student, run_id: str = "20260101-000
             "kept": 98,
             "dropped": {"near test": 2},
         },
+        "stages": [],
         "cost": {**cost, "without_cache": {"flops": 2e12, "usd": 0.005}},
         "mlflow": {"tracking_uri": f"sqlite:///{store}/mlflow.db", "experiment": "exp", "run_id": None},
         "device": {"cpu": "a processor", "cores": 2, "gpus": []},

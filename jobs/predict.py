@@ -1,0 +1,11 @@
+"""``ktray predict`` from a checkout, also where ktray is not installed; see ``ktray/jobs/definitions.py``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ktray import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(["predict", *sys.argv[1:]]))

@@ -1,0 +1,1 @@
+"""The predictions of a run's student or teacher for any number of images, on the cluster."""
