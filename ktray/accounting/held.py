@@ -70,6 +70,8 @@ def cluster_holds(machines: Sequence[Machine], gpus: float, share: float, prices
         gpus: number of GPUs that the job uses; 0: none.
         share: the job's share of the cluster's CPUs, at most 1. A job holds at least one machine.
     """
+    if not machines:  # they have not joined yet
+        return Held(1.0, None)
     there = sum(machine.gpus for machine in machines)
     if not gpus or not there:
         whole = _sum([(1.0, machine) for machine in machines], prices)

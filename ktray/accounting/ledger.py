@@ -191,14 +191,15 @@ class Meter:
 
     def now(self, state: str = "running") -> Entry:
         """The attempt's cost up to this moment."""
+        joules = None if self._joules is None else self._joules()  # other nodes may have to answer: without the lock
         with self._lock:
             now = self._clock()
             wall = now - self._began
             parts = [*self._before, (now - self._since, self._held)]
             priced = [seconds * held.hourly / 3600 for seconds, held in parts if held.hourly is not None]
             energy = self._worker_joules
-            if self._joules is not None:
-                energy = (energy or 0.0) + self._joules() - self._joules_began
+            if joules is not None:
+                energy = (energy or 0.0) + joules - self._joules_began
             return replace(
                 self.entry,
                 flops=self._flops,

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, cast
 
 from ktray.accounting.device import describe_device, device_name
-from ktray.accounting.energy import gpu_joules
 from ktray.accounting.ledger import Ledger
 from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import BadLimit
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.energy import cluster_joules
 from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import limited
 from ktray.errors import KtrayError
@@ -211,7 +211,7 @@ def _open(
         ),
     )
     logger.info(f"run       {folder.uri}")
-    ledger = Ledger(describe_device(), run_id, recipe.prices, gpu_joules())
+    ledger = Ledger(describe_device(), run_id, recipe.prices, cluster_joules())
     return _context(store, resolved, plan, ledger, tracker, run_id, ClusterMachines(plan, recipe.prices))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -24,7 +25,8 @@ def keep_speed(store: Store, inputs: StageInputs, device: str, entry: Entry) -> 
     facts = _facts(inputs, device)
     if facts and entry.images and not entry.restarts:
         at = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        Speeds(store.sub(FOLDER)).record(facts, Measured(entry.images, entry.device_seconds), at)
+        with contextlib.suppress(Exception):  # the stage is complete, and a full disk must not fail it now
+            Speeds(store.sub(FOLDER)).record(facts, Measured(entry.images, entry.device_seconds), at)
 
 
 def _facts(inputs: StageInputs, device: str) -> dict[str, Any]:

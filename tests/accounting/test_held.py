@@ -26,6 +26,7 @@ def test_a_stage_on_the_cluster_holds_the_gpus_and_the_machines_without():
     # One of two jobs: half of everything.
     assert cluster_holds([L4, H100, DEAR], 3.0, 0.5, PRICES) == Held(3.5, pytest.approx(15.25))
     assert cluster_holds([CHEAP, DEAR] * 2, 0.0, 0.5, PRICES) == Held(2.0, pytest.approx(0.6))
+    assert cluster_holds([], 0.0, 1.0, PRICES) == Held(1.0, None)
     # Two jobs on one machine hold it both.
     assert cluster_holds([DEAR], 0.0, 0.5, PRICES) == Held(1.0, 0.5)
 

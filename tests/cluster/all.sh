@@ -16,7 +16,7 @@ check() { # NAME [ARGUMENTS]
 }
 wanted() { [[ ${#names[@]} -eq 0 || " ${names[*]} " == *" $1 "* ]]; }
 names=("$@")
-for name in auth autoscale s3_faults random_kills predict_kills; do
+for name in auth bill autoscale s3_faults random_kills predict_kills; do
   if wanted "$name"; then check "$name"; fi
 done
 if wanted elastic; then

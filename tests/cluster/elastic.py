@@ -54,7 +54,8 @@ def free_port() -> int:
 
 def start_node(*arguments: str, log: Path) -> subprocess.Popen:
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "start", "--block", "--num-cpus=2", "--object-store-memory=300000000", *arguments]
+    own = [] if any(argument.startswith("--num-cpus=") for argument in arguments) else ["--num-cpus=2"]
+    command = [ray, "start", "--block", "--object-store-memory=300000000", *own, *arguments]
     with open(log, "w") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 

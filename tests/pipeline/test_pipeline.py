@@ -261,6 +261,23 @@ def test_plan_counts_what_the_run_then_spends(first, world, capsys):
     assert np.isclose(planned["evaluate"], spent["evaluate"], rtol=1e-6)
 
 
+def test_a_run_tells_what_was_planned_and_leaves_its_speeds(first, capsys):
+    store, _, result, _, _ = first
+    plan, rows = result["plan"], {s["name"]: s for s in result["stages"]}
+    assert {row["name"] for row in plan["stages"]} >= {"adapt", "index", "teach", "transfer", "finetune", "evaluate"}
+    for row in plan["stages"]:
+        assert row["seconds"] == pytest.approx(rows[row["name"]]["wall_seconds"])
+        assert row["usd"] == pytest.approx(rows[row["name"]]["usd"])
+        assert row["planned_seconds"] > 0 or row["name"] == "curate"
+    assert plan["usd"] == pytest.approx(sum(row["usd"] for row in plan["stages"]))
+    (found,) = store.glob("speeds/transfer-*/*.json")
+    measured = json.loads(found.read_text())["measured"]
+    assert measured["images"] == 60 * 32
+    assert measured["device_seconds"] == pytest.approx(rows["transfer"]["device_seconds"])
+    (machine,) = result["cluster"]["machines"]
+    assert rows["teach"]["usd"] == pytest.approx(rows["teach"]["device_seconds"] * machine["usd_per_hour"] / 3600)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_agnostic_transfer_learns_and_trains_no_classifier(first, workers):
     store, data, _, _, _ = first

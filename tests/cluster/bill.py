@@ -1,0 +1,122 @@
+"""The bill of a job on a cluster whose head does no work, and whose two other nodes have other declared prices: every
+stage costs what a calculation by hand says, from the environment of the processes that worked. Some minutes on two
+cores; run it by itself:
+
+    python tests/cluster/bill.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from elastic import LIMIT, ROOT, SMALL, end, free_port, start_node, write_gallery, write_task
+
+PRICES = {"cheap": 0.1, "dear": 0.9}  # USD per hour
+ONE_WORKER = ("adapt", "transfer", "finetune")
+JOB = [*SMALL, "train.steps=400", "baselines.scratch=false", *(f"prices.{name}={usd}" for name, usd in PRICES.items())]
+
+
+def node(*arguments: str, cpus: int, log: Path, instance: str = "") -> subprocess.Popen:
+    """A node; its processes inherit the declared type of its machine."""
+    os.environ["KTRAY_INSTANCE"] = instance
+    try:
+        return start_node(f"--num-cpus={cpus}", *arguments, log=log)
+    finally:
+        del os.environ["KTRAY_INSTANCE"]
+
+
+def places() -> Counter[str]:
+    """The declared types of the machines on which tasks of a single worker run now."""
+    found: Counter[str] = Counter()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().startswith(b"ray::_call"):
+                environment = (process / "environ").read_bytes().split(b"\0")
+                found += Counter(e.decode().partition("=")[2] for e in environment if e.startswith(b"KTRAY_INSTANCE="))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def watch(job: subprocess.Popen, log: Path) -> dict[str, Counter[str]]:
+    """By stage, how often a single worker was seen on each machine, until the job ends."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    stop = time.monotonic() + LIMIT
+    while job.poll() is None:
+        assert time.monotonic() < stop, log.read_text()[-3000:]
+        started = re.findall(r"^(\w+): 0/", log.read_text(), re.MULTILINE)
+        if started:
+            seen[started[-1]] += places()
+        time.sleep(0.2)
+    assert job.returncode == 0, log.read_text()[-3000:]
+    return seen
+
+
+def check(store: Path, seen: dict[str, Counter[str]]) -> None:
+    (file,) = store.glob("runs/*/result.json")
+    result = json.loads(file.read_text())
+    assert {m["instance"]: m["usd_per_hour"] for m in result["cluster"]["machines"]} == PRICES
+    total = expected = 0.0
+    for row in result["stages"]:
+        machines = list(PRICES)
+        if row["name"] in ONE_WORKER:
+            machines = [seen[row["name"]].most_common(1)[0][0]]
+        usd = sum(PRICES[name] for name in machines) * row["wall_seconds"] / 3600
+        print(
+            f"{row['name']:<10}{row['wall_seconds']:8.1f} s on {' and '.join(machines):<16}{usd:.6f} {row['usd']:.6f}"
+        )
+        total, expected = total + row["usd"], expected + usd
+        assert abs(row["device_seconds"] - len(machines) * row["wall_seconds"]) <= 0.03 * row["device_seconds"]
+        assert abs(row["usd"] - usd) <= 0.03 * usd
+    assert abs(total - expected) <= 0.03 * expected
+    assert abs(result["cost"]["usd"] - sum(r["usd"] for r in result["stages"] if r["name"] != "hygiene")) < 1e-9
+    print(f"total {total:.6f} USD, by hand {expected:.6f}")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
+        home = Path(scratch)
+        write_task(home / "task")
+        write_gallery(home / "gallery")
+        (home / "token").write_text(secrets.token_hex(32))
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        nodes: list[subprocess.Popen] = []
+        try:
+            port = free_port()
+            head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={home / 'ray'}"]
+            nodes.append(node(*head, cpus=0, log=home / "head.log"))
+            time.sleep(20)
+            address = f"127.0.0.1:{port}"
+            for name in PRICES:
+                nodes.append(node(f"--address={address}", cpus=1, log=home / f"{name}.log", instance=name))
+            time.sleep(20)
+            command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={home / 'store'}"]
+            command += [f"task.data={home / 'task'}", f"gallery.data={home / 'gallery'}"]
+            log = home / "job.log"
+            with open(log, "w") as out:
+                environment = {**os.environ, "RAY_ADDRESS": address}
+                job = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
+            check(home / "store", watch(job, log))
+        finally:
+            for started in reversed(nodes):
+                end(started, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
