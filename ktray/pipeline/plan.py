@@ -37,6 +37,7 @@ from ktray.stages.teach.shards import checked_images
 from ktray.storage.store import Store
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.top_k import per_prediction
+from ktray.tasks.base import task_kind
 from ktray.training.inputs import StudentSpec
 
 logger = logging.getLogger("ktray")
@@ -87,7 +88,7 @@ def lines(resolved: Resolved) -> list[Line]:
         return [
             Line("hygiene", 0, 0, _checked(task)),
             Line("finetune", flops, 0, what),
-            Line("evaluate", cost.forward(size) * len(task.test), 0, f"{len(task.test)} test images"),
+            _evaluate(recipe, task, cost.forward(size)),
         ]
     teacher = _teacher(recipe) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
     out: dict[str, Line] = {}
@@ -120,8 +121,15 @@ def lines(resolved: Resolved) -> list[Line]:
         text = f"baseline: {what}, at most {scratch_steps} steps (stops early)"
         out[name] = Line(name, cost.train(size) * scratch_steps * batch, 0, text)
     models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
-    out["evaluate"] = Line("evaluate", models * len(task.test), 0, f"{len(task.test):,} test images")
+    out["evaluate"] = _evaluate(recipe, task, models)
     return list(out.values())
+
+
+def _evaluate(recipe: Recipe, task: LabelledSet, models: float) -> Line:
+    """EVALUATE, if all tested models together take ``models`` FLOPs for an image."""
+    decided = len(task.val) if task_kind(recipe.task.kind).decides else 0
+    first = f"{decided:,} validation images for thresholds, " if decided else ""
+    return Line("evaluate", models * (decided + len(task.test)), 0, f"{first}{len(task.test):,} test images")
 
 
 def _checked(task: LabelledSet) -> str:

@@ -71,7 +71,7 @@ def read_rows(data: str, notes: list[str], group: str | None = None) -> list[Lab
         no_groups(group, path)
         return _folder(path, notes)
     if is_csv(path) or is_parquet(path):
-        return _list(file, notes, group)
+        return list_rows(file, notes, group)
     raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
 
 
@@ -161,10 +161,23 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     return rows
 
 
-def _list(file: FileStat, notes: list[str], group: str | None) -> list[LabelledRow]:
+def list_rows(
+    file: FileStat,
+    notes: list[str],
+    group: str | None,
+    lines: list[dict[str, str]] | None = None,
+    unlabelled: bool = False,
+) -> list[LabelledRow]:
+    """The rows of a list; see `read_rows`.
+
+    Args:
+        lines: the cells of the list, where they are read in another way; None: they are read here.
+        unlabelled: whether a label may be empty.
+    """
     path = file.path
     version = f"{file.size}:{file.mtime_ns}"
-    lines = read_csv(path) if is_csv(path) else _parquet_lines(path)
+    if lines is None:
+        lines = read_csv(path) if is_csv(path) else parquet_lines(path)
     if not lines:
         raise KtrayError(
             f"List '{path}' has no rows",
@@ -184,8 +197,9 @@ def _list(file: FileStat, notes: list[str], group: str | None) -> list[LabelledR
     for number, line in enumerate(lines, 2 if is_csv(path) else 1):
         name, label = line[names["path"]], nfc(line[names["label"]])
         split = line[names["split"]].lower() if "split" in names else "train"
-        if not name or not label or split not in SPLITS:
-            problem = "no path" if not name else "no label" if not label else f"split '{split}'"
+        if not name or not (label or unlabelled) or split not in SPLITS:
+            unnamed = not label and not unlabelled
+            problem = "no path" if not name else "no label" if unnamed else f"split '{split}'"
             raise KtrayError(
                 f"List '{path}' has {problem} in row {number}",
                 "Fill in path and label; splits are train, val and test.",
@@ -206,7 +220,7 @@ def _reachable(row: LabelledRow) -> bool:
     return filesystem.is_remote(container) or filesystem.stat(container) is not None
 
 
-def _parquet_lines(path: str) -> list[dict[str, str]]:
+def parquet_lines(path: str) -> list[dict[str, str]]:
     """The rows of a Parquet list as text. For images inside the file, the path is the uri of the row."""
     try:
         with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
@@ -215,18 +229,20 @@ def _parquet_lines(path: str) -> list[dict[str, str]]:
             inside = "path" not in lower and any(holds_bytes(f.type) for f in schema)
             images = image_column(schema, "auto", path) if inside else None
             text_columns = [f.name for f in schema if not pa.types.is_nested(f.type) and not holds_bytes(f.type)]
-            columns: list[dict[str, Any]] = file.read(columns=text_columns).to_pylist()
+            columns: list[dict[str, Any]] = [{} for _ in range(file.metadata.num_rows)]
+            if text_columns:
+                columns = file.read(columns=text_columns).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise KtrayError(
             f"List '{path}' is not a complete Parquet file: {filesystem.why(error)}", "Write the file again."
         ) from error
-    lines = [{name: _text(value) for name, value in row.items()} for row in columns]
+    lines = [{name: cell_text(value) for name, value in row.items()} for row in columns]
     if images is not None:
         lines = [{"path": str(ParquetRow(path, row=i)), **line} for i, line in enumerate(lines)]
     return lines
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     if value is None or value != value:  # null or NaN
         return ""
     if isinstance(value, float) and value.is_integer():  # pandas writes integers with nulls as floats

@@ -63,8 +63,7 @@ def write(student: Student, path: Path) -> None:
 
 def annotate(model: onnx.ModelProto, student: Student) -> None:
     """Write class names and preprocessing into the file's metadata, from which `predict` reads them."""
-    facts = {"classes": student.classes, "preprocess": student.preprocess.to_dict()}
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(facts, ensure_ascii=False)})
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(student.served_facts(), ensure_ascii=False)})
 
 
 def check(model: onnx.ModelProto, path: Path) -> None:

@@ -11,12 +11,11 @@ from ktray import recipe as recipes
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.models.student.classifier import Student
-from ktray.models.student.classifier_io import load_student
 from ktray.pipeline.resolve import labelled_task
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
-from ktray.tasks.base import task_kind
-from ktray.tasks.students import marked_kinds
+from ktray.tasks.base import TaskKind, task_kind
+from ktray.tasks.students import load_student, marked_kinds
 
 logger = logging.getLogger("ktray")
 
@@ -25,7 +24,7 @@ _NEEDED = ("recipe.yaml", "result.json", "student/config.json", "student/model.s
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """A finished run of a classification task.
+    """A finished run of a task whose students can be exported.
 
     Attributes:
         store: the store with the run's stages and MLflow's local database.
@@ -47,6 +46,10 @@ class ExportedRun:
     def metric(self) -> str:
         """The metric by which the run's models were chosen: a key of the task's metrics."""
         return str(self.result["metric"]["name"])
+
+    @property
+    def kind(self) -> TaskKind:
+        return task_kind(self.recipe.task.kind)
 
     def student(self) -> Student:
         """The run's student, in evaluation mode.
