@@ -165,7 +165,7 @@ def _lacking(content: Mapping[int, Counter[str]], chosen: Mapping[int, str], mis
 
 def _in_balance(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
     """The rows in an order in which each next row has the class that is rarest among those before it; of several such
-    classes the one that has the fewest rows in all, and of several such rows the first."""
+    classes the one that has the fewest rows in all (the empty set comes last), and of several such rows the first."""
     waiting: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         for c in _classes(row):
@@ -175,7 +175,7 @@ def _in_balance(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
     seen: Counter[str] = Counter()
     order: list[LabelledRow] = []
     while waiting:
-        c = min(waiting, key=lambda name: (seen[name], totals[name], name))
+        c = min(waiting, key=lambda name: (seen[name], name == NONE, totals[name], name))
         numbers = waiting[c]
         while position[c] < len(numbers) and taken[numbers[position[c]]]:
             position[c] += 1

@@ -144,7 +144,7 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
         return Queries.joined([_with_floor(group, images) for group in groups])
     every = Queries.joined(groups)
     if sets is not None:
-        every, images = _one_class_each(every, sets), _one_class_each(images, sets)
+        every, images = one_class_each(every, sets), one_class_each(images, sets)
     elif not task_kind(inputs.kind).image_classes and part.queries != "text":
         raise KtrayError(
             f"transfer.per=class needs a class for each image, and images of task.kind={inputs.kind} have none",
@@ -176,7 +176,7 @@ def balanced_shares(classes: np.ndarray) -> np.ndarray:
     return share / share.mean()
 
 
-def _one_class_each(group: Queries, sets: np.ndarray) -> Queries:
+def one_class_each(group: Queries, sets: np.ndarray) -> Queries:
     """Each query with several classes as one query for each of them, for means of classes.
 
     Args:
