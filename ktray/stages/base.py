@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.data.quarantine import Bad, Quarantine
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.gauges import StageGauges
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
@@ -28,6 +31,8 @@ from ktray.training.messages import BadImages, ControllerState, CurvePoint, Mess
 if TYPE_CHECKING:
     from ktray.data.labelled.labelled_set import LabelledSet
 logger = logging.getLogger("ktray")
+
+_COUNT_SECONDS = 10.0  # between two counts of the money that a run has spent
 
 
 @dataclass
@@ -140,12 +145,14 @@ class Reporter:
         self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
         self.starts: list[WorkerStart] = []  # the starts of training workers: their step and number of workers
         self.run = runtime.tracker.stage(name)
+        self.gauges = StageGauges(runtime.run_id, name)
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
         self._refused = ""
         self._lock = threading.Lock()
         self._images = self._flops = 0.0  # totals of the training that are already counted
+        self._counted = -math.inf  # time at which the money was last counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` is None if it is not known beforehand."""
@@ -163,6 +170,8 @@ class Reporter:
             for uri, reason in summary.bad:
                 self.quarantine.add(uri, reason, self.name)
             self.meter.add(flops=summary.flops, images=summary.images)
+            self.gauges.images(self.done)
+            self._money()
             if self.progress:
                 self.progress.update(self.done)
             finished.append(summary)
@@ -185,6 +194,7 @@ class Reporter:
                 case CurvePoint(step, values):
                     self.watchdog.heartbeat()
                     self.run.metrics(step, dict(values))
+                    self.gauges.evaluation(values)
                 case messages.StepProgress(step):
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
@@ -199,6 +209,17 @@ class Reporter:
             images=max(0, int(message.images - self._images)), flops=max(0, int(message.flops - self._flops))
         )
         self._images, self._flops = message.images, message.flops
+        self.gauges.training(message.step, message.images, message.data_wait)
+        self._money()
+
+    def _money(self) -> None:
+        """Set the gauge of the money that the run has spent, now and then: the ledger is not read at every step."""
+        if time.monotonic() - self._counted < _COUNT_SECONDS:
+            return
+        self._counted = time.monotonic()
+        prices = [entry.usd for entry in self.runtime.ledger.spent()]
+        known = [usd for usd in prices if usd is not None]
+        self.gauges.spent(sum(known) if len(known) == len(prices) else None)
 
     def _start(self, message: Started) -> None:
         """Count the start of workers. Steps that they repeat after a restart count again."""
@@ -218,6 +239,7 @@ class Reporter:
             self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
+        self.gauges.resume(message.images)
         gpus = self.runtime.plan.worker_gpus
         self.meter.hold(message.workers * gpus if gpus else message.machines)
 
@@ -317,6 +339,7 @@ def _attempt(
         finally:
             if reporter.progress:
                 reporter.progress.close("done" if status == "FINISHED" else "stopped")
+            reporter.gauges.end()
             cost = meter.now()
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
