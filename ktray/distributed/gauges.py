@@ -1,7 +1,8 @@
 """Gauges of running jobs on Ray's metrics port, where Prometheus reads them.
 
-Ray exports the gauges of every process of a cluster at the metrics port of its node
-(``/tmp/ray/session_latest/metrics/prometheus`` has the addresses for Prometheus). Names start with ``ray_ktray_`` there.
+Ray exports the gauges of every process of a cluster at the metrics port of its node; the folder of its session has the
+addresses for Prometheus (``metrics/prometheus``, ``prom_metrics_service_discovery.json``). There, names start with
+``ray_ktray_``.
 Without a connection to Ray, values are dropped. `cluster/grafana/ktray.json` is a dashboard for them.
 """
 

@@ -45,8 +45,8 @@ class TaskConfig(Section):
     )
     kind: str = Field(
         "classification",
-        description="kind of prediction: classification (a class for each image), multilabel (a set of classes for each "
-        "image), segmentation (a class for each pixel), or the name of a task kind of another package",
+        description="kind of prediction: classification (a class for each image), multilabel (a set of classes for "
+        "each image), segmentation (a class for each pixel), or the name of a task kind of another package",
     )
     metric: str = Field(
         "auto",

@@ -39,15 +39,15 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
 
 
 def test_rates_are_those_between_two_looks(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(gauges.time, "monotonic", lambda: now)
+    clock = [100.0]
+    monkeypatch.setattr(gauges.time, "monotonic", lambda: clock[0])
     stage = StageGauges("r", "transfer")
-    for now, total in ((102.0, 50), (110.0, 200), (112.0, 210), (120.0, 200)):
+    for clock[0], total in ((102.0, 50), (110.0, 200), (112.0, 210), (120.0, 200)):
         stage.training(int(total / 10), total, 0.25)
     # 200 images in 10 s; then the total fell, because workers started again at an earlier step.
     assert heard.values("images_per_second") == [20.0, 0.0]
     stage.resume(1000)
-    now = 130.0
+    clock[0] = 130.0
     stage.images(1100)
     assert heard.values("images_per_second")[-1] == pytest.approx(10.0)
     assert heard.values("step") == [5, 20, 21, 20]
@@ -73,7 +73,9 @@ def test_values_arrive_at_the_metrics_port(cluster: Any) -> None:
     gauges.put("spent_usd", 1.25, run="port")
     port = next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
     for _ in range(120):
-        with urllib.request.urlopen(f"http://{ray.nodes()[0]['NodeManagerAddress']}:{port}/metrics", timeout=20) as page:
+        with urllib.request.urlopen(
+            f"http://{ray.nodes()[0]['NodeManagerAddress']}:{port}/metrics", timeout=20
+        ) as page:
             text = page.read().decode()
         lines = [line for line in text.splitlines() if line.startswith("ray_ktray_") and 'run="port"' in line]
         if lines:

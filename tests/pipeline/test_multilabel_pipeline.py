@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_task import SMALL
 from sklearn.metrics import average_precision_score, f1_score
+from small_task import SMALL
 
 import ktray
 from ktray import recipe as recipes

@@ -39,7 +39,7 @@ def made():
                     entries=[
                         Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
                         Entry("transfer", "another", 1, flops=10**9, images=10**9),
-                    ]
+                    ],
                 ),
                 plan=SimpleNamespace(worker_gpus=1.0),
             )

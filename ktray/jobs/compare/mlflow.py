@@ -26,7 +26,8 @@ def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files:
     """
     home = local_home(store)
     folder = home / "runs" / content["run_id"]
-    tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
+    files = folder / "log.jsonl", folder / "mlflow.json"
+    tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, *files, home, also=recipe.mlflow.also)
     part = recipe.compare
     tracker.start(
         content["run_id"],

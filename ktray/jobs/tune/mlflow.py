@@ -18,7 +18,8 @@ def open_run(base: Recipe, store: Store, run_id: str, budget: SearchBudget) -> T
     """Start the run of the search, or resume that of an earlier process. An unreachable server is no error."""
     home = local_home(store)
     folder = home / "runs" / run_id
-    tracker = Tracker(base.mlflow.uri, base.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
+    files = folder / "log.jsonl", folder / "mlflow.json"
+    tracker = Tracker(base.mlflow.uri, base.mlflow.experiment, *files, home, also=base.mlflow.also)
     part = base.tune
     tracker.start(
         run_id,

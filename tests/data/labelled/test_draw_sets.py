@@ -22,7 +22,11 @@ def rows(count: int, seed: int = 0, group: dict[int, str] | None = None) -> list
     member[:, 3] &= member[:, 0]  # the rarest class occurs together with the most frequent one only
     return [
         LabelledRow(
-            f"/data/{i}", str(i), encode(f"c{c}" for c in np.flatnonzero(member[i])), "train", group=(group or {}).get(i, "")
+            f"/data/{i}",
+            str(i),
+            encode(f"c{c}" for c in np.flatnonzero(member[i])),
+            "train",
+            group=(group or {}).get(i, ""),
         )
         for i in range(count)
     ]

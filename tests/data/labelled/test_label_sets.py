@@ -168,10 +168,10 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
 
 def test_classes_that_cannot_be_learned_are_named(tmp_path: Path) -> None:
     unknown = write_csv(tmp_path / "unknown", [*ROWS, ("f.jpg", "cat|zebra", "val")])
-    with pytest.raises(KtrayError, match="1 class of val or test has no training image .*'zebra'"):
+    with pytest.raises(KtrayError, match=r"1 class of val or test has no training image .*'zebra'"):
         read_label_sets(unknown, seed=0)
     empty = write_csv(tmp_path / "empty", [(name, "", split) for name, _, split in ROWS])
-    with pytest.raises(KtrayError, match="No training image .* has a class"):
+    with pytest.raises(KtrayError, match=r"No training image .* has a class"):
         read_label_sets(empty, seed=0)
     with pytest.raises(KtrayError, match="label budget leaves 1 class without a training image: 'cat'"):
         read_label_sets(write_csv(tmp_path / "few"), seed=0, labels=1)
@@ -186,7 +186,9 @@ def test_classes_that_cannot_be_learned_are_named(tmp_path: Path) -> None:
 
 
 def test_one_class_alone_and_the_order_of_names_do_not_matter(tmp_path: Path) -> None:
-    found = read_label_sets(write_csv(tmp_path / "one", [(n, "cat" if "cat" in c else "", s) for n, c, s in ROWS]), seed=0)
+    found = read_label_sets(
+        write_csv(tmp_path / "one", [(n, "cat" if "cat" in c else "", s) for n, c, s in ROWS]), seed=0
+    )
     assert found.classes == ["cat"]
     again = write_csv(tmp_path / "order", [(n, "|".join(reversed(c.split("|"))), s) for n, c, s in ROWS])
     assert labels(read_label_sets(again, seed=0)) == EXPECTED

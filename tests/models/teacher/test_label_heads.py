@@ -62,7 +62,7 @@ def test_a_class_of_every_image_and_one_class_alone_are_fitted() -> None:
 
 
 def test_temperature_is_the_minimum_of_the_likelihood() -> None:
-    x, y = sets(60)
+    _, y = sets(60)
     logits = 8 * (y - 0.4) + 6 * torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
     found = fit_label_temperature(logits, y)
     grid = np.geomspace(0.05, 50, 500)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ktray.retrieval.floor import leave_one_out_of_mean
-from ktray.stages.curate.queries import Queries, one_class_each, balanced_shares
+from ktray.stages.curate.queries import Queries, balanced_shares, one_class_each
 
 SETS = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [0, 0, 0]], np.uint8)
 
@@ -26,7 +26,9 @@ def test_an_image_counts_in_the_mean_of_each_of_its_classes_and_is_left_out_of_i
     images = Queries.of(embedding, list("abcde"), np.zeros(5, np.int64), np.arange(5), SETS, np.ones(5))
     # A crop of the second image, and a class name without an image.
     crop = Queries.of(embedding[:1], ["b2"], np.zeros(1, np.int64), np.array([1]), SETS[1:2], np.ones(1))
-    text = Queries.of(embedding[4:], ["text:z"], np.zeros(1, np.int64), None, np.array([[0, 0, 1]], np.uint8), np.ones(1))
+    text = Queries.of(
+        embedding[4:], ["text:z"], np.zeros(1, np.int64), None, np.array([[0, 0, 1]], np.uint8), np.ones(1)
+    )
     every = one_class_each(Queries.joined([images, crop, text]), SETS)
     pairs = one_class_each(images, SETS)
     assert every.uris == ["a", "b", "b", "c", "c", "d", "b2", "b2", "text:z"]
