@@ -14,12 +14,15 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "cluster/slurm/ktray.sbatch"
 PROGRAMS = {
     "scontrol": '#!/bin/sh\necho "$@" >>"$CALLS/scontrol"\ncase $1 in show) echo node-7; echo node-8;; esac\n',
+    # Ends the job, as Slurm's interrupt does. Here it must be TERM: children of a script in the background ignore INT.
+    "scancel": '#!/bin/sh\necho "$@" >>"$CALLS/scancel"\nkill -TERM $(cat "$CALLS/pid")\n',
     # Runs once, as on the first node; options of srun are left out.
     "srun": '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
     # Records its environment and arguments, then runs what is behind "--"; or fails to start.
     "ray": '#!/bin/bash\nenv | grep ^RAY_ | sort >"$CALLS/environment"\nprintf "%s\\n" "$@" >"$CALLS/ray"\n'
     '[[ -e $CALLS/broken ]] && exit 0\nwhile [[ $1 != -- ]]; do shift; done\nshift\nexec "$@"\n',
-    "python": '#!/bin/bash\nprintf "%s\\n" "$@" >"$CALLS/python"\n[[ $2 == wait ]] && exec sleep 60\nexit "${2:-0}"\n',
+    "python": '#!/bin/bash\nprintf "%s\\n" "$@" >"$CALLS/python"\n'
+    '[[ $2 == wait ]] && echo $$ >"$CALLS/pid" && exec sleep 60\nexit "${2:-0}"\n',
 }
 
 
@@ -103,7 +106,7 @@ def test_near_its_time_limit_it_is_queued_again(checkout: Path) -> None:
     command = ["bash", str(SCRIPT), "jobs/distill.py", "wait"]
     started = subprocess.Popen(command, env=environment(checkout), start_new_session=True, stdout=subprocess.PIPE)
     try:
-        while not called(checkout, "python"):
+        while not called(checkout, "pid"):
             assert started.poll() is None
             time.sleep(0.05)
         started.send_signal(signal.SIGUSR1)
@@ -111,7 +114,7 @@ def test_near_its_time_limit_it_is_queued_again(checkout: Path) -> None:
         while "requeue 123456" not in called(checkout, "scontrol") and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "requeue 123456" in called(checkout, "scontrol")
-        assert started.poll() is None  # Slurm ends it, not the signal
+        assert called(checkout, "scancel") == ["--signal=INT 123456.0"]
     finally:
         os.killpg(started.pid, signal.SIGKILL)  # as Slurm does with all processes of a job that it queues again
         started.wait()
