@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from ktray.accounting.ledger import Ledger
+
 # By name, the description and the labels.
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "images_per_second": ("Images that a stage processes in a second", ("run", "stage")),
@@ -28,6 +30,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 PREFIX = "ktray_"
 _WINDOW_S = 5.0  # shortest time over which a rate is computed
+_COUNT_S = 10.0  # shortest time between two counts of what a run has spent
 
 
 def put(name: str, value: float | None, **labels: str) -> None:
@@ -57,6 +60,7 @@ class StageGauges:
         self._labels = {"run": run, "stage": stage}
         self._lock = threading.Lock()
         self._since, self._images = time.monotonic(), 0.0
+        self._counted = -math.inf
 
     def images(self, total: float) -> None:
         """Set the number of images that are processed, and their rate since the last call that set it."""
@@ -87,9 +91,16 @@ class StageGauges:
             if name.startswith("val_"):
                 put("validation", value, metric=name.removeprefix("val_"), **self._labels)
 
-    def spent(self, usd: float | None) -> None:
-        """Set what the run has spent; None: a device has no price."""
-        put("spent_usd", usd, run=self._labels["run"])
+    def spent(self, ledger: Ledger) -> None:
+        """Set what the run has spent, unless a device has no price. It is counted now and then, not at each call."""
+        now = time.monotonic()
+        if now - self._counted < _COUNT_S:
+            return
+        self._counted = now
+        prices = [entry.usd for entry in ledger.spent()]
+        known = [usd for usd in prices if usd is not None]
+        if len(known) == len(prices):
+            put("spent_usd", sum(known), run=self._labels["run"])
 
     def end(self) -> None:
         """Set the rates to 0, so that a finished stage does not seem to work."""

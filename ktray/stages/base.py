@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,8 +29,6 @@ from ktray.training.messages import BadImages, ControllerState, CurvePoint, Mess
 if TYPE_CHECKING:
     from ktray.data.labelled.labelled_set import LabelledSet
 logger = logging.getLogger("ktray")
-
-_COUNT_SECONDS = 10.0  # between two counts of the money that a run has spent
 
 
 @dataclass
@@ -152,7 +148,6 @@ class Reporter:
         self._refused = ""
         self._lock = threading.Lock()
         self._images = self._flops = 0.0  # totals of the training that are already counted
-        self._counted = -math.inf  # time at which the money was last counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` is None if it is not known beforehand."""
@@ -171,7 +166,7 @@ class Reporter:
                 self.quarantine.add(uri, reason, self.name)
             self.meter.add(flops=summary.flops, images=summary.images)
             self.gauges.images(self.done)
-            self._money()
+            self.gauges.spent(self.runtime.ledger)
             if self.progress:
                 self.progress.update(self.done)
             finished.append(summary)
@@ -210,16 +205,7 @@ class Reporter:
         )
         self._images, self._flops = message.images, message.flops
         self.gauges.training(message.step, message.images, message.data_wait)
-        self._money()
-
-    def _money(self) -> None:
-        """Set the gauge of the money that the run has spent, now and then: the ledger is not read at every step."""
-        if time.monotonic() - self._counted < _COUNT_SECONDS:
-            return
-        self._counted = time.monotonic()
-        prices = [entry.usd for entry in self.runtime.ledger.spent()]
-        known = [usd for usd in prices if usd is not None]
-        self.gauges.spent(sum(known) if len(known) == len(prices) else None)
+        self.gauges.spent(self.runtime.ledger)
 
     def _start(self, message: Started) -> None:
         """Count the start of workers. Steps that they repeat after a restart count again."""

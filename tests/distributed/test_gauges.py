@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ktray.accounting.ledger import Entry, Ledger
 from ktray.distributed import gauges
 from ktray.distributed.gauges import GAUGES, StageGauges
 
@@ -54,6 +55,20 @@ def test_rates_are_those_between_two_looks(heard: Heard, monkeypatch: pytest.Mon
     assert set(heard.values("data_wait_ratio")) == {0.25}
     stage.end()
     assert heard.values("images_per_second")[-1] == 0
+
+
+def test_money_is_counted_now_and_then_and_only_with_prices(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(gauges.time, "monotonic", lambda: clock[0])
+    stage, ledger = StageGauges("r", "teach"), Ledger({}, "r")
+    ledger.entries = [Entry("index", "k", 1, "r", usd=0.5), Entry("teach", "k", 1, "r", usd=0.25)]
+    for clock[0] in (100.0, 105.0, 111.0):
+        stage.spent(ledger)
+    assert heard.rows == [("spent_usd", 0.75, {"run": "r"})] * 2
+    ledger.entries.append(Entry("teach", "k", 2, "r", usd=None))
+    clock[0] = 130.0
+    stage.spent(ledger)
+    assert len(heard.rows) == 2
 
 
 def test_evaluations_are_told_by_metric(heard: Heard) -> None:
