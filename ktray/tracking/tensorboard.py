@@ -10,6 +10,7 @@ local folder of the run. They are written by tensorboardX, which Ray installs.
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class EventFiles(Sink):
         from tensorboardX import SummaryWriter
 
         if name not in self._writers:
-            self._writers[name] = SummaryWriter(str(self._folder / name.replace(" ", "_")), flush_secs=60)
+            folder = str(self._folder / name.replace(" ", "_"))
+            # Two writers that start within a second would otherwise write the same file.
+            self._writers[name] = SummaryWriter(folder, flush_secs=60, filename_suffix=f".{uuid.uuid4().hex[:8]}")
         return self._writers[name]
 
     def _scalars(self, where: str, values: dict[str, Any], step: int, time: float) -> None:
