@@ -7,6 +7,7 @@ time, the first complete copy is used and the other one is deleted.
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -27,32 +28,53 @@ from PIL import Image
 
 from ktray.accounting.device import usable_cpus
 from ktray.errors import KtrayError
+from ktray.miniverse.scenes import scene
 from ktray.miniverse.tasks import IMAGE_SIZE, TASKS, MiniverseTask
 from ktray.miniverse.vocabulary import WORLD_VERSION
 from ktray.miniverse.world import sample
 
 GALLERY_IMAGES = 30_000
+SCENE_IMAGES = 12_000
 LABELLED_IMAGES = 6_000
 SHARD_IMAGES = 2_000
 
 
-def ensure_gallery(root: Path, *, images: int = GALLERY_IMAGES) -> Path:
-    """The folder of the gallery under `root`; it is written if it does not exist.
+def _subject(index: int) -> tuple[NDArray[np.uint8], str]:
+    drawn = sample("gallery", index, size=IMAGE_SIZE)
+    return drawn.image, drawn.caption
+
+
+def _scene(index: int) -> tuple[NDArray[np.uint8], str]:
+    drawn = scene("scenes-gallery", index)
+    return drawn.image, drawn.caption
+
+
+# By name, the number of images, and a function from the number of an image to the image and its caption.
+GALLERIES: dict[str, tuple[int, Callable[[int], tuple[NDArray[np.uint8], str]]]] = {
+    "gallery": (GALLERY_IMAGES, _subject),
+    "scenes-gallery": (SCENE_IMAGES, _scene),
+}
+
+
+def ensure_gallery(root: Path, name: str = "gallery", *, images: int | None = None) -> Path:
+    """The folder of a gallery under `root`; it is written if it does not exist.
 
     It contains ``gallery-00000.tar`` and so on (WebDataset) with ``{key}.jpg`` and ``{key}.txt`` (the caption), 2,000
     images per shard. There are no labels; the captions are for retrieval by text.
 
     Args:
         root: any folder; created if needed.
-        images: number of images.
+        name: a key of `GALLERIES`.
+        images: number of images; None: that of the gallery.
 
     Raises:
         KtrayError: `root` cannot be written, or the disk is full.
     """
+    count = GALLERIES[name][0] if images is None else images
 
     def write(folder: Path) -> None:
-        firsts = range(0, images, SHARD_IMAGES)
-        spans = [(number, first, min(first + SHARD_IMAGES, images)) for number, first in enumerate(firsts)]
+        firsts = range(0, count, SHARD_IMAGES)
+        spans = [(name, number, first, min(first + SHARD_IMAGES, count)) for number, first in enumerate(firsts)]
         cores = min(usable_cpus(), len(spans))
         if cores < 2:
             for span in spans:
@@ -61,16 +83,17 @@ def ensure_gallery(root: Path, *, images: int = GALLERY_IMAGES) -> Path:
         with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as workers:
             list(workers.map(partial(_write_shard, folder), spans))
 
-    return _ensure(Path(root), f"miniverse-v{WORLD_VERSION}-gallery-{images}", write)
+    return _ensure(Path(root), f"miniverse-v{WORLD_VERSION}-{name}-{count}", write)
 
 
-def _write_shard(folder: Path, span: tuple[int, int, int]) -> None:
-    number, first, last = span
+def _write_shard(folder: Path, span: tuple[str, int, int, int]) -> None:
+    name, number, first, last = span
+    draw = GALLERIES[name][1]
     with tarfile.open(folder / f"gallery-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(first, last):
-            drawn = sample("gallery", index, size=IMAGE_SIZE)
-            _add(tar, f"{index:06d}.jpg", _jpeg(drawn.image))
-            _add(tar, f"{index:06d}.txt", drawn.caption.encode())
+            image, caption = draw(index)
+            _add(tar, f"{index:06d}.jpg", _jpeg(image))
+            _add(tar, f"{index:06d}.txt", caption.encode())
 
 
 def ensure_generic_labels(root: Path, task: str = "letters", *, images: int = LABELLED_IMAGES) -> Path:
@@ -123,6 +146,7 @@ def ensure_task(root: Path, name: str) -> Path:
     It contains ``task.json``: ``name``, ``kind``, ``metric``, ``classes``, ``class_names`` (class -> noun phrase),
     ``prompts`` (templates with ``{}``), ``labels_per_class``, ``image_size``, ``about``, ``counterpart``; and
     the folders ``train/``, ``val/`` and ``test/``. For classification each of them has class folders with PNG files.
+    For sets of classes each has PNG files, and ``labels.csv`` is a list with the columns ``path,label,split``.
     For segmentation each has ``images/NAME.png`` and ``masks/NAME.png`` (8-bit grey: the number of the class, or 255
     for ignored pixels), and ``classes.txt`` contains the class names, one per line, in the order of the numbers.
 
@@ -136,16 +160,24 @@ def ensure_task(root: Path, name: str) -> Path:
     task = _task(name)
 
     def write(folder: Path) -> None:
+        listed: list[tuple[str, str, str]] = []
         for split, examples in task.splits().items():
-            for part in ("images", "masks") if task.masks else task.classes:
+            for part in ("images", "masks") if task.masks else [""] if task.sets else task.classes:
                 (folder / split / part).mkdir(parents=True)
             for number, example in enumerate(examples):
                 image = Image.fromarray(example.image)
-                if example.mask is None:
+                if isinstance(example.label, tuple):
+                    image.save(folder / split / f"{number:05d}.png")
+                    names = "|".join(task.classes[label] for label in example.label)
+                    listed.append((f"{split}/{number:05d}.png", names, split))
+                elif example.mask is None:
                     image.save(folder / split / task.classes[example.label] / f"{number:05d}.png")
                 else:
                     image.save(folder / split / "images" / f"{number:05d}.png")
                     Image.fromarray(example.mask).save(folder / split / "masks" / f"{number:05d}.png")
+        if task.sets:
+            with (folder / task.file).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("path", "label", "split"), *listed])
         if task.masks:
             (folder / "classes.txt").write_text("\n".join(task.classes) + "\n", encoding="utf-8")
         about = {
@@ -156,7 +188,7 @@ def ensure_task(root: Path, name: str) -> Path:
             "class_names": task.class_names,
             "prompts": list(task.prompts),
             "labels_per_class": task.labels_per_class,
-            "image_size": IMAGE_SIZE,
+            "image_size": task.image_size,
             "about": task.about,
             "counterpart": task.counterpart,
         }

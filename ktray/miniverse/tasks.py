@@ -2,7 +2,7 @@
 
 Each has the main characteristic of its counterpart: many classes and a rich gallery (letters), few labels and images
 without an object (textures), classes that are not objects (colours), a long-tailed distribution (marks), label maps
-instead of labels (shapes).
+instead of labels (shapes). In scenes, an image has a set of classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ktray.miniverse.captions import prompt_templates
-from ktray.miniverse.vocabulary import COLOURS, KNOWN_TEXTURES, SHAPES, SUBJECTS
+from ktray.miniverse.scenes import SIDE, scene
+from ktray.miniverse.vocabulary import COLOURS, KNOWN_TEXTURES, SCENE_SHAPES, SHAPES, SUBJECTS
 from ktray.miniverse.world import IGNORE, sample
 
 IMAGE_SIZE = 32
@@ -29,12 +30,12 @@ class DrawnExample:
 
     Attributes:
         image: uint8 [size, size, 3], RGB.
-        label: index into `MiniverseTask.classes`.
+        label: index into `MiniverseTask.classes`; for an image with a set of classes a tuple of such indices, in order.
         mask: for segmentation, uint8 [size, size] of such indices; 255 for ignored pixels.
     """
 
     image: NDArray[np.uint8]
-    label: int
+    label: int | tuple[int, ...]
     mask: NDArray[np.uint8] | None = None
 
 
@@ -54,6 +55,9 @@ class MiniverseTask:
         kind: kind of the task.
         metric: metric of the task.
         masks: whether images have label maps instead of class folders.
+        sets: whether images have sets of classes, in a list, instead of class folders.
+        gallery: key of `ktray.miniverse.generate.GALLERIES`: the gallery that has images of this type.
+        image_size: side of the images, pixels.
         prompts: templates with one ``{}`` for the noun phrase of a class.
     """
 
@@ -68,7 +72,15 @@ class MiniverseTask:
     kind: str = "classification"
     metric: str = "top1"
     masks: bool = False
+    sets: bool = False
+    gallery: str = "gallery"
+    image_size: int = IMAGE_SIZE
     prompts: tuple[str, ...] = tuple(prompt_templates())
+
+    @property
+    def file(self) -> str:
+        """The list of the labelled images in the task's folder; empty: the folder itself has them."""
+        return "labels.csv" if self.sets else ""
 
 
 def tail(most: int, least: int, classes: int) -> list[int]:
@@ -113,6 +125,18 @@ def _shapes() -> dict[str, list[DrawnExample]]:
             label = 1 + index % len(SHAPES)
             mask = np.where(drawn.mask == 1, np.uint8(label), drawn.mask)
             splits[split].append(DrawnExample(drawn.image, label, mask))
+    return splits
+
+
+def _scenes() -> dict[str, list[DrawnExample]]:
+    number = {shape: i for i, shape in enumerate(SCENE_SHAPES)}
+    splits: dict[str, list[DrawnExample]] = {}
+    for split, count in {"train": 320, "val": 160, "test": 1000}.items():
+        drawn = [scene(f"scenes-{split}", index) for index in range(count)]
+        splits[split] = [
+            DrawnExample(d.image, tuple(sorted({number[s.token] for s in d.subjects if s.token in number})))
+            for d in drawn
+        ]
     return splits
 
 
@@ -206,6 +230,20 @@ _ALL = (
         kind="segmentation",
         metric="miou",
         masks=True,
+    ),
+    MiniverseTask(
+        name="scenes",
+        classes=SCENE_SHAPES,
+        class_names={name: name for name in SCENE_SHAPES},
+        labels_per_class=40,
+        splits=_scenes,
+        about="scenes with up to three subjects; the classes of an image are the shapes that it shows, or none",
+        kinds=("shape",),
+        kind="multilabel",
+        metric="map",
+        sets=True,
+        gallery="scenes-gallery",
+        image_size=SIDE,
     ),
 )
 TASKS: dict[str, MiniverseTask] = {task.name: task for task in _ALL}

@@ -141,7 +141,10 @@ class Stream:
 KNOWN_TEXTURES = ("stripes", "checks", "ripples", "speckles", "clouds")
 _THINGS = {"capital": 0.2, "small": 0.2, "digit": 0.15, "sign": 0.15, "shape": 0.3}
 # At 32 px an outline is one pixel wide: almost all of its pixels would be edges, which have no label.
-_SOLID = (0.85, 0.15, 0.0)
+SOLID = (0.85, 0.15, 0.0)
+
+# The shapes that the included teacher distinguishes in a scene.
+SCENE_SHAPES = ("arrow", "circle", "crescent", "cross", "heart", "ring", "star", "triangle")
 
 # Capitals are rare in the gallery, as any single task is rare on the web. They are common in the teacher's training
 # data, because the data of a foundation model include the content of most tasks.
@@ -180,9 +183,9 @@ STREAMS: dict[str, Stream] = {
     "colours-train": Stream(_THINGS, colours=True),
     "colours-val": Stream(_THINGS, colours=True),
     "colours-test": Stream(_THINGS, colours=True),
-    "shapes-train": Stream({"shape": 1.0}, balanced=True, styles=_SOLID),
-    "shapes-val": Stream({"shape": 1.0}, balanced=True, styles=_SOLID),
-    "shapes-test": Stream({"shape": 1.0}, balanced=True, styles=_SOLID),
+    "shapes-train": Stream({"shape": 1.0}, balanced=True, styles=SOLID),
+    "shapes-val": Stream({"shape": 1.0}, balanced=True, styles=SOLID),
+    "shapes-test": Stream({"shape": 1.0}, balanced=True, styles=SOLID),
     "generic-labelled": Stream(
         {
             "capital": 0.12,

@@ -42,7 +42,7 @@ IGNORE = 255
 # A subject must differ from its background by this much in luminance or hue (0..255, Euclidean in RGB with the weights
 # of the eye). Otherwise it would be unreadable.
 MIN_CONTRAST = 62.0
-_EYE = np.array([0.55, 1.0, 0.40], dtype=np.float32)
+EYE = np.array([0.55, 1.0, 0.40], dtype=np.float32)
 _NAMES = tuple(COLOURS)
 _RGB = np.array([COLOURS[name] for name in _NAMES], dtype=np.float32)
 
@@ -84,9 +84,9 @@ def sample(stream: str, index: int, *, size: int = 32, seed: int = 0) -> Sample:
     uniform: Uniform = iter(rng.random(96).tolist()).__next__
     plan = STREAMS[stream]
     subject = _subject(plan, index, uniform)
-    detail = _pick(tuple(DETAIL_SHARES), tuple(DETAIL_SHARES.values()), uniform())
+    detail = pick(tuple(DETAIL_SHARES), tuple(DETAIL_SHARES.values()), uniform())
     pixels, cover, facts = _picture(subject, plan, index, size, uniform, rng)
-    image = _camera(pixels, uniform, rng)
+    image = camera(pixels, uniform, rng)
     told = facts.told(detail)
     return Sample(image, subject, facts, told, caption(told), index, _labelled(cover))
 
@@ -98,7 +98,7 @@ def _labelled(cover: Pixels) -> NDArray[np.uint8]:
     return np.where(share > most, 1, np.where(share < least, 0, IGNORE)).astype(np.uint8)
 
 
-def _pick(values: tuple[str, ...], shares: tuple[float, ...], u: float) -> str:
+def pick(values: tuple[str, ...], shares: tuple[float, ...], u: float) -> str:
     for value, share in zip(values, shares, strict=True):
         u -= share
         if u < 0:
@@ -107,7 +107,7 @@ def _pick(values: tuple[str, ...], shares: tuple[float, ...], u: float) -> str:
 
 
 def _subject(plan: Stream, index: int, uniform: Uniform) -> Subject:
-    kind = _pick(tuple(plan.mix), tuple(plan.mix.values()), uniform())
+    kind = pick(tuple(plan.mix), tuple(plan.mix.values()), uniform())
     choices = SUBJECTS[kind]
     if plan.tokens:
         choices = tuple(subject for subject in choices if subject.token in plan.tokens)
@@ -115,20 +115,20 @@ def _subject(plan: Stream, index: int, uniform: Uniform) -> Subject:
     return choices[index % len(choices) if plan.balanced else drawn]
 
 
-def _colour(number: int, uniform: Uniform) -> Pixels:
+def shade_of(number: int, uniform: Uniform) -> Pixels:
     """A shade of a named colour: all channels are shifted together, and each channel separately."""
     brightness = 40 * (uniform() - 0.5)
     shifts = [brightness + 28 * (uniform() - 0.5) for _ in range(3)]
     return np.clip(_RGB[number] + np.array(shifts, dtype=np.float32), 0, 255)
 
 
-def _two_colours(uniform: Uniform, requested: int | None) -> tuple[int, Pixels, Pixels]:
+def two_colours(uniform: Uniform, requested: int | None) -> tuple[int, Pixels, Pixels]:
     """Number and shade of the subject's colour (the requested one, if any), and a different background colour."""
     drawn = int(uniform() * len(_NAMES))
     number = drawn if requested is None else requested
-    ink = _colour(number, uniform)
-    paper = _colour((number + 1 + int(uniform() * (len(_NAMES) - 1))) % len(_NAMES), uniform)
-    gap = float(np.linalg.norm((ink - paper) * _EYE))
+    ink = shade_of(number, uniform)
+    paper = shade_of((number + 1 + int(uniform() * (len(_NAMES) - 1))) % len(_NAMES), uniform)
+    gap = float(np.linalg.norm((ink - paper) * EYE))
     if gap < MIN_CONTRAST:
         # Shift the background along the grey axis, in the direction with more room.
         target = 0.0 if float(ink.mean()) > 127 else 255.0
@@ -136,7 +136,7 @@ def _two_colours(uniform: Uniform, requested: int | None) -> tuple[int, Pixels, 
     return number, ink, paper.astype(np.float32)
 
 
-def _background(kind: str, paper: Pixels, size: int, uniform: Uniform, rng: np.random.Generator) -> Pixels:
+def background(kind: str, paper: Pixels, size: int, uniform: Uniform, rng: np.random.Generator) -> Pixels:
     """A float32 image [size, size, 3] with the main colour `paper`."""
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = paper
@@ -177,9 +177,9 @@ def _rgb(colour: Pixels) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _mask(subject: Subject, styles: tuple[float, ...], size: int, uniform: Uniform) -> Image.Image:
+def subject_mask(subject: Subject, styles: tuple[float, ...], size: int, uniform: Uniform) -> Image.Image:
     side = mask_size(size)
-    style = _pick(STYLES, styles, uniform())
+    style = pick(STYLES, styles, uniform())
     font = int(uniform() * len(FONTS))
     if subject.kind == "shape":
         return shape_mask(subject.token, style, side)
@@ -190,7 +190,7 @@ def _mask(subject: Subject, styles: tuple[float, ...], size: int, uniform: Unifo
     return glyph_mask(subject.token, font, style, side)
 
 
-def _place(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> Pixels:
+def in_frame(mask: Image.Image, subject: Subject, size: int, uniform: Uniform) -> Pixels:
     """Rotate, shear, scale and shift a mask into the frame: float32 [size, size, 1], 0..1."""
     side = mask.size[0]
     turn = math.radians(50 * (uniform() - 0.5))
@@ -223,21 +223,21 @@ def _picture(
     subject: Subject, plan: Stream, index: int, size: int, uniform: Uniform, rng: np.random.Generator
 ) -> tuple[Pixels, Pixels, Facts]:
     """The image [size, size, 3], the coverage of the subject [size, size, 1] in 0..1, and the facts of the image."""
-    number, ink, paper = _two_colours(uniform, index % len(_NAMES) if plan.colours else None)
+    number, ink, paper = two_colours(uniform, index % len(_NAMES) if plan.colours else None)
     if subject.kind == "texture":
         field = texture_field(subject.token, size, uniform, rng)[..., None]
         return paper + field * (ink - paper), np.ones_like(field), Facts(subject.name, _NAMES[number])
-    kind = _pick(BACKGROUNDS, BACKGROUND_SHARES, uniform())
-    canvas = _background(kind, paper, size, uniform, rng)
+    kind = pick(BACKGROUNDS, BACKGROUND_SHARES, uniform())
+    canvas = background(kind, paper, size, uniform, rng)
     ink_map: Pixels = ink
     if uniform() < 0.2:  # the colour changes across the subject
         ramp = (texture_field("shade", size, uniform, rng) - 0.5)[..., None]
         ink_map = ink + ramp * np.float32(70)
-    cover = _place(_mask(subject, plan.styles, size, uniform), subject, size, uniform)
+    cover = in_frame(subject_mask(subject, plan.styles, size, uniform), subject, size, uniform)
     return canvas + cover * (ink_map - canvas), cover, Facts(subject.name, _NAMES[number], kind)
 
 
-def _camera(pixels: Pixels, uniform: Uniform, rng: np.random.Generator) -> NDArray[np.uint8]:
+def camera(pixels: Pixels, uniform: Uniform, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Simulate a cheap camera: a scratch, exposure, blur and sensor noise."""
     size = pixels.shape[0]
     exposure = 1 + 0.3 * (uniform() - 0.5)

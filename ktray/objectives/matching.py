@@ -12,6 +12,13 @@ position: for a student's map ``s`` (N, C, h', w') and a teacher's ``t`` (N, C, 
 
 where ``s'`` is ``s`` resized bilinearly (half-pixel centres) to (h, w). The teacher's map is not resized: it is
 stored in this size, and its probabilities may have been mixed (mixup). The resolution of TEACH sets that of the match.
+`SetMatching` is for sets of classes: each class is a prediction of its own, and the loss of N images and C classes is
+
+    loss = T^2 / (N C) * sum over images n and classes c of KL(Bernoulli(p_nc) || Bernoulli(q_nc)),
+    KL(Bernoulli(p) || Bernoulli(q)) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)),
+
+with ``p = sigmoid(t / T)`` and ``q = sigmoid(s / T)``. It is the divergence of Hinton et al. for two outcomes, whose
+logits differ by ``t`` and ``s``. The mean over classes makes it comparable with the binary cross-entropy of labels.
 `ValueMatching` is for predicted numbers: the mean squared error, for any T.
 """
 
@@ -24,7 +31,14 @@ import torch.nn.functional as F
 
 
 class Matching(Protocol):
-    """The matching of predictions. Instances must be picklable."""
+    """The matching of predictions. Instances must be picklable.
+
+    Attributes:
+        exclusive: whether a prediction is one of the classes, whose logits become probabilities by a softmax, so that
+            only the differences between its logits matter.
+    """
+
+    exclusive: bool
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
         """The targets of the student, from a teacher's predictions as TEACH stores them, float32. Pairs of targets may
@@ -39,6 +53,8 @@ class Matching(Protocol):
 class ClassMatching:
     """Matches class logits (N, C) by the divergence of their probabilities. ``agreement`` is the share of rows with the
     same most probable class."""
+
+    exclusive = True
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
         return F.softmax(predictions / temperature, dim=1)
@@ -57,8 +73,27 @@ class MapMatching(ClassMatching):
         return super().loss(*by_position(student_out, targets), temperature)
 
 
+class SetMatching:
+    """Matches the logits (N, C) of classes that do not exclude each other, class by class. ``agreement`` is the share
+    of classes, over all rows, that both predictions give more than one half or both give less."""
+
+    exclusive = False
+
+    def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
+        return torch.sigmoid(predictions / temperature)
+
+    def loss(self, student_out: torch.Tensor, targets: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
+        logits = student_out.float() / temperature
+        entropy = torch.special.entr(targets) + torch.special.entr(1 - targets)
+        kl = F.binary_cross_entropy_with_logits(logits, targets) - entropy.mean()
+        agree = ((student_out.detach() > 0) == (targets > 0.5)).float().mean()
+        return {"loss": kl * temperature**2, "agreement": agree}
+
+
 class ValueMatching:
     """Matches predicted numbers (N, D) by their mean squared error."""
+
+    exclusive = False
 
     def targets(self, predictions: torch.Tensor, temperature: float) -> torch.Tensor:
         return predictions

@@ -51,6 +51,10 @@ class FinishedRun:
         return str(self.result["metric"]["name"])
 
     @property
+    def kind(self) -> TaskKind:
+        return task_kind(self.recipe.task.kind)
+
+    @property
     def kinds(self) -> list[TaskKind]:
         """The task kind of the recipe, and that of the stored student if its folder names one."""
         marked = marked_kinds(lambda name: self.folder.exists(f"student/{name}"))

@@ -87,7 +87,7 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
         return [
             Line("hygiene", 0, 0, _checked(task)),
             Line("finetune", flops, 0, what),
-            Line("evaluate", cost.forward(size) * len(task.test), 0, _tested(task)),
+            _evaluate(recipe, task, cost.forward(size)),
         ]
     teacher = teacher_cost(recipe, counted) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
     out: dict[str, Line] = {}
@@ -121,7 +121,7 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
         flops = cost.train(size) * scratch_steps * batch + validation * _validations(scratch_steps, BASELINE_EVALS)
         out[name] = Line(name, flops, 0, text, scratch_steps * batch)
     models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
-    out["evaluate"] = Line("evaluate", models * len(task.test), 0, _tested(task))
+    out["evaluate"] = _evaluate(recipe, task, models)
     return list(out.values())
 
 
@@ -135,8 +135,12 @@ def _validations(steps: int, evals: int) -> int:
     return 1 + min(steps, evals)
 
 
-def _tested(task: LabelledSet) -> str:
-    return f"{len(task.test):,} test images" if task.test else "no test split: not run"
+def _evaluate(recipe: Recipe, task: LabelledSet, models: float) -> Line:
+    """EVALUATE, if all tested models together take ``models`` FLOPs for an image."""
+    decided = len(task.val) if task_kind(recipe.task.kind).decides else 0
+    what = [f"{decided:,} validation images for thresholds"] if decided else []
+    what.append(f"{len(task.test):,} test images" if task.test else "no test split")
+    return Line("evaluate", models * (decided + len(task.test)), 0, ", ".join(what))
 
 
 def _checked(task: LabelledSet) -> str:

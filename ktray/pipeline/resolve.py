@@ -25,7 +25,6 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
-from ktray.objectives.matching import ClassMatching
 from ktray.pipeline.checks import cautions, require_files, task_counts, warnings
 from ktray.pipeline.image_kinds import (
     batch_size,
@@ -167,7 +166,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         if recipe.transfer.min_similarity is None and recipe.transfer.source == "retrieved":
             choose("transfer.min_similarity", "auto", "transfer.size=auto ends where images stop being on task")
         recipe.transfer.size = None
-    classes_predicted = isinstance(task_kind(recipe.task.kind).matching, ClassMatching)
+    classes_predicted = task_kind(recipe.task.kind).matching.exclusive
     if recipe.transfer.weight != "none" and not (classes_predicted and "logits" in traits.targets_needed):
         choose("transfer.weight", "none", f"{name} has no class predictions of the teacher to weight images by")
     if recipe.teacher.others and not (classes_predicted and "logits" in traits.targets_needed):
@@ -348,10 +347,11 @@ def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
         recipe.supervised.data = _shared(recipe, ensure_generic_labels(home, name))
     needs_gallery = recipe.transfer.source in ("auto", "generic", "retrieved") and not index_alone(recipe)
     if recipe.gallery.data is None and needs_gallery:
-        recipe.gallery.data = _shared(recipe, ensure_gallery(home))
+        recipe.gallery.data = _shared(recipe, ensure_gallery(home, TASKS[name].gallery))
     if recipe.teacher.name is None:
         choose("teacher.name", "miniverse", "the small teacher that is part of ktray, for a built-in task")
-    return _shared(recipe, folder), [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
+    data = "/".join(filter(None, [_shared(recipe, folder), TASKS[name].file]))
+    return data, [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
 
 
 def _gallery(recipe: Recipe) -> list[Shard]:

@@ -23,7 +23,7 @@ from ktray.reporting.result import SCHEMA, DistillResult, TrialResult, finished,
 from ktray.stages.base import RunContext
 from ktray.stages.evaluate import stage as evaluate
 from ktray.stages.hygiene import LIST
-from ktray.stages.manifests import AdaptManifest, CurateManifest
+from ktray.stages.manifests import AdaptManifest, CurateManifest, EvaluateManifest
 from ktray.stages.transfer import starting_at, student_spec
 from ktray.storage.store import Dir
 from ktray.tasks.base import TestSet
@@ -90,7 +90,11 @@ def build(
         "teacher": recipe.teacher.name if outputs.adapt else None,
         "seed": recipe.seed,
         "label_budget": len(context.task.train),
-        "metric": {"name": context.metric, "val": outputs.student.val},
+        "metric": {
+            "name": context.metric,
+            "words": context.kind.metrics[context.metric],
+            "val": outputs.student.val,
+        },
         "delivered": _delivered(outputs),
         "cost": context.ledger.summary(),
         "stages": context.ledger.stages(),
@@ -116,10 +120,14 @@ def build(
         student = metrics["student"]
         content["metric"] |= {
             "test": student[context.metric],
-            **{k: v for k, v in student.items() if k not in ("per_class", "n")},
+            **{k: v for k, v in student.items() if k not in ("per_class", "details", "n")},
             "per_class": student["per_class"],
             "test_images": student["n"],
         }
+        if "details" in student:
+            content["metric"]["details"] = student["details"]
+        if decisions := _decisions(outputs):
+            content["metric"]["decisions"] = decisions
     elif not trial:
         content["metric"] |= {"test": None, "per_class": {}, "test_images": 0}
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
@@ -190,7 +198,15 @@ def _trained(context: RunContext, outputs: StageOutputs) -> Student:
     model, _ = spec.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0), 0)
     student = spec.make(bare=True)
     student.model.load_state_dict(model.state_dict())
+    if decisions := _decisions(outputs):
+        student = context.kind.with_decisions(student, decisions)
     return student.eval()
+
+
+def _decisions(outputs: StageOutputs) -> dict[str, dict[str, float]]:
+    """What was fitted on validation for the decisions of the delivered student; empty if they need nothing."""
+    tested = cast(EvaluateManifest, outputs.evaluate.manifest if outputs.evaluate else {})
+    return tested.get("decisions", {}).get(evaluate.STUDENT, {})
 
 
 def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], folder: Path) -> Path:

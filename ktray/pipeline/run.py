@@ -201,6 +201,7 @@ def _open(
         local / "runs" / run_id / "log.jsonl",
         local / "runs" / run_id / "mlflow.json",
         local,
+        also=recipe.mlflow.also,
     )
     tracker.start(
         run_id,

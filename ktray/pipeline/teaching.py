@@ -13,6 +13,7 @@ from ktray.recipe.schema import Recipe
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.mode import choose_mode, free_bytes
 from ktray.targets.top_k import per_prediction
+from ktray.tasks.base import task_kind
 
 VIEWS, VIEWS_PHOTOGRAPHS = 4, 8
 MANY_USES = 16  # of one view in a training: then a student begins to learn the views by heart
@@ -39,8 +40,11 @@ def choose_teaching(recipe: Recipe, plan: Allocation, images: int, classes: int,
         else:
             recipe.teach.views = VIEWS
     views = recipe.teach.view_count if traits.views == "fixed" else 1
+    exclusive = task_kind(recipe.task.kind).matching.exclusive
+    if recipe.teach.top_k != "auto" and recipe.teach.top_k and not exclusive:
+        choose("teach.top_k", 0, "the probabilities of the other classes have no total, because they are independent")
     if recipe.teach.top_k == "auto":
-        if classes > 2000:
+        if classes > 2000 and exclusive:
             choose("teach.top_k", 200, f"{classes:,} classes")
         else:
             recipe.teach.top_k = 0

@@ -84,6 +84,11 @@ class MLflowConfig(Section):
         "SQLite file in the store",
     )
     experiment: str = Field("ktray", description="MLflow experiment that the run belongs to")
+    also: list[str] = Field(
+        default_factory=list,
+        description="trackers that get the same events as MLflow: tensorboard (event files in the run folder), wandb, "
+        "or those of other packages",
+    )
     run_name: str | None = Field(None, description="name of the run in MLflow; null: the name of the run folder")
     tags: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="tags of the run in MLflow, such as {team: vision}"

@@ -42,23 +42,26 @@ class TaskConfig(Section):
     data: Place | None = Field(
         None,
         description="labelled images: a folder with train/, val/ and test/, a folder of class folders, or a CSV or "
-        "Parquet list; for segmentation a folder with train/images, train/masks (also val, test) and classes.txt",
+        "Parquet list; for segmentation a folder with train/images, train/masks (also val, test) and classes.txt; "
+        "for multilabel a list whose labels are separated by |, or a file or folder of COCO annotations",
     )
     kind: str = Field(
         "classification",
-        description="kind of prediction: classification (a class for each image), segmentation (a class for each "
-        "pixel), or the name of a task kind of another package",
+        description="kind of prediction: classification (a class for each image), multilabel (a set of classes for "
+        "each image), segmentation (a class for each pixel), or the name of a task kind of another package",
     )
     metric: str = Field(
         "auto",
         description="accuracy measure that chooses and judges models: top1 or mean_class_accuracy; for segmentation "
-        "miou or mean_class_accuracy; auto: the first of these",
+        "miou or mean_class_accuracy; for multilabel map, macro_f1 or micro_f1; auto: the first of these",
     )
     labels_per_class: int | None = Field(
         None, ge=1, description="label budget: labelled training images per class; null: all of them"
     )
     labels: int | None = Field(
-        None, ge=1, description="label budget for segmentation: labelled training images in all; null: all of them"
+        None,
+        ge=1,
+        description="label budget for segmentation and multilabel: labelled training images in all; null: all of them",
     )
     layout: Literal["auto", "classes", "splits", "imagenet", "places365", "ham10k", "eurosat", "ade20k"] = Field(
         "auto",

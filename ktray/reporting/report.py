@@ -32,6 +32,7 @@ _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
 _PAIRS = 12
 _LISTED = 20
 _PICTURE_PIXELS = 192
+# For results of versions that did not write the words.
 _METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
 
 
@@ -101,6 +102,7 @@ def write_report(
         cost_plot=Markup(cost_svg(points, "cost", metric)),
         matrix=_matrix(confusion, classes),
         pairs=_confused(confusion, classes),
+        table=class_table(result),
         classes=list(classes),
         sheet=_data_uri(contact_sheet.read_bytes()) if contact_sheet and contact_sheet.exists() else None,
         worst=[(w, *_picture(w.image)) for w in worst],
@@ -217,8 +219,9 @@ def accuracy_rows(result: dict[str, Any], comparisons: Sequence[dict[str, Any]] 
 
 def metric_label(result: dict[str, Any]) -> str:
     """The name of the metric of a result, in words."""
-    name = (result.get("metric") or {}).get("name") or "top1"
-    return _METRICS.get(name, name)
+    metric = result.get("metric") or {}
+    name = metric.get("name") or "top1"
+    return str(metric.get("words") or _METRICS.get(name, name))
 
 
 def _total(result: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +279,29 @@ def _confused(confusion: np.ndarray | None, classes: Sequence[str]) -> list[tupl
     order = np.argsort(-wrong, axis=None, kind="stable")[: _PAIRS if len(classes) <= _MATRIX_CLASSES else 3 * _PAIRS]
     pairs = [(*np.unravel_index(i, wrong.shape), int(wrong.flat[i])) for i in order.tolist() if wrong.flat[i]]
     return [(classes[t], classes[p], n, n / int(confusion[t].sum())) for t, p, n in pairs]
+
+
+def class_table(result: dict[str, Any]) -> dict[str, Any] | None:
+    """``heads`` and ``rows`` (name, cells) of the figures by class, lowest metric first; None without further figures
+    than the metric. Numbers of images are shown as such, all other figures as percentages."""
+    metric = result.get("metric") or {}
+    details = metric.get("details") or {}
+    if not details:
+        return None
+    columns: dict[str, dict[str, Any]] = {metric_label(result): metric.get("per_class") or {}}
+    for name in next(iter(details.values())):
+        columns[name] = {c: figures[name] for c, figures in details.items()}
+    columns |= {name.removesuffix("s"): values for name, values in (metric.get("decisions") or {}).items()}
+    first = next(iter(columns.values()))
+    order = sorted(details, key=lambda c: (first.get(c) is not None, first.get(c) or 0.0))
+    cells = [
+        [
+            count(by_name.get(c)) if isinstance(by_name.get(c), int) else percent(by_name.get(c))
+            for by_name in columns.values()
+        ]
+        for c in order
+    ]
+    return {"heads": list(columns), "rows": list(zip(order, cells, strict=True))}
 
 
 def _hygiene(result: dict[str, Any], shown: HygieneReport | None) -> dict[str, Any] | None:

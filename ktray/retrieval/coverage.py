@@ -22,16 +22,16 @@ def coverage(chosen: Selection, labels: np.ndarray, classes: Sequence[str]) -> d
     similarities of all selected images.
 
     Args:
-        labels: (Q,) class of each query.
+        labels: (Q,) class of each query, or (Q, C), not 0 for each class of a query.
         classes: class names in the order of the labels; empty if queries have no class.
     """
     images_per_query = np.bincount(chosen.query, minlength=len(labels))
-    label_per_image = labels[chosen.query]
+    member = labels > 0 if labels.ndim > 1 else labels[:, None] == np.arange(len(classes))
     per_class = {}
     for number, name in enumerate(classes):
-        similarities = chosen.similarity[label_per_image == number]
+        similarities = chosen.similarity[member[chosen.query, number]]
         per_class[name] = {
-            "queries": int((labels == number).sum()),
+            "queries": int(member[:, number].sum()),
             "images": len(similarities),
             "similarity": float(similarities.mean()) if len(similarities) else None,
         }

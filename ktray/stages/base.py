@@ -13,6 +13,7 @@ from ktray.accounting.ledger import DirLog, Ledger, Meter
 from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import Bad, BadLimit, Quarantine
 from ktray.distributed.allocation import Allocation
+from ktray.distributed.gauges import StageGauges
 from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
@@ -154,6 +155,7 @@ class Reporter:
         self.watchdog = watchdog or Watchdog(name, runtime.cluster.stall_minutes)
         self.starts: list[WorkerStart] = []  # the starts of training workers: their step and number of workers
         self.run = runtime.tracker.stage(name)
+        self.gauges = StageGauges(runtime.run_id, name)
         self.progress: Progress | None = None
         self.read = self.done = 0
         self.quarantine = Quarantine()
@@ -183,6 +185,8 @@ class Reporter:
             for uri, reason in summary.bad:
                 self.quarantine.add(uri, reason, self.name)
             self.meter.add(flops=summary.flops, images=summary.images)
+            self.gauges.images(self.done)
+            self.gauges.spent(self.runtime.ledger)
             if self.progress:
                 self.progress.update(self.done)
             self._check_bad()
@@ -218,6 +222,7 @@ class Reporter:
                 case CurvePoint(step, values):
                     self.watchdog.heartbeat()
                     self.run.metrics(step, dict(values))
+                    self.gauges.evaluation(values)
                 case messages.StepProgress(step):
                     self.watchdog.heartbeat(f"step {step}")
                     self._advance(message)
@@ -232,6 +237,8 @@ class Reporter:
             images=max(0, int(message.images - self._images)), flops=max(0, int(message.flops - self._flops))
         )
         self._images, self._flops = message.images, message.flops
+        self.gauges.training(message.step, message.images, message.data_wait)
+        self.gauges.spent(self.runtime.ledger)
 
     def _start(self, message: Started) -> None:
         """Count the start of workers. Steps that they repeat after a restart count again."""
@@ -251,6 +258,7 @@ class Reporter:
             self.progress.resume(message.step)
         self.starts.append({"step": message.step, "workers": message.workers})
         self._images, self._flops = message.images, message.flops
+        self.gauges.resume(message.images)
         if self.runtime.machines is None or not message.nodes:
             return
         held = self.runtime.machines.workers(message.nodes)
@@ -375,6 +383,7 @@ def _attempt(
         finally:
             if reporter.progress:
                 reporter.progress.close("done" if status == "FINISHED" else "stopped")
+            reporter.gauges.end()
             cost = meter.now()
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status

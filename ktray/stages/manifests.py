@@ -236,7 +236,13 @@ class TrainedManifest(TypedDict):
     starts: list[WorkerStart]
 
 
-class EvaluateManifest(TypedDict):
+class EvaluateDecisions(TypedDict, total=False):
+    """``decisions``: by model, what `ktray.tasks.base.TaskKind.fit_decisions` has fitted on validation."""
+
+    decisions: dict[str, dict[str, dict[str, float]]]
+
+
+class EvaluateManifest(EvaluateDecisions):
     """EVALUATE. ``metrics``: by model (student, scratch, teacher), the metrics of the task kind on the test split."""
 
     metrics: dict[str, dict[str, Any]]

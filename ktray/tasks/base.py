@@ -116,6 +116,12 @@ class TaskKind(ABC):
         matching: how objectives match predictions.
         image_classes: whether each image has one class of ``LabelledSet.classes``. Then queries have a class, and the
             teacher's head predicts class probabilities of gallery images.
+        label_sets: whether each image has a set of these classes, and its label is (C,), 1 for each class of the set.
+            Then queries are balanced over the classes.
+        ranked: whether scores depend on the order of the outputs of all images, so that counts of parts of a split
+            cannot be added. Then `tally` is called with all images of a split.
+        decides: whether decisions need values that are fitted on validation after training, such as thresholds. Then
+            EVALUATE predicts the validation images, too, and calls `fit_decisions` and `decide`.
         linear_student: whether the student's last layer is linear, so that `student_head` can set it.
         teacher_form: class of the adapted teacher.
         student_file: name of the file that marks a saved student of this kind; empty: its folder has only the files of
@@ -130,6 +136,9 @@ class TaskKind(ABC):
     metrics: ClassVar[Mapping[str, str]]
     matching: ClassVar[Matching]
     image_classes: ClassVar[bool] = False
+    label_sets: ClassVar[bool] = False
+    ranked: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
     linear_student: ClassVar[bool] = False
     teacher_form: ClassVar[type[AdaptedTeacher]] = AdaptedTeacher
     student_file: ClassVar[str] = ""
@@ -168,6 +177,10 @@ class TaskKind(ABC):
         """
         return NumberReader()
 
+    def classes_of(self, label: Any) -> Sequence[int]:
+        """The classes in the label of an example (`ktray.data.labelled.labelled_set.LabelledExample.label`)."""
+        return [label] if self.image_classes else []
+
     def label_column(self, pixels: str) -> str:
         """The name of the label column in LABELS for the image column ``pixels`` (``pixels`` or ``canvas``)."""
         return "label"
@@ -191,7 +204,7 @@ class TaskKind(ABC):
     @abstractmethod
     def tally(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The counts of N images in validation, (K + 2,) float64: the counts for `scores`, the sum of the loss, and the
-        number of labels in that sum. The tallies of several batches are added."""
+        number of labels in that sum. The tallies of several batches are added, unless the kind is `ranked`."""
 
     @abstractmethod
     def scores(self, counts: np.ndarray) -> dict[str, float]:
@@ -287,13 +300,44 @@ class TaskKind(ABC):
             `confusion`, which are stored only for the student, or None.
         """
 
+    def fit_decisions(self, rows: Rows, model: str, classes: list[str]) -> dict[str, dict[str, float]]:
+        """What `decide` needs, fitted on validation: by name, a value for each class.
+
+        Args:
+            rows: the columns of `test_rows` and `test_columns` for the validation images; there may be none.
+        """
+        return {}
+
+    def decide(self, out: np.ndarray, fitted: dict[str, dict[str, float]]) -> Rows:
+        """The columns by suffix that the decisions add to those of `test_rows`.
+
+        Args:
+            out: (N, ...) float32, the model's output.
+            fitted: the result of `fit_decisions` for the model.
+        """
+        return {}
+
+    def with_decisions(self, student: Student, fitted: dict[str, dict[str, float]]) -> Student:
+        """The student with the result of `fit_decisions`, so that `save_student` stores it."""
+        return student
+
+    def exported_metrics(self, student: Student, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """`test_metrics` of an exported file of the student, for kinds without `no_export`.
+
+        Args:
+            logits: (N, ...) float32.
+            labels: the column ``label`` of `reader` for the images.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def image_counts(self, rows: Rows, model: str) -> np.ndarray:
         """Counts (N, K) for `scores`, one row for each test image, from the rows of EVALUATE."""
 
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         """`scores` of one model on all test images, with ``per_class`` (name -> fraction or None; empty if the kind has
-        no classes) and ``n``, the number of images."""
+        no classes), ``n``, the number of images, and, if the kind has more figures for each class, ``details`` (name ->
+        figure -> number or None)."""
         counts = self.image_counts(rows, model)
         return {**self.scores(counts.sum(0)), "per_class": {}, "n": len(counts)}
 

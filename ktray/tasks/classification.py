@@ -21,6 +21,7 @@ from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.fetch import fetch_images
 from ktray.errors import KtrayError
 from ktray.models.flops import count_flops
+from ktray.models.student.classifier import Student
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
 from ktray.models.teacher.teacher import Teacher
@@ -132,6 +133,9 @@ class Classification(TaskKind):
 
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         return metrics(rows[model], rows["label"], classes)
+
+    def exported_metrics(self, student: Student, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        return metrics(logits, labels, student.classes)
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
         return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))

@@ -20,10 +20,13 @@ Events are dictionaries with ``event`` and ``time`` (seconds since 1970), and
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ktray.errors import KtrayError
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Destination:
         experiment: ``mlflow.experiment``.
         folder: local folder of the run, with ``log.jsonl``.
         timeout: seconds after which a request fails.
+        also: ``mlflow.also``, the names of the trackers that the recipe asks for in addition to MLflow.
     """
 
     uri: str
     experiment: str
     folder: Path
     timeout: float
+    also: tuple[str, ...] = ()
 
 
 class Sink(ABC):
@@ -52,6 +57,25 @@ class Sink(ABC):
         or a restart of the job."""
 
 
+def asked_for(name: str, package: str, destination: Destination) -> bool:
+    """Whether the recipe asks for a tracker by its name.
+
+    Args:
+        package: name of the package that the tracker imports.
+
+    Raises:
+        KtrayError: it does, and the package is not installed.
+    """
+    if name not in destination.also:
+        return False
+    if importlib.util.find_spec(package) is None:
+        raise KtrayError(
+            f"mlflow.also has {name}, and the package '{package}' is not installed",
+            f"Install it with 'pip install {package}', or remove {name} from mlflow.also.",
+        )
+    return True
+
+
 class EventTracker(ABC):
     """A kind of tracker. Instances have no state and are registered in ``TRACKERS``."""
 
@@ -60,7 +84,11 @@ class EventTracker(ABC):
 
     def wanted(self, destination: Destination) -> bool:
         """Whether this run uses the tracker, for example depending on an environment variable. It is called once,
-        first."""
+        first.
+
+        Raises:
+            KtrayError: the recipe asks for the tracker, and something that it needs is missing.
+        """
         return True
 
     def address(self, destination: Destination) -> str:

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -86,20 +86,30 @@ class Tracker:
         state: local JSON file that stores the ids of the MLflow runs and the number of lines that are sent.
         home: local folder of the SQLite file and its artifacts.
         timeout: seconds after which a request to a server fails.
+        also: names of trackers that get the same events, in addition to MLflow (``mlflow.also``).
 
     Raises:
-        KtrayError: see `tracking_uri`.
+        KtrayError: see `tracking_uri`; or there is no tracker of a name, or its package is not installed.
     """
 
     def __init__(
-        self, uri: str | None, experiment: str, buffer: Path, state: Path, home: Path, timeout: float = 10.0
+        self,
+        uri: str | None,
+        experiment: str,
+        buffer: Path,
+        state: Path,
+        home: Path,
+        timeout: float = 10.0,
+        also: Sequence[str] = (),
     ) -> None:
         self.uri, self.experiment, self.timeout = tracking_uri(uri, home), experiment, timeout
         self._copies = buffer.parent / "artifacts"
         self._log = EventLog(buffer)
         state.parent.mkdir(parents=True, exist_ok=True)
         self._hold = _lock(state)
-        destination = Destination(self.uri, experiment, buffer.parent, timeout)
+        for name in also:
+            TRACKERS.get(name)
+        destination = Destination(self.uri, experiment, buffer.parent, timeout, tuple(also))
         # The result of the run names the MLflow run, and the caller chooses the state file of MLflow.
         self._main = Delivery(TRACKERS.get(MLFLOW), destination, self._log, state)
         others = [(name, tracker) for name, tracker in TRACKERS if name != MLFLOW and tracker.wanted(destination)]

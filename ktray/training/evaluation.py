@@ -26,6 +26,21 @@ def fall(images: int) -> float:
     return max(0.01, 1 / max(1, images) ** 0.5)
 
 
+def gathered(rows: torch.Tensor, total: int, env: WorkerContext) -> torch.Tensor:
+    """The ``total`` rows of a split in their order, on every rank. Rank r has the rows r, r + world, r + 2 world, ...
+
+    Args:
+        rows: (n, ...), the rows of this rank; a rank without rows has one, which is left out.
+    """
+    if env.world == 1:
+        return rows
+    padded = rows.new_zeros(-(-total // env.world), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(env.world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+
 def evaluator(
     kind: TaskKind,
     pixels: torch.Tensor,
@@ -37,8 +52,8 @@ def evaluator(
 ) -> Evaluate:
     """A function model -> (score, {"val_loss", "val_<metric>"...}) over all rows, which are divided among the ranks.
 
-    The counts of all ranks are summed before the scores are computed, so accuracy does not depend on the number of
-    ranks.
+    The counts of all ranks are summed before the scores are computed, or the outputs of all ranks are gathered (for a
+    kind that is ``ranked``), so accuracy does not depend on the number of ranks.
 
     Args:
         kind: the task kind, which defines counts and scores.
@@ -48,7 +63,7 @@ def evaluator(
         metric: name of the score among the kind's scores.
         batch: number of images that are predicted together.
     """
-    idle = env.rank >= len(labels)
+    total, idle = len(labels), env.rank >= len(labels)
     # A rank without rows predicts the first row without counting it, so that the counts of all ranks have one shape.
     mine = slice(1) if idle else slice(env.rank, None, env.world)
     pixels, labels = pixels[mine], labels[mine]
@@ -57,10 +72,17 @@ def evaluator(
     def evaluate(model: nn.Module) -> tuple[float, dict[str, float]]:
         model.eval()
         sums: Any = 0.0
+        outputs: list[torch.Tensor] = []
         for at in range(0, len(labels), batch):
             x, y = pixels[at : at + batch].to(env.device), labels[at : at + batch].to(env.device)
-            sums = sums + kind.tally(predict(model, x).float(), y) * (not idle)
-        if env.world > 1:
+            if kind.ranked:
+                outputs.append(predict(model, x).float())
+            else:
+                sums = sums + kind.tally(predict(model, x).float(), y) * (not idle)
+        if kind.ranked:
+            whole = (gathered(rows, total, env) for rows in (torch.cat(outputs), labels.to(env.device)))
+            sums = kind.tally(*whole)
+        elif env.world > 1:
             dist.all_reduce(sums)
         scores = kind.scores(sums[:-2].cpu().numpy())
         loss = float(sums[-2] / sums[-1])

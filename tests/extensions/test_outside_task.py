@@ -60,7 +60,7 @@ def test_the_whole_job_runs_with_it(toy: Path, tmp_path: Path) -> None:
 
 def test_it_is_known_while_its_package_is_installed(toy: Path) -> None:
     with installed(toy, TASKS):
-        assert TASKS.names() == ["classification", "regression", "segmentation"]
+        assert TASKS.names() == ["classification", "multilabel", "regression", "segmentation"]
         assert recipes.load(None, ["task.kind=regression"]).task.kind == "regression"
         assert metric_label("r2") == "coefficient of determination"
         with pytest.raises(KtrayError, match=r"No task kind is named 'regresion' \(task\.kind\).*'regression'\?"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ktray.miniverse import TASKS, ensure_task
+from ktray.miniverse.scenes import scene
 from ktray.miniverse.tasks import DrawnExample, tail
 from ktray.miniverse.vocabulary import COLOURS, STREAMS
 from ktray.miniverse.world import sample
@@ -39,6 +41,7 @@ def test_tasks_are_whole() -> None:
         assert set(task.class_names) == set(task.classes)
         assert all(prompt.count("{}") == 1 for prompt in task.prompts)
         assert (task.metric == "miou") == (task.kind == "segmentation")
+        assert (task.metric == "map") == (task.kind == "multilabel") == task.sets
         if task.kind == "classification":  # readers of folders number the classes in this order
             assert list(task.classes) == sorted(task.classes)
     counterparts = [task.counterpart.split(":")[0] for task in TASKS.values() if task.counterpart]
@@ -181,3 +184,33 @@ def test_imbalanced_folder(tmp_path: Path) -> None:
     assert (about["kind"], about["metric"]) == ("classification", "mean_class_accuracy")
     counts = {name: len(list((folder / "train" / name).iterdir())) for name in about["classes"]}
     assert (counts["ampersand"], counts["equals_sign"]) == (60, 3)
+
+
+def test_scenes_show_the_classes_that_their_list_names(tmp_path: Path) -> None:
+    folder = ensure_task(tmp_path, "scenes")
+    about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    assert (about["kind"], about["metric"], about["image_size"]) == ("multilabel", "map", 64)
+    with (folder / "labels.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert Counter(row["split"] for row in rows) == {"train": 320, "val": 160, "test": 1000}
+    named = [set(filter(None, row["label"].split("|"))) for row in rows]
+    assert set().union(*named) == set(about["classes"])
+    assert 0.1 < np.mean([not names for names in named]) < 0.2
+    assert 0.3 < np.mean([len(names) > 1 for names in named]) < 0.6
+    for number in (0, 7, 999):
+        row, drawn = rows[480 + number], scene("scenes-test", number)
+        assert row["path"] == f"test/{number:05d}.png"
+        assert np.array_equal(np.asarray(Image.open(folder / row["path"])), drawn.image)
+        assert named[480 + number] == {s.name for s in drawn.subjects if s.name in about["classes"]}
+
+
+def test_scenes_have_their_subjects_in_cells_and_a_gallery() -> None:
+    one = scene("scenes-gallery", 3)
+    assert one.image.shape == (64, 64, 3)
+    assert np.array_equal(one.image, scene("scenes-gallery", 3).image)
+    assert not np.array_equal(one.image, scene("scenes-gallery", 3, seed=1).image)
+    drawn = [scene("scenes-gallery", index) for index in range(400)]
+    assert set(Counter(len(s.subjects) for s in drawn)) == {1, 2, 3}
+    assert all(s.caption.count("the ") == len({t.name for t in s.subjects}) for s in drawn)
+    share = np.mean([t.kind == "shape" for s in drawn for t in s.subjects])
+    assert share == pytest.approx(0.30, abs=0.05)

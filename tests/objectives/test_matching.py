@@ -5,7 +5,7 @@ import torch
 
 from ktray.data.mixing import mixup
 from ktray.models.maps import resize_map
-from ktray.objectives.matching import ClassMatching, MapMatching, ValueMatching, by_position
+from ktray.objectives.matching import ClassMatching, MapMatching, SetMatching, ValueMatching, by_position
 from ktray.objectives.oriented import Oriented
 
 
@@ -82,3 +82,30 @@ def test_numbers_are_matched_by_their_squared_error():
         {"images": torch.rand(2, 3, 4, 4), "logits": torch.tensor([[1.0], [4.0]])}, torch.Generator()
     )
     assert objective.loss(torch.tensor([[2.0], [2.0]]), batch)["loss"].item() == pytest.approx((1 + 4) / 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_sets_match_class_by_class_by_the_divergence_of_two_outcomes(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 4), 3 * torch.randn(3, 4)
+    teacher[0, 0], teacher[1, 1] = 200.0, -200.0  # certain predictions
+    objective = Oriented(temperature=temperature)
+    objective.match_with(SetMatching())
+    batch = objective.prepare({"images": torch.rand(3, 3, 8, 8), "logits": teacher}, torch.Generator())
+    found = objective.loss(student, batch)
+    total = 0.0
+    for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True):
+        q, p = (1 / (1 + math.exp(-z / temperature)) for z in (s, t))
+        total += sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 1e-30)
+    assert float(found["loss"]) == pytest.approx(temperature**2 * total / 12, rel=1e-5)
+    agree = ((student > 0) == (teacher > 0)).float().mean()
+    assert float(found["agreement"]) == pytest.approx(float(agree))
+
+
+def test_a_student_that_agrees_on_every_set_has_no_loss_and_no_gradient():
+    teacher = torch.tensor([[2.0, -3.0, 0.1], [0.0, 50.0, -1.0]])
+    matching, student = SetMatching(), teacher.clone().requires_grad_()
+    loss = matching.loss(student, matching.targets(teacher, 2.0), 2.0)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad.abs().max() < 1e-6

@@ -32,6 +32,27 @@ def check(chosen, similarity, index, size):
     assert chosen.similarity == pytest.approx(similarity[chosen.query, chosen.rank])
 
 
+def test_shares_set_how_often_a_query_has_its_turn(given):
+    _, _, similarity, index = given
+    share = np.array([1.0, 2.0, 0.5, 1.0, 0.5])
+    chosen = in_turn(similarity, index, 20, share=share)
+    check(chosen, similarity, index, 20)
+    assert np.bincount(chosen.query).tolist() == [4, 8, 2, 4, 2]
+    # By hand: the j-th turn of a query is at the time j / share; the first query wins a tie.
+    turns = sorted((j / s, q) for q, s in enumerate(share.tolist()) for j in range(1, 21))[:20]
+    assert chosen.query.tolist() == [q for _, q in turns]
+    small = in_turn(similarity, index, 7, share=share)
+    assert small.gallery.tolist() == chosen.gallery[:7].tolist()
+    even = in_turn(similarity, index, 20, share=np.full(5, 3.0))
+    assert even.gallery.tolist() == in_turn(similarity, index, 20).gallery.tolist()
+    assert chosen.shortfall == 0
+    # A query without hits leaves its share to the others, which is reported.
+    starved = np.where(np.arange(5)[:, None] == 1, -1, index)
+    less = in_turn(similarity, starved, 20, share=share)
+    assert len(less) == 20
+    assert less.shortfall == 8
+
+
 def test_best_first_is_the_top_of_all_hits(given):
     gallery, queries, similarity, index = given
     nearest = (gallery @ queries.T).max(1)

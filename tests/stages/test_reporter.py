@@ -33,12 +33,14 @@ def made():
             said, rows, clock = [], [], Clock()
             until.enter_context(hearing(said))
             context = SimpleNamespace(
+                run_id="run",
                 tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda *row: rows.append(row))),
                 ledger=SimpleNamespace(
+                    spent=list,
                     entries=[
                         Entry("transfer", "k", 1, flops=earlier * FLOPS, images=earlier * IMAGES),
                         Entry("transfer", "another", 1, flops=10**9, images=10**9),
-                    ]
+                    ],
                 ),
                 plan=SimpleNamespace(worker_gpus=1.0),
                 machines=SimpleNamespace(workers=lambda nodes: Held(len(nodes), 36.0 * len(nodes))),

@@ -76,6 +76,24 @@ class NumberReader:
 
 
 @dataclass(frozen=True)
+class SetReader(NumberReader):
+    """Labels that are a set of classes per image: the column ``label`` (N, C) uint8, 1 for each class of the set.
+
+    Attributes:
+        num_classes: C.
+    """
+
+    dtype: str = "uint8"
+    num_classes: int = 0
+
+    def columns(self, labels: Sequence[dict[str, Any]], transforms: Transforms) -> Rows:
+        label = np.zeros((len(labels), self.num_classes), dtype=self.dtype)
+        for row, values in zip(label, labels, strict=True):
+            row[list(values["label"])] = 1
+        return {"label": label}
+
+
+@dataclass(frozen=True)
 class MaskReader:
     """Labels that are a class for every pixel: ``<transform>_mask`` (N, H, W) uint8 in the geometry of each transform,
     and ``label`` (N,) int64, which is 0.

@@ -13,18 +13,40 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from ktray.data.labelled.hygiene_groups import Pairs, units
 from ktray.data.labelled.rows import LabelledRow, count, three
 
-_SPLITS = ("test", "val")
+SPLITS = ("test", "val")
+
+
+class Drawing(Protocol):
+    """How splits and the label budget are drawn. This module is the drawing for rows with one class each; the functions
+    below describe the methods."""
+
+    def draws(self, rows: Sequence[LabelledRow], budget: int | None) -> bool: ...
+
+    def fill_splits(
+        self,
+        rows: Sequence[LabelledRow],
+        seed: int,
+        val_fraction: float,
+        test_fraction: float,
+        copies: Pairs,
+        notes: list[str],
+    ) -> list[LabelledRow]: ...
+
+    def keep_budget(
+        self, train: Sequence[LabelledRow], seed: int, budget: int | None, copies: Pairs, notes: list[str]
+    ) -> tuple[list[LabelledRow], list[LabelledRow]]: ...
 
 
 def draws(rows: Sequence[LabelledRow], budget: int | None) -> bool:
     """Whether anything is drawn: a split is missing, or a class has more training images than the label budget."""
     splits = {r.split for r in rows}
     most = max(Counter(r.label for r in rows if r.split == "train").values(), default=0)
-    return not splits.issuperset(_SPLITS) or (budget is not None and most > budget)
+    return not splits.issuperset(SPLITS) or (budget is not None and most > budget)
 
 
 def fill_splits(
@@ -45,7 +67,7 @@ def fill_splits(
     """
     present = {r.split for r in rows}
     shares = {"val": val_fraction, "test": test_fraction}
-    missing = [name for name in _SPLITS if name not in present]
+    missing = [name for name in SPLITS if name not in present]
     if not missing:
         return list(rows)
     train = [r for r in rows if r.split == "train"]
@@ -53,7 +75,7 @@ def fill_splits(
     classes = _by_class(train)
     content: dict[int, Counter[str]] = defaultdict(Counter)
     owner: dict[int, str] = {}
-    for row in _shuffled(train, "split", seed):
+    for row in shuffled(train, "split", seed):
         content[unit[row.uri]][row.label] += 1
         owner.setdefault(unit[row.uri], row.label)
     target = {name: {label: max(1, round(shares[name] * len(group))) for label, group in classes} for name in missing}
@@ -61,7 +83,7 @@ def fill_splits(
     chosen: dict[int, str] = {}
     small_classes = 0
     for label, group in classes:
-        order = _shuffled(group, "split", seed)
+        order = shuffled(group, "split", seed)
         remaining = [u for u in dict.fromkeys(unit[r.uri] for r in order) if owner[u] == label]
         small_classes += len(remaining) <= len(missing)
         for name in missing:
@@ -81,14 +103,19 @@ def fill_splits(
             f"Number of classes with too few images for every split: {small_classes}. "
             "Train has priority, then val, then test."
         )
+    note_units(unit, notes)
+    others = [r for r in rows if r.split != "train"]
+    return others + [replace(r, split=chosen.get(unit[r.uri], "train")) for r in train]
+
+
+def note_units(unit: Mapping[str, int], notes: list[str]) -> None:
+    """Add a note about the units that have several images, if there are any."""
     together = [n for n in Counter(unit.values()).values() if n > 1]
     if together:
         notes.append(
             f"{sum(together)} images are copies of each other or of one group: {count(together, 'unit')}, each of "
             "which stays in one split."
         )
-    others = [r for r in rows if r.split != "train"]
-    return others + [replace(r, split=chosen.get(unit[r.uri], "train")) for r in train]
 
 
 def _take(
@@ -135,7 +162,7 @@ def _needed_in_train(
 def keep_budget(
     train: Sequence[LabelledRow],
     seed: int,
-    labels_per_class: int | None,
+    budget: int | None,
     copies: Pairs,
     notes: list[str],
 ) -> tuple[list[LabelledRow], list[LabelledRow]]:
@@ -145,9 +172,10 @@ def keep_budget(
     the budget are not in the rest. Images of one group (``task.group``) may be in both, because both are for training.
 
     Args:
+        budget: number of training images of each class; None: all.
         copies: pairs of uris of images that show the same.
     """
-    if labels_per_class is None:
+    if budget is None:
         return list(train), []
     unit = units(train, copies, groups=False)
     sizes = Counter(unit.values())
@@ -155,18 +183,18 @@ def keep_budget(
     surplus: list[LabelledRow] = []
     short = []
     for name, group in _by_class(train):
-        order = _shuffled(group, "budget", seed)
+        order = shuffled(group, "budget", seed)
         first = {u: i for i, u in reversed(list(enumerate(unit[r.uri] for r in order)))}
         order.sort(key=lambda r: (sizes[unit[r.uri]], first[unit[r.uri]]))
-        kept += order[:labels_per_class]
-        surplus += order[labels_per_class:]
-        if len(group) < labels_per_class:
+        kept += order[:budget]
+        surplus += order[budget:]
+        if len(group) < budget:
             short.append(name)
     if short:
         notes.append(
-            f"{count(short, 'class', 'classes')} with fewer than {labels_per_class} training images: {three(short)}."
+            f"{count(short, 'class', 'classes')} with fewer than {budget} training images: {three(short)}."
             if short != [""]
-            else f"There are fewer than {labels_per_class} training images: {len(kept)}."
+            else f"There are fewer than {budget} training images: {len(kept)}."
         )
     labelled = {unit[r.uri] for r in kept}
     rest = [r for r in surplus if unit[r.uri] not in labelled]
@@ -185,7 +213,9 @@ def _by_class(rows: Iterable[LabelledRow]) -> list[tuple[str, list[LabelledRow]]
     return sorted(groups.items())
 
 
-def _shuffled(rows: Iterable[LabelledRow], purpose: str, seed: int) -> list[LabelledRow]:
+def shuffled(rows: Iterable[LabelledRow], purpose: str, seed: int) -> list[LabelledRow]:
+    """The rows in an order that the purpose, the seed and the keys of the rows determine."""
+
     def draw(row: LabelledRow) -> bytes:
         return hashlib.blake2b(f"{purpose}\0{seed}\0{row.key}".encode(), digest_size=16).digest()
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ktray.data.labelled import draw
 from ktray.data.labelled.contents import content_versions
-from ktray.data.labelled.draw import draws, fill_splits, keep_budget
+from ktray.data.labelled.draw import Drawing
 from ktray.data.labelled.hygiene_copies import find_copies
 from ktray.data.labelled.hygiene_groups import in_words, torn_groups
 from ktray.data.labelled.rows import LabelledRow, count, three
@@ -25,8 +26,8 @@ class LabelledExample:
 
     Attributes:
         uri: where the image is (see `ktray.data.sources.uris`).
-        label: index into `LabelledSet.classes`; 0 if a mask contains the classes; the number itself if the task
-            predicts a number.
+        label: index into `LabelledSet.classes`; a tuple of such indices, in order, if an image has a set of classes; 0
+            if a mask contains the classes; the number itself if the task predicts a number.
         mask: uri of the image's label map, or empty. It has one channel of 8 bits and the size of the image; class =
             value - `LabelledSet.mask_offset`. 255 and every value that is not the number of a class are ignored.
     """
@@ -78,6 +79,7 @@ def divide(
     names: Callable[[list[str]], list[str]] = lambda classes: [],
     mask_offset: int = 0,
     facts: Any = None,
+    drawing: Drawing = draw,
 ) -> LabelledSet:
     """Divide rows into train, val, test and the unlabelled rest.
 
@@ -99,18 +101,19 @@ def divide(
         names: takes the class names and returns readable names.
         mask_offset: see `LabelledSet`.
         facts: additional content of the fingerprint; None: none.
+        drawing: how splits and the label budget are drawn; by default, by the one class of each row.
 
     Raises:
         KtrayError: one image in two splits or with two labels.
     """
     rows = _without_repeats(rows, notes)
-    copies = find_copies(rows, notes) if draws(rows, budget) else []
-    rows = fill_splits(rows, seed, val_fraction, test_fraction, copies, notes)
+    copies = find_copies(rows, notes) if drawing.draws(rows, budget) else []
+    rows = drawing.fill_splits(rows, seed, val_fraction, test_fraction, copies, notes)
     torn = torn_groups((r.group, r.split) for r in rows)
     if torn:
         notes.append(f"WARNING: {in_words(torn)}")
     class_names = classes(rows)
-    kept, surplus = keep_budget([r for r in rows if r.split == "train"], seed, budget, copies, notes)
+    kept, surplus = drawing.keep_budget([r for r in rows if r.split == "train"], seed, budget, copies, notes)
     number = {name: i for i, name in enumerate(class_names)}
 
     def part(chosen: Iterable[LabelledRow]) -> list[LabelledExample]:

@@ -105,6 +105,11 @@ def _classes(rows: Sequence[LabelledRow], data: str) -> list[str]:
         raise KtrayError(
             f"'{data}' has {present}", "Classification needs at least two classes. Add a class, for example 'other'."
         )
+    return in_order(names)
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Class names in the order of the model's outputs: numbers by value, others by their code points."""
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

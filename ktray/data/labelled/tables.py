@@ -57,13 +57,22 @@ class _Table:
     first: int = 1
 
 
-def read_table(file: FileStat, notes: list[str], group: str | None, split: str = "train") -> list[LabelledRow]:
+def read_table(
+    file: FileStat,
+    notes: list[str],
+    group: str | None,
+    split: str = "train",
+    labels: Sequence[str] | None = None,
+    unlabelled: bool = False,
+) -> list[LabelledRow]:
     """The labelled images of a CSV or Parquet list.
 
     Args:
         notes: decisions with their reasons are appended.
         group: the column with the group of each image; None: the column ``group``, if there is one.
         split: the split of rows without one.
+        labels: the label of each row, if it is not a text in the column; None: it is.
+        unlabelled: whether a label may be empty.
 
     Raises:
         KtrayError: the list cannot be read, lacks a column, or has a row without path or label, or none of its images
@@ -74,20 +83,21 @@ def read_table(file: FileStat, notes: list[str], group: str | None, split: str =
     version = f"list {file.size}:{file.mtime_ns}"
     name_in_keys = path.rpartition("/")[2]
     rows: list[LabelledRow] = []
-    unlabelled = 0
+    without = 0
     for number, (name, label, own_split, member) in enumerate(table.rows, table.first):
-        label = nfc(label)
+        label = nfc(label) if labels is None else labels[number - table.first]
         part = own_split.lower() or split
         if table.classes and label == _UNLABELLED:
-            unlabelled += 1
+            without += 1
             continue
-        if not name or not label or part not in SPLITS:
-            problem = "no path" if not name else "no label" if not label else f"split '{own_split}'"
+        lacks_label = not label and not unlabelled
+        if not name or lacks_label or part not in SPLITS:
+            problem = "no path" if not name else "no label" if lacks_label else f"split '{own_split}'"
             raise KtrayError(
                 f"List '{path}' has {problem} in row {number}",
                 "Fill in path and label; splits are train, val and test.",
             )
-        if table.classes:
+        if table.classes and labels is None:
             if not label.isdigit() or int(label) >= len(table.classes):
                 raise KtrayError(
                     f"List '{path}' has the label {label} in row {number}, and its {len(table.classes)} classes are "
@@ -98,9 +108,9 @@ def read_table(file: FileStat, notes: list[str], group: str | None, split: str =
         uri = str(ParquetRow(path, row=int(name))) if table.inside else resolve(name, path)
         key = f"{name_in_keys}#row={name}" if table.inside else nfc(name)
         rows.append(LabelledRow(uri, key, label, SPLITS[part], version, group=nfc(member)))
-    if unlabelled:
-        notes.append(f"{unlabelled} rows of '{name_in_keys}' have no label (-1) and are ignored.")
-    if not rows and not unlabelled:
+    if without:
+        notes.append(f"{without} rows of '{name_in_keys}' have no label (-1) and are ignored.")
+    if not rows and not without:
         raise no_rows(path)
     if rows and not any(map(_reachable, rows)):
         raise KtrayError(
@@ -178,8 +188,8 @@ def _parquet(path: str, group: str | None, notes: list[str]) -> _Table:
 
     def rows() -> Iterator[tuple[str, str, str, str]]:
         for i in range(count):
-            label, split, member = (_text(columns[name][i]) if name else "" for name in described)
-            yield str(i) if paths is None else _text(columns[paths][i]), label, split, member
+            label, split, member = (cell_text(columns[name][i]) if name else "" for name in described)
+            yield str(i) if paths is None else cell_text(columns[paths][i]), label, split, member
 
     return _Table(names, rows(), inside, class_names(schema, described[0] or ""))
 
@@ -227,7 +237,8 @@ def _column(names: Sequence[str], known: Sequence[str], needed: str, path: str, 
     )
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """The text of a cell of a Parquet file, stripped; empty for null and NaN."""
     if value is None or value != value:  # null or NaN
         return ""
     if isinstance(value, bytes):  # Spark writes text without saying that it is text

@@ -26,7 +26,9 @@ def log(recipe: Recipe, store: Store, content: dict[str, Any], kept: Dir, files:
     """
     home = local_home(store)
     folder = home / "runs" / content["run_id"]
-    tracker = Tracker(recipe.mlflow.uri, recipe.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
+    sent = recipe.mlflow
+    log, state = folder / "log.jsonl", folder / "mlflow.json"
+    tracker = Tracker(sent.uri, sent.experiment, log, state, home, also=sent.also)
     part = recipe.compare
     tracker.start(
         content["run_id"],

@@ -12,7 +12,7 @@ import torch
 from ktray.errors import KtrayError
 from ktray.jobs.export.images import Batch
 from ktray.models.student.classifier import Student
-from ktray.tasks import classification
+from ktray.tasks.base import TaskKind
 
 # Rounding of float32 arithmetic in another order, relative to the largest logit; observed values are a hundredth of it.
 TOLERANCE = 1e-3
@@ -33,7 +33,7 @@ class AgreementScores:
 
     Attributes:
         logits: (N, C) float32, by model.
-        labels: (N,) int64.
+        labels: the column ``label`` of the task kind's reader for N images.
         levels: largest difference of a pixel value between ktray's preprocessing and the shipped one, 0..255.
         differing: number of images with such a difference.
     """
@@ -105,10 +105,10 @@ def require(comparison: dict[str, Any], what: str) -> None:
         )
 
 
-def metrics(scores: AgreementScores, classes: list[str], metric: str) -> dict[str, Any]:
-    """Return ``metric``, ``top1`` and ``per_class`` by model, as in `ktray.tasks.classification.metrics`."""
-    by_model = {name: classification.metrics(rows, scores.labels, classes) for name, rows in scores.logits.items()}
+def metrics(scores: AgreementScores, kind: TaskKind, student: Student, metric: str) -> dict[str, Any]:
+    """Return the metric of the task as ``metric``, all metrics of the task kind, and ``per_class``, by model."""
+    by_model = {name: kind.exported_metrics(student, rows, scores.labels) for name, rows in scores.logits.items()}
     return {
-        name: {"metric": values[metric], "top1": values["top1"], "per_class": values["per_class"]}
+        name: {"metric": values[metric], **{n: values[n] for n in kind.metrics}, "per_class": values["per_class"]}
         for name, values in by_model.items()
     }

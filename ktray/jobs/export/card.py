@@ -38,7 +38,7 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
     split = "test" if values["test"] else "val"
     per_class = {name: v for name, v in values[split]["pytorch"]["per_class"].items() if v is not None}
     weakest = sorted(per_class.items(), key=lambda item: item[1])[:_WEAKEST]
-    counts = Counter(task.classes[e.label] for e in task.train)
+    counts = Counter(task.classes[c] for e in task.train for c in source.kind.classes_of(e.label))
     least, most = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
     files = _files()
     names = {name: f"`{file}`" for name, file in files.items()} | {PYTORCH: "PyTorch (timm)"}
@@ -94,6 +94,7 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
         ],
         uses=[target.use for name, target in all_targets() if target.use and content.get(name)],
         per_class=sorted(per_class.items(), key=lambda item: task.classes.index(item[0])),
+        per_class_name=report.metric_label(r) if source.kind.label_sets else "correct",
         per_class_split="test" if split == "test" else "validation",
         machine=_machine(content["device"]),
         measured_on=content["date"],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktray.accounting.device import usable_cpus
+from ktray.data.labelled.decode import DecodedExample, LabelReader, NumberReader
 from ktray.data.labelled.labelled_set import LabelledExample
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
@@ -23,7 +24,8 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Up to `BATCH` images: pixels (N, 3, height, width) uint8 by ktray and by `predict`, labels (N,) int64."""
+    """Up to `BATCH` images: pixels (N, 3, height, width) uint8 by ktray and by `predict`, and the column ``label`` of
+    the task kind's reader."""
 
     pixels: np.ndarray
     shipped: np.ndarray
@@ -36,6 +38,7 @@ class Split:
 
     Attributes:
         name: name of the split, for progress lines and errors.
+        reader: reads the labels.
         unusable: number of images that cannot be used, after the images were read.
     """
 
@@ -43,6 +46,7 @@ class Split:
     examples: Sequence[LabelledExample]
     preprocess: Preprocess
     max_pixels: int
+    reader: LabelReader = field(default_factory=NumberReader)
     unusable: int = field(default=0, init=False)
 
     def batches(self) -> Iterator[Batch]:
@@ -57,7 +61,7 @@ class Split:
 
         def prepare(
             item: tuple[LabelledExample, tuple[str, bytes | None, str | None]],
-        ) -> tuple[np.ndarray, np.ndarray, int] | None:
+        ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]] | None:
             example, (uri, data, error) = item
             try:
                 image = decode_image(uri, data, error, max_pixels=self.max_pixels)
@@ -65,7 +69,8 @@ class Split:
                 return None
             assert data is not None
             ours, shipped = self.preprocess.eval_transform(image), predict.geometry(predict.decode(data), facts)
-            return ours, shipped, example.label
+            label = self.reader.label(DecodedExample(uri, example.label, image), {})
+            return ours, shipped, label
 
         with ThreadPoolExecutor(usable_cpus()) as pool, Progress(f"export {self.name}", len(self.examples)) as progress:
             for at in range(0, len(self.examples), BATCH):
@@ -77,7 +82,7 @@ class Split:
                 if usable:
                     done += len(usable)
                     ours, shipped, labels = zip(*usable, strict=True)
-                    yield Batch(np.stack(ours), np.stack(shipped), np.array(labels, np.int64))
+                    yield Batch(np.stack(ours), np.stack(shipped), self.reader.columns(labels, {})["label"])
         if not done:
             raise KtrayError(
                 f"No image of the {self.name} split can be used",
@@ -87,11 +92,13 @@ class Split:
     def held(self, place: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return all images at once: pixels from `predict`, memory-mapped in a file at ``place``, and labels."""
         pixels = np.lib.format.open_memmap(place, "w+", np.uint8, (len(self.examples), 3, *self.preprocess.size))
-        labels: list[Any] = []
+        labels: list[np.ndarray] = []
+        count = 0
         for batch in self.batches():
-            pixels[len(labels) : len(labels) + len(batch.labels)] = batch.shipped
-            labels += batch.labels.tolist()
-        return pixels[: len(labels)], np.array(labels, np.int64)
+            pixels[count : count + len(batch.labels)] = batch.shipped
+            labels.append(batch.labels)
+            count += len(batch.labels)
+        return pixels[:count], np.concatenate(labels)
 
 
 # (height, width) of the input, and an inference of (N, 3, height, width) normalised float32.

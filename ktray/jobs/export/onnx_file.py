@@ -66,8 +66,7 @@ def annotate(model: onnx.ModelProto, student: Student) -> None:
     """Write class names and preprocessing into the file's metadata, from which `predict` reads them, in the lowest
     version of the file format that holds the model."""
     make_portable(model)
-    facts = {"classes": student.classes, "preprocess": student.preprocess.to_dict()}
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(facts, ensure_ascii=False)})
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(student.served_facts(), ensure_ascii=False)})
 
 
 def make_portable(model: onnx.ModelProto) -> None:

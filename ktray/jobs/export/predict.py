@@ -3,7 +3,8 @@
 
     python predict.py IMAGE ... [--model student.int8.onnx]
 
-prints one line of JSON for each image. In a program:
+prints one line of JSON for each image: its class, or, if an image may have several classes, those whose probability
+reaches their threshold. In a program:
 
     from predict import Classifier
     Classifier().predict([open("photo.jpg", "rb").read()])
@@ -154,6 +155,8 @@ class Classifier:
     Attributes:
         classes: names in the order of the probabilities.
         preprocess: see `geometry` and `normalise`.
+        thresholds: for each class the probability from which an image has it, if an image may have several classes or
+            none; None: it has one.
 
     Raises:
         ValueError: the file was not exported by ktray.
@@ -172,6 +175,7 @@ class Classifier:
         facts = json.loads(text)
         self.classes: list[str] = facts["classes"]
         self.preprocess: dict[str, Any] = facts["preprocess"]
+        self.thresholds: list[float] | None = facts.get("thresholds")
         self.input = self.session.get_inputs()[0].name
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -192,12 +196,16 @@ class Classifier:
         for at in range(0, len(images), batch):
             pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
             scores = self.logits(pixels).astype(np.float64)
+            if self.thresholds is not None:
+                parts.append(np.exp(-np.logaddexp(0, -scores)))
+                continue
             odds = np.exp(scores - scores.max(1, keepdims=True))
             parts.append(odds / odds.sum(1, keepdims=True))
         return np.concatenate(parts)
 
     def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
-        """Return for each encoded image the ``label``, its ``probability``, and the ``probabilities`` by class name.
+        """Return for each encoded image the ``label``, its ``probability``, and the ``probabilities`` by class name. If
+        an image may have several classes, ``labels``, most probable first, replaces the first two.
 
         Raises:
             ValueError: an image cannot be used.
@@ -205,6 +213,12 @@ class Classifier:
         predictions = []
         for row in self.probabilities(images).tolist():
             named = dict(zip(self.classes, row))  # noqa: B905  # `strict` needs Python 3.10
+            if self.thresholds is not None:
+                needed = dict(zip(self.classes, self.thresholds))  # noqa: B905
+                passed = [name for name in self.classes if named[name] >= needed[name]]
+                labels = sorted(passed, key=lambda name: -named[name])
+                predictions.append({"labels": labels, "probabilities": named})
+                continue
             label = max(named, key=lambda name: named[name])
             predictions.append({"label": label, "probability": named[label], "probabilities": named})
         return predictions

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.errors import KtrayError
+from ktray.jobs.export.predict import Classifier
 from ktray.jobs.export.targets.base import all_targets
 from ktray.pipeline.finished_run import FinishedRun
 from ktray.redact import scrub
@@ -118,9 +119,12 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
     import mlflow
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Map
+    from mlflow.types.schema import Array, Map
 
     served = next(target.file for _, target in all_targets() if target.serves == serve)
+    one = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
+    several = [ColSpec(Array(DataType.string), "labels")]
+    decided = one if Classifier(folder / served).thresholds is None else several
     model = None
     if entry is not None:
         model = Model(
@@ -135,13 +139,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
             mlflow_model=model,
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image")]),
-                Schema(
-                    [
-                        ColSpec(DataType.string, "label"),
-                        ColSpec(DataType.double, "probability"),
-                        ColSpec(Map(DataType.double), "probabilities"),
-                    ]
-                ),
+                Schema([*decided, ColSpec(Map(DataType.double), "probabilities")]),
             ),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )

@@ -101,7 +101,7 @@ def _key(source: FinishedRun, task: LabelledSet) -> str:
     part = source.recipe.export
     weights = {
         name: hashlib.sha256(source.folder.read(f"student/{name}")).hexdigest()
-        for name in ("config.json", "model.safetensors")
+        for name in filter(None, ("config.json", "model.safetensors", source.kind.student_file))
     }
     options = [option for _, target in all_targets() for option in target.options(part)] + [part.batch]
     libraries = _libraries(part)
@@ -131,7 +131,7 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
     part, student = source.recipe.export, source.student()
     with source.folder.local("student") as weights:
         folder.mkdir()
-        for name in ("config.json", "model.safetensors"):
+        for name in filter(None, ("config.json", "model.safetensors", source.kind.student_file)):
             shutil.copyfile(weights / name, folder / name)
     shutil.copyfile(predict.__file__, folder / "predict.py")
     work = ExportWork(source, student, task, folder, scratch)
@@ -146,13 +146,16 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
             facts[name] = target.write(work)
             files |= _opened(folder, [(name, target)])
             on_val.logits[name] = agreement.logits(files[name], work.validation[0])
-    values: dict[str, Any] = {"name": source.metric, "val": agreement.metrics(on_val, task.classes, source.metric)}
+    values: dict[str, Any] = {
+        "name": source.metric,
+        "val": agreement.metrics(on_val, source.kind, student, source.metric),
+    }
     on_test: AgreementScores | None = None
     if task.test:
         on_test = agreement.score(student, files, test.batches())
         for name, target in exact:
             checked[name]["test"] = _checked(on_test, name, target)
-    values["test"] = agreement.metrics(on_test, task.classes, source.metric) if on_test else None
+    values["test"] = agreement.metrics(on_test, source.kind, student, source.metric) if on_test else None
     logger.info(f"export    latency and memory of {', '.join((PYTORCH, *files))}")
     content: dict[str, Any] = {
         "schema": SCHEMA,

@@ -26,13 +26,15 @@ class StudentModel(PythonModel):
         self.classifier = module.Classifier(context.artifacts["model"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return ``label``, ``probability`` and ``probabilities`` (by class name) for each row.
+        """Return ``label``, ``probability`` and ``probabilities`` (by class name) for each row; if an image may have
+        several classes, ``labels`` and ``probabilities``.
 
         Raises:
             ValueError: a row is not a usable image.
         """
         images = model_input.iloc[:, 0].tolist()
-        return pd.DataFrame(self.classifier.predict(images), columns=["label", "probability", "probabilities"])
+        columns = ["label", "probability"] if self.classifier.thresholds is None else ["labels"]
+        return pd.DataFrame(self.classifier.predict(images), columns=[*columns, "probabilities"])
 
 
 set_model(StudentModel())

@@ -8,6 +8,7 @@ from typing import Any
 from ktray.recipe.choice import objectives, strategies
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.schema import Recipe
+from ktray.tasks.base import task_kind
 
 # Small networks of timm in addition to the recipe's own student, by rising cost; first those for a CPU.
 STUDENTS_CPU = ("mobilenetv3_small_050", "efficientnet_lite0")
@@ -24,17 +25,25 @@ def default_space(recipe: Recipe, text: bool, on_gpu: bool) -> dict[str, Any]:
     """
     size, steps = int(recipe.transfer.size or 0), int(recipe.train.steps or 1)
     batch, lr = int(recipe.train.batch_size or 1), float(recipe.train.lr or 0)
+    kind = task_kind(recipe.task.kind)
     searched = [config() for config in objectives() if config.searched]
+    searched = [config for config in searched if kind.image_classes or not config.traits.classes]
+    text = text and "text" in kind.candidates(
+        recipe.teacher.model_copy(update={"adapt": "auto", "candidates": ["text", "probe"]}), has_text=True
+    )
+    chosen = [config for config in strategies() if config.searched]
+    chosen = [config for config in chosen if kind.image_classes or not config.needs_predictions]
     space: dict[str, Any] = {}
     if recipe.gallery.data is not None or recipe.gallery.index is not None:
         drawn = {"transfer.source": ["retrieved"]}
         space["transfer.source"] = ["retrieved", "generic"]
         space["transfer.strategy"] = {
-            "choices": [config.strategy_name() for config in strategies() if config.searched],
+            "choices": [config.strategy_name() for config in chosen],
             "when": drawn,
         }
         space["transfer.size"] = sorted({max(1, size // 2), size})
-        space["transfer.per"] = {"choices": ["query", "class"], "when": drawn}
+        if kind.image_classes or kind.label_sets:
+            space["transfer.per"] = {"choices": ["query", "class"], "when": drawn}
         if text:
             space["transfer.queries"] = {"choices": ["images", "text", "both"], "when": drawn}
         space["transfer.repeat_similarity"] = {"choices": [None, 0.95], "when": drawn}

@@ -18,7 +18,9 @@ def open_run(base: Recipe, store: Store, run_id: str, budget: SearchBudget) -> T
     """Start the run of the search, or resume that of an earlier process. An unreachable server is no error."""
     home = local_home(store)
     folder = home / "runs" / run_id
-    tracker = Tracker(base.mlflow.uri, base.mlflow.experiment, folder / "log.jsonl", folder / "mlflow.json", home)
+    sent = base.mlflow
+    log, state = folder / "log.jsonl", folder / "mlflow.json"
+    tracker = Tracker(sent.uri, sent.experiment, log, state, home, also=sent.also)
     part = base.tune
     tracker.start(
         run_id,

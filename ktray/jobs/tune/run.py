@@ -17,6 +17,7 @@ from typing import Any
 
 from ktray import recipe as recipes
 from ktray.accounting.ledger import DirLog, Entry, attempts
+from ktray.distributed import gauges
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.machines import ClusterMachines
 from ktray.errors import KtrayError
@@ -167,7 +168,7 @@ def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: f
         CostRate(rate / at_once),
         at_once,
         hourly,
-        lambda state: folder.write_json(BUDGET_FILE, state),
+        lambda state: _keep(folder, state),
     )
     budget.before = time.monotonic() - begun
     if folder.exists(BUDGET_FILE):
@@ -211,6 +212,15 @@ def keep_for_the_winner(
         unit: min(first[unit] + (SPARE * turns if unit == "wall" else more) * whole[unit], limit / 2)
         for unit, limit in budget.limits.items()
     }
+
+
+def _keep(folder: Dir, state: dict[str, Any]) -> None:
+    """Store the state of the budget, and set the gauges of what is left of each limit."""
+    folder.write_json(BUDGET_FILE, state)
+    for unit, limit in state["limits"].items():
+        charged = sum(cost.get(unit, 0.0) for cost in state["charged"].values())
+        spent = state["wall"] if unit == "wall" else charged
+        gauges.put("budget_left_ratio", max(0.0, 1 - spent / limit), run=folder.uri.rpartition("/")[2], unit=unit)
 
 
 @contextlib.contextmanager

@@ -126,6 +126,10 @@ class Student(nn.Module):
         self.train(was_training)
         return predictions
 
+    def served_facts(self) -> dict[str, Any]:
+        """What an exported file needs in addition to its weights, as JSON: class names and preprocessing."""
+        return {"classes": self.classes, "preprocess": self.preprocess.to_dict()}
+
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Any]:
         """A `Prediction` for each image.
 

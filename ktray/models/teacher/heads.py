@@ -7,7 +7,8 @@ because the same grid of regularisation strengths can be used for all teachers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,6 +56,22 @@ class LinearHead(nn.Module):
         return F.linear(F.normalize(embedding, dim=-1), self.weight, self.bias)
 
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Link:
+    """How logits become probabilities of the labels.
+
+    Attributes:
+        loss: the negative log-likelihood of labels under logits (N, C), averaged over the rows.
+        temperature: fits a temperature to logits and labels.
+    """
+
+    loss: Loss
+    temperature: Callable[[torch.Tensor, torch.Tensor], float]
+
+
 def probe_head(
     embeddings: torch.Tensor,
     labels: torch.Tensor,
@@ -63,26 +80,30 @@ def probe_head(
     val: tuple[torch.Tensor, torch.Tensor] | None = None,
     start: LinearHead | None = None,
     seed: int = 0,
+    link: Link | None = None,
 ) -> LinearHead:
-    """Multinomial logistic regression on frozen embeddings, by full-batch L-BFGS in float64.
+    """Logistic regression on frozen embeddings, by full-batch L-BFGS in float64.
 
-    It minimises ``mean cross-entropy + l2 / 2 * |W - W0|^2``. The bias is not regularised. ``W0`` is zero, or the
+    It minimises ``mean loss + l2 / 2 * |W - W0|^2``, where the loss is the cross-entropy (multinomial regression) or
+    that of `link`. The bias is not regularised. ``W0`` is zero, or the
     weights of `start`, so that few labels correct a text head instead of replacing it. Without `start`, ``C = 1 / (l2 *
     N)`` in scikit-learn's notation. Of several strengths, the one with the smallest held-out negative log-likelihood
     (each with its own temperature) is chosen: on `val`, or else by stratified cross-validation on the labels.
 
     Args:
         embeddings: (N, D), of any length.
-        labels: (N,) int64, 0..C-1.
+        labels: (N,) int64, 0..C-1, or what the link takes.
         num_classes: C.
         l2: strengths to compare; a single strength is used without comparison.
         val: embeddings and labels on which the strengths are compared.
         start: head whose weights are the initial weights and ``W0``.
         seed: seed of the folds.
+        link: how logits become probabilities; None: by a softmax.
 
     Raises:
         KtrayError: there are no embeddings, or they are not finite.
     """
+    link = link or Link(F.cross_entropy, fit_temperature)
     if not len(embeddings):
         raise KtrayError("The probe has no labelled embeddings", "Check task.data and task.labels_per_class.")
     if not torch.isfinite(embeddings).all():
@@ -91,11 +112,11 @@ def probe_head(
     scores: dict[float, float] = {}
     if len(l2) > 1:
         folds = [(x, y, _unit(val[0]), val[1].to(y.device))] if val is not None else _folds(x, y, seed)
-        per_fold = [_path_scores(*fold, num_classes, l2, start) for fold in folds]
+        per_fold = [_path_scores(*fold, num_classes, l2, start, link) for fold in folds]
         scores = {s: float(np.mean([fold[s] for fold in per_fold])) for s in l2} if per_fold else {}
     # With one label per class, no labels can be held out; the middle of the grid is a safe choice.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
-    weight, bias = _fit(x, y, num_classes, chosen, start, None)
+    weight, bias = _fit(x, y, num_classes, chosen, start, None, link.loss)
     head = LinearHead(weight.to(embeddings.device), bias.to(embeddings.device))
     head.l2, head.scores = chosen, scores
     return head
@@ -142,9 +163,14 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return 1.0
     separable = bool((z.argmax(1) == y).all())
     smoothing = classes / (classes - 1) / (len(z) + 2) if separable else 0.0
+    return minimal_temperature(lambda t: float(F.cross_entropy(z / t, y, label_smoothing=min(smoothing, 1.0))))
+
+
+def minimal_temperature(loss_at: Callable[[float], float]) -> float:
+    """The T in 0.01..100 with the smallest loss, which must be convex in 1/T."""
 
     def loss(log_t: float) -> float:
-        return float(F.cross_entropy(z / math.exp(log_t), y, label_smoothing=min(smoothing, 1.0)))
+        return loss_at(math.exp(log_t))
 
     low, high = (math.log(t) for t in _TEMPERATURES)
     from scipy.optimize import minimize_scalar  # slow to import, and workers do not fit temperatures
@@ -168,6 +194,7 @@ def _fit(
     l2: float,
     start: LinearHead | None,
     warm: tuple[torch.Tensor, torch.Tensor] | None,
+    mean_loss: Loss,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if start is None:
         anchor = x.new_zeros(num_classes, x.shape[1])
@@ -188,7 +215,7 @@ def _fit(
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
+        loss = mean_loss(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
         loss.backward()
         return float(loss.detach())
 
@@ -204,13 +231,14 @@ def _path_scores(
     num_classes: int,
     l2: Sequence[float],
     start: LinearHead | None,
+    link: Link,
 ) -> dict[float, float]:
     """Held-out loss for each strength, from strong to weak; each fit starts from the result of the previous fit."""
     scores, warm = {}, None
     for strength in sorted(l2, reverse=True):
-        warm = _fit(x, y, num_classes, strength, start, warm)
+        warm = _fit(x, y, num_classes, strength, start, warm, link.loss)
         logits = F.linear(held_x, *warm)
-        scores[strength] = float(F.cross_entropy(logits / fit_temperature(logits, held_y), held_y))
+        scores[strength] = float(link.loss(logits / link.temperature(logits, held_y), held_y))
     return scores
 
 
@@ -218,6 +246,11 @@ def _folds(
     x: torch.Tensor, y: torch.Tensor, seed: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     labels = y.cpu().numpy()
+    if labels.ndim > 1:
+        from sklearn.model_selection import KFold
+
+        parts = KFold(min(5, len(labels)), shuffle=True, random_state=seed).split(labels) if len(labels) > 1 else []
+        return [(x[a], y[a], x[b], y[b]) for a, b in parts]
     rarest = int(np.bincount(labels)[np.unique(labels)].min())
     if rarest < 2:
         return []

@@ -69,8 +69,12 @@ class Int8File(ResultPart):
 
 
 class ModelScore(ResultPart):
-    metric: Number
-    top1: Number
+    """In addition to the keys here, it has each metric of the task kind, under the name of the metric."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, Number] = Field(init=False)
+
+    metric: Number = Field(description="the metric of the task")
     per_class: dict[str, Number | None]
 
 

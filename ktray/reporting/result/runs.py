@@ -17,6 +17,7 @@ from ktray.reporting.result.parts import (
 
 class ValidationMetric(ResultPart):
     name: str = Field(description="the metric of the task, one of those of the task kind")
+    words: str = Field("", description="the metric in words; left out by older versions")
     val: Number = Field(description="the metric of the kept weights on validation, a fraction")
 
 
@@ -30,6 +31,13 @@ class StudentMetric(ValidationMetric):
     test: Number | None = Field(description="null: the data has no test split")
     per_class: dict[str, Number | None] = Field(
         default_factory=dict, description="accuracy by class; null for a class that does not occur"
+    )
+    details: dict[str, dict[str, Number | None]] = Field(
+        default_factory=dict, description="further figures by class, such as precision and recall, if the kind has them"
+    )
+    decisions: dict[str, dict[str, Number]] = Field(
+        default_factory=dict,
+        description="values that were chosen on validation and are stored with the student, by class: thresholds",
     )
     test_images: int
 

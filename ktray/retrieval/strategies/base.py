@@ -9,6 +9,7 @@ the image among that query's hits.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,12 +46,14 @@ class Candidates:
         index: (Q, k) int64 gallery rows; the first -1 ends the hits of a query.
         embeddings_of: takes gallery rows (n,) and returns their unit embeddings (n, D) float32.
         predict: takes unit embeddings and returns class probabilities; None if the teacher predicts no classes.
+        share: (Q,) positive, the relative shares of the queries; None: equal shares.
     """
 
     similarity: np.ndarray
     index: np.ndarray
     embeddings_of: Rows
     predict: Rows | None = None
+    share: np.ndarray | None = None
 
     @cached_property
     def embedding(self) -> np.ndarray:
@@ -86,18 +89,21 @@ def in_turn(
     size: int,
     *,
     exclude: Excluded = (),
+    share: np.ndarray | None = None,
 ) -> Selection:
     """In each round, every query selects its most similar image that is available, until there are ``size`` images.
 
     Therefore every query has an equal share; if ``size`` is not a multiple of the number of queries, the first queries
-    have one image more. A query without remaining hits is skipped in later rounds. A smaller ``size`` gives a
-    prefix of the selection, and hits beyond the necessary ones do not change it.
+    have one image more. With ``share``, a query has turns in proportion to its share: its j-th turn is at the time
+    j / share (stride scheduling; Waldspurger and Weihl 1995). A query without remaining hits is skipped in later
+    rounds. A smaller ``size`` gives a prefix of the selection, and hits beyond the necessary ones do not change it.
 
     Args:
         similarity: (Q, k) float32, as `ktray.retrieval.search.search` returns it.
         index: (Q, k) int64 gallery index, most similar first; the first -1 ends the hits of a query.
         size: number of images to select, without the queries themselves.
         exclude: gallery indices that must not be selected, such as near-duplicates of test images.
+        share: (Q,) positive, the relative shares of the queries; None: equal shares.
     """
     if index.shape != similarity.shape or index.ndim != 2:
         raise ValueError(f"index has shape {index.shape} and similarity {similarity.shape}; both must be (Q, k)")
@@ -109,25 +115,24 @@ def in_turn(
     hits = index.tolist()
     position = [0] * queries
     selected: list[tuple[int, int, int]] = []
-    active = list(range(queries))
-    while active and len(selected) < size:
-        still_active = []
-        for q in active:
-            if len(selected) == size:
-                break
-            row, at = hits[q], position[q]
-            while at < k and row[at] in unavailable:
-                at += 1
-            position[q] = at + 1
-            if at < k and row[at] >= 0:
-                unavailable.add(row[at])
-                selected.append((row[at], q, at))
-                still_active.append(q)
-        active = still_active
+    stride = np.ones(queries) if share is None else 1 / np.asarray(share, np.float64)
+    turns = [(float(stride[q]), q) for q in range(queries)]
+    heapq.heapify(turns)
+    while turns and len(selected) < size:
+        time, q = turns[0]
+        row, at = hits[q], position[q]
+        while at < k and row[at] in unavailable:
+            at += 1
+        position[q] = at + 1
+        if at < k and row[at] >= 0:
+            unavailable.add(row[at])
+            selected.append((row[at], q, at))
+            heapq.heapreplace(turns, (time + float(stride[q]), q))
+        else:
+            heapq.heappop(turns)
     columns = np.array(selected, dtype=np.int64).reshape(-1, 3)
     gallery, query, rank = columns[:, 0], columns[:, 1], columns[:, 2]
-    quota = np.full(queries, size // max(1, queries))
-    quota[: size % max(1, queries)] += 1
+    quota = _quota(stride, size)
     contributed = np.bincount(query, minlength=queries)
     short = contributed < quota
     return Selection(
@@ -139,6 +144,17 @@ def in_turn(
         shortfall=int((quota - contributed)[short].sum()),
         retry_k=_retry_k(index, quota, contributed, short, size + len(excluded), size > len(selected)),
     )
+
+
+def _quota(stride: np.ndarray, size: int) -> np.ndarray:
+    """(Q,) int64, the number of images that each query has if all have enough hits."""
+    if not len(stride):
+        return np.zeros(0, np.int64)
+    exact = size / stride / (1 / stride).sum()
+    quota = np.floor(exact + 1e-9).astype(np.int64)
+    # The next turns are the earliest ones.
+    quota[np.argsort((quota + 1) * stride, kind="stable")[: size - int(quota.sum())]] += 1
+    return quota
 
 
 def _retry_k(
@@ -190,9 +206,15 @@ def traced(chosen: Selection, groups: list[np.ndarray], index: np.ndarray, size:
     return replace(chosen, query=flat // k, rank=flat % k, retry_k=more)
 
 
-def reordered(similarity: np.ndarray, index: np.ndarray, order: np.ndarray, size: int, exclude: Excluded) -> Selection:
+def reordered(
+    similarity: np.ndarray,
+    index: np.ndarray,
+    order: np.ndarray,
+    size: int,
+    exclude: Excluded,
+    share: np.ndarray | None = None,
+) -> Selection:
     """`in_turn` with the hits of each query in another order. ``order`` (Q, k) contains their ranks by similarity."""
-    chosen = in_turn(
-        np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1), size, exclude=exclude
-    )
+    hits = np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1)
+    chosen = in_turn(*hits, size, exclude=exclude, share=share)
     return replace(chosen, rank=order[chosen.query, chosen.rank])

@@ -22,7 +22,13 @@ class Diverse(StrategyConfig):
 
     def select(self, candidates: Candidates, size: int, exclude: Excluded = ()) -> Selection:
         return diverse(
-            candidates.similarity, candidates.index, candidates.embedding, candidates.rows, size, exclude=exclude
+            candidates.similarity,
+            candidates.index,
+            candidates.embedding,
+            candidates.rows,
+            size,
+            exclude=exclude,
+            share=candidates.share,
         )
 
 
@@ -34,6 +40,7 @@ def diverse(
     size: int,
     *,
     exclude: Excluded = (),
+    share: np.ndarray | None = None,
 ) -> Selection:
     """`in_turn` with each query's candidates in the order of a farthest-point traversal (Gonzalez 1985).
 
@@ -45,12 +52,13 @@ def diverse(
     Args:
         embeddings: (M, D) float32 unit vectors of the candidates.
         rows: (Q, k) int64 row of each hit in ``embeddings``.
+        share: as in `in_turn`.
     """
     order = np.tile(np.arange(index.shape[1]), (len(index), 1))
     for q in range(len(index)):
         hits = int((index[q] >= 0).sum())
         order[q, :hits] = farthest_points(embeddings[rows[q, :hits]])
-    return reordered(similarity, index, order, size, exclude)
+    return reordered(similarity, index, order, size, exclude, share)
 
 
 def farthest_points(vectors: np.ndarray) -> np.ndarray:

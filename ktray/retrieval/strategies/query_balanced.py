@@ -14,7 +14,8 @@ from ktray.retrieval.strategies.base import STRATEGIES, Candidates, Excluded, Se
 @STRATEGIES.register("query_balanced")
 class QueryBalanced(StrategyConfig):
     """Selects the same number of images for every query, without repeats (arXiv 2311.18237). This is the default: each
-    labelled image has an equal share of the transfer set. Every other strategy differs from it in one respect."""
+    labelled image has an equal share of the transfer set; where images have sets of classes, the images of each class
+    together have an equal share. Every other strategy differs from it in one respect."""
 
     name: Literal["query_balanced"] = "query_balanced"
 
@@ -23,4 +24,4 @@ class QueryBalanced(StrategyConfig):
     compared: ClassVar[bool] = True
 
     def select(self, candidates: Candidates, size: int, exclude: Excluded = ()) -> Selection:
-        return in_turn(candidates.similarity, candidates.index, size, exclude=exclude)
+        return in_turn(candidates.similarity, candidates.index, size, exclude=exclude, share=candidates.share)

@@ -38,6 +38,8 @@ def fit_heads(
         unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
         label = columns["label"] if kind.image_classes else np.zeros(len(unit), np.int64)
         rows = {"uri": columns["uri"].astype(str), "label": label, "embedding": unit.astype(np.float16)}
+        if kind.label_sets:
+            rows["classes"] = columns["label"]
         write_rows(stage, f"embedding-{split}.parquet", rows)
         targets = kind.targets(columns[kind.label_column("pixels")])
         splits[split] = LabelledSplit(partial(_pixels, decoded, split), torch.from_numpy(embedding), targets)

@@ -181,6 +181,12 @@ def train_embeddings(done: StageResult) -> tuple[np.ndarray, list[str], np.ndarr
     return rows["embedding"].astype(np.float32), [str(u) for u in rows["uri"]], rows["label"]
 
 
+def train_classes(done: StageResult) -> np.ndarray | None:
+    """(N, C) uint8, the classes of each labelled image: 1 for each class of its set; None if images have no sets of
+    classes."""
+    return read_rows(done.stage, "embedding-train.parquet").get("classes")
+
+
 def frozen_predictions(done: StageResult) -> Callable[[np.ndarray], np.ndarray]:
     """A function from unit embeddings (N, D) of the frozen tower to class probabilities (N, C) float32, by the best
     head on the frozen tower. It predicts the classes of gallery images without embedding them again.

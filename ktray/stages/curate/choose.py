@@ -95,13 +95,16 @@ def retrieved(
         last = every(k) if floor is None else _above(every(k), floor)
         return last
 
-    chosen = retrieve(strategy, hits, len(query_set), gallery, size, exclude, predict, repeats)
+    share = query_set.share
+    chosen = retrieve(strategy, hits, len(query_set), gallery, size, exclude, predict, repeats, share)
     repeated = repeats.repeats if repeats else {}
     excluded = np.union1d(exclude, np.array(sorted(repeated), dtype=np.int64))
-    others = alternatives(len(chosen), last, gallery, excluded, predict, strategy)
+    others = alternatives(len(chosen), last, gallery, excluded, predict, strategy, share)
     agreed = {name: np.isin(chosen.gallery, other.gallery) for name, other in others.items()}
     # Without the floor, the same strategy and size show what the floor leaves out.
-    whole = chosen if floor is None else retrieve(strategy, every, len(query_set), gallery, size, excluded, predict)
+    whole = chosen
+    if floor is not None:
+        whole = retrieve(strategy, every, len(query_set), gallery, size, excluded, predict, share=share)
     judge = Judge(gallery, query_set, predict if classes else None)
     drawn = None
     if gallery.total <= LARGEST_GALLERY:

@@ -3,6 +3,8 @@
 In the embedding space of CLIP-like teachers, texts and images form separate groups: the images nearest to a text have a
 far lower cosine similarity than those nearest to an image. This does not matter for strategies that give each query a
 share; ``best_first`` would take only images that the image queries find.
+
+If images have sets of classes, the shares of the queries are balanced over the classes (`balanced_shares`).
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ class Queries:
             the mean of the queries of a class.
         labels: (Q,) int64, classes of the queries.
         origin: (Q,) int64, number of the labelled image from which a query was made; -1: from none.
+        classes: (Q, C) uint8, 1 for each class of a query, if images have sets of classes; then ``labels`` are 0. None:
+            queries have one class, or none.
+        share: (Q,) float64, relative shares of the queries in the transfer set; None: equal shares.
         floor: (Q,) float32, the calibrated similarity floor of a query (`ktray.retrieval.floor`); NaN where the
             labelled images do not give one. Queries of different kinds (images, texts, means) have different floors.
     """
@@ -53,15 +58,23 @@ class Queries:
     labels: np.ndarray
     origin: np.ndarray
     floor: np.ndarray
+    classes: np.ndarray | None = None
+    share: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, embedding: np.ndarray, uris: list[str], labels: np.ndarray, origin: np.ndarray | None = None
+        cls,
+        embedding: np.ndarray,
+        uris: list[str],
+        labels: np.ndarray,
+        origin: np.ndarray | None = None,
+        classes: np.ndarray | None = None,
+        share: np.ndarray | None = None,
     ) -> Queries:
         """Queries without a floor; those without ``origin`` are not made from labelled images."""
         none = np.full(len(uris), -1, dtype=np.int64)
         unknown = np.full(len(uris), np.nan, dtype=np.float32)
-        return cls(embedding, uris, labels, none if origin is None else origin, unknown)
+        return cls(embedding, uris, labels, none if origin is None else origin, unknown, classes, share)
 
     @classmethod
     def none(cls) -> Queries:
@@ -73,10 +86,17 @@ class Queries:
             return np.concatenate([getattr(group, name) for group in groups])
 
         uris = [uri for group in groups for uri in group.uris]
-        return cls(column("embedding"), uris, column("labels"), column("origin"), column("floor"))
+        sets = all(group.classes is not None for group in groups)
+        optional = (column(name) if sets else None for name in ("classes", "share"))
+        return cls(column("embedding"), uris, column("labels"), column("origin"), column("floor"), *optional)
 
     def __len__(self) -> int:
         return len(self.uris)
+
+    @property
+    def membership(self) -> np.ndarray:
+        """``classes``, or ``labels`` where queries have one class."""
+        return self.labels if self.classes is None else self.classes
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,9 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
     """
     part = inputs.transfer
     embedding, uris, labels = adapt_stage.train_embeddings(inputs.adapt)
-    images = Queries.of(embedding, uris, labels, np.arange(len(uris)))
+    sets = adapt_stage.train_classes(inputs.adapt)
+    share = None if sets is None else balanced_shares(sets)
+    images = Queries.of(embedding, uris, labels, np.arange(len(uris)), sets, share)
     groups = []
     if part.queries != "text":
         crops = [_crops(inputs, runtime, stage, images, reporter)] if part.query_crops != "none" else []
@@ -121,7 +143,9 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
     if part.per == "query":
         return Queries.joined([_with_floor(group, images) for group in groups])
     every = Queries.joined(groups)
-    if not task_kind(inputs.kind).image_classes and part.queries != "text":
+    if sets is not None:
+        every, images = one_class_each(every, sets), one_class_each(images, sets)
+    elif not task_kind(inputs.kind).image_classes and part.queries != "text":
         raise KtrayError(
             f"transfer.per=class needs a class for each image, and images of task.kind={inputs.kind} have none",
             "Set transfer.per=query.",
@@ -130,10 +154,41 @@ def queries(inputs: QueryInputs, runtime: Runtime, stage: Stage, reporter: Repor
     mean = np.stack([every.embedding[every.labels == label].mean(0) for label in present])
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
     means = Queries.of(mean, [MEAN + inputs.classes[label] for label in present.tolist()], present)
+    if sets is not None:
+        member = np.eye(len(inputs.classes), dtype=np.uint8)[present]
+        means = replace(means, labels=np.zeros_like(present), classes=member, share=np.ones(len(present)))
     floor = calibrated(
         leave_one_out_of_mean(images.embedding, images.labels, every.embedding, every.labels, every.origin)
     )
     return _floored(means, floor)
+
+
+def balanced_shares(classes: np.ndarray) -> np.ndarray:
+    """Shares (N,) float64 of labelled images, with a mean of 1, so that the images of each class together have the same
+    share: an image gets 1 / n from each of its classes, where n is the number of images of the class. Images with the
+    empty set count as a class of their own.
+
+    Args:
+        classes: (N, C) uint8, 1 for each class of an image.
+    """
+    member = np.concatenate([classes > 0, ~(classes > 0).any(1, keepdims=True)], axis=1).astype(np.float64)
+    share: np.ndarray = (member / np.maximum(1, member.sum(0))).sum(1)
+    return share / share.mean()
+
+
+def one_class_each(group: Queries, sets: np.ndarray) -> Queries:
+    """Each query with several classes as one query for each of them, for means of classes.
+
+    Args:
+        sets: (N, C), the classes of the labelled images. ``origin`` of the result is the number of a pair of image and
+            class, in the order of the pairs of ``sets``, so that an image is left out of the mean of its classes.
+    """
+    assert group.classes is not None
+    number = np.full(sets.shape, -1, dtype=np.int64)
+    number[np.nonzero(sets)] = np.arange(int((sets > 0).sum()))
+    query, label = np.nonzero(group.classes)
+    origin = np.where(group.origin[query] < 0, -1, number[group.origin[query], label])
+    return Queries.of(group.embedding[query], [group.uris[q] for q in query.tolist()], label, origin)
 
 
 def _with_floor(group: Queries, images: Queries) -> Queries:
@@ -164,7 +219,12 @@ def _texts(inputs: QueryInputs, runtime: Runtime) -> Queries:
         gpus=plan.actor_gpus,
     )
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
-    return Queries.of(unit, [TEXT + name for name in inputs.classes], np.arange(len(inputs.names)))
+    number, uris = np.arange(len(inputs.names)), [TEXT + name for name in inputs.classes]
+    if not task_kind(inputs.kind).label_sets:
+        return Queries.of(unit, uris, number)
+    return Queries.of(
+        unit, uris, np.zeros_like(number), None, np.eye(len(number), dtype=np.uint8), np.ones(len(number))
+    )
 
 
 def _text_weight(spec: TeacherSpec, names: list[str], prompts: list[str]) -> np.ndarray:
@@ -178,7 +238,9 @@ def _crops(inputs: QueryInputs, runtime: Runtime, stage: Stage, images: Queries,
     number = {uri: i for i, uri in enumerate(images.uris)}
     uris = rows["uri"].astype(str).tolist()
     origin = np.array([number[whole] for whole in rows["whole"].astype(str).tolist()], dtype=np.int64)
-    return Queries.of(rows["embedding"].astype(np.float32), uris, images.labels[origin], origin)
+    sets = None if images.classes is None else images.classes[origin]
+    share = None if images.share is None else images.share[origin]
+    return Queries.of(rows["embedding"].astype(np.float32), uris, images.labels[origin], origin, sets, share)
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,9 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
     dropped = {**copies.counts(), REPEATED: len(repeated)}
     query_coverage = None
     if len(query_set) and len(chosen):
-        classes = inputs.task.classes if task_kind(inputs.kind).image_classes else []
-        query_coverage = coverage(chosen, query_set.labels, classes)
+        kind = task_kind(inputs.kind)
+        classes = inputs.task.classes if kind.image_classes or kind.label_sets else []
+        query_coverage = coverage(chosen, query_set.membership, classes)
         for line in lines(query_coverage):
             logger.info(f"curate    {line}")
     _sheet(inputs, stage, chosen, uris, query_set, dropped)
@@ -285,7 +286,7 @@ def _sheet(
         first = [q for q in order if not (int(labels[q]) in shown_labels or shown_labels.add(int(labels[q])))]  # type: ignore[func-returns-value]
         rows = (first + [q for q in order if q not in first])[:SHEET_ROWS]
         groups = [
-            (query_set.uris[q], _caption(inputs, query_set.uris[q], int(labels[q])), by_query[q][:SHEET_COLUMNS])
+            (query_set.uris[q], _caption(inputs, query_set, q), by_query[q][:SHEET_COLUMNS])
             for q in sorted(rows, key=lambda q: (int(labels[q]), q))
         ]
     wanted = [u for u, _, _ in groups if u] + [uris[i] for _, _, hits in groups for i in hits]
@@ -317,6 +318,10 @@ def small_images(uris: list[str], max_pixels: int) -> dict[str, np.ndarray]:
     return {uri: image for uri, image, _ in images if image is not None}
 
 
-def _caption(inputs: CurateInputs, uri: str, label: int) -> str:
-    """The class of a query; its file name if it has no class."""
-    return inputs.task.classes[label] if task_kind(inputs.kind).image_classes else uri.rpartition("/")[2]
+def _caption(inputs: CurateInputs, query_set: Queries, query: int) -> str:
+    """The class or classes of a query; its file name if it has none."""
+    if query_set.classes is not None and query_set.classes[query].any():
+        return ", ".join(inputs.task.classes[c] for c in np.flatnonzero(query_set.classes[query]).tolist())
+    if task_kind(inputs.kind).image_classes:
+        return inputs.task.classes[int(query_set.labels[query])]
+    return query_set.uris[query].rpartition("/")[2]

@@ -1,5 +1,8 @@
 """EVALUATE: read the test split once, for the student, the scratch baseline and the teacher.
 
+Where decisions need values that are fitted on validation, such as the thresholds of a task with sets of classes, the
+models predict the validation images first.
+
 Each test image is scored separately and the driver computes the metrics, so the result depends neither on the number of
 workers nor on the division into shards. Unusable test images are quarantined.
 """
@@ -107,11 +110,16 @@ class _TestedModels:
 
 @dataclass(frozen=True)
 class _Score:
-    """Predicts the images of a shard with each model, and stores the rows of the task kind."""
+    """Predicts the images of a shard with each model, and stores the rows of the task kind.
+
+    Attributes:
+        fitted: by model, what its decisions need; None: they are not fitted yet, or need nothing.
+    """
 
     stage: Stage
     kind: TaskKind
     model: _TestedModels
+    fitted: dict[str, Any] | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -125,6 +133,8 @@ class _Score:
         out: Rows = {"uri": columns["uri"], **self.kind.test_columns(columns)}
         for name in self.model.names:
             rows, counts = self.kind.test_rows(computed[name], columns)
+            if self.fitted is not None:
+                rows |= self.kind.decide(computed[name], self.fitted[name])
             out |= {f"{name}{suffix}": values for suffix, values in rows.items()}
             if name == STUDENT and counts is not None:
                 self.stage.write_json(f"{item['name']}{CONFUSION}", counts)
@@ -192,25 +202,35 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
     transforms = {STUDENT: inputs.student.make(bare=True).preprocess}
     if teacher:
         transforms[TEACHER] = teacher.preprocess
+    students = {name: starting_at(inputs.student, trained) for name, trained in inputs.weights.items()}
+    prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
+    models = _TestedModels(students, teacher, len(classes), kind.test_batch)
+    heldout = shard_items("val", inputs.task.val) if kind.decides else []
     items = shard_items("test", inputs.task.test)
     finished = finished_shards(stage)
-    reporter.expect(len(inputs.task.test))
+    reporter.expect(sum(len(item["examples"]) for item in heldout + items))
     reporter.shards(s.resumed() for s in finished.values())
-    students = {name: starting_at(inputs.student, trained) for name, trained in inputs.weights.items()}
-    todo = [i for i in items if i["name"] not in finished]
-    prepare = _Prepare(transforms, inputs.max_pixels, inputs.reader)
-    score = _Score(stage, kind, _TestedModels(students, teacher, len(classes), kind.test_batch))
-    reporter.shards(ShardSummary.each(map_shards(todo, prepare, score, runtime.plan)))
+
+    def score(split: list[Item], fitted: dict[str, Any] | None) -> None:
+        todo = [item for item in split if item["name"] not in finished]
+        scored = map_shards(todo, prepare, _Score(stage, kind, models, fitted), runtime.plan)
+        reporter.shards(ShardSummary.each(scored))
+
+    fitted: dict[str, Any] | None = None
+    if kind.decides:
+        score(heldout, None)
+        fitted = {name: kind.fit_decisions(load(stage, "val"), name, classes) for name in models.names}
+    score(items, fitted)
     rows = load(stage)
     if not len(rows["uri"]):
         raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
-    names = [*students, *([TEACHER] if teacher else [])]
-    return {"metrics": {name: kind.test_metrics(rows, name, classes) for name in names}}
+    metrics = {name: kind.test_metrics(rows, name, classes) for name in models.names}
+    return {"metrics": metrics} if fitted is None else {"metrics": metrics, "decisions": fitted}
 
 
-def load(stage: Stage) -> Rows:
-    """All test rows: ``uri``, and the columns of the task kind for the labels and for each model."""
-    shards = [read_rows(stage, name) for name in stage.names(".parquet")]
+def load(stage: Stage, split: str = "test") -> Rows:
+    """All rows of a split: ``uri``, and the columns of the task kind for the labels and for each model."""
+    shards = [read_rows(stage, name) for name in stage.names(".parquet") if name.startswith(f"{split}-")]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 

@@ -162,6 +162,7 @@ def retrieve(
     exclude: np.ndarray,
     predict: Callable[[np.ndarray], np.ndarray] | None = None,
     repeats: Callable[[np.ndarray], np.ndarray] | None = None,
+    share: np.ndarray | None = None,
 ) -> Selection:
     """Choose ``size`` gallery images for the queries.
 
@@ -173,10 +174,11 @@ def retrieve(
         predict: a function from unit embeddings to class probabilities, for a strategy with ``needs_predictions``.
         repeats: a function from chosen rows, in order, to those that are near-duplicates of an earlier one; they are
             replaced by other images.
+        share: relative shares of the queries; None: equal shares.
     """
     total = gallery.total
     k = min(total, CANDIDATES * -(-size // queries) + 8)
-    candidates = Candidates(*hits(k), gallery.embeddings, predict)
+    candidates = Candidates(*hits(k), gallery.embeddings, predict, share)
     while True:
         chosen = strategy.select(candidates, size, exclude)
         again = repeats(chosen.gallery) if repeats else NO_ROWS
@@ -188,7 +190,7 @@ def retrieve(
             return chosen
         else:
             k = min(total, chosen.retry_k)
-            candidates = Candidates(*hits(k), gallery.embeddings, predict)
+            candidates = Candidates(*hits(k), gallery.embeddings, predict, share)
 
 
 def alternatives(
@@ -198,12 +200,13 @@ def alternatives(
     exclude: np.ndarray,
     predict: Callable[[np.ndarray], np.ndarray] | None,
     own: StrategyConfig | None = None,
+    share: np.ndarray | None = None,
 ) -> dict[str, Selection]:
     """By strategy, what it would choose among the same candidates, if it chose ``size`` images.
 
     Args:
         hits: the candidates.
-        exclude, predict: as in `retrieve`; without ``predict``, strategies that need it are left out.
+        exclude, predict, share: as in `retrieve`; without ``predict``, strategies that need it are left out.
         own: the strategy that chose the transfer set; it takes part with its own keys.
 
     Returns:
@@ -211,7 +214,7 @@ def alternatives(
     """
     if int((hits[1] >= 0).sum()) > COMPARED:
         return {}
-    candidates = Candidates(*hits, gallery.embeddings, predict)
+    candidates = Candidates(*hits, gallery.embeddings, predict, share)
     # A strategy of another package takes part only if it is chosen: what is stored must not depend on what is
     # installed.
     compared = {config.strategy_name(): config() for config in strategies() if config.compared}

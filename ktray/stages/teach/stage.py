@@ -23,7 +23,6 @@ from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.errors import KtrayError
 from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.objectives.matching import ClassMatching, MapMatching
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TeachConfig
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
@@ -156,7 +155,7 @@ def run(
     canvas = canvas_preprocess(student, context.canvas) if traits.views == "canvas" else None
     map_side = map_side if "patch_embedding" in targets else 0
     teacher_targets = tuple(t for t in targets if t in TEACHER_TARGETS)
-    relative = isinstance(context.kind.matching, ClassMatching | MapMatching)
+    relative = context.kind.matching.exclusive
     inputs = TeachInputs(
         curate=curate,
         adapt=adapt,

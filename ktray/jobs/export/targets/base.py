@@ -49,11 +49,12 @@ class ExportWork:
 
     def split(self, name: str, examples: list[LabelledExample]) -> Split:
         """Return some labelled images as a split for the student."""
-        return Split(name, examples, self.student.preprocess, self.source.recipe.data.max_pixels)
+        reader = self.source.kind.reader(self.task)
+        return Split(name, examples, self.student.preprocess, self.source.recipe.data.max_pixels, reader)
 
     @cached_property
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (N, 3, height, width) uint8, memory-mapped, and labels (N,) of the validation images."""
+        """Pixels (N, 3, height, width) uint8, memory-mapped, and the labels of the validation images."""
         return self.split("val", self.task.val).held(self.scratch / "val.npy")
 
 

@@ -13,7 +13,6 @@ from ktray.jobs.export.targets import onnx
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.registries import EXPORTS
-from ktray.tasks import classification
 
 _TRIED = len(quantise.FIRST) + len(quantise.then(quantise.FIRST[0]))
 
@@ -44,10 +43,12 @@ class Int8Target(ExportTarget):
         calibration, _ = work.split("train", chosen).held(work.scratch / "train.npy")
         pixels, labels = work.validation
 
-        def accuracy(model: Classifier) -> float:
-            return float(classification.metrics(agreement.logits(model, pixels), labels, task.classes)[metric])
+        kind = work.source.kind
 
-        full = classification.metrics(work.on_val.logits["onnx"], work.on_val.labels, task.classes)
+        def accuracy(model: Classifier) -> float:
+            return float(kind.exported_metrics(work.student, agreement.logits(model, pixels), labels)[metric])
+
+        full = kind.exported_metrics(work.student, work.on_val.logits["onnx"], work.on_val.labels)
         source, target = work.folder / onnx.FILE, work.folder / self.file
         return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
 
