@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from ktray.recipe.bench import BenchConfig
 from ktray.recipe.choice import DEFAULT_STRATEGY, default_objective, strategy_of, strategy_value, validated
@@ -22,6 +22,7 @@ from ktray.recipe.predict import PredictConfig
 from ktray.recipe.registries import TASKS
 from ktray.recipe.section import Section
 from ktray.recipe.strategy import StrategyConfig
+from ktray.recipe.teach import TeachConfig
 from ktray.recipe.teacher import (
     TRAINED_TOWERS,
     OtherTeacher,
@@ -323,41 +324,6 @@ class SupervisedDataConfig(Section):
     data: Place | None = Field(
         None, description="labelled generic images for objective.name=supervised, in one of the forms of task.data"
     )
-
-
-class TeachConfig(Section):
-    mode: Literal["auto", "cached", "streamed", "live"] = Field(
-        "auto",
-        description="computation of the teacher's targets: cached (computed once and stored), streamed (computed by "
-        "separate processes during training), or live (computed by the training workers); auto: the cheapest",
-    )
-    views: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto",
-        description="number of augmented views of each image of the transfer set; auto: chosen by the kind of images",
-    )
-    top_k: NonNegativeInt | Literal["auto"] = Field(
-        "auto",
-        description="number of largest teacher logits that are stored for each view, with the total probability of "
-        "the other classes; 0: all logits; auto: all for up to 2000 classes, else 200",
-    )
-    jpeg: int | None = Field(
-        None,
-        ge=1,
-        le=100,
-        description="JPEG quality of stored views, which saves most of the space; null: views are stored without "
-        "compression",
-    )
-    crop_min: float = Field(0.5, gt=0, le=1, description="area of the smallest random crop, as a share of the image")
-    hflip: float = Field(0.5, ge=0, le=1, description="probability that a view is flipped horizontally")
-    jitter: float = Field(
-        0.2, ge=0, lt=1, description="strength of the random changes of brightness, contrast and saturation"
-    )
-    seed: int = Field(0, ge=0, description="seed of the random crops, flips and colours of the views")
-
-    @property
-    def view_count(self) -> int:
-        """``views`` of a resolved recipe."""
-        return int(self.views)
 
 
 class Recipe(Section):

@@ -19,6 +19,7 @@ from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
 from ktray.reporting.progress import Progress
+from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S
@@ -33,8 +34,6 @@ from ktray.training.messages import BadImages, ControllerState, CurvePoint, Mess
 if TYPE_CHECKING:
     from ktray.data.labelled.labelled_set import LabelledSet
 logger = logging.getLogger("ktray")
-
-_EARLY = 200  # number of images after which a large share of unusable ones is reported
 
 
 @dataclass
@@ -160,15 +159,14 @@ class Reporter:
         self.read = self.done = 0
         self.quarantine = Quarantine()
         self._refused = ""
-        self._total = 0
-        self._warned = False
+        self._bad = BadImageWatch(name, runtime.bad_limit)
         self._lock = threading.Lock()
         self._images = self._flops = 0.0  # totals of the training that are already counted
 
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` is None if it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
-        self._total = total or 0
+        self._bad.total = total or 0
 
     def shards(self, summaries: Iterable[S]) -> list[S]:
         """Count shards as they are finished. Returns their summaries."""
@@ -189,21 +187,8 @@ class Reporter:
             self.gauges.spent(self.runtime.ledger)
             if self.progress:
                 self.progress.update(self.done)
-            self._check_bad()
+            self._bad.look(self.quarantine, self.read)
             yield summary
-
-    def _check_bad(self) -> None:
-        """End a stage that has more unusable images than all of its images may have, and warn early of one that will
-        probably have them."""
-        limit = self.runtime.bad_limit
-        if self._total and self.quarantine.exceeds(max(self._total, self.read), limit):
-            self.quarantine.check(self.read, limit)
-        if not self._warned and self.read >= _EARLY and self.quarantine.exceeds(self.read, limit):
-            self._warned = True
-            logger.warning(
-                f"{self.name:<9} {self.quarantine.describe(self.read, limit)}. If this share remains, the stage will "
-                f"fail: {self.quarantine.raised(self.read)}, or repair the images"
-            )
 
     def post(self, message: Message) -> None:
         """Process a message of a training worker or of Ray Train's controller."""

@@ -1,6 +1,7 @@
 """What an attempt at a stage makes of its workers' posts."""
 
 import contextlib
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,10 @@ from heard import hearing
 
 from ktray.accounting.held import Held
 from ktray.accounting.ledger import Entry, Meter
+from ktray.data.quarantine import BadLimit, Quarantine
 from ktray.distributed.watchdog import Watchdog
+from ktray.errors import KtrayError
+from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.base import Reporter
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Started, StepProgress, TeacherFlops
 
@@ -34,6 +38,7 @@ def made():
             until.enter_context(hearing(said))
             context = SimpleNamespace(
                 run_id="run",
+                bad_limit=BadLimit(0.1),
                 tracker=SimpleNamespace(stage=lambda name: SimpleNamespace(metrics=lambda *row: rows.append(row))),
                 ledger=SimpleNamespace(
                     spent=list,
@@ -135,3 +140,21 @@ def test_what_is_no_message_is_refused(made):
     reporter, _, _ = made()
     with pytest.raises(TypeError, match="step"):
         reporter.post({"step": 1})
+
+
+def test_too_many_bad_images_are_told_early_and_end_the_stage_as_soon_as_it_is_certain(caplog) -> None:
+    watch, quarantine = BadImageWatch("index", BadLimit(0.1)), Quarantine()
+    watch.total = 1000
+    logger = logging.getLogger("ktray")
+    logger.addHandler(caplog.handler)
+    try:
+        for i in range(100):
+            quarantine.add(f"{i}.jpg", "truncated", "index")
+            watch.look(quarantine, 2 * (i + 1))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text.count("If this share remains") == 1  # after 200 images, half of which are bad
+    assert "data.max_bad_fraction=0.6" in caplog.text
+    quarantine.add("one more.jpg", "truncated", "index")
+    with pytest.raises(KtrayError, match="101 of 202 images cannot be used"):
+        watch.look(quarantine, 202)
