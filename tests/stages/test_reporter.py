@@ -1,7 +1,6 @@
 """What an attempt at a stage makes of its workers' posts."""
 
 import contextlib
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -142,19 +141,16 @@ def test_what_is_no_message_is_refused(made):
         reporter.post({"step": 1})
 
 
-def test_too_many_bad_images_are_told_early_and_end_the_stage_as_soon_as_it_is_certain(caplog) -> None:
-    watch, quarantine = BadImageWatch("index", BadLimit(0.1)), Quarantine()
+def test_too_many_bad_images_are_told_early_and_end_the_stage_as_soon_as_it_is_certain() -> None:
+    watch, quarantine, said = BadImageWatch("index", BadLimit(0.1)), Quarantine(), []
     watch.total = 1000
-    logger = logging.getLogger("ktray")
-    logger.addHandler(caplog.handler)
-    try:
+    with hearing(said):
         for i in range(100):
             quarantine.add(f"{i}.jpg", "truncated", "index")
             watch.look(quarantine, 2 * (i + 1))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert caplog.text.count("If this share remains") == 1  # after 200 images, half of which are bad
-    assert "data.max_bad_fraction=0.6" in caplog.text
+    (warning,) = said  # after 200 images, half of which are bad
+    assert "If this share remains" in warning
+    assert "data.max_bad_fraction=0.6" in warning
     quarantine.add("one more.jpg", "truncated", "index")
     with pytest.raises(KtrayError, match="101 of 202 images cannot be used"):
         watch.look(quarantine, 202)

@@ -51,7 +51,10 @@ def test_output_of_img2dataset_as_files(tmp_path: Path, put: Callable[..., None]
         put(f"{i:05d}", 3)
         pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / f"{i:05d}.parquet")
         put(f"{i:05d}/000.json", b"{}")
-    assert len(read(tmp_path)) == 6
+        put(f"{i:05d}/000.txt", "ein Hund läuft".encode())
+        put(f"{i:05d}/001.txt", b"0 0.51 0.5 0.2 3e-1\n")  # boxes, as for YOLO
+    found = read(tmp_path)
+    assert [caption for _, caption, _ in found] == ["ein Hund läuft", None, None] * 2
 
 
 def test_tables_that_are_no_metadata_are_not_left_out(tmp_path: Path, put: Callable[..., None]) -> None:

@@ -1,7 +1,10 @@
-"""Folders of images, and single image files."""
+"""Folders of images, and single image files. On local disks, ``NAME.txt`` beside ``NAME.jpg`` is its caption, as
+img2dataset writes them; a text of numbers alone is none, because tools for object detection write boxes there."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 
 from ktray.data import filesystem
@@ -13,6 +16,8 @@ from ktray.data.sources.uris import ImageRef
 from ktray.recipe.registries import SOURCES
 
 FILES = ImageRef.kind
+_TEXT_BYTES = 1 << 13
+_WORDS = re.compile(r"[^\W\d_]{2}")  # two letters of any alphabet in a row
 
 
 class FilesSource(Source):
@@ -28,7 +33,7 @@ class FilesSource(Source):
         return [Shard(FILES, tuple(f.path for f in part), fingerprint(part), len(part)) for part in parts]
 
     def read(self, shard: Shard) -> Iterator[ImageRecord]:
-        captions = shard.captions or (None,) * len(shard.paths)
+        captions = shard.captions or tuple(_text_beside(path) for path in shard.paths)
         files = read_files([path for path in shard.paths if filesystem.printable(path) == path])
         for path, caption in zip(shard.paths, captions, strict=True):
             if filesystem.printable(path) != path:
@@ -36,6 +41,19 @@ class FilesSource(Source):
                 continue
             data, error = next(files)
             yield ImageRecord(path, data, caption, error)
+
+
+def _text_beside(path: str) -> str | None:
+    if filesystem.is_remote(path):  # each look would be a request
+        return None
+    text_file = f"{path.rpartition('.')[0]}.txt"
+    if not os.path.isfile(text_file):
+        return None
+    try:
+        text = filesystem.read_head(text_file, _TEXT_BYTES).decode("utf-8", "replace").strip()
+    except OSError:
+        return None
+    return text if _WORDS.search(text) else None
 
 
 def path_shards(paths: Sequence[str], captions: Sequence[str | None] = (), rows: int = ROWS) -> list[Shard]:
