@@ -212,20 +212,15 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
 def _walk_remote(path: str) -> Iterator[FileStat]:
     fs, inside = locate(path)
     scheme = path.partition("://")[0]
-    found = list(s3.entries(fs, inside, recursive=True))
-    stores = tuple(
-        info.path.removesuffix(STORE_MARK)
-        for info in found
-        if info.path.endswith(f"/{STORE_MARK}") and info.path != f"{inside}/{STORE_MARK}"
-    )
-    for info in found:
+    found: list[FileStat] = []
+    stores: tuple[str, ...] = ()
+    for info in s3.entries(fs, inside, recursive=True):
         below = info.path[len(inside) :].strip("/").split("/")
-        if (
-            info.type == pafs.FileType.File
-            and not info.path.startswith(stores)
-            and not any(hidden(part) for part in below)
-        ):
-            yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
+        if below[-1] == STORE_MARK and len(below) > 1:
+            stores += (f"{scheme}://{info.path.removesuffix(STORE_MARK)}",)
+        if info.type == pafs.FileType.File and not any(hidden(part) for part in below):
+            found.append(FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0))
+    yield from (file for file in found if not file.path.startswith(stores)) if stores else found
 
 
 def has_glob(path: str) -> bool:

@@ -116,3 +116,18 @@ def test_a_long_list_of_a_transfer_set(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "l.txt").write_text("".join(f"/x/{i}.jpg\n" for i in range(2000)))
     shards = gallery_shards(None, "auto", str(tmp_path / "l.txt"))
     assert sum(shard.count or 0 for shard in shards) == 2000
+
+
+def test_a_store_beside_images_on_s3(tmp_path: Path, put: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.fs as pafs
+
+    from ktray.data import filesystem
+
+    put("bucket/d/a", 2)
+    put("bucket/d/store/.ktray-store", b"")
+    put("bucket/d/store/stages", 2)
+    put("bucket/d/store-of-photos", 1)
+    fake = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr(filesystem, "bucket_filesystem", lambda name: {"s3://bucket": fake}[name])
+    assert len(read("s3://bucket/d")) == 3
+    assert len(read("s3://bucket/d/store/stages")) == 2
