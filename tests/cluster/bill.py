@@ -36,6 +36,19 @@ def node(*arguments: str, cpus: int, log: Path, instance: str = "") -> subproces
         del os.environ["KTRAY_INSTANCE"]
 
 
+def wait_for(address: str, cpus: int) -> None:
+    """Wait until the cluster has so many CPUs."""
+    ask = f"import ray; ray.init(address={address!r}, logging_level='ERROR'); "
+    ask += "print(int(ray.cluster_resources().get('CPU', 0)))"
+    stop = time.monotonic() + LIMIT
+    while True:
+        found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False).stdout.split()
+        if found and found[-1] == str(cpus):
+            return
+        assert time.monotonic() < stop, f"the nodes did not join: {found}"
+        time.sleep(1)
+
+
 def places() -> Counter[str]:
     """The declared types of the machines on which tasks of a single worker run now."""
     found: Counter[str] = Counter()
@@ -105,7 +118,7 @@ def main() -> None:
             address = f"127.0.0.1:{port}"
             for name in PRICES:
                 nodes.append(node(f"--address={address}", cpus=1, log=home / f"{name}.log", instance=name))
-            time.sleep(20)
+            wait_for(address, cpus=len(PRICES))
             command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={home / 'store'}"]
             command += [f"task.data={home / 'task'}", f"gallery.data={home / 'gallery'}"]
             log = home / "job.log"
