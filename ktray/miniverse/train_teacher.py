@@ -204,7 +204,7 @@ def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-class Run:
+class TeacherTraining:
     """The state of a training run: weights, their running average, the optimizer and the log; and its checkpoint."""
 
     def __init__(self, out: Path, settings: PretrainSettings) -> None:
@@ -272,7 +272,7 @@ def train(out: Path, settings: PretrainSettings, processes: int) -> dict[str, fl
         ``zero_shot_val`` and ``zero_shot_test`` of the saved (averaged) weights, 0..1.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(out, settings)
+    run = TeacherTraining(out, settings)
     tokenizer = open_clip.get_tokenizer(MODEL_NAME)
     log.info("drawing %d images", settings.pool)
     images, codes_array = render_pool(settings.pool, processes)

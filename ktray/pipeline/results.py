@@ -105,6 +105,10 @@ def build(context: RunContext, outputs: StageOutputs, folder: Dir, begun: float)
             "per_class": student["per_class"],
             "test_images": student["n"],
         }
+        assert outputs.evaluate is not None  # it has the metrics
+        honesty = context.kind.calibration(evaluate.load(outputs.evaluate.stage))
+        if honesty is not None:
+            content["calibration"] = honesty
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
     if outputs.adapt and outputs.teacher:
         adapted, facts = cast(AdaptManifest, outputs.adapt.manifest), outputs.teacher.manifest

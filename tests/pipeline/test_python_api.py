@@ -96,6 +96,20 @@ def test_the_student_is_a_timm_module_with_its_transform(run):
     assert student.predict([path])[0].label == student.classes[best]
 
 
+def test_confidence_on_test_is_that_of_the_students_predictions(run):
+    key = next(stage["key"] for stage in run.result["stages"] if stage["name"] == "evaluate")
+    rows = evaluate.load(Store(run.store).stage("evaluate", key))
+    found = run.student.predict([Path(uri) for uri in rows["uri"]])
+    confidence = np.array([p.probability for p in found])
+    accuracy = np.array([p.label == Path(uri).parent.name for p, uri in zip(found, rows["uri"], strict=True)])
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs((accuracy[bins == b] - confidence[bins == b]).sum()) for b in set(bins.tolist())]
+    honesty = run.result["calibration"]
+    assert honesty["ece"] == pytest.approx(sum(gaps) / len(found), abs=0.01)
+    assert honesty["coverage"][0]["accuracy"] == run.result["metric"]["top1"]
+    assert f"calibration error is {honesty['ece']:.1%}" in run.report.html
+
+
 def test_a_notebook_shows_the_run_and_its_report(run):
     page = run.report
     frame = page._repr_html_()

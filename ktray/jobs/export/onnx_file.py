@@ -67,6 +67,15 @@ def annotate(model: onnx.ModelProto, student: Student) -> None:
     onnx.helper.set_model_props(model, {METADATA: json.dumps(facts, ensure_ascii=False)})
 
 
+def set_temperature(path: Path, temperature: float) -> None:
+    """Write the temperature, which `predict` divides logits by, into the metadata of a file that has the other facts.
+    The graph and its logits stay as they are."""
+    model = onnx.load(str(path))
+    (entry,) = [prop for prop in model.metadata_props if prop.key == METADATA]
+    entry.value = json.dumps({**json.loads(entry.value), "temperature": temperature}, ensure_ascii=False)
+    onnx.save(model, str(path))
+
+
 def check(model: onnx.ModelProto, path: Path) -> None:
     """Raise `KtrayError` if the graph is not valid ONNX, or if its batch size is fixed."""
     try:

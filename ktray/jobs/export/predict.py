@@ -114,6 +114,8 @@ class Classifier:
     Attributes:
         classes: names in the order of the probabilities.
         preprocess: see `geometry` and `normalise`.
+        temperature: divides the logits, so that probabilities are as large as the predictions are often right; fitted
+            on validation.
 
     Raises:
         ValueError: the file was not exported by ktray.
@@ -132,6 +134,7 @@ class Classifier:
         facts = json.loads(text)
         self.classes: list[str] = facts["classes"]
         self.preprocess: dict[str, Any] = facts["preprocess"]
+        self.temperature = float(facts.get("temperature", 1.0))
         self.input = self.session.get_inputs()[0].name
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -151,7 +154,7 @@ class Classifier:
         parts = [np.zeros((0, len(self.classes)))]
         for at in range(0, len(images), batch):
             pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
-            scores = self.logits(pixels).astype(np.float64)
+            scores = self.logits(pixels).astype(np.float64) / self.temperature
             odds = np.exp(scores - scores.max(1, keepdims=True))
             parts.append(odds / odds.sum(1, keepdims=True))
         return np.concatenate(parts)
