@@ -171,6 +171,23 @@ def test_runs_with_other_test_images_are_not_compared(run, tmp_path):
         run.compare(ktray.Run(str(folder)))
 
 
+def test_an_interrupted_call_continues_in_its_run(small, run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    keys, runs = {**small, "finetune.steps": 2}, Path(run.store) / "runs"
+    monkeypatch.setattr(evaluate, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ktray.distill(quiet=True, **keys)
+    monkeypatch.undo()
+    begun = set(runs.iterdir())
+    found = ktray.distill(quiet=True, **keys)
+    assert Path(found.folder) in begun
+    assert set(runs.iterdir()) == begun
+    (stage,) = [stage for stage in found.result["stages"] if stage["name"] == "finetune"]
+    assert (stage["attempts"], stage["cached"], stage["flops"] > 0) == (1, False, True)
+
+
 def test_the_transfer_set_and_the_index_of_the_run_are_found(run, small):
     chosen = ktray.curate(quiet=True, **small)
     assert chosen.table.num_rows == run.result["transfer_set"]["kept"]
