@@ -199,6 +199,14 @@ def test_the_transfer_set_and_the_index_of_the_run_are_found(run, small):
     assert indexed.result["index"]["images"] > 120
 
 
+def test_the_teacher_of_the_run_predicts_as_it_was_tested(run):
+    images = [example.uri for example in run.task.test]
+    rows = ktray.predict(run, images, quiet=True, predict={"model": "teacher"}).table.to_pandas()
+    right = [Path(uri).parent.name == name for uri, name in zip(rows["uri"], rows["class"], strict=True)]
+    assert len(right) == 45
+    assert np.mean(right) == pytest.approx(run.result["teacher_metric"]["test"])
+
+
 def test_an_export_is_that_of_the_job(run, monkeypatch):
     row = {"batch": 1, "threads": 1, "median_ms": 1.0, "p90_ms": 2.0, "runs": 10}
     monkeypatch.setattr("ktray.jobs.export.latency.measure", lambda *_: {"rows": [row], "memory_bytes": 10**6})
