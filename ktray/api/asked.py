@@ -64,7 +64,9 @@ def _given(section: str, value: Any, store: str) -> Pairs:
     """The keys that the argument for ``task``, ``gallery`` or ``predict`` sets."""
     if value is None:
         return []
-    if isinstance(value, Mapping) and section != "predict":
+    # A DatasetDict of Hugging Face is a mapping, too.
+    in_memory = type(value).__module__.partition(".")[0] == "datasets"
+    if isinstance(value, Mapping) and section != "predict" and not in_memory:
         return [(key, _plain(item)) for key, item in dotted({section: value})]
     if section == "task" and isinstance(value, str):
         from ktray.miniverse import TASKS

@@ -43,8 +43,8 @@ def distill(task: Any = None, gallery: Any = None, *, recipe: Recipes = None, qu
 
     Example:
         >>> import ktray
-        >>> run = ktray.distill("photos/", gallery="unlabelled/", train={"steps": 500})  # doctest: +SKIP
-        >>> run.metric  # doctest: +SKIP
+        >>> run = ktray.distill("photos/", gallery="unlabelled/", train={"steps": 500})
+        >>> run.metric
         0.883
     """
     from ktray.api.results import Run
@@ -62,8 +62,8 @@ def compare(
 
     Example:
         >>> import ktray
-        >>> found = ktray.compare("photos/", gallery="unlabelled/", compare={"seeds": [0, 1, 2]})  # doctest: +SKIP
-        >>> found.report  # doctest: +SKIP
+        >>> found = ktray.compare("photos/", gallery="unlabelled/", compare={"seeds": [0, 1, 2]})
+        >>> found.report
     """
     from ktray.api.results import CompareRun
     from ktray.jobs.compare import compare as job
@@ -80,8 +80,8 @@ def tune(
 
     Example:
         >>> import ktray
-        >>> found = ktray.tune("photos/", gallery="unlabelled/", budget={"wall": 60})  # doctest: +SKIP
-        >>> found.winner.student  # doctest: +SKIP
+        >>> found = ktray.tune("photos/", gallery="unlabelled/", budget={"wall": 60})
+        >>> found.winner.student
     """
     from ktray.api.results import TuneRun
     from ktray.jobs.tune.run import tune as job
@@ -98,8 +98,8 @@ def curate(
 
     Example:
         >>> import ktray
-        >>> found = ktray.curate("photos/", gallery="unlabelled/", transfer={"size": 2000})  # doctest: +SKIP
-        >>> found.table  # doctest: +SKIP
+        >>> found = ktray.curate("photos/", gallery="unlabelled/", transfer={"size": 2000})
+        >>> found.table
     """
     from ktray.api.results import CurateRun
     from ktray.pipeline.run import curate_only
@@ -117,7 +117,7 @@ def index(gallery: Any = None, *, recipe: Recipes = None, quiet: bool = False, *
 
     Example:
         >>> import ktray
-        >>> found = ktray.index("unlabelled/", teacher={"name": "efficientnet-lite0"})  # doctest: +SKIP
+        >>> found = ktray.index("unlabelled/", teacher={"name": "efficientnet-lite0"})
     """
     from ktray.api.results import IndexRun
     from ktray.pipeline.run import index_only
@@ -136,7 +136,7 @@ def export(run: Run | str | None = None, *, quiet: bool = False, **keys: Keys) -
 
     Example:
         >>> import ktray
-        >>> files = ktray.export(run, export={"int8": True})  # doctest: +SKIP
+        >>> files = ktray.export(run, export={"int8": True})
     """
     from ktray.api.results import ExportRun
     from ktray.jobs.export.run import export as job
@@ -158,8 +158,8 @@ def predict(run: Run | str | None = None, data: Any = None, *, quiet: bool = Fal
 
     Example:
         >>> import ktray
-        >>> found = ktray.predict(run, "s3://bucket/photos", predict={"model": "teacher"})  # doctest: +SKIP
-        >>> found.dataset.to_table().to_pandas()  # doctest: +SKIP
+        >>> found = ktray.predict(run, "s3://bucket/photos", predict={"model": "teacher"})
+        >>> found.dataset.to_table().to_pandas()
     """
     from ktray.api.results import PredictRun
     from ktray.jobs.predict.run import predict as job
@@ -181,7 +181,7 @@ def open_run(folder: str, store: str | None = None) -> Run:
 
     Example:
         >>> import ktray
-        >>> run = ktray.open_run("ktray-store/runs/20260101-120000-photos-oriented-1a2b")  # doctest: +SKIP
+        >>> run = ktray.open_run("ktray-store/runs/20260101-120000-photos-oriented-1a2b")
     """
     from ktray.api.results import Run
     from ktray.pipeline.finished_run import find_run

@@ -131,6 +131,10 @@ def _from_columns(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
 def _from_hugging_face(value: Any) -> Iterator[pa.Table]:
     """The splits of a ``DatasetDict``, or one ``Dataset``, with the names of its classes."""
     for split, part in value.items() if isinstance(value, Mapping) else ((None, value),):
+        if not hasattr(part, "__len__"):
+            raise KtrayError(
+                "A streamed Hugging Face dataset is not in memory", "Load it without streaming=True, or name its files."
+            )
         found: pa.Table = part.with_format("arrow")[:]
         names = getattr(part.features.get("label"), "names", None)
         if names:

@@ -128,6 +128,10 @@ def build(
             content["metric"]["details"] = student["details"]
         if decisions := _decisions(outputs):
             content["metric"]["decisions"] = decisions
+        assert outputs.evaluate is not None  # it has the metrics
+        honesty = context.kind.calibration(evaluate.load(outputs.evaluate.stage))
+        if honesty is not None:
+            content["calibration"] = honesty
     elif not trial:
         content["metric"] |= {"test": None, "per_class": {}, "test_images": 0}
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}

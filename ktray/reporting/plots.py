@@ -146,6 +146,30 @@ def cost_svg(points: Sequence[CostPoint], identifier: str, metric: str = "accura
     return svg(figure, identifier, "Cost against accuracy")
 
 
+def reliability_svg(bins: Sequence[dict[str, Any]], identifier: str) -> str:
+    """Accuracy against confidence, with the diagonal of an honest model. The area of a point is its share of images.
+
+    Args:
+        bins: each with ``images``, ``confidence`` and ``accuracy``, fractions.
+        identifier: distinguishes this plot's ids from those of others on the page.
+    """
+    figure = Figure(figsize=(3.8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), color=_SOFT, linewidth=1.2, linestyle=(0, (5, 4)))
+    confidence, accuracy = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
+    axes.plot(confidence, accuracy, color=SERIES[0], linewidth=1.4)
+    most = max(row["images"] for row in bins)
+    axes.scatter(confidence, accuracy, s=[20 + 120 * row["images"] / most for row in bins], color=SERIES[0])
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("mean confidence of the images in a bin")
+    axes.set_ylabel("their accuracy")
+    style(axes)
+    return svg(figure, identifier, "Reliability: accuracy against confidence")
+
+
 def _span(values: Sequence[float]) -> tuple[float, float]:
     room = max(0.05, 0.25 * (max(values) - min(values)))
     return max(0.0, min(values) - room), min(1.02, max(values) + room)

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ktray.reporting.hygiene import HygieneReport, clauses, closing_line
-from ktray.reporting.plots import CostPoint, cost_svg, curves_svg
+from ktray.reporting.plots import CostPoint, cost_svg, curves_svg, reliability_svg
 from ktray.reporting.transfer_set import on_task_html
 from ktray.reporting.units import aligned, count, flatten, flops, percent, seconds, size, usd
 from ktray.reporting.worst import WorstError
@@ -99,6 +99,10 @@ def write_report(
             for i, (name, points_) in enumerate(curves.items())
             if (svg := curves_svg(name, points_, f"curve{i}", metric))
         ],
+        calibration=result.get("calibration"),
+        reliability=Markup(reliability_svg(result["calibration"]["bins"], "reliability"))
+        if result.get("calibration")
+        else "",
         cost_plot=Markup(cost_svg(points, "cost", metric)),
         matrix=_matrix(confusion, classes),
         pairs=_confused(confusion, classes),

@@ -359,6 +359,11 @@ class TaskKind(ABC):
         """
         return None
 
+    def calibration(self, rows: Rows) -> dict[str, Any] | None:
+        """The honesty of the student's probabilities on test, as `ktray.tasks.calibration.calibration` returns it; None
+        if the kind predicts no class for an image."""
+        return None
+
     def worst(self, tested: TestSet) -> list[WorstError]:
         """At most `WORST` errors of the student on test, worst first. Images that cannot be read are left out."""
         return []

@@ -31,6 +31,7 @@ from ktray.recipe.schema import TaskConfig, TeacherConfig
 from ktray.reporting.worst import WorstError
 from ktray.storage.columns import Rows
 from ktray.tasks.base import WORST, FittedHeads, HeadSettings, LabelledSplit, TaskKind, TestSet
+from ktray.tasks.calibration import calibration, probabilities
 from ktray.tasks.weighted import Accuracy, MeanClassAccuracy, WeightedScores
 
 
@@ -140,10 +141,13 @@ class Classification(TaskKind):
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
         return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))
 
+    def calibration(self, rows: Rows) -> dict[str, Any]:
+        return calibration(rows["student"], rows["label"])
+
     def worst(self, tested: TestSet) -> list[WorstError]:
         """The errors in which the student was most confident."""
         rows, classes = tested.rows, tested.task.classes
-        labels, probability = rows["label"].astype(np.int64), softmax(rows["student"])
+        labels, probability = rows["label"].astype(np.int64), probabilities(rows["student"])
         predicted = probability.argmax(1)
         wrong = np.flatnonzero(predicted != labels)
         wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
@@ -223,9 +227,3 @@ def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, num_classes: int
     """Counts (C, C), with true classes as rows and predicted classes as columns."""
     pairs = labels.astype(np.int64) * num_classes + predicted.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (N, C) of logits (N, C)."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(1, keepdims=True))

@@ -12,6 +12,7 @@ from PIL import Image
 from small_task import CLASSES, write_task
 
 from ktray.api import tables
+from ktray.api.asked import asked
 from ktray.data.decode import decode_rgb
 from ktray.data.labelled.forms import read_rows
 from ktray.data.labelled.read import read_labelled
@@ -150,7 +151,11 @@ def test_hugging_face_datasets(files, tmp_path) -> None:
         own = [path for path in files if facts(path)[1] == split]
         content = {"image": list(map(str, own)), "label": [CLASSES.index(facts(p)[0]) for p in own]}
         parts[split] = datasets.Dataset.from_dict(content, features)
-    check_labelled(tables.labelled(datasets.DatasetDict(parts), str(tmp_path)), files)
+    recipe = asked(None, {"store": str(tmp_path)}, task=datasets.DatasetDict(parts), gallery=parts["val"])
+    check_labelled(recipe.task.data, files)
+    check_unlabelled(recipe.gallery.data, [path for path in files if facts(path)[1] == "val"])
+    with pytest.raises(KtrayError, match="A streamed Hugging Face dataset is not in memory"):
+        tables.labelled(parts["train"].to_iterable_dataset(), str(tmp_path))
     train = [path for path in files if facts(path)[1] == "train"]
     shuffled = parts["train"].shuffle(seed=0)
     check_labelled(tables.labelled(shuffled, str(tmp_path)), train, splits=False)

@@ -96,6 +96,20 @@ def test_the_student_is_a_timm_module_with_its_transform(run):
     assert student.predict([path])[0].label == student.classes[best]
 
 
+def test_confidence_on_test_is_that_of_the_students_predictions(run):
+    key = next(stage["key"] for stage in run.result["stages"] if stage["name"] == "evaluate")
+    rows = evaluate.load(Store(run.store).stage("evaluate", key))
+    found = run.student.predict([Path(uri) for uri in rows["uri"]])
+    confidence = np.array([p.probability for p in found])
+    accuracy = np.array([p.label == Path(uri).parent.name for p, uri in zip(found, rows["uri"], strict=True)])
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs((accuracy[bins == b] - confidence[bins == b]).sum()) for b in set(bins.tolist())]
+    honesty = run.result["calibration"]
+    assert honesty["ece"] == pytest.approx(sum(gaps) / len(found), abs=0.01)
+    assert honesty["coverage"][0]["accuracy"] == run.result["metric"]["top1"]
+    assert f"calibration error is {honesty['ece']:.1%}" in run.report.html
+
+
 def test_a_notebook_shows_the_run_and_its_report(run):
     page = run.report
     frame = page._repr_html_()
@@ -157,6 +171,23 @@ def test_runs_with_other_test_images_are_not_compared(run, tmp_path):
         run.compare(ktray.Run(str(folder)))
 
 
+def test_an_interrupted_call_continues_in_its_run(small, run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    keys, runs = {**small, "finetune.steps": 2}, Path(run.store) / "runs"
+    monkeypatch.setattr(evaluate, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ktray.distill(quiet=True, **keys)
+    monkeypatch.undo()
+    begun = set(runs.iterdir())
+    found = ktray.distill(quiet=True, **keys)
+    assert Path(found.folder) in begun
+    assert set(runs.iterdir()) == begun
+    (stage,) = [stage for stage in found.result["stages"] if stage["name"] == "finetune"]
+    assert (stage["attempts"], stage["cached"], stage["flops"] > 0) == (1, False, True)
+
+
 def test_the_transfer_set_and_the_index_of_the_run_are_found(run, small):
     chosen = ktray.curate(quiet=True, **small)
     assert chosen.table.num_rows == run.result["transfer_set"]["kept"]
@@ -166,6 +197,14 @@ def test_the_transfer_set_and_the_index_of_the_run_are_found(run, small):
     indexed = ktray.index(small["gallery"], quiet=True, **own)
     assert indexed.cost["flops"]["total"] == 0
     assert indexed.result["index"]["images"] > 120
+
+
+def test_the_teacher_of_the_run_predicts_as_it_was_tested(run):
+    images = [example.uri for example in run.task.test]
+    rows = ktray.predict(run, images, quiet=True, predict={"model": "teacher"}).table.to_pandas()
+    right = [Path(uri).parent.name == name for uri, name in zip(rows["uri"], rows["class"], strict=True)]
+    assert len(right) == 45
+    assert np.mean(right) == pytest.approx(run.result["teacher_metric"]["test"])
 
 
 def test_an_export_is_that_of_the_job(run, monkeypatch):

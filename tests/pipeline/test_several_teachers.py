@@ -14,7 +14,8 @@ from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.ensemble import mix
+from ktray.models.teacher.ensemble import EnsembleSpec, mix
+from ktray.pipeline.finished_run import find_run
 from ktray.pipeline.plan_stages import lines
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
@@ -62,6 +63,12 @@ def test_a_student_learns_the_mean_of_two_teachers(cluster: Any, tmp_path: Path)
     single = (logits[0].softmax(1) - stored.softmax(1)).abs().sum(1) / 2
     assert float(agree.mean()) < 0.1
     assert float(agree.mean()) < float(single.mean())
+
+    # Another job finds it again.
+    found = find_run(recipes.load(None, [f"store={store}", f"predict.run={result['run_id']}"]), "predict").teacher()
+    assert isinstance(found, EnsembleSpec)
+    assert [member.load().source.name for member in found.members] == [m["teacher"] for m in members]
+    assert found.directory.uri == str(ensemble)
 
     # A second run reuses all of it.
     again = heard([], run, recipes.load(None, keys))

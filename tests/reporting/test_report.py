@@ -140,6 +140,30 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Page:
     )
 
 
+HONEST = {
+    "ece": 0.0625,
+    "nll": 0.4,
+    "confidence": 0.8125,
+    "bins": [
+        {"images": 4, "confidence": 0.5, "accuracy": 0.5},
+        {"images": 12, "confidence": 0.9166, "accuracy": 0.8333},
+    ],
+    "coverage": [
+        {"share": 1.0, "accuracy": 0.75, "threshold": 0.4},
+        {"share": 0.5, "accuracy": 0.9, "threshold": 0.95},
+    ],
+}
+
+
+def test_confidence_is_shown_where_images_have_a_class(tmp_path: Path) -> None:
+    found = page(tmp_path, result(calibration=HONEST))
+    assert "expected calibration error is 6.2% at a mean confidence of 81.2%" in found.text
+    assert "100.0% 75.0% 40.0% 50.0% 90.0% 95.0%" in found.text
+    (picture,) = found.all("svg", **{"aria-label": "Reliability: accuracy against confidence"})
+    assert picture["role"] == "img"
+    assert "Confidence" not in page(tmp_path, result()).text
+
+
 def test_page_loads_nothing_and_runs_nothing(full: Page) -> None:
     for tag, attributes in full.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag

@@ -87,6 +87,7 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
             for name in values["val"]
         ],
         notes=content["notes"],
+        calibration=content["calibration"],
         agreements=[
             {"file": target.file, "splits": content[name]["agreement"]}
             for name, target in all_targets()

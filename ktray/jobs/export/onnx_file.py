@@ -86,6 +86,15 @@ def make_portable(model: onnx.ModelProto) -> None:
         del tensor.metadata_props[:]
 
 
+def set_temperature(path: Path, temperature: float) -> None:
+    """Write the temperature, which `predict` divides logits by, into the metadata of a file that has the other facts.
+    The graph and its logits stay as they are."""
+    model = onnx.load(str(path))
+    (entry,) = [prop for prop in model.metadata_props if prop.key == METADATA]
+    entry.value = json.dumps({**json.loads(entry.value), "temperature": temperature}, ensure_ascii=False)
+    onnx.save(model, str(path))
+
+
 def check(model: onnx.ModelProto, path: Path) -> None:
     """Raise `KtrayError` if the graph is not valid ONNX, or if its batch size is fixed."""
     try:

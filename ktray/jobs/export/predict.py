@@ -157,6 +157,8 @@ class Classifier:
         preprocess: see `geometry` and `normalise`.
         thresholds: for each class the probability from which an image has it, if an image may have several classes or
             none; None: it has one.
+        temperature: divides the logits, so that probabilities are as large as the predictions are often right; fitted
+            on validation.
 
     Raises:
         ValueError: the file was not exported by ktray.
@@ -176,6 +178,7 @@ class Classifier:
         self.classes: list[str] = facts["classes"]
         self.preprocess: dict[str, Any] = facts["preprocess"]
         self.thresholds: list[float] | None = facts.get("thresholds")
+        self.temperature = float(facts.get("temperature", 1.0))
         self.input = self.session.get_inputs()[0].name
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -195,7 +198,7 @@ class Classifier:
         parts = [np.zeros((0, len(self.classes)))]
         for at in range(0, len(images), batch):
             pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
-            scores = self.logits(pixels).astype(np.float64)
+            scores = self.logits(pixels).astype(np.float64) / self.temperature
             if self.thresholds is not None:
                 parts.append(np.exp(-np.logaddexp(0, -scores)))
                 continue

@@ -16,7 +16,7 @@ from ktray.accounting.device import describe_device, versions
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
-from ktray.jobs.export import agreement, card, latency, predict, registry
+from ktray.jobs.export import agreement, card, confidence, latency, predict, registry
 from ktray.jobs.export.agreement import PYTORCH, AgreementScores, Scorer
 from ktray.jobs.export.run_source import find
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork, all_targets, serving, wanted_targets
@@ -32,7 +32,7 @@ from ktray.storage.store import Dir
 
 logger = logging.getLogger("ktray")
 
-VERSION = 1
+VERSION = 2  # 2: temperature
 FOLDER, RESULT = "export", "export.json"
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
 # On the same images, a metric may differ by this from the run's result (other device, other precision).
@@ -156,6 +156,10 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
         for name, target in exact:
             checked[name]["test"] = _checked(on_test, name, target)
     values["test"] = agreement.metrics(on_test, source.kind, student, source.metric) if on_test else None
+    honesty: dict[str, Any] | None = None
+    if source.kind.image_classes:
+        honesty = confidence.calibrated(on_val, on_test)
+        honesty["files"] = [t.file for _, t in targets if t.calibrate(folder / t.file, honesty["temperature"])]
     logger.info(f"export    latency and memory of {', '.join((PYTORCH, *files))}")
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -177,6 +181,7 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
             "images": sum(s.differing for s in (on_val, on_test) if s),
         },
         "metric": values,
+        "calibration": honesty,
         "unusable": {"val": val.unusable, "test": test.unusable},
         "latency": _latency(folder, part.batch, targets),
         "device": describe_device(),

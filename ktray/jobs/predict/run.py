@@ -76,6 +76,11 @@ def _recipe(source: FinishedRun, requested: Recipe) -> Recipe:
     recipe.predict = requested.predict.model_copy(update={"run": source.folder.uri})
     for name in ("cluster", "data", "prices"):
         setattr(recipe, name, getattr(requested, name))
+    recipe.mlflow.run_name, recipe.mlflow.tags = requested.mlflow.run_name, requested.mlflow.tags
+    # Nodes do not need files that this model is not loaded from.
+    recipe.student.checkpoint = None
+    if recipe.predict.model == "student":
+        recipe.teacher.checkpoint = None
     return recipe
 
 
@@ -106,7 +111,7 @@ def _inputs(source: FinishedRun, recipe: Recipe, model: ChosenModel, shards: Seq
         out=part.out,
         items=[{"shard": i, "name": shard.fingerprint} for i, shard in enumerate(shards)],
         decode=DecodeShard(list(shards), model.preprocess, recipe.data.max_pixels),
-        score=PredictShard(folder, model.source, model.classes, part.probabilities, part.embedding),
+        score=PredictShard(folder, model.source, model.classes, part.probabilities, part.embedding, model.flops),
         total=None if None in counts else sum(c or 0 for c in counts),
     )
 

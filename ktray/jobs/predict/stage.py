@@ -14,7 +14,7 @@ from ktray.distributed.ray_data import map_shards
 from ktray.errors import KtrayError
 from ktray.jobs.predict.decode import DecodeShard
 from ktray.jobs.predict.folder import SUFFIX, PredictedShard, PredictionFolder, table
-from ktray.jobs.predict.models import Classifier, LoadsClassifier, flops_of, predict
+from ktray.jobs.predict.models import Classifier, LoadsClassifier, predict
 from ktray.stages.base import Reporter, Runtime
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.shard_summary import PieceSummary, pairs, whole_shards
@@ -51,13 +51,13 @@ class PredictShard:
     classes: list[str]
     probabilities: bool
     embedding: bool
+    flops: float  # for one image
 
     reads: ClassVar[tuple[str, ...]] = ("pixels",)
 
     def compute(self, model: Classifier, columns: Rows) -> Rows:
         found, embedded = predict(model, columns["pixels"], self.embedding)
-        rows = {"probabilities": found, "flops": np.array([flops_of(model) * len(found)])}
-        return rows if embedded is None else {**rows, "embedding": embedded}
+        return {"probabilities": found} if embedded is None else {"probabilities": found, "embedding": embedded}
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         found, number = computed["probabilities"], int(item.get("piece", 0))
@@ -72,7 +72,7 @@ class PredictShard:
             read=int(columns["read"][0]),
             bad=pairs(columns["bad"].tolist()),
             images=len(found),
-            flops=float(computed["flops"][0]),
+            flops=self.flops * len(found),
             piece=number,
             pieces=item.get("pieces"),
             file=file,

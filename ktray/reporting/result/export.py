@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from ktray.reporting.result.calibration import ExportCalibration
 from ktray.reporting.result.parts import Device, Number, Result, ResultPart
 
 
@@ -132,6 +133,7 @@ class ExportResult(Result):
     preprocessing: PreprocessingCheck
     int8: Int8File | None
     metric: ExportMetric
+    calibration: ExportCalibration | None = Field(description="null: an image may have several classes, or none")
     unusable: dict[str, int] = Field(description="number of images that could not be used, by split")
     latency: Latency
     device: Device

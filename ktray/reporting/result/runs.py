@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
+from ktray.reporting.result.calibration import Calibration
 from ktray.reporting.result.parts import (
     Hygiene,
     Images,
@@ -139,6 +140,10 @@ class DistillResult(StudentRun):
     """jobs/distill.py."""
 
     metric: StudentMetric
+    calibration: Calibration | None = Field(
+        None,
+        description="honesty of the student's probabilities on the test split; left out if images have no class",
+    )
     plan: PlanAndTaken | None = Field(None, description="what was planned, and what it took")
 
 

@@ -28,6 +28,16 @@ def found() -> dict[str, Any]:
         "latency": {"batch": 4, "busy_cores": None, "models": models},
         "metric": {"name": "top1", "val": {"pytorch": values, "onnx": values}, "test": None},
         "notes": ["One * two."],
+        "calibration": {
+            "temperature": 1.5,
+            "val": {"ece_before": 0.12, "nll_before": 0.9, "ece": 0.03, "nll": 0.7},
+            "test": None,
+            "abstention": [
+                {"share": 1.0, "threshold": 0.34, "val_accuracy": 0.75, "test_share": None, "test_accuracy": None},
+                {"share": 0.5, "threshold": 0.81, "val_accuracy": 0.95, "test_share": None, "test_accuracy": None},
+            ],
+            "files": ["student.onnx"],
+        },
         "onnx": {"agreement": {"val": {"images": 8, "top1_differs": 1, "max_difference": 2.5e-6}}},
     }
 
@@ -55,6 +65,9 @@ def test_names_are_not_markup_and_rare_classes_are_said(run: Path, found: dict[s
     assert "split: validation" in text
     assert "same class as PyTorch for 7 of 8 validation images; logits differ by at most 2.5e-06" in text
     assert "| dog | 100.0% |" in text
+    assert "divided by 1.5," in text
+    assert "| validation | 12.0% | 3.0% |" in text
+    assert "| none | 100.0% | 75.0% |\n| 0.810 | 50.0% | 95.0% |" in text
     assert "bird |" not in text.partition("By class")[2].partition("</details>")[0]
     assert card.closing(found).splitlines()[2].split() == [
         "model.safetensors",

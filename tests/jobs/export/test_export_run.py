@@ -15,6 +15,7 @@ from heard import heard
 from PIL import Image
 from results import check_result
 from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 
 from ktray import cli
 from ktray import recipe as recipes
@@ -23,6 +24,7 @@ from ktray.jobs.definitions import JOBS, Job
 from ktray.jobs.export import card, latency, quantise
 from ktray.jobs.export import run as module
 from ktray.jobs.export.onnx_file import OPSET
+from ktray.jobs.export.predict import Classifier
 from ktray.storage import store
 from ktray.storage.store import Dir
 
@@ -93,6 +95,31 @@ def test_all_that_is_left_and_a_second_call(run: Path, stripes: Path, student, m
     with torch.inference_mode():
         torch.testing.assert_close(plain(x), student(x))
 
+    # The temperature is the one of another optimiser, on validation; the files answer with it, and only with it.
+    honesty = found["calibration"]
+    assert honesty["files"] == ["student.onnx", "student.int8.onnx"]
+    val = sorted((stripes / "val").glob("*/*"))
+    with torch.inference_mode():
+        raw = student.logits(
+            torch.from_numpy(np.stack([student.preprocess.eval_transform(Image.open(p)) for p in val]))
+        )
+    truth = torch.tensor([student.classes.index(p.parent.name) for p in val])
+    if not bool((raw.argmax(1) == truth).all()):  # otherwise the labels are smoothed
+        grid = np.geomspace(0.01, 100, 20_001)
+        losses = [float(torch.nn.functional.cross_entropy(raw.double() / t, truth)) for t in grid]
+        assert honesty["temperature"] == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
+        assert honesty["val"]["nll"] == pytest.approx(min(losses), rel=1e-4)
+    for file in honesty["files"]:
+        shipped = Classifier(folder / file)
+        assert shipped.temperature == honesty["temperature"]
+        pixels = np.stack([student.preprocess.eval_transform(Image.open(p)) for p in val[:3]])
+        expected = softmax(shipped.logits(pixels).astype(np.float64) / honesty["temperature"], axis=1)
+        assert shipped.probabilities([p.read_bytes() for p in val[:3]]) == pytest.approx(expected)
+    everything, *_, half = honesty["abstention"]
+    assert everything["val_accuracy"] == pytest.approx(found["metric"]["val"]["pytorch"]["top1"])
+    assert everything["test_accuracy"] == pytest.approx(found["metric"]["test"]["pytorch"]["top1"])
+    assert (everything["test_share"], half["share"]) == (1.0, 0.5)
+
     text = (folder / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "timm"
@@ -104,7 +131,7 @@ def test_all_that_is_left_and_a_second_call(run: Path, stripes: Path, student, m
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     for block in tables:
         assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1, block
-    assert len(tables) == 4
+    assert len(tables) == 6
 
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     lines.clear()

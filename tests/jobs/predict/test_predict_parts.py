@@ -34,7 +34,7 @@ def test_a_large_shard_is_done_in_pieces_and_each_image_once(student, stripes, t
     folder = PredictionFolder(Dir(str(tmp_path / "out")))
     save_student(student, tmp_path / "student", student.classes)
     source = StudentInFolder(Dir(str(tmp_path / "student")))
-    work = PredictShard(folder, source, student.classes, True, False)
+    work = PredictShard(folder, source, student.classes, True, False, 5.0)
     model, pieces = source.load(), []
     item = {"shard": 0, "name": shard.fingerprint}
     for part, columns in _pieces(item, decode.DecodeShard([shard], student.preprocess, 10**8)):
@@ -45,7 +45,8 @@ def test_a_large_shard_is_done_in_pieces_and_each_image_once(student, stripes, t
     ((*group,),) = whole_shards([*reversed(pieces)])  # tasks may return them in any order
     joined = _joined(group)
     assert (joined.rows, joined.read, len(joined.bad)) == (len(files), len(files) + 1, 1)
-    assert sum(joined.counts) == len(files)
+    assert sum(joined.counts) == joined.images == len(files)
+    assert joined.flops == 5 * len(files)
     found = [row for name in sorted(joined.files) for row in pq.read_table(tmp_path / "out" / name).to_pylist()]
     assert [row["uri"].partition("member=")[2].partition("&")[0] for row in found] == [
         f"{i:02d}.png" for i in range(len(files))
@@ -114,7 +115,7 @@ def test_a_shard_whose_file_is_gone_or_cut_is_not_finished_on_s3(s3) -> None:
 
 
 def test_names_and_model_are_in_the_key_and_addresses_are_not(tmp_path) -> None:
-    score = PredictShard(PredictionFolder(Dir(str(tmp_path))), StudentInFolder(Dir("a")), ["x"], True, False)
+    score = PredictShard(PredictionFolder(Dir(str(tmp_path))), StudentInFolder(Dir("a")), ["x"], True, False, 5.0)
     inputs = PredictInputs(["a"], FACTS, None, [{"name": "a"}], decode.DecodeShard([], None, 1), score, 5)
     marks = PredictInputs.not_in_key()
     assert set(marks) == {"items", "decode", "score", "total"}

@@ -18,6 +18,7 @@ from PIL import Image
 from results import check_result
 from small_task import picture
 
+from ktray import cli
 from ktray import recipe as recipes
 from ktray.data.labelled.read import read_labelled
 from ktray.data.quarantine import Quarantine
@@ -120,6 +121,20 @@ def test_the_images_of_the_test_split_have_the_accuracy_of_the_run(run: Path, st
     assert list(rows.columns) == ["uri", "class", "probability"]
     right = [Path(uri).parent.name == name for uri, name in zip(rows["uri"], rows["class"], strict=True)]
     assert np.mean(right) == pytest.approx(json.loads((run / "result.json").read_text())["metric"]["test"])
+
+
+def test_the_command_line(run: Path, stripes: Path, cluster, capsys) -> None:
+    words = [f"store={run.parents[1]}", f"predict.data={stripes}/val"]
+    assert cli.entry(["predict", "--plan", *words]) == 0
+    out = capsys.readouterr().out
+    assert f"{run.name} (the newest run with a student; predict.run names another)" in out
+    assert "student   test_resnet, 3 classes" in out
+    assert "to do     18 images: " in out
+    assert not list((run.parents[1] / "runs").glob("*predict*"))
+    assert cli.entry(["predict", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["predicted", "classes", "files", "result"]
+    assert lines[-4].startswith("predicted 18 images (")
 
 
 def test_an_interrupted_job_continues_by_shard(run: Path, images: Path, cluster, tmp_path, monkeypatch) -> None:

@@ -102,6 +102,15 @@ class ExportTarget(ABC):
             KtrayError: the student cannot be written in this format.
         """
 
+    def calibrate(self, path: Path, temperature: float) -> bool:
+        """Store the temperature in the file that `write` has written; returns whether the file has a place for it,
+        which by default it has not. ``export.json`` has the temperature in any case.
+
+        Args:
+            temperature: divides the logits, so that probabilities are honest; fitted on validation.
+        """
+        return False
+
     def load(self, path: Path) -> Scorer:
         """Open the file to check its predictions; by default an ONNX file."""
         return Classifier(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ktray.data.labelled.read import LabelledSet
-from ktray.jobs.export import agreement, quantise
+from ktray.jobs.export import agreement, onnx_file, quantise
 from ktray.jobs.export.predict import Classifier
 from ktray.jobs.export.targets import onnx
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork
@@ -51,6 +52,10 @@ class Int8Target(ExportTarget):
         full = kind.exported_metrics(work.student, work.on_val.logits["onnx"], work.on_val.labels)
         source, target = work.folder / onnx.FILE, work.folder / self.file
         return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
+
+    def calibrate(self, path: Path, temperature: float) -> bool:
+        onnx_file.set_temperature(path, temperature)
+        return True
 
     def notes(self, name: str, content: dict[str, Any], split: str, what: str) -> list[str]:
         values = content["metric"][split] or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -31,6 +32,10 @@ class OnnxTarget(ExportTarget):
         path = work.folder / FILE
         onnx_file.write(work.student, path)
         return onnx_file.signature(onnx.load(str(path)))
+
+    def calibrate(self, path: Path, temperature: float) -> bool:
+        onnx_file.set_temperature(path, temperature)
+        return True
 
 
 EXPORTS.register("onnx")(OnnxTarget())
