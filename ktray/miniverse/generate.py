@@ -34,7 +34,7 @@ from ktray.miniverse.vocabulary import WORLD_VERSION
 from ktray.miniverse.world import sample
 
 GALLERY_IMAGES = 30_000
-SCENE_IMAGES = 12_000
+SCENE_IMAGES = 8_000
 LABELLED_IMAGES = 6_000
 SHARD_IMAGES = 2_000
 

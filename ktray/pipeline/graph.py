@@ -101,8 +101,9 @@ def stages(context: RunContext, trial: bool = False) -> StageOutputs:
 
 
 def _is_tested(context: RunContext, trial: bool) -> bool:
-    """A trial does not read the test split, and small data may have none."""
-    return bool(context.task.test) and not trial
+    """Whether EVALUATE runs. A trial does not read the test split. Small data may have none; then EVALUATE is needed
+    only where it fits the decisions of the student on validation."""
+    return bool(context.task.test or context.kind.decides) and not trial
 
 
 def _baselines(context: RunContext) -> list[tuple[str, StudentSpec]]:

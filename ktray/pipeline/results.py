@@ -126,14 +126,14 @@ def build(
         }
         if "details" in student:
             content["metric"]["details"] = student["details"]
-        if decisions := _decisions(outputs):
-            content["metric"]["decisions"] = decisions
         assert outputs.evaluate is not None  # it has the metrics
         honesty = context.kind.calibration(evaluate.load(outputs.evaluate.stage))
         if honesty is not None:
             content["calibration"] = honesty
     elif not trial:
         content["metric"] |= {"test": None, "per_class": {}, "test_images": 0}
+    if decisions := _decisions(outputs):
+        content["metric"]["decisions"] = decisions
     tested = {who: {"test": metrics[who][context.metric]} for who in metrics}
     if outputs.adapt and outputs.teacher:
         adapted, facts = cast(AdaptManifest, outputs.adapt.manifest), outputs.teacher.manifest
@@ -216,7 +216,7 @@ def _decisions(outputs: StageOutputs) -> dict[str, dict[str, float]]:
 def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], folder: Path) -> Path:
     classes, kind = context.task.classes, context.kind
     worst, counts = [], None
-    if outputs.evaluate is not None:
+    if outputs.evaluate is not None and context.task.test:
         rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
         pixels = context.recipe.data.max_pixels
         worst = kind.worst(TestSet(rows, context.task, reader, partial(_trained, context, outputs), pixels))

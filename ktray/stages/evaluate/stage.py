@@ -221,10 +221,12 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
         score(heldout, None)
         fitted = {name: kind.fit_decisions(load(stage, "val"), name, classes) for name in models.names}
     score(items, fitted)
-    rows = load(stage)
-    if not len(rows["uri"]):
-        raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
-    metrics = {name: kind.test_metrics(rows, name, classes) for name in models.names}
+    metrics: dict[str, dict[str, Any]] = {}
+    if items:  # without a test split, only the decisions are fitted
+        rows = load(stage)
+        if not len(rows["uri"]):
+            raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
+        metrics = {name: kind.test_metrics(rows, name, classes) for name in models.names}
     return {"metrics": metrics} if fitted is None else {"metrics": metrics, "decisions": fitted}
 
 

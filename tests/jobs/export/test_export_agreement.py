@@ -10,6 +10,7 @@ from ktray.errors import KtrayError
 from ktray.jobs.export import agreement
 from ktray.jobs.export.images import Split
 from ktray.jobs.export.predict import Classifier
+from ktray.tasks.base import task_kind
 
 
 def test_numbers_by_hand() -> None:
@@ -50,7 +51,7 @@ def test_student_and_file_on_real_images(student, stripes: Path, onnx_file: Path
     assert found["images"] == 60
     assert found["top1_equal"] == 1
     assert found["max_difference"] < 1e-4 * found["largest_logit"]
-    values = agreement.metrics(scores, student.classes, "top1")
+    values = agreement.metrics(scores, task_kind("classification"), student, "top1")
     expected = np.mean([p.label == path.parent.name for p, path in zip(student.predict(paths), paths, strict=True)])
     assert values["pytorch"]["metric"] == values["onnx"]["top1"] == pytest.approx(expected)
     assert np.mean(list(values["onnx"]["per_class"].values())) == pytest.approx(expected)  # 20 images a class
