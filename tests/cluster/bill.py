@@ -98,6 +98,7 @@ def check(store: Path, seen: dict[str, Counter[str]]) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes end with this script
     with tempfile.TemporaryDirectory(prefix="kt-") as scratch:
         home = Path(scratch)
         write_task(home / "task")
@@ -116,9 +117,9 @@ def main() -> None:
             nodes.append(node(*head, cpus=0, log=home / "head.log"))
             time.sleep(20)
             address = f"127.0.0.1:{port}"
-            for name in PRICES:
+            for number, name in enumerate(PRICES):  # one after the other: at the same time they take the same ports
                 nodes.append(node(f"--address={address}", cpus=1, log=home / f"{name}.log", instance=name))
-            wait_for(address, cpus=len(PRICES))
+                wait_for(address, cpus=number + 1)
             command = [sys.executable, str(ROOT / "jobs/distill.py"), *JOB, f"store={home / 'store'}"]
             command += [f"task.data={home / 'task'}", f"gallery.data={home / 'gallery'}"]
             log = home / "job.log"
