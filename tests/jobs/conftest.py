@@ -18,10 +18,10 @@ from ktray.models.student.classifier_io import save_student
 SIDE = 32
 
 
-def trained(data: Path, name: str = "test_resnet", side: int = SIDE, **kwargs: Any) -> Student:
+def trained(data: Path, name: str = "test_resnet", **kwargs: Any) -> Student:
     """A student of the stripes, fitted to their train and validation images; poor students prove little."""
     torch.manual_seed(0)
-    student = build_student(name, kwargs, 3, side)
+    student = build_student(name, kwargs, 3, SIDE)
     student.classes = sorted(CLASSES)
     paths = sorted(p for p in data.glob("*/*/*") if p.parts[-3] in ("train", "val"))
     files = [(path, student.classes.index(path.parent.name)) for path in paths]
