@@ -42,10 +42,10 @@ def test_an_error_is_one_line_with_cause_and_remedy_and_no_traceback(capsys):
     def fail(recipe, debug):
         raise KtrayError("The disk is full", "Free space.")
 
-    assert command([], fail) == 1
+    assert command([], fail) == 2
     err = capsys.readouterr().err
     assert err == "error: The disk is full. Free space.\n"
-    assert command(["--debug"], fail) == 1
+    assert command(["--debug"], fail) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -66,11 +66,11 @@ def test_an_error_is_one_line_with_cause_and_remedy_and_no_traceback(capsys):
         (["--recipe", "--plan"], "--recipe needs a name or a file"),
     ],
 )
-def test_bad_command_lines_exit_1(argv, message, capsys):
+def test_bad_command_lines_exit_2(argv, message, capsys):
     def never(*_):
         raise AssertionError("it ran")
 
-    assert command(argv, never, never) == 1
+    assert command(argv, never, never) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -78,11 +78,11 @@ def test_bad_command_lines_exit_1(argv, message, capsys):
     assert len(err.splitlines()) == 1
 
 
-def test_ctrl_c_exits_130(capsys):
+def test_ctrl_c_exits_4(capsys):
     def interrupted(recipe, debug):
         raise KeyboardInterrupt
 
-    assert command([], interrupted) == 130
+    assert command([], interrupted) == 4
     assert capsys.readouterr().err == "interrupted; the same command resumes this job\n"
 
 
@@ -222,7 +222,7 @@ def test_quiet_shows_only_warnings_and_the_result(capsys):
         log.logger.info("step 1")
         raise KtrayError("The disk is full", "Free space.")
 
-    assert command(["--quiet"], fail) == 1
+    assert command(["--quiet"], fail) == 2
     assert capsys.readouterr() == ("", "error: The disk is full. Free space.\n")
     assert command(["--quiet", "--plan"], plan=lambda recipe: log.logger.info("costs nothing")) == 0
     assert capsys.readouterr().out == "costs nothing\n"
@@ -262,7 +262,7 @@ def test_ktray_lists_the_jobs(capsys):
     assert named == [*JOBS, "chart"]
     assert sorted(JOBS) == sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
     assert cli.entry(["-h"]) == 0
-    assert cli.entry([]) == 1  # no result
+    assert cli.entry([]) == 2  # no result
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_ktray_lists_the_jobs(capsys):
     ],
 )
 def test_ktray_refuses_what_it_does_not_know(argv, message, capsys):
-    assert cli.entry(argv) == 1
+    assert cli.entry(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)
@@ -303,7 +303,7 @@ def test_ktray_and_the_script_are_the_same(words):
         installed.stdout,
         installed.stderr,
     )
-    assert script.returncode == (1 if words == ["--frobnicate"] else 0)
+    assert script.returncode == (2 if words == ["--frobnicate"] else 0)
     if "--dry-submit" in words:
         assert script.stdout.splitlines()[-1].endswith("-- python jobs/distill.py seed=1 --quiet")
 

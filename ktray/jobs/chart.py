@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from ktray.distributed.explain import explain
+from ktray.distributed.explain import exit_code, explain
 from ktray.errors import KtrayError
 from ktray.tracking.mlflow_server import prepare
 from ktray.tracking.tracker import WAY, scrub, tracking_uri
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m ktray.jobs
         print(f"chart     {preset(tracking_uri(arguments.uri, Path('ktray-store')), arguments.experiment)}", flush=True)
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     return 0
 
 

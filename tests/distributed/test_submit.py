@@ -109,7 +109,7 @@ def test_every_job_has_it_and_does_nothing(capsys, monkeypatch):
     assert cli.main(Job("bench", "purpose", never, never, {"--only": "bench.only=[{}]"}), words) == 0
     command = capsys.readouterr().out.splitlines()[-1]
     assert parsed(command)[1]["entrypoint"] == ("python", "jobs/bench.py", "--only", "read", "seed=3")
-    assert cli.main(Job("distill", "purpose", never, never), ["--dry-submit", "sead=3"]) == 1
+    assert cli.main(Job("distill", "purpose", never, never), ["--dry-submit", "sead=3"]) == 2
     assert "seed" in capsys.readouterr().err
 
 

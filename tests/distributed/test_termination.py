@@ -50,7 +50,7 @@ def test_sigterm_closes_the_job_and_says_how_to_resume(wait: str, tmp_path: Path
     time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode == 143, out
+    assert job.returncode == 4, out
     assert out.splitlines()[:2] == ["closed", "terminated; the same command resumes this job"]
     assert "***" not in out
 

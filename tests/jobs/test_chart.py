@@ -63,11 +63,11 @@ def test_a_view_is_put_on_an_experiment(database, tmp_path, capsys):
     client = MlflowClient(tracking_uri=uri)
     number = client.create_experiment("letters")
     command = ["letters", "--uri", uri]
-    assert chart.main(command) == 1
+    assert chart.main(command) == 2
     assert "no run" in capsys.readouterr().err.lower()
     for name, value in run().items():
         client.log_metric(client.create_run(number).info.run_id, name, value)  # no run has both
-    assert chart.main(command) == 1
+    assert chart.main(command) == 2
     whole = client.create_run(number).info.run_id
     for name, value in run().items():
         client.log_metric(whole, name, value)
@@ -77,7 +77,7 @@ def test_a_view_is_put_on_an_experiment(database, tmp_path, capsys):
     tags = client.get_experiment(number).tags
     assert json.loads(tags["mlflow.sharedViewState.ktray"]) == chart.view([FLOPS, SECONDS], ["test.top1"])
     assert tags["mlflow.experimentKind"] == "custom_model_development"
-    assert chart.main(["numbers", "--uri", uri]) == 1
+    assert chart.main(["numbers", "--uri", uri]) == 2
     assert "letters" in capsys.readouterr().err
 
 

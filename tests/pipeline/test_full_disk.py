@@ -39,7 +39,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
         ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} none "{disk}" && exec "$@"', "sh", *job],
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout[-2000:]
+    assert done.returncode == 3, done.stdout[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "No space is left" in errors[0]
@@ -57,7 +57,7 @@ def test_a_store_without_write_permission_ends_with_one_line(tmp_path):
         ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o ro none "{disk}" && exec "$@"', "sh", *job],
         env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 3
     (error,) = done.stderr.splitlines()
     assert error.startswith("error: No permission to write")
     assert "store=" in error

@@ -208,7 +208,7 @@ def test_mistakes_end_with_one_line(first, capsys, overrides, message):
         run(recipe)
 
     argv = [f"store={store}", *SMALL, *data, "train.steps=5", "teach.seed=9", *overrides]
-    assert cli.main(Job("distill", "", job, lambda r, s: None), argv) == 1
+    assert cli.main(Job("distill", "", job, lambda r, s: None), argv) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1
     import re

@@ -219,7 +219,7 @@ def test_the_command_line(run: Path, quick, written, capsys, monkeypatch) -> Non
     assert "student.onnx" in capsys.readouterr().out
     assert main("--plan") == 0
     assert "in the store" in capsys.readouterr().out
-    assert main("export.run=nothing") == 1
+    assert main("export.run=nothing") == 2
     assert "error: There is no run 'nothing'" in capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_a_full_disk(run: Path, quick, written, monkeypatch, capsys) -> None:
     def job(recipe: recipes.Recipe, debug: bool) -> None:
         module.export(recipe)
 
-    assert cli.main(Job("export", "", job, print), keys) == 1
+    assert cli.main(Job("export", "", job, print), keys) == 3
     assert "error: No space is left on the disk" in capsys.readouterr().err
     assert not (run / "export" / "export.json").exists()  # what is there is not taken for an export
     monkeypatch.setattr(store, "_aside", real)
