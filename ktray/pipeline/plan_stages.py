@@ -76,6 +76,7 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
     batch = int(recipe.train.batch_size or 1)
     scratch_steps = int(recipe.baselines.scratch_steps or recipe.train.steps or 1)
     validation = cost.forward(size) * len(task.val)
+    linear = task_kind(recipe.task.kind).linear_student
     if not recipe.objective.has_transfer_set():
         flops, what = (
             cost.train(size) * scratch_steps * batch + validation * _validations(scratch_steps, BASELINE_EVALS),
@@ -107,6 +108,8 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
         last = phases(recipe)[-1][1]
         replay = f.replay if last.objective.traits.replays else 0.0
         tuned = cost.train(size) * f.steps * f.batch_size * (1 + replay) + validation * _validations(f.steps, f.evals)
+        if linear and not last.objective.traits.trains_classifier:
+            tuned += _probe(task, cost, size)
         if teacher and last.teach.mode != "cached" and taught(last):
             tuned += teacher.together * f.steps * f.batch_size * replay
         text = f"{f.steps} steps of {f.batch_size}{' and replay' if replay else ''}"
@@ -119,6 +122,7 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
     for name, what in ran.items():
         text = f"baseline: {what}, at most {scratch_steps} steps (stops early)"
         flops = cost.train(size) * scratch_steps * batch + validation * _validations(scratch_steps, BASELINE_EVALS)
+        flops += _probe(task, cost, size) if name == "start" and recipe.student.fit_head is True else 0.0
         out[name] = Line(name, flops, 0, text, scratch_steps * batch)
     models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
     out["evaluate"] = _evaluate(recipe, task, models)
@@ -131,8 +135,14 @@ def traffic_of(resolved: Resolved) -> dict[str, float]:
 
 
 def _validations(steps: int, evals: int) -> int:
-    """The number of validations in a training; an uneven last interval, which adds one, is left out."""
-    return 1 + min(steps, evals)
+    """The number of validations in a training: the first, one after each interval, and the last."""
+    every = max(1, steps // evals)
+    return 1 + -(-steps // every)
+
+
+def _probe(task: LabelledSet, cost: StudentCost, size: int) -> float:
+    """FLOPs of a classifier that starts as a linear probe of the student's features; those of the probe are few."""
+    return cost.forward(size) * (len(task.train) + len(task.val))
 
 
 def _evaluate(recipe: Recipe, task: LabelledSet, models: float) -> Line:
@@ -252,6 +262,7 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: StudentCost, teacher:
     validated = _validations(steps, recipe.train.evals) * len(task.val) * (traits.trains_classifier or traits.labelled)
     rows = batch + (recipe.finetune.batch_size if traits.labelled else 0)
     flops = per_step * steps + cost.forward(size) * validated
+    flops += _probe(task, cost, size) if recipe.student.fit_head is True and traits.trains_classifier else 0.0
     yield Line("transfer", flops, 0, f"{steps} steps of {batch}{labelled_text}", steps * rows)
 
 
