@@ -39,7 +39,9 @@ def require_files(recipe: Recipe) -> None:
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     teacher, student = recipe.teacher, recipe.student
-    parts = [("teacher", teacher), *(("teacher.others", other) for other in teacher.others), ("student", student)]
+    others = [("teacher.others", other) for other in teacher.others]
+    # Files of a teacher without a name are refused for another reason, when the teacher is chosen.
+    parts = [*([("teacher", teacher)] if teacher.name else []), *others, ("student", student)]
     for prefix, part in parts:
         for name in ("checkpoint", "config"):
             if path := getattr(part, name, None):

@@ -178,9 +178,6 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         choose(
             "transfer.size", limit, "the paper's size" if limit == 153_600 else "chosen for this machine and gallery"
         )
-    few = gallery_images is not None and 0 < gallery_images < int(recipe.transfer.size or 0)
-    if few and recipe.transfer.source in ("generic", "retrieved") and recipe.gallery.crops == "none":
-        choose("transfer.size", gallery_images, "the gallery has no more images")
     if recipe.transfer.size is None and recipe.transfer.source == "list" and gallery_images:
         choose("transfer.size", gallery_images, "all of the list")
     images = transfer_images(recipe, task)
