@@ -212,15 +212,19 @@ def _walk_local(path: str, top: bool = False) -> Iterator[FileStat]:
 def _walk_remote(path: str) -> Iterator[FileStat]:
     fs, inside = locate(path)
     scheme = path.partition("://")[0]
-    found: list[FileStat] = []
-    stores: tuple[str, ...] = ()
-    for info in s3.entries(fs, inside, recursive=True):
+    entries = s3.entries(fs, inside, recursive=True)
+    if s3.handler(fs) is None:
+        entries = iter(sorted(entries, key=lambda info: str(info.path)))
+    # S3 lists keys in the order of their bytes, and the mark of a store is before everything else that a store has.
+    store = ""
+    for info in entries:
         below = info.path[len(inside) :].strip("/").split("/")
         if below[-1] == STORE_MARK and len(below) > 1:
-            stores += (f"{scheme}://{info.path.removesuffix(STORE_MARK)}",)
+            store = info.path.removesuffix(STORE_MARK)
+        if store and info.path.startswith(store):
+            continue
         if info.type == pafs.FileType.File and not any(hidden(part) for part in below):
-            found.append(FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0))
-    yield from (file for file in found if not file.path.startswith(stores)) if stores else found
+            yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
 
 
 def has_glob(path: str) -> bool:

@@ -86,12 +86,15 @@ def test_the_export_finds_its_student_and_images(first):
     assert (source.metric, task_name(source)) == ("top1", "task")
 
 
-def test_flops_of_transfer_are_the_counted_step_times_the_steps(first):
-    from ktray.models.flops import train_flops
+def test_flops_of_transfer_are_those_of_its_steps_and_validations(first):
+    from ktray.models.flops import forward_flops, train_flops
 
     _, _, result, _, _ = first
     model = timm.create_model("test_resnet", num_classes=3, output_stride=16)
-    assert result["cost"]["flops"]["transfer"] == pytest.approx(60 * 32 * train_flops(model, (3, 32, 32)), rel=1e-6)
+    steps = 60 * 32 * train_flops(model, (3, 32, 32))
+    # 18 validation images, before the first step and after each twelfth of the steps (train.evals).
+    validations = 18 * (1 + 12) * forward_flops(model, (3, 32, 32))
+    assert result["cost"]["flops"]["transfer"] == pytest.approx(steps + validations, rel=1e-6)
 
 
 def test_bad_images_are_quarantined_and_none_is_lost(first):

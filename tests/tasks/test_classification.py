@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, recall_score
 
-from ktray.tasks import classification
+from ktray.tasks import calibration, classification
 from ktray.tasks.base import task_kind
 
 
@@ -33,7 +33,7 @@ def test_no_rows_is_refused():
 
 
 def test_softmax_is_stable():
-    p = classification.softmax(np.array([[1000.0, 1000.0], [-1000.0, 0.0]]))
+    p = calibration.probabilities(np.array([[1000.0, 1000.0], [-1000.0, 0.0]]))
     np.testing.assert_allclose(p, [[0.5, 0.5], [0.0, 1.0]], atol=1e-12)
 
 
