@@ -52,12 +52,12 @@ def test_the_ledger_knows_who_paid_the_teacher(runs):
     assert flops["cached"]["teach"] == pytest.approx((views + 4 * 2) * tower(), rel=1e-4)
     assert flops["live"].get("teach", 0) == flops["streamed"].get("teach", 0) == 0
     drawn = STEPS * BATCH
-    assert flops["live"]["transfer"] - flops["cached"]["transfer"] == pytest.approx(drawn * tower())
+    assert flops["live"]["transfer"] - flops["cached"]["transfer"] == pytest.approx(drawn * tower(), rel=1e-4)
     # So small a set stays in memory after the teachers have seen it once.
-    assert flops["streamed"]["transfer"] - flops["cached"]["transfer"] == pytest.approx(views * tower())
+    assert flops["streamed"]["transfer"] - flops["cached"]["transfer"] == pytest.approx(views * tower(), rel=1e-4)
     # Rows of the replay in finetuning (as many as labelled images) are made the same way.
     more = flops["live"]["finetune"] - flops["cached"]["finetune"]
-    assert more == pytest.approx(10 * 16 * tower())
+    assert more == pytest.approx(10 * 16 * tower(), rel=1e-4)
 
 
 def test_only_a_cache_is_compared_with_the_live_teacher(runs):
