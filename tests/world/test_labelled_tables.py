@@ -74,7 +74,7 @@ def hugging_face(
     table = pa.table(
         {
             "image": [
-                {"bytes": picture(f"hf {i}", "PNG"), "path": f"/home/author/{i}.png"}
+                {"bytes": picture(f"hf {i}", "PNG"), "path": f"/photos/of/author/{i}.png"}
                 for i in range(start, start + number)
             ],
             label: pa.array([i % len(names) for i in range(start, start + number)], pa.int64()),
@@ -134,7 +134,7 @@ def test_images_have_priority_over_the_paths_of_their_author(tmp_path: Path) -> 
     table = pa.table(
         {
             "image": [{"bytes": picture(str(i)), "path": None} for i in range(10)],
-            "path": [f"/home/author/{i}.png" for i in range(10)],
+            "path": [f"/photos/of/author/{i}.png" for i in range(10)],
             "label": [i % 2 for i in range(10)],
         }
     )

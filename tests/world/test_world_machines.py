@@ -83,7 +83,7 @@ def test_a_user_without_a_name_and_a_home(homeless: str, monkeypatch: pytest.Mon
     def home() -> Path:
         if homeless == "no entry":
             raise RuntimeError("Could not determine home directory.")
-        return Path(homeless if homeless == "/" else "/root/elsewhere")
+        return Path(homeless if homeless == "/" else "/proc/elsewhere")
 
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found: 54321")
