@@ -135,9 +135,9 @@ def traffic_of(resolved: Resolved) -> dict[str, float]:
 
 
 def _validations(steps: int, evals: int) -> int:
-    """The number of validations in a training: the first, one after each interval, and the last."""
-    every = max(1, steps // evals)
-    return 1 + -(-steps // every)
+    """The number of validations in a training; an uneven last interval, which adds one, is left out: equal budgets
+    (`ktray.jobs.compare.equal_budget`) rely on a cost that grows evenly with the steps."""
+    return 1 + min(steps, evals)
 
 
 def _probe(task: LabelledSet, cost: StudentCost, size: int) -> float:
