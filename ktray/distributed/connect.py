@@ -100,8 +100,8 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         for name, value in (TUNED | idle).items():  # the workers are started from here
             os.environ.setdefault(name, value)
         size = object_store or _object_store(memory_bytes())
-        for told in shared_memory(size, memory_bytes()):
-            logger.warning(f"machine   {told}")
+        for problem in shared_memory(size, memory_bytes()):
+            logger.warning(f"machine   {problem}")
         with kept_sigterm():
             ray.init(
                 address="local",

@@ -81,23 +81,23 @@ def shared_memory(object_store: float, memory: float) -> list[str]:
         object_store: size of Ray's object store, bytes.
         memory: memory that this process may use, bytes.
     """
-    told = []
+    problems = []
     try:
         shared = os.statvfs("/dev/shm")
         free = shared.f_bavail * shared.f_frsize
     except OSError:
         free = 0
     if free < min(object_store, _SLOW_SHARED):
-        told.append(
+        problems.append(
             f"/dev/shm has {free / 1e6:.0f} MB: Ray keeps its objects on disk, which is slow. In a container, start it "
             f"with --shm-size={max(1, round(object_store / 1e9))}g"
         )
     if memory < _LITTLE_MEMORY:
-        told.append(
+        problems.append(
             f"{memory / 1e9:.1f} GB of memory are little, because Ray and one worker need about 3 GB. If a stage is "
             "killed, set train.batch_size lower, or use a smaller student or a larger machine"
         )
-    return told
+    return problems
 
 
 def give_a_home(environment: MutableMapping[str, str]) -> str:

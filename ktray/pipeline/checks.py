@@ -104,7 +104,8 @@ def cautions(recipe: Recipe) -> list[str]:
 
     part = recipe.teacher
     source = TeacherSource(str(part.name), part.checkpoint, part.config, part.image_size)
-    return [text for text in (family_of(source.name).caution(source),) if text]
+    text = family_of(source.name).caution(source)
+    return [text] if text else []
 
 
 def _prices(recipe: Recipe, device: Mapping[str, Any]) -> Iterator[str]:

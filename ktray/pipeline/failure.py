@@ -33,9 +33,10 @@ def failure_recorded(
     try:
         yield
     except BaseException as error:
-        # The store itself may be what failed; the error is told in any case.
-        with contextlib.suppress(Exception):
+        try:
             _write(folder, run_id, begun, error, state())
+        except Exception as second:  # the store itself may be what failed; the first error is reported in any case
+            logger.debug(f"result    {folder.file('result.json')} could not be written: {second}")
         raise
 
 

@@ -1,9 +1,7 @@
 """MLflow: a real sqlite store, a server that is away, restarts."""
 
 import json
-import logging
 import shutil
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from ktray.redact import HIDDEN, scrub
 from ktray.storage.store import Dir
 from ktray.tracking import mlflow_server as module
 from ktray.tracking.metrics import stable_metrics
-from ktray.tracking.mlflow_server import is_transient, remedy
+from ktray.tracking.mlflow_server import is_transient
 from ktray.tracking.tracker import Tracker, catch_up, tracking_uri
 
 DEAD = "http://127.0.0.1:9"
@@ -370,39 +368,3 @@ def test_names_and_paths_are_not_masked(tmp_path: Path, monkeypatch: pytest.Monk
     assert "holidays" in runs(tmp_path)
     assert parent.data.params["task.data"] == f"{tmp_path}/[hidden]/hf_photos"
     assert parent.data.tags["note"] == "[hidden]"
-
-
-@pytest.mark.parametrize("found", ["0123456789ab", "1"])
-def test_a_database_of_another_mlflow_is_told_with_the_remedy(
-    tmp_path: Path, found: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        (right,) = database.execute("select version_num from alembic_version").fetchone()
-        database.execute("update alembic_version set version_num=?", (found,))
-    t = tracker(tmp_path)
-    t.start("r1")
-    t.metrics(0, {"loss": 1.0})
-    pending = t.close(30)
-    assert pending == 2
-    logger = logging.getLogger("ktray")
-    logger.addHandler(caplog.handler)
-    try:
-        t.tell(pending)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert f"mlflow db upgrade sqlite:///{tmp_path}/mlflow.db" in caplog.text
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        database.execute("update alembic_version set version_num=?", (right,))
-    assert tracker(tmp_path).close(60) == 0  # nothing is lost
-    assert runs(tmp_path)["r1"].data.metrics == {"loss": 1.0}
-
-
-def test_remedies_of_mlflow() -> None:
-    from mlflow.exceptions import MlflowException
-
-    uri = "sqlite:////s/mlflow.db"
-    assert "install that version" in remedy(Exception("Can't locate revision identified by 'abc'"), uri)
-    assert "MLFLOW_TRACKING_USERNAME" in remedy(MlflowException("API request failed with error code 403"), uri)
-    assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in remedy(Exception("[SSL: CERTIFICATE_VERIFY_FAILED] x"), uri)
-    assert "writable" in remedy(Exception("attempt to write a readonly database"), uri)
-    assert remedy(Exception("something else"), uri) == ""

@@ -196,6 +196,13 @@ def keep_budget(
             if short != [""]
             else f"There are fewer than {budget} training images: {len(kept)}."
         )
+    return kept, without_copies(surplus, kept, unit, notes)
+
+
+def without_copies(
+    surplus: Sequence[LabelledRow], kept: Sequence[LabelledRow], unit: Mapping[str, int], notes: list[str]
+) -> list[LabelledRow]:
+    """The rows beyond a label budget that are no copies of rows within it (``kept``)."""
     labelled = {unit[r.uri] for r in kept}
     rest = [r for r in surplus if unit[r.uri] not in labelled]
     if len(rest) < len(surplus):
@@ -203,7 +210,7 @@ def keep_budget(
             f"{len(surplus) - len(rest)} training images beyond the label budget are left out: they are copies of "
             "images within the budget."
         )
-    return kept, rest
+    return rest
 
 
 def _by_class(rows: Iterable[LabelledRow]) -> list[tuple[str, list[LabelledRow]]]:

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ktray.data.labelled.draw import SPLITS, note_units, shuffled
+from ktray.data.labelled.draw import SPLITS, note_units, shuffled, without_copies
 from ktray.data.labelled.hygiene_groups import Pairs, units
 from ktray.data.labelled.label_lists import decode
 from ktray.data.labelled.rows import LabelledRow, count, three
@@ -95,14 +95,7 @@ class SetDrawing:
             )
         if not self.per_class and len(order) < budget:
             notes.append(f"There are fewer than {budget} training images: {len(order)}.")
-        labelled = {unit[row.uri] for row in kept}
-        rest = [row for row in surplus if unit[row.uri] not in labelled]
-        if len(rest) < len(surplus):
-            notes.append(
-                f"{len(surplus) - len(rest)} training images beyond the label budget are left out: they are copies of "
-                "images within the budget."
-            )
-        return kept, rest
+        return kept, without_copies(surplus, kept, unit, notes)
 
 
 def _classes(row: LabelledRow) -> list[str]:

@@ -119,7 +119,7 @@ def _are_classes(path: str, parts: dict[str, list[str]], others: Sequence[str]) 
     """Whether folders called train, val or test are classes like the others beside them: they hold images themselves.
 
     Raises:
-        KtrayError: it cannot be told, because train has class folders and others beside it have images.
+        KtrayError: both are possible, because train has class folders and others beside it have images.
     """
     with_images = [name for name in others if _has_images(f"{path}/{name}")]
     names = [name for names in parts.values() for name in names]
