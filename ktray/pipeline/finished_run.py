@@ -14,7 +14,7 @@ from ktray.errors import KtrayError
 from ktray.models.student.classifier import Student
 from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec
-from ktray.pipeline.resolve import labelled_task
+from ktray.pipeline.resolve import labels_of
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -113,7 +113,7 @@ class FinishedRun:
             KtrayError: the images have moved, or they have other classes.
         """
         try:
-            labelled = labelled_task(self.recipe, lambda key, value, why: None)[0]
+            labelled = labels_of(self.recipe)
         except KtrayError as error:
             raise KtrayError(
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",

@@ -65,10 +65,8 @@ class Resolved:
     reasons: list[str]
 
 
-def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
-    """Read the labels, then choose a value for each open key. The argument ``recipe`` is not changed."""
-    recipe = with_absolute_places(recipe).model_copy(deep=True)
-    reasons: list[str] = []
+def _setter(recipe: Recipe, reasons: list[str]) -> Callable[[str, Any, str], None]:
+    """A function that sets a key of ``recipe`` (key, value, reason) and appends the reason to ``reasons``."""
 
     def choose(key: str, value: Any, why: str) -> None:
         part: Any = recipe
@@ -80,6 +78,21 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             text = str(value).lower() if isinstance(value, bool) else value
             reasons.append(f"{key}={f'{value:g}' if isinstance(value, float) else text} ({why})")
 
+    return choose
+
+
+def labels_of(recipe: Recipe) -> LabelledSet:
+    """The labelled images of the task, before the other keys are chosen. The argument ``recipe`` is not changed."""
+    recipe = with_absolute_places(recipe).model_copy(deep=True)
+    return labelled_task(recipe, _setter(recipe, []))[0]
+
+
+def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
+    """Read the labels, then choose a value for each open key. The argument ``recipe`` is not changed."""
+    recipe = with_absolute_places(recipe).model_copy(deep=True)
+    reasons: list[str] = []
+
+    choose = _setter(recipe, reasons)
     require_files(recipe)
     reasons += warnings(recipe, describe_device())
     task, names, prompts = labelled_task(recipe, choose)

@@ -11,7 +11,7 @@ from ktray import recipe as recipes
 from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.pipeline.published import PUBLISHED_TEACHER, PUBLISHED_TEACHER_GPU
-from ktray.pipeline.resolve import resolve
+from ktray.pipeline.resolve import labels_of, resolve
 from ktray.recipe.choice import objectives
 
 CPU = allocate(2, 0, 1, 1, False)
@@ -190,3 +190,9 @@ def test_weights_need_predictions_that_exist_before_images_are_drawn(photos):
     with pytest.raises(KtrayError, match=r"teach\.mode=live") as refused:
         resolve(load(photos, "transfer.weight=confidence", "teach.mode=live"), CPU)
     assert "teach.mode=cached" in refused.value.remedy
+
+
+def test_labels_are_read_before_the_other_keys_are_chosen(photos):
+    recipe = load(photos)
+    assert labels_of(recipe).classes == ["Bäume", "oak tree"]
+    assert recipe.task.metric == "auto"

@@ -25,7 +25,7 @@ from ktray.jobs.compare.random_draws import Methods
 from ktray.jobs.compare.runner import Runner, open_folder
 from ktray.pipeline.checks import require_test_split
 from ktray.pipeline.failure import failure_recorded
-from ktray.pipeline.resolve import labelled_task
+from ktray.pipeline.resolve import labels_of
 from ktray.pipeline.run_folder import RUNNING
 from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump, override
@@ -56,8 +56,7 @@ def _compare(
 ) -> dict[str, Any]:
     store, whole = session.store, session.allocation
     methods = list_methods(recipe)
-    task = labelled_task(recipe.model_copy(deep=True), lambda key, value, why: None)[0]
-    require_test_split(task, "jobs/compare.py compares methods on it")
+    require_test_split(labels_of(recipe), "jobs/compare.py compares methods on it")
     seeds = recipe.compare.seeds
     at_once, why = how_many(recipe.compare.parallel, whole, len(methods) * len(seeds), session.memory)
     logger.info(f"cluster   {at_once} runs at once ({why})")

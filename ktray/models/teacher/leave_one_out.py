@@ -38,7 +38,7 @@ def leave_one_out(
         The probabilities; NaN for the only image of a class, which no other image can confirm.
     """
     n = len(labels)
-    truth = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    truth = torch.from_numpy(np.array(labels, dtype=np.int64))
     out = np.full((n, num_classes), np.nan)
     judged = np.bincount(labels, minlength=num_classes)[labels] > 1
     if not judged.any():
