@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 
 from ktray.errors import KtrayError
 from ktray.redact import scrub
-from ktray.storage import s3
+from ktray.storage import network, s3
 from ktray.storage.store import STORE_MARK
 
 # An encoded image is read into memory completely; photos are far smaller than this.
@@ -78,7 +78,8 @@ def bucket_filesystem(root: str) -> pafs.FileSystem:
         return s3.open_uri(root)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise KtrayError(
-            f"'{root}' cannot be opened: {_line(error)}", "Check its name, the credentials and AWS_ENDPOINT_URL."
+            f"'{root}' cannot be opened: {_line(error)}",
+            network.remedy(str(error)) or "Check its name, the credentials and AWS_ENDPOINT_URL.",
         ) from error
 
 

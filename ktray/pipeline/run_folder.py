@@ -4,13 +4,13 @@ uses is never taken."""
 from __future__ import annotations
 
 import contextlib
-import time
 import uuid
 from pathlib import Path
 
 import ktray
 from ktray.recipe.load import DEFAULT
 from ktray.recipe.schema import Recipe
+from ktray.storage.clock import stamp
 from ktray.storage.lease import FOLDER, Lease
 from ktray.storage.store import Dir, Store
 
@@ -38,7 +38,7 @@ def open_run(store: Store, same: str, title: str, until: contextlib.ExitStack) -
             if _recipe(folder) == same:
                 return name, folder
             _give_back(folder)  # another job has just finished this run
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{uuid.uuid4().hex[:4]}"
+    run_id = f"{stamp()}-{title}-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     _take(folder, until, wait=True)
     folder.write_json(RUNNING, {"recipe": same, "ktray": ktray.__version__})

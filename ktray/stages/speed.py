@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 from ktray.accounting.ledger import Entry
 from ktray.accounting.speeds import Measured, Speed, Speeds
 from ktray.stages.inputs import StageInputs
+from ktray.storage.clock import stamp
 from ktray.storage.store import Store
 
 FOLDER = "speeds"
@@ -24,7 +24,7 @@ def keep_speed(store: Store, inputs: StageInputs, device: str, entry: Entry) -> 
     """Keep what a finished attempt measured, for plans of later runs with this store."""
     facts = _facts(inputs, device)
     if facts and entry.images and not entry.restarts:
-        at = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        at = stamp()
         with contextlib.suppress(Exception):  # the stage is complete, and a full disk must not fail it now
             Speeds(store.sub(FOLDER)).record(facts, Measured(entry.images, entry.device_seconds), at)
 

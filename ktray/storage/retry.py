@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from ktray.storage.network import is_certificate
+
 T = TypeVar("T")
 
 RETRY_S = 120.0  # seconds after which a request is not repeated any more
@@ -44,6 +46,8 @@ def busy(error: Exception) -> bool:
     if isinstance(error, exceptions.ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return status == 429 or (status >= 500 and status != 501) or code(error) in _BUSY_CODES
+    if is_certificate(error):
+        return False
     if isinstance(error, exceptions.HTTPClientError):
         return True
     return isinstance(error, OSError) and bool(_BUSY.search(str(error)))

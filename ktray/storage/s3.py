@@ -2,7 +2,7 @@
 
 pyarrow alone fails after six seconds, and counts an answer that takes three seconds as no answer. Here the AWS SDK
 makes a few attempts, and then `ktray.storage.retry` continues. Endpoint, region, credentials and the mode of checksums
-are read from AWS's environment variables.
+are read from AWS's environment variables, proxies and certificates as `ktray.storage.network` says.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ktray.storage import network
 from ktray.storage.retry import RetryPolicy, busy, code, line
 from ktray.storage.s3_files import Reader, Writer
 
 CONNECT_S, ANSWER_S = 5.0, 30.0  # time limits in seconds for a connection and for an answer
 _SDK_ATTEMPTS = 3
+_AMAZON = "https://s3.amazonaws.com"
 _PAGE = 1000  # files in one page of a listing
 _OPTION = re.compile(r"\?(endpoint_override|region|scheme|allow_\w+)=")
 
@@ -51,11 +53,13 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError("its address contains credentials or options, which are only read from AWS_* variables")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise ValueError(f"'{bucket}' is not a valid bucket name")
-    return _open(bucket, endpoint()), path.rstrip("/")
+    server = endpoint()
+    return _open(bucket, server, network.certificates(), network.proxy_for(server or _AMAZON)), path.rstrip("/")
 
 
 @functools.lru_cache(maxsize=64)
-def _open(bucket: str, server: str | None) -> pafs.FileSystem:
+def _open(bucket: str, server: str | None, trusted: str | None, proxy: str | None) -> pafs.FileSystem:
+    """The arguments after the first are those that `S3` reads from the environment."""
     return pafs.PyFileSystem(S3(bucket))
 
 
@@ -105,10 +109,17 @@ class S3(pafs.FileSystemHandler):
         server = endpoint()
         scheme, _, host = (server or "").rstrip("/").rpartition("://")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if not server:
+        if not (server or region):
+            if network.proxy_for(_AMAZON) or network.certificates():
+                raise ValueError("behind a proxy the region of a bucket cannot be looked up: set AWS_REGION")
             region = self.retry.call(lambda: pafs.resolve_s3_region(bucket))
         self.region = region or "us-east-1"
+        secured: dict[str, Any] = {}
+        if trusted := network.certificates():
+            secured["tls_ca_file_path"] = trusted
         self.inner = pafs.S3FileSystem(
+            **secured,
+            proxy_options=network.proxy_for(server or _AMAZON),
             region=self.region,
             endpoint_override=host or None,
             scheme=scheme or "https",
@@ -142,10 +153,12 @@ class S3(pafs.FileSystemHandler):
             retries={"mode": "standard", "total_max_attempts": _SDK_ATTEMPTS},
             s3={"addressing_style": "path" if server else "auto"},
         )
-        session = botocore.session.Session()
+        core = botocore.session.Session()
         # With botocore's own parser of times, most of the time of a listing would go into parsing.
-        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
-        return boto3.session.Session(botocore_session=session).client("s3", endpoint_url=server, config=config)
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+        session = boto3.session.Session(botocore_session=core)
+        # Its proxies are those of `network.proxy_for`.
+        return session.client("s3", endpoint_url=server, config=config, verify=network.certificates())
 
     # ---------------------------------------------------------------------------- the interface of pyarrow
 

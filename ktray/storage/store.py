@@ -25,7 +25,7 @@ from typing import IO, Any
 import pyarrow.fs as pafs
 
 from ktray.errors import KtrayError, ResourceError
-from ktray.storage import s3
+from ktray.storage import network, s3
 from ktray.storage.lease import FOLDER as LEASE
 from ktray.storage.lease import Lease
 from ktray.storage.retry import retry_for
@@ -49,7 +49,7 @@ def storage_error(error: OSError, where: str) -> KtrayError:
             what,
             "This store does not support checksums after the data: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required.",
         )
-    return ResourceError(what, f"Check store= and {remedy}.")
+    return ResourceError(what, network.remedy(what) or f"Check store= and {remedy}.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.recipe.registries import TRACKERS
+from ktray.storage.network import certificates, keep_loopback
 from ktray.tracking.base import Destination, EventTracker, Sink
 
 MLFLOW = "mlflow"
@@ -316,6 +317,11 @@ def prepare(timeout: float) -> None:
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
+    keep_loopback(os.environ)
+    with contextlib.suppress(ValueError):  # a missing file is told by the client that needs it
+        trusted = certificates()
+        if trusted and not os.environ.get("MLFLOW_TRACKING_INSECURE_TLS"):
+            os.environ.setdefault("MLFLOW_TRACKING_SERVER_CERT_PATH", trusted)
     import mlflow  # noqa: F401  (its import resets the log levels)
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last one logs each retry

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -40,7 +41,8 @@ def moto() -> Iterator[str]:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on, but for ``fault``: one of `FAULTS`, or "" for none.
+    """Passes requests on, but for ``fault``: one of `FAULTS`, or "" for none. It also takes the requests that clients
+    send to a proxy, whatever host they name.
 
     Attributes:
         fault: what befalls each request now; a callable is asked with method and path.
@@ -130,12 +132,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(fault)
             return
         drop = {"transfer-encoding", "content-length", "connection", "expect"} | proxy.hide
+        if self.path.startswith("http://"):
+            drop.add("host")
         headers = {name: value for name, value in self.headers.items() if name.lower() not in drop}
         upstream = http.client.HTTPConnection(proxy.target, timeout=60)
         # moto looks, then writes: of two conditional writes at once both may succeed there.
         alone = proxy.lock if "if-none-match" in (name.lower() for name in headers) else contextlib.nullcontext()
         with alone, contextlib.closing(upstream):
-            upstream.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+            upstream.request(self.command, _local(self.path), body, headers | {"Content-Length": str(len(body))})
             answer = upstream.getresponse()
             data = answer.read()
         if fault == "lost":
@@ -162,9 +166,16 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer
 
 
+def _local(path: str) -> str:
+    """The path of a request, without the host that a client names to a proxy."""
+    return "/" + path.split("/", 3)[3] if path.startswith("http://") else path
+
+
 @contextlib.contextmanager
-def proxy(target: str) -> Iterator[Proxy]:
+def proxy(target: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     server = Proxy(target)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

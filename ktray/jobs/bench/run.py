@@ -35,6 +35,7 @@ from ktray.miniverse.photos import ensure_tars
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.reporting.result import SCHEMA, BenchResult, finished, write_result
+from ktray.storage.clock import day, stamp
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
 
@@ -72,7 +73,7 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
             for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan):
                 rows.append(row)
                 logger.info(markdown([row]).splitlines()[-1])
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-bench-{uuid.uuid4().hex[:4]}"
+    run_id = f"{stamp()}-bench-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -178,7 +179,7 @@ def _page(result: dict[str, Any], rows: list[BenchRow], rough: bool) -> str:
     gpus = ", ".join(gpu["name"] for gpu in device["gpus"]) or "no GPU"
     facts = [f"- {row.name}: {', '.join(f'{k} {_value(v)}' for k, v in row.facts.items())}" for row in rows]
     about = (
-        f"{device['cpu']}, {device['cores']} cores, {gpus}; commit {result['commit']}; {time.strftime('%Y-%m-%d')}; "
+        f"{device['cpu']}, {device['cores']} cores, {gpus}; commit {result['commit']}; {day()}; "
         f"torch {result['versions'].get('torch')}, ray {result['versions'].get('ray')}; other work before the start: "
         f"{'unknown' if result['busy_cores_before'] is None else format(result['busy_cores_before'], '.2f')} cores; "
         f"at most {result['peak_memory_bytes'] / 2**30:.1f} GiB of memory in all processes"

@@ -27,6 +27,7 @@ from ktray.recipe.export import ExportConfig
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.reporting.result import SCHEMA, ExportResult, write_result
+from ktray.storage.clock import day
 from ktray.storage.lease import Lease
 from ktray.storage.store import Dir
 
@@ -165,7 +166,7 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
         "schema": SCHEMA,
         "key": key,
         "time": time.time(),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": day(),
         "run_id": source.run_id,
         "student": {
             "name": student.name,
