@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from ktray.data import filesystem
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
+from ktray.tasks.base import task_kind
 
 _FEW_GB = 2.0
 _SHOWN = 8
@@ -106,6 +109,38 @@ def cautions(recipe: Recipe) -> list[str]:
     source = TeacherSource(str(part.name), part.checkpoint, part.config, part.image_size)
     text = family_of(source.name).caution(source)
     return [text] if text else []
+
+
+def exportable(recipe: Recipe, classes: int) -> list[str]:
+    """What stands in the way of an export of the student, as sentences.
+
+    Args:
+        recipe: a resolved recipe.
+        classes: number of classes of the task.
+    """
+    from ktray.training.inputs import StudentSpec  # slow to import
+
+    spec = StudentSpec.of(recipe, classes)
+    problem = _export_problem(
+        json.dumps([recipe.task.kind, spec.name, spec.kwargs, classes, spec.image_size, spec.options], sort_keys=True)
+    )
+    if not problem:
+        return []
+    return [
+        f"WARNING: student '{spec.name}' cannot be exported by jobs/export.py: torch cannot trace it "
+        f"({problem}). Its folder can be loaded in timm; choose another student.name for ONNX."
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _export_problem(model: str) -> str:
+    from ktray.models.flops import on_meta
+    from ktray.models.student.exportable import export_problem
+    from ktray.training.inputs import StudentSpec
+
+    kind, name, kwargs, classes, size, options = json.loads(model)
+    spec = StudentSpec(task_kind(kind), name, kwargs, classes, size, options=options)
+    return export_problem(on_meta(lambda: spec.make(bare=True).model), (size, size))
 
 
 def _prices(recipe: Recipe, device: Mapping[str, Any]) -> Iterator[str]:

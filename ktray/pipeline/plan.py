@@ -17,6 +17,7 @@ from ktray.accounting.speeds import SHIPPED as TABLE
 from ktray.accounting.speeds import STORE, Speed
 from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
+from ktray.pipeline.checks import exportable
 from ktray.pipeline.estimate import CORES, ROOFLINE, Estimate, PlannedDevice, estimate
 from ktray.pipeline.plan_gallery import gallery_images, given_embeddings, missing_images
 from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, teacher_cost, traffic_of
@@ -69,6 +70,8 @@ def show(recipe: Recipe, until: str | None = None) -> None:
     whole, speeds, unknown = _whole(store, resolved, local)
     if missing := missing_images(resolved):
         logger.warning(f"WARNING: {missing}")
+    for problem in exportable(resolved.recipe, len(resolved.task.classes)):
+        logger.warning(problem)
     logger.info(HEAD)
     planned = lines(resolved)
     traffic = traffic_of(resolved) if device.gpu else {}

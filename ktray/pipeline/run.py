@@ -23,6 +23,7 @@ from ktray.errors import KtrayError
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.models.teacher.teacher import TeacherSource
 from ktray.pipeline import results
+from ktray.pipeline.checks import exportable
 from ktray.pipeline.estimate import PlannedDevice, compared
 from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.graph import _curate, stages
@@ -69,6 +70,8 @@ def run(
     begun = time.time()
 
     def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
+        for problem in [] if trial else exportable(context.recipe, len(context.task.classes)):
+            logger.warning(problem)
         with limited(None if limit is None else partial(limit, context.ledger)):
             outputs = stages(context, trial)
         if trial:

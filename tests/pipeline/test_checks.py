@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from ktray import recipe as recipes
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.errors import KtrayError
-from ktray.pipeline.checks import require_files, require_test_split, task_counts, warnings
+from ktray.models.student.exportable import export_problem
+from ktray.pipeline.checks import exportable, require_files, require_test_split, task_counts, warnings
+from ktray.tasks.base import task_kind
 
 DEVICE = {"cores": 2, "gpus": [{"name": "NVIDIA L4"}], "instance": "g6.xlarge"}
 
@@ -64,3 +68,41 @@ def test_the_counts_of_a_task() -> None:
     assert task_counts(many, True).startswith("100 classes (c0, c1, c2, c3, c4, c5, c6, c7, ...): 100 training")
     with pytest.raises(KtrayError, match="There is no test image, and it needs one"):
         require_test_split(task, "it needs one")
+
+
+class _Branches(torch.nn.Module):
+    """A network whose next layer depends on the values, which no trace can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean((2, 3))
+        return self.layer(pooled if pooled.sum() > 0 else -pooled)
+
+
+def test_a_student_that_cannot_be_exported_is_told_before_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe("student.name=test_resnet", "image_size=32")
+    assert exportable(asked, 3) == []
+    kind = task_kind("classification")
+    built = kind.build_student("test_resnet", {}, 3, 32)
+    monkeypatch.setattr(built, "model", _Branches())
+    monkeypatch.setattr(type(kind), "build_student", lambda *_, **__: built)
+    (told,) = exportable(asked, 4)
+    assert "student 'test_resnet' cannot be exported by jobs/export.py" in told
+    assert "data-dependent" in told
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit", "test_efficientnet"])
+def test_what_can_be_traced_has_no_problem(name: str) -> None:
+    """The reference is the exported program itself, run on another batch size."""
+    model = timm.create_model(name, num_classes=3).eval()
+    size = model.default_cfg["input_size"][1:]
+    assert export_problem(model, size) == ""
+    example = torch.randn(2, 3, *size)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},)).module()
+    more = torch.randn(5, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(program(more), model(more))
