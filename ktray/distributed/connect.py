@@ -13,6 +13,7 @@ from typing import Any
 
 import ktray
 from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.explain import OOM_RETRIES
 from ktray.distributed.surroundings import (
     LEAST_OBJECT_STORE,
     check_address,
@@ -59,6 +60,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # After a start of workers that did not find the room it expected, Ray Train checks again after this time.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        "RAY_task_oom_retries": str(OOM_RETRIES),
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

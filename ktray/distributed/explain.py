@@ -57,6 +57,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
             if link.errno in _FULL or isinstance(link, ConnectionError | TimeoutError):
                 code = RESOURCES
             return str(storage_error(link, str(link.filename or "store"))), code
+    for link in chain:
+        if type(link).__name__ == "OutOfMemoryError":
+            return str(out_of_memory("A task", link)), RESOURCES
     last = chain[-1]
     text = " ".join(str(last).split()) or type(last).__name__
     where = next(
@@ -65,6 +68,29 @@ def _explain(error: BaseException) -> tuple[str, int]:
     lost = any(_LOST.search(type(link).__name__) or isinstance(link, MemoryError) for link in chain)
     line = f"{type(last).__name__}: {text[-400:]} ({where}run with --debug to see the traceback)"
     return line, RESOURCES if lost or isinstance(last, ConnectionError | TimeoutError) else FAULT
+
+
+def out_of_memory(what: str, error: BaseException, attempts: int = 0, remedy: str = "") -> ResourceError:
+    """The error for work that Ray's memory monitor ended.
+
+    Args:
+        what: what was ended, at the beginning of a sentence.
+        error: Ray's `OutOfMemoryError`, whose text says how much memory its machine has.
+        attempts: how often it was tried; 0: as often as Ray repeats a task (`OOM_RETRIES`).
+        remedy: what to change, as a sentence.
+    """
+    used = re.search(r"was (\S+ used / \S+) limit", str(error))
+    times = f" in {attempts} attempt{'s' if attempts > 1 else ''}" if attempts else ", again and again"
+    return ResourceError(
+        f"{what} ran out of memory{times} ({used[1] if used else 'all'} on its machine)",
+        remedy
+        or "Use machines with more memory for each CPU, start Ray with fewer CPUs (--num-cpus), or end other programs; "
+        "finished parts are kept.",
+    )
+
+
+OOM_RETRIES = 5
+"""How often a task is repeated that was ended for want of memory. Ray alone repeats it for ever."""
 
 
 def user_error(error: BaseException) -> KtrayError | None:

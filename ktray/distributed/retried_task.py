@@ -6,7 +6,6 @@ Work on a GPU is done in a device worker, which already has CUDA open.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -14,7 +13,7 @@ from typing import Any, TypeVar, cast
 from ktray.distributed import watchdog
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_workers import WORKERS
-from ktray.errors import ResourceError
+from ktray.distributed.explain import out_of_memory
 
 T = TypeVar("T")
 logger = logging.getLogger("ktray")
@@ -64,18 +63,13 @@ def run_with_retries(
             return result
         except again as error:
             failures += 1
-            out_of_memory = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
+            greedy = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
             if failures <= max_failures:
-                why = "it ran out of memory" if out_of_memory else type(error).__name__
+                why = "it ran out of memory" if greedy else type(error).__name__
                 logger.warning(f"{what} was lost ({why}); it is started again ({failures} of at most {max_failures})")
                 continue
-            if out_of_memory:
-                used = re.search(r"was (\S+ used / \S+) limit", str(error))
-                raise ResourceError(
-                    f"{what[0].upper()}{what[1:]} ran out of memory in {failures} "
-                    f"{'attempts' if failures > 1 else 'attempt'} ({used[1] if used else 'all'} on its machine)",
-                    remedy,
-                ) from error
+            if greedy:
+                raise out_of_memory(f"{what[0].upper()}{what[1:]}", error, failures, remedy) from error
             raise
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from ktray.distributed import surroundings
 from ktray.distributed.connect import _object_store
+from ktray.distributed.explain import exit_code, explain
 from ktray.errors import ResourceError
 
 
@@ -104,3 +108,38 @@ def test_a_user_with_a_home_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     environment: dict[str, str] = {}
     assert surroundings.give_a_home(environment) == ""
     assert environment["HOME"] == str(tmp_path)
+
+
+def test_a_task_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "1 worker(s) were killed. Memory on the node (IP: 10.0.0.1) was 9.4GB used / 10.0GB limit (0.94)"
+    error = RuntimeError("a stage failed")
+    error.__cause__ = OutOfMemoryError(text)
+    assert exit_code(error) == 3
+    assert "A task ran out of memory, again and again (9.4GB used / 10.0GB on its machine)" in explain(error)
+
+
+_GREEDY = """
+import os, sys, time
+os.environ["RAY_memory_usage_threshold"] = "0.001"  # whatever runs is too much
+os.environ["RAY_memory_monitor_refresh_ms"] = "100"
+os.environ["RAY_task_oom_retries"] = "1"
+from ktray.distributed.connect import connect
+from ktray.distributed.explain import exit_code, explain
+connect()
+import ray.data
+def slow(block):
+    time.sleep(2)
+    return block
+try:
+    ray.data.range(4, override_num_blocks=1).map_batches(slow).take_all()
+except Exception as error:
+    print(explain(error))
+    sys.exit(exit_code(error))
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="half a minute; KTRAY_LONG_TESTS=1 runs it")
+def test_a_task_that_never_has_enough_memory_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", _GREEDY], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 3, ended.stderr
+    assert "ran out of memory" in ended.stdout
