@@ -128,6 +128,12 @@ CASES = {
         {f"{s}/{c}": n for c in "abc" for s, n in (("train", 1), ("val", 4))}, dict.fromkeys("abc", 5)
     ),
     "two images a class": Case({"a": 2, "b": 2}, {"a": 2, "b": 2}, says="no test image"),
+    "classes a level lower": Case(
+        {"pets/cat": 6, "pets/dog": 6}, says="'cat', 'dog' are the classes, set task.data=.*/pets"
+    ),
+    "raw photos beside images": Case(
+        {"a": 6, "b": 6, "a/IMG_1.NEF": b"II*\0" + b"\0" * 60}, {"a": 6, "b": 6}, says="ignored"
+    ),
     "one class": Case({"a": 9}, says="only one class"),
     "no images": Case({"a/x.txt": b"", "b/y.txt": b""}, says="no images in class folders"),
     "loose images": Case({".": 4}, says="4 images directly .* not in a class folder"),

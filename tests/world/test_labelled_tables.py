@@ -37,6 +37,9 @@ def csv_text(separator: str, quote: bool = True, end: str = "\n", names: tuple[s
         ("UTF-16", csv_text(";").encode("utf-16")),
         ("other names", csv_text(",", names=("file_name", "class")).encode()),
         ("spaces and empty lines", csv_text(", ").replace("\n", "\n\n").encode()),
+        ("Excel's line with the separator", b"sep=;\r\n" + csv_text(";", end="\r\n").encode()),
+        ("line ends of old Macs", csv_text(",", end="\r").encode()),
+        ("backslashes of Windows", csv_text(",").replace("/", chr(92)).encode()),
         ("trailing separators", csv_text(",").replace("\n", ",,\n").encode()),
     ],
 )
@@ -166,3 +169,17 @@ def test_a_column_that_may_be_a_group_is_told(tmp_path: Path, put: Callable[...,
     assert any("task.group=lesion_id" in note for note in found.notes)
     grouped = read_labelled(str(tmp_path / "l.csv"), seed=0, group="lesion_id")
     assert not any("may name images that belong together" in note for note in grouped.notes)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(KtrayError, match=r"'.*photos.zip' is an archive. Unpack it"):
+        read_labelled(str(tmp_path / "photos.zip"), seed=0)
+
+
+def test_a_backslash_in_a_name_is_kept(tmp_path: Path, put: Callable[..., None]) -> None:
+    put("x", 8)
+    (tmp_path / "x" / "000.jpg").rename(tmp_path / "x\\000.jpg")
+    (tmp_path / "l.csv").write_text(csv_text(",").replace("x/000", "x\\000"))
+    found = read_labelled(str(tmp_path / "l.csv"), seed=0)
+    assert len(found.train) + len(found.val) + len(found.test) == 8

@@ -18,6 +18,7 @@ from ktray.errors import KtrayError
 
 # Names of folders that hold images of any class.
 _NO_CLASSES = ("images", "image", "imgs", "img", "photos", "unlabeled", "unlabelled", "unknown", "test_images")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 FORMS = (
     "Name a folder with train/, val/ and test/ that contain class folders, a folder of class folders, or a CSV or "
     "Parquet list with the columns path,label[,split]."
@@ -51,6 +52,8 @@ def read_rows(data: str, notes: list[str], group: str | None = None, layout: str
         return rows
     if is_csv(path) or is_parquet(path):
         return read_table(file, notes, group)
+    if path.lower().endswith(_ARCHIVES):
+        raise KtrayError(f"'{path}' is an archive", "Unpack it, and set task.data to the folder.")
     raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
 
 

@@ -91,6 +91,15 @@ def read_labelled(
     )
 
 
+def _deeper(rows: Sequence[LabelledRow], data: str) -> str:
+    """A remedy for class folders that are a level too low for ``data``; empty if there are none."""
+    parts = [row.key.split("/") for row in rows]
+    below = {part[1] for part in parts if len(part) > 2}
+    if len(below) < 2 or len({part[0] for part in parts}) > 1:
+        return ""
+    return f"If {three(sorted(below))} are the classes, set task.data={normalise(data)}/{parts[0][0]}."
+
+
 def _classes(rows: Sequence[LabelledRow], data: str) -> list[str]:
     names = {r.label for r in rows if r.split == "train"}
     unknown = Counter(r.label for r in rows if r.split in ("val", "test") and r.label not in names)
@@ -103,7 +112,8 @@ def _classes(rows: Sequence[LabelledRow], data: str) -> list[str]:
     if len(names) < 2:
         present = f"only one class, {three(names)}" if names else "no training images"
         raise KtrayError(
-            f"'{data}' has {present}", "Classification needs at least two classes. Add a class, for example 'other'."
+            f"'{data}' has {present}",
+            _deeper(rows, data) or "Classification needs at least two classes. Add a class, for example 'other'.",
         )
     return in_order(names)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from ktray.recipe.registries import SOURCES
 
 CSV_SUFFIXES = (".csv", ".tsv")
 _SEPARATORS = (",", ";", "\t", "|")
+_TOLD = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line with which files name their separator to Excel
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -85,12 +87,14 @@ class CsvTable:
         path: the file.
         names: names of the columns, in order, stripped.
         separator, encoding: as recognised by the header.
+        header: number of the header's line; 2 after Excel's line ``sep=;``.
     """
 
     path: str
     names: list[str]
     separator: str
     encoding: str
+    header: int = 1
 
     @classmethod
     def open(cls, path: str) -> CsvTable:
@@ -104,12 +108,17 @@ class CsvTable:
                 start = bytes(stream.read(4))
             encoding = "utf-16" if start.startswith(_UTF16) else "utf-8-sig"
             with _text(path, encoding) as lines:
-                header = next(iter(lines), "")
+                header = next(lines, "")
+                told = _TOLD.fullmatch(header.strip())
+                if told:
+                    header = next(lines, "")
             # Excel writes the separator of its language, in most of Europe a semicolon.
             separator = max(_SEPARATORS, key=lambda sign: (len(_cells(header, sign)), -_SEPARATORS.index(sign)))
+            separator = told[1] if told else separator
             if not header.strip():
                 raise no_rows(path)
-            return cls(path, [cell.strip() for cell in _cells(header, separator)], separator, encoding)
+            names = [cell.strip() for cell in _cells(header, separator)]
+            return cls(path, names, separator, encoding, 2 if told else 1)
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
         """The cells of these columns, row by row, stripped; missing cells are empty. Empty lines are left out.
@@ -120,8 +129,9 @@ class CsvTable:
         at = [self.names.index(name) for name in columns]
         with _errors(self.path), _text(self.path, self.encoding) as lines:
             reader = csv.reader(lines, delimiter=self.separator, skipinitialspace=True)
-            next(reader, None)
-            for number, cells in enumerate(reader, 2):
+            for _ in range(self.header):
+                next(reader, None)
+            for number, cells in enumerate(reader, self.header + 1):
                 if len(cells) > len(self.names) and any(cell.strip() for cell in cells[len(self.names) :]):
                     raise KtrayError(
                         f"List '{self.path}' has more cells than columns in line {number}",

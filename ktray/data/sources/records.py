@@ -35,12 +35,14 @@ class ImageRecord:
             object.__setattr__(self, "caption", self.caption[:MOST_CAPTION])
 
 
-# Files that are not images, whatever they contain, and whose content need not be looked at.
+# Files that are not images, whatever they contain, and whose content need not be looked at. Raw photos (the last line)
+# begin as TIFF does, with a small preview as their first image.
 _NO_IMAGES = (
     ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".htm", ".pdf", ".npy", ".npz", ".mat", ".pt",
     ".pth", ".h5", ".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".parquet", ".arrow", ".db", ".ini", ".log", ".yaml",
     ".yml", ".py", ".ipynb", ".sh", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".mp3", ".wav", ".lnk", ".url", ".xmp",
     ".aae", ".part", ".crdownload", ".tmp", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx",
+    ".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw",
 )  # fmt: skip
 
 

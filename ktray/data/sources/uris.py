@@ -13,6 +13,7 @@ Names after the ``#`` are percent-encoded; paths before it are unchanged.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -79,7 +80,8 @@ Held = dict[ImageRef, One]
 
 
 def resolve(path: str, listed_in: str) -> str:
-    """Resolve a path from a list: an absolute path, a uri, or a path relative to the folder of the list."""
+    """Resolve a path from a list: an absolute path, a uri, or a path relative to the folder of the list, also with the
+    backslashes of Windows."""
     if not path:
         return path
     if filesystem.is_remote(path):
@@ -87,4 +89,9 @@ def resolve(path: str, listed_in: str) -> str:
     folder = listed_in.rpartition("/")[0]
     if filesystem.is_remote(listed_in):  # a remote list must not refer to local files, also not with file://
         return f"{folder}/{path}"
-    return filesystem.normalise(path if path.startswith(("/", "~", "file://")) else f"{folder}/{path}")
+    found = filesystem.normalise(path if path.startswith(("/", "~", "file://")) else f"{folder}/{path}")
+    if "\\" in path and not os.path.exists(found):
+        # A list of Windows. Elsewhere a backslash is an ordinary character, so that the file decides.
+        other = filesystem.normalise(f"{folder}/{path.replace(chr(92), '/')}")
+        return other if os.path.exists(other) else found
+    return found
