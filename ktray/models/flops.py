@@ -7,6 +7,7 @@ activations and other elementwise operations, a few per cent in these models, ar
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -15,6 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+_ALONE = threading.RLock()
+
 
 def count_flops(run: Callable[[], object]) -> int:
     """FLOPs of everything that `run` executes, including backward passes.
@@ -22,14 +25,16 @@ def count_flops(run: Callable[[], object]) -> int:
     Attention is executed as plain matrix products, so that the count of a model is the same on every device: fused
     kernels recompute in the backward pass, or are invisible to the counter, such as the encoder's fast path.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            run()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # The choice of kernels belongs to the process. Two counts at once would restore each other's choice.
+    with _ALONE:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+                run()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
 
 

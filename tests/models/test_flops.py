@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,28 @@ def test_attention_is_counted_in_evaluation_of_multihead_attention() -> None:
     attention = 2 * (2 * tokens * tokens * 16)
     assert forward_flops(layer, (tokens, 16)) == linear + attention
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_counts_at_once_leave_the_choice_of_kernels_as_it_was() -> None:
+    """The second count begins while the first one runs, and would end after it."""
+    first, second = threading.Event(), threading.Event()
+
+    def early() -> None:
+        first.set()
+        second.wait(timeout=0.3)
+
+    def late() -> None:
+        second.set()
+        time.sleep(0.1)
+
+    threads = [threading.Thread(target=count_flops, args=(run,)) for run in (early, late)]
+    threads[0].start()
+    assert first.wait(timeout=10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_a_vit_equals_the_closed_form() -> None:
