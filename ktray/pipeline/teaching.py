@@ -36,7 +36,14 @@ def choose_teaching(recipe: Recipe, plan: Allocation, images: int, classes: int,
     drawn = int(recipe.train.steps or 1) * int(recipe.train.batch_size or 1)
     if recipe.teach.views == "auto":
         if are_photographs(recipe):
-            choose("teach.views", VIEWS_PHOTOGRAPHS, "photographs")
+            # More views than training uses would be computed for nothing.
+            used = max(1, min(VIEWS_PHOTOGRAPHS, drawn // max(1, images)))
+            why = (
+                "photographs"
+                if used == VIEWS_PHOTOGRAPHS
+                else f"training uses {drawn / max(1, images):.1f} of each image"
+            )
+            choose("teach.views", used, why)
         else:
             recipe.teach.views = VIEWS
     views = recipe.teach.view_count if traits.views == "fixed" else 1

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from ktray.recipe.section import Section
+
+
+def _as_text(value: Any) -> Any:
+    """The text of a number, for the Python API: tags are text."""
+    return str(value) if isinstance(value, bool | int | float) else value
 
 
 class ClusterConfig(Section):
@@ -90,6 +95,6 @@ class MLflowConfig(Section):
         "or those of other packages",
     )
     run_name: str | None = Field(None, description="name of the run in MLflow; null: the name of the run folder")
-    tags: dict[str, str | int | float | bool] = Field(
+    tags: dict[str, Annotated[str, BeforeValidator(_as_text)]] = Field(
         default_factory=dict, description="tags of the run in MLflow, such as {team: vision}"
     )

@@ -164,7 +164,9 @@ def _validate(raw: dict[str, Any], explicit: Collection[str]) -> Recipe:
         raise KtrayError(
             f"Recipe key '{'.'.join(where)}' does not accept {first.get('input')!r}: "
             f"{first['msg'].removeprefix('Value error, ')}",
-            "--help lists the type of each key.",
+            f"Write a list, also of one element, as '{'.'.join(where)}=[a, b]'."
+            if first["type"] == "list_type"
+            else "--help lists the type of each key.",
         ) from error
 
 

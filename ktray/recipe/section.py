@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A section of the recipe. It refuses unknown keys and validates assigned values."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 def digest(*values: Any) -> str:

@@ -89,7 +89,7 @@ def test_a_file_is_read_like_the_command_line(tmp_path):
     assert recipe.train.lr == 0.001
     assert recipe.mlflow.run_name == "2026-11-27"
     assert recipe.mlflow.experiment == "42"
-    assert recipe.mlflow.tags == {"on": "yes", "n": 3}
+    assert recipe.mlflow.tags == {"on": "yes", "n": "3"}
     assert recipe.student.kwargs == {"a": 0.001, "b": "2026-11-27"}
 
 
