@@ -181,6 +181,14 @@ def test_a_size_or_floor_that_cannot_be_is_refused(photos, wrong):
         load(photos, wrong)
 
 
+@pytest.mark.parametrize(("steps", "views"), [(2, 1), (8, 5), (500, 8)])
+def test_no_more_views_are_stored_than_training_uses(photos, steps, views):
+    """10 images a step, 15 images: 1.3, 5.3 and 333 views of each image are used."""
+    keys = (f"train.steps={steps}", "train.batch_size=10", "transfer.size=15", "image_size=64")
+    part = resolve(load(photos, *keys), CPU).recipe.teach
+    assert (part.views, part.mode) == (views, "cached")
+
+
 def test_weights_need_predictions_that_exist_before_images_are_drawn(photos):
     found = resolve(load(photos, "transfer.weight=confidence", "teach.views=50"), CPU)
     assert (found.recipe.transfer.weight, found.recipe.teach.mode) == ("confidence", "cached")
