@@ -12,12 +12,25 @@ from ktray.recipe.section import Section
 
 class BenchConfig(Section):
     only: list[
-        Literal["read", "embed", "search", "ingest", "train", "workers", "startup", "reuse", "memory", "gpu", "order"]
+        Literal[
+            "read",
+            "embed",
+            "search",
+            "ingest",
+            "train",
+            "workers",
+            "startup",
+            "reuse",
+            "memory",
+            "gpu",
+            "order",
+            "neighbour",
+        ]
     ] = Field(
         ["read", "embed", "search", "ingest", "train", "workers", "startup"],
         min_length=1,
-        description="parts that are measured; reuse and memory take long, gpu needs one, and order does not depend on "
-        "the machine, so that they are measured only where this list names them",
+        description="parts that are measured; reuse, memory and neighbour take long, gpu needs one, and order does not "
+        "depend on the machine, so that they are measured only where this list names them",
     )
     quick: bool = Field(False, description="measure each part once, on few images and vectors, for a rough result")
     json_file: Place | None = Field(None, description="file that receives a copy of result.json; null: no copy")

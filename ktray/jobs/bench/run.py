@@ -23,6 +23,7 @@ from ktray.jobs.bench.lesson import CASES
 from ktray.jobs.bench.machine import busy_cores, peak_memory
 from ktray.jobs.bench.memory import memory
 from ktray.jobs.bench.mlflow import log
+from ktray.jobs.bench.neighbour import neighbour
 from ktray.jobs.bench.order import order
 from ktray.jobs.bench.reading import reading
 from ktray.jobs.bench.reuse import reuse
@@ -159,6 +160,10 @@ def _gpu(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
     return gpu(folder, plan, usable_cpus(), recipe.bench.quick, recipe.bench.vectors)
 
 
+def _neighbour(recipe: Recipe, folder: Path, plan: Allocation) -> Iterator[BenchRow]:
+    return neighbour(folder, plan, recipe.bench.repeats, recipe.bench.quick)
+
+
 _BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = {
     "read": _read,
     "embed": _embed,
@@ -171,6 +176,7 @@ _BENCHES: dict[str, Callable[[Recipe, Path, Allocation], Iterable[BenchRow]]] = 
     "memory": _memory,
     "gpu": _gpu,
     "order": _order,
+    "neighbour": _neighbour,
 }
 
 
