@@ -42,7 +42,9 @@ def gallery_shards(
         return []
     entries = [data] if isinstance(data, str) else list(data)
     whole_folders = {
-        entry: shards_of_folder for entry in entries if (shards_of_folder := folder_shards(entry, images)) is not None
+        entry: shards_of_folder
+        for entry in entries
+        if (shards_of_folder := folder_shards(entry, images, column=column)) is not None
     }
     remaining = [entry for entry in entries if entry not in whole_folders]
     shards = list_shards(remaining, column=column) if remaining or not whole_folders else []
