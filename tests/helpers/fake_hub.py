@@ -158,9 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return
         if name in self.state.gated:
-            return self._refuse(403, "GatedRepo", "Access to it is restricted.")
+            self._refuse(403, "GatedRepo", "Access to it is restricted.")
+            return
         if path not in files:
-            return self._refuse(404, "EntryNotFound", "Entry not found")
+            self._refuse(404, "EntryNotFound", "Entry not found")
+            return
         data = files[path]
         status, asked = 200, self.headers.get("Range")
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(data)}"', "Accept-Ranges": "bytes"}

@@ -216,8 +216,8 @@ def _pattern(pattern: str, notes: list[str], group: str | None) -> list[Labelled
 
 
 def _tables_below(path: str, notes: list[str], group: str | None) -> list[LabelledRow]:
-    """The rows of tables (Parquet files, tar shards, ...) in a folder, in its folder ``data``, or in its only folder that
-    has some; none if there are no such files. CSV lists must be named themselves."""
+    """The rows of tables (Parquet files, tar shards, ...) in a folder, in its folder ``data``, or in its only folder
+    that has some; none if there are no such files. CSV lists must be named themselves."""
     found: dict[str, list[FileStat]] = defaultdict(list)
     files = _one_kind(path, [file for file in filesystem.walk(path) if file.size >= 0])
     for file, _ in files:

@@ -6,6 +6,7 @@ captions and labels are the same for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -119,16 +120,14 @@ class RowSource(Source):
     def tables(self, path: str, file: FileStat | None) -> list[LabelTable]:
         return [self.label_table(path)]
 
-    def label_table(self, path: str, split: str | None = None) -> LabelTable:
-        """The labels of a table.
+    def label_table(self, path: str, split: str | None = None, version: str = "") -> LabelTable:
+        """The labels of a table; see `LabelTable` for the arguments.
 
         Raises:
             KtrayError: the table is damaged.
         """
-        try:
+        with self._whole(path):
             footer = self.footer(path)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise KtrayError(f"List '{path}' is not a complete {self.form}: {why(error)}", "Write it again.") from error
         inside = any(holds_image(f) for f in footer.schema)
         images = image_column(footer.schema, "auto", path) if inside else None
 
@@ -143,7 +142,8 @@ class RowSource(Source):
                     f"List '{path}' is not a complete {self.form}: {why(error)}", "Write it again."
                 ) from error
 
-        return LabelTable(path, footer.schema, footer.rows, read, uri if inside else None, images, split)
+        place = uri if inside else None
+        return LabelTable(path, footer.schema, footer.rows, read, place, images, split, version=version)
 
     def _shards(self, file: FileStat, cut: Cut) -> list[Shard]:
         name = self.ref.kind
@@ -165,6 +165,13 @@ class RowSource(Source):
             )
             for start, count in ranges(footer.group_rows, cut.rows)
         ]
+
+    @contextlib.contextmanager
+    def _whole(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise KtrayError(f"List '{path}' is not a complete {self.form}: {why(error)}", "Write it again.") from error
 
     def _why_broken(self, path: str) -> str:
         try:

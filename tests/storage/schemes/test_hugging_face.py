@@ -80,8 +80,11 @@ def test_the_version_of_a_file_is_that_of_its_content(pets: FakeHub, monkeypatch
     before = filesystem.stat(f"{PETS}/README.md")
     same = filesystem.stat(f"{PETS}@v1/README.md")
     other = filesystem.stat(f"{PETS}/data/test-00000-of-00001.parquet")
-    assert before is not None and same is not None and other is not None
-    assert before.size == 6 and before.mtime_ns == same.mtime_ns
+    assert before is not None
+    assert same is not None
+    assert other is not None
+    assert before.size == 6
+    assert before.mtime_ns == same.mtime_ns
     assert other.mtime_ns not in (0, before.mtime_ns)
 
 
