@@ -21,12 +21,11 @@ from ktray.data.filesystem import FileStat
 from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc
 from ktray.data.sources.base import LabelTable, in_order
 from ktray.data.sources.csv_lists import CsvTable, is_csv, no_rows
-from ktray.data.sources.parquet_tables import PATH_NAMES
+from ktray.data.sources.parquet_tables import LABEL_NAMES, PATH_NAMES
 from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import KtrayError
 
-# Names of the columns with the label and with the split, the preferred ones first.
-LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "coarse_label")
+# Names of the column with the split, the preferred ones first.
 SPLIT_NAMES = ("split", "subset", "partition")
 # Names of columns that probably name a group of images which are not independent.
 _GROUP_LIKE = re.compile(

@@ -16,6 +16,8 @@ from ktray.errors import KtrayError
 BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
 CAPTION_NAMES = ("caption", "text", "txt")
+# Names of the column with the label, the preferred ones first.
+LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "coarse_label")
 # Instead of a whole row group, a batch of rows is in memory at a time; it has fewer rows if they may be large.
 _BATCH_ROWS = 64
 _BATCH_BYTES = 1 << 32
