@@ -92,11 +92,15 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if parts[:2] == ["api", "whoami-v2"]:
             self._json({"name": "me", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        elif self.command == "POST" and self.headers.get("Authorization") != "Bearer hf_test":
+            self._refuse(403, "", "This token may not write.")
         elif parts[:3] == ["api", "repos", "create"]:
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.state.files.setdefault(f"models/{name}", {})
             self._json({"url": f"{self.state.endpoint}/{name}", "name": name, "id": name})
+        elif parts[:2] == ["api", "validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
         elif parts[0] == "api":
             self._api(parts[1], "/".join(parts[1:4]), parts[4:], query, body)
         else:

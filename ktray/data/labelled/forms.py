@@ -219,8 +219,8 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
     """The rows of tables (Parquet files, tar shards, ...) in a folder, in its folder ``data``, or in its only folder
     that has some; none if there are no such files. CSV lists must be named themselves."""
     found: dict[str, list[FileStat]] = defaultdict(list)
-    files = _one_kind(path, [file for file in filesystem.walk(path) if file.size >= 0])
-    for file, _ in files:
+    tables = _one_kind(path, [file for file in filesystem.walk(path) if file.size >= 0])
+    for file, _ in tables:
         found[file.path.rpartition("/")[0]].append(file)
     for folder in (path, f"{path}/data"):
         if folder in found:
@@ -234,7 +234,7 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
     if len(found) > 1:
         names = [folder.removeprefix(f"{path}/") for folder in sorted(found)]
         raise KtrayError(
-            f"'{path}' has {files[0][1]} in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
+            f"'{path}' has {tables[0][1]} in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
         )
     return read_tables(next(iter(found.values())), notes, group) if found else []
 

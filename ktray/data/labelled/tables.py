@@ -46,6 +46,7 @@ class _Table:
         classes: names of the class numbers.
         first: number of the first row in messages.
         keys: see `LabelTable`.
+        named: the files of the images may be missing.
     """
 
     rows: Iterator[tuple[str, str, str, str]]
@@ -53,6 +54,7 @@ class _Table:
     classes: list[str] = field(default_factory=list)
     first: int = 1
     keys: Sequence[str] = ()
+    named: bool = True
 
 
 def is_table(path: str) -> bool:
@@ -155,7 +157,7 @@ def _labelled(
         notes.append(f"{without} rows of '{name_in_keys}' have no label (-1) and are ignored.")
     if not rows and not without:
         raise no_rows(path)
-    if rows and not any(map(_reachable, rows)):
+    if rows and table.named and not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
             "Check the paths: they are absolute, s3://, or relative to the folder of the list.",
@@ -237,7 +239,9 @@ def _columns(table: LabelTable, group: str | None, notes: list[str]) -> _Table:
             path_cell, label, split, member = (cell_text(columns[name][i]) if name else "" for name in wanted)
             yield path_cell, label, split, member
 
-    return _Table(rows(), table.uri, class_names(table.schema, described[0]), keys=table.keys)
+    return _Table(
+        rows(), table.uri, class_names(table.schema, described[0]), keys=table.keys, named=table.named or not table.uri
+    )
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:

@@ -88,6 +88,7 @@ class LabelTable:
         fixed: columns that have the same value in all rows, and are not in ``schema``.
         keys: names of the rows that are the same on every machine; empty: their numbers.
         version: version of its content; empty: that of the file.
+        named: the uris come from names in the table, so that their files may be missing.
     """
 
     path: str
@@ -100,6 +101,7 @@ class LabelTable:
     fixed: dict[str, str] = field(default_factory=dict)
     keys: Sequence[str] = ()
     version: str = ""
+    named: bool = False
 
 
 class Source(ABC):

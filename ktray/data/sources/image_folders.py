@@ -145,6 +145,7 @@ class _Metadata:
             split=split or None,
             keys=[uri.removeprefix(f"{folder}/") for uri in uris],
             version=f"list {stat.size}:{stat.mtime_ns}" if stat else "",
+            named=True,
         )
 
 

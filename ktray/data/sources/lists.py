@@ -51,10 +51,11 @@ def gallery_shards(
     return [*shards, *(shard for entry in entries if entry in whole_folders for shard in whole_folders[entry])]
 
 
-def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None) -> list[Shard]:
+def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:
     """The shards of `gallery_shards` that are from folders with embeddings."""
     entries = [data] if isinstance(data, str) else data
-    return [shard for entry in entries for shard in folder_shards(entry, images, embedded=True) or []]
+    found = (shard for entry in entries for shard in folder_shards(entry, images, embedded=True, column=column) or [])
+    return [shard for shard in found if shard.source.has_embeddings]
 
 
 def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:

@@ -49,7 +49,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and holds_bytes(kind.field(at).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 # Columns of bytes with these names are text: Spark writes text without saying that it is text.
@@ -68,7 +68,7 @@ def holds_image(column: pa.Field) -> bool:
 def holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return holds_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> str:
