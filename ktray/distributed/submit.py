@@ -23,6 +23,8 @@ PASSED_ON = (
     "NCCL_SOCKET_IFNAME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
+    "AZURE_STORAGE_ACCOUNT",
+    "GOOGLE_CLOUD_ANONYMOUS",
     "KTRAY_INSTANCE",
 )
 # Everyone who can reach the dashboard can read a job's environment, so these variables must be set on the nodes.
@@ -35,6 +37,9 @@ SECRET = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "HF_TOKEN",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "GOOGLE_APPLICATION_CREDENTIALS",
 )
 CLIENT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # variables for the command itself; the nodes have their own values
 # Folders that are not sent, in addition to those in .gitignore and those that Ray excludes (.git, .venv, venv,

@@ -116,12 +116,12 @@ class TaskConfig(Section):
 class GalleryConfig(Section):
     data: list[Place] | Place | None = Field(
         None,
-        description="unlabelled images: a folder, tar shards, Parquet or CSV, local or s3://; one address or a list "
-        "of them",
+        description="unlabelled images: a folder, tar shards, Parquet or CSV, local, s3:// or hf://datasets/ORG/NAME; "
+        "one address or a list of them",
     )
     column: str = Field(
         "auto",
-        description="column of a Parquet gallery that holds the images' bytes or paths; auto: recognised by type "
+        description="column of a gallery in tables that holds the images' bytes or paths; auto: recognised by type "
         "and name",
     )
     images: list[Place] | Place | None = Field(
