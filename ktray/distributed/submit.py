@@ -21,10 +21,7 @@ PASSED_ON = (
     "MLFLOW_TRACKING_URI",
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
-    "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
-    "AZURE_STORAGE_ACCOUNT",
-    "GOOGLE_CLOUD_ANONYMOUS",
     "KTRAY_INSTANCE",
 )
 # Everyone who can reach the dashboard can read a job's environment, so these variables must be set on the nodes.

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 
 from ktray.errors import KtrayError
-from ktray.models.messages import cause, unknown_name
+from ktray.models.messages import cause
 
 HUB, FOLDER = "hf-hub", "local-dir"
 TIMM, OPEN_CLIP, TRANSFORMERS = "timm", "open_clip", "transformers"
@@ -124,7 +124,10 @@ def open_snapshot(name: str, key: str) -> Snapshot:
 def _check(name: str, key: str, config: dict[str, Any]) -> None:
     architecture, arguments = config["architecture"], config.get("model_args") or {}
     if not isinstance(architecture, str) or ":" in architecture or not timm.is_model(architecture):
-        raise unknown_name("timm model", f"{architecture} (of {name})", timm.list_models(), key)
+        raise KtrayError(
+            f"The config of '{name}' names the architecture '{architecture}', which the installed timm does not have",
+            f"Install a newer timm, or choose another {key}.",
+        )
     wrong = [argument for argument in arguments if argument in _REFUSED]
     if wrong:
         raise KtrayError(

@@ -104,6 +104,11 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _ratio(width: int, embed_dim: int) -> float:
+    """The ratio for which timm's ``int(embed_dim * ratio)`` is the width, whatever the rounding."""
+    return (width + 0.5) / embed_dim
+
+
 def _dinov2(config: Mapping[str, Any]) -> TimmForm:
     sizes = _sizes({"patch_size": 14, **config})
     sizes["mlp_ratio"] = float(config.get("mlp_ratio", 4))
@@ -112,7 +117,8 @@ def _dinov2(config: Mapping[str, Any]) -> TimmForm:
 
         # Two thirds, rounded up to a multiple of 8, and both halves in one layer.
         width = (int(int(sizes["embed_dim"] * sizes["mlp_ratio"]) * 2 / 3) + 7) // 8 * 8
-        sizes |= {"mlp_ratio": 2 * width / sizes["embed_dim"], "mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
+        sizes |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
+        sizes["mlp_ratio"] = _ratio(2 * width, sizes["embed_dim"])
     registers = int(config.get("num_register_tokens", 0))
     if not registers:
         return TimmForm("vit_small_patch14_dinov2", sizes, _packed)
@@ -131,12 +137,13 @@ def _dinov3(config: Mapping[str, Any]) -> TimmForm:
     gated = bool(config.get("use_gated_mlp"))
     biases = bool(config.get("query_bias", True))
     sizes |= {
-        "mlp_ratio": float(config["intermediate_size"]) / sizes["embed_dim"],
+        "mlp_ratio": _ratio(int(config["intermediate_size"]), sizes["embed_dim"]),
         "num_reg_tokens": int(config.get("num_register_tokens", 0)),
         "rope_temperature": float(config.get("rope_theta", 100)),
         "qkv_bias": biases,
         "global_pool": "token",
-        **({"swiglu_mlp": True} if gated else {}),
+        # With an alignment, timm keeps the two halves of a gated MLP apart, as the checkpoint does.
+        **({"swiglu_mlp": True, "swiglu_align_to": 1} if gated else {}),
     }
 
     def convert(state: Tensors) -> Tensors:
@@ -158,7 +165,7 @@ def _siglip(config: Mapping[str, Any]) -> TimmForm:
         **config.get("vision_config", config),
     }  # fmt: skip
     sizes = _sizes(vision)
-    sizes["mlp_ratio"] = float(vision["intermediate_size"]) / sizes["embed_dim"]
+    sizes["mlp_ratio"] = _ratio(int(vision["intermediate_size"]), sizes["embed_dim"])
     if "tanh" in str(vision.get("hidden_act", "gelu_pytorch_tanh")):
         sizes["act_layer"] = "gelu_tanh"
 
