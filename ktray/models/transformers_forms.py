@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,8 +66,8 @@ class TimmForm:
     """
 
     architecture: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    convert: Callable[[Tensors], Tensors] = dict
+    kwargs: dict[str, Any]
+    convert: Callable[[Tensors], Tensors]
 
 
 def timm_form(config: Mapping[str, Any], where: str) -> TimmForm:
