@@ -43,7 +43,8 @@ class TaskConfig(Section):
     data: Place | None = Field(
         None,
         description="labelled images: a folder with train/, val/ and test/, a folder of class folders, a CSV or "
-        "Parquet list, or a data set such as hf://datasets/ORG/NAME; for segmentation a folder with train/images, train/masks (also val, test) and classes.txt; "
+        "Parquet list, or a data set such as hf://datasets/ORG/NAME; for segmentation a folder with train/images, "
+        "train/masks (also val, test) and classes.txt; "
         "for multilabel a list whose labels are separated by |, or a file or folder of COCO annotations",
     )
     kind: str = Field(
