@@ -197,7 +197,9 @@ def _renamed(state: Tensors) -> Tensors:
         block = _BLOCK.fullmatch(name)
         if block:
             found[f"blocks.{block['block']}.{_substituted(block['rest'], _PARTS)}"] = value
-        elif (known := _OUTSIDE.get(name, _substituted(name, _PREFIXED))) and not name.startswith("classifier."):
+        elif (
+            value.numel() and (known := _OUTSIDE.get(name, _substituted(name, _PREFIXED))) and "classifier" not in name
+        ):
             found[known] = value
     return found
 

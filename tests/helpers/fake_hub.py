@@ -147,8 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             every = {entry["path"]: entry for entry in _tree(files, "", True)}
             self._json([every[path] for path in asked if path in every])
         elif action == "preupload":
-            asked_files = json.loads(body)["files"]
-            self._json({"files": [{"path": f["path"], "uploadMode": "regular"} for f in asked_files]})
+            facts = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._json({"files": [{"path": file["path"], **facts} for file in json.loads(body)["files"]]})
         elif action == "commit":
             for line in body.decode().splitlines():
                 entry = json.loads(line)
