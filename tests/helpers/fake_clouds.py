@@ -5,55 +5,39 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 WRITTEN = 1_700_000_000  # seconds; when all objects were written
 
 
-@dataclass
-class FakeCloud:
-    """Objects by bucket (or container) and key.
-
-    Attributes:
-        asked: method and address of each request.
-        tokens: what each request sent as its authorisation.
-    """
-
-    objects: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    tokens: list[str] = field(default_factory=list)
-    endpoint: str = ""
-
-
 @contextmanager
-def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[FakeCloud]:
-    """Serve a `FakeCloud` with `Google` or `Azure`."""
-    cloud = FakeCloud()
+def served(kind: str, folder: Path) -> Iterator[str]:
+    """Serve the files of a folder, whose subfolders are the buckets (or containers); gives the address.
 
-    class Handler(handler):  # type: ignore[valid-type,misc]
-        state = cloud
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    cloud.endpoint = f"http://127.0.0.1:{http.server_address[1]}"
+    Args:
+        kind: ``google`` or ``azure``.
+    """
+    # In a process of its own, because pyarrow's client holds the interpreter while it waits for an answer.
+    server = subprocess.Popen([sys.executable, __file__, kind, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
-        yield cloud
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
     finally:
-        http.shutdown()
-        http.server_close()
+        server.terminate()
+        server.wait()
 
 
 class _Cloud(BaseHTTPRequestHandler):
-    state: FakeCloud
+    objects: ClassVar[dict[str, dict[str, bytes]]] = {}
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -61,8 +45,6 @@ class _Cloud(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        self.state.asked.append(f"{self.command} {unquote(self.path)}")
-        self.state.tokens.append(self.headers.get("Authorization") or "")
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         self.answer(url.path.lstrip("/"), query)
 
@@ -72,7 +54,7 @@ class _Cloud(BaseHTTPRequestHandler):
     def listed(self, bucket: str, query: dict[str, str]) -> tuple[list[str], list[str]]:
         """Keys and common prefixes below a prefix."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        keys = [key for key in sorted(self.state.objects.get(bucket, {})) if key.startswith(prefix)]
+        keys = [key for key in sorted(self.objects.get(bucket, {})) if key.startswith(prefix)]
         if not delimiter:
             return keys, []
         rest = {key: key[len(prefix) :] for key in keys}
@@ -113,7 +95,7 @@ class Google(_Cloud):
             self._download(bucket, key)
             return
         bucket, _, rest = path.removeprefix("storage/v1/b/").partition("/")
-        if bucket not in self.state.objects:
+        if bucket not in self.objects:
             self._json({"error": {"code": 404, "message": "The specified bucket does not exist."}}, 404)
         elif not rest:
             self._json({"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "EU"})
@@ -125,13 +107,13 @@ class Google(_Cloud):
             key = unquote(rest.removeprefix("o/"))
             if query.get("alt") == "media":
                 self._download(bucket, key)
-            elif key in self.state.objects[bucket]:
+            elif key in self.objects[bucket]:
                 self._json(self._object(bucket, key))
             else:
                 self._json({"error": {"code": 404, "message": f"No such object: {bucket}/{key}"}}, 404)
 
     def _object(self, bucket: str, key: str) -> dict[str, Any]:
-        data = self.state.objects[bucket][key]
+        data = self.objects[bucket][key]
         digest = base64.b64encode(hashlib.md5(data).digest()).decode()
         times = dict.fromkeys(("timeCreated", "updated"), "2023-11-14T22:13:20.000Z")
         return {
@@ -140,7 +122,7 @@ class Google(_Cloud):
         }  # fmt: skip
 
     def _download(self, bucket: str, key: str) -> None:
-        data = self.state.objects.get(bucket, {}).get(key)
+        data = self.objects.get(bucket, {}).get(key)
         if data is None:
             self.send(404, b"No such object")
             return
@@ -157,7 +139,7 @@ class Azure(_Cloud):
         # An emulator has the account before the container.
         _, _, path = unquote(path).partition("/")
         container, _, key = path.partition("/")
-        blobs = self.state.objects.get(container)
+        blobs = self.objects.get(container)
         if blobs is None:
             self._refuse("ContainerNotFound")
         elif query.get("comp") == "list":
@@ -173,7 +155,7 @@ class Azure(_Cloud):
         keys, folders = self.listed(container, query)
         entries = ""
         for key in keys:
-            data = self.state.objects[container][key]
+            data = self.objects[container][key]
             facts = f"<Last-Modified>{formatdate(WRITTEN, usegmt=True)}</Last-Modified><Etag>0x1</Etag>"
             facts += f"<Creation-Time>{formatdate(WRITTEN, usegmt=True)}</Creation-Time>"
             facts += f"<Content-Length>{len(data)}</Content-Length><BlobType>BlockBlob</BlobType>"
@@ -194,3 +176,13 @@ class Azure(_Cloud):
     def _refuse(self, code: str) -> None:
         text = f'<?xml version="1.0" encoding="utf-8"?><Error><Code>{code}</Code><Message>{code}</Message></Error>'
         self.send(404, text.encode(), {"x-ms-error-code": code, "Content-Type": "application/xml"})
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[2])
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        bucket, *key = path.relative_to(root).parts
+        _Cloud.objects.setdefault(bucket, {})["/".join(key)] = path.read_bytes()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), {"google": Google, "azure": Azure}[sys.argv[1]])
+    print(f"http://127.0.0.1:{http.server_address[1]}", flush=True)
+    http.serve_forever()
