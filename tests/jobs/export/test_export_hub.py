@@ -14,8 +14,10 @@ import yaml
 from fake_hub import COMMIT, FakeHub, fake_hub
 from pydantic import ValidationError
 
+from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export import hub as module
+from ktray.jobs.export.run import export
 from ktray.models.student.classifier import Student
 from ktray.models.student.classifier_io import save_student
 from ktray.recipe.export import ExportConfig
@@ -105,3 +107,24 @@ def test_the_folder_needs_nothing_of_ktray(hub: FakeHub, folder: Path, tmp_path:
     for name, data in hub.files["models/me/stripes"].items():
         (copy / name).write_bytes(data)
     assert timm.create_model(f"local-dir:{copy}", pretrained=True).num_classes == 3
+
+
+@pytest.mark.slow
+def test_the_job_pushes_what_it_wrote_and_a_second_call_pushes_it_again(
+    hub: FakeHub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"store={run.parents[1]}", f"export.run={run.name}", "export.push=me/stripes"]
+    content = export(recipes.load(None, overrides))
+    assert content["hub"]["commit"] == COMMIT
+    files = hub.files["models/me/stripes"]
+    assert {"README.md", "config.json", "model.safetensors", "student.onnx", "predict.py", "export.json"} <= set(files)
+    assert files["README.md"] == (run / "export" / "README.md").read_bytes()
+    assert "hf-hub:ORG/NAME" in files["README.md"].decode()
+    text = (run / "export" / "export.json").read_text() + (run / "recipe.yaml").read_text()
+    assert "hf_test" not in text
+    monkeypatch.setenv("HF_TOKEN", "hf_reads_only")
+    with pytest.raises(KtrayError, match="The export is written, but not uploaded"):
+        export(recipes.load(None, overrides))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    assert export(recipes.load(None, overrides))["hub"] == content["hub"]
+    assert len(hub.uploads) >= 1
