@@ -1,7 +1,8 @@
-"""Access to local files and S3 objects with the same functions.
+"""Access to local files, and to objects of remote stores, with the same functions.
 
-A path is a local path or ``s3://bucket/key``. Keys are used unchanged, including spaces and non-ASCII characters.
-``AWS_ENDPOINT_URL`` names an S3-compatible server; credentials and region come from the environment.
+A path is a local path or an address such as ``s3://bucket/key``, ``hf://datasets/ORG/NAME/file`` or ``gs://bucket/key``
+(`ktray.storage.schemes`). Keys are used unchanged, including spaces and non-ASCII characters. Servers and credentials
+come from the environment, such as ``AWS_ENDPOINT_URL``.
 
 Paths come from lists of unknown authors. Therefore only regular files and objects of buckets with plain names are
 opened. If ``KTRAY_DATA_ROOTS`` names folders and buckets (``/data,s3://bucket/prefix``), the file must be inside one of
@@ -25,7 +26,7 @@ import pyarrow.fs as pafs
 
 from ktray.errors import KtrayError
 from ktray.redact import scrub
-from ktray.storage import network, s3
+from ktray.storage import network, remote, s3
 from ktray.storage.store import STORE_MARK
 
 # An encoded image is read into memory completely; photos are far smaller than this.
@@ -75,11 +76,10 @@ def normalise(path: str) -> str:
 def bucket_filesystem(root: str) -> pafs.FileSystem:
     """The file system of ``s3://bucket``. Only the bucket name is parsed, because keys may contain any characters."""
     try:
-        return s3.open_uri(root)[0]
+        return remote.open_uri(root)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise KtrayError(
-            f"'{root}' cannot be opened: {_line(error)}",
-            network.remedy(str(error)) or "Check its name, the credentials and AWS_ENDPOINT_URL.",
+            f"'{root}' cannot be opened: {_line(error)}", network.remedy(str(error)) or remote.remedy(root)
         ) from error
 
 
@@ -93,13 +93,13 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
     if not _BUCKET.fullmatch(bucket):
         raise KtrayError(
             f"'{scrub(f'{scheme}://{bucket}')}' is not the name of a bucket",
-            "Use s3://BUCKET/KEY; the server and credentials are set in the environment.",
+            f"Use {remote.form(path)}; the server and credentials are set in the environment.",
         )
     return bucket_filesystem(f"{scheme}://{bucket}"), rest.rstrip("/")
 
 
-def _check_root(path: str) -> None:
-    """Raises `OutsideRoots` if a path is outside of ``KTRAY_DATA_ROOTS``."""
+def check_root(path: str) -> None:
+    """For libraries that open files themselves. Raises `OutsideRoots` if a path is outside of ``KTRAY_DATA_ROOTS``."""
     roots = [root for root in os.environ.get(ROOTS, "").split(",") if root]
     real = path if is_remote(path) else os.path.realpath(normalise(path))
     for root in roots:
@@ -228,6 +228,11 @@ def _walk_remote(path: str) -> Iterator[FileStat]:
             yield FileStat(f"{scheme}://{info.path}", info.size, info.mtime_ns or 0)
 
 
+def missing(path: str) -> str:
+    """What to check if a remote path does not exist, as a sentence; empty for a local path."""
+    return remote.remedy(path) if is_remote(path) else ""
+
+
 def has_glob(path: str) -> bool:
     return any(sign in path for sign in "*?[")
 
@@ -253,7 +258,7 @@ def _match(path: list[str], pattern: list[str]) -> bool:
 
 def open_stream(path: str) -> Any:
     """Open a file for sequential reading; use it as a context manager."""
-    _check_root(path)
+    check_root(path)
     if not is_remote(path):
         return open(path, "rb", opener=_regular)
     fs, inside = locate(path)
@@ -263,7 +268,7 @@ def open_stream(path: str) -> Any:
 
 def open_random(path: str) -> Any:
     """Open a file for random access; use it as a context manager."""
-    _check_root(path)
+    check_root(path)
     if not is_remote(path):
         return open(path, "rb", opener=_regular)
     fs, inside = locate(path)

@@ -21,7 +21,6 @@ PASSED_ON = (
     "MLFLOW_TRACKING_URI",
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
-    "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "KTRAY_INSTANCE",
 )
@@ -35,6 +34,9 @@ SECRET = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "HF_TOKEN",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "GOOGLE_APPLICATION_CREDENTIALS",
 )
 CLIENT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # variables for the command itself; the nodes have their own values
 # Folders that are not sent, in addition to those in .gitignore and those that Ray excludes (.git, .venv, venv,

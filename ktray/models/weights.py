@@ -23,7 +23,7 @@ from torch import nn
 from ktray.errors import KtrayError
 from ktray.models.messages import cause
 from ktray.models.weight_forms import common_prefix, file_form, key_form, unwrapped
-from ktray.storage import s3
+from ktray.storage import remote, s3
 
 Tensors = dict[str, torch.Tensor]
 # numpy raises ValueError for pickled objects in .npy and .npz, which open_clip also reads.
@@ -46,7 +46,7 @@ def fetch(uri: str, key: str = "teacher.checkpoint") -> Path:
             raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing file.")
         return path
     try:
-        fs, inside = s3.open_uri(uri)
+        fs, inside = remote.open_uri(uri)
         info = fs.get_file_info(inside)
         if info.type != pafs.FileType.File:
             raise KtrayError(f"There is no file '{uri}'", f"Set {key}= to an existing object.")

@@ -13,7 +13,9 @@ from ktray.recipe.schema import Recipe
 def given_embeddings(recipe: Recipe) -> int:
     """The number of gallery images that come with embeddings."""
     g = recipe.gallery
-    shards = embedded_only(g.data, g.images) if g.data is not None and recipe.transfer.list is None else []
+    if g.data is None or recipe.transfer.list is not None:
+        return 0
+    shards = embedded_only(g.data, g.images, g.column)
     return sum(s.count or 0 for s in shards)
 
 

@@ -121,7 +121,12 @@ def choose_start(recipe: Recipe, choose: Choose) -> None:
 
 
 def _choose_pretrained(recipe: Recipe, choose: Choose) -> None:
+    from ktray.models.snapshots import is_snapshot
+
     part = recipe.student
+    if is_snapshot(str(part.name)) and not part.checkpoint:
+        choose("student.pretrained", True, "the weights of its repository or folder")
+        return
     if recipe.task.data is None or part.checkpoint:
         part.pretrained = False
         return

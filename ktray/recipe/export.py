@@ -30,6 +30,13 @@ class ExportConfig(Section):
         None, description="name of the model in MLflow's registry that receives the export as a new version; null: none"
     )
     alias: str = Field("champion", min_length=1, description="alias of the new version in MLflow's registry")
+    push: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$",
+        description="ORG/NAME of the repository on the Hugging Face hub that receives the export with its model card, "
+        "optionally with @BRANCH; the token comes from HF_TOKEN or `hf auth login`; null: none",
+    )
+    private: bool = Field(True, description="whether a repository that export.push creates is private")
     serve: Literal["float", "int8"] = Field(
         "float", description="file that the model in MLflow runs: the float or the 8-bit one"
     )

@@ -20,5 +20,6 @@ STRATEGIES: Registry[type[StrategyConfig]] = Registry(
 TASKS: Registry[Any] = Registry("task kind", "task.kind", "ktray.tasks", "ktray.tasks")
 TEACHERS: Registry[Any] = Registry("teacher family", "teacher.name", "ktray.models.teacher.families", "ktray.teachers")
 SOURCES: Registry[Any] = Registry("source", "gallery.data", "ktray.data.sources", "ktray.sources")
+SCHEMES: Registry[Any] = Registry("kind of address", "gallery.data", "ktray.storage.schemes", "ktray.schemes")
 EXPORTS: Registry[Any] = Registry("export target", "export.targets", "ktray.jobs.export.targets", "ktray.exports")
 TRACKERS: Registry[Any] = Registry("tracker", "mlflow.uri", "ktray.tracking", "ktray.trackers")

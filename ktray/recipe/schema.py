@@ -42,8 +42,9 @@ class TaskConfig(Section):
     )
     data: Place | None = Field(
         None,
-        description="labelled images: a folder with train/, val/ and test/, a folder of class folders, or a CSV or "
-        "Parquet list; for segmentation a folder with train/images, train/masks (also val, test) and classes.txt; "
+        description="labelled images: a folder with train/, val/ and test/, a folder of class folders, a CSV or "
+        "Parquet list, or a data set such as hf://datasets/ORG/NAME; for segmentation a folder with train/images, "
+        "train/masks (also val, test) and classes.txt; "
         "for multilabel a list whose labels are separated by |, or a file or folder of COCO annotations",
     )
     kind: str = Field(
@@ -116,12 +117,12 @@ class TaskConfig(Section):
 class GalleryConfig(Section):
     data: list[Place] | Place | None = Field(
         None,
-        description="unlabelled images: a folder, tar shards, Parquet or CSV, local or s3://; one address or a list "
-        "of them",
+        description="unlabelled images: a folder, tar shards, Parquet or CSV, local, s3:// or hf://datasets/ORG/NAME; "
+        "one address or a list of them",
     )
     column: str = Field(
         "auto",
-        description="column of a Parquet gallery that holds the images' bytes or paths; auto: recognised by type "
+        description="column of a gallery in tables that holds the images' bytes or paths; auto: recognised by type "
         "and name",
     )
     images: list[Place] | Place | None = Field(

@@ -134,3 +134,13 @@ def test_the_result_names_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     packaged = initial(name=ARCHITECTURE, pretrained=True)
     assert packaged.words == "published (fake-lite)"
     assert packaged.spec.pretrained == "fake-lite"  # the key of a stage tells the sources apart
+
+
+@pytest.mark.parametrize("name", ["hf-hub:me/student", "local-dir:/models/student"])
+def test_a_student_of_a_repository_starts_from_its_weights(name: str) -> None:
+    """Also of a built-in task: whoever names a repository wants its weights, and random ones would be a surprise."""
+    for task in ([], ["task.data=photos"]):
+        choices = chosen(choose_start, recipes.load(None, [*task, f"student.name={name}"]))
+        assert choices["student.pretrained"] == (True, "the weights of its repository or folder")
+    given = recipes.load(None, [f"student.name={name}", "student.pretrained=false"])
+    assert "student.pretrained" not in chosen(choose_start, given)

@@ -9,10 +9,9 @@ from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.annotations import annotated
 from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
-from ktray.data.labelled.tables import read_table, read_tables
+from ktray.data.labelled.tables import is_table, read_folder_tables, read_table, read_tables, tables_of_folder
 from ktray.data.magic import HEAD_BYTES, decodable, image_kind
-from ktray.data.sources.csv_lists import is_csv
-from ktray.data.sources.parquets import is_parquet
+from ktray.data.sources.base import in_order
 from ktray.data.sources.records import is_image, may_be_image
 from ktray.errors import KtrayError
 
@@ -42,6 +41,8 @@ def read_rows(data: str, notes: list[str], group: str | None = None, layout: str
         return _pattern(normal, notes, group)
     path, file = place(data)
     if file is None:
+        if tables := tables_of_folder(path):
+            return read_folder_tables(tables, notes, group)
         rows = _folder(path, notes, layout)
         if not rows:
             rows = _tables_below(path, notes, group)
@@ -50,7 +51,7 @@ def read_rows(data: str, notes: list[str], group: str | None = None, layout: str
         if not rows:
             raise _nothing(path, notes)
         return rows
-    if is_csv(path) or is_parquet(path):
+    if is_table(path):
         return read_table(file, notes, group)
     if path.lower().endswith(_ARCHIVES):
         raise KtrayError(f"'{path}' is an archive", "Unpack it, and set task.data to the folder.")
@@ -80,7 +81,7 @@ def place(data: str) -> tuple[str, FileStat | None]:
     except OSError as error:
         raise KtrayError(f"'{path}' cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
     if file is None:
-        raise KtrayError(f"'{path}' does not exist", f"Check task.data. {FORMS}")
+        raise KtrayError(f"'{path}' does not exist", filesystem.missing(path) or f"Check task.data. {FORMS}")
     return path, file
 
 
@@ -210,20 +211,20 @@ def _unusable(file: FileStat) -> str:
 
 
 def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
-    stats = [filesystem.stat(path) for path in filesystem.expand(pattern) if is_parquet(path) or is_csv(path)]
+    stats = [filesystem.stat(path) for path in filesystem.expand(pattern) if is_table(path)]
     files = [file for file in stats if file is not None]
     if not files:
-        raise KtrayError(f"No CSV or Parquet list matches '{pattern}'", f"Check task.data. {FORMS}")
+        raise KtrayError(f"No list of labelled images matches '{pattern}'", f"Check task.data. {FORMS}")
     return read_tables(files, notes, group)
 
 
 def _tables_below(path: str, notes: list[str], group: str | None) -> list[LabelledRow]:
-    """The rows of Parquet files in a folder, in its folder ``data``, or in its only folder that has some; none if there
-    are no such files."""
+    """The rows of tables (Parquet files, tar shards, ...) in a folder, in its folder ``data``, or in its only folder
+    that has some; none if there are no such files. CSV lists must be named themselves."""
     found: dict[str, list[FileStat]] = defaultdict(list)
-    for file in filesystem.walk(path):
-        if is_parquet(file.path) and file.size >= 0:
-            found[file.path.rpartition("/")[0]].append(file)
+    tables = _one_kind(path, [file for file in filesystem.walk(path) if file.size >= 0])
+    for file, _ in tables:
+        found[file.path.rpartition("/")[0]].append(file)
     for folder in (path, f"{path}/data"):
         if folder in found:
             return read_tables(found[folder], notes, group)
@@ -236,6 +237,18 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
     if len(found) > 1:
         names = [folder.removeprefix(f"{path}/") for folder in sorted(found)]
         raise KtrayError(
-            f"'{path}' has Parquet files in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
+            f"'{path}' has {tables[0][1]} in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
         )
     return read_tables(next(iter(found.values())), notes, group) if found else []
+
+
+def _one_kind(path: str, files: Sequence[FileStat]) -> list[tuple[FileStat, str]]:
+    """The files that sources with labels read, each with their plural name. Raises KtrayError if these differ."""
+    sources = [source for _, source in in_order() if source.labelled and source.in_folders]
+    kinds = ((file, next((s.noun for s in sources if s.fits(file.path)), "")) for file in files)
+    found = [(file, noun) for file, noun in kinds if noun]
+    counts = Counter(noun for _, noun in found)
+    if len(counts) > 1:
+        listed = " and ".join(f"{number} {noun}" for noun, number in sorted(counts.items()))
+        raise KtrayError(f"'{path}' contains {listed}", "Select one type with a pattern, such as 'DIR/*.parquet'.")
+    return found

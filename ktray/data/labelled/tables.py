@@ -1,7 +1,7 @@
-"""Labelled images in tables: CSV lists, and Parquet files with paths or with the images themselves.
+"""Labelled images in tables: CSV lists, and the tables of sources, with paths or with the images themselves.
 
-Parquet data sets as Hugging Face publishes them have an image column ``{bytes, path}``, class numbers whose names are
-in the metadata of the schema, and several files for each split (``data/train-00000-of-00002.parquet``).
+Data sets as Hugging Face publishes them have an image column ``{bytes, path}``, class numbers whose names are in the
+metadata of the schema, and several files for each split (``data/train-00000-of-00002.parquet``).
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ import difflib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc
+from ktray.data.sources.base import LabelTable, in_order
 from ktray.data.sources.csv_lists import CsvTable, is_csv, no_rows
-from ktray.data.sources.parquet_tables import PATH_NAMES, holds_image, image_column
-from ktray.data.sources.parquets import ParquetRow
+from ktray.data.sources.parquet_tables import LABEL_NAMES, PATH_NAMES
 from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import KtrayError
 
-# Names of the columns with the label and with the split, the preferred ones first.
-LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "coarse_label")
+# Names of the column with the split, the preferred ones first.
 SPLIT_NAMES = ("split", "subset", "partition")
 # Names of columns that probably name a group of images which are not independent.
 _GROUP_LIKE = re.compile(
@@ -43,18 +41,32 @@ class _Table:
     """The columns of a table that describe labelled images, as rows of text.
 
     Attributes:
-        names: names of all columns.
         rows: path, label, split and group of each row; "" where a column or a cell is missing.
-        inside: the images are in the file: ``path`` is the number of the row.
+        uri: takes the number of a row and returns the uri of its image; None: ``path`` names it.
         classes: names of the class numbers.
         first: number of the first row in messages.
+        keys: see `LabelTable`.
+        named: the files of the images may be missing.
     """
 
-    names: list[str]
     rows: Iterator[tuple[str, str, str, str]]
-    inside: bool = False
+    uri: Callable[[int], str] | None = None
     classes: list[str] = field(default_factory=list)
     first: int = 1
+    keys: Sequence[str] = ()
+    named: bool = True
+
+
+def is_table(path: str) -> bool:
+    """Whether a file of this name may be a list of labelled images."""
+    return is_csv(path) or any(source.labelled and source.fits(path) for _, source in in_order())
+
+
+def tables_of_folder(path: str) -> list[LabelTable]:
+    """The tables of a folder that a source reads as a whole, such as a table of Delta Lake; none of other folders."""
+    sources = (source for _, source in in_order() if source.labelled and source.fits_folder(path))
+    found: list[LabelTable] = next((tables for source in sources if (tables := source.tables(path, None))), [])
+    return found
 
 
 def read_table(
@@ -65,7 +77,7 @@ def read_table(
     labels: Sequence[str] | None = None,
     unlabelled: bool = False,
 ) -> list[LabelledRow]:
-    """The labelled images of a CSV or Parquet list.
+    """The labelled images of a list: a CSV file, or a file of a source with labels.
 
     Args:
         notes: decisions with their reasons are appended.
@@ -78,21 +90,53 @@ def read_table(
         KtrayError: the list cannot be read, lacks a column, or has a row without path or label, or none of its images
             exists.
     """
-    path = file.path
-    table = _csv(path, group, notes) if is_csv(path) else _parquet(path, group, notes)
-    version = f"list {file.size}:{file.mtime_ns}"
+    path, version = file.path, f"list {file.size}:{file.mtime_ns}"
+    if is_csv(path):
+        return _labelled(path, version, _csv(path, group, notes), notes, split, labels, unlabelled)
+    source = next(source for _, source in in_order() if source.labelled and source.fits(path))
+    rows: list[LabelledRow] = []
+    for table in source.tables(path, file):
+        part = _columns(table, group, notes)
+        rows += _labelled(path, version, part, notes, table.split or split, labels, unlabelled)
+    return rows
+
+
+def read_folder_tables(tables: Sequence[LabelTable], notes: list[str], group: str | None) -> list[LabelledRow]:
+    """The labelled images of the tables of a folder (`tables_of_folder`).
+
+    Raises:
+        KtrayError: see `read_table`.
+    """
+    rows: list[LabelledRow] = []
+    for table in tables:
+        split = table.split or "train"
+        rows += _labelled(table.path, table.version, _columns(table, group, notes), notes, split)
+    return rows
+
+
+def _labelled(
+    path: str,
+    version: str,
+    table: _Table,
+    notes: list[str],
+    split: str,
+    labels: Sequence[str] | None = None,
+    unlabelled: bool = False,
+) -> list[LabelledRow]:
     name_in_keys = path.rpartition("/")[2]
     rows: list[LabelledRow] = []
     without = 0
     for number, (name, label, own_split, member) in enumerate(table.rows, table.first):
-        label = nfc(label) if labels is None else labels[number - table.first]
+        at = number - table.first
+        label = nfc(label) if labels is None else labels[at]
         part = own_split.lower() or split
         if table.classes and label == _UNLABELLED:
             without += 1
             continue
         lacks_label = not label and not unlabelled
-        if not name or lacks_label or part not in SPLITS:
-            problem = "no path" if not name else "no label" if lacks_label else f"split '{own_split}'"
+        lacks_path = not name and table.uri is None
+        if lacks_path or lacks_label or part not in SPLITS:
+            problem = "no path" if lacks_path else "no label" if lacks_label else f"split '{own_split}'"
             raise KtrayError(
                 f"List '{path}' has {problem} in row {number}",
                 "Fill in path and label; splits are train, val and test.",
@@ -105,14 +149,15 @@ def read_table(
                     "Correct the label, or the class names in the metadata of its schema.",
                 )
             label = nfc(table.classes[int(label)])
-        uri = str(ParquetRow(path, row=int(name))) if table.inside else resolve(name, path)
-        key = f"{name_in_keys}#row={name}" if table.inside else nfc(name)
+        uri = table.uri(at) if table.uri else resolve(name, path)
+        inside = nfc(table.keys[at]) if table.keys else f"row={at}"
+        key = f"{name_in_keys}#{inside}" if table.uri else nfc(name)
         rows.append(LabelledRow(uri, key, label, SPLITS[part], version, group=nfc(member)))
     if without:
         notes.append(f"{without} rows of '{name_in_keys}' have no label (-1) and are ignored.")
     if not rows and not without:
         raise no_rows(path)
-    if rows and not any(map(_reachable, rows)):
+    if rows and table.named and not any(map(_reachable, rows)):
         raise KtrayError(
             f"None of the {len(rows)} images of list '{path}' exists, for example '{rows[0].uri}'",
             "Check the paths: they are absolute, s3://, or relative to the folder of the list.",
@@ -127,13 +172,24 @@ def split_of_file(path: str) -> str | None:
     return SPLITS.get(stem) or SPLITS.get(first)
 
 
+def _splits(paths: Sequence[str]) -> dict[str, str | None]:
+    """The split of each table by its name. If no name begins with one, such as ``photos-train-0000.tar``, it may stand
+    anywhere; a single ``photos_test.parquet``, without a file for train, is not a test split."""
+    splits = {path: split_of_file(path) for path in paths}
+    if any(splits.values()):
+        return splits
+    words = {path: re.split(r"[-_.]", path.rpartition("/")[2].lower()) for path in paths}
+    inside = {path: next((SPLITS[word] for word in words[path] if word in SPLITS), None) for path in paths}
+    return inside if "train" in inside.values() and None not in inside.values() else splits
+
+
 def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) -> list[LabelledRow]:
     """The labelled images of several tables, whose names begin with their splits (see `split_of_file`).
 
     Raises:
         KtrayError: see `read_table`; or a name begins with no split although others do.
     """
-    splits = {file.path: split_of_file(file.path) for file in files}
+    splits = _splits([file.path for file in files])
     without = [path for path, split in splits.items() if split is None]
     if without and len(without) < len(files):
         raise KtrayError(
@@ -166,32 +222,26 @@ def _csv(path: str, group: str | None, notes: list[str]) -> _Table:
             path_cell, label, split, member = (cells[i] if i >= 0 else "" for i in at)
             yield path_cell, label, split, member
 
-    return _Table(table.names, rows(), first=2)
+    return _Table(rows(), first=2)
 
 
-def _parquet(path: str, group: str | None, notes: list[str]) -> _Table:
-    try:
-        with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
-            schema = file.schema_arrow
-            names = list(schema.names)
-            inside = any(holds_image(f) for f in schema)
-            images = image_column(schema, "auto", path) if inside else None
-            paths = None if inside else _column(names, ("path", *PATH_NAMES), "path", path)
-            described = _described([n for n in names if n != images], path, group, notes)
-            present = [name for name in (paths, *described) if name]
-            columns = file.read(columns=present).to_pydict()
-            count = file.metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise KtrayError(
-            f"List '{path}' is not a complete Parquet file: {filesystem.why(error)}", "Write the file again."
-        ) from error
+def _columns(table: LabelTable, group: str | None, notes: list[str]) -> _Table:
+    path = table.path
+    names = [*(name for name in table.schema.names if name != table.images), *table.fixed]
+    paths = "" if table.uri else _column(names, ("path", *PATH_NAMES), "path", path)
+    described = _described(names, path, group, notes)
+    wanted = (paths, *described)
+    columns = table.read([name for name in dict.fromkeys(wanted) if name and name not in table.fixed])
+    columns |= {name: [value] * table.count for name, value in table.fixed.items()}
 
     def rows() -> Iterator[tuple[str, str, str, str]]:
-        for i in range(count):
-            label, split, member = (cell_text(columns[name][i]) if name else "" for name in described)
-            yield str(i) if paths is None else cell_text(columns[paths][i]), label, split, member
+        for i in range(table.count):
+            path_cell, label, split, member = (cell_text(columns[name][i]) if name else "" for name in wanted)
+            yield path_cell, label, split, member
 
-    return _Table(names, rows(), inside, class_names(schema, described[0] or ""))
+    return _Table(
+        rows(), table.uri, class_names(table.schema, described[0]), keys=table.keys, named=table.named or not table.uri
+    )
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:

@@ -11,9 +11,11 @@ import hashlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ktray.data.filesystem import FileStat
 from ktray.data.sources.records import ImageRecord
@@ -71,8 +73,39 @@ class Cut:
     column: str = "auto"
 
 
+@dataclass(frozen=True)
+class LabelTable:
+    """The columns that describe the images of a file or a folder, for labelled sets.
+
+    Attributes:
+        path: the file or folder, for messages.
+        schema: its columns; metadata of Hugging Face's ``datasets`` may have the names of class numbers.
+        count: number of rows.
+        read: takes names of columns and returns their values.
+        uri: takes the number of a row and returns the uri of its image; None if a column has the paths of the images.
+        images: the column with the images, if ``uri`` is set and there is one.
+        split: the split of all its rows; None if a column or the name of the file tells.
+        fixed: columns that have the same value in all rows, and are not in ``schema``.
+        keys: names of the rows that are the same on every machine; empty: their numbers.
+        version: version of its content; empty: that of the file.
+        named: the uris come from names in the table, so that their files may be missing.
+    """
+
+    path: str
+    schema: pa.Schema
+    count: int
+    read: Callable[[Sequence[str]], dict[str, list[Any]]]
+    uri: Callable[[int], str] | None = None
+    images: str | None = None
+    split: str | None = None
+    fixed: dict[str, str] = field(default_factory=dict)
+    keys: Sequence[str] = ()
+    version: str = ""
+    named: bool = False
+
+
 class Source(ABC):
-    """A source of unlabelled images. Instances have no state and are registered in ``SOURCES``."""
+    """A source of images. Instances have no state and are registered in ``SOURCES``."""
 
     noun: str = ""
     """Plural name of its files in messages, such as ``tar shards``; empty if the source reads whole folders."""
@@ -88,6 +121,8 @@ class Source(ABC):
     """Whether ``transfer.list`` may be one of its files."""
     loose: bool = False
     """Whether the paths of its shards are single images, which a list may refer to by file name."""
+    labelled: bool = False
+    """Whether its files or folders may have labels (see `tables`)."""
     has_embeddings: bool = False
     """Whether its shards contain embeddings (see `read_embedded`)."""
 
@@ -107,12 +142,21 @@ class Source(ABC):
         """
         return []
 
-    def folder_shards(self, folder: str, images: str | Sequence[str] | None) -> list[Shard]:
+    def folder_shards(self, folder: str, images: str | Sequence[str] | None, cut: Cut) -> list[Shard]:
         """The shards of a folder that `fits_folder` accepted.
 
         Args:
             folder: normalised.
             images: ``gallery.images``.
+        """
+        return []
+
+    def tables(self, path: str, file: FileStat | None) -> list[LabelTable]:
+        """The labels of a file that `fits` accepted, or of a folder (``file`` is None) that `fits_folder` accepted; for
+        sources with ``labelled``. None of a folder whose labels are not in tables.
+
+        Raises:
+            KtrayError: it is damaged, or cannot be read.
         """
         return []
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.data import filesystem
-from ktray.data.sources.base import Shard, Source, fingerprint
+from ktray.data.sources.base import Cut, Shard, Source, fingerprint
 from ktray.data.sources.fetch import fetch
 from ktray.data.sources.parquet_tables import read_footer
 from ktray.data.sources.records import ImageRecord, is_image
@@ -44,7 +44,7 @@ class ClipRetrievalSource(Source):
     def fits_folder(self, folder: str) -> bool:
         return is_embedded(folder)
 
-    def folder_shards(self, folder: str, images: str | Sequence[str] | None) -> list[Shard]:
+    def folder_shards(self, folder: str, images: str | Sequence[str] | None, cut: Cut) -> list[Shard]:
         return embedded_shards(folder, images)
 
     def read(self, shard: Shard) -> Iterator[ImageRecord]:

@@ -178,7 +178,7 @@ def _nearby(path: str) -> str:
     """A remedy for a missing path, with the most similar name in its parent folder."""
     parent, _, name = path.rpartition("/")
     if filesystem.is_remote(path):
-        return "Check the bucket, the key and the credentials."
+        return filesystem.missing(path)
     if not filesystem.is_folder(parent or "/"):
         return "Check the path; a relative path starts at the current folder."
     folders, files = filesystem.children(parent or "/")
@@ -190,19 +190,22 @@ def _nearby(path: str) -> str:
     )
 
 
-def folder_shards(folder: str, images: str | Sequence[str] | None, embedded: bool = False) -> list[Shard] | None:
+def folder_shards(
+    folder: str, images: str | Sequence[str] | None, embedded: bool = False, column: str = "auto"
+) -> list[Shard] | None:
     """The shards of a folder that a source reads as a whole, such as output of clip-retrieval; None for other paths.
 
     Args:
         folder: path of the folder.
         images: ``gallery.images``.
         embedded: use only sources with embeddings.
+        column: see `list_shards`.
     """
     folder = filesystem.normalise(folder)
     if not filesystem.is_folder(folder):
         return None
     for _, source in SOURCES:
         if (source.has_embeddings or not embedded) and source.fits_folder(folder):
-            shards: list[Shard] = source.folder_shards(folder, images)
+            shards: list[Shard] = source.folder_shards(folder, images, Cut(column=column))
             return shards
     return None

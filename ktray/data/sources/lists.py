@@ -42,17 +42,20 @@ def gallery_shards(
         return []
     entries = [data] if isinstance(data, str) else list(data)
     whole_folders = {
-        entry: shards_of_folder for entry in entries if (shards_of_folder := folder_shards(entry, images)) is not None
+        entry: shards_of_folder
+        for entry in entries
+        if (shards_of_folder := folder_shards(entry, images, column=column)) is not None
     }
     remaining = [entry for entry in entries if entry not in whole_folders]
     shards = list_shards(remaining, column=column) if remaining or not whole_folders else []
     return [*shards, *(shard for entry in entries if entry in whole_folders for shard in whole_folders[entry])]
 
 
-def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None) -> list[Shard]:
+def embedded_only(data: str | Sequence[str], images: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:
     """The shards of `gallery_shards` that are from folders with embeddings."""
     entries = [data] if isinstance(data, str) else data
-    return [shard for entry in entries for shard in folder_shards(entry, images, embedded=True) or []]
+    found = (shard for entry in entries for shard in folder_shards(entry, images, embedded=True, column=column) or [])
+    return [shard for shard in found if shard.source.has_embeddings]
 
 
 def listed_shards(path: str, gallery: str | Sequence[str] | None, column: str = "auto") -> list[Shard]:

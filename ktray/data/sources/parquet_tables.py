@@ -16,6 +16,8 @@ from ktray.errors import KtrayError
 BYTES_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 PATH_NAMES = ("path", "uri", "file", "filename", "file_name", "filepath", "image", "image_path")
 CAPTION_NAMES = ("caption", "text", "txt")
+# Names of the column with the label, the preferred ones first.
+LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "coarse_label")
 # Instead of a whole row group, a batch of rows is in memory at a time; it has fewer rows if they may be large.
 _BATCH_ROWS = 64
 _BATCH_BYTES = 1 << 32
@@ -47,7 +49,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and holds_bytes(kind.field(at).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 # Columns of bytes with these names are text: Spark writes text without saying that it is text.
@@ -66,7 +68,7 @@ def holds_image(column: pa.Field) -> bool:
 def holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return holds_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def image_column(schema: pa.Schema, wanted: str = "auto", where: str = "") -> str:

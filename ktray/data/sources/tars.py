@@ -10,6 +10,7 @@ import gzip
 import posixpath
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,11 @@ from urllib.parse import quote, unquote
 
 from ktray.data import filesystem
 from ktray.data.filesystem import MAX_FILE_BYTES, FileStat, why
-from ktray.data.sources.base import Cut, Shard, Source, fingerprint
+from ktray.data.sources.base import Cut, LabelTable, Shard, Source, fingerprint
 from ktray.data.sources.records import ImageRecord, is_image
+from ktray.data.sources.tar_labels import LABEL_SUFFIXES, Member, label_table
 from ktray.data.sources.uris import Held, ImageRef
+from ktray.errors import KtrayError
 from ktray.recipe.registries import SOURCES
 
 TAR = "tar"
@@ -40,6 +43,7 @@ class TarSource(Source):
     """Tar files, compressed or not; each is one shard."""
 
     noun, accepts, pattern, order = "tar shards", ".tar/.tar.gz/.tgz shards", "*.tar", 20
+    labelled = True
 
     def fits(self, path: str) -> bool:
         return is_tar(path)
@@ -60,6 +64,14 @@ class TarSource(Source):
     def fetch(self, path: str, refs: Sequence[ImageRef]) -> list[Callable[[], Held]]:
         members = [ref for ref in refs if isinstance(ref, TarMember)]
         return [partial(fetch_members, path, part) for part in _parts(path, members)]
+
+    def tables(self, path: str, file: FileStat | None) -> list[LabelTable]:
+        try:
+            return [label_table(path, _described(path))]
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise KtrayError(
+                f"Tar shard '{path}' is broken or truncated: {why(error)}", "Write or fetch it again."
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +199,32 @@ def _samples(path: str, stream: IO[bytes]) -> Iterator[ImageRecord]:
         _check_end(archive)
 
 
+def _described(path: str) -> Iterator[Member]:
+    """The images of an archive, without their contents, and the members with labels. Of an archive that is not
+    compressed, the images are skipped."""
+    opened = filesystem.open_random if path.lower().endswith(".tar") else filesystem.open_stream
+    with opened(path) as raw:
+        mode = "r:" if path.lower().endswith(".tar") else "r|"
+        with tarfile.open(fileobj=_unpacked(path, raw), mode=mode, tarinfo=_Header) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if not member.isreg() or _skipped(member.name):
+                    continue
+                key = sample_key(member.name)
+                suffix = member.name[len(key) :].lstrip(".").lower()
+                if is_image(member.name):
+                    yield Member(key, member.name, suffix, uri=_uri(path, member))
+                else:
+                    labels = suffix in LABEL_SUFFIXES and member.size <= MAX_CAPTION_BYTES
+                    yield Member(key, member.name, suffix, content=_content(archive, member) if labels else b"")
+            _check_end(archive)
+
+
+def _uri(path: str, member: tarfile.TarInfo) -> str:
+    return str(TarMember(path, member=member.name, offset=member.offset_data, size=member.size))
+
+
 def _image(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> ImageRecord:
-    uri = str(TarMember(path, member=member.name, offset=member.offset_data, size=member.size))
+    uri = _uri(path, member)
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return ImageRecord(uri, None, error="unsafe name in a tar shard (absolute, or with '..')")
     if not member.isreg() or member.issparse():

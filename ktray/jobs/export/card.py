@@ -64,6 +64,7 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
         r=r,
         student=content["student"],
         classes=task.classes,
+        classification=source.kind.image_classes,
         shown_classes=", ".join(task.classes[:_SHOWN]) + (", ..." if len(task.classes) > _SHOWN else ""),
         per_class_budget=f"{counts[least]} to {counts[most]} a class"
         if counts[least] != counts[most]

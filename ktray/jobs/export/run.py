@@ -16,7 +16,7 @@ from ktray.accounting.device import describe_device, versions
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.jobs.bench.machine import busy_cores
-from ktray.jobs.export import agreement, card, confidence, latency, predict, registry
+from ktray.jobs.export import agreement, card, confidence, hub, latency, predict, registry
 from ktray.jobs.export.agreement import PYTORCH, AgreementScores, Scorer
 from ktray.jobs.export.run_source import find
 from ktray.jobs.export.targets.base import ExportTarget, ExportWork, all_targets, serving, wanted_targets
@@ -47,7 +47,7 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
 
     Raises:
         KtrayError: the run does not exist, its student or images are damaged, the predictions of PyTorch and ONNX
-            differ, or MLflow could not register the model (then the export is complete).
+            differ, or MLflow or the hub did not accept the model (then the export is complete).
     """
     source = find(requested)
     part = source.recipe.export
@@ -75,6 +75,10 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
             logged = registry.log(source, folder, content)
         if logged != content.get("mlflow"):
             content = write_result(target, ExportResult(**{**content, "mlflow": logged}), RESULT)
+        if source.recipe.export.push:
+            with target.local() as folder:
+                pushed = hub.push(source.recipe.export, folder, content)
+            content = write_result(target, ExportResult(**{**content, "hub": pushed}), RESULT)
     return {**content, "folder": target.uri}
 
 
@@ -94,6 +98,8 @@ def show(requested: Recipe) -> None:
         f"          {len(task.val):,} validation and {len(task.test):,} test images{more}: at most {flops / 1e12:.3g} "
         "TFLOP on this machine's processor, and about a minute to measure latencies"
     )
+    if part.push:
+        logger.info(f"hub       to be uploaded to {part.push}")
     if part.register_as:
         logger.info(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
 

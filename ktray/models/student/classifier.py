@@ -20,6 +20,7 @@ from ktray.errors import KtrayError
 from ktray.models.features import feature_dim, map_positions, pooled_features, trunk
 from ktray.models.messages import cause, unknown_name
 from ktray.models.packaged import PackagedWeights, named, packaged
+from ktray.models.snapshots import TIMM, is_snapshot, open_snapshot
 from ktray.models.weights import fetch, load_timm_weights
 
 # Arguments of timm.create_model that ktray sets itself, or that would change the type of model.
@@ -190,7 +191,8 @@ def build_student(
     """Build a student by its timm name.
 
     Args:
-        name: any timm model, also ``model.pretrained_tag``.
+        name: any timm model, also ``model.pretrained_tag``, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``. The student of
+            a repository or folder has the name and the arguments that its config gives.
         kwargs: arguments of the model, e.g. ``{"patch_size": 2}``.
         num_classes: number of classes of the task.
         image_size: input size in pixels; None: the model's own.
@@ -203,6 +205,8 @@ def build_student(
             process images of this size.
     """
     kwargs = dict(kwargs or {})
+    if is_snapshot(name):
+        return _published_student(name, kwargs, num_classes, image_size, bool(pretrained), checkpoint)
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models(), "student.name")
     for key in kwargs:
@@ -219,12 +223,41 @@ def build_student(
             warnings.append(
                 f"the classifier in '{checkpoint}' is for other classes; its classifier starts with random weights"
             )
+    preprocess = _preprocess(model, image_size)
+    warnings += _dry_run(model, name, preprocess.size, num_classes)
+    return Student(model, name, kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+
+
+def _published_student(
+    name: str,
+    kwargs: dict[str, Any],
+    num_classes: int,
+    image_size: int | None,
+    pretrained: bool,
+    checkpoint: str | None,
+) -> Student:
+    found = open_snapshot(name, "student.name")
+    if found.kind != TIMM:
+        raise KtrayError(
+            f"'{name}' is a model of {found.kind}, and students are models of timm",
+            "Set student.name to a repository or folder whose config.json has the key architecture.",
+        )
+    weights = checkpoint or (str(found.weights()) if pretrained else None)
+    arguments = {**found.arguments, **kwargs}
+    student = build_student(found.architecture, arguments, num_classes, image_size, checkpoint=weights)
+    model: Any = student.model
+    own = {key: value for key, value in found.pretrained_cfg.items() if key in ("mean", "std", "interpolation")}
+    model.pretrained_cfg = {**model.pretrained_cfg, **own}
+    student.preprocess = _preprocess(model, image_size)
+    return student
+
+
+def _preprocess(model: nn.Module, image_size: int | None) -> Preprocess:
     preprocess = Preprocess.from_timm(model)
     if image_size:
         # ktray trains on whole crops of this size, so the edges of images are not removed for predictions.
         preprocess = Preprocess.from_dict({**preprocess.to_dict(), "size": [image_size] * 2, "crop_pct": 1.0})
-    warnings += _dry_run(model, name, preprocess.size, num_classes)
-    return Student(model, name, kwargs, preprocess, [str(i) for i in range(num_classes)], warnings)
+    return preprocess
 
 
 def published_source(name: str) -> str:

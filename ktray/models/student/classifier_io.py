@@ -53,6 +53,7 @@ def save_student(
         "architecture": student.name.partition(".")[0],
         "num_classes": num_classes,
         "num_features": student.feature_dim,
+        "label_names": list(classes),  # where the loaders of timm's hub and of transformers look for them
         "pretrained_cfg": {
             **{key: own[key] for key in _KEPT if own.get(key) is not None},
             **p.timm_config(),

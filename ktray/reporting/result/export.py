@@ -118,6 +118,15 @@ class LoggedModel(ResultPart):
     alias: str = ""
 
 
+class PushedModel(ResultPart):
+    """The export on the Hugging Face hub."""
+
+    repository: str
+    revision: str = Field(description="branch")
+    commit: str
+    url: str
+
+
 class ExportResult(Result):
     """jobs/export.py. An export target of another package adds an object under its own name."""
 
@@ -139,5 +148,6 @@ class ExportResult(Result):
     device: Device
     versions: dict[str, str]
     mlflow: LoggedModel | None
+    hub: PushedModel | None = Field(None, description="null: export.push is not set")
     notes: list[str]
     files: dict[str, ShippedFile]

@@ -121,7 +121,7 @@ def test_parquet_cell_that_names_itself_ends(tmp_path):
     write_parquet(path, {"path": [f"{path}#row=0"]})
     (record,) = records(path)
     assert record.data is None
-    assert "refers to another Parquet cell" in record.error
+    assert "refers to a cell of a table" in record.error
 
 
 def test_read_file_understands_members_in_lists(mixed):

@@ -235,16 +235,27 @@ def _read_config(uri: str) -> dict[str, Any]:
     path = fetch(uri, "teacher.config")
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _not_a_config(uri, error) from error
+    check_config(parsed, uri)
+    return dict(parsed)
+
+
+def check_config(parsed: Any, where: str) -> None:
+    """Raises KtrayError if a value is not a config of open_clip, or would run external code."""
+    try:
         towers = parsed.get("model_cfg", parsed)
         if not all(key in towers for key in ("embed_dim", "vision_cfg", "text_cfg")):
             raise ValueError("embed_dim, vision_cfg or text_cfg is missing")
         _check_config(parsed)
     except (ValueError, AttributeError) as error:
-        raise KtrayError(
-            f"'{uri}' is not an open_clip model config: {error}",
-            "Set teacher.config= to a JSON file with such a config.",
-        ) from error
-    return dict(parsed)
+        raise _not_a_config(where, error) from error
+
+
+def _not_a_config(where: str, error: Exception) -> KtrayError:
+    return KtrayError(
+        f"'{where}' is not an open_clip model config: {error}", "Set teacher.config= to a JSON file with such a config."
+    )
 
 
 def _check_config(config: Any) -> None:
