@@ -89,6 +89,8 @@ def show(requested: Recipe) -> None:
     logger.info(f"export    {'in the store' if stored else 'to be written'}: {source.folder.uri}/{FOLDER}")
     targets = [target for _, target in wanted_targets(part)]
     passes = len(task.val) + len(task.test) + sum(target.passes(part, task) for target in targets)
+    if source.kind.image_classes and any(target.confident(part) for target in targets):
+        passes += len(task.val)
     flops = forward_flops(student.model, (3, *student.preprocess.size)) * passes
     more = "".join(target.plan(part) for target in targets)
     logger.info(
