@@ -43,8 +43,8 @@ def measure(target: Path, batch: int, seconds: float = SECONDS, *, name: str = "
     root = str(Path(ktray.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     environment = {**os.environ, "PYTHONPATH": path}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # they would limit the rows that use all cores
-        environment.pop(name, None)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # they would limit the rows that use all cores
+        environment.pop(variable, None)
     command = [sys.executable, "-m", __name__, str(target), str(batch), str(seconds), name]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
