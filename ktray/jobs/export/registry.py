@@ -123,7 +123,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
 
     served = next(target.file for _, target in all_targets() if target.serves == serve)
     found = Classifier(folder / served)
-    answer = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
+    answer: list[Any] = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
     if found.thresholds is not None:
         answer = [ColSpec(Array(DataType.string), "labels")]
     if found.maps:
