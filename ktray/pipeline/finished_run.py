@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +109,7 @@ class FinishedRun:
         """The labelled images of the run.
 
         Raises:
-            KtrayError: the images have moved, or they have other classes.
+            KtrayError: the images have moved, or they have other classes, or the files of the student are damaged.
         """
         try:
             labelled = labels_of(self.recipe)
@@ -119,8 +118,7 @@ class FinishedRun:
                 f"The labelled images of run '{self.run_id}' cannot be read ({error.what})",
                 "If the images have moved, set task.data to their new location.",
             ) from error
-        with self.folder.local("student/config.json") as path:
-            classes = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]["label_names"]
+        classes = self.student().classes
         if labelled.classes != classes:
             raise KtrayError(
                 f"The labelled images have other classes than the student of run '{self.run_id}' "

@@ -15,6 +15,23 @@ class ExportConfig(Section):
         description="run whose student is exported: its id in the store, or its folder, local or s3://; null: the "
         "newest run in the store that has a student",
     )
+    targets: list[str] = Field(
+        [],
+        description="further files to write, by the names of the export targets, such as [openvino,executorch]; most "
+        "of them need an extra: pip install 'ktray[openvino]'",
+    )
+    graph: Literal["logits", "probabilities"] = Field(
+        "logits",
+        description="what the files of export.targets compute: logits of normalised float32 images; or probabilities "
+        "and decisions of uint8 pixels, with normalisation, temperature and thresholds in the file",
+    )
+    abstain: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the validation images, the least confident ones, for which a file with "
+        "export.graph=probabilities gives no class; the same threshold holds for other images",
+    )
     int8: bool = Field(
         False, description="also export an 8-bit model, quantised with the settings that are best on validation"
     )

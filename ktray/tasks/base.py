@@ -321,11 +321,20 @@ class TaskKind(ABC):
         """The student with the result of `fit_decisions`, so that `save_student` stores it."""
         return student
 
-    def exported_metrics(self, student: Student, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """`test_metrics` of an exported file of the student, for kinds without `no_export`.
+    def exported_output(self, logits: np.ndarray, columns: Rows) -> np.ndarray:
+        """What `exported_metrics` needs of the logits of a batch; by default the logits.
 
         Args:
             logits: (N, ...) float32.
+            columns: the columns of the reader ``reader(task, whole=True)``.
+        """
+        return logits
+
+    def exported_metrics(self, student: Student, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """`test_metrics` of an exported file of the student, for kinds without `no_export`.
+
+        Args:
+            outputs: the results of `exported_output` for all batches, concatenated.
             labels: the column ``label`` of `reader` for the images.
         """
         raise NotImplementedError

@@ -135,8 +135,8 @@ class Classification(TaskKind):
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         return metrics(rows[model], rows["label"], classes)
 
-    def exported_metrics(self, student: Student, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return metrics(logits, labels, student.classes)
+    def exported_metrics(self, student: Student, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        return metrics(outputs, labels, student.classes)
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
         return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))

@@ -203,9 +203,9 @@ class MultiLabel(TaskKind):
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         return metrics(rows[model], rows[f"{model}{DECIDED}"], rows["label"], classes)
 
-    def exported_metrics(self, student: Student, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    def exported_metrics(self, student: Student, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         assert isinstance(student, Tagger)
-        return metrics(logits, sigmoid(logits) >= np.array(student.thresholds), labels, student.classes)
+        return metrics(outputs, sigmoid(outputs) >= np.array(student.thresholds), labels, student.classes)
 
     def weighted_scores(self, metric: str, seeds: Sequence[Rows]) -> WeightedScores:
         if metric == "map":

@@ -69,10 +69,7 @@ class Segmentation(TaskKind):
         "prediction of the student. White pixels are ignored."
     )
     worst_value = "IoU"
-    no_export = (
-        "has a segmentation student, and jobs/export.py exports only classifiers",
-        "Predict masks with ktray.load_student(FOLDER).predict([image]).",
-    )
+    no_export = None
 
     def read(self, data: str, part: TaskConfig) -> LabelledSet:
         if part.labels_per_class is not None:
@@ -227,6 +224,15 @@ class Segmentation(TaskKind):
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         tp, fp, fn = (rows[f"{model}_{name}"] for name in COUNTS)
         return metrics(tp, fp, fn, classes)
+
+    def exported_output(self, logits: np.ndarray, columns: Rows) -> np.ndarray:
+        """(N, 3, C) int64: by image and class, the numbers of true positive, false positive and false negative pixels
+        at the size of the masks."""
+        rows, _ = self.test_rows(logits, columns)
+        return np.stack([rows[f"_{name}"] for name in COUNTS], 1)
+
+    def exported_metrics(self, student: Student, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        return metrics(outputs[:, 0], outputs[:, 1], outputs[:, 2], student.classes)
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
         """Confusion counts (C, C) of pixels."""

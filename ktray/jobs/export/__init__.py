@@ -1,1 +1,1 @@
-"""The export of a run's student: ONNX, int8, plain timm, a model card, and a model in MLflow's registry."""
+"""The export of a run's student: ONNX, further formats, plain timm, a model card, and a model in MLflow's registry."""

@@ -27,6 +27,13 @@ def _files() -> dict[str, str]:
     return {PYTORCH: "model.safetensors", **{name: target.file for name, target in all_targets()}}
 
 
+def _sizes(content: dict[str, Any]) -> dict[str, int]:
+    """Return the size in bytes of each model whose file exists."""
+    files = content["files"]
+    targets = {name: target.size(files) for name, target in all_targets() if target.file in files}
+    return {PYTORCH: sum(f["bytes"] for name, f in files.items() if name.endswith(".safetensors")), **targets}
+
+
 def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet, content: dict[str, Any]) -> None:
     """Write ``README.md``.
 
@@ -39,7 +46,11 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
     per_class = {name: v for name, v in values[split]["pytorch"]["per_class"].items() if v is not None}
     weakest = sorted(per_class.items(), key=lambda item: item[1])[:_WEAKEST]
     counts = Counter(task.classes[c] for e in task.train for c in source.kind.classes_of(e.label))
-    least, most = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
+    # Masks are not counted by class.
+    least = min(counts, key=lambda n: counts[n], default="")
+    most = max(counts, key=lambda n: counts[n], default="")
+    per_class_budget = f"{counts[most]} a class" if counts[least] == counts[most] else ""
+    maps = "maps" in student.served_facts()
     files = _files()
     names = {name: f"`{file}`" for name, file in files.items()} | {PYTORCH: "PyTorch (timm)"}
     title = f"{student.name} for {task_name(source)}"
@@ -66,9 +77,9 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
         classes=task.classes,
         classification=source.kind.image_classes,
         shown_classes=", ".join(task.classes[:_SHOWN]) + (", ..." if len(task.classes) > _SHOWN else ""),
-        per_class_budget=f"{counts[least]} to {counts[most]} a class"
-        if counts[least] != counts[most]
-        else f"{counts[most]} a class",
+        per_class_budget=(per_class_budget or f"{counts[least]} to {counts[most]} a class") if counts else "",
+        maps=maps,
+        pipeline="image-segmentation" if maps else "image-classification",
         teacher=r.get("teacher"),
         teacher_metric=r.get("teacher_metric"),
         teacher_licence=licences.of_teacher(recipe),
@@ -90,13 +101,17 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
         notes=content["notes"],
         calibration=content["calibration"],
         agreements=[
-            {"file": target.file, "splits": content[name]["agreement"]}
+            {
+                "file": target.file,
+                "splits": content[name]["agreement"],
+                "what": content[name].get("graph", "logits"),
+            }
             for name, target in all_targets()
-            if target.exact and content.get(name)
+            if target.exact and (content.get(name) or {}).get("agreement")
         ],
         uses=[target.use for name, target in all_targets() if target.use and content.get(name)],
         per_class=sorted(per_class.items(), key=lambda item: task.classes.index(item[0])),
-        per_class_name=report.metric_label(r) if source.kind.label_sets else "correct",
+        per_class_name="IoU" if maps else report.metric_label(r) if source.kind.label_sets else "correct",
         per_class_split="test" if split == "test" else "validation",
         machine=_machine(content["device"]),
         measured_on=content["date"],
@@ -106,19 +121,24 @@ def write(folder: Path, source: FinishedRun, student: Student, task: LabelledSet
         speeds=[
             {
                 "name": names[name],
-                "file": content["files"][file]["bytes"],
-                "memory": latency["models"][name]["memory_bytes"],
-                "cells": latency["models"][name]["rows"],
+                "file": size,
+                "memory": latency["models"].get(name, {}).get("memory_bytes"),
+                "cells": _cells(latency["models"], name, cells),
             }
-            for name, file in files.items()
-            if name in latency["models"]
+            for name, size in _sizes(content).items()
         ],
         weakest=", ".join(f"{name} ({units.percent(value)})" for name, value in weakest),
         unequal=f"{counts[least]:,} images of {least}, {counts[most]:,} of {most}"
-        if counts[most] >= 2 * counts[least]
+        if counts and counts[most] >= 2 * counts[least]
         else "",
     )
     (folder / "README.md").write_text(page.strip() + "\n", encoding="utf-8")
+
+
+def _cells(models: dict[str, Any], name: str, cells: list[tuple[int, int]]) -> list[dict[str, Any] | None]:
+    """Return the measured row of a model for each (batch, threads); None: not measured."""
+    rows = {(row["batch"], row["threads"]): row for row in models.get(name, {}).get("rows", [])}
+    return [rows.get(cell) for cell in cells]
 
 
 def task_name(source: FinishedRun) -> str:
@@ -130,15 +150,14 @@ def task_name(source: FinishedRun) -> str:
 
 def closing(content: dict[str, Any]) -> str:
     """Return the closing table of an export for the terminal."""
-    models, files = content["latency"]["models"], _files()
+    models, files, sizes = content["latency"]["models"], _files(), _sizes(content)
     cells = [(row["batch"], row["threads"]) for row in models["pytorch"]["rows"]]
     heads = [f"{n} image{'s' if n > 1 else ''}, {t} thread{'s' if t > 1 else ''}" for n, t in cells]
     rows = [["model", "file", "validation", "test", *heads]]
-    for name, model in models.items():
+    for name in sorted(sizes, key=lambda name: (name not in models, list(models).index(name) if name in models else 0)):
         values = [(content["metric"][split] or {}).get(name, {}).get("metric") for split in ("val", "test")]
-        times = [f"{row['median_ms']:.2f} ms" for row in model["rows"]]
-        size = units.size(content["files"][files[name]]["bytes"])
-        rows.append([files[name], size, *map(units.percent, values), *times])
+        times = [f"{row['median_ms']:.2f} ms" if row else "-" for row in _cells(models, name, cells)]
+        rows.append([files[name], units.size(sizes[name]), *map(units.percent, values), *times])
     return units.aligned(rows, words=1, rules=(1,))
 
 

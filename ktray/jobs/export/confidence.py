@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,36 @@ import torch
 
 from ktray.jobs.export.agreement import PYTORCH, AgreementScores
 from ktray.models.teacher.heads import fit_temperature
-from ktray.tasks.calibration import answered, calibration, probabilities
+from ktray.tasks.calibration import answered, at_coverage, calibration, probabilities
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What a file with probabilities needs.
+
+    Attributes:
+        temperature: divides the logits.
+        threshold: images whose largest probability is below it get no class; 0: every image gets one.
+    """
+
+    temperature: float = 1.0
+    threshold: float = 0.0
+
+
+def fitted(on_val: AgreementScores, abstain: float) -> Confidence:
+    """The confidence of a student whose images have one class each.
+
+    Args:
+        on_val: outputs of the student, which are logits, and labels.
+        abstain: share of the validation images that get no class, those with the lowest confidence.
+    """
+    logits = on_val.outputs[PYTORCH]
+    temperature = fit_temperature(torch.from_numpy(logits), torch.from_numpy(on_val.labels))
+    if not abstain:
+        return Confidence(temperature)
+    p = probabilities(logits, temperature)
+    right = np.asarray(p.argmax(1) == on_val.labels)
+    return Confidence(temperature, at_coverage(p.max(1), right, 1 - abstain)["threshold"])
 
 
 def calibrated(on_val: AgreementScores, on_test: AgreementScores | None) -> dict[str, Any]:
@@ -21,7 +51,7 @@ def calibrated(on_val: AgreementScores, on_test: AgreementScores | None) -> dict
     Args:
         on_val, on_test: logits of the student and labels.
     """
-    logits, labels = on_val.logits[PYTORCH], on_val.labels
+    logits, labels = on_val.outputs[PYTORCH], on_val.labels
     temperature = fit_temperature(torch.from_numpy(logits), torch.from_numpy(labels))
     return {
         "temperature": temperature,
@@ -40,13 +70,13 @@ def calibrated(on_val: AgreementScores, on_test: AgreementScores | None) -> dict
 
 
 def _split(scores: AgreementScores, temperature: float) -> dict[str, float]:
-    before, after = (calibration(scores.logits[PYTORCH], scores.labels, t) for t in (1.0, temperature))
+    before, after = (calibration(scores.outputs[PYTORCH], scores.labels, t) for t in (1.0, temperature))
     return {"ece_before": before["ece"], "nll_before": before["nll"], "ece": after["ece"], "nll": after["nll"]}
 
 
 def _on_test(scores: AgreementScores | None, temperature: float, threshold: float) -> dict[str, float | None]:
     if scores is None:
         return {"test_share": None, "test_accuracy": None}
-    p = probabilities(scores.logits[PYTORCH], temperature)
+    p = probabilities(scores.outputs[PYTORCH], temperature)
     share, accuracy = answered(p.max(1), np.asarray(p.argmax(1) == scores.labels), threshold)
     return {"test_share": share, "test_accuracy": accuracy}

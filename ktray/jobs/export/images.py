@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,41 @@ from ktray.data.sources.fetch import decode_image, fetch
 from ktray.errors import BadImage, KtrayError
 from ktray.jobs.export import predict
 from ktray.reporting.progress import Progress
+from ktray.storage.columns import Rows
 
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Up to `BATCH` images: pixels (N, 3, height, width) uint8 by ktray and by `predict`, and the column ``label`` of
-    the task kind's reader."""
+    """Up to `BATCH` images: pixels (N, 3, height, width) uint8 by ktray and by `predict`, and the columns of the task
+    kind's reader."""
 
     pixels: np.ndarray
     shipped: np.ndarray
-    labels: np.ndarray
+    columns: Rows
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The column ``label``."""
+        return self.columns["label"]
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """All images of a split: pixels (N, 3, height, width) uint8 from `predict`, memory-mapped, and the columns of the
+    reader for each `BATCH` of them."""
+
+    pixels: np.ndarray
+    columns: list[Rows]
+
+    def batches(self) -> Iterator[tuple[np.ndarray, Rows]]:
+        """Yield pixels and columns of each batch."""
+        at = 0
+        for columns in self.columns:
+            count = len(columns["label"])
+            yield self.pixels[at : at + count], columns
+            at += count
 
 
 @dataclass
@@ -68,9 +91,14 @@ class Split:
             except BadImage:
                 return None
             assert data is not None
+            decoded = DecodedExample(uri, example.label, image)
+            if example.mask:
+                # The reader knows how masks are read, and checks them against the image.
+                (decoded,) = self.reader.read([(uri, example.label, example.mask)], self.max_pixels)
+                if decoded.image is None:
+                    return None
             ours, shipped = self.preprocess.eval_transform(image), predict.geometry(predict.decode(data), facts)
-            label = self.reader.label(DecodedExample(uri, example.label, image), {})
-            return ours, shipped, label
+            return ours, shipped, self.reader.label(decoded, {})
 
         with ThreadPoolExecutor(usable_cpus()) as pool, Progress(f"export {self.name}", len(self.examples)) as progress:
             for at in range(0, len(self.examples), BATCH):
@@ -82,24 +110,20 @@ class Split:
                 if usable:
                     done += len(usable)
                     ours, shipped, labels = zip(*usable, strict=True)
-                    yield Batch(np.stack(ours), np.stack(shipped), self.reader.columns(labels, {})["label"])
+                    yield Batch(np.stack(ours), np.stack(shipped), self.reader.columns(labels, {}))
         if not done:
             raise KtrayError(
                 f"No image of the {self.name} split can be used",
                 "If the images have moved, set task.data to their new location.",
             )
 
-    def held(self, place: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return all images at once: pixels from `predict`, memory-mapped in a file at ``place``, and labels."""
+    def held(self, place: Path) -> HeldImages:
+        """Return all images at once, with pixels in a file at ``place``."""
         pixels = np.lib.format.open_memmap(place, "w+", np.uint8, (len(self.examples), 3, *self.preprocess.size))
-        labels: list[np.ndarray] = []
+        columns: list[Rows] = []
         count = 0
         for batch in self.batches():
             pixels[count : count + len(batch.labels)] = batch.shipped
-            labels.append(batch.labels)
+            columns.append(batch.columns)
             count += len(batch.labels)
-        return pixels[:count], np.concatenate(labels)
-
-
-# (height, width) of the input, and an inference of (N, 3, height, width) normalised float32.
-Loaded = tuple[tuple[int, int], Callable[[np.ndarray], object]]
+        return HeldImages(pixels[:count], columns)

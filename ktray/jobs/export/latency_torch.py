@@ -4,18 +4,15 @@ must not import PyTorch."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ktray.models.student.classifier_io import load_student
-
-if TYPE_CHECKING:
-    from ktray.jobs.export.images import Loaded
+from ktray.jobs.export.runnable import Runnable
+from ktray.tasks.students import load_student
 
 
-def load(path: Path, threads: int) -> Loaded:
+def load(path: Path, threads: int) -> Runnable:
     """Load the student of a folder to run with ``threads`` threads."""
     torch.set_num_threads(threads)
     student = load_student(path)
@@ -24,4 +21,4 @@ def load(path: Path, threads: int) -> Loaded:
     def run(x: np.ndarray) -> object:
         return student(torch.from_numpy(x))
 
-    return student.preprocess.size, run
+    return Runnable(student.preprocess.size, run)

@@ -3,8 +3,9 @@
 
     python predict.py IMAGE ... [--model student.int8.onnx]
 
-prints one line of JSON for each image: its class, or, if an image may have several classes, those whose probability
-reaches their threshold. In a program:
+prints one line of JSON for each image: its class; or, if an image may have several classes, those whose probability
+reaches their threshold; or, for a segmentation model, the share of each class, and ``--masks FOLDER`` writes the masks.
+In a program:
 
     from predict import Classifier
     Classifier().predict([open("photo.jpg", "rb").read()])
@@ -145,6 +146,36 @@ def normalise(pixels: np.ndarray, p: dict[str, Any]) -> np.ndarray:
     return np.asarray(pixels.astype(np.float32) * scale + bias)
 
 
+def _weights(source: int, target: int) -> np.ndarray:
+    """(target, source) float32: bilinear interpolation along one axis, with half-pixel centres."""
+    at = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0)
+    low = np.minimum(at.astype(np.int64), source - 1)
+    weights = np.zeros((target, source), np.float32)
+    rows = np.arange(target)
+    np.add.at(weights, (rows, low), 1 - (at - low))
+    np.add.at(weights, (rows, np.minimum(low + 1, source - 1)), at - low)
+    return weights
+
+
+def mask_of(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The class of each pixel.
+
+    Args:
+        logits: map of logits (C, h, w).
+        size: (height, width) of the image.
+
+    Returns:
+        (height, width) uint8.
+    """
+    down, across = _weights(logits.shape[1], size[0]), _weights(logits.shape[2], size[1])
+    best, mask = np.full(size, -np.inf, np.float32), np.zeros(size, np.uint8)
+    for number, one in enumerate(logits):  # one class at a time: all of them at full size need much memory
+        resized = down @ one @ across.T
+        mask[resized > best] = number
+        best = np.maximum(best, resized)
+    return mask
+
+
 class Classifier:
     """An exported student.
 
@@ -157,6 +188,7 @@ class Classifier:
         preprocess: see `geometry` and `normalise`.
         thresholds: for each class the probability from which an image has it, if an image may have several classes or
             none; None: it has one.
+        maps: whether the model is for segmentation: its logits are maps (N, C, h, w), and `predict` returns masks.
         temperature: divides the logits, so that probabilities are as large as the predictions are often right; fitted
             on validation.
 
@@ -178,11 +210,12 @@ class Classifier:
         self.classes: list[str] = facts["classes"]
         self.preprocess: dict[str, Any] = facts["preprocess"]
         self.thresholds: list[float] | None = facts.get("thresholds")
+        self.maps = bool(facts.get("maps"))
         self.temperature = float(facts.get("temperature", 1.0))
         self.input = self.session.get_inputs()[0].name
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Compute scores (N, C) float32 of pixels (N, 3, height, width) uint8 from `geometry`."""
+        """Compute scores (N, C), or maps (N, C, h, w), float32 of pixels (N, 3, height, width) uint8 of `geometry`."""
         return np.asarray(self.session.run(None, {self.input: normalise(pixels, self.preprocess)})[0])
 
     def probabilities(self, images: Sequence[bytes], batch: int = 64) -> np.ndarray:
@@ -193,8 +226,10 @@ class Classifier:
             batch: number of images in one inference.
 
         Raises:
-            ValueError: an image cannot be used.
+            ValueError: an image cannot be used, or the model is for segmentation.
         """
+        if self.maps:
+            raise ValueError("a segmentation model has no class probabilities for a whole image; call masks")
         parts = [np.zeros((0, len(self.classes)))]
         for at in range(0, len(images), batch):
             pixels = np.stack([geometry(decode(data), self.preprocess) for data in images[at : at + batch]])
@@ -206,13 +241,30 @@ class Classifier:
             parts.append(odds / odds.sum(1, keepdims=True))
         return np.concatenate(parts)
 
-    def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
-        """Return for each encoded image the ``label``, its ``probability``, and the ``probabilities`` by class name. If
-        an image may have several classes, ``labels``, most probable first, replaces the first two.
+    def masks(self, images: Sequence[bytes]) -> list[np.ndarray]:
+        """Compute the mask of each encoded image: (height, width) uint8 of the image's own size, indices into
+        `classes`. Only for segmentation models.
 
         Raises:
             ValueError: an image cannot be used.
         """
+        found = []
+        for data in images:
+            image = decode(data)
+            (logits,) = self.logits(geometry(image, self.preprocess)[None])
+            found.append(mask_of(logits, (image.size[1], image.size[0])))
+        return found
+
+    def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
+        """Return for each encoded image the ``label``, its ``probability``, and the ``probabilities`` by class name. If
+        an image may have several classes, ``labels``, most probable first, replaces the first two. A segmentation model
+        returns the ``mask``, see `masks`, and the ``shares`` of the pixels by class name.
+
+        Raises:
+            ValueError: an image cannot be used.
+        """
+        if self.maps:
+            return [{"mask": mask, "shares": self._shares(mask)} for mask in self.masks(images)]
         predictions = []
         for row in self.probabilities(images).tolist():
             named = dict(zip(self.classes, row))  # noqa: B905  # `strict` needs Python 3.10
@@ -226,18 +278,35 @@ class Classifier:
             predictions.append({"label": label, "probability": named[label], "probabilities": named})
         return predictions
 
+    def _shares(self, mask: np.ndarray) -> dict[str, float]:
+        counts = np.bincount(mask.ravel(), minlength=len(self.classes)) / mask.size
+        return {self.classes[i]: float(counts[i]) for i in np.argsort(-counts) if counts[i]}
+
+
+def png(mask: np.ndarray) -> bytes:
+    """Encode a mask (height, width) uint8 as PNG."""
+    encoded = io.BytesIO()
+    Image.fromarray(mask).save(encoded, "PNG")
+    return encoded.getvalue()
+
 
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Classify images.")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--model", help="ONNX file (default: student.onnx in the folder of this file)")
+    parser.add_argument("--masks", metavar="FOLDER", help="where a segmentation model writes IMAGE.png, its masks")
     arguments = parser.parse_args()
     classifier = Classifier(arguments.model)
     failed = False
     for path in arguments.images:
         try:
-            print(json.dumps({"image": path, **classifier.predict([Path(path).read_bytes()])[0]}, ensure_ascii=False))
+            found = classifier.predict([Path(path).read_bytes()])[0]
+            mask = found.pop("mask", None)
+            if mask is not None and arguments.masks:
+                Path(arguments.masks).mkdir(parents=True, exist_ok=True)
+                (Path(arguments.masks) / f"{Path(path).name}.png").write_bytes(png(mask))
+            print(json.dumps({"image": path, **found}, ensure_ascii=False))
         except (OSError, ValueError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             failed = True

@@ -130,7 +130,8 @@ def choose(
                     attempt(setting)
     if best is None:
         raise KtrayError(
-            f"onnxruntime cannot quantise '{student.name}': {tried[-1]['error']}", "Set export.int8=false."
+            f"onnxruntime cannot quantise '{student.name}': {tried[-1]['error']}",
+            "Set export.int8=false.",
         )
     return {
         "setting": {**asdict(best[1]), "text": str(best[1])},

@@ -122,9 +122,13 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
     from mlflow.types.schema import Array, Map
 
     served = next(target.file for _, target in all_targets() if target.serves == serve)
-    one = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
-    several = [ColSpec(Array(DataType.string), "labels")]
-    decided = one if Classifier(folder / served).thresholds is None else several
+    found = Classifier(folder / served)
+    answer: list[Any] = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
+    if found.thresholds is not None:
+        answer = [ColSpec(Array(DataType.string), "labels")]
+    if found.maps:
+        answer = [ColSpec(DataType.binary, "mask")]
+    answer.append(ColSpec(Map(DataType.double), "shares" if found.maps else "probabilities"))
     model = None
     if entry is not None:
         model = Model(
@@ -139,7 +143,7 @@ def save(folder: Path, target: Path, serve: str, entry: Any = None, run_id: str 
             mlflow_model=model,
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image")]),
-                Schema([*decided, ColSpec(Map(DataType.double), "probabilities")]),
+                Schema(answer),
             ),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
@@ -154,7 +158,7 @@ def metrics(content: dict[str, Any]) -> dict[str, float]:
             values[f"export.{name}.median_ms_batch{row['batch']}_threads{row['threads']}"] = row["median_ms"]
     for name, target in all_targets():
         if target.file in content["files"]:
-            values[f"export.{name}.bytes"] = float(content["files"][target.file]["bytes"])
+            values[f"export.{name}.bytes"] = float(target.size(content["files"]))
     return values
 
 

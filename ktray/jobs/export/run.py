@@ -33,7 +33,7 @@ from ktray.storage.store import Dir
 
 logger = logging.getLogger("ktray")
 
-VERSION = 2  # 2: temperature
+VERSION = 3  # 2: temperature; 3: further targets
 FOLDER, RESULT = "export", "export.json"
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
 # On the same images, a metric may differ by this from the run's result (other device, other precision).
@@ -51,8 +51,9 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
     """
     source = find(requested)
     part = source.recipe.export
+    _require(part)
     served = serving(part)
-    if served is None or not served.wanted(part):
+    if served is None or served not in [target for _, target in wanted_targets(part)]:
         raise KtrayError(
             f"export.serve={part.serve} needs {served.file if served else 'a file'}, which this export does not have",
             f"Set {served.asked_by} as well." if served else "Set export.serve=float.",
@@ -85,6 +86,7 @@ def export(requested: Recipe, debug: bool = False) -> dict[str, Any]:
 def show(requested: Recipe) -> None:
     """Log the plan: which run would be exported, whether the export exists, and how much would be computed."""
     source = find(requested)
+    _require(source.recipe.export)
     task, student, part = source.task(), source.student(), source.recipe.export
     stored = _whole(source.folder.sub(FOLDER), _key(source, task)) is not None
     logger.info(f"run       {source.folder.uri}")
@@ -92,6 +94,8 @@ def show(requested: Recipe) -> None:
     logger.info(f"export    {'in the store' if stored else 'to be written'}: {source.folder.uri}/{FOLDER}")
     targets = [target for _, target in wanted_targets(part)]
     passes = len(task.val) + len(task.test) + sum(target.passes(part, task) for target in targets)
+    if source.kind.image_classes and any(target.confident(part) for target in targets):
+        passes += len(task.val)
     flops = forward_flops(student.model, (3, *student.preprocess.size)) * passes
     more = "".join(target.plan(part) for target in targets)
     logger.info(
@@ -104,16 +108,27 @@ def show(requested: Recipe) -> None:
         logger.info(f"mlflow    a new version of '{part.register_as}' with the alias '{part.alias}'")
 
 
+def _require(part: ExportConfig) -> None:
+    """Raise `KtrayError` if a requested target does not exist, or its packages are not installed."""
+    for _, target in wanted_targets(part):
+        target.require()
+
+
 def _key(source: FinishedRun, task: LabelledSet) -> str:
     part = source.recipe.export
     weights = {
-        name: hashlib.sha256(source.folder.read(f"student/{name}")).hexdigest()
-        for name in filter(None, ("config.json", "model.safetensors", source.kind.student_file))
+        name: hashlib.sha256(source.folder.read(f"student/{name}")).hexdigest() for name in _student_files(source)
     }
-    options = [option for _, target in all_targets() for option in target.options(part)] + [part.batch]
+    options = [[name, *target.options(part)] for name, target in wanted_targets(part)] + [part.batch]
     libraries = _libraries(part)
     parts = [VERSION, __version__, weights, source.result, task.fingerprint, options, libraries, describe_device()]
     return digest(FOLDER, parts)
+
+
+def _student_files(source: FinishedRun) -> list[str]:
+    """Return the names of the files of the student, from which `ktray.load_student` loads it."""
+    weights = [name for name in source.folder.sub("student").names() if name.endswith(".safetensors")]
+    return sorted({"config.json", *weights, *filter(None, [source.kind.student_file])})
 
 
 def _libraries(part: ExportConfig) -> dict[str, str]:
@@ -138,30 +153,34 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
     part, student = source.recipe.export, source.student()
     with source.folder.local("student") as weights:
         folder.mkdir()
-        for name in filter(None, ("config.json", "model.safetensors", source.kind.student_file)):
+        for name in _student_files(source):
             shutil.copyfile(weights / name, folder / name)
     shutil.copyfile(predict.__file__, folder / "predict.py")
     work = ExportWork(source, student, task, folder, scratch)
     targets = wanted_targets(part)
     exact = [(name, target) for name, target in targets if target.exact]
+    kind, val, test = source.kind, work.split("val", task.val), work.split("test", task.test)
+    if kind.image_classes and any(target.confident(part) for _, target in targets):
+        # The images of validation are read twice: some files contain what was fitted on them.
+        work.confidence = confidence.fitted(agreement.score(student, kind, {}, val.batches()), part.abstain)
     facts, files = {name: target.write(work) for name, target in exact}, _opened(folder, exact)
-    val, test = work.split("val", task.val), work.split("test", task.test)
-    on_val = work.on_val = agreement.score(student, files, val.batches())
-    checked = {name: {"val": _checked(on_val, name, target)} for name, target in exact}
+    on_val = work.on_val = agreement.score(student, kind, files, val.batches())
+    checked = {name: {"val": _checked(on_val, name, target)} for name, target in exact if name in files}
     for name, target in targets:
         if not target.exact:
             facts[name] = target.write(work)
             files |= _opened(folder, [(name, target)])
-            on_val.logits[name] = agreement.logits(files[name], work.validation[0])
+            on_val.outputs[name] = agreement.outputs(kind, files[name], work.validation.batches())
     values: dict[str, Any] = {
         "name": source.metric,
         "val": agreement.metrics(on_val, source.kind, student, source.metric),
     }
     on_test: AgreementScores | None = None
     if task.test:
-        on_test = agreement.score(student, files, test.batches())
+        on_test = agreement.score(student, kind, files, test.batches())
         for name, target in exact:
-            checked[name]["test"] = _checked(on_test, name, target)
+            if name in files:
+                checked[name]["test"] = _checked(on_test, name, target)
     values["test"] = agreement.metrics(on_test, source.kind, student, source.metric) if on_test else None
     honesty: dict[str, Any] | None = None
     if source.kind.image_classes:
@@ -182,7 +201,7 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
             "classes": len(task.classes),
         },
         **{name: facts.get(name) for name, _ in all_targets()},
-        **{name: {**facts[name], "agreement": checked[name]} for name, _ in exact},
+        **{name: {**facts[name], "agreement": checked.get(name, {})} for name, _ in exact},
         "preprocessing": {
             "levels": max(s.levels for s in (on_val, on_test) if s),
             "images": sum(s.differing for s in (on_val, on_test) if s),
@@ -190,7 +209,7 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
         "metric": values,
         "calibration": honesty,
         "unusable": {"val": val.unusable, "test": test.unusable},
-        "latency": _latency(folder, part.batch, targets),
+        "latency": _latency(folder, part.batch, [(name, target) for name, target in targets if name in files]),
         "device": describe_device(),
         "versions": {**versions(), **_libraries(part)},
         "mlflow": None,
@@ -209,7 +228,8 @@ def _make(source: FinishedRun, task: LabelledSet, key: str, scratch: Path) -> di
 
 
 def _opened(folder: Path, targets: list[tuple[str, ExportTarget]]) -> dict[str, Scorer]:
-    return {name: target.load(folder / target.file) for name, target in targets}
+    loaded = {name: target.load(folder / target.file) for name, target in targets}
+    return {name: scorer for name, scorer in loaded.items() if scorer is not None}
 
 
 _ROUNDING_LEVELS = 2  # levels by which resized pixels may differ between versions of Pillow
@@ -217,7 +237,7 @@ _ROUNDING_LEVELS = 2  # levels by which resized pixels may differ between versio
 
 def _checked(scores: AgreementScores, name: str, target: ExportTarget) -> dict[str, Any]:
     """Compare a file's logits with those of the student; raises KtrayError if they differ by more than rounding."""
-    comparison = agreement.compare(scores.logits[PYTORCH], scores.logits[name])
+    comparison = scores.compared[name]
     try:
         agreement.require(comparison, target.file)
     except KtrayError as error:

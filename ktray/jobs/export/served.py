@@ -24,15 +24,20 @@ class StudentModel(PythonModel):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.classifier = module.Classifier(context.artifacts["model"])
+        self.png = module.png
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return ``label``, ``probability`` and ``probabilities`` (by class name) for each row; if an image may have
-        several classes, ``labels`` and ``probabilities``.
+        several classes, ``labels`` and ``probabilities``; for segmentation, ``mask`` (PNG) and ``shares`` (by class
+        name).
 
         Raises:
             ValueError: a row is not a usable image.
         """
         images = model_input.iloc[:, 0].tolist()
+        if self.classifier.maps:
+            masks = self.classifier.predict(images)
+            return pd.DataFrame([{**one, "mask": self.png(one["mask"])} for one in masks], columns=["mask", "shares"])
         columns = ["label", "probability"] if self.classifier.thresholds is None else ["labels"]
         return pd.DataFrame(self.classifier.predict(images), columns=[*columns, "probabilities"])
 

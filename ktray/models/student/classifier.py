@@ -131,6 +131,21 @@ class Student(nn.Module):
         """What an exported file needs in addition to its weights, as JSON: class names and preprocessing."""
         return {"classes": self.classes, "preprocess": self.preprocess.to_dict()}
 
+    def answers(self, out: torch.Tensor, temperature: float, threshold: float) -> dict[str, torch.Tensor]:
+        """What an exported file answers, by name, from the model's output; it can be traced by ``torch.export``.
+
+        Args:
+            out: the model's output, here logits (N, C).
+            temperature: divides the logits.
+            threshold: an image whose largest probability is below it gets no class.
+
+        Returns:
+            ``probabilities``, float32 of the shape of the output; and the decision, here ``label`` (N,) int32, the
+            number of the class, or -1 for none.
+        """
+        probabilities = (out / temperature).softmax(1)
+        return {"probabilities": probabilities, "label": sure_label(probabilities, threshold)}
+
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Any]:
         """A `Prediction` for each image.
 
@@ -143,6 +158,14 @@ class Student(nn.Module):
             best = int(np.argmax(row))
             predictions.append(Prediction(self.classes[best], row[best], dict(zip(self.classes, row, strict=True))))
         return predictions
+
+
+def sure_label(probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(N, C, ...) probabilities to (N, ...) int32: the most probable class, or -1 if its probability is below the
+    threshold."""
+    largest, label = probabilities.max(1)
+    # A product instead of `torch.where` with a number, which not every converter knows.
+    return (label.to(torch.int32) + 1) * (largest >= threshold).to(torch.int32) - 1
 
 
 def classifier_of(model: Any) -> nn.Linear | nn.Conv2d:

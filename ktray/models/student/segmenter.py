@@ -23,7 +23,7 @@ from ktray.data.labelled.masks import MAX_CLASSES
 from ktray.errors import KtrayError
 from ktray.models.maps import resize_map
 from ktray.models.messages import cause
-from ktray.models.student.classifier import Student, build_student
+from ktray.models.student.classifier import Student, build_student, sure_label
 
 Head = Literal["lraspp", "deeplabv3"]
 # Channels of LR-ASPP, as published; DeepLabV3 always has 256.
@@ -118,6 +118,16 @@ class Segmenter(Student):
     ) -> list[MaskPrediction]:
         """Segment whole images, in evaluation mode; for the arguments see `Student.predict`."""
         return super().predict(images, batch)
+
+    def served_facts(self) -> dict[str, Any]:
+        return {**super().served_facts(), "maps": True}
+
+    def answers(self, out: torch.Tensor, temperature: float, threshold: float) -> dict[str, torch.Tensor]:
+        """``probabilities`` (N, C, h', w') float32 at the resolution of the logits, and ``label`` (N, height, width)
+        int32 at the resolution of the input: the number of the class of each pixel, or -1 for none."""
+        probabilities = (out / temperature).softmax(1)
+        resized = (resize_map(out, self.preprocess.size) / temperature).softmax(1)
+        return {"probabilities": probabilities, "label": sure_label(resized, threshold)}
 
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[MaskPrediction]:
         """A `MaskPrediction` for each image, at the image's own size."""

@@ -45,6 +45,13 @@ class Tagger(Student):
         tagger.thresholds = [DEFAULT_THRESHOLD] * outputs if thresholds is None else list(thresholds)
         return tagger
 
+    def answers(self, out: torch.Tensor, temperature: float, threshold: float) -> dict[str, torch.Tensor]:
+        """``probabilities`` (N, C) float32 and ``labels`` (N, C) int32, 1 for each class whose probability reaches the
+        threshold of the class. Temperature and common threshold do not apply."""
+        probabilities = out.sigmoid()
+        needed = torch.tensor(self.thresholds, dtype=probabilities.dtype, device=out.device)
+        return {"probabilities": probabilities, "labels": (probabilities >= needed).to(torch.int32)}
+
     def decide(self, logits: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Any]:
         """A `Tags` for each image, from logits (N, C)."""
         return [self._tags(row) for row in logits.double().sigmoid().tolist()]

@@ -25,7 +25,8 @@ class Tensor(ResultPart):
 
 
 class Agreement(ResultPart):
-    """The differences between the logits of two models on the same images."""
+    """The differences between the outputs of two models on the same images: logits, or for files with probabilities,
+    these."""
 
     images: int
     max_difference: Number
@@ -33,6 +34,8 @@ class Agreement(ResultPart):
     top1_equal: Number
     top1_differs: int
     widest_margin: Number
+    decisions: int = Field(0, description="number of decisions (classes of images or pixels, or sets) of the file")
+    decisions_differ: int = Field(0, description="number of decisions that are not PyTorch's")
 
 
 class OnnxFile(ResultPart):
@@ -81,7 +84,7 @@ class ModelScore(ResultPart):
 
 class ExportMetric(ResultPart):
     name: str
-    val: dict[str, ModelScore] = Field(description="scores by model: pytorch, onnx, int8")
+    val: dict[str, ModelScore] = Field(description="scores by model: pytorch, and each target")
     test: dict[str, ModelScore] | None = Field(description="scores by model; null without a test split")
 
 
@@ -128,7 +131,7 @@ class PushedModel(ResultPart):
 
 
 class ExportResult(Result):
-    """jobs/export.py. An export target of another package adds an object under its own name."""
+    """jobs/export.py. Each export target that the recipe requests has an object under its own name."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     __pydantic_extra__: dict[str, dict[str, Any] | None]

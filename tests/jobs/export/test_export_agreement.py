@@ -45,19 +45,21 @@ def test_student_and_file_on_real_images(student, stripes: Path, onnx_file: Path
     examples = [LabelledExample(str(path), student.classes.index(path.parent.name)) for path in paths]
     model = Classifier(onnx_file)
     split = Split("test", examples, student.preprocess, 10**6)
-    scores = agreement.score(student, {"onnx": model}, split.batches())
+    kind = task_kind("classification")
+    scores = agreement.score(student, kind, {"onnx": model}, split.batches())
     assert (scores.levels, scores.differing) == (0, 0)
-    found = agreement.compare(scores.logits["pytorch"], scores.logits["onnx"])
+    found = agreement.compare(scores.outputs["pytorch"], scores.outputs["onnx"])
+    assert scores.compared["onnx"] == pytest.approx(found)
     assert found["images"] == 60
     assert found["top1_equal"] == 1
     assert found["max_difference"] < 1e-4 * found["largest_logit"]
-    values = agreement.metrics(scores, task_kind("classification"), student, "top1")
+    values = agreement.metrics(scores, kind, student, "top1")
     expected = np.mean([p.label == path.parent.name for p, path in zip(student.predict(paths), paths, strict=True)])
     assert values["pytorch"]["metric"] == values["onnx"]["top1"] == pytest.approx(expected)
     assert np.mean(list(values["onnx"]["per_class"].values())) == pytest.approx(expected)  # 20 images a class
 
     # A shipped preprocessing that is not the student's is noticed.
     monkeypatch.setattr("ktray.jobs.export.predict._FILTERS", {"bicubic": 0, "bilinear": 0})  # nearest
-    spoilt = agreement.score(student, {"onnx": model}, split.batches())
+    spoilt = agreement.score(student, kind, {"onnx": model}, split.batches())
     assert spoilt.differing == 60
     assert spoilt.levels > 20

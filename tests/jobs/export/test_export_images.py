@@ -26,9 +26,11 @@ def test_order_labels_and_unusable_ones(student, stripes: Path, tmp_path: Path, 
     expected = np.stack([student.preprocess.eval_transform(Image.open(path)) for path in files])
     for name in ("pixels", "shipped"):
         assert np.array_equal(np.concatenate([getattr(b, name) for b in batches]), expected)
-    pixels, labels = split.held(tmp_path / "held.npy")
-    assert np.array_equal(pixels, expected)
-    assert labels.tolist() == [i % 3 for i in range(len(files))]
+    held = split.held(tmp_path / "held.npy")
+    assert np.array_equal(held.pixels, expected)
+    parts = list(held.batches())
+    assert np.array_equal(np.concatenate([pixels for pixels, _ in parts]), expected)
+    assert np.concatenate([columns["label"] for _, columns in parts]).tolist() == [i % 3 for i in range(len(files))]
 
 
 def test_no_usable_image_at_all(student, tmp_path: Path) -> None:

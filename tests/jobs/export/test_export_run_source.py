@@ -9,6 +9,7 @@ from heard import heard
 from ktray import recipe as recipes
 from ktray.errors import KtrayError
 from ktray.jobs.export.run_source import find
+from ktray.tasks.base import task_kind
 
 
 def asked(store: Path, *overrides: str) -> recipes.Recipe:
@@ -60,9 +61,9 @@ def test_a_damaged_result(run: Path, text: str) -> None:
         find(asked(run.parents[1], f"export.run={run.name}"))
 
 
-def test_segmentation_is_refused(run: Path) -> None:
-    (run / "student" / "segmentation.json").write_text("{}")
-    with pytest.raises(KtrayError, match="has a segmentation student"):
+def test_a_kind_without_an_export_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(task_kind("classification")), "no_export", ("has numbers", "Load it."))
+    with pytest.raises(KtrayError, match=f"Run '{run.name}' has numbers. Load it."):
         find(asked(run.parents[1]))
 
 

@@ -79,11 +79,28 @@ def asked(run: Path, *more: str) -> recipes.Recipe:
 
 
 def test_the_targets_that_ship_are_in_order() -> None:
-    assert [name for name, _ in all_targets()] == ["onnx", "int8"]
+    names = [name for name, _ in all_targets()]
+    assert names[0] == "onnx"  # the others may start from its file
+    assert names[-1] == "int8"  # files that lose accuracy are compared with exact ones
     assert [name for name, _ in wanted_targets(ExportConfig())] == ["onnx"]
     assert [name for name, _ in wanted_targets(ExportConfig(int8=True))] == ["onnx", "int8"]
+    assert [name for name, _ in wanted_targets(ExportConfig(targets=["int8"]))] == ["onnx", "int8"]
     files = [served.file for serve in ("float", "int8") if (served := serving(ExportConfig(serve=serve)))]
     assert files == ["student.onnx", "student.int8.onnx"]
+
+
+def test_a_name_that_no_target_has_is_told_with_the_nearest_one(run: Path) -> None:
+    with pytest.raises(KtrayError, match=r"No export target is named 'openvni' .* Did you mean 'openvino'"):
+        module.export(asked(run, "export.targets=[openvni]"))
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(EXPORTS.get("openvino")), "libraries", ("a-package-that-nobody-has",))
+    with pytest.raises(KtrayError, match=r"needs the package a-package.*pip install 'ktray\[openvino\]'"):
+        module.export(asked(run, "export.targets=[openvino]"))
+    with pytest.raises(KtrayError, match="which is not installed"):
+        module.show(asked(run, "export.targets=[openvino]"))
+    assert not (run / "export").exists()
 
 
 def test_one_of_another_package_is_written_checked_measured_and_described(

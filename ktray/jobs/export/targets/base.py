@@ -1,9 +1,9 @@
 """The interface of an export target: a file with which a student is deployed.
 
 A target is registered in `ktray.recipe.registries.EXPORTS` under the name that its figures have in ``export.json``, in
-the card and in MLflow. For every target that the recipe requests, jobs/export.py writes the file, compares the file's
-predictions with the student's, measures the file, and describes it. A target of another package has no key in the
-recipe; its `ExportTarget.wanted` decides, for example, by an environment variable.
+the card and in MLflow. The recipe requests it by this name in ``export.targets``. For every requested target,
+jobs/export.py writes the file, compares the file's predictions with the student's, measures the file, and describes it.
+Formats that are made from a PyTorch graph have a base class of their own, `ktray.jobs.export.targets.graph`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
+from ktray.errors import KtrayError
 from ktray.jobs.export import latency
 from ktray.jobs.export.agreement import AgreementScores, Scorer
-from ktray.jobs.export.images import Split
+from ktray.jobs.export.confidence import Confidence
+from ktray.jobs.export.images import HeldImages, Split
 from ktray.jobs.export.predict import Classifier
 from ktray.models.student.classifier import Student
 from ktray.pipeline.finished_run import FinishedRun
@@ -38,6 +39,7 @@ class ExportWork:
         folder: folder of the exported files, with the files of earlier targets.
         scratch: folder for temporary files.
         on_val: scores on validation of the student and of the targets with ``exact``; empty while these are written.
+        confidence: temperature and threshold for targets with `ExportTarget.confident`.
     """
 
     source: FinishedRun
@@ -46,15 +48,16 @@ class ExportWork:
     folder: Path
     scratch: Path
     on_val: AgreementScores = field(default_factory=AgreementScores)
+    confidence: Confidence = field(default_factory=Confidence)
 
     def split(self, name: str, examples: list[LabelledExample]) -> Split:
         """Return some labelled images as a split for the student."""
-        reader = self.source.kind.reader(self.task)
+        reader = self.source.kind.reader(self.task, whole=True)
         return Split(name, examples, self.student.preprocess, self.source.recipe.data.max_pixels, reader)
 
     @cached_property
-    def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (N, 3, height, width) uint8, memory-mapped, and the labels of the validation images."""
+    def validation(self) -> HeldImages:
+        """The validation images."""
         return self.split("val", self.task.val).held(self.scratch / "val.npy")
 
 
@@ -63,6 +66,8 @@ class ExportTarget(ABC):
 
     file: str
     """Name of the file that the target writes."""
+    companions: tuple[str, ...] = ()
+    """Names of further files that the target writes and that the file needs."""
     order: int = 100
     """Position in the order of writing and in tables; targets with equal numbers are ordered by name."""
     exact: bool = True
@@ -70,7 +75,9 @@ class ExportTarget(ABC):
     lose accuracy come after exact ones, and their scores are reported."""
     asked_by: str = ""
     """The setting that requests the target, for messages, such as ``export.int8=true``; empty if the target is always
-    written."""
+    written, or is requested by its name."""
+    extra: str = ""
+    """The extra of ktray that installs `libraries`; empty: they are always installed."""
     serves: str = ""
     """The value of ``export.serve`` with which the model in MLflow runs this file."""
     libraries: tuple[str, ...] = ()
@@ -78,9 +85,34 @@ class ExportTarget(ABC):
     use: str = ""
     """How to use the file: Markdown for the model card."""
 
-    @abstractmethod
+    @property
+    def name(self) -> str:
+        """The name under which the target is registered."""
+        return next(name for name, target in EXPORTS if target is self)
+
     def wanted(self, part: ExportConfig) -> bool:
-        """Return whether the recipe requests this target."""
+        """Return whether the recipe requests this target in another way than by its name in ``export.targets``."""
+        return False
+
+    def require(self) -> None:
+        """Check that the packages of the target are installed.
+
+        Raises:
+            KtrayError: one is missing; the message names the extra that installs it.
+        """
+        for library in self.libraries:
+            try:
+                metadata.version(library)
+            except metadata.PackageNotFoundError as error:
+                remedy = f"pip install 'ktray[{self.extra}]'" if self.extra else f"pip install {library}"
+                raise KtrayError(
+                    f"The export target '{self.name}' needs the package {library}, which is not installed",
+                    f"Install it with: {remedy}. Or remove {self.name} from export.targets.",
+                ) from error
+
+    def confident(self, part: ExportConfig) -> bool:
+        """Return whether the file contains temperature and threshold, so that they are fitted before it is written."""
+        return False
 
     def options(self, part: ExportConfig) -> list[Any]:
         """Return the values of the recipe that change the file, as JSON."""
@@ -111,9 +143,22 @@ class ExportTarget(ABC):
         """
         return False
 
-    def load(self, path: Path) -> Scorer:
-        """Open the file to check its predictions; by default an ONNX file."""
+    def load(self, path: Path) -> Scorer | None:
+        """Open the file to check its predictions; by default an ONNX file. None: this machine cannot run such files,
+        and `unchecked` says why.
+
+        Raises:
+            KtrayError: the file is damaged.
+        """
         return Classifier(path)
+
+    def unchecked(self) -> str:
+        """Return why the file cannot be run on this machine, as a sentence for the user, or an empty string."""
+        return ""
+
+    def size(self, files: dict[str, Any]) -> int:
+        """Return the size of the file and its companions in bytes, from ``files`` in ``export.json``."""
+        return sum(int(files[name]["bytes"]) for name in (self.file, *self.companions))
 
     def latency(self, path: Path, batch: int) -> dict[str, Any] | None:
         """Measure the file; by default an ONNX file, with `ktray.jobs.export.latency.measure`. None: not measured."""
@@ -129,6 +174,8 @@ class ExportTarget(ABC):
             what: the name of the split in words.
         """
         checked = (content.get(name) or {}).get("agreement", {}).get(split)
+        if content.get(name) and self.unchecked() and split == "val":
+            return [f"{self.file} was not checked against PyTorch and not measured. {self.unchecked()}"]
         if not checked or not checked["top1_differs"]:
             return []
         return [
@@ -143,8 +190,14 @@ def all_targets() -> list[tuple[str, ExportTarget]]:
 
 
 def wanted_targets(part: ExportConfig) -> list[tuple[str, ExportTarget]]:
-    """Return the targets of an export with their names, in order."""
-    return [(name, target) for name, target in all_targets() if target.wanted(part)]
+    """Return the targets of an export with their names, in order.
+
+    Raises:
+        KtrayError: ``export.targets`` has a name that no target has.
+    """
+    for name in part.targets:
+        EXPORTS.get(name)
+    return [(name, target) for name, target in all_targets() if name in part.targets or target.wanted(part)]
 
 
 def serving(part: ExportConfig) -> ExportTarget | None:

@@ -28,7 +28,7 @@ class Int8Target(ExportTarget):
         return part.int8
 
     def options(self, part: ExportConfig) -> list[Any]:
-        return [part.int8, part.calibration if part.int8 else 0]
+        return [part.calibration]
 
     def passes(self, part: ExportConfig, task: LabelledSet) -> int:
         return _TRIED * (len(task.val) + part.calibration) + len(task.test)
@@ -41,15 +41,14 @@ class Int8Target(ExportTarget):
         # The examples are ordered by class, so these are spread evenly over the classes. Test images are never used.
         spread = np.linspace(0, len(task.train) - 1, min(part.calibration, len(task.train))).round().astype(int)
         chosen = [task.train[i] for i in spread.tolist()]
-        calibration, _ = work.split("train", chosen).held(work.scratch / "train.npy")
-        pixels, labels = work.validation
-
-        kind = work.source.kind
+        calibration = work.split("train", chosen).held(work.scratch / "train.npy").pixels
+        kind, labels = work.source.kind, work.on_val.labels
 
         def accuracy(model: Classifier) -> float:
-            return float(kind.exported_metrics(work.student, agreement.logits(model, pixels), labels)[metric])
+            outputs = agreement.outputs(kind, model, work.validation.batches())
+            return float(kind.exported_metrics(work.student, outputs, labels)[metric])
 
-        full = kind.exported_metrics(work.student, work.on_val.logits["onnx"], work.on_val.labels)
+        full = kind.exported_metrics(work.student, work.on_val.outputs["onnx"], labels)
         source, target = work.folder / onnx.FILE, work.folder / self.file
         return quantise.choose(work.student, source, target, calibration, accuracy, float(full[metric]))
 
