@@ -18,6 +18,7 @@ from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
 from ktray.reporting.progress import Progress
 from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.inputs import StageInputs
@@ -137,6 +138,11 @@ class StageResult:
     @property
     def key(self) -> str:
         return str(self.manifest["key"])
+
+    @property
+    def version(self) -> str:
+        """Version of the files of the complete stage: another one if the stage was computed again."""
+        return digest("files", [self.manifest.get("run"), self.manifest.get("files")])
 
 
 class Reporter:

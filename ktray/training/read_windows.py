@@ -25,22 +25,31 @@ from ktray.training.sampler import Reader, Window
 Report = Callable[[BadImages | TeacherFlops], None]
 
 
-def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
-    """A reader that reads stored shards in this process, for sets of rows that stay in memory."""
+def read_windows(directory: Dir, columns: Sequence[str], version: str = "") -> Reader:
+    """A reader that reads stored shards in this process, for sets of rows that stay in memory.
+
+    Args:
+        version: version of the shards (`ktray.storage.node_cache.read_through`).
+    """
 
     def read(windows: Sequence[Window]) -> Iterator[Rows]:
         # A shard that several virtual ranks share is read once, and each takes its rows of it.
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
-        whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
+        whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns, version))
         for window in windows:
             yield _concat([decode_views(_some(whole(s.shard), s.start, s.step, s.views)) for s in window])
 
     return read
 
 
-def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Reader:
-    """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps."""
-    return _StreamReader(lambda dataset: _map_slices(dataset, _ReadSlice(directory, columns), cpus))
+def stream_windows(directory: Dir, columns: Sequence[str], cpus: float, version: str = "") -> Reader:
+    """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps.
+
+    Args:
+        cpus: CPUs of a task.
+        version: version of the shards, of which each node then keeps copies (`ktray.storage.node_cache`).
+    """
+    return _StreamReader(lambda dataset: _map_slices(dataset, _ReadSlice(directory, columns, version), cpus))
 
 
 def made_windows(
@@ -124,9 +133,10 @@ def _to_table(item: Item, rows: Rows) -> pa.Table:
 class _ReadSlice:
     directory: Dir
     columns: Sequence[str]
+    version: str
 
     def __call__(self, item: Item) -> Rows:
-        rows = read_rows(self.directory, item["shard"], self.columns)
+        rows = read_rows(self.directory, item["shard"], self.columns, self.version)
         return decode_views(_some(rows, item["start"], item["step"], item["views"]))
 
 

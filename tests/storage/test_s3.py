@@ -1,6 +1,7 @@
 """Against moto through a proxy that fails: `faulty_s3`."""
 
 import pickle
+import threading
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -10,6 +11,7 @@ import pytest
 from ktray.data import filesystem
 from ktray.errors import KtrayError
 from ktray.storage import s3 as module
+from ktray.storage import s3_files
 from ktray.storage.retry import retry_for
 from ktray.storage.store import Dir, Store
 
@@ -51,6 +53,36 @@ def test_a_read_goes_on_where_it_stood(s3, tmp_path):
         begin = stream.read(4)
         s3.first(MORE, "reset", "GET")
         assert begin + stream.read() == filesystem.read_bytes(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1999, 2000, 2001, 9999])
+def test_a_large_read_is_made_of_parts(s3, size, monkeypatch):
+    monkeypatch.setattr(s3_files, "_PART", 1000)
+    folder, data = Dir(s3.home), bytes(range(250)) * 40
+    folder.write("a", data[:size])
+    s3.seen.clear()
+    assert folder.read("a") == data[:size]
+    assert s3.seen["GET", ""] == (0 if not size else 1 if size < 2000 else -(-size // 1000))
+    s3.first(MORE, "503", "GET")
+    assert folder.read("a") == data[:size]
+    with filesystem.open_random(f"{folder.uri}/a") as stream:
+        stream.seek(min(7, size))
+        assert stream.read(3000) + stream.read() == data[7:size]
+
+
+def test_the_parts_of_a_read_are_requested_together(s3, monkeypatch):
+    monkeypatch.setattr(s3_files, "_PART", 1000)
+    folder = Dir(s3.home)
+    folder.write("a", bytes(8000))
+    together = threading.Barrier(8, timeout=30)  # broken, so an error, unless eight are under way at the same time
+
+    def meet(method, path):
+        if method == "GET":
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert folder.read("a") == bytes(8000)
 
 
 def test_an_answer_that_is_late_is_waited_for(s3):

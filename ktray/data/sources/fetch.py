@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 
 from ktray.data import filesystem
-from ktray.data.concurrent import AT_ONCE, in_order
 from ktray.data.decode import Enough, decode_rgb
 from ktray.data.filesystem import why
 from ktray.data.sources.uris import Held, ImageRef, One
 from ktray.errors import BadImage, KtrayError
 from ktray.recipe.registries import SOURCES
+from ktray.storage.concurrent import AT_ONCE, in_order
 
 
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:

@@ -86,6 +86,7 @@ class TeachResult:
             source_classes=m["source_classes"],
             classes=m["classes"],
             views=self.cut.per_image,
+            version=self.done.version,
         )
 
 
