@@ -15,6 +15,7 @@ from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir
+from ktray.training import read_windows as read_module
 from ktray.training.read_windows import read_windows, stream_windows
 from ktray.training.sampler import RowSampler
 
@@ -209,7 +210,13 @@ def test_cpu_shards(cluster):
     assert list(cpu_shards([], square, cluster)) == []
 
 
-def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(cluster, tmp_path):
+@pytest.mark.parametrize("slices", [512, 3])
+def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(
+    cluster, tmp_path, monkeypatch, slices
+):
+    original, sizes = read_module.ordered, []
+    monkeypatch.setattr(read_module, "ordered", lambda rows: sizes.append(len(rows)) or original(rows))
+    monkeypatch.setattr(read_module, "SLICES", slices)
     directory = Dir(str(tmp_path))
     shards = []
     for i, n in enumerate([7, 5, 9, 4]):
@@ -229,6 +236,7 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
         np.testing.assert_array_equal(a["pixels"], b["pixels"])
     for a, b in zip(here[9:], later, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"])
+    assert len(sizes) == 2 if slices == 512 else max(sizes) <= 6, sizes
 
 
 def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster):
