@@ -12,6 +12,7 @@ from ktray.data import filesystem
 from ktray.errors import KtrayError
 from ktray.storage import s3 as module
 from ktray.storage import s3_files
+from ktray.storage.concurrent import AT_ONCE
 from ktray.storage.retry import retry_for
 from ktray.storage.store import Dir, Store
 
@@ -158,6 +159,44 @@ def test_listings_come_in_pages(s3, monkeypatch):
         (f.path, f.size, f.mtime_ns) for f in found
     }
     assert {filesystem.stat(f.path) for f in found} == set(found)
+
+
+def test_a_stage_of_many_files_is_checked_by_its_listing(s3, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE", 50)
+    stage = Store(s3.home).stage("teach", "k")
+    for i in range(120):
+        stage.write(f"{'ab'[i % 2]}/{i}", b"x" * i)
+    stage.commit({"n": 1})
+    s3.seen.clear()
+    assert len(stage.manifest()["files"]) == 120
+    assert s3.seen["HEAD", ""] <= 2
+    assert s3.seen["GET", ""] <= 1 + 3 + 1, "the manifest, and the pages of the listing"
+    stage.write("a/2", b"x")
+    with pytest.raises(KtrayError, match=r"a/2' is missing or incomplete \(it should have 2 bytes and has 1\)"):
+        stage.manifest()
+    stage.delete("a/2")
+    with pytest.raises(KtrayError, match=r"a/2' is missing or incomplete \(it should have 2 bytes and does not exist"):
+        stage.manifest()
+
+
+def test_many_small_files_are_read_together_and_in_order(s3):
+    folder = Dir(s3.home)
+    names = [f"{i}.json" for i in range(2 * AT_ONCE)]
+    for i, name in enumerate(names):
+        folder.write_json(name, {"i": i})
+    together = threading.Barrier(AT_ONCE, timeout=30)  # broken, so an error, unless so many are under way
+
+    def meet(method, path):
+        if method == "GET":
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert [read["i"] for read in folder.read_each_json(names)] == list(range(len(names)))
+    s3.fault = ""
+    folder.delete("7.json")
+    with pytest.raises(FileNotFoundError):
+        list(folder.read_each_json(names))
 
 
 def test_large_files_and_folders_travel_both_ways(s3, tmp_path, monkeypatch):

@@ -207,8 +207,8 @@ def _unusable(file: FileStat) -> str:
 
 
 def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
-    stats = [filesystem.stat(path) for path in filesystem.expand(pattern) if is_parquet(path) or is_csv(path)]
-    files = [file for file in stats if file is not None]
+    matches = filesystem.expand_files(pattern)
+    files = [file for path, file in matches if file is not None and (is_parquet(path) or is_csv(path))]
     if not files:
         raise KtrayError(f"No CSV or Parquet list matches '{pattern}'", f"Check task.data. {FORMS}")
     return read_tables(files, notes, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -56,7 +56,7 @@ class Gallery:
         return cls(IndexDir(folder), [(name, rows) for name, rows in facts["shards"]])
 
     def columns(self, column: str) -> list[np.ndarray]:
-        return [self.folder.rows(part, [column])[column] for part in self.parts]
+        return [rows[column] for rows in self.folder.rows_of(self.parts, [column])]
 
     def blocks(self) -> list[GalleryPart]:
         """The gallery in blocks of about `BLOCK_ROWS` rows."""
@@ -76,10 +76,14 @@ class Gallery:
         """Values of a column (``embedding`` included) at the given rows (n,), in their order."""
         out: dict[int, Any] = {}
         shard = np.searchsorted(self.offsets, rows, side="right") - 1
-        for number in np.unique(shard).tolist():
-            part = self.parts[number]
-            embedded = column == "embedding"
-            values = self.folder.embedding(part) if embedded else self.folder.rows(part, [column])[column]
+        numbers = np.unique(shard).tolist()
+        parts = [self.parts[number] for number in numbers]
+        columns: Iterator[np.ndarray] = (
+            self.folder.embeddings(parts)
+            if column == "embedding"
+            else (rows_of_part[column] for rows_of_part in self.folder.rows_of(parts, [column]))
+        )
+        for number, values in zip(numbers, columns, strict=True):
             for row in rows[shard == number].tolist():
                 out[row] = values[row - self.offsets[number]]
         return [out[row] for row in rows.tolist()]
@@ -99,10 +103,10 @@ class GalleryPart:
 
     def embedding(self) -> np.ndarray:
         """(rows, D) float16."""
-        return np.concatenate([self.folder.embedding(part) for part in self.parts])
+        return np.concatenate(list(self.folder.embeddings(self.parts)))
 
     def prints(self) -> Fingerprints:
-        read = [self.folder.rows(part, ["hash", "digest"]) for part in self.parts]
+        read = list(self.folder.rows_of(self.parts, ["hash", "digest"]))
         hash_, digest = (np.concatenate([r[name] for r in read]).astype(np.uint64) for name in ("hash", "digest"))
         return Fingerprints(hash_, digest)
 
