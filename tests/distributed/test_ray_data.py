@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ktray.distributed import ray_data
-from ktray.distributed.ray_data import cpu_shards, map_shards
+from ktray.distributed.ray_data import cpu_shards, map_numbered, map_shards
 from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.columns import read_rows, write_rows
@@ -208,6 +208,33 @@ def square(item):
 def test_cpu_shards(cluster):
     assert sorted(s["n"] for s in cpu_shards([{"n": i} for i in range(5)], square, cluster)) == [0, 1, 4, 9, 16]
     assert list(cpu_shards([], square, cluster)) == []
+
+
+class Counted:
+    """A value that tells how often it was pickled, by a file."""
+
+    def __init__(self, file, values):
+        self.file, self.values = file, values
+
+    def __getstate__(self):
+        with open(self.file, "a") as log:
+            log.write("x")
+        return self.__dict__
+
+
+def weighed(item, counted, factor):
+    return {"sum": np.array([counted.values.sum() * factor + item])}
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_what_all_calls_share_is_put_into_the_object_store_once(cluster, tmp_path, count):
+    shared = Counted(str(tmp_path / "log"), np.arange(300_000))
+    found = dict(map_numbered([10 * i for i in range(count)], weighed, cluster, [shared, 2]))
+    assert {number: rows["sum"].tolist() for number, rows in found.items()} == {
+        i: [2 * int(shared.values.sum()) + 10 * i] for i in range(count)
+    }
+    log = tmp_path / "log"
+    assert (log.read_text() if log.exists() else "") == ("x" if count > 1 else "")
 
 
 @pytest.mark.parametrize("slices", [512, 3])

@@ -124,9 +124,8 @@ def duplicates(
         prints: fingerprints of the held-out images.
         similarity: cosine similarity from which a pair is compared by pixels.
     """
-    work = partial(_duplicates, heldout=heldout, prints=prints, similarity=similarity)
-    tables = []
-    for _, rows in map_numbered(gallery.blocks(), work, plan):
+    work, tables = partial(_duplicates, similarity=similarity), []
+    for _, rows in map_numbered(gallery.blocks(), work, plan, [heldout, prints]):
         reason, similar = rows.pop("reason").astype(str).tolist(), int(rows.pop("similar")[0])
         tables.append(DuplicateTable(**rows, reason=reason, similar=similar))
     return DuplicateTable.joined(tables)
@@ -145,7 +144,7 @@ def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerpri
 def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Allocation) -> Hits:
     """`ktray.retrieval.search.search` over the whole gallery, with one task for each block."""
     hits: Hits | None = None
-    for _, rows in map_numbered(gallery.blocks(), partial(_search, queries=queries, k=k), plan):
+    for _, rows in map_numbered(gallery.blocks(), partial(_search, k=k), plan, [queries]):
         block_hits = rows["similarity"], rows["index"]
         hits = merge(hits, block_hits) if hits else block_hits
     assert hits is not None  # a gallery has rows
