@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -53,6 +53,11 @@ class Labels:
     kind: TaskKind
     version: str = ""
 
+    def shards(self, split: str, columns: Sequence[str]) -> Iterator[Rows]:
+        """The columns of each shard of a split, in order, with few shards in memory at a time."""
+        names = [name for name in self.directory.names(".parquet") if name.startswith(f"{split}-")]
+        return read_shards(self.directory, names, columns, self.version)
+
     def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) uint8 and their targets (N, ...), see `ktray.tasks.base.TaskKind.targets`.
 
@@ -61,8 +66,7 @@ class Labels:
             column: ``canvas`` or ``pixels``.
         """
         target = self.kind.label_column(column)
-        names = [name for name in self.directory.names(".parquet") if name.startswith(f"{split}-")]
-        shards = list(read_shards(self.directory, names, [column, target], self.version))
+        shards = list(self.shards(split, [column, target]))
         pixels = np.concatenate([s[column] for s in shards])
         targets = np.concatenate([s[target] for s in shards])
         return torch.from_numpy(pixels.copy()), self.kind.targets(targets)
