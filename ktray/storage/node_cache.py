@@ -26,6 +26,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ _HEADER = struct.Struct("<4sQI")  # mark, length, CRC-32
 _MARK = b"ktc1"
 # Shares of the disk's space (free, or taken by copies) that the copies take at most: without a limit, and with one.
 _SHARE, _MOST_SHARE = 0.5, 0.9
+_WRITTEN_S = 3600.0  # seconds without a write after which a file that has no name yet is a leftover
 _KEPT = 0.9  # of the limit that a deletion of old copies leaves, so that not every write has to list the folder
 
 
@@ -55,11 +57,20 @@ def read_through(directory: Dir, name: str, version: str) -> bytes:
     Raises:
         OSError: the file cannot be read from the store.
     """
-    cache = None if directory.is_local or not version else node_cache(os.environ.get(FOLDER), os.environ.get(LIMIT))
+    cache = None if directory.is_local or not version else this_node()
     if cache is None:
         return directory.read(name)
-    key = hashlib.sha256("\0".join((directory.uri, name, version)).encode()).hexdigest()
-    return cache.read(key, lambda: directory.read(name))
+    return cache.read(key_of(directory.uri, name, version), lambda: directory.read(name))
+
+
+def key_of(*parts: str) -> str:
+    """A key that is different for different texts, 64 hexadecimal digits."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def this_node() -> NodeCache | None:
+    """`node_cache` with the variables of this process."""
+    return node_cache(os.environ.get(FOLDER), os.environ.get(LIMIT))
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,13 +120,13 @@ class NodeCache:
         if copy is not None:
             return copy
         with contextlib.ExitStack() as held:
-            with self._harmless():
-                held.enter_context(self._locked(f"fetch-{key[:2]}"))
+            with self.harmless():
+                held.enter_context(self.locked(f"fetch-{key[:2]}"))
             copy = self._copy(key)  # another process may have fetched it while this one waited
             if copy is not None:
                 return copy
             data = fetch()
-            with self._harmless():
+            with self.harmless():
                 self._keep(key, data)
         return data
 
@@ -136,8 +147,8 @@ class NodeCache:
         return data
 
     def _keep(self, key: str, data: bytes) -> None:
-        with self._locked("used"):
-            if not self._make_room(_HEADER.size + len(data)):
+        with self.locked("used"):
+            if not self.make_room(_HEADER.size + len(data)):
                 return
         handle, temporary = tempfile.mkstemp(dir=self.folder / "files", suffix=".tmp")
         try:
@@ -150,7 +161,7 @@ class NodeCache:
                 os.unlink(temporary)
             raise
 
-    def _make_room(self, size: int) -> bool:
+    def make_room(self, size: int) -> bool:
         """Reserve ``size`` bytes, for which old copies may be deleted; returns whether there is room."""
         record = self.folder / "used"
         try:
@@ -163,18 +174,21 @@ class NodeCache:
             return False
         if used + size > limit:
             used = self._delete_old(max(0, min(limit - size, int(_KEPT * limit))))
-        record.write_text(str(used + size))
-        return True
+        fits = used + size <= limit
+        record.write_text(str(used + size * fits))
+        return fits
 
     def _delete_old(self, leave: int | None) -> int:
         """Delete the copies that were not used for the longest time, until they take at most ``leave`` bytes (None: no
         limit); returns the bytes that are left."""
-        copies = []
+        copies, used, now = [], 0, time.time()
         for entry in os.scandir(self.folder / "files"):
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
-                copies.append((status.st_mtime_ns, entry.path, status.st_size))
-        used = sum(size for _, _, size in copies)
+                used += status.st_size
+                # A file that is being written is not deleted; after a while, its process must have been killed.
+                if not entry.name.endswith(".tmp") or now - status.st_mtime > _WRITTEN_S:
+                    copies.append((status.st_mtime_ns, entry.path, status.st_size))
         for _, path, size in sorted(copies):
             if leave is None or used <= leave:
                 break
@@ -184,7 +198,7 @@ class NodeCache:
         return used
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def locked(self, name: str) -> Iterator[None]:
         """Hold a lock of the folder, which is created where it is missing."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = os.lstat(self.folder)
@@ -197,7 +211,7 @@ class NodeCache:
             yield
 
     @contextlib.contextmanager
-    def _harmless(self) -> Iterator[None]:
+    def harmless(self) -> Iterator[None]:
         """Turn an error of the cache's disk into one warning per process."""
         try:
             yield

@@ -21,6 +21,8 @@ from ktray.models.student.classifier import HUB, Student, published_name, publis
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import Rows, read_shards
+from ktray.storage.node_arrays import load_arrays
+from ktray.storage.node_cache import key_of, this_node
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import JPEG, PIXELS
 from ktray.targets.make_views import MakeViews
@@ -36,7 +38,8 @@ from ktray.training.weights import WEIGHTS
 from ktray.training.window_size import FEWEST_BYTES
 from ktray.training.worker import WorkerContext
 
-_ON_DEVICE = 2_000_000_000  # bytes of labelled images up to which they are kept on the device
+# Bytes of labelled images up to which they are kept on the device, and in the memory of a worker.
+_ON_DEVICE = _RESIDENT = 2_000_000_000
 _SAMPLED_SHARDS = 32  # largest number of shards that `TargetSet.sample` reads
 
 
@@ -61,15 +64,22 @@ class Labels:
     def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) uint8 and their targets (N, ...), see `ktray.tasks.base.TaskKind.targets`.
 
+        Beyond `_RESIDENT` bytes, they are mapped from a file on this node's disk that its workers share.
+
         Args:
             split: ``train`` or ``val``.
             column: ``canvas`` or ``pixels``.
         """
         target = self.kind.label_column(column)
-        shards = list(self.shards(split, [column, target]))
-        pixels = np.concatenate([s[column] for s in shards])
-        targets = np.concatenate([s[target] for s in shards])
-        return torch.from_numpy(pixels.copy()), self.kind.targets(targets)
+
+        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for rows in self.shards(split, [column, target]):
+                yield rows[column], self.kind.targets(rows[target]).numpy()
+
+        cache = this_node() if self.version else None
+        key = key_of(self.directory.uri, split, column, self.kind.key, self.version) if cache else ""
+        pixels, targets = load_arrays(cache, key, 2, blocks, _RESIDENT)
+        return torch.from_numpy(pixels), torch.from_numpy(targets)
 
     def batches(
         self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int

@@ -130,6 +130,20 @@ def test_without_a_limit_the_copies_leave_as_much_free_as_they_take(tmp_path, mo
     assert sum(held(tmp_path / "c").values()) > 0.8 * disk / 2
 
 
+def test_what_is_being_written_stays_and_leftovers_of_killed_processes_go(tmp_path):
+    source, cache = Source(), NodeCache(tmp_path / "c", 5000)
+    cache.read(key("a"), source.of("a"))
+    for name in ("fresh.tmp", "old.tmp"):
+        (tmp_path / "c/files" / name).write_bytes(bytes(1500))
+    os.utime(tmp_path / "c/files/old.tmp", ns=(0, 0))
+    for i in range(10):
+        cache.read(key(str(i)), source.of(str(i)))
+        assert sum(held(tmp_path / "c").values()) <= 5000 + 3000, "the two are noticed when the folder is listed"
+    assert "fresh.tmp" in held(tmp_path / "c")
+    assert "old.tmp" not in held(tmp_path / "c")
+    assert sum(held(tmp_path / "c").values()) <= 5000
+
+
 @pytest.mark.parametrize("lost", ["", "files", "locks", "used"])
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path, lost):
     source, cache = Source(), NodeCache(tmp_path / "c")
