@@ -1,8 +1,9 @@
 """Arrays on the disk of a node that its processes map into their memory, for rows that are too many to be held.
 
-The pages of a mapped array belong to the operating system, which keeps as many as there is room for. Rows can be read in
-any order, so that an array that is mapped gives the same results as one that is in memory. The files are in the bounded
-folder of `ktray.storage.node_cache`; a file that is deleted stays readable for the processes that have mapped it.
+The pages of a mapped array belong to the operating system, which keeps as many as there is room for. Rows can be read
+in any order, so that an array that is mapped gives the same results as one that is in memory. The files are in the
+bounded folder of `ktray.storage.node_cache`; a file that is deleted stays readable for the processes that have mapped
+it.
 """
 
 from __future__ import annotations
