@@ -55,7 +55,7 @@ def s3_proxy():
 
 
 @pytest.fixture
-def s3(s3_proxy, monkeypatch):
+def s3(s3_proxy, monkeypatch, tmp_path_factory):
     """The proxy, with an empty place of the test's own at ``s3.home``."""
     from faulty_s3 import KEYS
 
@@ -69,7 +69,8 @@ def s3(s3_proxy, monkeypatch):
         made.append(self)
 
     monkeypatch.setattr(lease.Lease, "__init__", remembered)
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
+    copies = str(tmp_path_factory.mktemp("copies"))
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_proxy.url, "KTRAY_CACHE": copies}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(retry, "_PAUSES_S", (0.02, 0.2))
     monkeypatch.setattr(module, "_SDK_ATTEMPTS", 1)  # its pauses are of seconds

@@ -241,11 +241,23 @@ def expand(pattern: str) -> list[str]:
     """Paths that match ``*``, ``?``, ``[...]`` and ``**`` (any depth), sorted."""
     if not is_remote(pattern):
         return sorted(glob.glob(normalise(pattern), recursive=True))
+    return [file.path for file in _expand_remote(pattern)]
+
+
+def expand_files(pattern: str) -> list[tuple[str, FileStat | None]]:
+    """The paths of `expand` with their status; None for what is not a file. On S3, the listing has the statuses, so
+    that no further requests are needed."""
+    if not is_remote(pattern):
+        return [(path, stat(path)) for path in expand(pattern)]
+    return [(file.path, file) for file in _expand_remote(pattern)]
+
+
+def _expand_remote(pattern: str) -> list[FileStat]:
     base = pattern[: re.search(r"[*?\[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     if base.endswith(":/"):
         raise KtrayError(f"'{pattern}' has a wildcard in the name of the bucket", "Write the full name of the bucket.")
     parts = pattern.split("/")
-    return sorted(s.path for s in _walk_remote(base) if _match(s.path.split("/"), parts))
+    return sorted((s for s in _walk_remote(base) if _match(s.path.split("/"), parts)), key=lambda file: file.path)
 
 
 def _match(path: list[str], pattern: list[str]) -> bool:

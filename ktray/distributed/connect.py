@@ -36,9 +36,12 @@ TUNED = {
 }
 
 
-# Variables that say how data is reached, and from where it may be read (`ktray.data.filesystem.ROOTS`).
+# Variables that say how data is reached, from where it may be read (`ktray.data.filesystem.ROOTS`), and where a node
+# keeps copies of it (`ktray.storage.node_cache`).
 DATA_SETTINGS = (
     "KTRAY_DATA_ROOTS",
+    "KTRAY_CACHE",
+    "KTRAY_CACHE_BYTES",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",

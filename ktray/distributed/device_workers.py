@@ -62,11 +62,13 @@ class _DeviceWorker:
         plan, model = self._ready(key, work)
         return pa.table({"columns": pack(compute(plan, model, unpack(columns.column("columns"))))})
 
-    def apply(self, key: str, work: list[Any], item: Any) -> Any:
-        """Call a function, which is identified like the work of `compute`, with an item."""
+    def apply(self, key: str, work: list[Any], item: Any, shared: list[Any]) -> Any:
+        """Call a function, which is identified like the work of `compute`, with an item and the referenced values."""
+        import ray
+
         with self._lock:
             function = self._loaded(key, work)
-        return function(item)
+        return function(item, *ray.get(shared))
 
     def _ready(self, key: str, work: list[Any]) -> tuple[DeviceWork, Any]:
         from ray import cloudpickle
@@ -160,10 +162,14 @@ def _end(workers: Sequence[Any]) -> None:
 
 
 def map_on_workers(
-    workers: Sequence[Any], items: Sequence[Any], function: Callable[[Any], Any]
+    workers: Sequence[Any], items: Sequence[Any], function: Callable[..., Any], shared: Sequence[Any] = ()
 ) -> Iterator[tuple[int, Any]]:
     """Call ``function`` (picklable) with every item in the workers. Yields (number of the item, result) as they
-    arrive."""
+    arrive.
+
+    Args:
+        shared: references to further arguments, which are the same in all calls.
+    """
     import ray
     from ray import cloudpickle
 
@@ -174,7 +180,8 @@ def map_on_workers(
 
     def start(worker: Any) -> None:
         for number, item in todo:
-            running[worker.apply.options(max_task_retries=RESTARTS).remote(key, [reference], item)] = number, worker
+            call = worker.apply.options(max_task_retries=RESTARTS).remote(key, [reference], item, list(shared))
+            running[call] = number, worker
             return
 
     for worker in [w for w in workers for _ in range(AT_ONCE)]:

@@ -121,25 +121,35 @@ def cpu_shards(
     yield from _summaries(dataset)
 
 
-def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Allocation) -> Iterator[tuple[int, Rows]]:
-    """Run ``work`` on every item (picklable) in parallel. Yields (number of the item, columns) as they arrive.
+def map_numbered(
+    items: Sequence[Any], work: Callable[..., Rows], plan: Allocation, shared: Sequence[Any] = ()
+) -> Iterator[tuple[int, Rows]]:
+    """Run ``work`` on every item in parallel. Yields (number of the item, columns) as they arrive.
 
     With GPUs, the device workers do it, otherwise CPU tasks. Without GPUs, a single item is processed in this process.
+
+    Args:
+        items: picklable.
+        work: called with an item and the ``shared`` values.
+        shared: large values. They are put into the object store once, and the processes of a node read the same copy,
+            so their arrays must not be changed.
     """
+    import ray
+
     if plan.actor_gpus and items:
         waiting_for("its device workers", f"{plan.actor_gpus:g} GPUs and {plan.actor_cpus:g} CPUs each")
         size = min(plan.actors, len(items))
         with WORKERS.borrow(size, plan.actor_cpus, plan.actor_gpus, plan.actor_threads) as workers:
-            yield from iterate_watched(lambda: map_on_workers(workers, items, work), lambda: None)
+            kept = [ray.put(value) for value in shared]
+            yield from iterate_watched(lambda: map_on_workers(workers, items, work, kept), lambda: None)
         return
     if len(items) < 2:
-        yield from ((number, work(item)) for number, item in enumerate(items))
+        yield from ((number, work(item, *shared)) for number, item in enumerate(items))
         return
-    import ray
-
+    numbered = _NumberedWork(list(items), work, [ray.put(value) for value in shared])
     rows = [{"number": number} for number in range(len(items))]
     dataset: Any = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _NumberedWork(list(items), work), batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
+        numbered, batch_size=1, batch_format="pyarrow", num_cpus=plan.decode_cpus
     )
     waiting_for("its tasks", f"{plan.decode_cpus:g} CPUs each")
     for batch in _batches(dataset):
@@ -148,13 +158,15 @@ def map_numbered(items: Sequence[Any], work: Callable[[Any], Rows], plan: Alloca
 
 
 class _NumberedWork:
-    def __init__(self, items: list[Any], work: Callable[[Any], Rows]) -> None:
-        self.items, self.work = items, work
+    def __init__(self, items: list[Any], work: Callable[..., Rows], shared: list[Any]) -> None:
+        self.items, self.work, self.shared = items, work, shared
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        import ray
+
         use_assigned_device()
         number = batch.column("number")[0].as_py()
-        columns = self.work(self.items[number])
+        columns = self.work(self.items[number], *ray.get(self.shared))
         return pa.table({"number": [number], "columns": pack(columns)})
 
 

@@ -14,6 +14,7 @@ from ktray.distributed import watchdog
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_workers import WORKERS
 from ktray.distributed.explain import out_of_memory
+from ktray.reporting.heartbeat import heard_by
 
 T = TypeVar("T")
 logger = logging.getLogger("ktray")
@@ -29,6 +30,7 @@ def run_with_retries(
     gpus: float = 0.0,
     at: Callable[[str], None] | None = None,
     also: tuple[type[Exception], ...] = (),
+    mailbox: Any = None,
 ) -> T:
     """Call ``work`` in a Ray worker, and wait for its result under the stage's watchdog.
 
@@ -43,6 +45,8 @@ def run_with_retries(
         cpus, gpus: resources of the task.
         at: called with the id of the node where ``work`` ran, when it has ended.
         also: errors of ``work`` after which it is also called again.
+        mailbox: handle of the `ktray.distributed.mailbox.ProgressActor` for the heartbeats of ``work``
+            (`ktray.reporting.heartbeat`); None: they are not heard.
 
     Raises:
         KtrayError: the last attempt ran out of memory, or the stage's watchdog ended the work.
@@ -51,6 +55,8 @@ def run_with_retries(
     """
     import ray
 
+    if mailbox is not None:
+        work = partial(_heard, work, mailbox)
     errors = ray.exceptions
     lost: tuple[Any, ...] = errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError
     again: tuple[Any, ...] = (errors.OutOfMemoryError, errors.RayActorError, *lost, *also)
@@ -95,6 +101,11 @@ def _on_device(work: Callable[[], T], cpus: float, gpus: float) -> tuple[T, str]
 def _call(work: Callable[[], T]) -> tuple[T, str]:
     use_assigned_device()
     return _with_place(work)
+
+
+def _heard(work: Callable[[], T], mailbox: Any) -> T:
+    with heard_by(mailbox.post.remote):
+        return work()
 
 
 def _with_place(work: Callable[[], T]) -> tuple[T, str]:

@@ -27,8 +27,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.errors import KtrayError
-from ktray.storage.columns import Rows, pack_rows, read_rows
+from ktray.storage.columns import SHARDS_AT_ONCE, Rows, pack_rows, read_rows
+from ktray.storage.concurrent import in_order
 from ktray.storage.store import Dir
 
 FORMAT = 1
@@ -157,7 +159,7 @@ class IndexDir(Dir):
     def unfinished(self) -> list[int]:
         """The planned number of shards of each job that has not ended. Such a job may still be working."""
         folder = self.sub(_UNFINISHED)
-        return [int(folder.read_json(name)["shards"]) for name in folder.names(".json")]
+        return [int(planned["shards"]) for planned in folder.read_each_json(folder.names(".json"))]
 
     def write_part(self, name: str, columns: Rows, embedding: np.ndarray | None) -> Part:
         """Write the files of a part. The part is only valid after `finish` was called for its shard."""
@@ -185,34 +187,46 @@ class IndexDir(Dir):
         copied = self._copied()
         complete: dict[str, IndexedShard] = {}
         broken: dict[str, str] = {}
-        ids = wanted if wanted is not None else [name[:-5] for name in sizes if name.endswith(".json")]
-        for shard in ids:
-            if f"{shard}.json" not in sizes:
-                continue
-            try:
-                summary = IndexedShard.from_json(copied.get(shard) or self.read_json(f"{_SHARDS}/{shard}.json"))
-            except (ValueError, KeyError, TypeError) as error:
-                broken[shard] = f"the summary cannot be read ({error})"
-                continue
-            problem = _problem(summary, sizes)
-            if problem:
+        stored = [name[:-5] for name in sizes if name.endswith(".json")]
+        if wanted is not None:
+            known = set(stored)
+            stored = [shard for shard in wanted if shard in known]
+        calls = [partial(self._summary, shard, copied.get(shard)) for shard in stored]
+        requests = any(shard not in copied for shard in stored)
+        for shard, summary in zip(stored, in_order(calls, self.at_once if requests else 1), strict=True):
+            problem = summary if isinstance(summary, str) else _problem(summary, sizes)
+            if isinstance(summary, str) or problem:
                 broken[shard] = problem
             else:
                 complete[shard] = summary
         return complete, broken
+
+    def _summary(self, shard: str, copied: dict[str, Any] | None) -> IndexedShard | str:
+        """The summary of a shard, read unless there is a copy; or what is wrong with it."""
+        try:
+            return IndexedShard.from_json(copied or self.read_json(f"{_SHARDS}/{shard}.json"))
+        except (ValueError, KeyError, TypeError) as error:
+            return f"the summary cannot be read ({error})"
 
     def forget(self, shard: str) -> None:
         """Delete the summary of a broken shard, so that the shard is computed again."""
         self.delete(f"{_SHARDS}/{shard}.json")
         self.delete(_COPY)
 
-    def copy_summaries(self) -> None:
-        """Rewrite ``shards.parquet`` if shards were added."""
+    def copy_summaries(self, known: Mapping[str, IndexedShard] | None = None) -> None:
+        """Rewrite ``shards.parquet`` if shards were added.
+
+        Args:
+            known: shards whose summaries need not be read again, by id.
+        """
         copied = self._copied()
         names = [name[:-5] for name in self.sub(_SHARDS).names(".json")]
         if set(names) <= set(copied):
             return
-        texts = [json.dumps(copied.get(n) or self.read_json(f"{_SHARDS}/{n}.json")) for n in names]
+        copied |= {name: shard.to_json() for name, shard in (known or {}).items()}
+        others = [name for name in names if name not in copied]
+        copied |= zip(others, self.read_each_json(f"{_SHARDS}/{name}.json" for name in others), strict=True)
+        texts = [json.dumps(copied[name]) for name in names]
         stream = pa.BufferOutputStream()
         pq.write_table(pa.table({"shard": names, "summary": texts}), stream, compression="zstd")
         self.write(_COPY, stream.getvalue().to_pybytes())
@@ -244,6 +258,15 @@ class IndexDir(Dir):
     def rows(self, part: Part, columns: Sequence[str]) -> Rows:
         """The named columns of a part."""
         return read_rows(self, f"{_SHARDS}/{part.name}.parquet", columns)
+
+    def rows_of(self, parts: Sequence[Part], columns: Sequence[str]) -> Iterator[Rows]:
+        """`rows` of each part, in order. From a remote folder, several parts are read concurrently."""
+        return in_order((partial(self.rows, part, columns) for part in parts), self.at_once)
+
+    def embeddings(self, parts: Sequence[Part]) -> Iterator[np.ndarray]:
+        """`embedding` of each part, in order. From a remote folder, a few parts are read concurrently."""
+        calls = (partial(self.embedding, part) for part in parts)
+        return in_order(calls, 1 if self.is_local else SHARDS_AT_ONCE)
 
     def embedding(self, part: Part) -> np.ndarray:
         """(rows, D) float16 embeddings of a part; mapped into memory if the folder is local, otherwise read.

@@ -18,6 +18,8 @@ from ktray.distributed.machines import ClusterMachines
 from ktray.distributed.watchdog import Watchdog, check_limit, watch
 from ktray.recipe.cluster import ClusterConfig
 from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
+from ktray.reporting.heartbeat import Heartbeat
 from ktray.reporting.progress import Progress
 from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.inputs import StageInputs
@@ -138,6 +140,11 @@ class StageResult:
     def key(self) -> str:
         return str(self.manifest["key"])
 
+    @property
+    def version(self) -> str:
+        """Version of the files of the complete stage: another one if the stage was computed again."""
+        return digest("files", [self.manifest.get("run"), self.manifest.get("files")])
+
 
 class Reporter:
     """Reports progress, cost and MLflow steps of one attempt, from shard summaries or from messages in the mailbox."""
@@ -191,7 +198,7 @@ class Reporter:
             yield summary
 
     def post(self, message: Message) -> None:
-        """Process a message of a training worker or of Ray Train's controller."""
+        """Process a message of a task, a training worker or Ray Train's controller."""
         with self._lock:
             match message:
                 case BadImages(images):
@@ -201,6 +208,8 @@ class Reporter:
                     self.meter.add(flops=flops)
                 case ControllerState(state, why):
                     self._state(state, why)
+                case Heartbeat(progress):
+                    self.watchdog.heartbeat(progress)
                 case Started(step):
                     self.watchdog.heartbeat(f"step {step}")
                     self._start(message)

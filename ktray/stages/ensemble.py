@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import torch
 
 from ktray.distributed import watchdog
+from ktray.distributed.mailbox import open_mailbox
 from ktray.distributed.retried_task import run_with_retries
 from ktray.models.teacher.ensemble import FILE, EnsembleSpec, largest, mix, mixture_weights
-from ktray.models.teacher.spec import AdaptedSpec, predict_numpy, tower_flops
+from ktray.models.teacher.spec import AdaptedSpec, tower_flops
 from ktray.stages import labels as labels_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import NotInKey, StageInputs
@@ -21,6 +22,7 @@ from ktray.stages.manifests import EnsembleManifest, EnsembleMember
 from ktray.stages.shard_summary import ShardSummary
 from ktray.storage.store import Stage
 from ktray.tasks.base import task_kind
+from ktray.training.adapt_program import predict_split
 
 logger = logging.getLogger("ktray")
 
@@ -75,7 +77,7 @@ def work(inputs: EnsembleInputs, runtime: Runtime, stage: Stage, reporter: Repor
     plan, cluster = runtime.plan, runtime.cluster
     reporter.expect(inputs.images)
     watchdog.waiting_for("the teachers' predictions", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
-    with reporter.task() as at:
+    with open_mailbox(reporter.post) as mailbox, reporter.task() as at:
         fitted = run_with_retries(
             partial(fit, inputs.labels, inputs.members, inputs.kind, plan.worker_threads),
             "the task that weights the teachers",
@@ -84,6 +86,7 @@ def work(inputs: EnsembleInputs, runtime: Runtime, stage: Stage, reporter: Repor
             cpus=plan.actor_cpus,
             gpus=plan.actor_gpus,
             at=at,
+            mailbox=mailbox,
         )
     reporter.shards([ShardSummary("ensemble", images=fitted["images"], flops=fitted["flops"])])
     stage.write_json(FILE, {"weights": fitted["weights"], "temperature": fitted["temperature"]})
@@ -115,14 +118,14 @@ def fit(labels: StageResult, members: Sequence[AdaptedSpec], kind_name: str, thr
     """
     torch.set_num_threads(threads)
     kind = task_kind(kind_name)
-    pixels, truth = labels_stage.labels_of(labels, kind_name).load("val", "pixels")
+    images = labels_stage.labels_of(labels, kind_name)
     outputs, scores, flops = [], [], 0.0
     for member in members:
         teacher = member.load()
-        out = torch.from_numpy(predict_numpy(teacher, pixels.numpy(), kind.test_batch))
+        out, truth = predict_split(teacher, images, "val")
         outputs.append(out)
         scores.append(kind.scores(kind.tally(out, truth)[:-2].numpy()))
-        flops += tower_flops(teacher) * len(pixels)
+        flops += tower_flops(teacher) * len(truth)
     true = torch.stack([out.softmax(1)[torch.arange(len(truth)), truth] for out in outputs])
     weights = mixture_weights(true).tolist()
     temperature, judged = kind.calibrate(mix(outputs, weights), truth)
@@ -131,6 +134,6 @@ def fit(labels: StageResult, members: Sequence[AdaptedSpec], kind_name: str, thr
         "temperature": temperature,
         "scores": judged,
         "member_scores": scores,
-        "images": len(pixels),
+        "images": len(truth),
         "flops": flops,
     }

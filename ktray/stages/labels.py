@@ -32,7 +32,7 @@ SHARD = 256
 
 def labels_of(done: StageResult, kind: str) -> Labels:
     """The complete LABELS stage as training reads it; ``kind`` is the task kind."""
-    return Labels(done.stage, task_kind(kind))
+    return Labels(done.stage, task_kind(kind), done.version)
 
 
 def canvas_preprocess(preprocess: Preprocess, factor: float) -> Preprocess:

@@ -87,10 +87,9 @@ def pairs(listed: Iterable[Iterable[Any]]) -> tuple[tuple[str, str], ...]:
 
 def finished_shards(stage: Stage) -> dict[str, ShardSummary]:
     """The summaries of the shards that earlier attempts have finished, by name of the shard."""
-    return {
-        name.removesuffix(".json"): ShardSummary.from_json(stage.read_json(name))
-        for name in stage.names(".parquet.json")
-    }
+    names = list(stage.names(".parquet.json"))
+    contents = zip(names, stage.read_each_json(names), strict=True)
+    return {name.removesuffix(".json"): ShardSummary.from_json(content) for name, content in contents}
 
 
 def finish_shard(stage: Stage, summary: ShardSummary) -> dict[str, Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktray.errors import KtrayError
+from ktray.storage.concurrent import in_order
+from ktray.storage.node_cache import read_through
 from ktray.storage.store import Dir
 
 Rows = dict[str, np.ndarray]
+
+SHARDS_AT_ONCE = 4  # a shard may have 64 MB, and is itself read in concurrent parts
 
 
 def pack_rows(columns: Rows) -> bytes:
@@ -48,16 +53,18 @@ def write_rows(directory: Dir, name: str, columns: Rows) -> int:
     return len(data)
 
 
-def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -> Rows:
+def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None, version: str = "") -> Rows:
     """Read a shard of `write_rows`. The checksum of each page is verified.
 
     Args:
         columns: names of the columns to read; None: all.
+        version: version of the shard, for a copy on this node (`ktray.storage.node_cache.read_through`); empty: the
+            shard is read from the store.
 
     Raises:
         KtrayError: the file differs from what was written.
     """
-    data = pa.BufferReader(directory.read(name))
+    data = pa.BufferReader(read_through(directory, name, version))
     wanted = list(columns) if columns else None
     try:
         table = pq.read_table(data, columns=wanted, use_threads=False, page_checksum_verification=True)
@@ -86,3 +93,11 @@ def read_rows(directory: Dir, name: str, columns: Sequence[str] | None = None) -
         else:
             rows[key] = column.to_numpy(zero_copy_only=False)
     return rows
+
+
+def read_shards(
+    directory: Dir, names: Sequence[str], columns: Sequence[str] | None = None, version: str = ""
+) -> Iterator[Rows]:
+    """`read_rows` of each shard, in order; from a remote store, a few shards are read concurrently."""
+    calls = (partial(read_rows, directory, name, columns, version) for name in names)
+    return in_order(calls, 1 if directory.is_local else SHARDS_AT_ONCE)

@@ -17,8 +17,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ import pyarrow.fs as pafs
 
 from ktray.errors import KtrayError, ResourceError
 from ktray.storage import network, s3
+from ktray.storage.concurrent import AT_ONCE, in_order
 from ktray.storage.lease import FOLDER as LEASE
 from ktray.storage.lease import Lease
 from ktray.storage.retry import retry_for
@@ -146,6 +148,15 @@ class Dir:
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
+
+    def read_each_json(self, names: Iterable[str]) -> Iterator[Any]:
+        """`read_json` of each file, in order. From a remote store, several files are read concurrently."""
+        return in_order((partial(self.read_json, name) for name in names), self.at_once)
+
+    @property
+    def at_once(self) -> int:
+        """Number of small requests that are made concurrently."""
+        return 1 if self.is_local else AT_ONCE
 
     def write(self, name: str, data: bytes) -> None:
         """Write the whole file or nothing: a reader never sees half of it.
@@ -275,11 +286,12 @@ class Stage(Dir):
         if not self.exists("manifest.json"):
             return None
         manifest: dict[str, Any] = self.read_json("manifest.json")
+        sizes = self._sizes()  # by listing, because a stage may have 100,000 files
         for name, size in manifest.get("files", {}).items():
-            info = self.fs.get_file_info(f"{self.path}/{name}")
-            if info.type == pafs.FileType.NotFound or info.size != size:
+            if sizes.get(name) != size:
+                found = f"has {sizes[name]}" if name in sizes else "does not exist"
                 raise KtrayError(
-                    f"'{self.uri}/{name}' is missing or incomplete (it should have {size} bytes and has {info.size})",
+                    f"'{self.uri}/{name}' is missing or incomplete (it should have {size} bytes and {found})",
                     f"Delete '{self.uri}' and run again: the stage is then computed again.",
                 )
         return manifest
@@ -294,21 +306,24 @@ class Stage(Dir):
         Raises:
             LeaseLost: another job has taken over the stage.
         """
-        prefix = len(self.path) + 1
         skip = ("manifest.json", "ledger.jsonl")
         manifest["files"] = {
-            i.path[prefix:]: i.size
-            for i in sorted(s3.entries(self.fs, self.path, recursive=True), key=lambda i: i.path)
-            if i.type == pafs.FileType.File
-            and i.path[prefix:] not in skip
-            and not i.path.endswith(".tmp")  # the ledger's next line, which is being written
-            and not i.path[prefix:].startswith(f"{LEASE}/")
+            name: size
+            for name, size in sorted(self._sizes().items())
+            if name not in skip
+            and not name.endswith(".tmp")  # the ledger's next line, which is being written
+            and not name.startswith(f"{LEASE}/")
         }
         if lease:
             lease.publish("manifest.json", manifest)
         else:
             self.write_json("manifest.json", manifest)
         return manifest
+
+    def _sizes(self) -> dict[str, int]:
+        """The size in bytes of each file below this directory, by its path in it."""
+        infos = s3.entries(self.fs, self.path, recursive=True)
+        return {i.path[len(self.path) + 1 :]: i.size for i in infos if i.type == pafs.FileType.File}
 
     def lease(self) -> Lease:
         """The right of one job to work on this stage, as a context manager. It waits while another live job has it."""

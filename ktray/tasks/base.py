@@ -14,7 +14,7 @@ image; methods without a useful default are abstract. A kind does not import Ray
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -49,12 +49,13 @@ class LabelledSplit:
     """The labelled images of a split, for ADAPT.
 
     Attributes:
-        pixels: a function that reads the images, (N, 3, H, W) uint8, in the teacher's geometry.
+        pixels: a function that reads the images, in the teacher's geometry and in order, in arrays (n, 3, H, W) uint8
+            of a few hundred images.
         embedding: (N, D) float32 embeddings by the frozen tower, not of unit length.
         targets: the output of `TaskKind.targets` for the stored labels.
     """
 
-    pixels: Callable[[], np.ndarray]
+    pixels: Callable[[], Iterator[np.ndarray]]
     embedding: torch.Tensor
     targets: torch.Tensor
 

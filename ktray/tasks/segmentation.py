@@ -10,7 +10,7 @@ mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,7 @@ from ktray.models.teacher.teacher import Teacher
 from ktray.objectives.matching import MapMatching, Matching
 from ktray.recipe.registries import TASKS
 from ktray.recipe.schema import StudentConfig, TaskConfig, TeacherConfig
+from ktray.reporting.heartbeat import beat
 from ktray.reporting.mask_pictures import most_pixels, triptych
 from ktray.reporting.worst import WorstError
 from ktray.storage.columns import Rows
@@ -132,12 +133,14 @@ class Segmentation(TaskKind):
         teacher.drop_text()
         levels, classes = settings.levels, settings.classes
 
-        def features(pixels: np.ndarray) -> torch.Tensor:
+        def features(blocks: Iterator[np.ndarray]) -> torch.Tensor:
+            parts: list[torch.Tensor] = []
             with torch.inference_mode():
-                parts = [
-                    teacher.patch_embeddings(torch.from_numpy(pixels[i : i + BATCH].copy()).to(device()), levels).half()
-                    for i in range(0, len(pixels), BATCH)
-                ]
+                for pixels in blocks:
+                    for i in range(0, len(pixels), BATCH):
+                        images = torch.from_numpy(pixels[i : i + BATCH].copy()).to(device())
+                        parts.append(teacher.patch_embeddings(images, levels).half())
+                        beat(f"patches of {BATCH * len(parts):,} labelled images")
             # A clone outside of inference mode, because fitting the head needs gradients.
             return torch.cat(parts).clone()
 

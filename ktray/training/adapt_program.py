@@ -11,6 +11,7 @@ from torch import nn
 from ktray.data.views import ViewPolicy
 from ktray.models.flops import forward_flops, train_flops
 from ktray.models.teacher.lora import add_lora, merge_lora
+from ktray.models.teacher.spec import predict_numpy
 from ktray.recipe.teacher import TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
@@ -73,6 +74,18 @@ class AdaptSpec:
         """Make an ordinary teacher of a trained one."""
         merge_lora(teacher.image_tower)
         teacher.finetuned = True
+
+
+def predict_split(teacher: AdaptedTeacher, labels: Labels, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's calibrated predictions for the images of a split, (N, C) float32 or maps (N, C, h, w), and their
+    targets (N, ...). The pixels of few shards are in memory at a time."""
+    kind = labels.kind
+    target = kind.label_column("pixels")
+    outputs, targets = [], []
+    for rows in labels.shards(split, ["pixels", target]):
+        outputs.append(torch.from_numpy(predict_numpy(teacher, rows["pixels"], kind.test_batch)))
+        targets.append(kind.targets(rows[target]))
+    return torch.cat(outputs), torch.cat(targets)
 
 
 class _Adapt(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ktray.reporting.heartbeat import beat
 from ktray.tasks.base import TaskKind
 from ktray.training.worker import WorkerContext
 
@@ -79,6 +80,7 @@ def evaluator(
                 outputs.append(predict(model, x).float())
             else:
                 sums = sums + kind.tally(predict(model, x).float(), y) * (not idle)
+            beat()
         if kind.ranked:
             whole = (gathered(rows, total, env) for rows in (torch.cat(outputs), labels.to(env.device)))
             sums = kind.tally(*whole)

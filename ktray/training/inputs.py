@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,9 @@ from ktray.errors import KtrayError
 from ktray.models.student.classifier import HUB, Student, published_name, published_source
 from ktray.recipe.objective import TEACHER_TARGETS
 from ktray.recipe.schema import TrainConfig
-from ktray.storage.columns import Rows, read_rows
+from ktray.storage.columns import Rows, read_shards
+from ktray.storage.node_arrays import load_arrays
+from ktray.storage.node_cache import key_of, this_node
 from ktray.storage.store import Dir
 from ktray.targets.jpeg import JPEG, PIXELS
 from ktray.targets.make_views import MakeViews
@@ -36,34 +38,48 @@ from ktray.training.weights import WEIGHTS
 from ktray.training.window_size import FEWEST_BYTES
 from ktray.training.worker import WorkerContext
 
-_ON_DEVICE = 2_000_000_000  # bytes of labelled images up to which they are kept on the device
+# Bytes of labelled images up to which they are kept on the device, and in the memory of a worker.
+_ON_DEVICE = _RESIDENT = 2_000_000_000
 _SAMPLED_SHARDS = 32  # largest number of shards that `TargetSet.sample` reads
 
 
 @dataclass(frozen=True)
 class Labels:
     """A folder of the stage LABELS. Its shards have the columns ``canvas`` (train) or ``pixels`` (evaluation view), and
-    the columns of labels that the task kind defines."""
+    the columns of labels that the task kind defines.
+
+    Attributes:
+        version: version of the shards (`ktray.storage.node_cache.read_through`).
+    """
 
     directory: Dir
     kind: TaskKind
+    version: str = ""
+
+    def shards(self, split: str, columns: Sequence[str]) -> Iterator[Rows]:
+        """The columns of each shard of a split, in order, with few shards in memory at a time."""
+        names = [name for name in self.directory.names(".parquet") if name.startswith(f"{split}-")]
+        return read_shards(self.directory, names, columns, self.version)
 
     def load(self, split: str, column: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) uint8 and their targets (N, ...), see `ktray.tasks.base.TaskKind.targets`.
+
+        Beyond `_RESIDENT` bytes, they are mapped from a file on this node's disk that its workers share.
 
         Args:
             split: ``train`` or ``val``.
             column: ``canvas`` or ``pixels``.
         """
         target = self.kind.label_column(column)
-        shards = [
-            read_rows(self.directory, name, [column, target])
-            for name in self.directory.names(".parquet")
-            if name.startswith(f"{split}-")
-        ]
-        pixels = np.concatenate([s[column] for s in shards])
-        targets = np.concatenate([s[target] for s in shards])
-        return torch.from_numpy(pixels.copy()), self.kind.targets(targets)
+
+        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for rows in self.shards(split, [column, target]):
+                yield rows[column], self.kind.targets(rows[target]).numpy()
+
+        cache = this_node() if self.version else None
+        key = key_of(self.directory.uri, split, column, self.kind.key, self.version) if cache else ""
+        pixels, targets = load_arrays(cache, key, 2, blocks, _RESIDENT)
+        return torch.from_numpy(pixels), torch.from_numpy(targets)
 
     def batches(
         self, env: WorkerContext, batch: int, policy: ViewPolicy, size: int, seed: int, start: int, stop: int
@@ -138,6 +154,7 @@ class TargetSet:
         jpeg: whether views are stored as JPEG (`ktray.targets.jpeg`).
         weight: name of the weights of rows in `ktray.training.weights.WEIGHTS`; ``none``: equal weights.
         views: number of consecutive rows of a shard that show one image.
+        version: version of the stored shards (`ktray.storage.node_cache.read_through`).
     """
 
     directory: Dir
@@ -156,6 +173,7 @@ class TargetSet:
     jpeg: bool = False
     weight: str = "none"
     views: int = 1
+    version: str = ""
 
     def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
         """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
@@ -184,9 +202,9 @@ class TargetSet:
         columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(targets, self.classes)]
         if self.cut is None:
             return (
-                read_windows(self.directory, columns)
+                read_windows(self.directory, columns, self.version)
                 if resident
-                else stream_windows(self.directory, columns, env.read_cpus)
+                else stream_windows(self.directory, columns, env.read_cpus, self.version)
             )
         pool = WorkerPool(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
         predict = None if live else self.predict
@@ -210,7 +228,8 @@ class TargetSet:
             )
         names = [name for name, _ in self.shards]
         read = names[:: -(-len(names) // _SAMPLED_SHARDS)]
-        values = np.concatenate([read_rows(self.directory, name, [column])[column] for name in read])
+        shards = read_shards(self.directory, read, [column], self.version)
+        values = np.concatenate([rows[column] for rows in shards])
         return torch.from_numpy(values[:: -(-len(values) // rows)].astype(np.float32))
 
     def batches(

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ktray.reporting.heartbeat import Heartbeat
+
 
 @dataclass(frozen=True)
 class Started:
@@ -79,4 +81,4 @@ class ControllerState:
 
 
 LoopMessage = Started | StepProgress | CurvePoint
-Message = LoopMessage | BadImages | TeacherFlops | ControllerState
+Message = LoopMessage | BadImages | TeacherFlops | ControllerState | Heartbeat

@@ -26,6 +26,7 @@ from ktray.models.teacher.heads import LinearHead
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
+from ktray.reporting.heartbeat import beat
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
 from ktray.training.evaluation import evaluator, fall
@@ -100,8 +101,12 @@ class Supervise(nn.Module):
 @torch.inference_mode()
 def _features(model: nn.Module, preprocess: Preprocess, pixels: torch.Tensor, env: WorkerContext) -> torch.Tensor:
     model.eval()
-    batches = (pixels[i : i + 256].to(env.device) for i in range(0, len(pixels), 256))
-    return torch.cat([pooled_features(model, preprocess.normalise(x)).float() for x in batches])
+    features = []
+    for i in range(0, len(pixels), 256):
+        x = pixels[i : i + 256].to(env.device)
+        features.append(pooled_features(model, preprocess.normalise(x)).float())
+        beat(f"features of {i + len(x):,} labelled images")
+    return torch.cat(features)
 
 
 def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, env: WorkerContext) -> float:

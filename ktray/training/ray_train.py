@@ -27,6 +27,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.device_workers import WORKERS
 from ktray.distributed.retried_task import run_with_retries
 from ktray.models.device import device
+from ktray.reporting.heartbeat import heard_by
 from ktray.storage.store import Stage, storage_error
 from ktray.training.loop import Trainer, TrainerCallbacks, TrainingProgram
 from ktray.training.messages import LoopMessage, Message, Started
@@ -295,7 +296,8 @@ def _fit(
             mailbox.post.remote(message)
 
     span = _span(config["span"], env.world, resume)
-    program = job.build(replace(env, report=report, span=span))
+    with heard_by(report):  # before the first step, each worker may compute features of all labelled images
+        program = job.build(replace(env, report=report, span=span))
     begun = time.perf_counter()
     nodes = _nodes(env.world)
 
@@ -317,7 +319,8 @@ def _fit(
         path.mkdir()
         return path
 
-    Trainer(program, job.settings, TrainerCallbacks(save=keep, progress=progress, folder=folder), resume).run()
+    with heard_by(report):
+        Trainer(program, job.settings, TrainerCallbacks(save=keep, progress=progress, folder=folder), resume).run()
 
 
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, partial
+from itertools import chain
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +26,40 @@ from ktray.targets.predict import Loaded, Predict
 from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.sampler import Reader, Window
 
+T = TypeVar("T")
 Report = Callable[[BadImages | TeacherFlops], None]
+# Slices of a dataset: reading them takes minutes, starting the dataset a fraction of a second. Each dataset starts new
+# teachers on GPUs, which takes as long as 50 slices, so it then has the slices of an hour.
+SLICES, SLICES_ON_GPUS = 512, 8192
 
 
-def read_windows(directory: Dir, columns: Sequence[str]) -> Reader:
-    """A reader that reads stored shards in this process, for sets of rows that stay in memory."""
+def read_windows(directory: Dir, columns: Sequence[str], version: str = "") -> Reader:
+    """A reader that reads stored shards in this process, for sets of rows that stay in memory.
 
-    def read(windows: Sequence[Window]) -> Iterator[Rows]:
+    Args:
+        version: version of the shards (`ktray.storage.node_cache.read_through`).
+    """
+
+    def read(windows: Iterable[Window]) -> Iterator[Rows]:
+        windows = list(windows)  # one for each virtual rank
         # A shard that several virtual ranks share is read once, and each takes its rows of it.
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
-        whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns))
+        whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns, version))
         for window in windows:
             yield _concat([decode_views(_some(whole(s.shard), s.start, s.step, s.views)) for s in window])
 
     return read
 
 
-def stream_windows(directory: Dir, columns: Sequence[str], cpus: float) -> Reader:
-    """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps."""
-    return _StreamReader(lambda dataset: _map_slices(dataset, _ReadSlice(directory, columns), cpus))
+def stream_windows(directory: Dir, columns: Sequence[str], cpus: float, version: str = "") -> Reader:
+    """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps.
+
+    Args:
+        cpus: CPUs of a task.
+        version: version of the shards, of which each node then keeps copies (`ktray.storage.node_cache`).
+    """
+    read = _ReadSlice(directory, columns, version)
+    return _StreamReader(lambda dataset: _map_slices(dataset, read, cpus), None, SLICES)
 
 
 def made_windows(
@@ -58,36 +77,57 @@ def made_windows(
     """
     cut_slice = _CutSlice(directory, cut, columns)
     if predict is None:
-        return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report)
-    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, _PredictRows(predict), pool, _to_table), report)
+        return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report, SLICES)
+    slices = SLICES_ON_GPUS if pool.gpus else SLICES
+    work = _PredictRows(predict)
+    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, work, pool, _to_table), report, slices)
 
 
 class _StreamReader:
-    """Reads windows as one dataset of slices, in order.
+    """Reads windows as a chain of datasets of slices, in order.
+
+    Ray Data needs a block for each slice before a dataset starts, about 0.6 ms each. A dataset therefore has the slices
+    of a few windows, and the next one starts while the last window of the current one is read.
 
     Args:
         compute: turns a dataset of items into a dataset of packed rows.
         report: receives messages about the rows.
+        slices: number of slices from which a dataset has no further window.
     """
 
-    def __init__(self, compute: Callable[[Any], Any], report: Report | None = None) -> None:
-        self.compute, self.report = compute, report
+    def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int) -> None:
+        self.compute, self.report, self.slices = compute, report, slices
         self.reported: set[str] = set()  # the uris of bad images
 
-    def __call__(self, windows: Sequence[Window]) -> Iterator[Rows]:
+    def __call__(self, windows: Iterable[Window]) -> Iterator[Rows]:
+        groups = group_windows(windows, self.slices)
+        group = next(groups, None)
+        begun = in_background(partial(self._begin, group)) if group else None
+        while group and begun:
+            parts: list[Rows] = []
+            batches, left = begun.result(), len(group)
+            group, begun = next(groups, None), None
+            for batch in batches:
+                if left == 1 and group and begun is None:
+                    begun = in_background(partial(self._begin, group))
+                for i in range(batch.num_rows):
+                    parts.append(self._report(views(batch.column("columns"), i)))
+                    if batch.column("last")[i].as_py():
+                        yield _concat(parts)
+                        parts, left = [], left - 1
+            if group and begun is None:
+                begun = in_background(partial(self._begin, group))
+
+    def _begin(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
+        """The batches of one dataset; the first one is read already."""
         rows = [
             {"item": json.dumps({**asdict(s), "last": i == len(window) - 1})}
             for window in windows
             for i, s in enumerate(window)
         ]
-        parts: list[Rows] = []
         dataset = self.compute(ordered(rows))
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            for i in range(batch.num_rows):
-                parts.append(self._report(views(batch.column("columns"), i)))
-                if batch.column("last")[i].as_py():
-                    yield _concat(parts)
-                    parts = []
+        batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        return chain([next(batches)], batches)
 
     def _report(self, rows: Rows) -> Rows:
         """The rows without the columns that are reported to the driver."""
@@ -124,9 +164,10 @@ def _to_table(item: Item, rows: Rows) -> pa.Table:
 class _ReadSlice:
     directory: Dir
     columns: Sequence[str]
+    version: str
 
     def __call__(self, item: Item) -> Rows:
-        rows = read_rows(self.directory, item["shard"], self.columns)
+        rows = read_rows(self.directory, item["shard"], self.columns, self.version)
         return decode_views(_some(rows, item["start"], item["step"], item["views"]))
 
 
@@ -159,6 +200,33 @@ class _PredictRows:
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> Rows:
         return {**columns, **self.predict.resized(columns), **computed}
+
+
+def group_windows(windows: Iterable[Window], slices: int) -> Iterator[list[Window]]:
+    """Consecutive windows in groups of as few as have together at least ``slices`` slices. A group is returned as soon
+    as its windows are known."""
+    group: list[Window] = []
+    for window in windows:
+        group.append(window)
+        if sum(map(len, group)) >= slices:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """The result of a call on a thread of its own, which does not keep the process alive."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="ktray-read", daemon=True).start()
+    return result
 
 
 def listed(shard: str) -> str:

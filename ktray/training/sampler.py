@@ -14,8 +14,11 @@ kept apart (`spread_views`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from heapq import merge
+from itertools import islice
 
 import numpy as np
 
@@ -41,8 +44,9 @@ class Slice:
 
 
 Window = Sequence[Slice]
-# Reads windows in order and yields one dict of columns per window; it may read ahead.
-Reader = Callable[[Sequence[Window]], Iterator[Rows]]
+# Reads windows in order and yields one dict of columns per window; it may read ahead. The windows are computed when the
+# reader takes them, because a long training has hundreds of thousands of slices.
+Reader = Callable[[Iterable[Window]], Iterator[Rows]]
 
 
 def rank_slices(
@@ -157,33 +161,27 @@ class RowSampler:
         In addition to the reader's columns, a batch has the column ``visit`` (N,) int64: how often each row was used
         before; with weights, a number that is different for each use of a row.
         """
-        plans = [stream.schedule(start, stop) for stream in self.streams]
-        # All streams share one reader, which reads the windows in the order in which the steps need them.
-        needed = sorted(
-            (part.step, number, at)
-            for number, (stream, parts) in enumerate(zip(self.streams, plans, strict=True))
-            for at, part in enumerate(parts)
-            if not stream.resident or (at == 0 and number not in self._kept)
-        )
-        windows = iter(self.read([plans[number][at].window for _, number, at in needed]) if needed else ())
-        owners = iter(number for _, number, _ in needed)
+        owners: deque[int] = deque()  # the streams of the windows that the reader has taken
+        windows: Iterator[Rows] | None = None
         waiting: list[deque[Rows]] = [deque() for _ in self.streams]
 
-        def rows_of(number: int) -> Iterator[Rows]:
-            for _ in plans[number]:
-                if number in self._kept:
-                    yield self._kept[number]
-                    continue
-                while not waiting[number]:
-                    waiting[next(owners)].append(self._weighed(next(windows)))
-                rows = waiting[number].popleft()
-                if self.streams[number].resident:
-                    self._kept[number] = rows
-                yield rows
+        def rows_of(number: int) -> Rows:
+            nonlocal windows
+            if number in self._kept:
+                return self._kept[number]
+            if windows is None:
+                windows = iter(self.read(self._needed(start, stop, owners)))
+            while not waiting[number]:
+                rows = self._weighed(next(windows))
+                waiting[owners.popleft()].append(rows)
+            rows = waiting[number].popleft()
+            if self.streams[number].resident:
+                self._kept[number] = rows
+            return rows
 
         batches = [
-            stream.batches(parts, rows_of(number))
-            for number, (stream, parts) in enumerate(zip(self.streams, plans, strict=True))
+            stream.batches(stream.schedule(start, stop), partial(rows_of, number))
+            for number, stream in enumerate(self.streams)
         ]
         for parts_of_batch in zip(*batches, strict=True):
             first = parts_of_batch[0]
@@ -192,6 +190,22 @@ class RowSampler:
                 if len(parts_of_batch) == 1
                 else {k: np.concatenate([part[k] for part in parts_of_batch]) for k in first}
             )
+
+    def _needed(self, start: int, stop: int, owners: deque[int]) -> Iterator[Window]:
+        """The windows that have to be read for batches ``start``..``stop - 1``, in the order in which the steps need
+        them: all streams share one reader. The number of the stream of each is appended to ``owners``."""
+
+        def parts_of(number: int) -> Iterator[tuple[int, int, Window]]:
+            stream = self.streams[number]
+            parts = stream.schedule(start, stop)
+            if stream.resident:
+                parts = islice(parts, number not in self._kept)
+            for part in parts:
+                yield part.step, number, part.window
+
+        for _, number, window in merge(*map(parts_of, range(len(self.streams))), key=lambda entry: entry[:2]):
+            owners.append(number)
+            yield window
 
     def _weighed(self, rows: Rows) -> Rows:
         return {**rows, WEIGHT: self.weigh(rows)} if self.weigh else rows
@@ -239,25 +253,24 @@ class _Stream:
                 return epoch, position
             epoch, position = epoch + 1, position + rows
 
-    def schedule(self, start: int, stop: int) -> list[_Part]:
-        """The windows that hold the rows of batches ``start``..``stop - 1``."""
+    def schedule(self, start: int, stop: int) -> Iterator[_Part]:
+        """The windows that hold the rows of batches ``start``..``stop - 1``, computed one epoch at a time."""
         first_row, last_row = start * self.batch, stop * self.batch
-        parts = []
         epoch, position = self._begin(first_row)
         while position < last_row:
             for number, window in enumerate(self.windows(epoch)):
                 count = sum(s.count for s in window)
                 if position + count > first_row and position < last_row:
                     used = max(0, first_row - position), min(count, last_row - position)
-                    parts.append(_Part(epoch, number, window, *used, max(position, first_row) // self.batch))
+                    yield _Part(epoch, number, window, *used, max(position, first_row) // self.batch)
                 position += count
             epoch += 1
-        return parts
 
-    def batches(self, parts: list[_Part], windows: Iterator[Rows]) -> Iterator[Rows]:
-        """The batches of ``parts``; ``windows`` yields the rows of each part's window."""
+    def batches(self, parts: Iterable[_Part], next_rows: Callable[[], Rows]) -> Iterator[Rows]:
+        """The batches of ``parts``; ``next_rows`` returns the rows of the window of each part, in order."""
         carried: Rows | None = None
-        for part, rows in zip(parts, windows, strict=True):
+        for part in parts:
+            rows = next_rows()
             order, visit = self._drawn(part, rows)
             at = 0
             if carried is not None:

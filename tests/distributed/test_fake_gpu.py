@@ -41,6 +41,7 @@ def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path) -> None:
     assert found["without"] == [False, "cpu"]
     assert found["numbered"] == [[True], [True]]
     assert found["cpu shards"] == [False]
+    assert found["shared"] == [[i, [(i + 1) * 4999950000 + 5], [False]] for i in range(3)]
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ktray.distributed import ray_data
-from ktray.distributed.ray_data import cpu_shards, map_shards
+from ktray.distributed.ray_data import cpu_shards, map_numbered, map_shards
 from ktray.distributed.watchdog import Watchdog, watch
 from ktray.errors import KtrayError
 from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir
+from ktray.training import read_windows as read_module
 from ktray.training.read_windows import read_windows, stream_windows
 from ktray.training.sampler import RowSampler
 
@@ -209,7 +210,40 @@ def test_cpu_shards(cluster):
     assert list(cpu_shards([], square, cluster)) == []
 
 
-def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(cluster, tmp_path):
+class Counted:
+    """A value that tells how often it was pickled, by a file."""
+
+    def __init__(self, file, values):
+        self.file, self.values = file, values
+
+    def __getstate__(self):
+        with open(self.file, "a") as log:
+            log.write("x")
+        return self.__dict__
+
+
+def weighed(item, counted, factor):
+    return {"sum": np.array([counted.values.sum() * factor + item])}
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_what_all_calls_share_is_put_into_the_object_store_once(cluster, tmp_path, count):
+    shared = Counted(str(tmp_path / "log"), np.arange(300_000))
+    found = dict(map_numbered([10 * i for i in range(count)], weighed, cluster, [shared, 2]))
+    assert {number: rows["sum"].tolist() for number, rows in found.items()} == {
+        i: [2 * int(shared.values.sum()) + 10 * i] for i in range(count)
+    }
+    log = tmp_path / "log"
+    assert (log.read_text() if log.exists() else "") == ("x" if count > 1 else "")
+
+
+@pytest.mark.parametrize("slices", [512, 3])
+def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(
+    cluster, tmp_path, monkeypatch, slices
+):
+    original, sizes = read_module.ordered, []
+    monkeypatch.setattr(read_module, "ordered", lambda rows: sizes.append(len(rows)) or original(rows))
+    monkeypatch.setattr(read_module, "SLICES", slices)
     directory = Dir(str(tmp_path))
     shards = []
     for i, n in enumerate([7, 5, 9, 4]):
@@ -229,6 +263,7 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
         np.testing.assert_array_equal(a["pixels"], b["pixels"])
     for a, b in zip(here[9:], later, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"])
+    assert len(sizes) == 2 if slices == 512 else max(sizes) <= 6, sizes
 
 
 def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster):

@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
+from ktray.distributed.mailbox import open_mailbox
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
+from ktray.reporting.heartbeat import Heartbeat, beat
 
 
 def fails(folder, times, how):
@@ -41,3 +43,17 @@ def test_running_out_of_memory_is_told_with_what_was_used(cluster, tmp_path):
     with pytest.raises(KtrayError, match=r"The task ran out of memory in 2 attempts \(4.95GB.*Add some"):
         run_with_retries(partial(fails, tmp_path, 9, "memory"), "the task", "Add some.", 1, cpus=1)
     assert len(os.listdir(tmp_path)) == 2
+
+
+def beats():
+    for part in range(3):
+        beat(f"part {part}")
+    return 5
+
+
+def test_the_heartbeats_of_its_work_are_heard(cluster):
+    heard = []
+    with open_mailbox(heard.append, interval=0.05) as mailbox:
+        assert run_with_retries(beats, "the task", "Add some.", 0, cpus=1, mailbox=mailbox) == 5
+    assert heard == [Heartbeat("part 0")]  # the others came too soon after it
+    assert run_with_retries(beats, "the task", "Add some.", 0, cpus=1) == 5

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 
@@ -36,6 +37,10 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
             "with a GPU": run_with_retries(seen, "a", "b", 0, cpus=1, gpus=1),
             "without": run_with_retries(seen, "a", "b", 0, cpus=1),
             "numbered": [rows["gpu"].tolist() for _, rows in map_numbered([0, 1], numbered, plan)],
+            "shared": sorted(
+                (number, rows["sum"].tolist(), rows["writeable"].tolist())
+                for number, rows in map_numbered([1, 2, 3], added, plan, [np.arange(100_000), 5])
+            ),
             "cpu shards": [summary["gpu"] for summary in cpu_shards([{"name": "x"}], shard, plan)],
         }
     elif job == "distill":
@@ -50,9 +55,11 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
 
 
 def numbered(item: int) -> dict[str, Any]:
-    import numpy as np
-
     return {"gpu": np.array([bool(seen()[0])])}
+
+
+def added(item: int, first: Any, second: int) -> dict[str, Any]:
+    return {"sum": np.array([item * first.sum() + second]), "writeable": np.array([first.flags.writeable])}
 
 
 def shard(item: dict[str, Any]) -> dict[str, Any]:

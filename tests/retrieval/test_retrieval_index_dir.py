@@ -1,5 +1,7 @@
 """The folder of the embedded gallery: whole shards only, broken ones named, other encoders refused."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -119,3 +121,66 @@ def test_on_a_file_system_that_is_not_local_parts_are_read_whole(folder, tmp_pat
     remote = IndexDir(folder.uri)
     (part,) = remote.shards()[0]["bb"].parts
     assert not isinstance(remote.embedding(part), np.memmap)
+
+
+@pytest.fixture
+def remote(s3):
+    """An index of 40 shards on S3; the summary of the last one is no JSON."""
+    made = IndexDir(f"{s3.home}/index")
+    shards = [f"{i:02d}" for i in range(40)]
+    for number, shard in enumerate(shards):
+        part = made.write_part(f"{shard}-00000", columns(2, number), np.full((2, 4), number, np.float16))
+        made.finish(IndexedShard(shard, (part,), 2, 2, source=f"/{shard}.tar"))
+    made.write("shards/39.json", b"{")
+    return made
+
+
+def test_the_summaries_of_an_index_on_s3_are_read_together(s3, remote):
+    together = threading.Barrier(8, timeout=30)  # broken, so an error, unless eight are under way
+
+    def meet(method, path):
+        if method == "GET" and "shards/" in path and path.endswith(".json"):
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    complete, broken = remote.shards()
+    assert [shard.source for shard in complete.values()] == [f"/{i:02d}.tar" for i in range(39)]
+    assert list(broken) == ["39"]
+    assert "cannot be read" in broken["39"]
+    some, _ = remote.shards([f"{i:02d}" for i in [5, *range(8, 14), 99, 3]])
+    assert list(some) == ["05", "08", "09", "10", "11", "12", "13", "03"]
+
+
+def test_known_summaries_are_not_read_for_the_copy(s3, remote):
+    remote.forget("39")
+    complete, _ = remote.shards()
+    summaries = []
+
+    def note(method, path):
+        if method == "GET" and "/shards/" in path:
+            summaries.append(path)
+        return ""
+
+    s3.fault = note
+    remote.copy_summaries(complete)
+    assert remote.shards() == (complete, {})
+    assert summaries == []
+    remote.delete("shards.parquet")
+    remote.copy_summaries({name: complete[name] for name in list(complete)[:30]})
+    assert len(summaries) == 9
+    assert remote.shards() == (complete, {})
+
+
+def test_the_parts_of_an_index_on_s3_are_read_together(s3, remote):
+    parts = [shard.parts[0] for shard in remote.shards()[0].values()]
+    together = threading.Barrier(4, timeout=30)
+
+    def meet(method, path):
+        if method == "GET" and path.endswith((".npy", ".parquet")):
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert [rows["hash"].tolist() for rows in remote.rows_of(parts[:36], ["hash"])] == [[i, i + 1] for i in range(36)]
+    assert [vectors[0, 0] for vectors in remote.embeddings(parts[:36])] == list(range(36))

@@ -11,6 +11,7 @@ from ktray.accounting.ledger import Entry, Meter
 from ktray.data.quarantine import BadLimit, Quarantine
 from ktray.distributed.watchdog import Watchdog
 from ktray.errors import KtrayError
+from ktray.reporting.heartbeat import Heartbeat
 from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.base import Reporter
 from ktray.training.messages import BadImages, ControllerState, CurvePoint, Started, StepProgress, TeacherFlops
@@ -98,6 +99,17 @@ def test_device_time_is_that_of_as_many_as_there_were(made):
         now = reporter.meter.now()
         assert now.device_seconds == 15 * 1 + 10 * 3 + 20 * 2
         assert now.usd == pytest.approx(now.device_seconds / 100)
+
+
+def test_a_heartbeat_of_long_work_is_a_sign_of_life(made):
+    reporter, clock, _ = made()
+    for _ in range(5):
+        clock.now += 50
+        reporter.post(Heartbeat("2,560 labelled images"))
+        reporter.watchdog.check()
+    clock.now += 61
+    with pytest.raises(KtrayError, match=r"last: 2,560 labelled images"):
+        reporter.watchdog.check()
 
 
 def test_states_of_the_controller_are_no_sign_of_life(made):

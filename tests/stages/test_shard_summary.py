@@ -1,11 +1,14 @@
 """Summaries of shards: their stored keys stay, so that a stage which an older version began goes on."""
 
 import json
+import threading
 from dataclasses import dataclass
 
 import pytest
 
 from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards, pairs
+from ktray.stages.teach.shards import list_images
+from ktray.storage.concurrent import AT_ONCE
 from ktray.storage.store import Stage
 
 STORED = {
@@ -52,3 +55,35 @@ def test_reasons_come_as_plain_text_from_an_array():
     found = pairs(np.array([["a.png", "empty"]], dtype=str))
     assert found == (("a.png", "empty"),)
     assert type(found[0][0]) is str
+
+
+def test_the_summaries_of_a_stage_on_s3_are_read_together(s3):
+    stage = Stage(f"{s3.home}/t")
+    made = [ShardSummary(f"shard-{i:06d}.parquet", rows=i, bad=((f"{i}.png", "empty"),)) for i in range(AT_ONCE)]
+    for summary in made:
+        finish_shard(stage, summary)
+    together = threading.Barrier(AT_ONCE, timeout=30)  # broken, so an error, unless so many are under way
+
+    def meet(method, path):
+        if method == "GET" and path.endswith(".json"):
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert finished_shards(stage) == {summary.name: summary for summary in made}
+
+
+def test_the_lists_of_images_are_stored_on_s3_together(s3):
+    stage = Stage(f"{s3.home}/t")
+    items = [{"name": f"s{i}.parquet", "uris": [f"{i}.png"] * i, "beside": {"label": [i] * i}} for i in range(AT_ONCE)]
+    together = threading.Barrier(8, timeout=30)  # pyarrow has eight threads that write
+
+    def meet(method, path):
+        if method == "PUT":
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert list_images(stage, items, 3) == {item["name"]: 3 * len(item["uris"]) for item in items}
+    for item in items:
+        assert stage.read_json(f"{item['name']}.images") == {"uris": item["uris"], "beside": item["beside"]}

@@ -1,6 +1,7 @@
 """Against moto through a proxy that fails: `faulty_s3`."""
 
 import pickle
+import threading
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -10,6 +11,8 @@ import pytest
 from ktray.data import filesystem
 from ktray.errors import KtrayError
 from ktray.storage import s3 as module
+from ktray.storage import s3_files
+from ktray.storage.concurrent import AT_ONCE
 from ktray.storage.retry import retry_for
 from ktray.storage.store import Dir, Store
 
@@ -51,6 +54,36 @@ def test_a_read_goes_on_where_it_stood(s3, tmp_path):
         begin = stream.read(4)
         s3.first(MORE, "reset", "GET")
         assert begin + stream.read() == filesystem.read_bytes(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1999, 2000, 2001, 9999])
+def test_a_large_read_is_made_of_parts(s3, size, monkeypatch):
+    monkeypatch.setattr(s3_files, "_PART", 1000)
+    folder, data = Dir(s3.home), bytes(range(250)) * 40
+    folder.write("a", data[:size])
+    s3.seen.clear()
+    assert folder.read("a") == data[:size]
+    assert s3.seen["GET", ""] == (0 if not size else 1 if size < 2000 else -(-size // 1000))
+    s3.first(MORE, "503", "GET")
+    assert folder.read("a") == data[:size]
+    with filesystem.open_random(f"{folder.uri}/a") as stream:
+        stream.seek(min(7, size))
+        assert stream.read(3000) + stream.read() == data[7:size]
+
+
+def test_the_parts_of_a_read_are_requested_together(s3, monkeypatch):
+    monkeypatch.setattr(s3_files, "_PART", 1000)
+    folder = Dir(s3.home)
+    folder.write("a", bytes(8000))
+    together = threading.Barrier(8, timeout=30)  # broken, so an error, unless eight are under way at the same time
+
+    def meet(method, path):
+        if method == "GET":
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert folder.read("a") == bytes(8000)
 
 
 def test_an_answer_that_is_late_is_waited_for(s3):
@@ -126,6 +159,44 @@ def test_listings_come_in_pages(s3, monkeypatch):
         (f.path, f.size, f.mtime_ns) for f in found
     }
     assert {filesystem.stat(f.path) for f in found} == set(found)
+
+
+def test_a_stage_of_many_files_is_checked_by_its_listing(s3, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE", 50)
+    stage = Store(s3.home).stage("teach", "k")
+    for i in range(120):
+        stage.write(f"{'ab'[i % 2]}/{i}", b"x" * i)
+    stage.commit({"n": 1})
+    s3.seen.clear()
+    assert len(stage.manifest()["files"]) == 120
+    assert s3.seen["HEAD", ""] <= 2
+    assert s3.seen["GET", ""] <= 1 + 3 + 1, "the manifest, and the pages of the listing"
+    stage.write("a/2", b"x")
+    with pytest.raises(KtrayError, match=r"a/2' is missing or incomplete \(it should have 2 bytes and has 1\)"):
+        stage.manifest()
+    stage.delete("a/2")
+    with pytest.raises(KtrayError, match=r"a/2' is missing or incomplete \(it should have 2 bytes and does not exist"):
+        stage.manifest()
+
+
+def test_many_small_files_are_read_together_and_in_order(s3):
+    folder = Dir(s3.home)
+    names = [f"{i}.json" for i in range(2 * AT_ONCE)]
+    for i, name in enumerate(names):
+        folder.write_json(name, {"i": i})
+    together = threading.Barrier(AT_ONCE, timeout=30)  # broken, so an error, unless so many are under way
+
+    def meet(method, path):
+        if method == "GET":
+            together.wait()
+        return ""
+
+    s3.fault = meet
+    assert [read["i"] for read in folder.read_each_json(names)] == list(range(len(names)))
+    s3.fault = ""
+    folder.delete("7.json")
+    with pytest.raises(FileNotFoundError):
+        list(folder.read_each_json(names))
 
 
 def test_large_files_and_folders_travel_both_ways(s3, tmp_path, monkeypatch):

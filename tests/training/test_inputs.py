@@ -12,6 +12,7 @@ from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Dir
 from ktray.tasks.base import task_kind
+from ktray.training import inputs
 from ktray.training.inputs import Labels, TargetSet
 from ktray.training.worker import WorkerContext
 
@@ -87,6 +88,33 @@ def test_order_of_workers_shards_and_restarts_does_not_matter(
 ):
     order = np.random.default_rng(1).permutation(ROWS) if shuffled else np.arange(ROWS)
     assert crops(cache(tmp_path, cuts, order), world, starts, window_bytes) == reference
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_labelled_images_beyond_the_memory_are_mapped_and_give_the_same_batches(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("KTRAY_CACHE", str(tmp_path / "copies"))
+    directory, rng = Dir(str(tmp_path / "labels")), np.random.default_rng(3)
+    for number, rows in enumerate(np.array_split(np.arange(ROWS), 4)):
+        columns = {"canvas": pictures()[rows], "label": rows.astype(np.int64)}
+        columns["canvas_mask"] = rng.integers(0, 3, (len(rows), SIDE, SIDE), dtype=np.uint8)
+        write_rows(directory, f"train-{number:05d}.parquet", columns)
+
+    def batches(version):
+        labels = Labels(directory, task_kind(kind), version)
+        return [
+            {name: value.numpy() for name, value in rows.items()}
+            for rows in labels.batches(env(), 7, POLICY, SIDE, SEED, 0, 9)
+        ]
+
+    reference = batches("")
+    monkeypatch.setattr(inputs, "_RESIDENT", 4000)
+    for _ in range(2):
+        for found, expected in zip(batches("1"), reference, strict=True):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_array_equal(found[name], value)
+        directory.delete("train-00000.parquet")  # the second time, only the mapped files are read
+    assert len(list((tmp_path / "copies").rglob("*.npy"))) == 2
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

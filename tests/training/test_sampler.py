@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from ktray.training import sampler
 from ktray.training.sampler import RowSampler, rank_slices, spread_views
 from ktray.training.virtual_ranks import ranks_of_worker, virtual_ranks
 
@@ -144,13 +145,40 @@ def test_the_views_of_an_image_are_read_together_and_used_apart():
         ids = []
         for rank in range(count):
             settings = {"batch": 6, "window_rows": 24 * views, "views": views, "seed": 2}
-            sampler = RowSampler(shards, read, ranks=[rank], rank_count=count, **settings)
-            stream = list(sampler.batches(0, 24 * 16 * views // count // 6))
+            feed = RowSampler(shards, read, ranks=[rank], rank_count=count, **settings)
+            stream = list(feed.batches(0, 24 * 16 * views // count // 6))
             same = [len(set((b["id"] // views).tolist())) for b in stream]
             # Only where a window ends in the middle of a batch may an image be there twice.
             assert np.mean(same) > 5.7
             ids += [int(i) for b in stream for i in b["id"]]
         assert sorted(ids) == list(range(24 * 16 * views))
+
+
+def test_the_first_batch_does_not_wait_for_the_schedule(monkeypatch):
+    """With ten thousand epochs to come, only the windows that the reader takes are computed, and few epochs."""
+    divided, taken = [], []
+
+    def counted(*arguments):
+        divided.append(1)
+        return rank_slices(*arguments)
+
+    def read(windows):
+        for window in windows:
+            taken.append(1)
+            yield from reader()([window])
+
+    monkeypatch.setattr(sampler, "rank_slices", counted)
+    feed = RowSampler(SHARDS, read, batch=4, ranks=[0, 1], rank_count=2, seed=3, window_rows=9)
+    divided.clear()
+    next(feed.batches(0, 10_000 * TOTAL // 8))
+    assert len(taken) == 2, "one window for each rank"
+    assert len(divided) <= 12
+    feed = RowSampler(SHARDS, read, batch=4, ranks=[0, 1], rank_count=2, seed=3)
+    divided.clear()
+    taken.clear()
+    next(feed.batches(0, 10_000 * TOTAL // 8))
+    assert len(taken) == 2
+    assert len(divided) <= 12
 
 
 def test_batch_larger_than_the_set_spans_epochs():

@@ -211,8 +211,8 @@ def _unusable(file: FileStat) -> str:
 
 
 def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
-    stats = [filesystem.stat(path) for path in filesystem.expand(pattern) if is_table(path)]
-    files = [file for file in stats if file is not None]
+    matches = filesystem.expand_files(pattern)
+    files = [file for path, file in matches if file is not None and is_table(path)]
     if not files:
         raise KtrayError(f"No list of labelled images matches '{pattern}'", f"Check task.data. {FORMS}")
     return read_tables(files, notes, group)

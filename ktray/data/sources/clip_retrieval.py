@@ -13,6 +13,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,14 @@ import pyarrow.parquet as pq
 
 from ktray.data import filesystem
 from ktray.data.sources.base import Cut, Shard, Source, fingerprint
-from ktray.data.sources.fetch import fetch
+from ktray.data.sources.fetch import at_once, fetch
 from ktray.data.sources.parquet_tables import read_footer
 from ktray.data.sources.records import ImageRecord, is_image
 from ktray.data.sources.tars import TarMember, is_tar, read_tar, sample_key
 from ktray.data.sources.uris import ImageRef
 from ktray.errors import KtrayError
 from ktray.recipe.registries import SOURCES
+from ktray.storage.concurrent import in_order
 
 EMBEDDED = "embedded"
 _EMBEDDINGS, _METADATA = "img_emb", "metadata"
@@ -83,7 +85,7 @@ def embedded_shards(folder: str, images: str | Sequence[str] | None, rows_per_sh
             f"Folder '{folder}' has no embeddings in {_EMBEDDINGS}/",
             "Check whether clip-retrieval was interrupted, and run it again.",
         )
-    shards = []
+    calls = []
     for number, pair in sorted(partitions.items()):
         if len(pair) < 2:
             (present,) = pair.values()
@@ -91,8 +93,8 @@ def embedded_shards(folder: str, images: str | Sequence[str] | None, rows_per_sh
                 f"Partition {number} has only '{present}'; it needs one file in {_EMBEDDINGS}/ and one in {_METADATA}/",
                 "Run clip-retrieval again until it is complete, with metadata (--enable_metadata).",
             )
-        shards += _partition(pair[_EMBEDDINGS], pair[_METADATA], places, rows_per_shard)
-    return shards
+        calls.append(partial(_partition, pair[_EMBEDDINGS], pair[_METADATA], places, rows_per_shard))
+    return [shard for partition in in_order(calls, at_once([folder])) for shard in partition]
 
 
 def _partition(vectors: str, metadata: str, places: tuple[str, ...], rows_per_shard: int) -> list[Shard]:

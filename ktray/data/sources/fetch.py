@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 
 from ktray.data import filesystem
-from ktray.data.concurrent import AT_ONCE, in_order
 from ktray.data.decode import Enough, decode_rgb
 from ktray.data.filesystem import why
 from ktray.data.sources.uris import Held, ImageRef, One
 from ktray.errors import BadImage, KtrayError
 from ktray.recipe.registries import SOURCES
+from ktray.storage.concurrent import AT_ONCE, in_order
 
 
 def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]:
@@ -36,7 +36,7 @@ def fetch(uris: Sequence[str]) -> Iterator[tuple[str, bytes | None, str | None]]
     for (kind, path), group in groups.items():
         calls += SOURCES.get(kind).fetch(path, list(group))
     contents: Held = {}
-    for result in in_order(calls, _at_once(path for _, path in groups)):
+    for result in in_order(calls, at_once(path for _, path in groups)):
         contents |= result
     files = read_files([ref.path for ref in refs if not ref.fragment])
     for uri, ref in zip(uris, refs, strict=True):
@@ -61,13 +61,14 @@ def fetch_images(
             yield uri, image, ""
 
 
-def _at_once(paths: Iterable[str]) -> int:
+def at_once(paths: Iterable[str]) -> int:
+    """How many requests are made concurrently to read files (paths, or uris in them): one if all are local."""
     return AT_ONCE if any(map(filesystem.is_remote, paths)) else 1
 
 
 def read_files(paths: Sequence[str]) -> Iterator[One]:
     """Read files in order. Each path may also be a uri."""
-    return in_order((partial(read_file, path) for path in paths), _at_once(paths))
+    return in_order((partial(read_file, path) for path in paths), at_once(paths))
 
 
 def decode_image(

@@ -9,16 +9,19 @@ from __future__ import annotations
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
 from ktray.data.magic import HEAD_BYTES, decodable
 from ktray.data.sources.base import ROWS, Cut, Shard, in_order
+from ktray.data.sources.fetch import at_once
 from ktray.data.sources.files import FILES
 from ktray.data.sources.parquets import is_parquet
 from ktray.data.sources.records import may_be_image
 from ktray.errors import KtrayError
 from ktray.recipe.registries import SOURCES
+from ktray.storage import concurrent
 
 
 def kinds() -> str:
@@ -96,8 +99,8 @@ def list_shards(spec: str | Sequence[str], *, rows_per_shard: int = ROWS, column
     entries = [spec] if isinstance(spec, str) else list(spec)
     if not entries:
         raise KtrayError("The list of image sources is empty", f"Set it to {kinds()}.")
-    for entry in entries:
-        files.merge(_entry(entry))
+    for entry in concurrent.in_order((partial(_entry, entry) for entry in entries), at_once(entries)):
+        files.merge(entry)
     cut = Cut(rows_per_shard, column)
     return [
         shard
@@ -131,14 +134,14 @@ def _file(file: FileStat) -> _Files:
 
 def _pattern(pattern: str) -> _Files:
     files = _Files()
-    matches = filesystem.expand(pattern)
-    for path in matches:
-        if filesystem.is_folder(path):
-            files.merge(_folder(path))
-        elif file := filesystem.stat(path):
+    matches = filesystem.expand_files(pattern)
+    for path, file in matches:
+        if file:
             files.add(file)
+        elif filesystem.is_folder(path):
+            files.merge(_folder(path))
     if not files.files:
-        matched = f"; it matches only {_summary(matches)}" if matches else ""
+        matched = f"; it matches only {_summary([path for path, _ in matches])}" if matches else ""
         raise KtrayError(f"No images match '{pattern}'{matched}", f"A pattern must match {kinds()}.")
     return files
 

@@ -6,7 +6,7 @@ images of a transfer set are sorted by class, as those of a labelled set and of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -99,7 +99,7 @@ def trained_order(case: OrderCase, steps: int, shards: Sequence[np.ndarray] | No
         shards = shard_numbers(case.images, images_per_shard(case.images, case.views, case.size), SEED)
     images_of = {f"{number}": images for number, images in enumerate(shards)}
 
-    def read(windows: Sequence[Window]) -> Iterator[Rows]:
+    def read(windows: Iterable[Window]) -> Iterator[Rows]:
         for window in windows:
             parts = [np.repeat(images_of[s.shard][s.start :: s.step], s.views) for s in window]
             yield {"image": np.concatenate(parts)}

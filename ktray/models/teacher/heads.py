@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ktray.errors import KtrayError
 from ktray.models.teacher.teacher import Teacher
+from ktray.reporting.heartbeat import beat
 
 L2_GRID: tuple[float, ...] = tuple(10.0**e for e in np.arange(-7, -0.9, 0.5))
 DEFAULT_TEMPLATES: tuple[str, ...] = (
@@ -140,8 +141,11 @@ def text_head(teacher: Teacher, class_names: Sequence[str], templates: Sequence[
         raise KtrayError(f"Prompt template '{wrong[0]}' has no {{}}", "Write {} in place of the class name.")
     prompts = [t.replace("{}", name.replace("_", " ")) for name in class_names for t in templates]
     with torch.inference_mode():
-        encoded = torch.cat([teacher.encode_text(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
-        mean = encoded.view(len(class_names), len(templates), -1).mean(1)
+        parts = []
+        for i in range(0, len(prompts), 256):
+            parts.append(teacher.encode_text(prompts[i : i + 256]))
+            beat(f"{i + len(parts[-1]):,} of {len(prompts):,} prompts")
+        mean = torch.cat(parts).view(len(class_names), len(templates), -1).mean(1)
         weight = teacher.logit_scale * F.normalize(mean, dim=-1)
     return LinearHead(weight.clone())
 
@@ -217,7 +221,9 @@ def _fit(
         optimizer.zero_grad()
         loss = mean_loss(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
         loss.backward()
-        return float(loss.detach())
+        value = float(loss.detach())
+        beat(f"fitting a head, loss {value:.4g}")
+        return value
 
     optimizer.step(closure)
     return weight.detach(), bias.detach()

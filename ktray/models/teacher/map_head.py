@@ -17,6 +17,7 @@ from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
 from ktray.models.maps import map_loss, resize_map
 from ktray.models.teacher.heads import LinearHead, fit_temperature
+from ktray.reporting.heartbeat import beat
 
 L2_GRID: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)
 # The loss is computed on label maps whose sides are at most this factor larger than those of the features. On the
@@ -177,6 +178,7 @@ def _fit(
             loss = map_loss(_logits(part, weight, bias), truth) * share
             loss.backward()
             total = total + loss.detach()
+            beat("fitting a head on patches")
         return float(total)
 
     optimizer.step(closure)

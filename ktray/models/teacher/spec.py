@@ -14,6 +14,7 @@ from ktray.models.features import is_convolutional
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.teacher import Teacher, TeacherSource, fitting_batch
+from ktray.reporting.heartbeat import beat
 from ktray.storage.store import Dir
 
 
@@ -115,8 +116,9 @@ def predict_numpy(model: AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.n
 def _batched(model: Teacher | AdaptedTeacher, function: Any, pixels: np.ndarray, batch: int, width: int) -> np.ndarray:
     target = device()
     batch = fitting_batch(model.preprocess, target, batch)
-    parts = [
-        function(torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch])).to(target)).float().cpu().numpy()
-        for first in range(0, len(pixels), batch)
-    ]
+    parts = []
+    for first in range(0, len(pixels), batch):
+        images = torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch])).to(target)
+        parts.append(function(images).float().cpu().numpy())
+        beat()
     return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)

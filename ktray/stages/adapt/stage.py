@@ -21,16 +21,18 @@ import torch
 
 from ktray.data.views import ViewPolicy
 from ktray.distributed import watchdog
+from ktray.distributed.mailbox import open_mailbox
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
 from ktray.models.device import device
 from ktray.models.teacher.adapted import save_candidate
 from ktray.models.teacher.heads import LinearHead
-from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, laid_out, predict_numpy, tower_flops
+from ktray.models.teacher.spec import AdaptedSpec, TeacherSpec, laid_out, tower_flops
 from ktray.models.teacher.teacher import products_on
 from ktray.recipe.choice import strategies
 from ktray.recipe.teacher import TRAINED_TOWERS, TeacherFinetuneConfig, TeacherLoraConfig
 from ktray.stages import labels as labels_stage
+from ktray.stages.adapt.embed import embed_labels, pieces
 from ktray.stages.adapt.heads import fit_heads
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
 from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
@@ -40,7 +42,7 @@ from ktray.stages.teach.stage import view_policy
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import HeadSettings, task_kind
-from ktray.training.adapt_program import AdaptSpec
+from ktray.training.adapt_program import AdaptSpec, predict_split
 from ktray.training.loop import TrainerSettings
 
 logger = logging.getLogger("ktray")
@@ -65,7 +67,6 @@ class AdaptInputs(StageInputs):
     """
 
     stage = "adapt"
-    devices = "one"
     # 2: mean class accuracy, views keyed by image; 3: a head for the frozen embeddings is kept; 4: declared inputs
     version = 4
 
@@ -132,25 +133,33 @@ def run(context: RunContext, spec: TeacherSpec) -> StageResult:
 def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> AdaptManifest:
     plan, spec, metric, wanted = runtime.plan, inputs.teacher, inputs.metric, inputs.wanted
     reporter.expect(inputs.images)
-    kind = task_kind(inputs.kind)
+    kind, labels = task_kind(inputs.kind), labels_stage.labels_of(inputs.labels, inputs.kind)
+    names: list[str] = inputs.labels.manifest["shards"]
+    embed_labels(labels, spec, names, runtime, stage, reporter)
     heads = HeadSettings(inputs.classes, inputs.names, inputs.prompts, wanted, inputs.levels)
-    fit = partial(fit_heads, stage, inputs.labels.stage, spec, kind, heads, metric, plan.worker_threads)
+    fit = partial(fit_heads, stage, labels, names, spec, heads, metric, plan.worker_threads)
     watchdog.waiting_for("the teacher's heads", f"{plan.actor_cpus:g} CPUs and {plan.actor_gpus:g} GPUs")
     who, remedy = (
         "the task that fits the teacher's heads",
         "Choose a smaller teacher, or use machines with more memory.",
     )
-    with reporter.task() as at:
+    with open_mailbox(reporter.post) as mailbox, reporter.task() as at:
         fitted = run_with_retries(
-            fit, who, remedy, runtime.cluster.max_failures, cpus=plan.actor_cpus, gpus=plan.actor_gpus, at=at
+            fit,
+            who,
+            remedy,
+            runtime.cluster.max_failures,
+            cpus=plan.actor_cpus,
+            gpus=plan.actor_gpus,
+            at=at,
+            mailbox=mailbox,
         )
-    reporter.shards([ShardSummary("heads", images=fitted["images"], flops=fitted["flops"])])
-    if reporter.progress:
-        reporter.progress.update(fitted["images"])
+    reporter.shards([ShardSummary("heads", flops=fitted["flops"])])
     scores: dict[str, dict[str, float]] = fitted["scores"]
     for name in TRAINED_TOWERS:
         if name in wanted:
             scores[name] = _train(name, inputs, runtime, stage, fitted["start"], reporter)
+    pieces(stage).delete()
     chosen = max((n for n in wanted), key=lambda n: (round(scores[n][metric], 9), -scores[n]["loss"]))
     for name in stage.children():
         if name.startswith("candidate-") and name not in (f"candidate-{chosen}", f"candidate-{fitted['start']}"):
@@ -219,7 +228,6 @@ def _train(
     name: str, inputs: AdaptInputs, runtime: Runtime, stage: Stage, start: str, reporter: Reporter
 ) -> dict[str, float]:
     """Train the candidate ``name``, store it and return its scores."""
-    from ktray.distributed.mailbox import open_mailbox
     from ktray.training.ray_train import train
 
     part, views = getattr(inputs, name), inputs.views
@@ -247,6 +255,7 @@ def _train(
                 cpus=plan.actor_cpus,
                 gpus=plan.actor_gpus,
                 at=at,
+                mailbox=board,
             )
         result.update(calibrated["scores"])
         reporter.shards([ShardSummary(f"calibrate-{name}", images=calibrated["images"], flops=calibrated["flops"])])
@@ -283,12 +292,11 @@ def _calibrate(job: AdaptSpec, stage: Stage, name: str) -> dict[str, Any]:
         teacher.load_state_dict(load_file(str(weights)))
     job.complete(teacher)
     laid_out(teacher.to(device()))
-    pixels, label = labels.load("val", "pixels")
-    raw = torch.from_numpy(predict_numpy(teacher, pixels.numpy(), labels.kind.test_batch))
-    teacher.temperature, scores = labels.kind.calibrate(raw * teacher.temperature, label)
+    outputs, label = predict_split(teacher, labels, "val")
+    teacher.temperature, scores = labels.kind.calibrate(outputs * teacher.temperature, label)
     save_candidate(stage, name, teacher.cpu())
     return {
         "scores": {**scores, "temperature": teacher.temperature},
-        "images": len(pixels),
-        "flops": tower_flops(teacher) * len(pixels),
+        "images": len(label),
+        "flops": tower_flops(teacher) * len(label),
     }

@@ -19,7 +19,7 @@ from ktray.stages.base import Reporter, Runtime
 from ktray.stages.index.stage import EmbedPixels
 from ktray.stages.labels import SHARD
 from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards
-from ktray.storage.columns import Rows, read_rows, write_rows
+from ktray.storage.columns import Rows, read_shards, write_rows
 from ktray.storage.store import Stage
 
 
@@ -62,7 +62,7 @@ def embed_images(
     )
     reporter.shards(ShardSummary.each(summaries))
     reporter.read = 0  # these images are counted by the stages that use them
-    shards = [read_rows(folder, str(item["name"])) for item in items]
+    shards = list(read_shards(folder, [str(item["name"]) for item in items]))
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 

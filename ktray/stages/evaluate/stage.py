@@ -37,7 +37,7 @@ from ktray.stages.labels import shard_items
 from ktray.stages.manifests import EvaluateManifest
 from ktray.stages.shard_summary import ShardSummary, finish_shard, finished_shards, pairs
 from ktray.stages.transfer import starting_at, student_spec
-from ktray.storage.columns import Rows, read_rows, write_rows
+from ktray.storage.columns import Rows, read_shards, write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.base import TaskKind, task_kind
 from ktray.training.inputs import StudentSpec
@@ -232,12 +232,13 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
 
 def load(stage: Stage, split: str = "test") -> Rows:
     """All rows of a split: ``uri``, and the columns of the task kind for the labels and for each model."""
-    shards = [read_rows(stage, name) for name in stage.names(".parquet") if name.startswith(f"{split}-")]
+    names = [name for name in stage.names(".parquet") if name.startswith(f"{split}-")]
+    shards = list(read_shards(stage, names))
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 
 def confusion(context: RunContext, stage: Stage) -> np.ndarray | None:
     """Confusion counts (C, C) of the student on the test split: rows are true classes, columns are predicted classes;
     None where the task kind has no counts."""
-    counts = [stage.read_json(name) for name in stage.names(CONFUSION)]
+    counts = list(stage.read_each_json(stage.names(CONFUSION)))
     return context.kind.confusion(load(stage), counts, context.task.classes)

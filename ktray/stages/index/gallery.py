@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -56,7 +56,7 @@ class Gallery:
         return cls(IndexDir(folder), [(name, rows) for name, rows in facts["shards"]])
 
     def columns(self, column: str) -> list[np.ndarray]:
-        return [self.folder.rows(part, [column])[column] for part in self.parts]
+        return [rows[column] for rows in self.folder.rows_of(self.parts, [column])]
 
     def blocks(self) -> list[GalleryPart]:
         """The gallery in blocks of about `BLOCK_ROWS` rows."""
@@ -76,10 +76,14 @@ class Gallery:
         """Values of a column (``embedding`` included) at the given rows (n,), in their order."""
         out: dict[int, Any] = {}
         shard = np.searchsorted(self.offsets, rows, side="right") - 1
-        for number in np.unique(shard).tolist():
-            part = self.parts[number]
-            embedded = column == "embedding"
-            values = self.folder.embedding(part) if embedded else self.folder.rows(part, [column])[column]
+        numbers = np.unique(shard).tolist()
+        parts = [self.parts[number] for number in numbers]
+        columns: Iterator[np.ndarray] = (
+            self.folder.embeddings(parts)
+            if column == "embedding"
+            else (rows_of_part[column] for rows_of_part in self.folder.rows_of(parts, [column]))
+        )
+        for number, values in zip(numbers, columns, strict=True):
             for row in rows[shard == number].tolist():
                 out[row] = values[row - self.offsets[number]]
         return [out[row] for row in rows.tolist()]
@@ -99,10 +103,10 @@ class GalleryPart:
 
     def embedding(self) -> np.ndarray:
         """(rows, D) float16."""
-        return np.concatenate([self.folder.embedding(part) for part in self.parts])
+        return np.concatenate(list(self.folder.embeddings(self.parts)))
 
     def prints(self) -> Fingerprints:
-        read = [self.folder.rows(part, ["hash", "digest"]) for part in self.parts]
+        read = list(self.folder.rows_of(self.parts, ["hash", "digest"]))
         hash_, digest = (np.concatenate([r[name] for r in read]).astype(np.uint64) for name in ("hash", "digest"))
         return Fingerprints(hash_, digest)
 
@@ -120,9 +124,8 @@ def duplicates(
         prints: fingerprints of the held-out images.
         similarity: cosine similarity from which a pair is compared by pixels.
     """
-    work = partial(_duplicates, heldout=heldout, prints=prints, similarity=similarity)
-    tables = []
-    for _, rows in map_numbered(gallery.blocks(), work, plan):
+    work, tables = partial(_duplicates, similarity=similarity), []
+    for _, rows in map_numbered(gallery.blocks(), work, plan, [heldout, prints]):
         reason, similar = rows.pop("reason").astype(str).tolist(), int(rows.pop("similar")[0])
         tables.append(DuplicateTable(**rows, reason=reason, similar=similar))
     return DuplicateTable.joined(tables)
@@ -141,7 +144,7 @@ def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerpri
 def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Allocation) -> Hits:
     """`ktray.retrieval.search.search` over the whole gallery, with one task for each block."""
     hits: Hits | None = None
-    for _, rows in map_numbered(gallery.blocks(), partial(_search, queries=queries, k=k), plan):
+    for _, rows in map_numbered(gallery.blocks(), partial(_search, k=k), plan, [queries]):
         block_hits = rows["similarity"], rows["index"]
         hits = merge(hits, block_hits) if hits else block_hits
     assert hits is not None  # a gallery has rows

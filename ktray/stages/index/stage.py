@@ -276,7 +276,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     for shard in _gathered(IndexPiece.each(results), reporter, sources):
         folder.finish(shard)
         finished[shard.shard] = shard
-    folder.copy_summaries()
+    folder.copy_summaries(finished)
     folder.end(digest(names))
     listed = [(p.name, p.rows) for name in names for p in finished[name].parts]
     if not sum(rows for _, rows in listed):

@@ -3,7 +3,9 @@ or compare stored targets with those that the teacher computes now."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +14,7 @@ from ktray.distributed.device_work import Item
 from ktray.errors import KtrayError
 from ktray.stages.shard_summary import ShardSummary, finish_shard, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
+from ktray.storage.concurrent import in_order
 from ktray.storage.store import Stage
 from ktray.targets.jpeg import encode_views
 from ktray.targets.make_views import MakeViews
@@ -76,6 +79,13 @@ class ListImages:
     def __call__(self, item: Item) -> int:
         self.stage.write_json(listed(item["name"]), {"uris": item["uris"], "beside": item["beside"]})
         return len(item["uris"]) * self.per_image
+
+
+def list_images(stage: Stage, items: Sequence[Item], per_image: int) -> dict[str, int]:
+    """`ListImages` for each shard; returns the number of rows of each, by name."""
+    store = ListImages(stage, per_image)
+    rows = in_order((partial(store, item) for item in items), stage.at_once)
+    return {item["name"]: count for item, count in zip(items, rows, strict=True)}
 
 
 def checked_images(images: int) -> int:

@@ -31,7 +31,7 @@ from ktray.stages.labels import canvas_preprocess
 from ktray.stages.manifests import TargetSizes, TeachManifest
 from ktray.stages.shard_summary import ShardSummary, finished_shards
 from ktray.stages.teach.items import images_per_shard, shard_items
-from ktray.stages.teach.shards import CheckedShard, CheckTargets, ListImages, WithoutTeacher, WithTeacher, sample
+from ktray.stages.teach.shards import CheckedShard, CheckTargets, WithoutTeacher, WithTeacher, list_images, sample
 from ktray.storage.columns import read_rows
 from ktray.storage.store import Stage
 from ktray.targets.make_views import MakeViews
@@ -86,6 +86,7 @@ class TeachResult:
             source_classes=m["source_classes"],
             classes=m["classes"],
             views=self.cut.per_image,
+            version=self.done.version,
         )
 
 
@@ -185,10 +186,7 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     extra = {"text": tokens, "label": table.get("label")}
     per_shard = images_per_shard(len(uris), part.view_count, view_size)
     items = shard_items(uris, extra, per_shard, part.seed)
-    if cached:
-        rows = _store(inputs, runtime, stage, reporter, items)
-    else:
-        rows = {item["name"]: ListImages(stage, cut.per_image)(item) for item in items}
+    rows = _store(inputs, runtime, stage, reporter, items) if cached else list_images(stage, items, cut.per_image)
     if not sum(rows.values()):
         raise KtrayError(
             "No image of the transfer set can be used",

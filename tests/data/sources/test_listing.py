@@ -9,11 +9,12 @@ from archives import tar_bytes, write_parquet
 from image_zoo import jpeg, write_zoo
 
 from ktray.data import filesystem
-from ktray.data.sources.base import spans
+from ktray.data.sources.base import fingerprint, spans
 from ktray.data.sources.fetch import fetch
 from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
+from ktray.storage import s3 as s3_module
 
 
 @pytest.fixture
@@ -245,3 +246,20 @@ def test_folder_without_permission(photos, monkeypatch):
     got = records(str(photos))
     assert [r.uri for r in got if r.error] == [str(photos / "deep er")]
     assert len(got) == 6
+
+
+def test_a_pattern_on_s3_costs_only_its_listing(s3, monkeypatch):
+    monkeypatch.setattr(s3_module, "_PAGE", 40)
+    for i in range(90):
+        filesystem.write_bytes(f"{s3.home}/tars/{i:03d}.tar", b"x" * i)
+    filesystem.write_bytes(f"{s3.home}/tars/notes.md", b"")
+    pattern = f"{s3.home}/tars/*.tar"
+    s3.seen.clear()
+    shards = list_shards(pattern)
+    assert s3.seen["GET", ""] <= 3 + 2
+    assert s3.seen["HEAD", ""] <= 4
+    wanted = [filesystem.stat(f"{s3.home}/tars/{i:03d}.tar") for i in range(90)]
+    assert [shard.fingerprint for shard in shards] == [fingerprint([file]) for file in wanted]
+    assert filesystem.expand_files(pattern) == [(file.path, file) for file in wanted]
+    one_by_one = list_shards([file.path for file in wanted])
+    assert one_by_one == shards

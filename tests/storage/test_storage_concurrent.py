@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from ktray.data.concurrent import in_order
+from ktray.storage.concurrent import in_order
 from ktray.storage.retry import _retry_seconds, retry_for
 
 
