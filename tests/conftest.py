@@ -106,7 +106,10 @@ def photo():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of what only a GPU can show are skipped where there is none."""
+    """Skip long tests unless they are asked for, and tests of what only a GPU can show where there is none."""
+    for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("KTRAY_LONG_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="long; KTRAY_LONG_TESTS=1 runs it"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from small_task import SMALL, write_gallery, write_task
 
-LONG = pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="a minute; KTRAY_LONG_TESTS=1 runs it")
 JOB = Path(__file__).parents[1] / "helpers" / "fake_gpu_job.py"
 
 
@@ -45,7 +44,7 @@ def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [pytest.param(1, marks=LONG), 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_whole_run_on_a_gpu_or_a_share_of_one(keys: list[str], tmp_path: Path, jobs: int) -> None:
     store = tmp_path / "store"
     result = job(tmp_path, 1, "distill", f"store={store}", f"cluster.jobs={jobs}", *keys)
@@ -58,7 +57,7 @@ def test_a_whole_run_on_a_gpu_or_a_share_of_one(keys: list[str], tmp_path: Path,
     assert json.loads((adapt / "manifest.json").read_text())["inputs"]["products"] == "bf16"
 
 
-@LONG
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_trials_of_a_search_share_a_gpu(keys: list[str], tmp_path: Path) -> None:
     search = [

@@ -108,7 +108,7 @@ def test_a_killed_index_goes_on_by_shard_and_is_no_index_before(world, tmp_path)
     assert all(np.array_equal(plain[uri], found[uri]) for uri in plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_curate_ends_with_the_same_set(world, tmp_path):
     keys = [*SMALL, f"task.data={world / 'task'}", f"gallery.data={world / 'gallery'}", "transfer.size=60"]
     store = tmp_path / "store"

@@ -281,7 +281,7 @@ def test_a_run_tells_what_was_planned_and_leaves_its_speeds(first, capsys):
     assert rows["teach"]["usd"] == pytest.approx(rows["teach"]["device_seconds"] * machine["usd_per_hour"] / 3600)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_agnostic_transfer_learns_and_trains_no_classifier(first, workers):
     store, data, _, _, _ = first
     lines: list[str] = []

@@ -41,12 +41,14 @@ def small(zoo_run, zoo_world):
 @pytest.fixture(scope="module")
 def session(tmp_path_factory, database):
     """A notebook's own MLflow, with a run that is active."""
-    before, uri = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path_factory.mktemp('own')}/own.db"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('own')}/own.db"
     Path(uri.removeprefix("sqlite:///")).write_bytes(database.read_bytes())
-    mlflow.set_tracking_uri(uri)
-    with mlflow.start_run() as active:
-        yield uri, active.info.run_id
-    mlflow.set_tracking_uri(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)  # so that what MLflow writes into it ends with this module
+        mlflow.set_tracking_uri(uri)
+        with mlflow.start_run() as active:
+            yield uri, active.info.run_id
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture(scope="module")

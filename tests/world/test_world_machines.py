@@ -138,7 +138,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="half a minute; KTRAY_LONG_TESTS=1 runs it")
+@pytest.mark.long
 def test_a_task_that_never_has_enough_memory_ends() -> None:
     ended = subprocess.run([sys.executable, "-c", _GREEDY], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 3, ended.stderr

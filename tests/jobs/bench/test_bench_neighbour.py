@@ -1,7 +1,5 @@
 """Training beside busy programs is measured against the same training alone."""
 
-import os
-
 import pytest
 
 from ktray.jobs.bench import neighbour as module
@@ -30,7 +28,7 @@ def test_busy_programs_run_and_end(monkeypatch):
     assert all(state(program.pid) == "" for program in started)
 
 
-@pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="half a minute; KTRAY_LONG_TESTS=1 runs it")
+@pytest.mark.long
 def test_a_row_has_both_rates_and_both_losses(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 32)
     (row,) = module.neighbour(tmp_path, cluster, 1, quick=True)

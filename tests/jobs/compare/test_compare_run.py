@@ -155,6 +155,7 @@ def test_again_it_reuses_all_and_agrees(done):
     assert [{n: w[n] for n in names} for w in again["ways"]] == [{n: w[n] for n in names} for w in found["ways"]]
 
 
+@pytest.mark.long
 def test_learning_rates_are_searched_and_device_time_is_measured_on_validation_alone(done):
     store, keys, _, _, _ = done
     more = ["compare.equal=device_seconds", "compare.lr_search=[0.01, 1]", "compare.seeds=[0]", "compare.parallel=2"]

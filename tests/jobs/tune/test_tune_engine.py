@@ -74,7 +74,7 @@ def test_two_aims_know_the_cost_and_former_trials_teach(cluster, tmp_path):
     assert [t.state for t in trials] == ["finished"] * 6
 
 
-@pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="half a minute; KTRAY_LONG_TESTS=1 runs it")
+@pytest.mark.long
 def test_it_does_not_hang_where_the_cluster_has_one_cpu(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TRAIN_V2_ENABLED": "1"}
     command = [sys.executable, str(TOY), str(tmp_path), "1"]  # the session's has two

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 
 import pytest
 from heard import heard
@@ -25,7 +24,7 @@ SPACE = (
 BUDGET = 4e11
 
 
-pytestmark = pytest.mark.skipif(not os.environ.get("KTRAY_LONG_TESTS"), reason="a minute; KTRAY_LONG_TESTS=1 runs it")
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

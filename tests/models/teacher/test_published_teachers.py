@@ -54,6 +54,7 @@ def check(result, adapt, teach, transform, encode, device_flops):
     assert result["cost"]["flops"]["teach"] == pytest.approx((24 + checked) * device_flops, rel=0.05)
 
 
+@pytest.mark.long
 def test_open_clip_vit_b_32(cluster, tmp_path):
     model, _, transform = open_clip.create_model_and_transforms("ViT-B-32", load_weights=False)
     model.eval()
