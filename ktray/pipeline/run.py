@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -70,8 +71,11 @@ def run(
     begun = time.time()
 
     def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
-        for problem in [] if trial else exportable(context.recipe, len(context.task.classes)):
-            logger.warning(problem)
+        # torch.export changes state of the whole process, and cannot run beside other runs (jobs/compare.py has several
+        # in threads).
+        if not trial and threading.current_thread() is threading.main_thread():
+            for problem in exportable(context.recipe, len(context.task.classes)):
+                logger.warning(problem)
         with limited(None if limit is None else partial(limit, context.ledger)):
             outputs = stages(context, trial)
         if trial:
