@@ -107,10 +107,10 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         cores = max(2, int(usable_cpus()))
         # Ray ends idle worker processes after one second, and a new process needs 5 to 10 seconds for its imports.
         idle = {"RAY_num_workers_soft_limit": str(cores + 4), "RAY_idle_worker_killing_time_threshold_ms": "600000"}
-        # Ray lowers the priority of its workers by 15: a program of anybody else on the machine then gets 28 times the
-        # time of a training, where half would be its share.
-        idle["RAY_worker_niceness"] = "0"
-        for name, value in (TUNED | idle).items():  # the workers are started from here
+        # By default, Ray starts its workers with niceness 15. Another program that shares a core with one of them then
+        # gets 28 times its time; with equal priority, both get half.
+        priority = {"RAY_worker_niceness": "0"}
+        for name, value in (TUNED | idle | priority).items():  # the workers are started from here
             os.environ.setdefault(name, value)
         size = object_store or _object_store(memory_bytes())
         for problem in shared_memory(size, memory_bytes()):

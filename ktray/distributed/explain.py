@@ -10,6 +10,9 @@ from ktray.errors import MARK, KtrayError, ResourceError, first_failed
 DONE, FAULT, INPUT, RESOURCES, INTERRUPTED = 0, 1, KtrayError.exit_code, ResourceError.exit_code, 4
 """Exit codes: done; a fault of ktray; a mistake in the input; the cluster, a machine or a disk; interrupted."""
 
+OOM_RETRIES = 5
+"""How often Ray repeats a task that ran out of memory; Ray's default is no limit."""
+
 # Errors of Ray that say that a process, a machine or its memory was lost.
 _LOST = re.compile(
     r"OutOfMemory|WorkerCrashed|ActorDied|ActorUnavailable|NodeDied|ObjectLost|ObjectStoreFull|RaySystem"
@@ -58,7 +61,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
                 code = RESOURCES
             return str(storage_error(link, str(link.filename or "store"))), code
     for link in chain:
-        if type(link).__name__ == "OutOfMemoryError":
+        # torch has an error of the same name, for the memory of a GPU.
+        if type(link).__name__ == "OutOfMemoryError" and type(link).__module__.startswith("ray."):
             return str(out_of_memory("A task", link)), RESOURCES
     last = chain[-1]
     text = " ".join(str(last).split()) or type(last).__name__
@@ -76,21 +80,17 @@ def out_of_memory(what: str, error: BaseException, attempts: int = 0, remedy: st
     Args:
         what: what was ended, at the beginning of a sentence.
         error: Ray's `OutOfMemoryError`, whose text says how much memory its machine has.
-        attempts: how often it was tried; 0: as often as Ray repeats a task (`OOM_RETRIES`).
+        attempts: how often it was tried; 0: the number is not known, because Ray repeated it.
         remedy: what to change, as a sentence.
     """
     used = re.search(r"was (\S+ used / \S+) limit", str(error))
-    times = f" in {attempts} attempt{'s' if attempts > 1 else ''}" if attempts else ", again and again"
+    times = f" in {attempts} attempt{'s' if attempts > 1 else ''}" if attempts else " in every attempt"
     return ResourceError(
         f"{what} ran out of memory{times} ({used[1] if used else 'all'} on its machine)",
         remedy
         or "Use machines with more memory for each CPU, start Ray with fewer CPUs (--num-cpus), or end other programs; "
         "finished parts are kept.",
     )
-
-
-OOM_RETRIES = 5
-"""How often a task is repeated that was ended for want of memory. Ray alone repeats it for ever."""
 
 
 def user_error(error: BaseException) -> KtrayError | None:

@@ -69,12 +69,12 @@ def run_with_retries(
             return result
         except again as error:
             failures += 1
-            greedy = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
+            ended_for_memory = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
             if failures <= max_failures:
-                why = "it ran out of memory" if greedy else type(error).__name__
+                why = "it ran out of memory" if ended_for_memory else type(error).__name__
                 logger.warning(f"{what} was lost ({why}); it is started again ({failures} of at most {max_failures})")
                 continue
-            if greedy:
+            if ended_for_memory:
                 raise out_of_memory(f"{what[0].upper()}{what[1:]}", error, failures, remedy) from error
             raise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import urllib.request
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from urllib.parse import urlsplit
 
 CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
@@ -19,18 +19,14 @@ _CERTIFICATE = re.compile(r"curlCode: (?:35|51|60|77)\b|CERTIFICATE_VERIFY_FAILE
 _PROXY = re.compile(r"curlCode: 5\b|response 407|ProxyConnectionError|Failed to connect to proxy")
 
 
-def certificates(environment: Mapping[str, str] = os.environ, first: str = "") -> str | None:
+def certificates() -> str | None:
     """The file with the certificate authorities to trust; None: those that each client has.
-
-    Args:
-        first: a variable that has priority over `CERTIFICATES`.
 
     Raises:
         ValueError: the variable names no file.
     """
-    for name in (first, *CERTIFICATES):
-        path = environment.get(name) if name else None
-        if path:
+    for name in CERTIFICATES:
+        if path := os.environ.get(name):
             if not os.path.isfile(path):
                 raise ValueError(f"there is no file '{path}' ({name}), which should hold certificates")
             return path

@@ -110,7 +110,7 @@ class S3(pafs.FileSystemHandler):
         scheme, _, host = (server or "").rstrip("/").rpartition("://")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if not (server or region):
-            if network.proxy_for(_AMAZON) or network.certificates():
+            if network.proxy_for(_AMAZON):
                 raise ValueError("behind a proxy the region of a bucket cannot be looked up: set AWS_REGION")
             region = self.retry.call(lambda: pafs.resolve_s3_region(bucket))
         self.region = region or "us-east-1"

@@ -318,7 +318,7 @@ def prepare(timeout: float) -> None:
     }.items():
         os.environ.setdefault(name, value)
     keep_loopback(os.environ)
-    with contextlib.suppress(ValueError):  # a missing file is told by the client that needs it
+    with contextlib.suppress(ValueError):  # the client that opens the file reports that it is missing
         trusted = certificates()
         if trusted and not os.environ.get("MLFLOW_TRACKING_INSECURE_TLS"):
             os.environ.setdefault("MLFLOW_TRACKING_SERVER_CERT_PATH", trusted)

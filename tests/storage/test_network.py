@@ -2,6 +2,7 @@
 
 import datetime
 import ipaddress
+import os
 import ssl
 
 import pytest
@@ -13,7 +14,7 @@ from faulty_s3 import KEYS, proxy
 
 from ktray.data import filesystem
 from ktray.errors import KtrayError
-from ktray.storage import network
+from ktray.storage import network, s3
 from ktray.storage.store import Dir, Store
 from ktray.tracking.mlflow_server import prepare
 
@@ -118,6 +119,15 @@ def test_a_proxy_of_another_kind_is_refused(environment):
     assert "secret" not in str(error.value)
 
 
+def test_certificates_alone_do_not_hinder_the_look_up_of_a_region(environment, authority):
+    """Some Python distributions always set SSL_CERT_FILE."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        environment.delenv(name, raising=False)
+    environment.setenv("SSL_CERT_FILE", str(authority[0]))
+    environment.setattr(s3.pafs, "resolve_s3_region", lambda bucket: "eu-north-1")
+    assert s3.S3("ktray-test").region == "eu-north-1"
+
+
 def test_amazons_region_cannot_be_looked_up_through_a_proxy(environment):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         environment.delenv(name, raising=False)
@@ -142,11 +152,9 @@ def test_this_machine_is_reached_without_a_proxy(given, exempt):
 
 
 def test_mlflow_trusts_the_same_authority(environment, authority):
-    environment.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH", raising=False)
+    environment.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "")  # so that what `prepare` sets ends with this test
+    del os.environ["MLFLOW_TRACKING_SERVER_CERT_PATH"]
     environment.setenv("AWS_CA_BUNDLE", str(authority[0]))
     environment.setenv("MLFLOW_TRACKING_INSECURE_TLS", "")
     prepare(5)
-    import os
-
     assert os.environ["MLFLOW_TRACKING_SERVER_CERT_PATH"] == str(authority[0])
-    environment.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.exceptions import OutOfMemoryError
 
 from ktray.distributed import surroundings
@@ -115,7 +116,15 @@ def test_a_task_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("a stage failed")
     error.__cause__ = OutOfMemoryError(text)
     assert exit_code(error) == 3
-    assert "A task ran out of memory, again and again (9.4GB used / 10.0GB on its machine)" in explain(error)
+    assert "A task ran out of memory in every attempt (9.4GB used / 10.0GB on its machine)" in explain(error)
+
+
+def test_the_memory_of_a_gpu_is_not_that_of_the_machine() -> None:
+    error = RuntimeError("a stage failed")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "CUDA out of memory" in explain(error)
+    assert "ran out of memory in" not in explain(error)
+    assert exit_code(error) == 3
 
 
 _GREEDY = """

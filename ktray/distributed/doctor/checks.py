@@ -151,7 +151,7 @@ def guarded(url: str | None) -> DoctorCheck:
     if not url:
         return DoctorCheck("token", "ok", f"there is no dashboard (RAY_AUTH_MODE is {mode})")
     try:
-        # The dashboard is a machine of the cluster, to which no proxy leads.
+        # The dashboard is inside the cluster, which is not reached through a proxy.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/api/version", timeout=5):
             pass
     except urllib.error.HTTPError as error:

@@ -14,7 +14,7 @@ from ktray.accounting.device import usable_cpus
 from ktray.distributed.allocation import Allocation
 from ktray.jobs.bench.lesson import CASES, BenchTargets, ensure_targets, less
 from ktray.jobs.bench.rows import BenchRow, in_turns
-from ktray.jobs.bench.training import VARIANTS, run_job
+from ktray.jobs.bench.training import VARIANTS, run_job, second_half
 
 CASE = "miniverse"
 STEPS = 600  # of which the second half is measured: the first one finds the number of threads
@@ -38,7 +38,9 @@ def neighbour(folder: Path, plan: Allocation, repeats: int, quick: bool = False)
             return rate
 
     cores = max(1, int(usable_cpus()))
-    rates = in_turns(partial(beside, 0), partial(beside, cores), repeats, warm=not quick)
+    if not quick:
+        beside(0)  # the first training measures number formats, and its choice holds for the others
+    rates = in_turns(partial(beside, 0), partial(beside, cores), repeats, warm=False)
     facts: dict[str, float | int | str] = {f"loss {when}": loss for when, loss in losses.items()}
     yield BenchRow(f"train beside {cores} busy programs", "images/s", "the same alone", *rates, facts)
 
@@ -61,5 +63,5 @@ def _rate(targets: BenchTargets, steps: int, plan: Allocation, folder: Path) -> 
     """Images a second of the second half of the steps, and the last loss."""
     batch = targets.case.batch * plan.workers
     outcome, _ = run_job(targets.job("cached", steps, VARIANTS[0].part(batch)), plan, folder)
-    before, last = outcome.state.curve[-2:]
-    return (last["step"] - before["step"]) * batch / (last["seconds"] - before["seconds"]), last["loss"]
+    curve = outcome.state.curve
+    return second_half(curve, batch), curve[-1]["loss"]

@@ -125,7 +125,7 @@ def through_ktray(
     waits.append(next(p.data_wait for p in reversed(posts) if isinstance(p, StepProgress) and p.data_wait is not None))
     if variant.mode == "streamed":
         return float(steps * batch / outcome.state.seconds)
-    return _second_half(outcome.state.curve, batch)
+    return second_half(outcome.state.curve, batch)
 
 
 def run_job(job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int = 0) -> tuple[Outcome, list[Message]]:
@@ -138,7 +138,8 @@ def run_job(job: TrainingSpec, plan: Allocation, folder: Path, max_failures: int
     return outcome, posts
 
 
-def _second_half(curve: list[dict[str, float]], batch: int) -> float:
+def second_half(curve: list[dict[str, float]], batch: int) -> float:
+    """Images a second between the last two evaluations of a training, which are a half of its steps apart."""
     (first, middle), (last, end) = ((row["step"], row["seconds"]) for row in curve[-2:])
     return (last - first) * batch / (end - middle)
 

@@ -122,7 +122,7 @@ def test_recipes_of_a_sweep_differ_in_the_mode_alone(pair, tmp_path, monkeypatch
 
 def test_the_rate_is_that_of_the_second_half():
     curve = [{"step": 0, "seconds": 1.0}, {"step": 4, "seconds": 9.0}, {"step": 8, "seconds": 11.0}]
-    assert training._second_half(curve, 16) == 4 * 16 / 2.0
+    assert training.second_half(curve, 16) == 4 * 16 / 2.0
 
 
 def test_quick_is_less_of_the_same():
