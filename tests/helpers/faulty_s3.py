@@ -48,6 +48,7 @@ class Proxy(ThreadingHTTPServer):
         fault: what befalls each request now; a callable is asked with method and path.
         slow_s: by how much a slow answer is late.
         seen: requests by method and fault.
+        sent: bytes of the answers to GET.
         hide: names of headers (lower case) that the server shall not see, as an older one ignores them.
     """
 
@@ -60,6 +61,7 @@ class Proxy(ThreadingHTTPServer):
         self.fault: str | Callable[[str, str], str] = ""
         self.slow_s = 8.0
         self.seen: Counter[tuple[str, str]] = Counter()
+        self.sent = 0
         self.hide: set[str] = set()
         self.lock = threading.Lock()
 
@@ -142,6 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.request(self.command, _local(self.path), body, headers | {"Content-Length": str(len(body))})
             answer = upstream.getresponse()
             data = answer.read()
+        if self.command == "GET":
+            with proxy.lock:
+                proxy.sent += len(data)
         if fault == "lost":
             self._refuse("500")
             return
