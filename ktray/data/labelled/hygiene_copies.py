@@ -25,24 +25,21 @@ from PIL import Image
 
 from ktray.accounting.device import usable_cpus
 from ktray.data.decode import MAX_PIXELS
-from ktray.data.fingerprints import CROPS, fingerprint_heldout
+from ktray.data.fingerprints import fingerprint_heldout
+from ktray.data.labelled.hygiene_fit import THUMB, WHOLE, Box, fits
 from ktray.data.labelled.memory import keep_copies, recall_copies
 from ktray.data.labelled.rows import LabelledRow
 from ktray.data.sources.fetch import fetch_images
 
 logger = logging.getLogger("ktray")
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom as fractions of the sides
-
 DISTANCE = 10
 CORRELATION = 0.93
 STRUCTURE = 0.85
-_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 # Number of images up to which copies are looked for before a split is drawn: about a minute on a few cores.
 MOST = 10_000
 _MANY = 5_000
-_THUMB = 32
-_GRID, _FINE = 16, 24
+_FINE = 24
 _WINDOW = 5
 _C2 = (0.03 * 255) ** 2  # the constant of SSIM that makes plain windows equal
 _SIDE = 128
@@ -50,10 +47,6 @@ _SIDE = 128
 _NEAREST = 110
 _FLAT = 20_000  # images up to which each pair of hashes is compared
 _PIECE = 512
-_KEPT = 4_096  # images whose crops are kept in memory: 280 MB
-# Correlation of the best of the fixed crops from which the crop is searched for more exactly, and the steps of this.
-_PROMISING = 0.8
-_STEPS = (0.03, 0.015, 0.0075)
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ class Copy:
 def looks(images: Iterable[np.ndarray]) -> Looks:
     """The looks of images: uint8 (H, W, 3) each, of any sizes."""
     small = [_small(image) for image in images]
-    thumbs = [np.asarray(Image.fromarray(image).resize((_THUMB, _THUMB), Image.Resampling.BILINEAR)) for image in small]
-    return Looks(fingerprint_heldout(small).hash, np.array(thumbs, np.uint8).reshape(-1, _THUMB, _THUMB, 3))
+    thumbs = [np.asarray(Image.fromarray(image).resize((THUMB, THUMB), Image.Resampling.BILINEAR)) for image in small]
+    return Looks(fingerprint_heldout(small).hash, np.array(thumbs, np.uint8).reshape(-1, THUMB, THUMB, 3))
 
 
 def _small(image: np.ndarray) -> np.ndarray:
@@ -104,9 +97,8 @@ def copies(a: Looks, b: Looks | None = None, extra: Iterable[tuple[int, int]] = 
     found = [*_close(a.hash, other.hash), *((i, j) for j, i in _close(other.hash, a.hash)), *extra]
     if b is None:
         found = [(min(pair), max(pair)) for pair in found if pair[0] != pair[1]]
-    promising = _promising(sorted(set(found)), a.thumb, other.thumb)
-    scored = (Copy(i, j, structure(a.thumb[i], other.thumb[j])) for i, j in promising)
-    return [pair for pair in scored if pair.structure >= STRUCTURE]
+    scored = _structures(sorted(set(found)), a.thumb, other.thumb)
+    return sorted((pair for pair in scored if pair.structure >= STRUCTURE), key=lambda pair: (pair.a, pair.b))
 
 
 def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -136,103 +128,25 @@ def _bytes(hashes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes.reshape(-1), dtype=np.uint64).view(np.uint8).reshape(-1, 8)
 
 
-def _promising(pairs: list[tuple[int, int]], a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The pairs of thumbnails that are equal, or of which a fixed crop of one correlates with the other. What is
-    computed for an image is kept for its next pairs."""
-    crops_a, crops_b = (lru_cache(maxsize=_KEPT)(partial(_crops, thumbs)) for thumbs in (a, b))
-    for i, j in pairs:
-        one, other = crops_a(i), crops_b(j)
-        if max((other @ one[0]).max(), (one @ other[0]).max()) >= _PROMISING or np.array_equal(a[i], b[j]):
-            yield i, j
+def _structures(pairs: list[tuple[int, int]], a: np.ndarray, b: np.ndarray) -> Iterator[Copy]:
+    """How well the details of pairs of thumbnails agree after one is cropped and mirrored so that they fit best: the
+    mean of the contrast and structure terms of SSIM. Pairs whose correlation is below `CORRELATION` are left out, which
+    is also the case for a plain image, unless both are equal."""
+    equal = [pair for pair in pairs if np.array_equal(a[pair[0]], b[pair[1]])]
+    yield from (Copy(i, j, 1.0) for i, j in equal)
+    differing = sorted(set(pairs).difference(equal))
+    for (i, j), fit in fits(differing, a, b):
+        if fit.value >= CORRELATION:
+            whole, other = (b[j], a[i]) if fit.swapped else (a[i], b[j])
+            view = np.ascontiguousarray(other[:, ::-1] if fit.mirrored else other)
+            yield Copy(i, j, _contrast_structure(_cut(whole, WHOLE), _cut(view, fit.box)))
 
 
-def _crops(thumbs: np.ndarray, row: int) -> np.ndarray:
-    """(22, 768) float32 as by `_unit`: the fixed crops of a thumbnail and of its mirror image, first of all the whole
-    thumbnail. Each row has one colour after the other."""
-    down, across = _matrices()
-    units = []
-    for view in (thumbs[row], thumbs[row][:, ::-1]):
-        colours = np.ascontiguousarray(view.transpose(2, 0, 1), dtype=np.float32)
-        cut = (down[:, None] @ colours) @ across[:, None].swapaxes(2, 3)  # (11, 3, 16, 16)
-        centred = (cut - cut.mean((2, 3), keepdims=True)).reshape(len(cut), -1)
-        length = np.linalg.norm(centred, axis=1, keepdims=True)
-        units.append(np.where(length > 1.0, centred / np.maximum(length, 1.0), 0.0))
-    return np.concatenate(units)
-
-
-@lru_cache(maxsize=1)
-def _matrices() -> tuple[np.ndarray, np.ndarray]:
-    """(11, 16, 32) float32 each: Pillow's resizing of a thumbnail to each fixed crop, down and across, as matrices,
-    which save most of the time of thousands of small resizings."""
-    identity = Image.fromarray(np.eye(_THUMB, dtype=np.float32))
-
-    def matrix(low: float, high: float) -> np.ndarray:
-        box = (0.0, low * _THUMB, float(_THUMB), high * _THUMB)
-        return np.asarray(identity.resize((_THUMB, _GRID), Image.Resampling.BILINEAR, box=box))
-
-    return np.stack([matrix(b[1], b[3]) for b in CROPS]), np.stack([matrix(b[0], b[2]) for b in CROPS])
-
-
-def structure(a: np.ndarray, b: np.ndarray) -> float:
-    """How well the details of two images agree (0..1) after one is cropped and mirrored so that they fit best.
-
-    Args:
-        a, b: (32, 32, 3) uint8 thumbnails.
-
-    Returns:
-        The mean of the contrast and structure terms of SSIM; 0 if the correlation is below `CORRELATION`, which is also
-        the case for a plain image.
-    """
-    if np.array_equal(a, b):
-        return 1.0
-    best = max(
-        (
-            (*_fit(whole, np.ascontiguousarray(view)), i, m)
-            for i, (whole, other) in enumerate(((a, b), (b, a)))
-            for m, view in enumerate((other, other[:, ::-1]))
-        ),
-    )
-    value, box, swapped, mirrored = best
-    if value < CORRELATION:
-        return 0.0
-    whole, other = (b, a) if swapped else (a, b)
-    view = np.ascontiguousarray(other[:, ::-1] if mirrored else other)
-    return _contrast_structure(_cut(whole, _WHOLE, _FINE), _cut(view, box, _FINE))
-
-
-def _fit(whole: np.ndarray, view: np.ndarray) -> tuple[float, Box]:
-    """The crop of ``view`` that fits ``whole`` best, and their correlation. From the best fixed crop, each side is
-    moved while this helps."""
-    fixed = _unit(_cut(whole, _WHOLE, _GRID))
-
-    def score(box: Box) -> float:
-        return float((fixed * _unit(_cut(view, box, _GRID))).sum())
-
-    best, box = max((score(box), box) for box in CROPS)
-    for step in _STEPS if best >= _PROMISING else ():
-        for side in (0, 1, 2, 3, 0, 1, 2, 3):
-            for move in (-step, step):
-                sides = list(box)
-                sides[side] = min(1.0, max(0.0, sides[side] + move))
-                moved: Box = (sides[0], sides[1], sides[2], sides[3])
-                if (value := score(moved)) > best:
-                    best, box = value, moved
-    return best, box
-
-
-def _cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+def _cut(image: np.ndarray, box: Box) -> np.ndarray:
     picture = Image.fromarray(image)
     w, h = picture.size
     corners = (box[0] * w, box[1] * h, box[2] * w, box[3] * h)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=corners), np.float32)
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    """Without the mean of each colour, and all colours together at unit length: brightness and contrast have no
-    influence, other colours have. A plain image becomes 0, so that it correlates with nothing."""
-    centred = pixels - pixels.mean((0, 1))
-    length = float(np.linalg.norm(centred))
-    return centred / length if length > 1.0 else np.zeros_like(centred)
+    return np.asarray(picture.resize((_FINE, _FINE), Image.Resampling.BILINEAR, box=corners), np.float32)
 
 
 def _contrast_structure(a: np.ndarray, b: np.ndarray) -> float:

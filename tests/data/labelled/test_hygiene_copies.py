@@ -21,7 +21,7 @@ from ktray.data.labelled.hygiene import (
     copies_between,
     two_labels,
 )
-from ktray.data.labelled.hygiene_copies import MOST, copies, find_copies, looks, structure
+from ktray.data.labelled.hygiene_copies import MOST, copies, find_copies, looks
 from ktray.data.labelled.memory import kept_in
 from ktray.data.labelled.rows import LabelledRow
 from ktray.miniverse.world import sample
@@ -101,8 +101,7 @@ def test_drawn_letters_are_no_copies_although_their_hashes_are_close() -> None:
 
 def test_other_colours_are_another_image() -> None:
     other = PHOTOS[0][:, :, [1, 2, 0]]
-    assert structure(*looks([PHOTOS[0], other]).thumb) < module.STRUCTURE
-    assert copies(looks([PHOTOS[0]]), looks([other])) == []
+    assert copies(looks([PHOTOS[0]]), looks([other]), extra=[(0, 0)]) == []
 
 
 def test_candidates_of_an_encoder_are_decided_by_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,15 +207,3 @@ def test_too_many_images_are_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatc
     assert len(notes) == 1
     assert "task.group" in notes[0]
     assert MOST > 3
-
-
-def test_fixed_crops_are_those_of_pillow() -> None:
-    thumbs = looks(PHOTOS[:2]).thumb
-    for row in range(2):
-        views = thumbs[row], np.ascontiguousarray(thumbs[row][:, ::-1])
-        each = [
-            module._unit(module._cut(view, box, 16)).transpose(2, 0, 1).ravel()
-            for view in views
-            for box in module.CROPS
-        ]
-        np.testing.assert_allclose(module._crops(thumbs, row), np.stack(each), atol=1e-3)
