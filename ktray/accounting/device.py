@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -182,3 +183,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return by_name
+
+
+def waited_seconds() -> float:
+    """How long the threads of this process have been ready to run without a core, in seconds; 0 if the system does not
+    tell."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may have ended since
+                total += int(Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="ascii").split()[1])
+    return total / 1e9

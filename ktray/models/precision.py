@@ -6,6 +6,7 @@ last digits of a resumed run.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ktray.accounting.device import waited_seconds
 from ktray.models.features import is_convolutional
+
+logger = logging.getLogger("ktray")
 
 DType = Literal["bf16"]
 Candidate = tuple[DType | None, bool, bool]  # autocast, channels-last, cuDNN's search for the fastest algorithm
@@ -25,6 +29,9 @@ _CLEARLY, _LAYOUT = 0.9, 0.97
 # A candidate that is slower than the fastest by this factor (after one round; after more rounds) is not timed again.
 _HOPELESS = (4.0, 1.5)
 _BUDGET_S = 2.0
+# Cores for which this process waited, from which on the candidates are compared in one thread, and for how many seconds
+# this is measured.
+_CROWDED, _CROWDED_S = 0.25, 0.1
 _FIRST_CHANNELS = 32
 
 
@@ -164,7 +171,8 @@ def _measure(
     The random number generator of the caller is not changed.
     """
     start, on_gpu = time.perf_counter(), device.type == "cuda"
-    before = torch.backends.cudnn.benchmark
+    before, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
+    timed = _timed
     with torch.random.fork_rng(devices=[]):
         copies = {
             cl: deepcopy(model).to(device).to(memory_format=_layout(cl)).train(train)
@@ -180,7 +188,13 @@ def _measure(
                 step()
         else:
             probe = steps(2)[candidates[0]]
-            seconds_per_step = min(_timed(probe) for _ in range(4))  # the first run compiles the kernels
+            seconds_per_step, crowded = _probe(probe)
+            if crowded:
+                # Threads that wait for each other beside another program make formats look slow by chance, and a run
+                # keeps the decision. The CPU time of a single thread does not depend on other programs.
+                logger.info("precision other programs use the cores: number formats are compared in one thread")
+                torch.set_num_threads(1)
+                timed = _timed_thread
             # About five rounds of the two most relevant candidates fit into the budget.
             images = int(2 * _BUDGET_S / (5 * 2) / max(seconds_per_step, 1e-6))
             ready = steps(max(2, min(batch, 64, images)))
@@ -194,9 +208,20 @@ def _measure(
                 elapsed = time.perf_counter() - start
                 if seconds and elapsed > (5 if round_number == 0 else 1) * _BUDGET_S:
                     break
-                seconds[candidate] = min(_timed(ready[candidate]), seconds.get(candidate, math.inf))
+                seconds[candidate] = min(timed(ready[candidate]), seconds.get(candidate, math.inf))
     torch.backends.cudnn.benchmark = before
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return seconds
+
+
+def _probe(step: Callable[[], None]) -> tuple[float, bool]:
+    """The best time of a few steps in seconds, and whether the threads meanwhile waited for cores."""
+    began, waited = time.perf_counter(), waited_seconds()
+    times = [_timed(step) for _ in range(4)]  # the first run compiles the kernels
+    while time.perf_counter() - began < _CROWDED_S:
+        times.append(_timed(step))
+    return min(times), waited_seconds() - waited > _CROWDED * (time.perf_counter() - began)
 
 
 def _step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
@@ -225,6 +250,12 @@ def _timed(step: Callable[[], None]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
+
+
+def _timed_thread(step: Callable[[], None]) -> float:
+    start = time.thread_time()
+    step()
+    return time.thread_time() - start
 
 
 def _name(candidate: Candidate) -> str:

@@ -10,16 +10,15 @@ a busy neighbour from a slow step, also in containers, which do not see the prog
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from ktray.accounting.device import waited_seconds
 
 logger = logging.getLogger("ktray")
 
@@ -29,17 +28,6 @@ _WINDOW = 2.0  # seconds over which both are measured
 _SLOWER = 1.5  # factor on the usual time of a step from which on a neighbour matters
 _BETTER = 1.1  # a change of the number of threads stays if the steps are faster by this factor
 _PAUSE = 30.0  # seconds until the next attempt after one that did not help
-
-
-def waited_seconds() -> float:
-    """How long the threads of this process have been ready to run without a core, in seconds; 0 if the system does not
-    tell."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may have ended since
-                total += int(Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="ascii").split()[1])
-    return total / 1e9
 
 
 @dataclass

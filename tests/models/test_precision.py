@@ -144,3 +144,33 @@ def test_the_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not model.training
     assert "fp32 contiguous" in found.reason
     assert Precision.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_beside_busy_programs_formats_are_compared_in_one_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, crowded: bool
+) -> None:
+    """The decision is kept, so it must not depend on who else used the cores meanwhile."""
+    waits = iter([0.0, 1000.0 if crowded else 0.001])
+    monkeypatch.setattr(precision, "waited_seconds", lambda: next(waits))
+    monkeypatch.setattr(precision, "_BUDGET_S", 0.2)
+    used: set[tuple[str, int]] = set()
+    for name in ("_timed", "_timed_thread"):
+        real = getattr(precision, name)
+        monkeypatch.setattr(
+            precision, name, lambda step, n=name, real=real: used.add((n, torch.get_num_threads())) or real(step)
+        )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with caplog.at_level("INFO", "ktray"):
+            seconds = precision._measure(
+                nn.Conv2d(3, 4, 3), [(None, False, False), ("bf16", False, False)], (8, 8), 4, True, torch.device("cpu")
+            )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seconds) == 2
+    assert all(value > 0 for value in seconds.values())
+    assert used == ({("_timed", 2), ("_timed_thread", 1)} if crowded else {("_timed", 2)})
+    assert ("in one thread" in caplog.text) is crowded

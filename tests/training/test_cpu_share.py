@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ktray.training.cpu_share import CpuShare, waited_seconds
+from ktray.accounting.device import waited_seconds
+from ktray.training.cpu_share import CpuShare
 
 
 class Machine:
