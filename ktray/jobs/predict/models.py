@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,16 +10,14 @@ import torch
 
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
-from ktray.models.device import device
-from ktray.models.features import is_convolutional, trunk
+from ktray.models.features import trunk
 from ktray.models.flops import forward_flops
 from ktray.models.student.classifier import Student
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import fitting_batch, products_on
 from ktray.pipeline.finished_run import FinishedRun
-from ktray.storage.store import Dir
-from ktray.tasks.students import load_student
+from ktray.tasks.students import StudentInFolder
 
 BATCH = 256
 Classifier = Student | AdaptedTeacher
@@ -30,21 +27,6 @@ class LoadsClassifier(Protocol):
     """A picklable description of a student or of an adapted teacher."""
 
     def load(self) -> Classifier: ...
-
-
-@dataclass(frozen=True)
-class StudentInFolder:
-    """The student in a folder of the store."""
-
-    directory: Dir
-
-    def load(self) -> Student:
-        """Load the student on the device of this process."""
-        with self.directory.local() as folder:
-            student = load_student(folder, device())
-        if is_convolutional(student.model):  # a third faster on CPUs, as for teachers
-            student.model.to(memory_format=torch.channels_last)
-        return student
 
 
 @dataclass(frozen=True)
@@ -88,14 +70,9 @@ def choose(run: FinishedRun, which: str, on_gpu: bool) -> ChosenModel:
                 "Load the student with ktray.load_student(FOLDER) and call its method predict.",
             )
     if which == "student":
-        folder = run.folder.sub("student")
-        files = [folder.read(file) for file in ("config.json", "model.safetensors")]
-        identity = "-".join(hashlib.sha256(content).hexdigest()[:32] for content in files)
-        student = run.student()
+        source, student = StudentInFolder(run.folder.sub("student")), run.student()
         flops, width = flops_of(student), student.feature_dim
-        return ChosenModel(
-            student.name, identity, student.classes, student.preprocess, StudentInFolder(folder), width, flops
-        )
+        return ChosenModel(student.name, source.identity(), student.classes, student.preprocess, source, width, flops)
     spec = run.teacher()
     teacher = spec.load()
     identity = f"{spec.directory.uri.rpartition('/stages/')[2]}-{products_on(on_gpu)}"

@@ -14,12 +14,13 @@ from ktray.distributed.ray_data import _pieces
 from ktray.errors import KtrayError
 from ktray.jobs.predict import decode
 from ktray.jobs.predict.folder import PredictedShard, PredictionFolder, table
-from ktray.jobs.predict.models import StudentInFolder, predict
+from ktray.jobs.predict.models import predict
 from ktray.jobs.predict.stage import PredictedPiece, PredictInputs, PredictShard, _joined
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import save_student
 from ktray.stages.shard_summary import whole_shards
 from ktray.storage.store import Dir
+from ktray.tasks.students import StudentInFolder
 
 FACTS = {"model": "a", "embedding": False}
 
