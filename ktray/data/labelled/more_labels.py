@@ -1,8 +1,8 @@
 """Labels that come back from people (``task.more_labels``), as further training images of a task.
 
 The lists are those of ``suggestions.csv`` (`ktray.pipeline.results_suggestions`), or any CSV or Parquet list with a
-path and a label. A row with an empty label is not labelled yet and is ignored, so that a half-finished list can be used. The
-labels are added to the label budget and are never drawn into another split.
+path and a label. A row with an empty label is not labelled yet and is ignored, so that a half-finished list can be
+used. The labels are added to the label budget and are never drawn into another split.
 """
 
 from __future__ import annotations
