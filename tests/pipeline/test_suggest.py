@@ -261,7 +261,7 @@ def test_a_student_is_found_by_run_by_folder_and_by_result(tmp_path: Path) -> No
     found = check(keys(f"store={tmp_path}", "curate.student=one"), ["a", "b"])
     assert found is not None
     assert found.directory.uri == str(run / "student")
-    with pytest.raises(KtrayError, match="other classes .'a', 'b'. than the task .'a', 'c'."):
+    with pytest.raises(KtrayError, match=r"other classes \('a', 'b'\) than the task \('a', 'c'\)"):
         check(keys(f"store={tmp_path}", "curate.student=one"), ["a", "c"])
 
 
