@@ -38,7 +38,7 @@ def write(context: RunContext, suggested: StageResult, folder: Dir) -> dict[str,
     folder.write(FILES[1], page(str(recipe.task.name or recipe.task.data), listed, images).encode())
     return {
         "asked": recipe.curate.suggest,
-        **{name: facts[name] for name in ("suggested", "candidates", "images", "copies", "repeated")},  # type: ignore[literal-required]
+        **{name: facts[name] for name in ("suggested", "candidates", "images", "copies", "repeated")},
         "student": recipe.curate.student,
         "path": folder.file(FILES[0]),
         "page": folder.file(FILES[1]),
