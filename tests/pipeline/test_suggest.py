@@ -20,6 +20,7 @@ from scipy.spatial.distance import jensenshannon
 from small_task import CLASSES, SMALL, picture, write_task
 
 from ktray import recipe as recipes
+from ktray.api.results import CurateRun
 from ktray.data.labelled.read import read_labelled
 from ktray.errors import KtrayError
 from ktray.jobs.definitions import JOBS
@@ -206,8 +207,17 @@ def test_without_a_gallery_the_images_beyond_the_budget_are_ranked(world: World)
     assert result["suggestions"]["images"] == len(task.unlabeled) == 9
 
 
+def test_python_reads_the_list(world: World, first: dict[str, Any]) -> None:
+    table = CurateRun(first["folder"]).suggestions
+    assert table is not None
+    assert table["uri"].to_pylist() == [row["uri"] for row in world.rows(first)]
+    assert set(table["label"].to_pylist()) <= {"", None}
+    assert table["distance"].to_pylist() == [float(row["distance"]) for row in world.rows(first)]
+
+
 def test_without_suggestions_nothing_is_written(world: World) -> None:
     result = curate_only(world.recipe("curate.suggest=0"))
+    assert CurateRun(result["folder"]).suggestions is None
     assert "suggestions" not in result
     assert not world.file(result, "suggestions.csv").exists()
 
