@@ -265,8 +265,8 @@ class CurateRun(FinishedJob):
 
     @property
     def suggestions(self) -> pa.Table | None:
-        """The images to label next (``docs/guide/label-next.md`` has the columns), the most valuable first; None without
-        ``curate.suggest``."""
+        """The images to label next, the most valuable first (``docs/guide/label-next.md`` has the columns); None if the
+        recipe has no ``curate.suggest``."""
         if not self.result.get("suggestions"):
             return None
         types = {"label": pa.string(), "suggested": pa.string(), "disagreement": pa.float64()}
