@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from ktray.stages.curate.stage import REPEATED
 from ktray.stages.index.gallery import Gallery
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Stage
+
+T = TypeVar("T")
 
 LOOKED = 2_000_000  # rows of a gallery whose addresses are in memory; of a larger gallery, a random draw is looked at
 
@@ -127,7 +130,7 @@ def of_task(
     return Pool(rows["uri"].astype(str).tolist(), rows["embedding"].astype(np.float32), prints, len(free), 0)
 
 
-def drawn(items: Sequence, most: int, seed: int) -> list:
+def drawn(items: Sequence[T], most: int, seed: int) -> list[T]:
     """All items, or a random draw of ``most`` of them, in their order."""
     if len(items) <= most:
         return list(items)

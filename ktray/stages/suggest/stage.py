@@ -7,6 +7,7 @@ stored are not embedded again. Images that show the same as a labelled image or 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -29,6 +30,8 @@ from ktray.stages.suggest.pool import Pool, of_gallery, of_task
 from ktray.storage.columns import write_rows
 from ktray.storage.store import Stage
 from ktray.tasks.students import StudentInFolder, load_student
+
+logger = logging.getLogger("ktray")
 
 LIST = "suggestions.parquet"
 # Numbers of candidates above which a random draw is ranked: values of embeddings and probabilities in memory (400 MB in
@@ -108,7 +111,7 @@ def work(inputs: SuggestInputs, runtime: Runtime, stage: Stage, reporter: Report
     predict = adapt_stage.frozen_predictions(inputs.adapt)
     probabilities, labelled = predict(pool.embedding), predict(adapt_stage.train_embeddings(inputs.adapt)[0])
     differs = None
-    if inputs.source and len(pool):
+    if inputs.source:
         students = _students(inputs, inputs.source, pool, runtime, stage, reporter)
         read = np.array([i for i, uri in enumerate(pool.uris) if uri in students], dtype=np.int64)
         differs = np.full(len(pool), -1.0)  # below every weight: an image that cannot be read is not ranked
@@ -123,6 +126,11 @@ def work(inputs: SuggestInputs, runtime: Runtime, stage: Stage, reporter: Report
         _repeats(pool, rows, inputs.repeat_similarity),
     )
     best = rows[ranked.rows]
+    logger.info(
+        f"suggest   {len(best):,} of {len(rows):,} candidates, from {pool.images:,} unlabelled images; left out: "
+        f"{pool.copies:,} labelled images and copies of them"
+        + (f", {ranked.repeated:,} that show the same as a suggested one" if ranked.repeated else "")
+    )
     write_rows(
         stage,
         LIST,
