@@ -22,7 +22,8 @@ from ktray.accounting.held import Held
 from ktray.accounting.prices import hourly_price
 
 STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
-PART_OF = {"labels": "adapt"}  # decoding the labelled images counts for the stage that needs them first
+# Decoding the labelled images counts for the stage that needs them first; suggestions are made by jobs/curate.py.
+PART_OF = {"labels": "adapt", "suggest": "curate"}
 LOG_NAME = "ledger.jsonl"
 JOULES_PER_KWH = 3.6e6
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from ktray.data import filesystem
 from ktray.errors import KtrayError
@@ -261,6 +262,16 @@ class CurateRun(FinishedJob):
         """The images of the transfer set: ``uri``, ``query``, ``similarity``, and more."""
         with self._dir.local("transfer.parquet") as path:
             return pq.read_table(path)
+
+    @property
+    def suggestions(self) -> pa.Table | None:
+        """The images to label next, the most valuable first (``docs/guide/label-next.md`` has the columns); None if the
+        recipe has no ``curate.suggest``."""
+        if not self.result.get("suggestions"):
+            return None
+        types = {"label": pa.string(), "suggested": pa.string(), "disagreement": pa.float64()}
+        with self._dir.local("suggestions.csv") as path:
+            return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types))
 
 
 class IndexRun(FinishedJob):

@@ -82,12 +82,18 @@ def _curate(recipe: Recipe, debug: bool) -> None:
         f"held-out images: {dropped}"
     )
     result(f"list      {transfer_set['path']}\npage      {folder}/transfer.html\nresult    {folder}/result.json")
+    if suggested := content.get("suggestions"):
+        result(
+            f"label     {suggested['suggested']:,} of {suggested['candidates']:,} unlabelled images, in "
+            f"{suggested['path']}\n          ({suggested['page']}); fill in the column label, then run again with "
+            f"task.more_labels={suggested['path']}"
+        )
 
 
 def _plan_curate(recipe: Recipe) -> None:
-    from ktray.pipeline.plan import show
+    from ktray.pipeline.plan import show_curate
 
-    show(recipe, until="curate")
+    show_curate(recipe)
 
 
 def _compare(recipe: Recipe, debug: bool) -> None:

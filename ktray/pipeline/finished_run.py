@@ -90,6 +90,14 @@ class FinishedRun:
                 return self._adapted(keys[-1])
         raise self._lost()
 
+    def decisions(self, model: str) -> dict[str, dict[str, float]]:
+        """What EVALUATE has fitted on validation for the decisions of a model of the run, such as ``teacher``
+        (`ktray.tasks.base.TaskKind.fit_decisions`); empty if the store does not have it."""
+        for key in [stage["key"] for stage in self.result["stages"] if stage["name"] == "evaluate"]:
+            if manifest := self.store.stage("evaluate", key).manifest():
+                return dict(manifest.get("decisions", {}).get(model, {}))
+        return {}
+
     def _adapted(self, key: str) -> AdaptedSpec:
         stage = self.store.stage("adapt", key)
         manifest, form = stage.manifest(), self.kinds[0].teacher_form

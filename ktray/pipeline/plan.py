@@ -8,7 +8,7 @@ ktray ships, else from a roofline (`ktray.pipeline.estimate`). The ledger of a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ktray.accounting.device import describe_device
 from ktray.accounting.prices import hourly_price
@@ -19,11 +19,14 @@ from ktray.distributed.allocation import Allocation, allocate
 from ktray.errors import KtrayError
 from ktray.pipeline.checks import exportable
 from ktray.pipeline.estimate import CORES, ROOFLINE, Estimate, PlannedDevice, estimate
+from ktray.pipeline.graph import stages
 from ktray.pipeline.plan_gallery import gallery_images, given_embeddings, missing_images
-from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, teacher_cost, traffic_of
+from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, suggest_line, teacher_cost, traffic_of
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
+from ktray.pipeline.suggest import curation
 from ktray.recipe.schema import Recipe
 from ktray.retrieval.crops import Crops
+from ktray.stages.base import RunContext
 from ktray.storage.store import Store
 
 logger = logging.getLogger("ktray")
@@ -53,13 +56,27 @@ def this_machine(recipe: Recipe) -> Allocation:
     )
 
 
-def show(recipe: Recipe, until: str | None = None) -> None:
+def show(recipe: Recipe) -> None:
     """Print the plan for this machine, also when ``RAY_ADDRESS`` is set.
 
     Args:
         recipe: the recipe, resolved or not.
-        until: the last stage to print; None: all stages.
     """
+    _show(recipe, lines, stages)
+
+
+def show_curate(recipe: Recipe) -> None:
+    """`show` for jobs/curate.py: the stages up to the transfer set, and the suggestions."""
+
+    def curated(resolved: Resolved) -> list[Line]:
+        planned = lines(resolved)
+        last = next((i for i, line in enumerate(planned) if line.stage == "curate"), len(planned) - 1)
+        return planned[: last + 1] + ([suggest_line(resolved)] if resolved.recipe.curate.suggest else [])
+
+    _show(recipe, curated, curation)
+
+
+def _show(recipe: Recipe, lines_of: Callable[[Resolved], list[Line]], run_all: Callable[[RunContext], object]) -> None:
     local = this_machine(recipe)
     logger.info(local.line)
     resolved = resolve(recipe, local)
@@ -67,17 +84,15 @@ def show(recipe: Recipe, until: str | None = None) -> None:
         logger.info(f"recipe    {reason}")
     device = PlannedDevice.of(resolved.recipe, describe_device())
     store = Store(resolved.recipe.store)
-    whole, speeds, unknown = _whole(store, resolved, local)
+    whole, speeds, unknown = _whole(store, resolved, local, run_all)
     if missing := missing_images(resolved):
         logger.warning(f"WARNING: {missing}")
     for problem in exportable(resolved.recipe, len(resolved.task.classes)):
         logger.warning(problem)
     logger.info(HEAD)
-    planned = lines(resolved)
     traffic = traffic_of(resolved) if device.gpu else {}
-    last = next((i for i, line in enumerate(planned) if line.stage == until), len(planned) - 1)
     total, spent, sources = (0.0, 0.0), (0.0, 0.0), set[str]()
-    for line in planned[: last + 1]:
+    for line in lines_of(resolved):
         there = whole.get(line.stage, False)
         found = estimate(line, traffic.get(line.stage, 0.0), speeds.get(line.stage), device)
         total = total[0] + line.flops, total[1] + found.device_seconds
@@ -129,7 +144,7 @@ def machine(recipe: Recipe) -> tuple[float, float | None, str]:
 
 
 def _whole(
-    store: Store, resolved: Resolved, local: Allocation
+    store: Store, resolved: Resolved, local: Allocation, run_all: Callable[[RunContext], object]
 ) -> tuple[dict[str, bool], Mapping[str, Speed | None], str]:
     """By name, whether the store holds each stage completely, and its measured speed; and, where the teacher is not on
     this machine, the reason why that is not known."""
@@ -140,7 +155,7 @@ def _whole(
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
     try:
-        return *look_at_stages(store, resolved, local), ""
+        return *look_at_stages(store, resolved, local, run_all), ""
     except KtrayError as error:
         return {}, {}, f"the stages that it holds are not known: {error.what}"
     finally:

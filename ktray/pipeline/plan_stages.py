@@ -28,6 +28,7 @@ from ktray.recipe.schema import Recipe
 from ktray.retrieval.crops import Crops
 from ktray.stages.adapt.stage import TOWER_EVALS
 from ktray.stages.finetune import BASELINE_EVALS
+from ktray.stages.suggest.stage import MOST_READ
 from ktray.stages.teach.shards import checked_images
 from ktray.targets.jpeg import view_bytes
 from ktray.targets.top_k import per_prediction
@@ -127,6 +128,22 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
     models = cost.forward(size) * (1 + len(ran)) + (teacher.together if teacher else 0.0)
     out["evaluate"] = _evaluate(recipe, task, models)
     return list(out.values())
+
+
+def suggest_line(resolved: Resolved) -> Line:
+    """SUGGEST of jobs/curate.py. The student of ``curate.student`` is counted as the one of the recipe."""
+    recipe, task = resolved.recipe, resolved.task
+    own = recipe.transfer.source == "target"
+    images = len(task.unlabeled) if own else gallery_images(resolved)[0]
+    # Training images are embedded with their mirror images; without a gallery, held-out ones too, and the candidates.
+    embedded = 2 * len(task.train) + own * (images + 2 * (len(task.val) + len(task.test)))
+    flops, read = teacher_cost(recipe).tower * embedded, 0
+    if recipe.curate.student is not None:
+        size, spec = int(recipe.image_size or 32), StudentSpec.of(recipe, len(task.classes))
+        read = min(images, MOST_READ)
+        flops += forward_flops(on_meta(lambda: spec.make(bare=True).model), (3, size, size)) * read
+    text = f"{recipe.curate.suggest:,} of {images:,} images to label"
+    return Line("suggest", flops, 100.0 * recipe.curate.suggest, text, embedded + read)
 
 
 def traffic_of(resolved: Resolved) -> dict[str, float]:

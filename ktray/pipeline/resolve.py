@@ -18,6 +18,7 @@ from ktray.accounting.device import describe_device
 from ktray.data.decode import formats
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.labelled.memory import kept_in
+from ktray.data.labelled.more_labels import with_more_labels
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
@@ -252,7 +253,8 @@ def labelled_task(
             f"{hint}Available metrics: auto, {', '.join(kind.metrics)}.",
         )
     with kept_in(Dir(recipe.store).sub("labelled")):
-        return kind.read(root, part), names, prompts
+        task = kind.read(root, part)
+        return with_more_labels(task, part, kind.image_classes, kind.label_sets), names, prompts
 
 
 def transfer_images(recipe: Recipe, task: LabelledSet) -> int:

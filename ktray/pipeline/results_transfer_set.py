@@ -10,6 +10,7 @@ import numpy as np
 
 from ktray.accounting.device import versions
 from ktray.models.teacher.spec import TeacherSpec
+from ktray.pipeline import results_suggestions
 from ktray.pipeline.results import transfer_set
 from ktray.reporting.result import SCHEMA, CurateResult, IndexResult, finished, write_result
 from ktray.reporting.transfer_set import on_task_html
@@ -23,8 +24,14 @@ from ktray.storage.store import Dir
 LISTED = ("transfer.parquet", "dropped.parquet", "contact_sheet.png")
 
 
-def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, Any]:
-    """Write the run folder and log it; returns the content of ``result.json``."""
+def write(
+    context: RunContext, curated: StageResult, begun: float, suggested: StageResult | None = None
+) -> dict[str, Any]:
+    """Write the run folder and log it; returns the content of ``result.json``.
+
+    Args:
+        suggested: the SUGGEST stage; None: no suggestions were asked for.
+    """
     folder, facts, recipe = context.store.run(context.run_id), curated.manifest, context.recipe
     folder.write("transfer.html", _page(context, curated).encode())
     for name in LISTED:
@@ -36,9 +43,11 @@ def write(context: RunContext, curated: StageResult, begun: float) -> dict[str, 
         "coverage": facts.get("coverage"),
     }
     content = {"task": recipe.task.name or recipe.task.data, "transfer_set": chosen, **_shared(context, folder, begun)}
+    if suggested:
+        content["suggestions"] = results_suggestions.write(context, suggested, folder)
     result = write_result(folder, CurateResult(**content))
     context.tracker.final(metrics(result))
-    for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED):
+    for name in ("transfer.html", "result.json", "recipe.yaml", *LISTED, *results_suggestions.FILES):
         if folder.exists(name):
             context.tracker.stored(folder, name)
     folder.delete("running.json")

@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,13 +26,13 @@ from ktray.pipeline import results
 from ktray.pipeline.checks import exportable
 from ktray.pipeline.estimate import PlannedDevice, compared
 from ktray.pipeline.failure import failure_recorded
-from ktray.pipeline.graph import _curate, stages
-from ktray.pipeline.phases import phases
+from ktray.pipeline.graph import stages
 from ktray.pipeline.plan_stages import lines, traffic_of
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import open_session
-from ktray.recipe.load import dump
+from ktray.pipeline.suggest import curation, student_folder
+from ktray.recipe.load import dump, override
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.reporting.log import muted
@@ -86,22 +85,25 @@ def run(
 
 
 def curate_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
-    """Run the stages up to the transfer set; returns the content of ``result.json``. A later run of the recipe reuses
-    them. For an objective with several phases, this is the transfer set of the last phase.
+    """Run the stages up to the transfer set, and SUGGEST if ``curate.suggest`` is set; returns the content of
+    ``result.json``. A later run of the recipe reuses them. For an objective with several phases, this is the transfer
+    set of the last phase.
 
     Raises:
-        KtrayError: the recipe has no transfer set.
+        KtrayError: the recipe has no transfer set, or asks for suggestions that cannot be made.
     """
     from ktray.pipeline import results_transfer_set
 
     if not recipe.objective.has_transfer_set():
         raise KtrayError(f"objective.name={recipe.objective.name} has no transfer set", "Choose another objective.")
     begun = time.time()
+    if recipe.curate.suggest and recipe.curate.student is not None:
+        folder = student_folder(recipe.store, recipe.curate.student)
+        recipe = override(recipe, {"curate.student": folder.uri})  # a place that holds wherever the recipe is run again
 
     def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
-        name, phase = phases(context.recipe)[-1]
-        outputs = _curate(replace(context, recipe=phase, runtime=replace(context.runtime, phase=name, read=0)))
-        return results_transfer_set.write(context, outputs.curate, begun)
+        curated, suggested = curation(context)
+        return results_transfer_set.write(context, curated, begun, suggested)
 
     return logged_run(recipe, debug, None, {"job": "curate"}, work)
 
@@ -179,17 +181,21 @@ def _planned_and_taken(context: RunContext, resolved: Resolved) -> dict[str, Any
 
 
 def look_at_stages(
-    store: Store, resolved: Resolved, plan: Allocation
+    store: Store, resolved: Resolved, plan: Allocation, run_all: Callable[[RunContext], object] = stages
 ) -> tuple[dict[str, bool], dict[str, Speed | None]]:
     """For a plan: by the name of a stage in the ledger, whether the store holds it completely, and the speed that was
-    measured for it on this machine. This runs and writes nothing."""
+    measured for it on this machine. This runs and writes nothing.
+
+    Args:
+        run_all: asks for all stages of the job.
+    """
     device = describe_device()
     silent = cast(Tracker, None)  # no stage runs, so nothing is logged
     context = _context(store, resolved, plan, Ledger(device), silent, "plan")
     planned: dict[str, bool] = {}
     context.runtime.planned = planned
     with muted():
-        stages(context)
+        run_all(context)
     return planned, context.runtime.speeds
 
 

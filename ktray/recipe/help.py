@@ -37,6 +37,7 @@ SECTIONS = {
     "baselines": "What the student is compared with.",
     "cluster": "Workers, CPUs and GPUs that the job uses.",
     "mlflow": "Where the run is logged.",
+    "curate": "Which images jobs/curate.py suggests for labelling.",
     "compare": "Which methods jobs/compare.py runs side by side.",
     "tune": "What jobs/tune.py searches, and how.",
     "budget": "What a whole search of jobs/tune.py may spend, the final training of the winner included.",
@@ -47,6 +48,7 @@ SECTIONS = {
 GENERAL = "General"
 # Sections that only one job reads; the help of the other jobs names that job instead of the keys.
 READ_BY = {
+    "curate": "curate",
     "compare": "compare",
     "tune": "tune",
     "budget": "tune",

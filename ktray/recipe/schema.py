@@ -15,6 +15,7 @@ from ktray.recipe.bench import BenchConfig
 from ktray.recipe.choice import DEFAULT_STRATEGY, default_objective, strategy_of, strategy_value, validated
 from ktray.recipe.cluster import ClusterConfig, MLflowConfig
 from ktray.recipe.compare import CompareConfig
+from ktray.recipe.curate import CurateConfig
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.objective import ObjectiveConfig
 from ktray.recipe.places import Place
@@ -46,6 +47,12 @@ class TaskConfig(Section):
         "Parquet list, or a data set such as hf://datasets/ORG/NAME; for segmentation a folder with train/images, "
         "train/masks (also val, test) and classes.txt; "
         "for multilabel a list whose labels are separated by |, or a file or folder of COCO annotations",
+    )
+    more_labels: list[Place] | Place | None = Field(
+        None,
+        description="labels of further training images, in addition to the label budget: a CSV or Parquet list with "
+        "the columns path (or uri) and label, such as an edited suggestions.csv of jobs/curate.py, or a folder of such "
+        "lists; one address or a list of them",
     )
     kind: str = Field(
         "classification",
@@ -352,6 +359,7 @@ class Recipe(Section):
     cluster: ClusterConfig = ClusterConfig()
     mlflow: MLflowConfig = MLflowConfig()
     compare: CompareConfig = CompareConfig()
+    curate: CurateConfig = CurateConfig()
     bench: BenchConfig = BenchConfig()
     export: ExportConfig = ExportConfig()
     predict: PredictConfig = PredictConfig()

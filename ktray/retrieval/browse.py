@@ -83,7 +83,7 @@ def page(
     data = {
         "classes": list(classes),
         "queries": [
-            {"uri": q.uri, "class": q.label, "thumb": None if q.image is None else _thumbnail(q.image)} for q in queries
+            {"uri": q.uri, "class": q.label, "thumb": None if q.image is None else thumbnail(q.image)} for q in queries
         ],
         "images": [
             {
@@ -91,7 +91,7 @@ def page(
                 "query": i.query,
                 "similarity": float(i.similarity) if math.isfinite(i.similarity) else None,
                 "strategies": i.strategies,
-                "thumb": _thumbnail(i.image),
+                "thumb": thumbnail(i.image),
             }
             for i in images
         ],
@@ -103,7 +103,8 @@ def page(
     return environment.from_string(template).render(title=title, subtitle=subtitle, data=text, figures=figures)
 
 
-def _thumbnail(image: np.ndarray) -> str:
+def thumbnail(image: np.ndarray) -> str:
+    """A JPEG of at most `SIDE` pixels a side, in base64, of an image uint8 (H, W, 3)."""
     picture = Image.fromarray(image)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -171,6 +171,24 @@ class CurateManifest(CurateFacts):
     similar_kept: int
 
 
+class SuggestManifest(TypedDict):
+    """SUGGEST.
+
+    Attributes:
+        suggested: number of images in the list.
+        candidates: number of images that were ranked.
+        images: number of whole images that were looked at, in the gallery or beyond the label budget.
+        copies: number of images that were left out as labelled images or copies of them.
+        repeated: number of images that were passed over because they show the same as one of a higher rank.
+    """
+
+    suggested: int
+    candidates: int
+    images: int
+    copies: int
+    repeated: int
+
+
 class TargetSizes(TypedDict):
     """Sizes of the targets, as in `ktray.training.inputs.TargetSet`; 0 for a target that the rows do not have."""
 
@@ -255,6 +273,7 @@ MANIFESTS: dict[str, type] = {
     "hygiene": HygieneManifest,
     "index": IndexManifest,
     "curate": CurateManifest,
+    "suggest": SuggestManifest,
     "teach": TeachManifest,
     "transfer": TrainedManifest,
     "finetune": TrainedManifest,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ktray.models.device import device as own_device
+from ktray.models.features import is_convolutional
 from ktray.models.student import classifier_io
 from ktray.models.student.classifier import Student
 from ktray.recipe.registries import TASKS
+from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
 
 
@@ -36,3 +41,27 @@ def marked_kinds(exists: Callable[[str], bool]) -> list[TaskKind]:
         exists: a function of a file name: whether the folder has such a file.
     """
     return [kind for _, kind in TASKS if kind.student_file and exists(kind.student_file)]
+
+
+@dataclass(frozen=True)
+class StudentInFolder:
+    """A picklable description of the student in a folder, which workers load.
+
+    Attributes:
+        directory: the folder ``student/`` of a run, local or in a bucket.
+    """
+
+    directory: Dir
+
+    def identity(self) -> str:
+        """A hash of the description and of the weights."""
+        files = (self.directory.read(file) for file in ("config.json", "model.safetensors"))
+        return "-".join(hashlib.sha256(content).hexdigest()[:32] for content in files)
+
+    def load(self) -> Student:
+        """Load the student on the device of this process, in evaluation mode."""
+        with self.directory.local() as folder:
+            student = load_student(folder, own_device())
+        if is_convolutional(student.model):  # a third faster on CPUs, as for teachers
+            student.model.to(memory_format=torch.channels_last)
+        return student

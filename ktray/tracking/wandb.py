@@ -1,6 +1,6 @@
 """Weights & Biases: a run with the curves of all stages, the recipe, costs, final results and files.
 
-    pip install wandb
+    pip install 'ktray[wandb]'
     python jobs/distill.py 'mlflow.also=[wandb]'
 
 The project is ``mlflow.experiment``. wandb itself decides about the account and the server (``wandb login``,

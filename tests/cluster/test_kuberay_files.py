@@ -1,6 +1,7 @@
 """The Kubernetes manifests as kustomize resolves them. KubeRay's own schema is too large to keep here."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,33 @@ def test_the_job_for_gpus_reads_its_store_by_a_role():
     assert len(accounts) == 2
     for account in accounts:
         assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].startswith("arn:aws:iam::")
+
+
+@pytest.mark.parametrize(("overlay", "workers"), [("cpu-demo", {"cpu": 2}), ("gpu", {"cpu": 1, "gpu-spot": 2})])
+def test_a_queue_of_kueue_takes_a_cluster_of_fixed_size(tmp_path, overlay, workers):
+    """As the comment in the overlay says: its last lines without their first two characters."""
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    folder = tmp_path / "kuberay" / "overlays" / overlay
+    settings = folder / "kustomization.yaml"
+    text, before = settings.read_text(), build(folder)
+    *kept, components, entry = text.splitlines()
+    settings.write_text("\n".join([*kept, components[2:], entry[2:]]))
+    objects = build(folder)
+    assert faults(objects) == []
+    job, plain = one_of(objects, "RayJob"), one_of(before, "RayJob")
+    assert job["metadata"].pop("labels") == {"kueue.x-k8s.io/queue-name": "CHANGE-ME"}
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # the quota is given back at the end
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster.pop("enableInTreeAutoscaling") is False
+    assert {
+        group["groupName"]: group["replicas"] for group in cluster["workerGroupSpecs"] if group["replicas"]
+    } == workers
+    assert len(cluster["workerGroupSpecs"]) <= 7  # with the head, a workload of Kueue has at most 8 sets of pods
+    assert plain["spec"]["rayClusterSpec"].pop("enableInTreeAutoscaling") is True
+    assert plain["spec"]["rayClusterSpec"].pop("autoscalerOptions")
+    assert job == plain
+    others = [one for one in objects if one["kind"] != "RayJob"]
+    assert others == [one for one in before if one["kind"] != "RayJob"]
 
 
 def test_network_policy_lets_in_only_ktray_and_the_operator():

@@ -19,6 +19,7 @@ from ktray import recipe as recipes
 from ktray.data.preprocess import Preprocess
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import look_at_stages
+from ktray.pipeline.suggest import curation
 from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
 from ktray.stages.base import Runtime
@@ -31,6 +32,7 @@ STAGES = {
     "ensemble",
     "index",
     "curate",
+    "suggest",
     "hygiene",
     "teach",
     "transfer",
@@ -44,6 +46,7 @@ EXCEPTIONS = {
     "ensemble": {"members", "names", "images"},
     "index": {"gallery", "encoder", "items", "prepare", "total", "folder", "shared"},
     "curate": {"transfer"},
+    "suggest": {"source"},
     "teach": {"predict", "teacher"},
     "transfer": {"train"},
     "finetune": {"train"},
@@ -61,19 +64,21 @@ def kinds() -> dict[str, type[StageInputs]]:
 
 @pytest.fixture(scope="module")
 def seen(cluster, tmp_path_factory) -> dict[str, StageInputs]:
-    """The inputs of every stage of a run, as a plan asks for them: nothing is run."""
+    """The inputs of every stage of a run and of jobs/curate.py, as a plan asks for them: nothing is run."""
     found: dict[str, StageInputs] = {}
     folder = str(tmp_path_factory.mktemp("store"))
     task, gallery = write_task(Path(folder) / "task"), write_gallery(Path(folder) / "gallery")
     own = [f"task.data={task}", f"gallery.data={gallery}", "teacher.name=miniverse", f"store={folder}"]
     others = "teacher.others=[{name: efficientnet-lite0, image_size: 48}]"
-    recipe = recipes.load(None, [*SMALL, *own, others, "baselines.scratch=true"])
+    recipe = recipes.load(None, [*SMALL, *own, others, "baselines.scratch=true", "curate.suggest=5"])
     with pytest.MonkeyPatch.context() as patch:
         key_of = StageInputs.key_of
         patch.setattr(
             StageInputs, "key_of", lambda self, parts: found.setdefault(self.stage, self) and key_of(self, parts)
         )
-        look_at_stages(Store(folder), resolve(recipe, cluster), cluster)
+        resolved = resolve(recipe, cluster)
+        look_at_stages(Store(folder), resolved, cluster)
+        look_at_stages(Store(folder), resolved, cluster, curation)
     return found
 
 

@@ -41,7 +41,13 @@ def read(path: str, file: FileStat | None, notes: list[str], group: str | None) 
     if sets is not None:
         return read_table(file, notes, group, labels=[encode(names) for names in sets])
     rows = read_table(file, notes, group, unlabelled=True)
-    return [replace(row, label=encode(_SEPARATORS.split(row.label))) for row in rows]
+    return [replace(row, label=encode(split_names(row.label))) for row in rows]
+
+
+def split_names(cell: str) -> list[str]:
+    """The class names in a cell, each once and in order; none in an empty cell or in a lone separator."""
+    names = (nfc(name.strip()) for name in _SEPARATORS.split(cell))
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def encode(names: Iterable[str]) -> str:

@@ -118,26 +118,37 @@ class PredictionFolder:
 
 
 def table(
-    uris: np.ndarray, probabilities: np.ndarray, embedding: np.ndarray | None, classes: Sequence[str], whole: bool
+    uris: np.ndarray,
+    probabilities: np.ndarray,
+    embedding: np.ndarray | None,
+    classes: Sequence[str],
+    whole: bool,
+    decided: np.ndarray | None = None,
 ) -> pa.Table:
     """The predictions for N images as a table with ``uri``, ``class`` (text), ``probability`` (of this class, float32)
-    and, if wanted, ``probabilities`` and ``embedding`` (lists of float32 of a fixed size).
+    and, if wanted, ``probabilities`` and ``embedding`` (lists of float32 of a fixed size). Where an image has a set of
+    classes, ``classes`` (a list of text, the most probable first) is in place of ``class`` and ``probability``.
 
     The names of the classes, in the order of the probabilities, are in the metadata of the schema (``classes``, JSON).
 
     Args:
         uris: (N,) text.
-        probabilities: (N, C) float32.
+        probabilities: (N, C) float.
         embedding: (N, D) float32, or None.
         classes: the names of the C classes.
         whole: whether to write the probabilities of all classes.
+        decided: (N, C) bool, the classes of each image; None: an image has one class, the most probable one.
     """
-    best = probabilities.argmax(1)
-    columns: dict[str, pa.Array] = {
-        "uri": pa.array(uris.tolist(), pa.string()),
-        "class": pa.array([classes[number] for number in best.tolist()], pa.string()),
-        "probability": pa.array(probabilities[np.arange(len(best)), best], pa.float32()),
-    }
+    columns: dict[str, pa.Array] = {"uri": pa.array(uris.tolist(), pa.string())}
+    if decided is None:
+        best = probabilities.argmax(1)
+        columns["class"] = pa.array([classes[number] for number in best.tolist()], pa.string())
+        columns["probability"] = pa.array(probabilities[np.arange(len(best)), best], pa.float32())
+    else:
+        order = np.argsort(-probabilities, axis=1, kind="stable")
+        ranked = np.take_along_axis(decided, order, 1)
+        sets = [[classes[c] for c in row[has].tolist()] for row, has in zip(order, ranked, strict=True)]
+        columns["classes"] = pa.array(sets, pa.list_(pa.string()))
     if whole:
         columns["probabilities"] = _lists(probabilities)
     if embedding is not None:

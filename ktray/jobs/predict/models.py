@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,16 +10,15 @@ import torch
 
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
-from ktray.models.device import device
-from ktray.models.features import is_convolutional, trunk
+from ktray.models.features import trunk
 from ktray.models.flops import forward_flops
 from ktray.models.student.classifier import Student
+from ktray.models.student.tagger import DEFAULT_THRESHOLD, Tagger
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import fitting_batch, products_on
 from ktray.pipeline.finished_run import FinishedRun
-from ktray.storage.store import Dir
-from ktray.tasks.students import load_student
+from ktray.tasks.students import StudentInFolder
 
 BATCH = 256
 Classifier = Student | AdaptedTeacher
@@ -30,21 +28,6 @@ class LoadsClassifier(Protocol):
     """A picklable description of a student or of an adapted teacher."""
 
     def load(self) -> Classifier: ...
-
-
-@dataclass(frozen=True)
-class StudentInFolder:
-    """The student in a folder of the store."""
-
-    directory: Dir
-
-    def load(self) -> Student:
-        """Load the student on the device of this process."""
-        with self.directory.local() as folder:
-            student = load_student(folder, device())
-        if is_convolutional(student.model):  # a third faster on CPUs, as for teachers
-            student.model.to(memory_format=torch.channels_last)
-        return student
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,8 @@ class ChosenModel:
         source: a picklable description that loads the model.
         width: width of its embeddings.
         flops: FLOPs for one image.
+        thresholds: for a task with sets of classes, the probabilities from which an image has a class, in the order of
+            the outputs; None: an image has one class.
     """
 
     name: str
@@ -68,6 +53,7 @@ class ChosenModel:
     source: LoadsClassifier
     width: int
     flops: float
+    thresholds: tuple[float, ...] | None = None
 
 
 def choose(run: FinishedRun, which: str, on_gpu: bool) -> ChosenModel:
@@ -78,29 +64,30 @@ def choose(run: FinishedRun, which: str, on_gpu: bool) -> ChosenModel:
         on_gpu: whether it will run on GPUs, where teachers compute in bfloat16.
 
     Raises:
-        KtrayError: the run does not predict one class for each image, or it has no teacher.
+        KtrayError: the run does not predict classes of images, or it has no teacher.
     """
     for kind in run.kinds:
-        if not kind.image_classes:
+        if not (kind.image_classes or kind.label_sets):
             raise KtrayError(
-                f"Run '{run.run_id}' has task.kind={kind.key}, and jobs/predict.py can only predict one class for each "
-                "image",
+                f"Run '{run.run_id}' has task.kind={kind.key}, and jobs/predict.py can only predict classes of images",
                 "Load the student with ktray.load_student(FOLDER) and call its method predict.",
             )
     if which == "student":
-        folder = run.folder.sub("student")
-        files = [folder.read(file) for file in ("config.json", "model.safetensors")]
-        identity = "-".join(hashlib.sha256(content).hexdigest()[:32] for content in files)
-        student = run.student()
+        source, student = StudentInFolder(run.folder.sub("student")), run.student()
         flops, width = flops_of(student), student.feature_dim
+        own = tuple(student.thresholds) if isinstance(student, Tagger) else None
         return ChosenModel(
-            student.name, identity, student.classes, student.preprocess, StudentInFolder(folder), width, flops
+            student.name, source.identity(), student.classes, student.preprocess, source, width, flops, own
         )
     spec = run.teacher()
     teacher = spec.load()
     identity = f"{spec.directory.uri.rpartition('/stages/')[2]}-{products_on(on_gpu)}"
     name, width = str(run.result["teacher"]), int(teacher.embed_dim)
-    return ChosenModel(name, identity, teacher.classes, spec.preprocess, spec, width, flops_of(teacher))
+    thresholds = None
+    if run.kind.label_sets:
+        fitted = run.decisions("teacher").get("thresholds", {})
+        thresholds = tuple(fitted.get(label, DEFAULT_THRESHOLD) for label in teacher.classes)
+    return ChosenModel(name, identity, teacher.classes, spec.preprocess, spec, width, flops_of(teacher), thresholds)
 
 
 def flops_of(model: Classifier) -> float:
@@ -111,9 +98,16 @@ def flops_of(model: Classifier) -> float:
 
 
 @torch.inference_mode()
-def predict(model: Classifier, pixels: np.ndarray, embedding: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The class probabilities (N, C) float32 of images (N, 3, H, W) uint8, and their embeddings (N, D) float32, not
-    normalised, if these are wanted. A teacher's probabilities are those of its calibrated logits. N may be 0."""
+def predict(
+    model: Classifier, pixels: np.ndarray, embedding: bool, sets: bool = False
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The class probabilities (N, C) of images (N, 3, H, W) uint8, and their embeddings (N, D) float32, not normalised,
+    if these are wanted. A teacher's probabilities are those of its calibrated logits. N may be 0.
+
+    Args:
+        sets: whether each class has a probability of its own. They are float64 then, as those that the thresholds were
+            chosen with; else float32.
+    """
     where = next(model.parameters()).device
     size = fitting_batch(model.preprocess, where, BATCH)
     probabilities: list[np.ndarray] = []
@@ -121,7 +115,8 @@ def predict(model: Classifier, pixels: np.ndarray, embedding: bool) -> tuple[np.
     for at in range(0, len(pixels), size):
         batch = torch.from_numpy(np.ascontiguousarray(pixels[at : at + size])).to(where)
         logits, features = _outputs(model, batch, embedding)
-        probabilities.append(logits.float().softmax(1).cpu().numpy())
+        found = logits.double().sigmoid() if sets else logits.float().softmax(1)
+        probabilities.append(found.cpu().numpy())
         if features is not None:
             embeddings.append(features.float().cpu().numpy())
     none = np.zeros((0, len(model.classes)), np.float32)

@@ -103,6 +103,8 @@ def _inputs(source: FinishedRun, recipe: Recipe, model: ChosenModel, shards: Seq
         "data": sorted(filesystem.normalise(entry) for entry in entries),
         "column": part.column,
     }
+    if model.thresholds is not None:
+        facts["thresholds"] = list(model.thresholds)
     folder = PredictionFolder(Dir(part.out or source.store.file(f"predictions/{digest('predictions', facts)}")))
     counts = [shard.count for shard in shards]
     return PredictInputs(
@@ -111,7 +113,9 @@ def _inputs(source: FinishedRun, recipe: Recipe, model: ChosenModel, shards: Seq
         out=part.out,
         items=[{"shard": i, "name": shard.fingerprint} for i, shard in enumerate(shards)],
         decode=DecodeShard(list(shards), model.preprocess, recipe.data.max_pixels),
-        score=PredictShard(folder, model.source, model.classes, part.probabilities, part.embedding, model.flops),
+        score=PredictShard(
+            folder, model.source, model.classes, part.probabilities, part.embedding, model.flops, model.thresholds
+        ),
         total=None if None in counts else sum(c or 0 for c in counts),
     )
 

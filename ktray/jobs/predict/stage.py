@@ -52,19 +52,20 @@ class PredictShard:
     probabilities: bool
     embedding: bool
     flops: float  # for one image
+    thresholds: tuple[float, ...] | None = None  # of sets of classes; None: an image has one class
 
     reads: ClassVar[tuple[str, ...]] = ("pixels",)
 
     def compute(self, model: Classifier, columns: Rows) -> Rows:
-        found, embedded = predict(model, columns["pixels"], self.embedding)
+        found, embedded = predict(model, columns["pixels"], self.embedding, self.thresholds is not None)
         return {"probabilities": found} if embedded is None else {"probabilities": found, "embedding": embedded}
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         found, number = computed["probabilities"], int(item.get("piece", 0))
         file = f"{item['name']}-{number:05d}{SUFFIX}" if len(found) else ""
-        size = 0
+        size, decided = 0, None if self.thresholds is None else found >= np.array(self.thresholds)
         if file:
-            rows = table(columns["uri"], found, computed.get("embedding"), self.classes, self.probabilities)
+            rows = table(columns["uri"], found, computed.get("embedding"), self.classes, self.probabilities, decided)
             size = self.folder.write(file, rows)
         return PredictedPiece(
             item["name"],
@@ -77,9 +78,24 @@ class PredictShard:
             pieces=item.get("pieces"),
             file=file,
             bytes=size,
-            counts=np.bincount(found.argmax(1), minlength=len(self.classes)).tolist() if file else [],
-            confidence=float(found.max(1).sum()) if file else 0.0,
+            counts=_counts(found, decided).tolist() if file else [],
+            confidence=_confidence(found, decided) if file else 0.0,
         ).to_json()
+
+
+def _counts(found: np.ndarray, decided: np.ndarray | None) -> np.ndarray:
+    """(C,) int64 number of images by class; an image with several classes counts for each."""
+    if decided is not None:
+        return np.asarray(decided.sum(0))
+    return np.bincount(found.argmax(1), minlength=found.shape[1])
+
+
+def _confidence(found: np.ndarray, decided: np.ndarray | None) -> float:
+    """The sum over images of the probability of the predicted class, or of the mean probability of the decisions on
+    all classes."""
+    if decided is not None:
+        return float(np.where(decided, found, 1 - found).mean(1).sum())
+    return float(found.max(1).sum())
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,12 @@ class PredictResult(PipelineRun):
 
     model: PredictingModel
     predictions: PredictionFiles
-    counts: dict[str, int] = Field(description="number of images by predicted class")
-    confidence: Number = Field(description="mean probability of the predicted class")
+    counts: dict[str, int] = Field(
+        description="number of images by predicted class; an image with several counts for each"
+    )
+    confidence: Number = Field(
+        description="mean probability of the predicted class, or of the decisions on all classes"
+    )
     images_per_second: Number | None = Field(
         description="rate of this run, with the start of its processes; null: all predictions were in the folder"
     )

@@ -213,8 +213,23 @@ class CuratedSet(TransferSet):
     coverage: Coverage | None = Field(description="null: the images were chosen without queries")
 
 
+class Suggestions(ResultPart):
+    """The unlabelled images that are suggested for labelling."""
+
+    asked: int = Field(description="number of suggestions that the recipe asks for")
+    suggested: int
+    candidates: int = Field(description="number of images that were ranked")
+    images: int = Field(description="number of whole images that were looked at, in the gallery or beyond the budget")
+    copies: int = Field(description="number of images that were left out as labelled images or copies of them")
+    repeated: int = Field(description="number of images that were passed over as duplicates of a higher rank")
+    student: str | None = Field(description="folder of the student whose disagreement ranks; null: only coverage ranks")
+    path: str = Field(description="the list, a CSV file with an empty column label")
+    page: str = Field(description="the page with the images")
+
+
 class CurateResult(PipelineRun):
     """jobs/curate.py."""
 
     task: str | None
     transfer_set: CuratedSet
+    suggestions: Suggestions | None = Field(None, description="left out without curate.suggest")

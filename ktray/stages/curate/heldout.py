@@ -12,7 +12,7 @@ from ktray.data.fingerprints import fingerprint_heldout
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.fetch import fetch_images
-from ktray.distributed.device_work import Item
+from ktray.distributed.device_work import DeviceWork, Item
 from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.models.teacher.spec import TeacherSpec
 from ktray.stages.base import Reporter, Runtime
@@ -33,8 +33,15 @@ def heldout(
     similar.
     """
     uris = [e.uri for e in [*task.val, *task.test]]
+    return recognisable(uris, spec, max_pixels, runtime, Stage(stage.file("heldout")), reporter)
+
+
+def recognisable(
+    uris: list[str], spec: TeacherSpec | None, max_pixels: int, runtime: Runtime, folder: Stage, reporter: Reporter
+) -> Rows:
+    """What finds copies of images in a gallery: the columns of `heldout`, for any images, at least one."""
     prepare = _Heldout(spec.preprocess if spec else None, max_pixels)
-    return embed_images(runtime, Stage(stage.file("heldout")), uris, prepare, spec, reporter)
+    return embed_images(runtime, folder, uris, prepare, spec, reporter)
 
 
 def embed_images(
@@ -47,6 +54,27 @@ def embed_images(
 ) -> Rows:
     """The columns that ``prepare`` computes from the images, with ``embedding`` instead of ``pixels``. The shards are
     stored in ``folder``."""
+    return compute_images(runtime, folder, uris, prepare, _Embed(spec, folder) if spec else None, reporter)
+
+
+def compute_images(
+    runtime: Runtime,
+    folder: Stage,
+    uris: list[str],
+    prepare: Callable[[Item], Rows],
+    work: DeviceWork | None,
+    reporter: Reporter,
+) -> Rows:
+    """The columns that ``prepare`` and ``work`` compute from images, in the order of the images that can be used.
+
+    A repeated attempt computes only the shards that ``folder`` does not have.
+
+    Args:
+        folder: where the shards are stored, with `finish_images`.
+        uris: at least one image.
+        prepare: takes the item of a shard, whose ``uris`` are those of its images; returns columns, among them ``uri``.
+        work: what a device computes from the columns; None: nothing.
+    """
     items = [
         {"name": f"images-{i // SHARD:05d}.parquet", "uris": uris[i : i + SHARD]} for i in range(0, len(uris), SHARD)
     ]
@@ -56,8 +84,8 @@ def embed_images(
     reporter.shards(replace(s.resumed(), bad=()) for s in finished.values())
     todo = [i for i in items if i["name"] not in finished]
     summaries = (
-        map_shards(todo, prepare, _Embed(spec, folder), runtime.plan)
-        if spec
+        map_shards(todo, prepare, work, runtime.plan)
+        if work
         else cpu_shards(todo, _Write(folder, prepare), runtime.plan)
     )
     reporter.shards(ShardSummary.each(summaries))
@@ -95,7 +123,7 @@ class _Write:
     prepare: Callable[[Item], Rows]
 
     def __call__(self, item: Item) -> dict[str, Any]:
-        return _finish(self.folder, item, self.prepare(item), 0.0)
+        return finish_images(self.folder, item, self.prepare(item), 0.0)
 
 
 @dataclass(frozen=True)
@@ -105,10 +133,15 @@ class _Embed(EmbedPixels):
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         kept = {name: values for name, values in columns.items() if name not in self.reads}
         rows = {**kept, "embedding": computed["embedding"]}
-        return _finish(self.folder, item, rows, float(computed["flops"][0]))
+        return finish_images(self.folder, item, rows, float(computed["flops"][0]))
 
 
-def _finish(folder: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
+def finish_images(folder: Stage, item: Item, columns: Rows, flops: float) -> dict[str, Any]:
+    """Store the columns of a shard with its summary, which is returned.
+
+    Args:
+        flops: the work on the whole shard.
+    """
     write_rows(folder, item["name"], columns)
     rows = len(columns["uri"])
     return finish_shard(folder, ShardSummary(item["name"], rows, len(item["uris"]), images=rows, flops=flops))

@@ -14,12 +14,14 @@ from ktray.distributed.ray_data import _pieces
 from ktray.errors import KtrayError
 from ktray.jobs.predict import decode
 from ktray.jobs.predict.folder import PredictedShard, PredictionFolder, table
-from ktray.jobs.predict.models import StudentInFolder, predict
+from ktray.jobs.predict.models import predict
 from ktray.jobs.predict.stage import PredictedPiece, PredictInputs, PredictShard, _joined
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import save_student
+from ktray.models.student.tagger import Tagger
 from ktray.stages.shard_summary import whole_shards
 from ktray.storage.store import Dir
+from ktray.tasks.students import StudentInFolder
 
 FACTS = {"model": "a", "embedding": False}
 
@@ -73,6 +75,36 @@ def test_embeddings_do_not_change_predictions(name: str) -> None:
     assert embedding == pytest.approx(features.numpy(), abs=1e-6)
     nothing, empty = predict(model, pixels[:0], True)
     assert (nothing.shape, empty.shape) == ((0, 4), (0, model.feature_dim))
+
+
+def test_sets_of_classes_are_those_above_their_thresholds(tmp_path) -> None:
+    torch.manual_seed(0)
+    student = build_student("test_resnet", {}, 3, 32)
+    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -2.0, -1.0]])
+    tagger = Tagger.of(student, [0.5, 0.2, 0.9])
+    tagger.classes = ["x", "y", "z"]
+    tagger.model.forward = lambda x: logits[: len(x)]
+    pixels = np.zeros((2, 3, 32, 32), np.uint8)
+    score = PredictShard(
+        PredictionFolder(Dir(str(tmp_path))),
+        StudentInFolder(Dir("a")),
+        tagger.classes,
+        True,
+        False,
+        5.0,
+        (0.5, 0.2, 0.9),
+    )
+    found = score.compute(tagger, {"pixels": pixels})
+    columns = {"uri": np.array(["a", "b"]), "bad": np.zeros((0, 2), str), "read": np.array([2])}
+    piece = PredictedPiece.from_json(score.finish({"name": "one"}, columns, found))
+    rows = pq.read_table(tmp_path / piece.file).to_pylist()
+    assert list(rows[0]) == ["uri", "classes", "probabilities"]
+    # sigmoid(2) = 0.881, sigmoid(-1) = 0.269, sigmoid(0.5) = 0.622; of the second, sigmoid(-2) = 0.119.
+    assert [row["classes"] for row in rows] == [["x", "y"], []]
+    assert rows[0]["probabilities"] == pytest.approx([0.8808, 0.2689, 0.6225], abs=1e-4)
+    assert piece.counts == [1, 1, 0]
+    sure = (0.8808 + 0.2689 + 0.3775) / 3 + (0.9526 + 0.8808 + 0.7311) / 3
+    assert piece.confidence == pytest.approx(sure, abs=1e-3)
 
 
 def test_a_folder_of_other_predictions_or_of_somebody_else_is_refused(tmp_path) -> None:

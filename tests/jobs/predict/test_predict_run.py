@@ -251,7 +251,7 @@ def test_what_cannot_be_predicted_is_refused_in_one_line(run: Path, images: Path
     with pytest.raises(KtrayError, match="There is no run 'nothing'"):
         predict(run, data_of(images), "predict.run=nothing")
     (run / "student" / "segmentation.json").write_text("{}")
-    with pytest.raises(KtrayError, match=r"task\.kind=segmentation, and jobs/predict\.py can only predict one class"):
+    with pytest.raises(KtrayError, match=r"task\.kind=segmentation, and jobs/predict\.py can only predict classes"):
         module.show(keys(run, data_of(images)))
 
 

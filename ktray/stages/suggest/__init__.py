@@ -1,0 +1,1 @@
+"""SUGGEST: which unlabelled images people should label next."""
