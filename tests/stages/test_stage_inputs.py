@@ -48,7 +48,7 @@ EXCEPTIONS = {
     "transfer": {"train"},
     "finetune": {"train"},
     "scratch": {"train"},
-    "evaluate": {"teacher"},
+    "evaluate": {"teacher", "taught_by"},
 }
 
 

@@ -18,6 +18,7 @@ from ktray.models.student.classifier import Student
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import fitting_batch, products_on
+from ktray.models.traffic import forward_traffic
 from ktray.pipeline.finished_run import FinishedRun
 from ktray.storage.store import Dir
 from ktray.tasks.students import load_student
@@ -101,6 +102,13 @@ def choose(run: FinishedRun, which: str, on_gpu: bool) -> ChosenModel:
     identity = f"{spec.directory.uri.rpartition('/stages/')[2]}-{products_on(on_gpu)}"
     name, width = str(run.result["teacher"]), int(teacher.embed_dim)
     return ChosenModel(name, identity, teacher.classes, spec.preprocess, spec, width, flops_of(teacher))
+
+
+def traffic_of_image(model: ChosenModel) -> float:
+    """Values that the model reads and writes for one image (`ktray.models.traffic`). It is loaded for this."""
+    loaded = model.source.load()
+    tower = loaded.image_tower if isinstance(loaded, AdaptedTeacher) else loaded.model
+    return forward_traffic(tower, (3, *model.preprocess.size))
 
 
 def flops_of(model: Classifier) -> float:
