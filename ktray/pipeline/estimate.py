@@ -118,12 +118,32 @@ def compared(
                 "usd": money,
             }
         )
+    return {**_sums(rows), "stages": rows}
+
+
+def together(plans: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry ``plan`` of ``result.json`` of a job with several runs: the sums of theirs, stage by stage.
+
+    Args:
+        plans: the entries ``plan`` of the runs (`compared`).
+    """
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for plan in plans:
+        for row in plan["stages"]:
+            by_stage.setdefault(row["name"], []).append(row)
+    rows = [
+        {"name": name, "source": ", ".join(sorted({row["source"] for row in own})), **_sums(own)}
+        for name, own in by_stage.items()
+    ]
+    return {**_sums(rows), "stages": rows}
+
+
+def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "planned_seconds": sum(row["planned_seconds"] for row in rows),
         "planned_usd": _sum(row["planned_usd"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
         "usd": _sum(row["usd"] for row in rows),
-        "stages": rows,
     }
 
 

@@ -167,6 +167,7 @@ class TrialRunner:
         name = f"{record.number}/{rung}"
         if refused := self.budget.promise(name, to_make):
             raise BudgetExceeded(f"the budget does not allow rung {rung + 1}: {refused}")
+        planned = dict(self.budget.planned[name])
         # Without the baseline there is nothing to compare with, so it may use the time reserved for the winner.
         meter, begun, finished = RunMeter(self.budget, name, final=record.number == BASELINE), time.monotonic(), False
         title = "baseline" if record.number == BASELINE else f"trial {record.number}"
@@ -198,6 +199,7 @@ class TrialRunner:
             resource=before + sum(meter.students(unit).values()),
             spent=spent,
             seconds=seconds,
+            planned=planned,
         )
 
     def _plan(self, record: TrialRecord, rung: int) -> tuple[Recipe, dict[str, float]]:
