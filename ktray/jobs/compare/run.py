@@ -136,7 +136,8 @@ def _compare(
     folder.delete(RUNNING)
     result("")
     result(page.table(content))
-    result(planned_line(content))
+    if line := planned_line(content):
+        result(line)
     result(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
     result(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
     result(f"chart     {chart(recipe, store, content)}")

@@ -210,7 +210,7 @@ def build(
         "importance": matters,
         "importance_of_transfer_set": of_transfer_set(matters),
         "sharing": sharing(records, budget, results),
-        "plan": planned_and_taken(records.points()),
+        "plan": planned_and_taken(list(records.points())),
         "versions": versions(),
         "device": dict(describe_device()),
         "ktray": ktray.__version__,
@@ -266,7 +266,7 @@ def table(content: dict[str, Any]) -> str:
     if plan and plan["runs"]:
         out.append(
             f"planned {seconds(plan['planned_seconds'])}, {usd(plan['planned_usd'])}; took {seconds(plan['seconds'])}, "
-            f"{usd(plan['usd'])}, for {count(plan['runs'], 'run')} of the trials"
+            f"{usd(plan['usd'])}, for the runs of the trials"
         )
     if content["importance"]:
         top = ", ".join(f"{k} {v:.0%}" for k, v in list(content["importance"].items())[:5])

@@ -121,8 +121,8 @@ class PlannedStage(ResultPart):
 
     name: str
     source: str = Field(
-        description="where the plan is from: store (earlier runs with it), bench (jobs/bench.py with it), table (shipped "
-        "with ktray), roofline, or cores (one speed for all models); several in a job with several runs"
+        description="where the plan is from: store (earlier runs with it), bench (jobs/bench.py with it), table "
+        "(shipped with ktray), roofline, or cores (one speed for all models); several in a job with several runs"
     )
     planned_seconds: Number
     planned_usd: Number | None
