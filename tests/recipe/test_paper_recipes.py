@@ -12,14 +12,16 @@ from PIL import Image
 from small_task import write_generic
 
 from ktray import recipe as recipes
+from ktray.accounting.speeds import Speeds
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.distributed.allocation import allocate as share_out
 from ktray.jobs.compare.methods import recipe_of
 from ktray.pipeline.estimate import PlannedDevice
-from ktray.pipeline.plan_stages import lines
-from ktray.pipeline.plan_work import PlannedWork
+from ktray.pipeline.plan_stages import lines, traffic_of
+from ktray.pipeline.plan_work import PlannedWork, named_facts
 from ktray.pipeline.resolve import resolve
 from ktray.pipeline.run import run
+from ktray.storage.store import Store
 
 GALLERY = 15_000_000  # about YFCC15M, the paper's gallery for ADE20K
 # Classes, and images in train, val, test and the unlabelled rest, at the recipe's budget: the lists' own lengths.
@@ -113,8 +115,9 @@ def at_scale(found, name):
 
 
 def petaflops_and_hours(found, gpu="H200"):
-    """Of INDEX and of all other stages: PFLOP, and hours on one GPU."""
-    work = PlannedWork.of(found, share_out(8.0, 1.0, 1, 1, "auto"))
+    """Of INDEX and of all other stages: PFLOP, and hours on one GPU, without the speeds of a store."""
+    none = Speeds(Store(str(found.recipe.store)).sub("speeds"))
+    work = PlannedWork(lines(found), traffic_of(found), named_facts(found.recipe), none)
     estimates = work.on(PlannedDevice.named(gpu, {}))
     sums = [[0.0, 0.0], [0.0, 0.0]]
     for line in work.lines:

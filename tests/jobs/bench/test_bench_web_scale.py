@@ -1,11 +1,13 @@
 """The page's arithmetic, by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from ktray.accounting.prices import hourly_price
 from ktray.errors import KtrayError
+from ktray.jobs.bench import web_scale
 from ktray.jobs.bench.web_scale import Encoder, main, steps, table
 
 TOY = Encoder("toy", 64, flops=1e9, values=1e9, dimensions=100)
@@ -82,3 +84,11 @@ def test_runs_of_single_benches_count_together(tmp_path, capsys, monkeypatch):
         main(parts[:2])
     with pytest.raises(KtrayError, match="2 machines"):
         main([*parts, run_folder(tmp_path / "other", ROWS, "another")])
+
+
+def test_the_page_has_what_gpus_take_now():
+    page = (Path(__file__).parents[3] / "docs" / "measured" / "web-scale.md").read_text(encoding="utf-8")
+    found = {s.what: s for s in steps(ROWS, 2, web_scale.IMAGES, Encoder.of(web_scale.ENCODER, web_scale.SIDE))}
+    for gpu in web_scale.GPUS:
+        row = found[f"embed on {gpu}"]
+        assert f"| {row.what} | {row.constant} | {row.source} | {row.result} |" in page
