@@ -11,7 +11,7 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.calibration import MeasuredSpeed
 from ktray.jobs.compare.methods import Methods, list_methods, recipe_of, with_steps
-from ktray.pipeline.estimate import Estimate, PlannedDevice
+from ktray.pipeline.estimate import PlannedDevice
 from ktray.pipeline.plan import this_machine
 from ktray.pipeline.plan_gallery import missing_images
 from ktray.pipeline.plan_stages import lines
@@ -123,11 +123,18 @@ def show(recipe: Recipe) -> None:
     devices = planned_devices(recipe)
     hours: dict[str, list[float]] = {}
     sources: list[set[str]] = [set() for _ in devices]
+    missing: dict[str, None] = {}
     for name, method in methods.items():
-        found = _estimates(recipe_of(recipe, method.keys, train__steps=planned[name].steps), local, devices)
+        with muted():
+            resolved = resolve(recipe_of(recipe, method.keys, train__steps=planned[name].steps), local)
+        missing[missing_images(resolved)] = None
+        work = PlannedWork.of(resolved, local)
+        found = [work.on(device) for device in devices]
         hours[name] = [sum(stage.device_seconds for stage in stages.values()) / 3600 for stages in found]
         for own, stages in zip(sources, found, strict=True):
             own |= {stage.source for stage in stages.values() if stage.device_seconds}
+    for text in filter(None, missing):
+        logger.warning(f"WARNING: {text}")
     head = "".join(f"{f'{device.name[:12]} hours':>20}{'USD':>10}" for device in devices)
     logger.info("")
     logger.info(f"{'one run of':<34}{'steps':>9}{'FLOPs':>12}{head}")
@@ -148,16 +155,6 @@ def planned_devices(recipe: Recipe) -> list[PlannedDevice]:
     """The devices of a plan: that of this machine first, then common GPUs."""
     here = PlannedDevice.of(recipe, describe_device())
     return [here, *(PlannedDevice.named(gpu, recipe.prices) for gpu in GPUS if gpu not in here.name)]
-
-
-def _estimates(recipe: Recipe, local: Allocation, devices: Sequence[PlannedDevice]) -> list[dict[str, Estimate]]:
-    """By device and stage, the time of one run."""
-    with muted():
-        resolved = resolve(recipe, local)
-    if missing := missing_images(resolved):
-        logger.warning(f"WARNING: {missing}")
-    work = PlannedWork.of(resolved, local)
-    return [work.on(device) for device in devices]
 
 
 def _planned(name: str, steps: str, flops: float, hours: Sequence[float], devices: Sequence[PlannedDevice]) -> str:

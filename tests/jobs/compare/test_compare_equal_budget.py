@@ -130,6 +130,7 @@ def test_a_plan_counts_seeds_and_trials(given):
         assert float(hours) == pytest.approx(seconds / 3600, rel=0.005)
         assert float(usd) == pytest.approx(seconds / 3600 * price_table()["accelerators"][gpu], rel=0.01)
     text = "\n".join(said)
+    assert "the gallery has" not in text
     assert "on L4: roofline" in text
     assert f"on {describe_device()['cpu']}" in text
     assert "cores: assumed 30 GFLOP/s" in text
