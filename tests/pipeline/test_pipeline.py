@@ -298,8 +298,8 @@ def test_the_plan_of_the_same_run_has_stored_speeds_and_its_time(first):
     assert not work.unknown
     found = work.on(PlannedDevice.of(resolved.recipe, describe_device()))
     assert {estimate.source for estimate in found.values()} == {"store"}
-    # The runs of LABELS decode into other sizes, and training from scratch stops early. If other runs with this store have
-    # measured the same stage, the plan is between them.
+    # The runs of LABELS decode into other sizes, and training from scratch stops early. If other runs with this store
+    # have measured the same stage, the plan is between them.
     alone = [row for row in result["stages"] if len(list(store.glob(f"speeds/{row['name']}-*/*/*.json"))) == 1]
     alone = [row for row in alone if row["name"] not in ("labels", "scratch")]
     assert len(alone) >= 4
