@@ -35,6 +35,11 @@ OTHER_GPU = DataSheet(121e12, 0.30e12)
 CORE_RATE = 30e9  # FLOP/s of a CPU core in fp32; small models reach between 10 and 60 GFLOP/s in measurements
 
 
+def family(name: str) -> str | None:
+    """The key of `GPUS` for the name of a GPU, such as ``H100`` for ``NVIDIA H100 80GB HBM3``; None if it has none."""
+    return max((gpu for gpu in GPUS if gpu in name), key=len, default=None)
+
+
 def gpu_seconds(flops: float, values: float, name: str) -> float:
     """Seconds on a GPU.
 
@@ -43,8 +48,8 @@ def gpu_seconds(flops: float, values: float, name: str) -> float:
         values: values that are read and written (`ktray.models.traffic`).
         name: name of the GPU as CUDA reports it.
     """
-    found = [gpu for gpu in GPUS if gpu in name]
-    sheet = GPUS[max(found, key=len)] if found else OTHER_GPU
+    found = family(name)
+    sheet = GPUS[found] if found else OTHER_GPU
     return flops / (_COMPUTE * sheet.flops) + values * _VALUE_BYTES / (_MEMORY * sheet.bandwidth)
 
 

@@ -1,4 +1,5 @@
-"""Speeds that were measured: by earlier runs, which leave them in ``speeds/`` of the store, and those that ktray ships.
+"""Speeds that were measured: by earlier runs and by ``jobs/bench.py``, which leave them in ``speeds/`` of the store,
+and those that ktray ships.
 
 A speed belongs to a stage with everything that its time for an image depends on (models, sizes, batch, precision,
 device), and consists of device-seconds for each image, and device-seconds that do not depend on the number of images.
@@ -8,17 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Protocol
 
 import yaml
 
+from ktray.accounting.roofline import family
+
 _MOST = 20  # runs of which a speed is computed
-STORE, SHIPPED = "store", "table"
+STORE, BENCH, SHIPPED = "store", "bench", "table"
+_BY_BENCH = f".{BENCH}.json"  # how names of files end that jobs/bench.py wrote
 
 
 class SpeedFolder(Protocol):
@@ -28,6 +33,8 @@ class SpeedFolder(Protocol):
 
     def names(self, suffix: str = "") -> Mapping[str, int]: ...
 
+    def children(self) -> list[str]: ...
+
     def read_json(self, name: str) -> Any: ...
 
     def write_json(self, name: str, value: Any) -> None: ...
@@ -35,20 +42,22 @@ class SpeedFolder(Protocol):
 
 @dataclass(frozen=True)
 class Speed:
-    """The device-seconds of a stage: ``fixed + per_image * images``.
+    """The device-seconds of a stage: ``fixed + per_image * images + per_flop * flops``.
 
     Attributes:
         runs: number of runs that it was measured in.
-        source: ``store``: runs with this store; ``table``: ktray's table.
+        source: ``store``: runs with this store; ``bench``: ``jobs/bench.py`` with this store; ``table``: ktray's table.
+        per_flop: device-seconds for each FLOP, for a speed that was measured with other work than that of the stage.
     """
 
     fixed: float
     per_image: float
     runs: int = 1
     source: str = STORE
+    per_flop: float = 0.0
 
-    def device_seconds(self, images: float) -> float:
-        return self.fixed + self.per_image * images
+    def device_seconds(self, images: float, flops: float = 0.0) -> float:
+        return self.fixed + self.per_image * images + self.per_flop * flops
 
 
 @dataclass(frozen=True)
@@ -92,20 +101,50 @@ class Speeds:
         self.folder = folder
 
     def known(self, facts: Mapping[str, Any]) -> Speed | None:
-        """The speed of a stage with these facts: that of runs with this store, else that of ktray's table."""
-        place = self._place(facts)
-        names = list(place.names(".json"))[-_MOST:]
-        runs = [Measured(**place.read_json(name)["measured"]) for name in names]
-        return fit(runs) or shipped(facts)
+        """The speed of a stage with these facts: that of runs with this store, else that of ``jobs/bench.py``, else
+        that of ktray's table.
 
-    def record(self, facts: Mapping[str, Any], measured: Measured, at: str) -> None:
-        """Keep what a run measured. ``at`` begins the name of the file, so that names sort by time."""
+        Args:
+            facts: ``stage``, ``device``, and everything else that the time for an image depends on. As the device,
+                `ktray.accounting.roofline.family` of a GPU stands for all GPUs of this family.
+        """
+        place = self._place(facts)
+        devices = [place.sub(name) for name in place.children() if _same_device(name, str(facts["device"]))]
+        for source in (STORE, BENCH):
+            files = sorted(
+                (name, number)
+                for number, device in enumerate(devices)
+                for name in device.names(".json")
+                if name.endswith(_BY_BENCH) == (source == BENCH)
+            )
+            found = fit([Measured(**devices[number].read_json(name)["measured"]) for name, number in files[-_MOST:]])
+            if found:
+                return replace(found, source=source)
+        return shipped(facts)
+
+    def record(self, facts: Mapping[str, Any], measured: Measured, at: str, bench: bool = False) -> None:
+        """Keep what was measured.
+
+        Args:
+            at: begins the name of the file, so that names sort by time.
+            bench: whether ``jobs/bench.py`` measured it, and not a run.
+        """
         content = {"facts": dict(facts), "measured": asdict(measured)}
-        self._place(facts).write_json(f"{at}-{uuid.uuid4().hex[:6]}.json", content)
+        name = f"{at}-{uuid.uuid4().hex[:6]}{_BY_BENCH if bench else '.json'}"
+        self._place(facts).sub(_folder_name(str(facts["device"]))).write_json(name, content)
 
     def _place(self, facts: Mapping[str, Any]) -> Any:
-        text = json.dumps(facts, sort_keys=True)
+        text = json.dumps({name: value for name, value in facts.items() if name != "device"}, sort_keys=True)
         return self.folder.sub(f"{facts['stage']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+
+
+def _folder_name(device: str) -> str:
+    """The name of a device as the name of a folder on every file system."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-") or "-"
+
+
+def _same_device(folder: str, asked: str) -> bool:
+    return folder == _folder_name(asked) or (asked == family(asked) and family(folder) == asked)
 
 
 @lru_cache(maxsize=1)
@@ -116,10 +155,19 @@ def _table() -> list[dict[str, Any]]:
 
 
 def shipped(facts: Mapping[str, Any]) -> Speed | None:
-    """The speed in ktray's table with the ``stage``, ``model`` and ``size`` of ``facts``, whose ``device`` is part of
-    the device's name; None if there is none."""
+    """The speed in ktray's table for the ``stage``, ``model``, ``size`` and ``device`` of ``facts``; None if there is
+    none.
+
+    The table has the speed of one model alone. So the FLOPs of the stage count, because an objective may take more than
+    one step for an image; and the table says nothing about a training in which a teacher runs too. A model with another
+    set of weights (after a dot or a slash of its name) is as fast.
+    """
+    if facts.get("mode", "cached") != "cached":
+        return None
+    model, gpu = str(facts.get("model")), family(str(facts.get("device", "")))
     for row in _table():
-        same = all(facts.get(name) == row[name] for name in ("stage", "model", "size"))
-        if same and row["device"].lower() in str(facts.get("device", "")).lower():
-            return Speed(0.0, 1 / float(row["images_per_second"]), 1, SHIPPED)
+        same = facts.get("stage") in row["stages"] and facts.get("size") == row["size"] and gpu == row["device"]
+        if same and re.split(r"[./]", model)[0] == row["model"]:
+            rate = float(row["images_per_second"]) * float(row["flops_per_image"])
+            return Speed(0.0, 0.0, 1, SHIPPED, 1 / rate)
     return None

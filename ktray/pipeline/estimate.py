@@ -11,6 +11,8 @@ from ktray.accounting.ledger import Entry
 from ktray.accounting.prices import hourly_price
 from ktray.accounting.roofline import cpu_seconds, gpu_seconds
 from ktray.accounting.speeds import Speed
+from ktray.distributed.allocation import Allocation
+from ktray.distributed.machines import ClusterMachines
 from ktray.pipeline.plan_stages import Line
 from ktray.recipe.schema import Recipe
 
@@ -39,11 +41,23 @@ class PlannedDevice:
         name = device_name(description, gpu)
         return cls(name, gpu, int(description["cores"]), hourly_price(description, recipe.prices))
 
+    @classmethod
+    def named(cls, gpu: str, prices: Mapping[str, float]) -> PlannedDevice:
+        """One GPU of a type (`ktray.accounting.roofline.GPUS`), at its list price or at that of the recipe."""
+        return cls(gpu, True, 1, hourly_price({"cores": 1, "gpus": [{"name": gpu}]}, prices))
+
+    @classmethod
+    def of_cluster(cls, machines: ClusterMachines, allocation: Allocation) -> PlannedDevice:
+        """The devices of the connected cluster: the machines that work, whatever machine the job was started on."""
+        cores = [int(machine.description["cores"]) for machine in machines.working()]
+        mean = max(1, round(sum(cores) / len(cores))) if cores else 1
+        return cls(machines.name(), bool(allocation.worker_gpus), mean, machines.some(1).hourly)
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """``device_seconds`` of a stage, and where they come from: ``store`` or ``table`` (`ktray.accounting.speeds`),
-    ``roofline``, or ``cores``: one speed for all models on CPU cores."""
+    """``device_seconds`` of a stage, and where they come from: ``store``, ``bench`` or ``table``
+    (`ktray.accounting.speeds`), ``roofline``, or ``cores``: one speed for all models on CPU cores."""
 
     device_seconds: float
     source: str
@@ -57,8 +71,8 @@ def estimate(line: Line, values: float, speed: Speed | None, device: PlannedDevi
         values: its memory traffic (`ktray.pipeline.plan_stages.TRAFFIC`); only GPUs need it.
         speed: the measured speed; None: it was not measured.
     """
-    if speed is not None and line.images:
-        return Estimate(speed.device_seconds(line.images), speed.source)
+    if speed is not None and (line.images or speed.per_flop):
+        return Estimate(speed.device_seconds(line.images, line.flops), speed.source)
     if device.gpu:
         return Estimate(gpu_seconds(line.flops, values, device.name), ROOFLINE)
     return Estimate(cpu_seconds(line.flops, device.cores), CORES)
@@ -104,12 +118,32 @@ def compared(
                 "usd": money,
             }
         )
+    return {**_sums(rows), "stages": rows}
+
+
+def together(plans: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry ``plan`` of ``result.json`` of a job with several runs: the sums of theirs, stage by stage.
+
+    Args:
+        plans: the entries ``plan`` of the runs (`compared`).
+    """
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for plan in plans:
+        for row in plan["stages"]:
+            by_stage.setdefault(row["name"], []).append(row)
+    rows = [
+        {"name": name, "source": ", ".join(sorted({row["source"] for row in own})), **_sums(own)}
+        for name, own in by_stage.items()
+    ]
+    return {**_sums(rows), "stages": rows}
+
+
+def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "planned_seconds": sum(row["planned_seconds"] for row in rows),
         "planned_usd": _sum(row["planned_usd"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
         "usd": _sum(row["usd"] for row in rows),
-        "stages": rows,
     }
 
 

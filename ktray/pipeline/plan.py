@@ -8,40 +8,28 @@ ktray ships, else from a roofline (`ktray.pipeline.estimate`). The ledger of a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 from ktray.accounting.device import describe_device
-from ktray.accounting.prices import hourly_price
-from ktray.accounting.roofline import CORE_RATE
-from ktray.accounting.speeds import SHIPPED as TABLE
-from ktray.accounting.speeds import STORE, Speed
 from ktray.distributed.allocation import Allocation, allocate
-from ktray.errors import KtrayError
 from ktray.pipeline.checks import exportable
-from ktray.pipeline.estimate import CORES, ROOFLINE, Estimate, PlannedDevice, estimate
+from ktray.pipeline.estimate import Estimate, PlannedDevice
 from ktray.pipeline.graph import stages
 from ktray.pipeline.plan_gallery import gallery_images, given_embeddings, missing_images
-from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, suggest_line, teacher_cost, traffic_of
+from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, suggest_line, teacher_cost
+from ktray.pipeline.plan_work import PlannedWork, explain, look, named_facts
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
+from ktray.pipeline.run import embed_gallery
 from ktray.pipeline.suggest import curation
 from ktray.recipe.schema import Recipe
 from ktray.retrieval.crops import Crops
 from ktray.stages.base import RunContext
+from ktray.stages.speed import measured_speeds
 from ktray.storage.store import Store
 
 logger = logging.getLogger("ktray")
 
-# For tables of several devices (comparisons, galleries): 35% of the dense bf16 peak of NVIDIA's data sheets.
-RATES = {"H200": 346e12, "H100": 346e12, "A100": 109e12, "L40S": 127e12, "L4": 42e12, "A10G": 24e12, "T4": 23e12}
-GPU_RATE = 42e12
-
 HEAD = f"\n{'stage':<10}{'in store':<10}{'FLOPs':>12}{'device-hours':>14}{'USD':>10}{'store':>10}  {'speed':<10}what"
-_SOURCES = {
-    STORE: "store: measured by runs with this store",
-    TABLE: "table: measured by ktray's authors on such a device, without reading and start-up",
-    ROOFLINE: "roofline: from FLOPs and memory traffic, without reading, decoding and start-up",
-    CORES: f"cores: assumed {CORE_RATE / 1e9:g} GFLOP/s for each core, without decoding and start-up",
-}
 
 
 def this_machine(recipe: Recipe) -> Allocation:
@@ -83,18 +71,16 @@ def _show(recipe: Recipe, lines_of: Callable[[Resolved], list[Line]], run_all: C
     for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
     device = PlannedDevice.of(resolved.recipe, describe_device())
-    store = Store(resolved.recipe.store)
-    whole, speeds, unknown = _whole(store, resolved, local, run_all)
+    work = PlannedWork.of(resolved, local, device.gpu, lines_of, run_all)
     if missing := missing_images(resolved):
         logger.warning(f"WARNING: {missing}")
     for problem in exportable(resolved.recipe, len(resolved.task.classes)):
         logger.warning(problem)
     logger.info(HEAD)
-    traffic = traffic_of(resolved) if device.gpu else {}
+    estimates = work.on(device)
     total, spent, sources = (0.0, 0.0), (0.0, 0.0), set[str]()
-    for line in lines_of(resolved):
-        there = whole.get(line.stage, False)
-        found = estimate(line, traffic.get(line.stage, 0.0), speeds.get(line.stage), device)
+    for line in work.lines:
+        there, found = work.whole.get(line.stage, False), estimates[line.stage]
         total = total[0] + line.flops, total[1] + found.device_seconds
         if not there:
             spent = spent[0] + line.flops, spent[1] + found.device_seconds
@@ -106,16 +92,20 @@ def _show(recipe: Recipe, lines_of: Callable[[Resolved], list[Line]], run_all: C
         text = "excludes the stages that are reused"
         logger.info(_row("to spend", "", spent[0], Estimate(spent[1], ""), device.hourly, 0, text))
     _explain(device, sources)
-    logger.info(f"store     {store.uri}; {unknown or 'complete stages in the store are reused at no cost'}")
+    known = work.unknown or "complete stages in the store are reused at no cost"
+    logger.info(f"store     {resolved.recipe.store}; {known}")
 
 
-def _explain(device: PlannedDevice, sources: Iterable[str]) -> None:
-    logger.info(f"\non {device.name}; speed: {'; '.join(_SOURCES[source] for source in sorted(sources))}")
+def _explain(device: PlannedDevice, sources: set[str]) -> None:
+    logger.info("")
+    for line in explain([(device.name, sources)]):
+        logger.info(line)
 
 
 def show_index(recipe: Recipe) -> None:
     """Print the plan for embedding the gallery. Nothing runs."""
-    resolved = resolve_gallery(recipe, this_machine(recipe))
+    local = this_machine(recipe)
+    resolved = resolve_gallery(recipe, local)
     for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
     device = PlannedDevice.of(resolved.recipe, describe_device())
@@ -126,40 +116,15 @@ def show_index(recipe: Recipe) -> None:
     embedded = rows - given_embeddings(recipe)
     logger.info(HEAD)
     what = f"{images_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else "")
-    line = Line("index", teacher.tower * embedded, rows * (teacher.width * 2 + 100), what)
-    traffic = teacher_cost(resolved.recipe, TRAFFIC).tower * embedded if device.gpu else 0.0
-    found = estimate(line, traffic, None, device)
+    line = Line("index", teacher.tower * embedded, rows * (teacher.width * 2 + 100), what, rows)
+    traffic = {"index": teacher_cost(resolved.recipe, TRAFFIC).tower * embedded} if device.gpu else {}
+    store = Store(resolved.recipe.store)
+    seen, _ = look(store, resolved, local, embed_gallery)
+    work = PlannedWork([line], traffic, {**named_facts(resolved.recipe), **seen.facts}, measured_speeds(store))
+    found = work.on(device)["index"]
     logger.info(_row("index", "", line.flops, found, device.hourly, line.store_bytes, what))
-    _explain(device, [found.source])
+    _explain(device, {found.source})
     logger.info("shards that are already in the index cost nothing")
-
-
-def machine(recipe: Recipe) -> tuple[float, float | None, str]:
-    """The assumed FLOP/s, the price in USD per hour (None: unknown), and the name of the device."""
-    device = describe_device()
-    gpus = device.get("gpus") or []
-    name = str(gpus[0]["name"]) if gpus else ""
-    rate = next((r for n, r in RATES.items() if n in name), GPU_RATE) if gpus else CORE_RATE * int(device["cores"])
-    return rate, hourly_price(device, recipe.prices), name or f"{device['cores']} CPU cores"
-
-
-def _whole(
-    store: Store, resolved: Resolved, local: Allocation, run_all: Callable[[RunContext], object]
-) -> tuple[dict[str, bool], Mapping[str, Speed | None], str]:
-    """By name, whether the store holds each stage completely, and its measured speed; and, where the teacher is not on
-    this machine, the reason why that is not known."""
-    import huggingface_hub.constants
-
-    from ktray.pipeline.run import look_at_stages
-
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
-    try:
-        return *look_at_stages(store, resolved, local, run_all), ""
-    except KtrayError as error:
-        return {}, {}, f"the stages that it holds are not known: {error.what}"
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _row(stage: str, state: str, flops: float, found: Estimate, price: float | None, stored: float, what: str) -> str:

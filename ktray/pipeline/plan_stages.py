@@ -86,13 +86,15 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
         if recipe.objective.traits.frozen:
             labelled = len(task.train) + len(task.val)
             flops, what = cost.forward(size) * labelled, f"a linear head on the features of {labelled} images"
+        worked = 0 if recipe.objective.traits.frozen else scratch_steps * batch
         return [
-            Line("hygiene", 0, 0, _checked(task)),
-            Line("finetune", flops, 0, what),
+            _labels(task, 1),
+            _hygiene(task, 0.0),
+            Line("finetune", flops, 0, what, worked),
             _evaluate(recipe, task, cost.forward(size)),
         ]
     teacher = teacher_cost(recipe, counted) if any(needs_teacher(phase) for _, phase in phases(recipe)) else None
-    out: dict[str, Line] = {}
+    out = {"labels": _labels(task, 1 + (1 + len(recipe.teacher.others) if teacher else 0))}
     for name, phase in phases(recipe):
         for line in _pretraining(resolved, phase, cost, teacher):
             before = out.get(line.stage)
@@ -103,7 +105,7 @@ def lines(resolved: Resolved, counted: Counted = FLOPS) -> list[Line]:
                 out[line.stage] = Line(line.stage, flops, stored, f"{before.what}; {what}", images)
             else:
                 out[line.stage] = replace(line, what=what)
-    out["hygiene"] = Line("hygiene", teacher.tower * len(task.test) if teacher else 0, 0, _checked(task))
+    out["hygiene"] = _hygiene(task, teacher.tower if teacher else 0.0)
     f = recipe.finetune
     if f.steps:
         last = phases(recipe)[-1][1]
@@ -167,12 +169,21 @@ def _evaluate(recipe: Recipe, task: LabelledSet, models: float) -> Line:
     decided = len(task.val) if task_kind(recipe.task.kind).decides else 0
     what = [f"{decided:,} validation images for thresholds"] if decided else []
     what.append(f"{len(task.test):,} test images" if task.test else "no test split")
-    return Line("evaluate", models * (decided + len(task.test)), 0, ", ".join(what))
+    images = decided + len(task.test)
+    return Line("evaluate", models * images, 0, ", ".join(what), images)
 
 
-def _checked(task: LabelledSet) -> str:
+def _labels(task: LabelledSet, models: int) -> Line:
+    """LABELS, which decodes the labelled images for each model, without FLOPs."""
+    images = len(task.train) + len(task.val)
+    return Line("labels", 0, 0, f"{images:,} labelled images, decoded for each model ({models})", models * images)
+
+
+def _hygiene(task: LabelledSet, tower: float) -> Line:
+    """HYGIENE, if the teacher's tower takes ``tower`` FLOPs for an image. ADAPT has embedded all but the test split."""
     images = len(task.train) + len(task.val) + len(task.test)
-    return f"{images:,} labelled images: copies in two splits, contradicted labels"
+    text = f"{images:,} labelled images: copies in two splits, contradicted labels"
+    return Line("hygiene", tower * len(task.test), 0, text, images)
 
 
 class StudentCost:
@@ -251,7 +262,9 @@ def _pretraining(resolved: Resolved, recipe: Recipe, cost: StudentCost, teacher:
             f"{gallery_text} gallery images" + (f", {crops} embeddings each" if crops > 1 else ""),
             gallery,
         )
-        yield Line("curate", search_flops, images * 100, f"{recipe.transfer.source}, {images:,} images")
+        yield Line("curate", search_flops, images * 100, f"{recipe.transfer.source}, {images:,} images", gallery)
+    else:
+        yield Line("curate", 0, images * 100, f"{recipe.transfer.source}, {images:,} images", images)
     views = images * (1 if traits.views == "canvas" else recipe.teach.view_count)
     halves = per_prediction(classes, int(recipe.teach.top_k)) if predicts else 0
     halves += width if "embedding" in needs else 0

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 from ktray.accounting.device import describe_device, device_name
 from ktray.accounting.ledger import Ledger
-from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import BadLimit
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.energy import cluster_joules
@@ -37,8 +36,9 @@ from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
 from ktray.reporting.log import muted
 from ktray.reporting.units import flatten
-from ktray.stages.base import RunContext, Runtime
+from ktray.stages.base import RunContext, Runtime, StageResult
 from ktray.stages.index import stage as index
+from ktray.stages.speed import StageLook
 from ktray.storage.store import Store, local_home
 from ktray.tracking.tags import run_tags
 from ktray.tracking.tracker import Tracker, catch_up
@@ -116,11 +116,17 @@ def index_only(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
     begun = time.time()
 
     def work(context: RunContext, resolved: Resolved) -> dict[str, Any]:
-        t = context.recipe.teacher
-        spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
-        return results_transfer_set.write_index(context, index.run(context, spec), spec, begun)
+        done, spec = embed_gallery(context)
+        return results_transfer_set.write_index(context, done, spec, begun)
 
     return logged_run(recipe, debug, None, {"job": "index"}, work, resolve_gallery)
+
+
+def embed_gallery(context: RunContext) -> tuple[StageResult, TeacherSpec]:
+    """Run INDEX with the teacher of the recipe."""
+    t = context.recipe.teacher
+    spec = TeacherSpec.of(TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size))
+    return index.run(context, spec), spec
 
 
 def logged_run(
@@ -175,28 +181,24 @@ def _state(context: RunContext) -> dict[str, Any]:
 
 def _planned_and_taken(context: RunContext, resolved: Resolved) -> dict[str, Any]:
     """What was planned for the stages that this run computed, and what they took."""
-    device = PlannedDevice.of(resolved.recipe, context.ledger.device)
+    machines = context.runtime.machines
+    assert machines is not None  # this is a run
+    device = PlannedDevice.of_cluster(machines, context.plan)
     traffic = traffic_of(resolved) if device.gpu else {}
     return compared(lines(resolved), traffic, context.runtime.speeds, device, context.ledger.entries)
 
 
 def look_at_stages(
-    store: Store, resolved: Resolved, plan: Allocation, run_all: Callable[[RunContext], object] = stages
-) -> tuple[dict[str, bool], dict[str, Speed | None]]:
-    """For a plan: by the name of a stage in the ledger, whether the store holds it completely, and the speed that was
-    measured for it on this machine. This runs and writes nothing.
-
-    Args:
-        run_all: asks for all stages of the job.
-    """
-    device = describe_device()
+    store: Store, resolved: Resolved, plan: Allocation, work: Callable[[RunContext], object] = stages
+) -> StageLook:
+    """For a plan: whether the store holds each stage of ``work`` completely, and what its speed depends on. This runs
+    and writes nothing."""
     silent = cast(Tracker, None)  # no stage runs, so nothing is logged
-    context = _context(store, resolved, plan, Ledger(device), silent, "plan")
-    planned: dict[str, bool] = {}
-    context.runtime.planned = planned
+    context = _context(store, resolved, plan, Ledger(describe_device()), silent, "plan")
+    context.runtime.planned = seen = StageLook()
     with muted():
-        run_all(context)
-    return planned, context.runtime.speeds
+        work(context)
+    return seen
 
 
 def _open(

@@ -25,7 +25,7 @@ from ktray.stages.bad_images import BadImageWatch
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import WorkerStart
 from ktray.stages.shard_summary import S
-from ktray.stages.speed import keep_speed, known_speed
+from ktray.stages.speed import StageLook, keep_speed, known_speed
 from ktray.storage.lease import Lease, LeaseLost
 from ktray.storage.store import Stage, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -54,7 +54,7 @@ class Runtime:
         machines: the machines of the cluster with their prices; None in a plan.
         device: name of the devices, for measured speeds (`ktray.accounting.device.device_name`).
         speeds: by name in the ledger, the speed that was known when the stage began; None: it was not measured.
-        planned: for ``--plan``: no stage runs, and each stage records here whether it is complete. None in a run.
+        planned: for ``--plan``: no stage runs, and each stage is only looked at. None in a run.
     """
 
     store: Store
@@ -71,7 +71,7 @@ class Runtime:
     machines: ClusterMachines | None = None
     device: str = ""
     speeds: dict[str, Speed | None] = field(default_factory=dict)
-    planned: dict[str, bool] | None = None
+    planned: StageLook | None = None
 
 
 @dataclass
@@ -327,8 +327,7 @@ def run_stage(
 
     manifest = complete()
     if runtime.planned is not None:
-        runtime.speeds.setdefault(ledger_stage, known_speed(runtime.store, inputs, runtime.device))
-        runtime.planned[ledger_stage] = manifest is not None and runtime.planned.get(ledger_stage, True)
+        runtime.planned.see(ledger_stage, inputs, manifest is not None)
         return StageResult(stage, manifest or {"key": key}, cached=manifest is not None)
     while manifest is None:
         check_limit()
@@ -386,7 +385,7 @@ def _attempt(
     manifest.update(run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)
-    keep_speed(runtime.store, inputs, runtime.device, meter.entry)
+    keep_speed(runtime.store, inputs, runtime.device, meter.entry, manifest)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,14 @@ class HygieneInputs(StageInputs):
     adapt: StageResult | None
     encoder: TeacherSpec | None
     max_pixels: int
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.source.name if self.encoder else None,
+            "size": self.encoder.preprocess.size[0] if self.encoder else 0,
+            "kind": self.kind,
+        }
 
 
 def run(context: RunContext, adapt: StageResult | None, encoder: TeacherSpec | None) -> StageResult:

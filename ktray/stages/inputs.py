@@ -70,6 +70,15 @@ class StageInputs:
         Empty if the time of the stage is not planned."""
         return {}
 
+    def images_worked(self, counted: int, manifest: Mapping[str, Any]) -> int:
+        """The number of images with which the time of the finished stage grows, as a plan knows it before.
+
+        Args:
+            counted: the images that the ledger counted.
+            manifest: the manifest of the finished stage.
+        """
+        return counted
+
     def key_parts(self) -> dict[str, Any]:
         """The content that is hashed, as JSON-like data. The manifest stores it, so that two keys can be compared."""
         parts: dict[str, Any] = {"version": self.version}

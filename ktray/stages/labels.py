@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,14 @@ class LabelsInputs(StageInputs):
     max_pixels: int
     kind: str
     reader: LabelReader
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {"size": self.canvas.size[0], "kind": self.kind}
+
+    def images_worked(self, counted: int, manifest: Mapping[str, Any]) -> int:
+        """The images that were read; the ledger counts images only where a model works."""
+        return int(manifest["read"])
 
 
 def run(context: RunContext, preprocess: Preprocess) -> StageResult:

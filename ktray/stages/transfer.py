@@ -15,6 +15,7 @@ from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_st
 from ktray.stages.inputs import AddedLater, NotInKey, StageInputs
 from ktray.stages.labels import labels_of
 from ktray.stages.manifests import TrainedManifest
+from ktray.stages.speed_facts import transfer_facts
 from ktray.stages.teach.stage import TeachResult, view_policy
 from ktray.stages.windows import with_windows
 from ktray.storage.store import Stage
@@ -89,15 +90,7 @@ class TransferInputs(StageInputs):
 
     @property
     def speed(self) -> dict[str, Any]:
-        return {
-            "model": self.student.name,
-            "size": self.student.image_size,
-            "kwargs": self.student.kwargs,
-            "objective": self.objective.name,
-            "batch": self.train.batch_size,
-            "precision": self.train.precision,
-            "mode": self.targets.mode,
-        }
+        return transfer_facts(self.student, self.objective.name, self.train, self.targets.mode)
 
 
 def run(

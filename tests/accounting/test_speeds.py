@@ -1,8 +1,13 @@
 """Speeds of runs: fitted lines against values worked out by hand, and their files in a store."""
 
 import pytest
+import timm
+import torch
+import yaml
 
+from ktray.accounting import speeds as module
 from ktray.accounting.speeds import Measured, Speed, Speeds, fit, shipped
+from ktray.models.flops import forward_flops, train_flops
 from ktray.storage.store import Store
 
 FACTS = {"stage": "teach", "model": "miniverse", "size": 32, "device": "some CPU, 2 cores", "targets": ["logits"]}
@@ -52,8 +57,50 @@ def test_a_store_keeps_the_last_runs_by_facts(tmp_path):
 def test_ktrays_own_table_is_used_where_the_store_knows_nothing(tmp_path):
     facts = {"stage": "transfer", "model": "vit_small_patch16_224", "size": 224, "device": "NVIDIA H200", "batch": 7}
     speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
-    assert speeds.known(facts) == Speed(0.0, pytest.approx(1 / 5603), 1, "table")
+    found = speeds.known(facts)
+    assert found.source == "table"
+    # 27.478 GFLOP are a step of one image, of which the H200 did 5,603 a second. Two steps an image take twice as long.
+    assert found.device_seconds(5_603, 5_603 * 27.478e9) == pytest.approx(1.0)
+    assert found.device_seconds(5_603, 2 * 5_603 * 27.478e9) == pytest.approx(2.0)
     assert shipped({**facts, "device": "NVIDIA L4"}) is None
     assert shipped({**facts, "size": 384}) is None
+    assert shipped({**facts, "mode": "cached"}) == found
+    assert shipped({**facts, "mode": "live"}) is None  # a teacher works in each step
+    assert shipped({**facts, "model": "vit_small_patch16_224.augreg_in21k"}) == found
+    assert shipped({**facts, "model": "vit_small_patch16_224_dino"}) is None
     speeds.record(facts, Measured(1_000, 1.0), "20260101-000000")
     assert speeds.known(facts).source == "store"
+
+
+def test_the_bench_is_used_until_a_run_has_measured(tmp_path):
+    speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
+    speeds.record(FACTS, Measured(1_000, 50.0), "20260101-000000", bench=True)
+    assert speeds.known(FACTS) == Speed(0.0, pytest.approx(0.05), 1, "bench")
+    speeds.record(FACTS, Measured(100, 17.0), "20250101-000000")
+    assert speeds.known(FACTS) == Speed(0.0, pytest.approx(0.17), 1, "store")
+
+
+def test_a_family_of_gpus_stands_for_its_members(tmp_path):
+    speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
+    for number, (name, seconds) in enumerate(
+        [("NVIDIA L4", 100.0), ("NVIDIA L40S", 30.0), ("NVIDIA H100 80GB HBM3", 10.0), ("NVIDIA H100 PCIe", 20.0)]
+    ):
+        speeds.record({**FACTS, "device": name}, Measured(100, seconds), f"20260101-00000{number}")
+    assert speeds.known({**FACTS, "device": "L4"}).per_image == pytest.approx(1.0)
+    assert speeds.known({**FACTS, "device": "L40S"}).per_image == pytest.approx(0.3)
+    assert speeds.known({**FACTS, "device": "H100"}).runs == 2
+    assert speeds.known({**FACTS, "device": "NVIDIA H100 PCIe"}).per_image == pytest.approx(0.2)
+    assert speeds.known({**FACTS, "device": "H200"}) is None
+
+
+def test_the_table_counts_flops_as_ktray_does():
+    rows = yaml.safe_load((module.resources.files("ktray.accounting") / "speeds.yaml").read_text())["speeds"]
+    assert len(rows) >= 3
+    for row in rows:
+        library, _, model = row["model"].rpartition(":")
+        assert library in ("", "timm")
+        with torch.device("meta"):
+            built = timm.create_model(model, img_size=row["size"]) if library else timm.create_model(model)
+        count = train_flops if "transfer" in row["stages"] else forward_flops
+        flops = count(built, (3, row["size"], row["size"]))
+        assert row["flops_per_image"] == pytest.approx(flops, rel=0.01), row["model"]

@@ -8,7 +8,7 @@ from ktray import recipe as recipes
 from ktray.accounting.ledger import Entry
 from ktray.accounting.roofline import gpu_seconds
 from ktray.accounting.speeds import Speed
-from ktray.pipeline.estimate import Estimate, PlannedDevice, compared, estimate
+from ktray.pipeline.estimate import Estimate, PlannedDevice, compared, estimate, together
 from ktray.pipeline.plan_gallery import missing_images
 from ktray.pipeline.plan_stages import Line
 from ktray.reporting.report import planned_line
@@ -20,7 +20,7 @@ TEACH = Line("teach", 6e12, 0, "views", images=1_000)
 
 def test_a_measured_speed_comes_first_then_the_roofline():
     assert estimate(TEACH, 1e12, Speed(10.0, 0.05), GPU) == Estimate(60.0, "store")
-    assert estimate(TEACH, 1e12, Speed(0.0, 0.01, 1, "table"), GPU) == Estimate(10.0, "table")
+    assert estimate(TEACH, 1e12, Speed(0.0, 0.0, 1, "table", 2e-12), GPU) == Estimate(12.0, "table")
     assert estimate(TEACH, 1e12, None, GPU) == Estimate(gpu_seconds(6e12, 1e12, "NVIDIA L4"), "roofline")
     assert estimate(TEACH, 0.0, None, CPU) == Estimate(100.0, "cores")
     unknown = Line("index", 6e12, 0, "an unknown number of images")
@@ -56,6 +56,23 @@ def test_planned_and_taken_by_stage():
     assert "for the stages teach, transfer." in planned_line({"plan": found})
     assert planned_line({"plan": compared(lines, {}, {}, CPU, [])}) == ""
     assert compared(lines, {}, {}, CPU, [entry("teach", usd=None)])["usd"] is None
+
+
+def test_the_plan_of_several_runs_is_the_sum_of_theirs_by_stage():
+    lines = [TEACH, Line("transfer", 6e11, 0, "steps", images=10)]
+    own = [entry("teach"), entry("transfer", device_seconds=5.0, wall_seconds=5.0, usd=0.01)]
+    first = compared(lines, {}, {"teach": Speed(10.0, 0.05)}, CPU, own)
+    found = together([first, compared(lines, {}, {}, CPU, [entry("teach")])])
+    teach, transfer = found["stages"]
+    assert (teach["name"], teach["source"]) == ("teach", "cores, store")
+    # 30 of 40 s by the stored speed, and 100 of 80 device-seconds, which are 50 of 40 s, by cores.
+    assert (teach["planned_seconds"], teach["seconds"]) == (pytest.approx(80.0), pytest.approx(80.0))
+    assert (transfer["planned_seconds"], transfer["usd"]) == (pytest.approx(10.0), pytest.approx(0.01))
+    assert found["planned_seconds"] == pytest.approx(90.0)
+    assert found["usd"] == pytest.approx(0.09)
+    assert together([])["stages"] == []
+    unpriced = compared(lines, {}, {}, CPU, [entry("teach", usd=None)])
+    assert together([first, unpriced])["usd"] is None
 
 
 def test_a_gallery_that_is_too_small_is_told():

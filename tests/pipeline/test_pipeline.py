@@ -273,12 +273,38 @@ def test_a_run_tells_what_was_planned_and_leaves_its_speeds(first, capsys):
         assert row["usd"] == pytest.approx(rows[row["name"]]["usd"])
         assert row["planned_seconds"] > 0 or row["name"] == "curate"
     assert plan["usd"] == pytest.approx(sum(row["usd"] for row in plan["stages"]))
-    (found,) = store.glob("speeds/transfer-*/*.json")
+    (found,) = store.glob("speeds/transfer-*/*/*.json")
     measured = json.loads(found.read_text())["measured"]
     assert measured["images"] == 60 * 32
     assert measured["device_seconds"] == pytest.approx(rows["transfer"]["device_seconds"])
+    assert {path.parts[-3].partition("-")[0] for path in store.glob("speeds/*/*/*.json")} >= {
+        "labels", "adapt", "index", "curate", "teach", "transfer", "finetune", "hygiene", "evaluate",
+    }  # fmt: skip
     (machine,) = result["cluster"]["machines"]
     assert rows["teach"]["usd"] == pytest.approx(rows["teach"]["device_seconds"] * machine["usd_per_hour"] / 3600)
+
+
+def test_the_plan_of_the_same_run_has_stored_speeds_and_its_time(first):
+    from ktray.accounting.device import describe_device
+    from ktray.distributed.allocation import allocate
+    from ktray.pipeline.estimate import PlannedDevice
+    from ktray.pipeline.plan_work import PlannedWork
+    from ktray.pipeline.resolve import resolve
+
+    store, data, result, _, _ = first
+    local = allocate(2, 0, 1, 1, False)
+    resolved = resolve(recipes.load(None, [f"store={store}", *SMALL, *data, "train.steps=60"]), local)
+    work = PlannedWork.of(resolved, local, gpus=False)
+    assert not work.unknown
+    found = work.on(PlannedDevice.of(resolved.recipe, describe_device()))
+    assert {estimate.source for estimate in found.values()} == {"store"}
+    # The runs of LABELS decode into other sizes, and training from scratch stops early. If other runs with this store
+    # have measured the same stage, the plan is between them.
+    alone = [row for row in result["stages"] if len(list(store.glob(f"speeds/{row['name']}-*/*/*.json"))) == 1]
+    alone = [row for row in alone if row["name"] not in ("labels", "scratch")]
+    assert len(alone) >= 4
+    for row in alone:
+        assert found[row["name"]].device_seconds == pytest.approx(row["device_seconds"], rel=0.25), row["name"]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ EXCEPTIONS = {
     "transfer": {"train"},
     "finetune": {"train"},
     "scratch": {"train"},
-    "evaluate": {"teacher"},
+    "evaluate": {"teacher", "taught_by"},
 }
 
 
@@ -112,6 +113,20 @@ def test_each_field_of_the_inputs_changes_the_key(seen: dict[str, StageInputs], 
                 assert same == (name in mark.names), f"{field.name}.{name}"
         else:
             assert changed.key == inputs.key, field.name
+
+
+def test_a_plan_knows_what_the_speed_of_every_planned_stage_depends_on(seen: dict[str, StageInputs]) -> None:
+    for name in STAGES - {"ensemble"}:  # it costs next to nothing, and is not planned
+        facts = seen[name].speed
+        assert "size" in facts, name
+        assert json.loads(json.dumps(facts)) == facts, name
+
+
+def test_time_grows_with_the_gallery_in_curate_and_with_what_was_read_in_labels(seen: dict[str, StageInputs]) -> None:
+    manifest = {"gallery": 48, "read": 30}
+    assert seen["curate"].images_worked(7, manifest) == 48
+    assert seen["labels"].images_worked(0, manifest) == 30
+    assert seen["hygiene"].images_worked(7, manifest) == 7
 
 
 def test_the_key_is_a_hash_of_what_the_manifest_lists(seen: dict[str, StageInputs]) -> None:

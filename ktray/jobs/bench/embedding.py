@@ -18,7 +18,7 @@ from ktray.distributed.device_work import Item
 from ktray.distributed.ray_data import map_shards
 from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import KtrayError
-from ktray.jobs.bench.rows import BenchRow, in_turns
+from ktray.jobs.bench.rows import BenchRow, StageSpeed, in_turns
 from ktray.models.device import device
 from ktray.models.teacher.families.base import TeacherSource, family_of, model_of
 from ktray.models.teacher.spec import TeacherSpec, tower_flops
@@ -26,6 +26,7 @@ from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
 from ktray.stages.index.decode import DecodeGallery
 from ktray.stages.index.stage import EmbedGallery
+from ktray.stages.speed_facts import index_facts
 
 SECONDS = 10.0
 BATCH = 64
@@ -73,7 +74,10 @@ def embedding(
         "dimensions": spec.embed_dim,
         "device": "GPU" if plan.actor_gpus else "CPU",
     }
-    return BenchRow(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts)
+    embedded = max(1, round(images * len(some) / len(shards)))
+    devices = plan.actors * plan.actor_gpus or 1.0  # without GPUs, this machine
+    stage = StageSpeed({"stage": "index", **index_facts(spec, None)}, embedded, devices)
+    return BenchRow(f"embed, {spec.source.name}", "images/s", "bare encoder", limit, reached, facts, stage)
 
 
 def _bare_rate(spec: TeacherSpec, cores: int, plan: Allocation) -> float:

@@ -25,13 +25,14 @@ from ktray.errors import KtrayError
 from ktray.jobs.bench.busy import busy_share
 from ktray.jobs.bench.embedding import embedding, encoder
 from ktray.jobs.bench.lesson import BenchTargets, Case, ensure_targets
-from ktray.jobs.bench.rows import BenchRow
+from ktray.jobs.bench.rows import BenchRow, StageSpeed
 from ktray.jobs.bench.searching import searching
-from ktray.jobs.bench.training import VARIANTS, Variant, on_device, through_ktray
+from ktray.jobs.bench.training import VARIANTS, Variant, on_device, stage_speed, through_ktray
 from ktray.miniverse.photos import ensure_tars
 from ktray.models.device import device
 from ktray.models.flops import train_flops
 from ktray.recipe.load import load
+from ktray.stages.speed_facts import teach_facts
 from ktray.stages.teach.shards import WithTeacher
 from ktray.storage.store import Store
 
@@ -76,14 +77,16 @@ def _students(case: Case, folder: Path, plan: Allocation, steps: int) -> Iterato
     for variant in (*VARIANTS[:2], JPEG, VARIANTS[3]):
         own = targets if variant.jpeg is None else ensure_targets(case, folder, plan, jpeg=variant.jpeg)
         waits: list[float] = []
+        count = steps // (3 if variant.with_teacher else 1)
         with busy_share() as busy:
-            rate = through_ktray(own, variant, steps // (3 if variant.with_teacher else 1), plan, folder, waits)
+            rate = through_ktray(own, variant, count, plan, folder, waits)
         more = {"data_wait": max(waits), "card busy": busy.share, "TFLOP/s": rate * _flops(targets) / 1e12}
         limit, name = eager, "strongest bare eager step"
         if variant.with_teacher:
             teacher = on_device(_bare_teacher, targets, 8, plan)
             limit, name = 1 / (1 / teacher + 1 / eager), "bare teacher, then bare step"
-        yield BenchRow(f"train {variant.name}, {case.name}", "images/s", name, [limit], [rate], {**facts, **more})
+        stage, title = stage_speed(own, variant, count, plan), f"train {variant.name}, {case.name}"
+        yield BenchRow(title, "images/s", name, [limit], [rate], {**facts, **more}, stage)
 
 
 def _teacher(case: Case, folder: Path, plan: Allocation, cores: int) -> Iterator[BenchRow]:
@@ -103,7 +106,10 @@ def _teacher(case: Case, folder: Path, plan: Allocation, cores: int) -> Iterator
         spent = time.perf_counter() - began
     shutil.rmtree(stage.path, ignore_errors=True)
     facts: dict[str, float | int | str] = {"views": VIEWS, "card busy": busy.share}
-    yield BenchRow(f"TEACH, {case.teacher}", "views/s", "bare forward pass in bf16", [limit], [rows / spent], facts)
+    own = teach_facts(case.teacher, cut.size, targets.predict.targets, False)
+    stage_facts = StageSpeed({"stage": "teach", **own}, rows, plan.actors * plan.actor_gpus or 1.0)
+    limit_name = "bare forward pass in bf16"
+    yield BenchRow(f"TEACH, {case.teacher}", "views/s", limit_name, [limit], [rows / spent], facts, stage_facts)
 
 
 def _default_job(folder: Path, quick: bool) -> BenchRow:

@@ -7,7 +7,28 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from ktray.accounting.speeds import Measured
+
 Rate = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class StageSpeed:
+    """A stage of a run whose speed a row measured.
+
+    Attributes:
+        facts: what the speed depends on besides the device (`ktray.accounting.speeds`), with the name of the ``stage``.
+        images: number of images in a turn.
+        devices: number of devices that worked.
+    """
+
+    facts: dict[str, Any]
+    images: int
+    devices: float
+
+    def measured(self, rate: float) -> Measured:
+        """What a run with this rate, in images a second, would have measured."""
+        return Measured(self.images, self.devices * self.images / rate)
 
 
 @dataclass(frozen=True)
@@ -20,6 +41,7 @@ class BenchRow:
         limit_name: name of the limit.
         limit, reached: rates of each turn.
         facts: further figures, for example to extrapolate the rates.
+        stage: the stage of a run that ``reached`` is the rate of, for plans; None: it is not that of a stage.
     """
 
     name: str
@@ -28,6 +50,7 @@ class BenchRow:
     limit: list[float]
     reached: list[float]
     facts: dict[str, float | int | str] = field(default_factory=dict)
+    stage: StageSpeed | None = None
 
     @property
     def ratio(self) -> float:
@@ -35,7 +58,7 @@ class BenchRow:
         return median(r / x for r, x in zip(self.reached, self.limit, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio}
+        return {**{name: value for name, value in asdict(self).items() if name != "stage"}, "ratio": self.ratio}
 
 
 def in_turns(limit: Rate, reached: Rate, repeats: int, warm: bool = True) -> tuple[list[float], list[float]]:

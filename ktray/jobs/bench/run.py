@@ -9,9 +9,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from ktray.accounting.device import describe_device, usable_cpus, versions
+from ktray.accounting.device import describe_device, device_name, usable_cpus, versions
 from ktray.data.sources.listing import list_shards
 from ktray.distributed.allocation import Allocation, cluster_allocation
 from ktray.distributed.connect import connect
@@ -36,6 +37,7 @@ from ktray.miniverse.photos import ensure_tars
 from ktray.recipe.load import dump
 from ktray.recipe.schema import Recipe
 from ktray.reporting.result import SCHEMA, BenchResult, finished, write_result
+from ktray.stages.speed import measured_speeds
 from ktray.storage.clock import day, stamp
 from ktray.storage.store import Store
 from ktray.tracking.tags import commit
@@ -73,6 +75,8 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
             logger.info(f"bench     {name}")
             for row in _BENCHES[name](recipe, Path(store.path) / "bench", plan):
                 rows.append(row)
+                if not recipe.bench.quick:  # the rates of a quick bench are too rough to plan with
+                    keep_speed(store, row, bool(plan.worker_gpus))
                 logger.info(markdown([row]).splitlines()[-1])
     run_id = f"{stamp()}-bench-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
@@ -97,6 +101,18 @@ def bench(recipe: Recipe, debug: bool = False) -> dict[str, Any]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1))
     return {**result, "folder": folder.uri}
+
+
+def keep_speed(store: Store, row: BenchRow, gpu: bool) -> None:
+    """Keep the speed of a stage that a row measured, for plans of runs with this store.
+
+    Args:
+        gpu: whether GPUs worked.
+    """
+    if row.stage is None:
+        return
+    facts = {**row.stage.facts, "device": device_name(describe_device(), gpu)}
+    measured_speeds(store).record(facts, row.stage.measured(median(row.reached)), stamp(), bench=True)
 
 
 def quick(recipe: Recipe) -> Recipe:

@@ -17,9 +17,11 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.mailbox import open_mailbox
 from ktray.distributed.retried_task import run_with_retries
 from ktray.jobs.bench.lesson import CASES, CLASSES, FEWER, BenchTargets, Case, ensure_targets, less
-from ktray.jobs.bench.rows import BenchRow, in_turns
+from ktray.jobs.bench.rows import BenchRow, StageSpeed, in_turns
 from ktray.models.device import device
+from ktray.recipe.choice import default_objective
 from ktray.recipe.schema import TrainConfig
+from ktray.stages.speed_facts import transfer_facts
 from ktray.storage.store import Store
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
 from ktray.training.messages import Message, StepProgress
@@ -103,10 +105,23 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
             facts: dict[str, float | int | str] = {"batch": case.batch, "teacher": case.teacher}
             rates = in_turns(limit, through, repeats, warm=not quick)
             facts["data_wait"] = max(waits)
-            yield BenchRow(f"train {variant.name}, {case.name}", "images/s", limit_name, *rates, facts)
+            steps = steps_with_teacher if variant.with_teacher else steps_without
+            stage = stage_speed(targets, variant, steps, plan)
+            yield BenchRow(f"train {variant.name}, {case.name}", "images/s", limit_name, *rates, facts, stage)
         if case.large and not quick:
             rates = in_turns(limit, partial(on_device, _timm_step, targets, steps_with_teacher, plan), repeats)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
+
+
+def stage_speed(targets: BenchTargets, variant: Variant, steps: int, plan: Allocation) -> StageSpeed | None:
+    """What TRANSFER's speed depends on; None for a variant that a run would not choose for so few rows."""
+    if variant.jpeg is not None or not (variant.resident or variant.mode == "streamed"):
+        return None
+    part = variant.part(targets.case.batch * plan.workers)
+    own = transfer_facts(targets.student, default_objective().name, part, variant.mode)
+    images = steps * int(part.batch_size or 1)
+    measured = images if variant.mode == "streamed" else images // 2
+    return StageSpeed({"stage": "transfer", **own}, measured, plan.workers * plan.worker_gpus or 1.0)
 
 
 def through_ktray(

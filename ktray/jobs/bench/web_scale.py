@@ -1,9 +1,10 @@
 """The costs of a gallery of any size, computed from what `jobs/bench.py` measured on one machine.
 
-    python -m ktray.jobs.bench.web_scale STORE/runs/BENCH [STORE/runs/MORE ...] [IMAGES [FLOPS_PER_IMAGE [DIMENSIONS]]]
+    python -m ktray.jobs.bench.web_scale STORE/runs/BENCH [STORE/runs/MORE ...] [IMAGES] [ENCODER] [SIDE]
 
 prints a table in Markdown: each step, its constant, whether the constant was measured or assumed, and the result.
-Several runs with different benchmarks can be combined; they must be from the same machine.
+Several runs with different benchmarks can be combined; they must be from the same machine. GPUs have the speed of
+ktray's table (`ktray.accounting.speeds`), or that of their roofline (`ktray.accounting.roofline`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,50 @@ from statistics import median
 from typing import Any
 
 from ktray.accounting.prices import hourly_price
+from ktray.accounting.speeds import SHIPPED, shipped
 from ktray.errors import KtrayError
-from ktray.pipeline.plan import RATES
+from ktray.models.flops import forward_flops
+from ktray.models.teacher.load import build_teacher
+from ktray.models.teacher.teacher import TeacherSource
+from ktray.models.traffic import forward_traffic
+from ktray.pipeline.estimate import PlannedDevice, estimate
+from ktray.pipeline.plan_stages import Line
 from ktray.retrieval.faiss_index import CODES, ID_BYTES
 
-# LAION-scale: DataComp-1B has 1.28 billion images; ViT-L/14 at 224 px; the paper's largest task has 19,210 queries.
+# LAION-scale: DataComp-1B has 1.28 billion images; the paper's largest task has 19,210 queries.
 IMAGES = 1.28e9
-FLOPS = 162e9
-DIMENSIONS = 768
+ENCODER, SIDE = "timm:vit_large_patch14_dinov2", 224
 QUERIES = 19_210
+GPUS = ("L4", "A100", "H100", "H200")
 # An encoded image at 256 px, the default of img2dataset; its documentation gives about 100 KB at full size.
 IMAGE_BYTES = 25e3
-MEASURED, SCALED, ASSUMED = "measured", "measured, scaled", "assumed"
+MEASURED, SCALED, ASSUMED, ROOFLINE = "measured", "measured, scaled", "assumed", "roofline"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder of the gallery.
+
+    Attributes:
+        side: side of its input, pixels.
+        flops: FLOPs of a forward pass for one image.
+        values: values that it reads and writes for one image (`ktray.models.traffic`).
+        dimensions: dimensions of its embeddings.
+    """
+
+    name: str
+    side: int
+    flops: float
+    values: float
+    dimensions: int
+
+    @classmethod
+    def of(cls, name: str, side: int) -> Encoder:
+        """Count a value of ``teacher.name`` on the graph of its model, without weights."""
+        model = build_teacher(TeacherSource(name, image_size=side), device="meta")
+        shape = (3, *model.preprocess.size)
+        tower = model.image_tower
+        return cls(name, side, forward_flops(tower, shape), forward_traffic(tower, shape), int(model.embed_dim))
 
 
 @dataclass(frozen=True)
@@ -41,19 +74,19 @@ class Step:
     result: str
 
 
-def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: float, dimensions: int) -> list[Step]:
+def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, encoder: Encoder) -> list[Step]:
     """Compute the rows of the table.
 
     Args:
         rows: rows of ``result.json`` of jobs/bench.py: the benchmarks ``read``, ``embed`` and ``search``.
         cores: number of cores of the machine on which they were measured.
         images: number of images in the gallery.
-        flops: FLOPs of the encoder's forward pass for one image.
-        dimensions: dimensions of the encoder's embeddings.
+        encoder: the encoder that embeds them.
 
     Raises:
         KtrayError: a benchmark is missing.
     """
+    flops, dimensions = encoder.flops, encoder.dimensions
     read, *_ = _named(rows, "decode", "read")
     embed = max(_named(rows, "embed", "embed"), key=lambda r: float(r["facts"]["flops_per_image"]))
     exact, *_ = _named(rows, "exact search", "search")
@@ -79,10 +112,7 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
             _hours(images * flops / rate, core_hour * cores, "machine"),
         )
     )
-    for device in ("L4", "A100", "H100"):
-        price = hourly_price({"cores": 1, "gpus": [{"name": device}]}, {}) or 0.0
-        constant = f"{RATES[device] / 1e12:,.0f} TFLOP/s (35% of the bf16 peak)"
-        out.append(Step(f"embed on {device}", constant, ASSUMED, _hours(images * flops / RATES[device], price, "GPU")))
+    out += [_on_gpu(gpu, images, encoder) for gpu in GPUS]
     vectors = images * dimensions * 2
     out.append(Step("embeddings", f"{dimensions} x 2 bytes", "arithmetic", f"{vectors / 1e12:,.2f} TB"))
     bytes_per_row = float(exact["facts"]["table_bytes_per_row"])
@@ -134,6 +164,17 @@ def steps(rows: Sequence[dict[str, Any]], cores: int, images: float, flops: floa
     return out
 
 
+def _on_gpu(gpu: str, images: float, encoder: Encoder) -> Step:
+    """The encoder on a GPU, without decoding."""
+    device = PlannedDevice.named(gpu, {})
+    speed = shipped({"stage": "index", "model": encoder.name, "size": encoder.side, "device": gpu})
+    work = Line("index", images * encoder.flops, 0, "", images)
+    found = estimate(work, images * encoder.values, speed, device)
+    rates = f"{images / found.device_seconds:,.0f} images/s, {work.flops / found.device_seconds / 1e12:,.0f} TFLOP/s"
+    source = MEASURED if found.source == SHIPPED else ROOFLINE
+    return Step(f"embed on {gpu}", rates, source, _hours(found.device_seconds, device.hourly or 0.0, "GPU"))
+
+
 def _named(rows: Sequence[dict[str, Any]], start: str, bench: str) -> list[dict[str, Any]]:
     rows_named = [row for row in rows if row["name"].startswith(start)]
     if not rows_named:
@@ -161,7 +202,8 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         KtrayError: the runs are from different machines, or a benchmark is missing.
     """
-    folders = [text for text in arguments if not _number(text)]
+    encoders = [text for text in arguments if ":" in text and "://" not in text]
+    folders = [text for text in arguments if not _number(text) and text not in encoders]
     results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
     machines = {(r["device"]["cpu"], r["device"]["cores"]) for r in results}
     if len(machines) != 1:
@@ -170,9 +212,10 @@ def main(arguments: Sequence[str]) -> None:
         )
     rows = [row for result in results for row in result["rows"]]
     numbers: list[float] = [float(text) for text in arguments if _number(text)]
-    images, flops, dimensions = [*numbers, *[IMAGES, FLOPS, float(DIMENSIONS)][len(numbers) :]]
+    images, side = [*numbers, *[IMAGES, float(SIDE)][len(numbers) :]]
     ((_, cores),) = machines
-    print(table(steps(rows, int(cores), images, flops, int(dimensions)), images))
+    encoder = Encoder.of(encoders[0] if encoders else ENCODER, int(side))
+    print(table(steps(rows, int(cores), images, encoder), images))
 
 
 def _number(text: str) -> bool:

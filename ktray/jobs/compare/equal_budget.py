@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ktray.accounting.prices import price_table
+from ktray.accounting.device import describe_device
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.calibration import MeasuredSpeed
 from ktray.jobs.compare.methods import Methods, list_methods, recipe_of, with_steps
-from ktray.pipeline.plan import RATES, this_machine
+from ktray.pipeline.estimate import PlannedDevice
+from ktray.pipeline.plan import this_machine
+from ktray.pipeline.plan_gallery import missing_images
 from ktray.pipeline.plan_stages import lines
+from ktray.pipeline.plan_work import PlannedWork, explain
 from ktray.pipeline.resolve import resolve
 from ktray.recipe.schema import Recipe
 from ktray.reporting.log import muted
 
 logger = logging.getLogger("ktray")
 
-DEVICES = ("A100", "H100", "L4")
+# GPUs whose hours and prices a plan shows beside those of this machine.
+GPUS = ("H200", "H100", "A100", "L4")
 
 
 @dataclass(frozen=True)
@@ -111,30 +115,53 @@ def budgets(
 def show(recipe: Recipe) -> None:
     """Log the plan of a comparison: what each method will cost. Shared and reused stages count for every method."""
     recipe = with_steps(recipe)
-    part = recipe.compare
+    part, local = recipe.compare, this_machine(recipe)
     methods = list_methods(recipe)
-    planned = budgets(recipe, methods, this_machine(recipe))
+    planned = budgets(recipe, methods, local)
     if part.equal == "device_seconds":
         logger.info("the steps of all methods except the first will be computed from measured speeds")
-    tried = sum(planned[name].flops for name, method in methods.items() if method.family == name)
-    total = len(part.seeds) * sum(b.flops for b in planned.values()) + len(part.lr_search) * tried
-    prices = price_table()["accelerators"]
-    head = "".join(f"{f'{name} hours':>14}{'USD':>10}" for name in DEVICES)
+    devices = planned_devices(recipe)
+    hours: dict[str, list[float]] = {}
+    sources: list[set[str]] = [set() for _ in devices]
+    missing: dict[str, None] = {}
+    for name, method in methods.items():
+        with muted():
+            resolved = resolve(recipe_of(recipe, method.keys, train__steps=planned[name].steps), local)
+        missing[missing_images(resolved)] = None
+        work = PlannedWork.of(resolved, local)
+        found = [work.on(device) for device in devices]
+        hours[name] = [sum(stage.device_seconds for stage in stages.values()) / 3600 for stages in found]
+        for own, stages in zip(sources, found, strict=True):
+            own |= {stage.source for stage in stages.values() if stage.device_seconds}
+    for text in filter(None, missing):
+        logger.warning(f"WARNING: {text}")
+    head = "".join(f"{f'{device.name[:12]} hours':>20}{'USD':>10}" for device in devices)
     logger.info("")
     logger.info(f"{'one run of':<34}{'steps':>9}{'FLOPs':>12}{head}")
     for name, budget in planned.items():
-        logger.info(_planned(name, f"{budget.steps:,}", budget.flops, prices))
+        logger.info(_planned(name, f"{budget.steps:,}", budget.flops, hours[name], devices))
+    times = {name: len(part.seeds) + len(part.lr_search) * (methods[name].family == name) for name in methods}
+    total = sum(times[name] * planned[name].flops for name in methods)
+    total_hours = [sum(times[name] * hours[name][i] for name in methods) for i in range(len(devices))]
     trials = f" and {len(part.lr_search)} learning rates" if part.lr_search else ""
-    logger.info(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, prices))
+    logger.info(_planned(f"all, {len(part.seeds)} seeds{trials}", "", total, total_hours, devices))
     logger.info("")
-    logger.info(
-        "The plan assumes 35% of the devices' bf16 peak. It omits decoding, start-up and savings by shared stages."
-    )
+    for line in explain(zip((device.name for device in devices), sources, strict=True)):
+        logger.info(line)
+    logger.info("Hours are those of one device. Savings by shared stages are not included.")
 
 
-def _planned(name: str, steps: str, flops: float, prices: dict[str, float]) -> str:
-    hours = [flops / RATES[device] / 3600 for device in DEVICES]
-    shown = "".join(f"{h:>14.3g}{h * prices[device]:>10.3g}" for h, device in zip(hours, DEVICES, strict=True))
+def planned_devices(recipe: Recipe) -> list[PlannedDevice]:
+    """The devices of a plan: that of this machine first, then common GPUs."""
+    here = PlannedDevice.of(recipe, describe_device())
+    return [here, *(PlannedDevice.named(gpu, recipe.prices) for gpu in GPUS if gpu not in here.name)]
+
+
+def _planned(name: str, steps: str, flops: float, hours: Sequence[float], devices: Sequence[PlannedDevice]) -> str:
+    shown = ""
+    for spent, device in zip(hours, devices, strict=True):
+        usd = "?" if device.hourly is None else f"{spent * device.hourly:.3g}"
+        shown += f"{spent:>20.3g}{usd:>10}"
     return f"{name:<34}{steps:>9}{flops:>12.3g}{shown}"
 
 

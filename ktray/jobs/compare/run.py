@@ -24,6 +24,7 @@ from ktray.jobs.compare.parallel import how_many, share
 from ktray.jobs.compare.random_draws import Methods
 from ktray.jobs.compare.runner import Runner, open_folder
 from ktray.pipeline.checks import require_test_split
+from ktray.pipeline.estimate import together
 from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.resolve import labels_of
 from ktray.pipeline.run_folder import RUNNING
@@ -31,6 +32,7 @@ from ktray.pipeline.session import Session, open_session
 from ktray.recipe.load import dump, override
 from ktray.recipe.schema import Recipe
 from ktray.reporting.log import result
+from ktray.reporting.report import planned_line
 from ktray.reporting.result import SCHEMA, CompareResult, finished, write_result
 from ktray.storage.store import local_home
 
@@ -117,6 +119,7 @@ def _compare(
             "calibration": measured,
         },
         "lr_search": list(recipe.compare.lr_search),
+        "plan": together(r["plan"] for r in unique if r.get("plan")),
         "mlflow": any_result["mlflow"],
         "versions": any_result["versions"],
         "device": any_result["device"],
@@ -133,6 +136,8 @@ def _compare(
     folder.delete(RUNNING)
     result("")
     result(page.table(content))
+    if line := planned_line(content):
+        result(line)
     result(f"\npage      {folder.file('compare.html')}\nresult    {folder.file('result.json')}")
     result(f"runs      {content['mlflow']['tracking_uri']} (local files of MLflow: {local_home(store)})")
     result(f"chart     {chart(recipe, store, content)}")

@@ -17,6 +17,7 @@ from ktray.models.student.tagger import DEFAULT_THRESHOLD, Tagger
 from ktray.models.teacher.adapted import AdaptedTeacher
 from ktray.models.teacher.spec import tower_flops
 from ktray.models.teacher.teacher import fitting_batch, products_on
+from ktray.models.traffic import forward_traffic
 from ktray.pipeline.finished_run import FinishedRun
 from ktray.tasks.students import StudentInFolder
 
@@ -88,6 +89,13 @@ def choose(run: FinishedRun, which: str, on_gpu: bool) -> ChosenModel:
         fitted = run.decisions("teacher").get("thresholds", {})
         thresholds = tuple(fitted.get(label, DEFAULT_THRESHOLD) for label in teacher.classes)
     return ChosenModel(name, identity, teacher.classes, spec.preprocess, spec, width, flops_of(teacher), thresholds)
+
+
+def traffic_of_image(model: ChosenModel) -> float:
+    """Values that the model reads and writes for one image (`ktray.models.traffic`). It is loaded for this."""
+    loaded = model.source.load()
+    tower = loaded.image_tower if isinstance(loaded, AdaptedTeacher) else loaded.model
+    return forward_traffic(tower, (3, *model.preprocess.size))
 
 
 def flops_of(model: Classifier) -> float:

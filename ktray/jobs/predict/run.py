@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ktray.accounting.device import versions
+from ktray.accounting.device import describe_device, versions
 from ktray.accounting.ledger import cost_summary
 from ktray.data import filesystem
 from ktray.data.labelled.labelled_set import LabelledSet
@@ -18,10 +18,13 @@ from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.predict.decode import DecodeShard
 from ktray.jobs.predict.folder import PredictionFolder
-from ktray.jobs.predict.models import ChosenModel, choose
+from ktray.jobs.predict.models import ChosenModel, choose, traffic_of_image
 from ktray.jobs.predict.stage import STAGE, PredictInputs, PredictShard, work
+from ktray.pipeline.estimate import PlannedDevice
 from ktray.pipeline.finished_run import FinishedRun, find_run
-from ktray.pipeline.plan import machine, this_machine
+from ktray.pipeline.plan import this_machine
+from ktray.pipeline.plan_stages import Line
+from ktray.pipeline.plan_work import PlannedWork, explain
 from ktray.pipeline.resolve import Resolved
 from ktray.pipeline.run import logged_run
 from ktray.recipe.schema import Recipe
@@ -29,6 +32,7 @@ from ktray.recipe.section import digest
 from ktray.reporting.result import SCHEMA, PredictResult, finished, write_result
 from ktray.reporting.units import flops, percent, seconds, usd
 from ktray.stages.base import RunContext, StageResult, run_stage
+from ktray.stages.speed import StageLook, measured_speeds
 from ktray.storage.store import Dir
 from ktray.tracking.metrics import stable_metrics
 
@@ -117,6 +121,7 @@ def _inputs(source: FinishedRun, recipe: Recipe, model: ChosenModel, shards: Seq
             folder, model.source, model.classes, part.probabilities, part.embedding, model.flops, model.thresholds
         ),
         total=None if None in counts else sum(c or 0 for c in counts),
+        named=model.name,
     )
 
 
@@ -203,15 +208,20 @@ def show(requested: Recipe) -> None:
     todo = [shard for shard in shards if shard.fingerprint not in there]
     known = [shard.count for shard in todo if shard.count is not None]
     unknown = "" if len(known) == len(todo) else " and those of tar shards, whose number is not known before reading"
-    rate, price, kind = machine(recipe)
-    hours = model.flops * sum(known) / rate / 3600
-    bill = f"{hours * price:.4f} USD" if price is not None else "an unknown price"
+    device = PlannedDevice.of(recipe, describe_device())
+    images = sum(known)
+    line = Line(STAGE, model.flops * images, 0, "", images)
+    seen = StageLook()
+    seen.see(STAGE, inputs, not todo)
+    traffic = {STAGE: traffic_of_image(model) * images} if device.gpu else {}
+    found = PlannedWork([line], traffic, seen.facts, measured_speeds(source.store)).on(device)[STAGE]
+    hours = found.device_seconds / 3600
+    bill = f"{hours * device.hourly:.4f} USD" if device.hourly is not None else "an unknown price"
     logger.info(f"run       {source.folder.uri}")
     logger.info(
         f"{recipe.predict.model:<9} {model.name}, {len(model.classes)} classes, {model.flops:.3g} FLOPs an image"
     )
     logger.info(f"images    {len(shards):,} shards, {len(there):,} of them are in {inputs.folder.home.uri}")
-    logger.info(
-        f"to do     {sum(known):,} images{unknown}: {flops(model.flops * sum(known))}, {hours:.4f} device-hours, "
-        f"{bill}\n          at {rate / 1e12:.3g} TFLOP/s sustained on {kind} (assumed), without decoding and start-up"
-    )
+    logger.info(f"to do     {images:,} images{unknown}: {flops(line.flops)}, {hours:.4f} device-hours, {bill}")
+    for text in explain([(device.name, {found.source})]):
+        logger.info(text)

@@ -118,6 +118,12 @@ class PredictInputs(StageInputs):
     decode: Annotated[DecodeShard, NotInKey("reads `items`, with the settings in `facts`")] = field(repr=False)
     score: Annotated[PredictShard, NotInKey("the model and the columns that `facts` describes")]
     total: Annotated[int | None, NotInKey("number of images in `items`, for the progress line")]
+    named: Annotated[str, NotInKey("name of the model, for measured speeds")] = ""
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        embedding = bool(self.facts["embedding"])
+        return {"model": self.named, "size": self.decode.preprocess.size[0], "embedding": embedding}
 
     @property
     def folder(self) -> PredictionFolder:

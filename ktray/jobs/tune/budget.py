@@ -65,12 +65,14 @@ class CostRate:
     """How long runs take, by stage: a fixed time and a time for each FLOP, estimated from the computed stages.
 
     Attributes:
-        rate: FLOP/s that are assumed until stages were measured.
+        rate: FLOP/s that are assumed until stages were measured, for stages without an entry in ``rates``.
         seen: measurements of each stage, and, under `RUN`, of the time of a run outside its stages.
+        rates: by stage, the FLOP/s of the plan (`ktray.pipeline.plan_work`).
     """
 
     rate: float
     seen: dict[str, list[Seen]] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def learn(self, entries: Iterable[Entry], wall: float) -> None:
         """Add the measurements of a finished run.
@@ -99,20 +101,21 @@ class CostRate:
         return extra + sum(wall for wall, _ in costs), sum(device for _, device in costs)
 
     def _stage(self, name: str, flops: float) -> tuple[float, float]:
-        guess = START + flops / self.rate
+        rate = self.rates.get(name, self.rate)
+        guess = START + flops / rate
         seen = self.seen.get(name)
         if not seen:
             return guess, guess
         if len({s[0] for s in seen}) < 3:
             # Too few measurements to separate the two parts: scale the guess by its error over all measurements.
-            whole = sum(START + s[0] / self.rate for s in seen)
+            whole = sum(START + s[0] / rate for s in seen)
             return guess * sum(s[1] for s in seen) / whole, guess * sum(s[2] for s in seen) / whole
         import numpy as np
         from scipy.optimize import nnls
 
-        rows = np.array([[1.0, s[0] / self.rate] for s in seen])
+        rows = np.array([[1.0, s[0] / rate] for s in seen])
         wall, device = (nnls(rows, np.array([s[column] for s in seen]))[0] for column in (1, 2))
-        at = np.array([1.0, flops / self.rate])
+        at = np.array([1.0, flops / rate])
         return float(wall @ at), float(device @ at)
 
 

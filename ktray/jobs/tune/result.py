@@ -146,6 +146,19 @@ def sharing(records: Records, budget: SearchBudget, results: Sequence[dict[str, 
     return amounts
 
 
+def planned_and_taken(points: Sequence[TrialPoint]) -> dict[str, Any]:
+    """What was planned for the runs of the trials, and what they took."""
+    known = [point for point in points if point.planned]
+    priced = all("usd" in point.spent for point in known)
+    return {
+        "runs": len(known),
+        "planned_seconds": sum(point.planned["wall"] for point in known),
+        "planned_usd": sum(point.planned["usd"] for point in known) if priced else None,
+        "seconds": sum(point.seconds for point in known),
+        "usd": sum(point.spent["usd"] for point in known) if priced else None,
+    }
+
+
 def build(
     base: Recipe, run_id: str, folder: Dir, space: Space, records: Records, budget: SearchBudget, final: dict[str, Any]
 ) -> dict[str, Any]:
@@ -197,6 +210,7 @@ def build(
         "importance": matters,
         "importance_of_transfer_set": of_transfer_set(matters),
         "sharing": sharing(records, budget, results),
+        "plan": planned_and_taken(list(records.points())),
         "versions": versions(),
         "device": dict(describe_device()),
         "ktray": ktray.__version__,
@@ -248,6 +262,12 @@ def table(content: dict[str, Any]) -> str:
         f"{len(content['trials'])} trials, {flops(s['flops'])} spent, {flops(s['flops_without'])} without shared "
         f"stages ({s['flops_times']:.1f} times); {seconds(content['budget']['spent']['wall'])} of wall time"
     )
+    plan = content.get("plan")
+    if plan and plan["runs"]:
+        out.append(
+            f"planned {seconds(plan['planned_seconds'])}, {usd(plan['planned_usd'])}; took {seconds(plan['seconds'])}, "
+            f"{usd(plan['usd'])}, for the runs of the trials"
+        )
     if content["importance"]:
         top = ", ".join(f"{k} {v:.0%}" for k, v in list(content["importance"].items())[:5])
         out.append(f"importance: {top}; the transfer set in total {content['importance_of_transfer_set']:.0%}")

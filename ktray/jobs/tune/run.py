@@ -32,10 +32,11 @@ from ktray.jobs.tune.trial import STUDENTS, TrialRunner, recipe_of
 from ktray.jobs.tune.warm_start import earlier_trials
 from ktray.jobs.tune.winner import train_winner
 from ktray.models.teacher.families.base import family_of
-from ktray.pipeline import plan as planning
 from ktray.pipeline.checks import require_test_split
+from ktray.pipeline.estimate import PlannedDevice
 from ktray.pipeline.failure import failure_recorded
 from ktray.pipeline.plan_stages import lines
+from ktray.pipeline.plan_work import PlannedWork
 from ktray.pipeline.resolve import Resolved, resolve
 from ktray.pipeline.run_folder import open_run, task_title
 from ktray.pipeline.session import Session, open_session
@@ -86,7 +87,7 @@ def _tune(recipe: Recipe, debug: bool, begun: float, session: Session, until: co
     until.enter_context(failure_recorded(folder, run_id, time.time()))
     records = Records(folder)
     records.load()
-    budget = _open_budget(base, store, folder, at_once, begun, part)
+    budget = _open_budget(resolved, store, folder, at_once, begun, part)
     logger.info("budget    " + ", ".join(show(unit, limit) for unit, limit in budget.limits.items()))
     if budget.grown:
         records.reopen()
@@ -156,18 +157,20 @@ def _planned(resolved: Resolved, stages: Sequence[str]) -> dict[str, float]:
     return {line.stage: line.flops for line in lines(resolved) if line.stage in stages}
 
 
-def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: float, part: Allocation) -> SearchBudget:
-    hourly = ClusterMachines(part, base.prices).some(1).hourly
-    if base.tune.cost == "usd" and hourly is None:
+def _open_budget(
+    resolved: Resolved, store: Store, folder: Dir, at_once: int, begun: float, part: Allocation
+) -> SearchBudget:
+    base = resolved.recipe
+    device = PlannedDevice.of_cluster(ClusterMachines(part, base.prices), part)
+    if base.tune.cost == "usd" and device.hourly is None:
         raise KtrayError(
             "tune.cost is usd, but a device of this cluster has no price", "Set prices.NAME (USD an hour)."
         )
-    rate, _, _ = planning.machine(base)
     budget = SearchBudget(
         limits(base.budget),
-        CostRate(rate / at_once),
+        planned_rate(PlannedWork.of(resolved, part, device.gpu), device, at_once),
         at_once,
-        hourly,
+        device.hourly,
         lambda state: _keep(folder, state),
     )
     budget.before = time.monotonic() - begun
@@ -178,6 +181,16 @@ def _open_budget(base: Recipe, store: Store, folder: Dir, at_once: int, begun: f
             budget.charged[run] = spent
     budget.record()
     return budget
+
+
+def planned_rate(work: PlannedWork, device: PlannedDevice, at_once: int) -> CostRate:
+    """The speed of each stage of the baseline on a device that ``at_once`` runs share, as it is planned."""
+    found = work.on(device)
+    timed = {line.stage: (line.flops, found[line.stage].device_seconds) for line in work.lines}
+    timed = {stage: (flops, spent) for stage, (flops, spent) in timed.items() if flops > 0 and spent > 0}
+    rates = {stage: flops / spent / at_once for stage, (flops, spent) in timed.items()}
+    together = sum(flops for flops, _ in timed.values()) / sum(spent for _, spent in timed.values())
+    return CostRate(together / at_once, rates=rates)
 
 
 def lost(store: Store, runs: list[str]) -> dict[str, Amounts]:

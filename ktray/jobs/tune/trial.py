@@ -167,6 +167,7 @@ class TrialRunner:
         name = f"{record.number}/{rung}"
         if refused := self.budget.promise(name, to_make):
             raise BudgetExceeded(f"the budget does not allow rung {rung + 1}: {refused}")
+        planned = dict(self.budget.planned[name])
         # Without the baseline there is nothing to compare with, so it may use the time reserved for the winner.
         meter, begun, finished = RunMeter(self.budget, name, final=record.number == BASELINE), time.monotonic(), False
         title = "baseline" if record.number == BASELINE else f"trial {record.number}"
@@ -198,6 +199,7 @@ class TrialRunner:
             resource=before + sum(meter.students(unit).values()),
             spent=spent,
             seconds=seconds,
+            planned=planned,
         )
 
     def _plan(self, record: TrialRecord, rung: int) -> tuple[Recipe, dict[str, float]]:
@@ -209,14 +211,15 @@ class TrialRunner:
         recipe = recipe_of(self.base, record.keys, share)
         recipe.mlflow.experiment = f"{recipe.mlflow.experiment}-{ASIDE}"
         with muted():
-            there, _ = look_at_stages(self.store, resolve(recipe, self.share), self.share)
+            there = look_at_stages(self.store, resolve(recipe, self.share), self.share).whole
         planned = {k: v * share if k in STUDENTS else v for k, v in self._plans[record.number].items()}
         return recipe, {stage: flops for stage, flops in planned.items() if not there.get(stage, False)}
 
     def _stages(self, recipe: Recipe) -> dict[str, float]:
         with muted():
             resolved = resolve(recipe, self.share)
-        return {line.stage: line.flops for line in lines(resolved) if line.stage != "evaluate"}
+        # A trial does not read the test split.
+        return {line.stage: line.flops for line in lines(resolved) if line.stage not in ("evaluate", "hygiene")}
 
     def _fit(self, record: TrialRecord) -> None:
         """Reduce the steps of a trial whose model would cost more than the winner may."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ktray.reporting.result.parts import JobRun, Number, ResultPart
+from ktray.reporting.result.parts import JobRun, Number, PlanAndTaken, ResultPart
 from ktray.reporting.result.runs import TeacherMetric
 
 
@@ -98,4 +98,7 @@ class CompareResult(JobRun):
     teacher_metric: TeacherMetric | None
     spent: CompareSpent
     lr_search: list[Number]
+    plan: PlanAndTaken | None = Field(
+        None, description="what was planned for the runs of the methods, and what they took"
+    )
     ktray: str = Field(description="version of ktray")

@@ -121,8 +121,8 @@ class PlannedStage(ResultPart):
 
     name: str
     source: str = Field(
-        description="where the plan is from: store (earlier runs with it), table (shipped with ktray), roofline, or "
-        "cores (one speed for all models)"
+        description="where the plan is from: store (earlier runs with it), bench (jobs/bench.py with it), table "
+        "(shipped with ktray), roofline, or cores (one speed for all models); several in a job with several runs"
     )
     planned_seconds: Number
     planned_usd: Number | None
@@ -131,7 +131,8 @@ class PlannedStage(ResultPart):
 
 
 class PlanAndTaken(ResultPart):
-    """The plan of the stages that the run computed in one attempt, and what they took; sums and stages."""
+    """The plan of the stages that the run computed in one attempt, and what they took; sums and stages. For a job with
+    several runs, the sums over its runs."""
 
     planned_seconds: Number
     planned_usd: Number | None

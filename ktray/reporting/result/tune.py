@@ -30,6 +30,8 @@ class TrialPoint:
         resource: cost of the trial's students so far, by which the rule that stops trials compares them.
         spent: what the run spent, in all units.
         seconds: wall-clock time.
+        planned: what was planned for it when it started, in the units of ``spent`` and as ``wall`` in seconds; empty if
+            an earlier version ran it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -46,6 +48,7 @@ class TrialPoint:
     resource: Number
     spent: dict[str, Number]
     seconds: Number
+    planned: dict[str, Number] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass
@@ -121,6 +124,16 @@ class WinnerPoint(TrialPoint):
     student: str | None
 
 
+class SearchPlan(ResultPart):
+    """What was planned for the runs of all trials, and what they took, summed over the runs."""
+
+    runs: int
+    planned_seconds: Number
+    planned_usd: Number | None
+    seconds: Number
+    usd: Number | None
+
+
 class RandomDraw(ResultPart):
     """The winner's recipe with random images of the gallery in place of the retrieved ones, with the seed of the
     search."""
@@ -166,5 +179,6 @@ class TuneResult(JobRun):
     sharing: dict[str, Number] = Field(
         description="cost of the search, and what it would have cost without shared stages"
     )
+    plan: SearchPlan | None = None
     ktray: str = Field(description="version of ktray")
     says: str = Field(description="the outcome in a sentence")

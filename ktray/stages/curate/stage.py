@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -82,6 +83,24 @@ class CurateInputs(StageInputs):
     prompts: list[str]
     crop_count: int | None
     max_pixels: int
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        # The time grows with the gallery; what the task needs besides is the same in all runs of the task.
+        return {
+            "model": self.encoder.source.name if self.encoder else None,
+            "size": self.encoder.preprocess.size[0] if self.encoder else 0,
+            "source": self.transfer.source,
+            "strategy": self.transfer.chosen_strategy.name,
+            "queries": self.transfer.queries,
+            "crops": self.crop_count,
+            "labelled": len(self.task.train),
+            "heldout": len(self.task.val) + len(self.task.test),
+        }
+
+    def images_worked(self, counted: int, manifest: Mapping[str, Any]) -> int:
+        """The rows of the gallery, or the images of ``target``; the ledger counts only images that are embedded."""
+        return int(manifest["gallery"])
 
     @property
     def asks(self) -> QueryInputs | None:

@@ -170,6 +170,19 @@ class EvaluateInputs(StageInputs):
     teacher: Annotated[
         AdaptedSpec | EnsembleSpec | None, NotInKey("it is the result of the stage whose key is in `adapt`")
     ]
+    taught_by: Annotated[str | None, NotInKey("name of the teacher of `adapt`, for measured speeds")]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.student.name,
+            "size": self.student.image_size,
+            "kwargs": self.student.kwargs,
+            "students": len(self.weights),
+            "teacher": self.taught_by,
+            "teacher_size": self.teacher.preprocess.size[0] if self.teacher else 0,
+            "kind": self.kind,
+        }
 
 
 def run(
@@ -184,6 +197,7 @@ def run(
         weights: by name of a student, the stage that trained it.
         teacher: the stage ADAPT or ENSEMBLE with its teacher; None: no teacher is tested.
     """
+    part = context.recipe.teacher
     inputs = EvaluateInputs(
         task=context.task,
         weights=weights,
@@ -193,6 +207,7 @@ def run(
         kind=context.recipe.task.kind,
         reader=context.kind.reader(context.task, whole=True),
         teacher=teacher[1] if teacher else None,
+        taught_by="+".join([str(part.name), *(other.name for other in part.others)]) if teacher else None,
     )
     return run_stage(context.runtime, inputs, work)
 

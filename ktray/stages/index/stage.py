@@ -34,6 +34,7 @@ from ktray.stages.index.gallery import Gallery
 from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.manifests import IndexClasses, IndexManifest
 from ktray.stages.shard_summary import PieceSummary, ShardSummary, pairs, whole_shards
+from ktray.stages.speed_facts import index_facts
 from ktray.storage.columns import Rows
 from ktray.storage.store import Stage
 
@@ -193,11 +194,7 @@ class IndexInputs(StageInputs):
 
     @property
     def speed(self) -> dict[str, Any]:
-        return {
-            "model": self.encoder.source.name if self.encoder else None,
-            "size": self.encoder.preprocess.size[0] if self.encoder else 0,
-            "crops": self.facts["crops"],
-        }
+        return index_facts(self.encoder, self.facts["crops"])
 
 
 def _index(

@@ -30,6 +30,7 @@ from ktray.stages.inputs import NotInKey, StageInputs
 from ktray.stages.labels import canvas_preprocess
 from ktray.stages.manifests import TargetSizes, TeachManifest
 from ktray.stages.shard_summary import ShardSummary, finished_shards
+from ktray.stages.speed_facts import teach_facts
 from ktray.stages.teach.items import images_per_shard, shard_items
 from ktray.stages.teach.shards import CheckedShard, CheckTargets, WithoutTeacher, WithTeacher, list_images, sample
 from ktray.storage.columns import read_rows
@@ -123,12 +124,7 @@ class TeachInputs(StageInputs):
 
     @property
     def speed(self) -> dict[str, Any]:
-        return {
-            "model": self.teacher,
-            "size": self.cut.size,
-            "targets": list(self.targets),
-            "jpeg": self.teach.jpeg is not None,
-        }
+        return teach_facts(self.teacher, self.cut.size, self.targets, self.teach.jpeg is not None)
 
 
 def run(

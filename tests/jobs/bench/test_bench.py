@@ -12,14 +12,18 @@ from PIL import Image
 from results import check_result
 
 from ktray import recipe as recipes
+from ktray.accounting.device import describe_device, device_name
 from ktray.data.preprocess import Preprocess
 from ktray.data.sources.listing import list_shards
 from ktray.data.sources.shards import read_shard
 from ktray.errors import KtrayError
 from ktray.jobs.bench import embedding, machine, reading, rows, searching
-from ktray.jobs.bench.run import bench
+from ktray.jobs.bench.run import bench, keep_speed
 from ktray.miniverse import photos as pictures
 from ktray.retrieval import faiss_index
+from ktray.stages.speed import measured_speeds
+from ktray.stages.speed_facts import index_facts
+from ktray.storage.store import Store
 
 HALF = Preprocess(size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -154,6 +158,24 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
     assert min(row["reached"]) / max(row["limit"]) <= row["ratio"] <= max(row["reached"]) / min(row["limit"])
     assert "| embed, timm:test_vit | bare encoder:" in (folder / "bench.md").read_text()
     assert result["peak_memory_bytes"] > 0
+    (kept,) = tmp_path.glob("speeds/index-*/*/*.bench.json")
+    found = json.loads(kept.read_text())
+    assert (found["facts"]["model"], found["facts"]["size"], found["facts"]["crops"]) == ("timm:test_vit", 160, None)
+    rate = found["measured"]["images"] / found["measured"]["device_seconds"]
+    assert rate == pytest.approx(np.median(row["reached"]))
+
+
+def test_a_plan_finds_what_the_bench_measured(cluster, tmp_path):
+    spec = embedding.encoder("timm:test_vit", tmp_path)
+    own = {"stage": "index", **index_facts(spec, None)}
+    row = rows.BenchRow("embed", "images/s", "bare", [100.0], [50.0, 20.0, 40.0], stage=rows.StageSpeed(own, 80, 2.0))
+    assert "stage" not in row.to_dict()
+    keep_speed(Store(str(tmp_path)), row, gpu=False)
+    device = device_name(describe_device(), False)
+    found = measured_speeds(Store(str(tmp_path))).known({**own, "device": device})
+    assert (found.source, found.per_image) == ("bench", pytest.approx(2.0 / 40.0))
+    keep_speed(Store(str(tmp_path)), rows.BenchRow("read", "images/s", "bare", [1.0], [1.0]), gpu=False)
+    assert len(list(tmp_path.glob("speeds/*/*/*.json"))) == 1
 
 
 def test_a_bench_needs_a_local_store():

@@ -5,9 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from ktray.accounting.ledger import DirLog, Entry, Ledger
+from ktray.accounting.speeds import Measured, Speeds
 from ktray.errors import KtrayError
 from ktray.jobs.tune.budget import RECORD_SECONDS, BudgetExceeded, CostRate, SearchBudget, amounts, limits
-from ktray.jobs.tune.run import keep_for_the_winner
+from ktray.jobs.tune.run import keep_for_the_winner, planned_rate
+from ktray.pipeline.estimate import PlannedDevice
+from ktray.pipeline.plan_stages import Line
+from ktray.pipeline.plan_work import PlannedWork
 from ktray.recipe.tune import BudgetConfig
 from ktray.storage.store import Store
 
@@ -146,6 +150,20 @@ def test_time_is_learned_by_stage():
     assert device == pytest.approx(23, rel=0.01)
     assert wall == pytest.approx(27, rel=0.01)
     assert speed.cost({"transfer": 10e9, "teach": 1e9})[1] == pytest.approx(23 + 6, rel=0.01)
+
+
+def test_each_stage_starts_with_the_speed_of_its_plan(tmp_path):
+    lines = [Line("teach", 8e9, 0, "", images=100), Line("transfer", 4e9, 0, "", images=10), Line("labels", 0, 0, "")]
+    facts = {"stage": "teach", "model": "toy", "size": 32}
+    speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
+    speeds.record({**facts, "device": "some CPU"}, Measured(100, 2.0), "20260101-000000")
+    work = PlannedWork(lines, {}, {"teach": facts}, speeds)
+    speed = planned_rate(work, PlannedDevice("some CPU", False, 2, None), at_once=2)
+    # 4 GFLOP/s in TEACH, which was measured, and 60 in TRANSFER on two cores; each of two runs has a half.
+    assert speed.rates == {"teach": pytest.approx(2e9), "transfer": pytest.approx(30e9)}
+    assert speed.rate == pytest.approx(12e9 / (2.0 + 4 / 60) / 2)
+    assert speed.cost({"teach": 4e9})[1] == pytest.approx(5 + 2)
+    assert speed.cost({"transfer": 30e9})[1] == pytest.approx(5 + 1)
 
 
 @pytest.mark.parametrize(("parallel", "turns"), [(1, 2), (2, 1)])

@@ -1,5 +1,6 @@
 """What a search leaves while it runs and at its end, made of records that no pipeline ran for."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,15 @@ def search(tmp_path):
         toy.records.close(record, "finished")
     toy.records.close(toy.records.begin({"train.lr": 0.1}, {"train.lr": 0.1}), OVER_BUDGET, "planned too much")
     return base, Dir(str(tmp_path / "run")), toy
+
+
+def test_what_was_planned_for_the_trials_and_what_they_took():
+    planned = {"wall": 10.0, "usd": 0.5, "flops": 1.0, "device_seconds": 10.0}
+    runs = [replace(point(n, 0.5, 1.0), planned=planned, spent={"flops": 1.0, "usd": 0.25}) for n in (0, 1)]
+    found = result.planned_and_taken([*runs, point(2, 0.5, 1.0)])  # an earlier version kept no plan
+    assert found == {"runs": 2, "planned_seconds": 20.0, "planned_usd": 1.0, "seconds": 3.0, "usd": 0.5}
+    unpriced = [replace(runs[0], spent={"flops": 1.0})]
+    assert result.planned_and_taken(unpriced)["usd"] is None
 
 
 def test_the_best_so_far_meets_the_schema(search, tmp_path):
