@@ -177,7 +177,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "truncated" in text.lower() or "premature" in text.lower() or isinstance(error, EOFError):
-        return f"truncated: {text}"
+        return "truncated: the file is incomplete"
     return f"broken: {text}"[:200]
 
 

@@ -8,6 +8,8 @@ import logging
 import os
 import secrets
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from ktray.distributed.surroundings import (
     use_short_temporary_folder,
 )
 from ktray.distributed.termination import kept_sigterm
+from ktray.errors import ResourceError
 
 logger = logging.getLogger("ktray")
+
+_SLOW_START_S = 15.0  # Ray starts in 3 to 8 seconds
 
 # Environment of the worker processes. By default glibc returns the memory of a large tensor to the kernel when the
 # tensor is freed, and a training step then waits for some 5,000 page faults. With these settings glibc keeps and reuses
@@ -115,7 +120,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         size = object_store or _object_store(memory_bytes())
         for problem in shared_memory(size, memory_bytes()):
             logger.warning(f"machine   {problem}")
-        with kept_sigterm():
+        with kept_sigterm(), _slow_start_told():
             ray.init(
                 address="local",
                 include_dashboard=False,  # it would take a tenth of one of two cores; `ray start --head` starts one
@@ -130,6 +135,27 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.verbose_progress = False
+
+
+@contextlib.contextmanager
+def _slow_start_told() -> Iterator[None]:
+    """Say that Ray is still starting, which takes minutes on a busy machine, and explain it if Ray gives up."""
+    slow = threading.Timer(
+        _SLOW_START_S, logger.info, ["machine   Ray is starting, which takes longer while other programs are busy"]
+    )
+    slow.daemon = True
+    slow.start()
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not start in time on this machine",
+            "The machine is probably overloaded: end other programs or wait, and start the job again.",
+        ) from error
+    finally:
+        slow.cancel()
 
 
 def _object_store(memory: float) -> int:

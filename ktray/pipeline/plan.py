@@ -16,7 +16,7 @@ from ktray.pipeline.checks import exportable
 from ktray.pipeline.estimate import Estimate, PlannedDevice
 from ktray.pipeline.graph import stages
 from ktray.pipeline.plan_gallery import gallery_images, given_embeddings, missing_images
-from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, suggest_line, teacher_cost
+from ktray.pipeline.plan_stages import TRAFFIC, Line, lines, models_text, suggest_line, teacher_cost
 from ktray.pipeline.plan_work import PlannedWork, explain, look, named_facts
 from ktray.pipeline.resolve import Resolved, resolve, resolve_gallery
 from ktray.pipeline.run import embed_gallery
@@ -50,7 +50,7 @@ def show(recipe: Recipe) -> None:
     Args:
         recipe: the recipe, resolved or not.
     """
-    _show(recipe, lines, stages)
+    _show(recipe, lines, stages, models_text)
 
 
 def show_curate(recipe: Recipe) -> None:
@@ -64,12 +64,19 @@ def show_curate(recipe: Recipe) -> None:
     _show(recipe, curated, curation)
 
 
-def _show(recipe: Recipe, lines_of: Callable[[Resolved], list[Line]], run_all: Callable[[RunContext], object]) -> None:
+def _show(
+    recipe: Recipe,
+    lines_of: Callable[[Resolved], list[Line]],
+    run_all: Callable[[RunContext], object],
+    more: Callable[[Resolved], str] | None = None,
+) -> None:
     local = this_machine(recipe)
     logger.info(local.line)
     resolved = resolve(recipe, local)
     for reason in resolved.reasons:
         logger.info(f"recipe    {reason}")
+    if more:
+        logger.info(f"student   {more(resolved)}")
     device = PlannedDevice.of(resolved.recipe, describe_device())
     work = PlannedWork.of(resolved, local, device.gpu, lines_of, run_all)
     if missing := missing_images(resolved):

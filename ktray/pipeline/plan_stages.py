@@ -148,6 +148,23 @@ def suggest_line(resolved: Resolved) -> Line:
     return Line("suggest", flops, 100.0 * recipe.curate.suggest, text, embedded + read)
 
 
+def models_text(resolved: Resolved) -> str:
+    """The size of the student, and how much less it computes for an image than the teacher."""
+    recipe, size = resolved.recipe, int(resolved.recipe.image_size or 32)
+    spec = StudentSpec.of(recipe, len(resolved.task.classes))
+    student = on_meta(lambda: spec.make(bare=True).model)
+    flops = forward_flops(student, (3, size, size))
+    parameters = sum(p.numel() for p in student.parameters())
+    text = (
+        f"{recipe.student.name} at {size} px: {parameters / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP for an image"
+    )
+    if any(needs_teacher(phase) for _, phase in phases(recipe)):
+        tower = teacher_cost(recipe).tower
+        times = f", {tower / flops:.2g} times as much" if tower > flops else ""
+        text += f"; the teacher {recipe.teacher.name} takes {tower / 1e9:.3g} GFLOP{times}"
+    return text
+
+
 def traffic_of(resolved: Resolved) -> dict[str, float]:
     """By stage, its memory traffic in values."""
     return {line.stage: line.flops for line in lines(resolved, TRAFFIC)}

@@ -84,7 +84,7 @@ def choose_student(recipe: Recipe, size: int, on_gpu: bool, choose: Choose) -> N
     if size <= 64:
         part.kwargs = {**SMALL_STUDENT_KWARGS, **part.kwargs}
         name = SMALL_STUDENT_GPU if on_gpu else SMALL_STUDENT
-        choose("student.name", name, f"small; output stride 8 leaves a {-(-size // 8)} x {-(-size // 8)} map")
+        choose("student.name", name, f"a small residual network for images of {size} px")
         return
     if on_gpu:
         choose("student.name", STUDENT_GPU, "the paper's student, because there is a GPU")
@@ -131,7 +131,7 @@ def _choose_pretrained(recipe: Recipe, choose: Choose) -> None:
         part.pretrained = False
         return
     if part.kwargs:
-        choose("student.pretrained", False, "student.kwargs can change the layers of the published model")
+        choose("student.pretrained", False, "with these student.kwargs, there are no published weights for the student")
         return
     from ktray.models import hub  # slow to import
     from ktray.models.packaged import packaged

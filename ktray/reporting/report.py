@@ -31,6 +31,7 @@ from ktray.reporting.worst import WorstError
 _MATRIX_CLASSES, _NUMBERED_CLASSES = 50, 26
 _PAIRS = 12
 _LISTED = 20
+_FAR = 0.15  # difference of student and teacher on validation from which the closing lines say what to change
 _PICTURE_PIXELS = 192
 # For results of versions that did not write the words.
 _METRICS = {"top1": "top-1 accuracy", "mean_class_accuracy": "mean class accuracy", "miou": "mean IoU"}
@@ -151,9 +152,21 @@ def closing_table(result: dict[str, Any]) -> str:
             "\n\nno test split: there is no test metric. The student was chosen on validation, so that its accuracy "
             "there is an optimistic estimate."
         )
-    for line in [*advice(result), *filter(None, [closing_line(result), planned_line(result)])]:
+    for line in filter(None, [_unusable(result), *advice(result), closing_line(result), planned_line(result)]):
         text += f"\n\n{line}"
     return text
+
+
+def _unusable(result: Mapping[str, Any]) -> str:
+    """How many images could not be used, and where they are listed; empty if all could."""
+    data = result.get("data") or {}
+    number = data.get("quarantined") or 0
+    if not number:
+        return ""
+    reasons = ", ".join(f"{reason} ({times:,})" for reason, times in Counter(data.get("reasons") or {}).most_common(3))
+    listed = data.get("quarantine_list")
+    text = f"images that could not be used: {number:,}" + (f", such as {reasons}" if reasons else "")
+    return f"{text}. The report lists them" + (f", and so does {listed}." if listed else ".")
 
 
 def planned_line(result: Mapping[str, Any]) -> str:
@@ -163,7 +176,7 @@ def planned_line(result: Mapping[str, Any]) -> str:
         return ""
     return (
         f"planned {seconds(plan['planned_seconds'])}, {usd(plan['planned_usd'])}; took {seconds(plan['seconds'])}, "
-        f"{usd(plan['usd'])}, for the stages {', '.join(row['name'] for row in plan['stages'])}."
+        f"{usd(plan['usd'])} ({', '.join(row['name'] for row in plan['stages'])})."
     )
 
 
@@ -177,10 +190,14 @@ def advice(result: dict[str, Any]) -> list[str]:
         f"{name} {percent(val)}" for name, val in {delivered["name"]: result["metric"]["val"], **others}.items()
     )
     lines = [text + "."]
+    teacher, best = (result.get("teacher_metric") or {}).get("val"), result["metric"]["val"]
+    if teacher is not None and best is not None and teacher - best > _FAR:
+        lines.append(
+            f"note: the student is {100 * (teacher - best):.0f} points below its teacher on validation. More "
+            "train.steps, a larger image_size, a larger transfer set or another student.name can bring it nearer."
+        )
     distilled = max((val for name, val in others.items() if f"{name}_metric" not in result), default=None)
     if f"{delivered['name']}_metric" in result and distilled is not None:
-        teacher = (result.get("teacher_metric") or {}).get("val")
-        best = result["metric"]["val"]
         why = (
             " The teacher is less accurate than this student, so that there is nothing to transfer."
             if teacher is not None and teacher < best

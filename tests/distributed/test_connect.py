@@ -1,9 +1,14 @@
-"""How quiet Ray's C++ core is after `connect`."""
+"""How quiet Ray's C++ core is after `connect`, and how a start that is slow or fails is told."""
 
 import ctypes
 import os
+import time
 
 import pytest
+
+from ktray.distributed import connect as module
+from ktray.distributed.explain import RESOURCES, exit_code
+from ktray.errors import ResourceError
 
 
 def test_the_level_of_the_environment_holds_after_its_line_is_hidden(cluster):
@@ -16,3 +21,17 @@ def test_the_level_of_the_environment_holds_after_its_line_is_hidden(cluster):
         pytest.skip("this build of Ray does not show the level")
     names = {"debug": -1, "info": 0, "warning": 1, "error": 2, "fatal": 3}
     assert level.value == names[os.environ["RAY_BACKEND_LOG_LEVEL"]]
+
+
+def test_a_ray_that_starts_slowly_says_so_and_one_that_gives_up_is_no_fault_of_ktray(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_SLOW_START_S", 0.01)
+    with caplog.at_level("INFO", "ktray"), module._slow_start_told():
+        time.sleep(0.2)
+    assert "Ray is starting" in caplog.text
+    with pytest.raises(ResourceError, match="overloaded") as found, module._slow_start_told():
+        raise Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed"
+        )
+    assert exit_code(found.value) == RESOURCES
+    with pytest.raises(ValueError, match="another"), module._slow_start_told():
+        raise ValueError("another error")

@@ -53,7 +53,7 @@ def test_planned_and_taken_by_stage():
     assert (found["planned_seconds"], found["seconds"]) == (pytest.approx(40.0), 45.0)
     assert (found["planned_usd"], found["usd"]) == (pytest.approx(0.05), pytest.approx(0.05))
     assert planned_line({"plan": found}).startswith("planned 40 s, $0.05; took 45 s, $0.05")
-    assert "for the stages teach, transfer." in planned_line({"plan": found})
+    assert "(teach, transfer)." in planned_line({"plan": found})
     assert planned_line({"plan": compared(lines, {}, {}, CPU, [])}) == ""
     assert compared(lines, {}, {}, CPU, [entry("teach", usd=None)])["usd"] is None
 

@@ -113,8 +113,8 @@ def note_units(unit: Mapping[str, int], notes: list[str]) -> None:
     together = [n for n in Counter(unit.values()).values() if n > 1]
     if together:
         notes.append(
-            f"{sum(together)} images are copies of each other or of one group: {count(together, 'unit')}, each of "
-            "which stays in one split."
+            f"{sum(together)} images are copies of another one or share their group with another one. Such images are "
+            f"kept together: each of the {count(together, 'set')} stays in one split."
         )
 
 

@@ -166,26 +166,26 @@ def _classes(root: str, inside: str, split: str, notes: list[str]) -> list[Label
     names, files = filesystem.children(folder)
     rows: list[LabelledRow] = []
     empty: list[str] = []
-    ignored: Counter[str] = Counter()
+    ignored: dict[str, list[str]] = defaultdict(list)
     for name in names:
         before = len(rows)
         for file in filesystem.walk(f"{folder}/{name}"):
             key = prefix + name + file.path[len(folder) + 1 + len(name) :]
             reason = _unusable(file)
             if reason:
-                ignored[reason] += 1
+                ignored[reason].append(key[len(prefix) :])
             else:
                 rows.append(LabelledRow(file.path, nfc(key), nfc(name), split, f"{file.size}:{file.mtime_ns}"))
         if len(rows) == before:
             empty.append(filesystem.printable(name))
-    for reason, number in sorted(ignored.items()):
-        notes.append(f"{number} files in '{prefix or './'}' are ignored: {reason}.")
+    here = prefix or f"{filesystem.printable(folder)}/"
+    for reason, several in sorted(ignored.items()):
+        notes.append(f"Files in '{here}' are ignored because {reason}: {three(several)}.")
     loose = sum(map(is_image, files))
     if loose:
-        notes.append(f"{loose} images directly in '{prefix or './'}' are ignored: they are not in a class folder.")
+        notes.append(f"{loose} images directly in '{here}' are ignored: they are not in a class folder.")
     if empty:
-        shown = ", ".join(f"'{name}'" for name in empty[:5])
-        notes.append(f"{len(empty)} class folders in '{prefix or './'}' have no images and are ignored: {shown}.")
+        notes.append(f"Class folders in '{here}' without images are ignored: {three(empty)}.")
     return rows
 
 

@@ -143,6 +143,7 @@ def work(inputs: AdaptInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "the task that fits the teacher's heads",
         "Choose a smaller teacher, or use machines with more memory.",
     )
+    logger.info("adapt     the labelled images are embedded; fitting the heads of the teacher")
     with open_mailbox(reporter.post) as mailbox, reporter.task() as at:
         fitted = run_with_retries(
             fit,

@@ -158,17 +158,20 @@ def lines(facts: OnTask, images: int) -> list[str]:
         )
     elif floor and facts["below"]:
         text.append(
-            f"{facts['below']:,} of {images:,} images are less similar to their query than {floor}, which 90% of the "
-            "labelled images reach; transfer.min_similarity=auto leaves them out"
+            f"{facts['below']:,} of {images:,} images are less similar to the query that chose them than {floor}, "
+            "which 90% of the labelled images reach; transfer.min_similarity=auto would leave them out"
         )
     for row in facts["sets"]:
         parts = [
             f"{row[name]:.0%} {words}"
-            for name, words in (("near", "above the calibrated floor"), ("confidence", "confidence of the teacher"))
+            for name, words in (
+                ("near", "of them above the calibrated floor"),
+                ("confidence", "confidence of the teacher"),
+            )
             if row[name] is not None
         ]
         text.append(
-            f"{row['name']}: {row['images']:,} images, median similarity {row['similarity']:.2f}"
+            f"{row['name']}: {row['images']:,} images, median similarity to the nearest query {row['similarity']:.2f}"
             + "".join(f", {part}" for part in parts)
         )
     return text

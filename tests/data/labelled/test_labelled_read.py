@@ -139,9 +139,9 @@ def test_clutter_is_ignored_and_counted(tmp_path):
     assert out.classes == ["a", "b"]
     assert len(out.train) == 10
     notes = " ".join(out.notes)
-    assert "2 files in 'train/' are ignored: they are not images" in notes
+    assert "Files in 'train/' are ignored because they are not images: " in notes
     assert "1 images directly in 'train/'" in notes
-    assert "1 class folders in 'train/' have no images and are ignored: 'empty'" in notes
+    assert "Class folders in 'train/' without images are ignored: 'empty'" in notes
     assert "extras" in notes
 
 
