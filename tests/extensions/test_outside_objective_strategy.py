@@ -19,6 +19,7 @@ from ktray.pipeline.plan import this_machine
 from ktray.pipeline.resolve import resolve
 from ktray.recipe.choice import objectives, strategies
 from ktray.recipe.registries import OBJECTIVES, STRATEGIES
+from ktray.stages.speed import StageLook
 from ktray.storage.store import Store
 
 HUBER = '''
@@ -161,7 +162,7 @@ def transfer_key(store: Path, *overrides: str) -> str:
     plan = this_machine(recipe)
     found = resolve(recipe, plan)
     context = pipeline._context(Store(str(store)), found, plan, Ledger(describe_device()), None, "plan")
-    context.runtime.planned = {}
+    context.runtime.planned = StageLook()
     made = stages(context).transfer
     assert made is not None
     return made.key

@@ -168,7 +168,9 @@ def test_the_job_leaves_a_table_and_a_result(cluster, tmp_path, monkeypatch):
 def test_a_plan_finds_what_the_bench_measured(cluster, tmp_path):
     spec = embedding.encoder("timm:test_vit", tmp_path)
     own = {"stage": "index", **index_facts(spec, None)}
-    row = rows.BenchRow("embed", "images/s", "bare", [100.0], [50.0, 20.0, 40.0], stage=rows.StageSpeed(own, 80, 2.0))
+    row = rows.BenchRow(
+        "embed", "images/s", "bare", [100.0] * 3, [50.0, 20.0, 40.0], stage=rows.StageSpeed(own, 80, 2.0)
+    )
     assert "stage" not in row.to_dict()
     keep_speed(Store(str(tmp_path)), row, gpu=False)
     device = device_name(describe_device(), False)
