@@ -150,7 +150,7 @@ def test_names_and_model_are_in_the_key_and_addresses_are_not(tmp_path) -> None:
     score = PredictShard(PredictionFolder(Dir(str(tmp_path))), StudentInFolder(Dir("a")), ["x"], True, False, 5.0)
     inputs = PredictInputs(["a"], FACTS, None, [{"name": "a"}], decode.DecodeShard([], None, 1), score, 5)
     marks = PredictInputs.not_in_key()
-    assert set(marks) == {"items", "decode", "score", "total"}
+    assert set(marks) == {"items", "decode", "score", "total", "named"}
     for field in dataclasses.fields(inputs):
         changed = dataclasses.replace(inputs, **{field.name: "another value"})
         assert (changed.key == inputs.key) == (field.name in marks), field.name
