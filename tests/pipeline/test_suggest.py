@@ -33,6 +33,7 @@ from ktray.recipe.schema import Recipe
 from ktray.stages.adapt.stage import frozen_predictions, train_embeddings
 from ktray.stages.base import StageResult
 from ktray.stages.index.gallery import Gallery
+from ktray.stages.manifests import MANIFESTS, StageManifest
 from ktray.storage.store import Store
 from ktray.tasks.students import load_student
 
@@ -127,6 +128,9 @@ def test_the_images_farthest_from_the_labels_are_listed_and_shown(world: World, 
     assert facts["images"] == 68
     assert facts["copies"] >= len(world.planted)
     assert facts["candidates"] + facts["copies"] == facts["images"]
+    (stage,) = (world.root / "store/stages/suggest").glob("*/manifest.json")
+    named = MANIFESTS["suggest"].__required_keys__ | StageManifest.__required_keys__  # type: ignore[attr-defined]
+    assert named == json.loads(stage.read_text()).keys()
 
 
 def test_no_copy_of_a_labelled_image_and_no_image_twice(world: World) -> None:
