@@ -122,6 +122,7 @@ def test_the_teacher_decides_as_it_was_tested(given: tuple[Path, list[str]], don
     assert len(rows["embedding"][0]) > 8
 
 
+@pytest.mark.long
 def test_a_comparison_ends_with_its_page(given: tuple[Path, list[str]], done: dict[str, Any]) -> None:
     root, keys = given
     ways = "compare.ways={oriented: {objective.name: oriented}, scratch: {objective.name: scratch}}"

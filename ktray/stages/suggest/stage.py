@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -70,6 +70,15 @@ class SuggestInputs(StageInputs):
     max_pixels: int
     student: str | None
     source: Annotated[StudentInFolder | None, NotInKey("`student` is a hash of the files in its folder")]
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.source.name,
+            "size": self.encoder.preprocess.size[0],
+            "student": self.student is not None,
+            "gallery": self.index is not None,
+        }
 
 
 def run(
