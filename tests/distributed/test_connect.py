@@ -1,4 +1,4 @@
-"""How quiet Ray's C++ core is after `connect`, and how a start that is slow or fails is told."""
+"""`connect`: the level of the log of Ray's C++ core, and the messages of a start that is slow or fails."""
 
 import ctypes
 import os

@@ -391,16 +391,3 @@ def test_labelled_images_without_problems_are_one_line(tmp_path: Path) -> None:
     )
     assert "no label is contradicted" in page(tmp_path, found, hygiene=HygieneReport()).text
     assert "labelled images" not in closing_table(result())
-
-
-def test_the_closing_lines_say_what_could_not_be_used_and_what_is_far_from_the_teacher() -> None:
-    assert "could not be used" not in closing_table(result(data={"quarantined": 0}))
-    assert "below its teacher" not in closing_table(result())
-    data = {"quarantined": 3, "quarantine_list": "/runs/1/quarantine.parquet", "reasons": {"empty file (0 bytes)": 3}}
-    delivered = {"name": "student", "what": "the student", "validation": {"student": 0.5, "scratch": 0.4}}
-    text = closing_table(result(data=data, delivered=delivered, metric={"name": "top1", "val": 0.5, "test": 0.5}))
-    assert (
-        "images that could not be used: 3, such as empty file (0 bytes) (3). The report lists them, and so does "
-        "/runs/1/quarantine.parquet." in text
-    )
-    assert "note: the student is 37 points below its teacher on validation." in text

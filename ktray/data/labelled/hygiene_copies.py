@@ -132,10 +132,9 @@ def _structures(pairs: list[tuple[int, int]], a: np.ndarray, b: np.ndarray) -> I
     """How well the details of pairs of thumbnails agree after one is cropped and mirrored so that they fit best: the
     mean of the contrast and structure terms of SSIM. Pairs whose correlation is below `CORRELATION` are left out, which
     is also the case for a plain image, unless both are equal."""
-    equal = [pair for pair in pairs if np.array_equal(a[pair[0]], b[pair[1]])]
+    equal = {(i, j) for i, j in pairs if np.array_equal(a[i], b[j])}
     yield from (Copy(i, j, 1.0) for i, j in equal)
-    differing = sorted(set(pairs).difference(equal))
-    for (i, j), fit in fits(differing, a, b):
+    for (i, j), fit in fits((pair for pair in pairs if pair not in equal), a, b):
         if fit.value >= CORRELATION:
             whole, other = (b[j], a[i]) if fit.swapped else (a[i], b[j])
             view = np.ascontiguousarray(other[:, ::-1] if fit.mirrored else other)
