@@ -11,6 +11,7 @@ them after links and ``..`` are resolved.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import glob
 import os
@@ -34,6 +35,7 @@ MAX_FILE_BYTES = 1 << 28
 
 ROOTS = "KTRAY_DATA_ROOTS"
 _STREAM_BLOCK = 1 << 23
+_MOST_NAMES = 10_000  # that are compared with a misspelt one; more would take seconds
 
 # Leftovers of systems and tools, in lower case: of archives, NAS boxes (thumbnails, trash, snapshots), file systems,
 # Windows, Python and sync programs. Names that begin with a dot are left out as well.
@@ -229,8 +231,20 @@ def _walk_remote(path: str) -> Iterator[FileStat]:
 
 
 def missing(path: str) -> str:
-    """What to check if a remote path does not exist, as a sentence; empty for a local path."""
-    return remote.remedy(path) if is_remote(path) else ""
+    """What to check if a path does not exist, as a sentence: for a local path, the most similar name in the folder that
+    should have it, or the first folder on the way that does not exist."""
+    if is_remote(path):
+        return remote.remedy(path)
+    parent, _, name = path.rpartition("/")
+    try:
+        while parent and not is_folder(parent):
+            parent, _, name = parent.rpartition("/")
+        folders, files = children(parent or "/")
+    except OSError as error:
+        return f"'{parent or '/'}' cannot be read: {why(error)}."
+    names = {other.casefold(): other for other in (*folders, *files)[:_MOST_NAMES]}
+    near = difflib.get_close_matches(name.casefold(), names, n=1)
+    return f"Did you mean '{parent}/{names[near[0]]}'?" if near else f"Folder '{parent or '/'}' has no '{name}'."
 
 
 def has_glob(path: str) -> bool:

@@ -24,7 +24,7 @@ _OTHERS = (
     (b"\x1aE\xdf\xa3", "a video (Matroska)"),
 )
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-_UNUSABLE = {"HEIC": "a HEIC image: convert it to JPEG"}
+_UNUSABLE = {"HEIC": "a HEIC image: convert it to JPEG (docs/guide/data.md, Phone photos)"}
 
 
 def image_kind(head: bytes) -> str | None:

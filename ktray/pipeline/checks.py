@@ -37,7 +37,7 @@ def require_files(recipe: Recipe) -> None:
                 f"{key}={path} cannot be read: {filesystem.why(error)}", "Check its permissions."
             ) from error
         if found is None:
-            raise KtrayError(f"There is no file '{path}' ({key})", _nearest(place) or f"Set {key} to an existing file.")
+            raise KtrayError(f"There is no file '{path}' ({key})", filesystem.missing(place))
 
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -49,14 +49,6 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for name in ("checkpoint", "config"):
             if path := getattr(part, name, None):
                 yield f"{prefix}.{name}", path
-
-
-def _nearest(path: str) -> str:
-    folder, _, name = path.rpartition("/")
-    if filesystem.is_remote(path) or not filesystem.is_folder(folder or "/"):
-        return ""
-    near = difflib.get_close_matches(name, filesystem.children(folder or "/")[1], n=1)
-    return f"Did you mean '{folder}/{near[0]}'?" if near else ""
 
 
 def task_counts(task: LabelledSet, image_classes: bool) -> str:

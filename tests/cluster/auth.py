@@ -139,7 +139,7 @@ def head(home: Path) -> None:
 
 LOCAL = """
 import json, os, sys
-from ktray.resources import connect
+from ktray.distributed.connect import connect
 connect()
 import ray
 seen = ray.get(ray.remote(lambda: os.environ.get("RAY_AUTH_MODE")).remote())
@@ -151,11 +151,15 @@ sys.stdin.read()
 def local(home: Path) -> None:
     """Ray as a plain ``python jobs/distill.py`` starts it."""
     environment = without_ray(dict(os.environ)) | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    driver = subprocess.Popen([sys.executable, "-c", LOCAL], env=environment, text=True, **pipes)
+    errors = home / "driver.log"
+    with open(errors, "w") as log:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        driver = subprocess.Popen([sys.executable, "-c", LOCAL], env=environment, text=True, **pipes)
     try:
         assert driver.stdout is not None
-        address, mode, seen = json.loads(driver.stdout.readline())
+        line = driver.stdout.readline()
+        assert line, f"the driver ended: {errors.read_text()[-2000:]}"
+        address, mode, seen = json.loads(line)
         assert (mode, seen) == ("token", "token")
         assert not join(address, environment | {"RAY_AUTH_MODE": "disabled"}), "a stranger came in"
         assert not (home / ".ray" / "auth_token").exists(), "a token was left behind"

@@ -70,6 +70,10 @@ def table(folder: Path) -> dict[str, str]:
     return dict(zip(uris, rows.column("class").to_pylist(), strict=True))
 
 
+def written(folder: Path) -> list[Path]:
+    return list(folder.glob("*.parquet"))
+
+
 def main(images: int, kills: int, seed: int) -> None:
     root, rng = Path(tempfile.mkdtemp(prefix="kt-predict-")), random.Random(seed)
     data = write_task(root / "task")
@@ -96,17 +100,18 @@ def main(images: int, kills: int, seed: int) -> None:
         f"undisturbed: {took:.0f} s, {rate:.0f} images/s; bare forward {bare:.0f} images/s: {rate / bare:.0%}",
         flush=True,
     )
-    moments = []
-    for _ in range(kills):
-        job, wait = start("killed", root / "killed.log"), rng.uniform(0.1, 0.9) * took
-        try:
-            assert job.wait(wait) == 0, (root / "killed.log").read_text()[-2000:]
-            break  # it ended before
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.wait()
-            files = len(list((root / "killed").glob("*.parquet")))
-            moments.append(f"{wait:.0f} s ({files} files)")
+    # By the files that are written, so that each kill meets a job that has work left.
+    whole, moments = len(written(root / "plain")), []
+    for share in sorted(rng.uniform(0.0, 0.95) for _ in range(kills)):
+        job = start("killed", root / "killed.log")
+        while len(written(root / "killed")) < share * whole:
+            assert job.poll() is None, (root / "killed.log").read_text()[-2000:]
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0.0, 0.01 * took))
+        assert job.poll() is None, "the job ended before it was killed"
+        job.kill()
+        job.wait()
+        moments.append(f"{len(written(root / 'killed'))} of {whole} files")
     assert start("killed", root / "killed.log").wait() == 0, (root / "killed.log").read_text()[-2000:]
     found, plain = table(root / "killed"), table(root / "plain")
     assert len(plain) == images

@@ -81,7 +81,7 @@ def place(data: str) -> tuple[str, FileStat | None]:
     except OSError as error:
         raise KtrayError(f"'{path}' cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
     if file is None:
-        raise KtrayError(f"'{path}' does not exist", filesystem.missing(path) or f"Check task.data. {FORMS}")
+        raise KtrayError(f"'{path}' does not exist", f"Check task.data. {filesystem.missing(path)}")
     return path, file
 
 
@@ -207,7 +207,9 @@ def _unusable(file: FileStat) -> str:
     if decodable(head):
         return ""
     kind = image_kind(head)
-    return f"they are {kind} images, which are not supported (convert them to JPEG)" if kind else "they are not images"
+    if not kind:
+        return "they are not images"
+    return f"they are {kind} images, which are not supported (convert them to JPEG: docs/guide/data.md, Phone photos)"
 
 
 def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:

@@ -91,7 +91,7 @@ def _read(path: str) -> list[LabelledRow]:
     except OSError as error:
         raise KtrayError(f"{_KEY}={path} cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
     if file is None:
-        raise KtrayError(f"{_KEY}={path} does not exist", filesystem.missing(path) or _FORM)
+        raise KtrayError(f"{_KEY}={path} does not exist", filesystem.missing(path))
     if not is_table(path):
         raise KtrayError(f"{_KEY}={path} is not a list", _FORM)
     rows = read_table(file, [], None, unlabelled=True)

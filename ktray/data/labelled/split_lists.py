@@ -51,8 +51,10 @@ def choose_lists(
 ) -> tuple[dict[str, str], list[str]]:
     """The path of the list of each split, and the paths of the other train lists."""
     if not filesystem.is_folder(splits):
+        hint = "" if filesystem.stat(splits) else f"{filesystem.missing(filesystem.normalise(splits))} "
         raise KtrayError(
-            f"task.splits '{splits}' is not a folder", "Set it to a folder with train*.txt, val.txt and test.txt."
+            f"task.splits '{splits}' is not a folder",
+            f"{hint}Set it to a folder with train*.txt, val.txt and test.txt.",
         )
     lists: dict[str, list[str]] = defaultdict(list)
     for name in filesystem.children(splits)[1]:

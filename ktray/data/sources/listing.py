@@ -6,7 +6,6 @@ files. Listing reads directories, Parquet footers and CSV lists, but no images.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -122,7 +121,7 @@ def _entry(entry: str) -> _Files:
             return _pattern(path)
     except OSError as error:
         raise KtrayError(f"'{path}' cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
-    raise KtrayError(f"'{path}' does not exist", _nearby(path))
+    raise KtrayError(f"'{path}' does not exist", filesystem.missing(path))
 
 
 def _file(file: FileStat) -> _Files:
@@ -175,22 +174,6 @@ def _summary(paths: Sequence[str]) -> str:
     names = [path.rpartition("/")[2] for path in paths]
     ends = Counter("." + name.rpartition(".")[2] if "." in name else name for name in names)
     return ", ".join(f"{n} x {end}" for end, n in sorted(ends.most_common(5), key=lambda e: (-e[1], e[0])))
-
-
-def _nearby(path: str) -> str:
-    """A remedy for a missing path, with the most similar name in its parent folder."""
-    parent, _, name = path.rpartition("/")
-    if filesystem.is_remote(path):
-        return filesystem.missing(path)
-    if not filesystem.is_folder(parent or "/"):
-        return "Check the path; a relative path starts at the current folder."
-    folders, files = filesystem.children(parent or "/")
-    near = difflib.get_close_matches(name, [*folders, *files], n=1)
-    return (
-        f"Did you mean '{parent}/{near[0]}'?"
-        if near
-        else f"Folder '{parent or '/'}' exists. Check the last part of the path."
-    )
 
 
 def folder_shards(

@@ -26,6 +26,7 @@ from ktray.pipeline.finished_run import FinishedRun
 from ktray.recipe.export import ExportConfig
 from ktray.recipe.schema import Recipe
 from ktray.recipe.section import digest
+from ktray.reporting.progress import Progress
 from ktray.reporting.result import SCHEMA, ExportResult, write_result
 from ktray.storage.clock import day
 from ktray.storage.lease import Lease
@@ -253,8 +254,13 @@ def _checked(scores: AgreementScores, name: str, target: ExportTarget) -> dict[s
 
 def _latency(folder: Path, batch: int, targets: list[tuple[str, ExportTarget]]) -> dict[str, Any]:
     busy = busy_cores()
-    measured = {name: target.latency(folder / target.file, batch) for name, target in targets}
-    models = {PYTORCH: latency.measure(folder, batch), **{name: result for name, result in measured.items() if result}}
+    with Progress("export", len(targets) + 1, "model") as progress:
+        models = {PYTORCH: latency.measure(folder, batch)}
+        progress.update(1)
+        for done, (name, target) in enumerate(targets, 2):
+            if result := target.latency(folder / target.file, batch):
+                models[name] = result
+            progress.update(done)
     return {"batch": batch, "busy_cores": busy, "models": models}
 
 
