@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ktray import cli
+from ktray.start import start
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(["compare", *sys.argv[1:]]))
+    sys.exit(start(["compare", *sys.argv[1:]]))

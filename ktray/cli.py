@@ -257,6 +257,8 @@ def _main(job: Job, words: list[str]) -> None:
         _show(version())
         return
     recipe = recipes.load(arguments.recipes, arguments.overrides)
+    for line in _unread(arguments.overrides, job.name):
+        log.logger.warning(line)
     if arguments.dry_submit:
         from ktray.distributed import submit
 
@@ -293,6 +295,15 @@ def _show(text: str) -> None:
         log.result(text)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered rest goes there at exit
+
+
+def _unread(overrides: Sequence[str], job: str) -> Iterator[str]:
+    """Yield a warning for each override that this job does not read. Recipes may have such keys, for other jobs."""
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        reader = READ_BY.get(key.partition(".")[0], job)
+        if reader != job and not (reader == "curate" and job == "index"):
+            yield f"WARNING: {key} has no effect here: only jobs/{reader}.py reads it"
 
 
 def _changed(recipe: Recipe, job: str) -> Iterator[str]:

@@ -230,6 +230,19 @@ def test_quiet_shows_only_warnings_and_the_result(capsys):
     assert "step 1" in capsys.readouterr().out
 
 
+def test_a_key_that_only_another_job_reads_is_told(capsys):
+    assert command(["budget.usd=0.01", "seed=1"], lambda r, d: None) == 0
+    assert capsys.readouterr().err == "WARNING: budget.usd has no effect here: only jobs/tune.py reads it\n"
+    assert command(["--recipe", "digits"], lambda r, d: None) == 0  # a recipe may have keys for several jobs
+    assert capsys.readouterr().err == ""
+
+
+def test_a_python_without_the_packages_says_so(tmp_path):
+    done = process(sys.executable, "-S", "jobs/distill.py", "--plan", PYTHONPATH="", PYTHONNOUSERSITE="1")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* has no package '\w+', which ktray needs\. Use the Python .*\n", done.stderr)
+
+
 def test_verbose_shows_keys_and_details(capsys):
     assert command(["--verbose", "seed=7"], lines) == 0
     out = capsys.readouterr().out

@@ -325,9 +325,10 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
     """The ``cost`` object of ``result.json``.
 
     ``flops`` and ``device_seconds`` have a key for each stage, including ``evaluate``, and their ``total``. Entries of
-    any other stage (a baseline such as ``scratch``) are not part of the method: they are under ``baselines`` and in no
-    total. ``usd`` is None if the price of a device is not known. ``kwh`` is the sum over the measured attempts, and
-    None if nothing was measured. ``without_cache`` also includes the original cost of the reused stages.
+    any other stage (a baseline such as ``scratch``, or ``hygiene``) are not part of the method: they are under
+    ``baselines`` and in no total but ``with_baselines``, which is what was spent. ``usd`` is None if the price of a
+    device is not known. ``kwh`` is the sum over the measured attempts, and None if nothing was measured.
+    ``without_cache`` also includes the original cost of the reused stages.
 
     Args:
         stages: the stages of the method; another job than those of the pipeline has its own.
@@ -347,6 +348,7 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
         "peak_memory_bytes": max((e.peak_memory_bytes for e in spent), default=0),
         "without_cache": _totals(method),
         "baselines": {name: _totals([e for e in others if e.stage == name]) for name in names},
+        "with_baselines": _totals([e for e in all_entries if not e.cached]),
     }
 
 

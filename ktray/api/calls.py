@@ -187,4 +187,5 @@ def open_run(folder: str, store: str | None = None) -> Run:
     from ktray.pipeline.finished_run import find_run
 
     values: dict[str, Any] = {"export.run": str(folder), **({} if store is None else {"store": store})}
-    return Run(find_run(asked(None, values), "export").folder.uri)
+    remedy = "Give open_run the folder of a finished run, or its id and the store that it is in."
+    return Run(find_run(asked(None, values), "export", remedy).folder.uri)

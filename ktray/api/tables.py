@@ -30,8 +30,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ktray.data import filesystem
+from ktray.data.sources.fetch import read_file
 from ktray.data.sources.parquet_tables import CAPTION_NAMES, holds_text, image_column
 from ktray.data.sources.records import is_image
+from ktray.data.sources.uris import ImageRef
 from ktray.errors import KtrayError
 from ktray.storage.store import Dir
 
@@ -70,12 +72,17 @@ def unlabelled(value: Any, store: str) -> list[str]:
     """
     if isinstance(value, Sequence) and value and all(isinstance(item, str | os.PathLike) for item in value):
         paths = [os.fspath(item) for item in value]
-        if not all(is_image(path) and not filesystem.has_glob(path) for path in paths):
+        if not all(_is_one(path) for path in paths):
             return paths
     written = {_write(_columns(part, CAPTION_NAMES, store), store) for part in _tables(value) if part.num_rows}
     if not written:
         raise KtrayError("The unlabelled images in memory are empty", _FORMS)
     return sorted(written)
+
+
+def _is_one(path: str) -> bool:
+    """Whether the address is that of one image: of a file, or of a part of one, as predictions have."""
+    return bool(ImageRef.parse(path).fragment) or (is_image(path) and not filesystem.has_glob(path))
 
 
 def _tables(value: Any) -> Iterator[pa.Table]:
@@ -209,7 +216,7 @@ def _read(paths: Sequence[str | None]) -> list[bytes | None]:
 
     def read(path: str | None) -> bytes | None:
         try:
-            return None if path is None else filesystem.read_bytes(path)
+            return None if path is None else read_file(path)[0]
         except (OSError, KtrayError):
             return None
 

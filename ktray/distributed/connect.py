@@ -19,6 +19,7 @@ from ktray.distributed.explain import OOM_RETRIES
 from ktray.distributed.surroundings import (
     LEAST_OBJECT_STORE,
     check_address,
+    check_answers,
     give_a_home,
     not_reached,
     shared_memory,
@@ -102,7 +103,7 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(ktray.__file__).parent)]}
         env["env_vars"] = worker_settings()
         try:
-            with kept_sigterm():
+            with kept_sigterm(), _told_if_slow(f"waiting for the Ray cluster at {_joined(address)}"):
                 ray.init(address=address, runtime_env=env, **common)
         except (ConnectionError, TimeoutError, OSError) as error:
             raise not_reached(address, error) from error
@@ -137,16 +138,38 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context.execution_options.verbose_progress = False
 
 
+def _joined(address: str) -> str:
+    """The address that is joined, after a check that something listens there."""
+    if address == "local":
+        return address
+    if address != "auto":
+        check_answers(address)
+        return address
+    from ktray.distributed.ray_internals import address_of_this_machine
+
+    found = address_of_this_machine()  # raises ConnectionError if there is none
+    check_answers(found, within=5.0)
+    return f"{found} (auto)"
+
+
 @contextlib.contextmanager
-def _slow_start_told() -> Iterator[None]:
-    """Say that Ray is still starting, which takes minutes on a busy machine, and explain it if Ray gives up."""
-    slow = threading.Timer(
-        _SLOW_START_S, logger.info, ["machine   Ray is starting, which takes longer while other programs are busy"]
-    )
+def _told_if_slow(what: str) -> Iterator[None]:
+    """Say what the job waits for if that takes long."""
+    slow = threading.Timer(_SLOW_START_S, logger.info, [f"machine   {what}"])
     slow.daemon = True
     slow.start()
     try:
         yield
+    finally:
+        slow.cancel()
+
+
+@contextlib.contextmanager
+def _slow_start_told() -> Iterator[None]:
+    """Say that Ray is still starting, which takes minutes on a busy machine, and explain it if Ray gives up."""
+    try:
+        with _told_if_slow("Ray is starting, which takes longer while other programs are busy"):
+            yield
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
@@ -154,8 +177,6 @@ def _slow_start_told() -> Iterator[None]:
             "Ray did not start in time on this machine",
             "The machine is probably overloaded: end other programs or wait, and start the job again.",
         ) from error
-    finally:
-        slow.cancel()
 
 
 def _object_store(memory: float) -> int:

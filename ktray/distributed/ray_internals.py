@@ -24,6 +24,7 @@ __all__ = [
     "ControllerCallback",
     "InsufficientClusterResourcesError",
     "WorkerGroupStartupTimeoutError",
+    "address_of_this_machine",
     "capture_executor",
     "dashboard_address",
     "hide_log_level_line",
@@ -31,6 +32,16 @@ __all__ = [
     "remember_result",
     "spilled_bytes",
 ]
+
+
+def address_of_this_machine() -> str:
+    """``HOST:PORT`` of the cluster that ``RAY_ADDRESS=auto`` means; ConnectionError if there is none."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    found = canonicalize_bootstrap_address("auto")
+    if not found:
+        raise ConnectionError("no Ray runs on this machine")
+    return str(found)
 
 
 def dashboard_address() -> str | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
+import socket
 import tempfile
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -39,8 +42,29 @@ def check_address(address: str | None) -> None:
             "Submit the job with `ray job submit`, as --dry-submit prints it, or run it on a node of the cluster with "
             "RAY_ADDRESS=auto.",
         )
-    if "://" in address:
+    if address not in ("auto", "local") and not re.fullmatch(r"[^/\s]+:\d+", address):
         raise ResourceError(f"RAY_ADDRESS={address} is not an address of Ray", "Use HOST:PORT (6379), or auto.")
+
+
+def check_answers(address: str, within: float = 30.0) -> None:
+    """Check that something listens at ``HOST:PORT``. Ray itself tries for minutes and says nothing that a person reads.
+
+    Args:
+        within: seconds to try; a head that starts at the same time needs some.
+
+    Raises:
+        ResourceError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + within
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise not_reached(address, error) from error
+        time.sleep(1.0)
 
 
 def not_reached(address: str, error: BaseException) -> ResourceError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ktray.distributed.explain import INTERRUPTED, exit_code, explain
 from ktray.redact import scrub
+from ktray.reporting import log
 from ktray.reporting.report import write_report
 from ktray.reporting.result import SCHEMA, FailedResult, utc, write_result
 from ktray.storage.store import Dir
@@ -67,7 +69,9 @@ def _write(folder: Dir, run_id: str, begun: float, error: BaseException, state: 
     with tempfile.TemporaryDirectory(prefix="ktray-") as scratch:
         page = write_report(Path(scratch), content, curves={}, confusion=None, classes=[], contact_sheet=None, worst=[])
         folder.put(page)
-    logger.info(f"result    {folder.file('result.json')}")
+    # Also with --quiet: a script that started the job reads it. Runs of a search in threads are not what it asked for.
+    tell = log.result if threading.current_thread() is threading.main_thread() else logger.info
+    tell(f"result    {folder.file('result.json')}")
 
 
 def _remedy(error: BaseException) -> str:

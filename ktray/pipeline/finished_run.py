@@ -14,6 +14,7 @@ from ktray.models.student.classifier import Student
 from ktray.models.teacher.ensemble import EnsembleSpec
 from ktray.models.teacher.spec import AdaptedSpec
 from ktray.pipeline.resolve import labels_of
+from ktray.pipeline.run_folder import RUNNING
 from ktray.recipe.schema import Recipe
 from ktray.storage.store import Dir, Store
 from ktray.tasks.base import TaskKind, task_kind
@@ -136,25 +137,26 @@ class FinishedRun:
         return labelled
 
 
-def find_run(requested: Recipe, job: str) -> FinishedRun:
+def find_run(requested: Recipe, job: str, remedy: str = "") -> FinishedRun:
     """Find the run that the key ``run`` in the section of a job names.
 
     Args:
         requested: the recipe of the command line, of which ``store``, the section of the job, ``task.data`` and
             ``mlflow.uri`` are used.
         job: name of the job and of its section.
+        remedy: what to do if there is no such run; empty: what a user of the command line does.
 
     Raises:
         KtrayError: the run does not exist or has no student, or its result is damaged.
     """
     part = getattr(requested, job)
-    folder = _folder(requested.store, part.run, f"{job}.run")
+    remedy = (
+        remedy or f"Set {job}.run to the id or folder of a finished run of jobs/distill.py, and store= to its store."
+    )
+    folder = _folder(requested.store, part.run, remedy)
     missing = [name for name in _NEEDED if not folder.exists(name)]
     if missing:
-        raise KtrayError(
-            f"'{folder.uri}' has no finished run with a student: there is no {missing[0]}",
-            f"Set {job}.run to the id or folder of a finished run of jobs/distill.py.",
-        )
+        raise KtrayError(f"'{folder.uri}' has no finished run with a student: {_why(folder, missing[0])}", remedy)
     try:
         result = folder.read_json("result.json")
         result["run_id"], result["metric"]["name"]
@@ -174,22 +176,31 @@ def find_run(requested: Recipe, job: str) -> FinishedRun:
     return FinishedRun(store, folder, recipe, result)
 
 
-def _folder(place: str, name: str | None, key: str) -> Dir:
+def _why(folder: Dir, missing: str) -> str:
+    """Why a run folder lacks a file, as far as the folder says."""
+    if folder.exists("result.json"):
+        result = folder.read_json("result.json")
+        if isinstance(result, dict) and result.get("status") in ("failed", "interrupted"):
+            where = f" in {result['stage']}" if result.get("stage") else ""
+            if result["status"] == "interrupted":
+                return f"it was interrupted{where}; the command that started it resumes it"
+            return f"it failed{where}: {result.get('error')}"
+    elif folder.exists(RUNNING):
+        return "it is still running, or it was killed; then the command that started it resumes it"
+    return f"there is no {missing}"
+
+
+def _folder(place: str, name: str | None, remedy: str) -> Dir:
     store = Store(place)
     if name and ("/" in name or not store.run(name).exists()):
         folder = Dir(name.rstrip("/"))
         if folder.exists():
             return folder
-        raise KtrayError(
-            f"There is no run '{name}' in '{store.uri}/runs', and no such folder",
-            f"Set {key} to a run's id or folder, and store= to its store.",
-        )
+        raise KtrayError(f"There is no run '{name}' in '{store.uri}/runs', and no such folder", remedy)
     if name:
         return store.run(name)
     for run_id in reversed(store.sub("runs").children()):
         folder = store.run(run_id)
         if all(folder.exists(part) for part in _NEEDED):
             return folder
-    raise KtrayError(
-        f"No run in '{store.uri}/runs' has a student", f"Run jobs/distill.py first, or set store= or {key}."
-    )
+    raise KtrayError(f"No run in '{store.uri}/runs' has a student", f"Run jobs/distill.py first. {remedy}")

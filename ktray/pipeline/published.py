@@ -131,7 +131,7 @@ def _choose_pretrained(recipe: Recipe, choose: Choose) -> None:
         part.pretrained = False
         return
     if part.kwargs:
-        choose("student.pretrained", False, "with these student.kwargs, there are no published weights for the student")
+        choose("student.pretrained", False, "published weights do not fit a student with student.kwargs")
         return
     from ktray.models import hub  # slow to import
     from ktray.models.packaged import packaged

@@ -23,6 +23,7 @@ from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import fetch
 from ktray.data.sources.lists import gallery_shards
+from ktray.data.sources.missing_shards import missing_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.models.teacher.heads import DEFAULT_TEMPLATES
@@ -105,6 +106,7 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
         )
     shards = _gallery(recipe)
     has_gallery = bool(shards) or index_alone(recipe)
+    reasons += missing_shards(dict.fromkeys(path for s in shards for path in s.paths[:1]))
     counts = [s.count for s in shards]
     gallery_images = None if None in counts or not shards else sum(c or 0 for c in counts)
     sides = _short_sides(task)

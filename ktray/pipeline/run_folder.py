@@ -4,12 +4,14 @@ uses is never taken."""
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from pathlib import Path
 
 import ktray
 from ktray.recipe.load import DEFAULT
 from ktray.recipe.schema import Recipe
+from ktray.reporting.result import utc
 from ktray.storage.clock import stamp
 from ktray.storage.lease import FOLDER, Lease
 from ktray.storage.store import Dir, Store
@@ -36,13 +38,21 @@ def open_run(store: Store, same: str, title: str, until: contextlib.ExitStack) -
         folder = store.run(name)
         if _recipe(folder) == same and _take(folder, until, wait=False):
             if _recipe(folder) == same:
+                _begin(folder, same)
                 return name, folder
             _give_back(folder)  # another job has just finished this run
     run_id = f"{stamp()}-{title}-{uuid.uuid4().hex[:4]}"
     folder = store.run(run_id)
     _take(folder, until, wait=True)
-    folder.write_json(RUNNING, {"recipe": same, "ktray": ktray.__version__})
+    _begin(folder, same)
     return run_id, folder
+
+
+def _begin(folder: Dir, same: str) -> None:
+    """Note a start of the run. The result of an earlier attempt goes, so that what is there is never an old one's."""
+    earlier = folder.read_json(RUNNING).get("starts", []) if folder.exists(RUNNING) else []
+    folder.write_json(RUNNING, {"recipe": same, "ktray": ktray.__version__, "starts": [*earlier, utc(time.time())]})
+    folder.delete("result.json")
 
 
 def _recipe(folder: Dir) -> str | None:

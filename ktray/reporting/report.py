@@ -141,7 +141,15 @@ def closing_table(result: dict[str, Any]) -> str:
         )
     total = _total(result)
     rows.append(["total", "", seconds(total["wall_seconds"]), flops(total["flops"]), usd(total["usd"])])
-    text = aligned(rows, words=2, rules=(1, len(rows) - 1))
+    last = len(rows) - 1
+    cost = result.get("cost") or {}
+    outside = [row for row in result.get("stages") or [] if row["name"] in (cost.get("baselines") or {})]
+    if any(not row.get("cached") for row in outside):
+        everything = cost.get("with_baselines") or {}
+        wall = (total["wall_seconds"] or 0.0) + sum(row.get("wall_seconds") or 0.0 for row in outside)
+        names = " and ".join(dict.fromkeys(row["name"] for row in outside))
+        rows.append([f"with {names}", "", seconds(wall), flops(everything.get("flops")), usd(everything.get("usd"))])
+    text = aligned(rows, words=2, rules=(1, last))
     accuracy = accuracy_rows(result)
     if accuracy:
         table = [[metric_label(result), "validation", "test"]]

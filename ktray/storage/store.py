@@ -354,6 +354,12 @@ class Store(Dir):
             KtrayError: it cannot be written; with the remedy.
         """
         name = f".probe-{uuid.uuid4().hex[:8]}"
+        if self.is_local:
+            above = Path(self.path)
+            while not above.exists():
+                above = above.parent
+            if not above.is_dir():
+                raise KtrayError(f"store={self.uri} cannot be a folder: '{above}' is a file", "Set store= to a folder.")
         with retry_for(_PROBE_S):
             self.write(name, b"x" * 4096)
             self.delete(name)

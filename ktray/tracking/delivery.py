@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 from ktray.redact import scrub
 from ktray.tracking.base import Destination, EventTracker, Sink
+
+logger = logging.getLogger("ktray")
 
 _BATCH = 500
 
@@ -178,6 +181,10 @@ class Delivery:
                 if self._tracker.is_transient(error):
                     if self.problem is None:
                         self._log.note(f"{name} is not reachable; events wait in this log: {text}")
+                        logger.warning(
+                            f"mlflow    WARNING: {self.state['uri']} does not take events ({type(error).__name__}). "
+                            "The job goes on and keeps them; the reason is in log.jsonl of the run."
+                        )
                     with self.wake:
                         self.problem = text
                         self.wake.notify_all()

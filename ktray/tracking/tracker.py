@@ -286,7 +286,7 @@ def _lock(state: Path) -> IO[str] | None:
 
 def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: float = 30.0) -> int:
     """Send the pending events of earlier runs: those of each folder in ``runs`` that no job uses and that logs to the
-    same server and experiment.
+    same server and experiment, or of which another server has nothing, as after a wrong address.
 
     Args:
         runs: folder of run folders with ``log.jsonl`` and ``mlflow.json``.
@@ -305,12 +305,16 @@ def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: 
             lines = len(log.read_text(encoding="utf-8", errors="replace").splitlines())
         except (OSError, ValueError):
             continue
-        if (saved.get("uri"), saved.get("experiment")) != (address, experiment) or saved.get("sent", 0) >= lines:
+        if saved.get("experiment") != experiment or saved.get("sent", 0) >= lines:
             continue
+        if saved.get("uri") != address and (saved.get("sent", 0) or saved.get("run_id")):
+            continue  # another server has a part of it
         hold = _lock(state)
         if hold is None:
             continue
         hold.close()
+        if saved.get("uri") != address:
+            logger.info(f"mlflow    {log.parent.name} is sent here; {saved.get('uri')} never took any of it")
         tracker = Tracker(uri, experiment, log, state, home)
         left = tracker.close(max(0.0, deadline - time.monotonic()))
         pending += left

@@ -208,6 +208,8 @@ def test_the_summary_is_the_sum_by_stage() -> None:
     assert (cost["wall_seconds"], cost["usd"], cost["kwh"], cost["images_seen"]) == (7, 3.0, 0.75, 70)
     assert cost["peak_memory_bytes"] == 7
     assert cost["baselines"] == {"scratch": {"flops": 1000, "device_seconds": 1000, "usd": 9.0}}
+    assert cost["with_baselines"]["flops"] == cost["flops"]["total"] + 1000
+    assert cost["with_baselines"]["usd"] == pytest.approx(cost["usd"] + 9.0)
     unpriced = cost_summary([*entries, replace(entries[0], usd=None, kwh=None)])
     assert unpriced["usd"] is None
     assert cost_summary([])["kwh"] is None

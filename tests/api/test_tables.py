@@ -126,6 +126,10 @@ def test_unlabelled_images_in_every_form(files, tmp_path) -> None:
     assert set(check_unlabelled(tables.unlabelled(table, store), files)) == {p.stem for p in files}
     places = ["some/folder", "s3://bucket/a.tar", str(files[0])]
     assert tables.unlabelled(places, store) == places
+    (held,) = tables.unlabelled(arrays(files), store)
+    rows = [f"{held}#row={i}" for i in range(len(files))]  # addresses that labelled sets and predictions have
+    for again in (rows, pa.table({"path": rows})):
+        check_unlabelled(tables.unlabelled(again, store), files)
     assert tables.unlabelled(["some/*.png"], store) == ["some/*.png"]
 
 

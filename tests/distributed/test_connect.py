@@ -23,6 +23,14 @@ def test_the_level_of_the_environment_holds_after_its_line_is_hidden(cluster):
     assert level.value == names[os.environ["RAY_BACKEND_LOG_LEVEL"]]
 
 
+def test_the_address_that_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(module, "check_answers", lambda address, **_: seen.append(address))
+    monkeypatch.setattr("ktray.distributed.ray_internals.address_of_this_machine", lambda: "10.0.0.1:6379")
+    assert [module._joined(a) for a in ("auto", "head:6379", "local")] == ["10.0.0.1:6379 (auto)", "head:6379", "local"]
+    assert seen == ["10.0.0.1:6379", "head:6379"]
+
+
 def test_a_ray_that_starts_slowly_says_so_and_one_that_gives_up_is_no_fault_of_ktray(monkeypatch, caplog):
     monkeypatch.setattr(module, "_SLOW_START_S", 0.01)
     with caplog.at_level("INFO", "ktray"), module._slow_start_told():

@@ -36,8 +36,11 @@ def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(store):
         first, folder = open_run(store, "same", "a", until)
     with contextlib.ExitStack() as until:
         assert open_run(store, "other", "b", until)[0] != first
+    folder.write("result.json", b"{}")  # of the attempt that was interrupted
     with contextlib.ExitStack() as until:
         assert open_run(store, "same", "c", until)[0] == first
+        assert not folder.exists("result.json")
+        assert len(folder.read_json(RUNNING)["starts"]) == 2
         folder.delete(RUNNING)
     assert not folder.exists(run_folder.FOLDER)
     with contextlib.ExitStack() as until:

@@ -242,6 +242,30 @@ def test_another_run_sends_what_an_earlier_one_could_not(tmp_path: Path, monkeyp
     assert {name: r.info.status for name, r in runs(tmp_path).items()} == {"r1": "FINISHED", "r2": "FINISHED"}
 
 
+def test_a_run_that_a_wrong_address_never_got_is_sent_to_the_right_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(name: str, uri: str | None) -> None:
+        folder = tmp_path / "runs" / name
+        t = Tracker(uri, "exp", folder / "log.jsonl", folder / "mlflow.json", tmp_path, timeout=1.0)
+        t.start(name)
+        t.finish()
+        assert t.close(60) == (2 if uri else 0)
+
+    with caplog.at_level("INFO", "ktray"):
+        leave("typo", DEAD)
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            f"mlflow    WARNING: {DEAD} does not take events (MlflowException). The job goes on and keeps them; the "
+            "reason is in log.jsonl of the run."
+        ]
+        leave("right", None)
+        assert catch_up(tmp_path / "runs", None, "exp", tmp_path) == 0
+    assert f"typo is sent here; {DEAD} never took any of it" in caplog.text
+    assert {name: r.info.status for name, r in runs(tmp_path).items()} == {"typo": "FINISHED", "right": "FINISHED"}
+    assert catch_up(tmp_path / "runs", "sqlite:///" + str(tmp_path / "other.db"), "exp", tmp_path) == 0
+    assert not (tmp_path / "other.db").exists()  # what a server has stays there
+
+
 def test_events_do_not_wait_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from ktray.errors import ResourceError
         ("http://head:8265", "dashboard.*ray job submit"),
         ("https://head", "dashboard"),
         ("grpc://head:1", "not an address of Ray.*HOST:PORT"),
+        ("banana", "not an address of Ray.*HOST:PORT"),
+        ("head:", "not an address of Ray.*HOST:PORT"),
     ],
 )
 def test_addresses_that_a_driver_cannot_join(address: str, remedy: str) -> None:
@@ -35,6 +38,14 @@ def test_addresses_that_a_driver_cannot_join(address: str, remedy: str) -> None:
 def test_addresses_that_it_can_join() -> None:
     for address in (None, "", "auto", "local", "127.0.0.1:6379", "head.cluster:6379", "[::1]:6379"):
         surroundings.check_address(address)
+
+
+def test_nothing_listens_at_an_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        surroundings.check_answers(address, within=0.0)
+    with pytest.raises(ResourceError, match=rf"RAY_ADDRESS={address} cannot be joined.*refused.*`ray status`"):
+        surroundings.check_answers(address, within=0.0)
 
 
 def test_a_cluster_that_is_gone() -> None:

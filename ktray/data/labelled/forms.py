@@ -12,6 +12,7 @@ from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
 from ktray.data.labelled.tables import is_table, read_folder_tables, read_table, read_tables, tables_of_folder
 from ktray.data.magic import HEAD_BYTES, decodable, image_kind
 from ktray.data.sources.base import in_order
+from ktray.data.sources.missing_shards import missing_shards
 from ktray.data.sources.records import is_image, may_be_image
 from ktray.errors import KtrayError
 
@@ -43,9 +44,14 @@ def read_rows(data: str, notes: list[str], group: str | None = None, layout: str
     if file is None:
         if tables := tables_of_folder(path):
             return read_folder_tables(tables, notes, group)
+        before = len(notes)
         rows = _folder(path, notes, layout)
         if not rows:
+            seen = notes[before:]
+            del notes[before:]  # they would say that the tables are ignored
             rows = _tables_below(path, notes, group)
+            if not rows:
+                notes[before:] = seen
         elif group is not None:
             no_groups(group, path)
         if not rows:
@@ -235,6 +241,7 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
         for folder, files in sorted(found.items()):
             for file in sorted(files, key=lambda f: f.path):
                 rows += read_table(file, notes, group, SPLITS[folder.rpartition("/")[2].lower()])
+        notes += missing_shards(file.path for files in found.values() for file in files)
         return rows
     if len(found) > 1:
         names = [folder.removeprefix(f"{path}/") for folder in sorted(found)]

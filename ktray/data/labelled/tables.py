@@ -21,6 +21,7 @@ from ktray.data.filesystem import FileStat
 from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc
 from ktray.data.sources.base import LabelTable, in_order
 from ktray.data.sources.csv_lists import CsvTable, is_csv, no_rows
+from ktray.data.sources.missing_shards import missing_shards
 from ktray.data.sources.parquet_tables import LABEL_NAMES, PATH_NAMES
 from ktray.data.sources.uris import ImageRef, resolve
 from ktray.errors import KtrayError
@@ -204,6 +205,7 @@ def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) 
         read[split].append(file.path)
     listed = ", ".join(f"{len(paths)} for {split}" for split, paths in sorted(read.items()))
     notes.append(f"{len(files)} tables are read: {listed}.")
+    notes += missing_shards(file.path for file in files)
     classes = Counter(row.label for row in rows)
     if classes and all(name.isdigit() for name in classes) and len(classes) > 1:
         notes.append("The class names are numbers: the tables have no names for them.")

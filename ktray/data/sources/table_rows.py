@@ -20,11 +20,12 @@ import pyarrow as pa
 
 from ktray.data.filesystem import MAX_FILE_BYTES, FileStat, why
 from ktray.data.sources.base import Cut, LabelTable, Shard, Source, fingerprint
-from ktray.data.sources.fetch import read_file
+from ktray.data.sources.fetch import fetch, read_file
 from ktray.data.sources.parquet_tables import Footer, caption_column, holds_image, image_column
 from ktray.data.sources.records import ImageRecord
-from ktray.data.sources.uris import Held, ImageRef, resolve
+from ktray.data.sources.uris import Held, ImageRef, One, resolve
 from ktray.errors import KtrayError
+from ktray.storage.concurrent import AT_ONCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +95,27 @@ class RowSource(Source):
         if shard.column is None or shard.count is None:
             yield ImageRecord(path, None, error=f"broken {self.form}: {self._why_broken(path)}")
             return
-        columns = [shard.column, *([shard.caption] if shard.caption else [])]
-        named = shard.column if shard.named else None
-        next_row, last = shard.start, shard.start + shard.count
+        named: list[ImageRecord] = []  # records whose cells name an image, which is fetched for several at a time
+        for record in self._records(shard, shard.column, shard.count):
+            if record.data is None and record.error is None:
+                named.append(record)
+            if len(named) == AT_ONCE or (named and record is not named[-1]):
+                yield from _fetched(named)
+                named = []
+            if record.data is not None or record.error is not None:
+                yield record
+        yield from _fetched(named)
+
+    def _records(self, shard: Shard, column: str, count: int) -> Iterator[ImageRecord]:
+        """The rows of a shard; those whose cells name an image have neither data nor an error."""
+        path, caption = shard.paths[0], shard.caption
+        named = column if shard.named else None
+        next_row, last = shard.start, shard.start + count
         try:
-            for row, values in self.rows(path, columns, range(shard.start, last)):
-                uri, data, error = cell(values[shard.column], path, self.ref(path, row=row, column=named))
-                yield ImageRecord(uri, data, values.get(shard.caption) if shard.caption else None, error)
+            for row, values in self.rows(path, [column, *([caption] if caption else [])], range(shard.start, last)):
+                uri, data, error = _cell(values[column], path, self.ref(path, row=row, column=named))
                 next_row = row + 1
+                yield ImageRecord(uri, data, values.get(caption) if caption else None, error)
         except Exception as error:  # pyarrow raises its own types, OSError and ValueError on broken pages
             for row in range(next_row, last):
                 uri = str(self.ref(path, row=row, column=named))
@@ -187,7 +201,8 @@ class RowSource(Source):
             try:
                 name = image_column(self.footer(path).schema, column or "auto", path)
                 for row, values in self.rows(path, [name], sorted(by_row)):
-                    contents[by_row[row]] = cell(values[name], path, by_row[row])[1:]
+                    uri, data, error = _cell(values[name], path, by_row[row])
+                    contents[by_row[row]] = _file_of(uri) if data is None and error is None else (data, error)
             except Exception as error:
                 for ref in by_row.values():
                     contents.setdefault(ref, (None, f"broken {self.form}: {why(error)}"))
@@ -209,8 +224,23 @@ def ranges(group_rows: Sequence[int], rows: int) -> list[tuple[int, int]]:
     return [*found, (first, count)] if count else found
 
 
-def cell(value: Any, path: str, ref: RowRef) -> tuple[str, bytes | None, str | None]:
-    """The uri, content and error of one cell, which has bytes, ``{bytes, path}`` or a path."""
+def _fetched(records: Sequence[ImageRecord]) -> Iterator[ImageRecord]:
+    """The records with the images that their uris name."""
+    for record, (uri, data, error) in zip(records, fetch([record.uri for record in records]), strict=True):
+        yield ImageRecord(uri, data, record.caption, error)
+
+
+def _file_of(uri: str) -> One:
+    """The content of the file that a cell names. A cell that another cell names must not name a third: they might name
+    each other without end."""
+    if isinstance(ImageRef.parse(uri), RowRef):
+        return None, "the cell of a table refers to a cell that refers to another cell"
+    return read_file(uri)
+
+
+def _cell(value: Any, path: str, ref: RowRef) -> tuple[str, bytes | None, str | None]:
+    """The uri, content and error of one cell, which has bytes, ``{bytes, path}`` or a path. If it names its image,
+    there is neither content nor error."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
@@ -219,7 +249,4 @@ def cell(value: Any, path: str, ref: RowRef) -> tuple[str, bytes | None, str | N
         return str(ref), value, None
     if not value:
         return str(ref), None, "the cell is empty"
-    uri = resolve(str(value), path)
-    if isinstance(ImageRef.parse(uri), RowRef):  # the uri may refer to this cell, without end
-        return uri, None, "the cell of a table refers to a cell of a table"
-    return uri, *read_file(uri)
+    return resolve(str(value), path), None, None

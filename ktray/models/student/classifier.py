@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 
-from ktray.data.decode import decode_rgb
 from ktray.data.preprocess import Preprocess
 from ktray.errors import KtrayError
 from ktray.models.features import feature_dim, map_positions, pooled_features, trunk
 from ktray.models.messages import cause, unknown_name
 from ktray.models.packaged import PackagedWeights, named, packaged
 from ktray.models.snapshots import TIMM, is_snapshot, open_snapshot
+from ktray.models.student.given import AnyImage, upright_images
 from ktray.models.weights import fetch, load_timm_weights
 
 # Arguments of timm.create_model that ktray sets itself, or that would change the type of model.
@@ -95,31 +93,33 @@ class Student(nn.Module):
         """(N, 3, h, w) normalised float to pooled features (N, feature_dim), before the classifier."""
         return pooled_features(trunk(self.model), x)
 
-    def transform(self, image: Image.Image | np.ndarray | bytes | str | Path) -> torch.Tensor:
+    def transform(self, image: AnyImage) -> torch.Tensor:
         """One image to the input of `model`, (3, h, w) float32: resized, cropped and normalised.
 
         Args:
             image: see `predict`.
         """
-        pixels = torch.from_numpy(self.preprocess.eval_transform(_rgb(image)))
+        pixels = torch.from_numpy(self.preprocess.eval_transform(upright_images([image])[0]))
         return self.preprocess.normalise(pixels[None])[0]
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 64) -> list[Any]:
+    def predict(self, images: Sequence[AnyImage], batch: int = 64) -> list[Any]:
         """Predict whole images, in evaluation mode; see `decide` for the results.
 
         Args:
-            images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, or paths.
+            images: PIL images, (H, W, 3) uint8 arrays, encoded bytes, ``{"bytes": ..., "path": ...}`` as Hugging Face
+                has them, paths, or uris such as those of a labelled set or of predictions (``X.parquet#row=3``).
             batch: images per forward pass.
 
         Raises:
-            BadImage: bytes or a file that cannot be decoded.
+            BadImage: bytes or a file that cannot be read or decoded.
+            TypeError: an image in another form.
         """
         was_training, device = self.training, next(self.model.parameters()).device
         self.eval()
         predictions = []
         for i in range(0, len(images), batch):
-            upright = [_rgb(image) for image in images[i : i + batch]]
+            upright = upright_images(images[i : i + batch])
             pixels = np.stack([self.preprocess.eval_transform(image) for image in upright])
             logits = self.logits(torch.from_numpy(pixels).to(device))
             sizes = [image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1] for image in upright]
@@ -372,11 +372,3 @@ def _dry_run(model: nn.Module, name: str, size: tuple[int, int], num_classes: in
             "learns little; lower its stride with student.kwargs (patch_size, output_stride), or choose another student"
         ]
     return []
-
-
-def _rgb(image: Image.Image | np.ndarray | bytes | str | Path) -> Image.Image | np.ndarray:
-    if isinstance(image, (str, Path)):
-        image = Path(image).read_bytes()
-    if isinstance(image, bytes):
-        return decode_rgb(image)
-    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.lraspp import LRASPPHead
@@ -24,6 +22,7 @@ from ktray.errors import KtrayError
 from ktray.models.maps import resize_map
 from ktray.models.messages import cause
 from ktray.models.student.classifier import Student, build_student, sure_label
+from ktray.models.student.given import AnyImage
 
 Head = Literal["lraspp", "deeplabv3"]
 # Channels of LR-ASPP, as published; DeepLabV3 always has 256.
@@ -113,9 +112,7 @@ class Segmenter(Student):
     without keeping the aspect ratio, so that every pixel gets a class. Its `logits` are maps (N, C, h', w').
     """
 
-    def predict(
-        self, images: Sequence[Image.Image | np.ndarray | bytes | str | Path], batch: int = 16
-    ) -> list[MaskPrediction]:
+    def predict(self, images: Sequence[AnyImage], batch: int = 16) -> list[MaskPrediction]:
         """Segment whole images, in evaluation mode; for the arguments see `Student.predict`."""
         return super().predict(images, batch)
 

@@ -97,7 +97,13 @@ class Cost(ResultPart):
     images_seen: int
     peak_memory_bytes: int
     without_cache: Worth = Field(description="with reused stages at the cost of their computation")
-    baselines: dict[str, Worth] = Field(description="cost of baselines by name; the totals do not include it")
+    baselines: dict[str, Worth] = Field(
+        description="cost of baselines and of HYGIENE by name; the totals do not include it"
+    )
+    with_baselines: Worth | None = Field(
+        default=None,
+        description="what this run spent, baselines and HYGIENE included; None in results of older versions",
+    )
 
 
 class StageRow(ResultPart):

@@ -121,7 +121,27 @@ def test_parquet_cell_that_names_itself_ends(tmp_path):
     write_parquet(path, {"path": [f"{path}#row=0"]})
     (record,) = records(path)
     assert record.data is None
-    assert "refers to a cell of a table" in record.error
+    assert "refers to another cell" in record.error
+
+
+def test_parquet_cells_that_name_cells_of_other_tables_and_files_keep_their_order(tmp_path):
+    images, names = str(tmp_path / "images.parquet"), str(tmp_path / "names.parquet")
+    write_parquet(images, {"image": pa.array([jpeg(i) for i in range(40)])}, 7)
+    (tmp_path / "x.jpg").write_bytes(jpeg(99))
+    wanted = [f"{images}#row={i}" for i in range(39, -1, -1)]
+    wanted[3:3] = [str(tmp_path / "x.jpg"), str(tmp_path / "gone.jpg"), ""]
+    write_parquet(names, {"path": wanted})
+    got = records(names)
+    assert [r.uri for r in got if r.data] == [uri for uri in wanted if uri and "gone" not in uri]
+    assert [r.data for r in got if "#row=" in r.uri and r.data] == [jpeg(i) for i in range(39, -1, -1)]
+    assert [(r.uri, r.error) for r in got if not r.data] == [
+        (f"{tmp_path}/gone.jpg", "no such file"),
+        (f"{names}#row=5", "the cell is empty"),
+    ]
+    assert got[3].data == jpeg(99)
+    assert list(fetch([f"{names}#row=0"])) == [
+        (f"{names}#row=0", None, "the cell of a table refers to a cell that refers to another cell")
+    ]
 
 
 def test_read_file_understands_members_in_lists(mixed):

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from ktray.errors import BadImage, KtrayError
 from ktray.models.student.classifier import build_student
 from ktray.models.student.classifier_io import load_student, save_student
+from ktray.models.student.given import AnyImage
 
 
 @pytest.mark.parametrize(
@@ -57,8 +60,17 @@ def test_predict_takes_every_form_of_image(photo: np.ndarray, tmp_path: Path) ->
     encoded = io.BytesIO()
     pil.save(encoded, "PNG")
     (tmp_path / "x.png").write_bytes(encoded.getvalue())
-    found = student.predict([photo, pil, encoded.getvalue(), tmp_path / "x.png", pil.convert("RGBA")], batch=2)
-    assert len(found) == 5
+    content = encoded.getvalue()
+    pq.write_table(pa.table({"image": [{"bytes": content, "path": "x.png"}]}), tmp_path / "x.parquet")
+    named: list[AnyImage] = [tmp_path / "x.png", f"{tmp_path}/x.png", f"{tmp_path}/x.parquet#row=0"]
+    cells: list[AnyImage] = [{"bytes": content, "path": "gone.png"}, {"bytes": None, "path": f"{tmp_path}/x.png"}]
+    found = student.predict([photo, pil, content, *named, pil.convert("RGBA"), *cells], batch=2)
+    assert len(found) == 9
+    assert torch.equal(student.transform(f"{tmp_path}/x.parquet#row=0"), student.transform(photo))
+    with pytest.raises(BadImage, match=r"gone\.png': no such file"):
+        student.predict([f"{tmp_path}/gone.png"])
+    with pytest.raises(TypeError, match=r"A int is not an image\. Use PIL"):
+        student.predict([3])  # type: ignore[list-item]
     assert len({round(f.probability, 6) for f in found}) == 1
     assert student.predict([]) == []
     with pytest.raises(BadImage):
