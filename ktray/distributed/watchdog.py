@@ -46,6 +46,7 @@ class Watchdog:
         self.stage, self.seconds, self._store, self._clock = stage, 60 * minutes, store, clock
         self._last, self._progress = clock(), "none yet"
         self._waits, self._requested = "", ""
+        self.idle: Callable[[str], None] = lambda what: None  # is told every second what the stage waits for
 
     def heartbeat(self, progress: str = "") -> None:
         """Record that the stage works; ``progress`` describes how far it is, if that is known."""
@@ -69,6 +70,7 @@ class Watchdog:
         """
         if self.silent > self.seconds:
             raise self._error()
+        self.idle(self._waits)
 
     def _error(self) -> ResourceError:
         silent = humanise(self.silent)

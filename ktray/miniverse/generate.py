@@ -15,7 +15,7 @@ import multiprocessing
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -80,10 +80,23 @@ def ensure_gallery(root: Path, name: str = "gallery", *, images: int | None = No
             for span in spans:
                 _write_shard(folder, span)
             return
-        with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as workers:
-            list(workers.map(partial(_write_shard, folder), spans))
+        _in_processes([partial(_write_shard, folder, span) for span in spans], cores)
 
     return _ensure(Path(root), f"miniverse-v{WORLD_VERSION}-{name}-{count}", write)
+
+
+def _in_processes(calls: Sequence[Callable[[], None]], processes: int) -> None:
+    """Make the calls in processes. An interrupt ends them at once: a scheduler gives a job some seconds to end."""
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as workers:
+        done = [workers.submit(call) for call in calls]
+        try:
+            for future in done:
+                future.result()
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
 
 
 def _write_shard(folder: Path, span: tuple[str, int, int, int]) -> None:

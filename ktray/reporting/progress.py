@@ -22,6 +22,7 @@ from ktray.reporting.log import is_quiet
 _hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
 _screen = threading.Lock()
+_IDLE_S, _IDLE_TTY_S = 30.0, 5.0  # without an update, until a log or a terminal is told what the stage waits for
 _WINDOW_S = 15.0  # the rate covers the last seconds only, so that a slow start does not distort it for long
 
 
@@ -112,6 +113,20 @@ class Progress:
                 self._recent.popleft()
             if self._shown_at is None or now - self._shown_at >= (0.2 if self._tty else self._every):
                 self._show()
+
+    def idle(self, what: str) -> None:
+        """Say what the stage waits for if nothing was shown for a while; to be called now and then.
+
+        Args:
+            what: what it waits for, as a noun; empty: not known.
+        """
+        with self._lock:
+            after, pause = (_IDLE_TTY_S, 1.0) if self._tty else (_IDLE_S, _IDLE_S)
+            now, shown = self._clock(), self._shown_at or self._began
+            if self._closed or now - max(self._recent[-1][0], self._began) < after or now - shown < pause:
+                return
+            self._shown_at = now
+            self._write(self.line() + (f" | waiting for {what}" if what else ""), last=False)
 
     def resume(self, done: int) -> None:
         """Restart the rate after ``done`` units, which an earlier attempt or a lost worker has processed."""

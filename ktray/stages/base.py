@@ -173,6 +173,7 @@ class Reporter:
     def expect(self, total: int | None, unit: str = "img") -> None:
         """Start a progress line; ``total`` is None if it is not known beforehand."""
         self.progress = Progress(self.name, total or 0, unit)
+        self.watchdog.idle = self.progress.idle
         self._bad.total = total or 0
 
     def shards(self, summaries: Iterable[S]) -> list[S]:

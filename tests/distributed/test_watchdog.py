@@ -64,6 +64,16 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch, cluster):
     never.set()
 
 
+def test_while_it_waits_it_is_told_what_for():
+    told = []
+    with watch(Watchdog("adapt", 1.0)) as dog:
+        dog.idle = told.append
+        waiting_for("the teacher's heads")
+        run_watched(lambda: time.sleep(2.5), lambda: None)
+    assert told
+    assert set(told) == {"the teacher's heads"}
+
+
 def test_what_comes_is_handed_on_in_order_and_each_is_a_beat():
     watchdog = Watchdog("teach", 0.5 / 60)
 

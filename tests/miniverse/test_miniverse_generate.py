@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +33,35 @@ def _files(folder: Path) -> Bytes:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tasks")
     return {name: ensure_task(root, name) for name in ("letters", "digits")}
+
+
+_DRAW = """
+import sys
+from ktray.distributed.termination import handle_sigterm
+from ktray.miniverse import ensure_gallery
+if __name__ == "__main__":
+    handle_sigterm()
+    try:
+        ensure_gallery(sys.argv[1], images=10**7)
+    except KeyboardInterrupt:
+        sys.exit(4)
+"""
+
+
+def test_an_interrupt_ends_the_drawing_at_once(tmp_path: Path) -> None:
+    (tmp_path / "draw.py").write_text(_DRAW)
+    command = [sys.executable, str(tmp_path / "draw.py"), str(tmp_path / "new")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as job:
+        assert job.stderr is not None
+        while not list(tmp_path.glob("new/**/*.tar")):
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.1)
+        job.terminate()
+        # Without an end of the processes, it would draw 5,000 shards, or at least end those that were begun.
+        assert job.wait(60) == 4
+        assert job.stderr.read() == ""
+    assert not list(tmp_path.glob("new/*"))
 
 
 def test_gallery_is_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,35 @@ def test_a_terminal_gets_one_line_rewritten_and_never_wider_than_it(monkeypatch:
     assert stream.getvalue().endswith("\n")
 
 
+def test_a_stage_without_news_says_what_it_waits_for() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress("adapt", 10, stream=stream, clock=clock)
+    clock.now = 4.0
+    progress.update(10)
+    for second in range(5, 70):
+        clock.now = float(second)
+        progress.idle("the teacher's heads")
+    assert stream.getvalue().splitlines()[1:] == [
+        "adapt: 10/10 img 100% | 2.5 img/s | ETA 0s | 34s | waiting for the teacher's heads",
+        "adapt: 10/10 img 100% | 2.5 img/s | ETA 0s | 1m04s | waiting for the teacher's heads",
+    ]
+    progress.close()
+    progress.idle("nothing")
+    assert stream.getvalue().splitlines()[-1].startswith("adapt: done")
+
+
+def test_a_terminal_shows_the_passing_time_while_a_stage_waits() -> None:
+    clock, stream = Clock(), Terminal()
+    progress = Progress("transfer", 10, "step", stream=stream, clock=clock)
+    for second in range(1, 8):
+        clock.now = float(second)
+        progress.idle("the steps of its training workers")
+    shown = stream.getvalue().split("\r\x1b[2K")[2:]
+    assert [line[:60] for line in shown] == [
+        f"transfer: 0/10 step 0% | {second}s | waiting for the steps of its " for second in (5, 6, 7)
+    ]
+
+
 def test_work_done_before_counts_in_the_amount_but_not_in_the_rate() -> None:
     clock = Clock()
     progress = Progress("transfer", 2000, done=1000, stream=io.StringIO(), clock=clock)

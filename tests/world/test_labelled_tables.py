@@ -99,6 +99,16 @@ def test_a_data_set_of_hugging_face(tmp_path: Path, place: str, named: str) -> N
     assert found.classes == ["cat", "dog"]
     assert (len(found.train), len(found.val), len(found.test)) == (12, 6, 6)
     assert all(error is None for _, _, error in fetch([e.uri for e in found.train]))
+    assert not [note for note in found.notes if "ignored" in note or "missing" in note]
+
+
+@pytest.mark.parametrize("named", ["root", "pattern"])
+def test_a_shard_that_was_not_copied_is_named(tmp_path: Path, named: str) -> None:
+    hugging_face(tmp_path / "data/train-00000-of-00002.parquet", 12)
+    hugging_face(tmp_path / "data/test-00000-of-00001.parquet", 6, 12)
+    found = read_labelled(str(tmp_path if named == "root" else tmp_path / "data/*.parquet"), seed=0)
+    missing = [note for note in found.notes if "missing" in note]
+    assert missing == [f"WARNING: 1 of 2 shards are missing in '{tmp_path}/data': train-00001-of-00002.parquet."]
 
 
 def test_splits_as_folders_of_parquet(tmp_path: Path) -> None:
