@@ -5,7 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ktray.start import start
+try:
+    from ktray import cli
+except ModuleNotFoundError as error:
+    from ktray.bootstrap import lacking
+
+    sys.exit(lacking(error))
 
 if __name__ == "__main__":
-    sys.exit(start(["compare", *sys.argv[1:]]))
+    sys.exit(cli.entry(["compare", *sys.argv[1:]]))

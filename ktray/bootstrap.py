@@ -62,6 +62,23 @@ class BootstrapError(Exception):
 # ---------------------------------------------------------------------------------------------- decisions
 
 
+def lacking(error: ModuleNotFoundError) -> int:
+    """Say what to do about a Python that lacks a package which ktray needs, in one line; returns the exit code.
+
+    Raises:
+        ModuleNotFoundError: the error itself, if it is of ktray.
+    """
+    if (error.name or "").partition(".")[0] in ("ktray", ""):
+        raise error
+    print(
+        f"error: {sys.executable} has no package '{error.name}', which ktray needs. Use the Python of ktray's "
+        "environment (.venv/bin/python after `python3 -m ktray.bootstrap`); on a cluster, activate the environment "
+        "before `ray start`, or write its full path after `--` of `ray job submit`.",
+        file=sys.stderr,
+    )
+    return 2  # a mistake in the command: `ktray.distributed.explain.INPUT`, which cannot be imported here
+
+
 def locked(version: "Sequence[int]", system: str, machine: str, implementation: str) -> bool:
     """Whether ``LOCK`` covers an interpreter (`sys.platform`, ``uname -m``, `sys.implementation`)."""
     low, high = LOCKED_PYTHONS

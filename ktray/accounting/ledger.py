@@ -326,9 +326,8 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
 
     ``flops`` and ``device_seconds`` have a key for each stage, including ``evaluate``, and their ``total``. Entries of
     any other stage (a baseline such as ``scratch``, or ``hygiene``) are not part of the method: they are under
-    ``baselines`` and in no total but ``with_baselines``, which is what was spent. ``usd`` is None if the price of a
-    device is not known. ``kwh`` is the sum over the measured attempts, and None if nothing was measured.
-    ``without_cache`` also includes the original cost of the reused stages.
+    ``baselines`` and in no total but ``with_baselines``, which is what was spent. ``usd`` is None if a price is not
+    known, ``kwh`` if nothing was measured. ``without_cache`` also has the original cost of the reused stages.
 
     Args:
         stages: the stages of the method; another job than those of the pipeline has its own.
@@ -337,7 +336,6 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
     method = [e for e in all_entries if e.stage in stages]
     spent = [e for e in method if not e.cached]
     others = [e for e in all_entries if e.stage not in stages]
-    names = list(dict.fromkeys(e.stage for e in others))
     return {
         "flops": _by_stage(spent, "flops", stages),
         "device_seconds": _by_stage(spent, "device_seconds", stages),
@@ -347,7 +345,9 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
         "images_seen": sum(e.images for e in spent),
         "peak_memory_bytes": max((e.peak_memory_bytes for e in spent), default=0),
         "without_cache": _totals(method),
-        "baselines": {name: _totals([e for e in others if e.stage == name]) for name in names},
+        "baselines": {
+            name: _totals([e for e in others if e.stage == name]) for name in dict.fromkeys(e.stage for e in others)
+        },
         "with_baselines": _totals([e for e in all_entries if not e.cached]),
     }
 

@@ -33,6 +33,7 @@ def toy(tmp_path: Path) -> Path:
     return write_regression(tmp_path / "site")
 
 
+@pytest.mark.long
 def test_the_whole_job_runs_with_it(toy: Path, tmp_path: Path) -> None:
     data, gallery = write_lights(tmp_path / "lights")
     store = tmp_path / "store"

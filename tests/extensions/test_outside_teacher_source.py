@@ -134,6 +134,7 @@ def write_zip(folder: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_whole_job_runs_with_both(toys: Path, tmp_path: Path) -> None:
     task, gallery, store = write_task(tmp_path / "task"), write_zip(tmp_path, 90), tmp_path / "store"
     data = [f"store={store}", *SMALL, f"task.data={task}", f"gallery.data={gallery}", "teacher.name=toy:mean"]

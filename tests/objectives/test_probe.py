@@ -69,7 +69,7 @@ def test_only_the_head_is_fitted(cluster: Any, tmp_path: Path) -> None:
     assert min(apart) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_published_student_starts_with_this_head_unless_the_recipe_refuses(cluster: Any, tmp_path: Path) -> None:
     published(tmp_path)
     short = [

@@ -76,7 +76,7 @@ def table(folder):
     return found, count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_index_goes_on_by_shard_and_is_no_index_before(world, tmp_path):
     place = tmp_path / "index"
     keys = ["teacher.name=miniverse", f"gallery.data={world / 'gallery'}", f"gallery.index={place}"]

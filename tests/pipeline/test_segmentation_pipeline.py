@@ -93,6 +93,7 @@ def test_the_report_shows_masks(done):
     assert "The test images with the lowest IoU" in page
 
 
+@pytest.mark.long
 def test_two_workers_learn_from_the_same_maps(done, world, tmp_path):
     store, one = done
     for name in ("labels", "adapt", "index", "curate", "teach"):

@@ -98,7 +98,7 @@ def test_a_terminal_shows_the_passing_time_while_a_stage_waits() -> None:
         clock.now = float(second)
         progress.idle("the steps of its training workers")
     shown = stream.getvalue().split("\r\x1b[2K")[2:]
-    assert [line[:60] for line in shown] == [
+    assert [line[:59] for line in shown] == [
         f"transfer: 0/10 step 0% | {second}s | waiting for the steps of its " for second in (5, 6, 7)
     ]
 
