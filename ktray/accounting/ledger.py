@@ -345,9 +345,7 @@ def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> di
         "images_seen": sum(e.images for e in spent),
         "peak_memory_bytes": max((e.peak_memory_bytes for e in spent), default=0),
         "without_cache": _totals(method),
-        "baselines": {
-            name: _totals([e for e in others if e.stage == name]) for name in dict.fromkeys(e.stage for e in others)
-        },
+        "baselines": {s: _totals([e for e in others if e.stage == s]) for s in dict.fromkeys(e.stage for e in others)},
         "with_baselines": _totals([e for e in all_entries if not e.cached]),
     }
 
