@@ -302,7 +302,7 @@ def _unread(overrides: Sequence[str], job: str) -> Iterator[str]:
     for word in overrides:
         key = word.partition("=")[0].strip()
         reader = READ_BY.get(key.partition(".")[0], job)
-        if reader != job and not (reader == "curate" and job == "index"):
+        if reader != job:
             yield f"WARNING: {key} has no effect here: only jobs/{reader}.py reads it"
 
 

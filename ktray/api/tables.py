@@ -21,7 +21,6 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ktray.data import filesystem
-from ktray.data.sources.fetch import read_file
+from ktray.data.sources.fetch import fetch
 from ktray.data.sources.parquet_tables import CAPTION_NAMES, holds_text, image_column
 from ktray.data.sources.records import is_image
 from ktray.data.sources.uris import ImageRef
@@ -213,15 +212,7 @@ def _plain(value: Any) -> Any:
 
 def _read(paths: Sequence[str | None]) -> list[bytes | None]:
     """The content of files; a file that cannot be read has none, and is quarantined later."""
-
-    def read(path: str | None) -> bytes | None:
-        try:
-            return None if path is None else read_file(path)[0]
-        except (OSError, KtrayError):
-            return None
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(read, paths))
+    return [data for _, data, _ in fetch([path or "" for path in paths])]
 
 
 def _write(table: pa.Table, store: str) -> str:

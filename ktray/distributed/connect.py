@@ -103,7 +103,8 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
         env: dict[str, Any] = {} if inside_job() else {"py_modules": [str(Path(ktray.__file__).parent)]}
         env["env_vars"] = worker_settings()
         try:
-            with kept_sigterm(), _told_if_slow(f"waiting for the Ray cluster at {_joined(address)}"):
+            found = _answering(address)
+            with kept_sigterm(), _told_if_slow(f"waiting for the Ray cluster at {found}"):
                 ray.init(address=address, runtime_env=env, **common)
         except (ConnectionError, TimeoutError, OSError) as error:
             raise not_reached(address, error) from error
@@ -138,8 +139,12 @@ def connect(debug: bool = False, object_store: int | None = None) -> None:
     context.execution_options.verbose_progress = False
 
 
-def _joined(address: str) -> str:
-    """The address that is joined, after a check that something listens there."""
+def _answering(address: str) -> str:
+    """The address that ``RAY_ADDRESS`` means, for messages.
+
+    Raises:
+        ResourceError, ConnectionError: nothing listens there, or no Ray runs on this machine.
+    """
     if address == "local":
         return address
     if address != "auto":

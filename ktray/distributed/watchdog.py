@@ -46,7 +46,7 @@ class Watchdog:
         self.stage, self.seconds, self._store, self._clock = stage, 60 * minutes, store, clock
         self._last, self._progress = clock(), "none yet"
         self._waits, self._requested = "", ""
-        self.idle: Callable[[str], None] = lambda what: None  # is told every second what the stage waits for
+        self.idle: Callable[[str], None] = lambda what: None  # called every second with what the stage waits for
 
     def heartbeat(self, progress: str = "") -> None:
         """Record that the stage works; ``progress`` describes how far it is, if that is known."""

@@ -16,6 +16,7 @@ from ktray.models.teacher.spec import AdaptedSpec
 from ktray.pipeline.resolve import labels_of
 from ktray.pipeline.run_folder import RUNNING
 from ktray.recipe.schema import Recipe
+from ktray.reporting.result import FailedResult
 from ktray.storage.store import Dir, Store
 from ktray.tasks.base import TaskKind, task_kind
 from ktray.tasks.students import load_student, marked_kinds
@@ -178,14 +179,16 @@ def find_run(requested: Recipe, job: str, remedy: str = "") -> FinishedRun:
 
 def _why(folder: Dir, missing: str) -> str:
     """Why a run folder lacks a file, as far as the folder says."""
-    if folder.exists("result.json"):
-        result = folder.read_json("result.json")
-        if isinstance(result, dict) and result.get("status") in ("failed", "interrupted"):
-            where = f" in {result['stage']}" if result.get("stage") else ""
-            if result["status"] == "interrupted":
-                return f"it was interrupted{where}; the command that started it resumes it"
-            return f"it failed{where}: {result.get('error')}"
-    elif folder.exists(RUNNING):
+    if missing != "result.json" and folder.exists("result.json"):
+        try:
+            result = FailedResult.model_validate(folder.read_json("result.json"))
+        except ValueError:  # of a run that finished, or damaged
+            return f"there is no {missing}"
+        where = f" in {result.stage}" if result.stage else ""
+        if result.status == "interrupted":
+            return f"it was interrupted{where}; the command that started it resumes it"
+        return f"it failed{where}: {result.error}"
+    if folder.exists(RUNNING):
         return "it is still running, or it was killed; then the command that started it resumes it"
     return f"there is no {missing}"
 

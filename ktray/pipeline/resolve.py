@@ -104,9 +104,8 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             "transfer.source=list and transfer.list=FILE must be set together, and one is missing",
             "Set both or neither.",
         )
-    shards = _gallery(recipe)
+    shards = _gallery(recipe, reasons)
     has_gallery = bool(shards) or index_alone(recipe)
-    reasons += missing_shards(dict.fromkeys(path for s in shards for path in s.paths[:1]))
     counts = [s.count for s in shards]
     gallery_images = None if None in counts or not shards else sum(c or 0 for c in counts)
     sides = _short_sides(task)
@@ -283,7 +282,7 @@ def resolve_gallery(recipe: Recipe, plan: Allocation) -> Resolved:
         if recipe.teacher.name is None:
             choose("teacher.name", "miniverse", "the small teacher that is part of ktray, for the built-in gallery")
     choose_teacher(recipe, plan.worker_gpus > 0, choose)
-    counts = [shard.count for shard in _gallery(recipe)]
+    counts = [shard.count for shard in _gallery(recipe, reasons)]
     images = None if None in counts else sum(c or 0 for c in counts)
     nothing = LabelledSet([], [], [], [])
     return Resolved(recipe, nothing, [], [], "", 1.0, images, None, reasons)
@@ -368,11 +367,13 @@ def _builtin(recipe: Recipe, choose: Any) -> tuple[str, list[str], list[str]]:
     return data, [facts["class_names"][c] for c in facts["classes"]], facts["prompts"]
 
 
-def _gallery(recipe: Recipe) -> list[Shard]:
+def _gallery(recipe: Recipe, notes: list[str]) -> list[Shard]:
     if recipe.transfer.source not in ("auto", "generic", "retrieved", "list"):
         return []
     g = recipe.gallery
-    return gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
+    shards = gallery_shards(g.data, g.column, recipe.transfer.list, g.images)
+    notes += missing_shards(path for shard in shards for path in shard.paths)
+    return shards
 
 
 def _short_sides(task: LabelledSet) -> list[int]:

@@ -22,7 +22,8 @@ from ktray.reporting.log import is_quiet
 _hushed: ContextVar[bool] = ContextVar("ktray-hushed", default=False)
 # Two stages that run at once (transfer and the scratch baseline, say) share the terminal.
 _screen = threading.Lock()
-_IDLE_S, _IDLE_TTY_S = 30.0, 5.0  # without an update, until a log or a terminal is told what the stage waits for
+# Seconds without an update after which the line shows what the stage waits for, in a log and on a terminal.
+_IDLE_S, _IDLE_TTY_S = 30.0, 5.0
 _WINDOW_S = 15.0  # the rate covers the last seconds only, so that a slow start does not distort it for long
 
 

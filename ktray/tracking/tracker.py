@@ -307,8 +307,11 @@ def catch_up(runs: Path, uri: str | None, experiment: str, home: Path, timeout: 
             continue
         if saved.get("experiment") != experiment or saved.get("sent", 0) >= lines:
             continue
-        if saved.get("uri") != address and (saved.get("sent", 0) or saved.get("run_id")):
-            continue  # another server has a part of it
+        if saved.get("uri") != address:
+            # A local database always answers: what it does not have was never meant for a server.
+            unreached = str(saved.get("uri")).startswith("http") and not saved.get("sent") and not saved.get("run_id")
+            if not unreached:
+                continue
         hold = _lock(state)
         if hold is None:
             continue

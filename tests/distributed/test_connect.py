@@ -27,7 +27,8 @@ def test_the_address_that_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(module, "check_answers", lambda address, **_: seen.append(address))
     monkeypatch.setattr("ktray.distributed.ray_internals.address_of_this_machine", lambda: "10.0.0.1:6379")
-    assert [module._joined(a) for a in ("auto", "head:6379", "local")] == ["10.0.0.1:6379 (auto)", "head:6379", "local"]
+    found = [module._answering(address) for address in ("auto", "head:6379", "local")]
+    assert found == ["10.0.0.1:6379 (auto)", "head:6379", "local"]
     assert seen == ["10.0.0.1:6379", "head:6379"]
 
 

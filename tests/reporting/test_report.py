@@ -333,25 +333,6 @@ def test_closing_table() -> None:
     assert closing_table({}).splitlines()[-1].startswith("total")
 
 
-def test_closing_table_adds_what_is_not_part_of_the_method() -> None:
-    row = {"key": "k", "cached": False, "attempts": 1, "wall_seconds": 60.0, "flops": 1e12, "usd": 0.001}
-    cost = {
-        "flops": {"total": 1e12},
-        "wall_seconds": 60.0,
-        "usd": 0.001,
-        "baselines": {"hygiene": {}, "scratch": {}},
-        "with_baselines": {"flops": 3e12, "device_seconds": 180.0, "usd": 0.003},
-    }
-    stages = [{**row, "name": name} for name in ("transfer", "hygiene", "scratch")]
-    lines = closing_table({"stages": stages, "cost": cost}).splitlines()
-    assert [line.split() for line in lines[-2:]] == [
-        ["total", "60", "s", "1", "TFLOP", "$0.001"],
-        ["with", "hygiene", "and", "scratch", "3.0", "min", "3", "TFLOP", "$0.003"],
-    ]
-    reused = closing_table({"stages": [stages[0], {**stages[1], "cached": True}], "cost": cost})
-    assert reused.splitlines()[-1].startswith("total")
-
-
 def delivered(name: str, **validation: float) -> dict[str, Any]:
     return {"name": name, "what": f"the student '{name}'", "validation": validation, "margin": 0.05}
 

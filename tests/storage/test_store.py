@@ -62,3 +62,10 @@ def test_dir_local_yields_the_path_itself(tmp_path):
     directory.write("x/y.txt", b"1")
     with directory.local("x") as path:
         assert (path / "y.txt").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("place", ["file", "file/x/y"])
+def test_a_store_below_a_file_is_refused_with_the_key(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KtrayError, match=rf"store={tmp_path}/{place} cannot be a folder: '{tmp_path}/file' is a file"):
+        Store(f"{tmp_path}/{place}").check_writable()

@@ -14,6 +14,7 @@ from ktray.data import filesystem
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.base import Shard
 from ktray.data.sources.lists import gallery_shards
+from ktray.data.sources.missing_shards import missing_shards
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.predict.decode import DecodeShard
@@ -93,6 +94,8 @@ def _shards(requested: Recipe) -> list[Shard]:
     if part.data is None:
         raise KtrayError("predict.data is not set", "Set predict.data to the images: a folder, tars, Parquet or CSV.")
     found = {shard.fingerprint: shard for shard in gallery_shards(part.data, part.column, None)}
+    for note in missing_shards(path for shard in found.values() for path in shard.paths):
+        logger.warning(note)
     return list(found.values())
 
 

@@ -102,7 +102,7 @@ class Cost(ResultPart):
     )
     with_baselines: Worth | None = Field(
         default=None,
-        description="what this run spent, baselines and HYGIENE included; None in results of older versions",
+        description="what this run spent, baselines and HYGIENE included; null: an older result",
     )
 
 

@@ -54,6 +54,24 @@ def test_an_unfinished_run(run: Path, name: str) -> None:
         find(asked(run.parents[1], f"export.run={run.name}"))
 
 
+def test_a_run_that_did_not_end_says_so(run: Path) -> None:
+    (run / "student" / "model.safetensors").unlink()
+    failed = {"schema": 1, "run_id": run.name, "folder": str(run), "error": "no space", "remedy": "", "exit_code": 4}
+    times = {"started": "2026-01-01T00:00:00Z", "ended": "2026-01-01T00:00:01Z"}
+    said = {
+        "interrupted": "it was interrupted in transfer; the command that started it resumes it",
+        "failed": "it failed in transfer: no space",
+    }
+    for status, text in said.items():
+        (run / "result.json").write_text(json.dumps({**failed, **times, "stage": "transfer", "status": status}))
+        with pytest.raises(KtrayError, match=text):
+            find(asked(run.parents[1], f"export.run={run.name}"))
+    (run / "result.json").unlink()
+    (run / "running.json").write_text("{}")
+    with pytest.raises(KtrayError, match="still running, or it was killed"):
+        find(asked(run.parents[1], f"export.run={run.name}"))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"run_id": "x", "metric": null}'])
 def test_a_damaged_result(run: Path, text: str) -> None:
     (run / "result.json").write_text(text)
