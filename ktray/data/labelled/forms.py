@@ -87,7 +87,7 @@ def place(data: str) -> tuple[str, FileStat | None]:
     except OSError as error:
         raise KtrayError(f"'{path}' cannot be read: {filesystem.why(error)}", "Check its permissions.") from error
     if file is None:
-        raise KtrayError(f"'{path}' does not exist", f"Check task.data. {filesystem.missing(path)}")
+        raise KtrayError(f"'{path}' does not exist", f"{filesystem.missing(path)} The path comes from task.data.")
     return path, file
 
 
