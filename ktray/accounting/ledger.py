@@ -12,103 +12,18 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from ktray.accounting.attempts import Entry, Log, attempts
 from ktray.accounting.device import peak_rss
 from ktray.accounting.held import Held
 from ktray.accounting.prices import hourly_price
+from ktray.accounting.summary import cost_summary, stage_rows
 
-STAGES = ("adapt", "index", "curate", "teach", "transfer", "finetune", "evaluate")
-# Decoding the labelled images counts for the stage that needs them first; suggestions are made by jobs/curate.py.
-PART_OF = {"labels": "adapt", "suggest": "curate"}
-LOG_NAME = "ledger.jsonl"
 JOULES_PER_KWH = 3.6e6
-
-
-class Log(Protocol):
-    """The log with the records of one stage under one key."""
-
-    def append(self, line: str) -> None:
-        """Append a record; it must still exist when this process has ended."""
-
-    def read(self) -> list[str]:
-        """All records in their order."""
-
-
-class LogDirectory(Protocol):
-    """The part of `ktray.storage.store.Dir` that `DirLog` needs."""
-
-    def append_line(self, name: str, line: str) -> None: ...
-
-    def read_lines(self, name: str) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class DirLog:
-    """A `Log` in a directory of the store."""
-
-    directory: LogDirectory
-
-    def append(self, line: str) -> None:
-        self.directory.append_line(LOG_NAME, line)
-
-    def read(self) -> list[str]:
-        return self.directory.read_lines(LOG_NAME)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One attempt at a stage.
-
-    Attributes:
-        stage, key: name of the stage, and the hash of its inputs.
-        attempt: number of the attempt under this key, from 1.
-        run: id of the run that made the attempt.
-        flops: FLOPs that were executed, forward and backward.
-        device_seconds: wall seconds times the devices that were held (accelerators, or machines without any).
-        wall_seconds: elapsed time.
-        images: number of images that were processed; repeats count.
-        peak_memory_bytes: largest peak of the processes that reported.
-        kwh: measured energy; None if it was not measured.
-        usd: price; None if the price of the device is not known.
-        cached: whether this run reused the attempt instead of making it.
-        restarts: how often the workers restarted, from a checkpoint or with another number of workers.
-        lost_flops: the part of ``flops`` that a restart repeated.
-        state: ``running`` (the attempt still runs or was killed), ``done`` or ``failed``.
-    """
-
-    stage: str
-    key: str
-    attempt: int = 1
-    run: str = ""
-    flops: int = 0
-    device_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    images: int = 0
-    peak_memory_bytes: int = 0
-    kwh: float | None = None
-    usd: float | None = 0.0
-    cached: bool = False
-    restarts: int = 0
-    lost_flops: int = 0
-    state: str = "done"
-
-
-def attempts(lines: Iterable[str]) -> list[Entry]:
-    """The attempts in a log, each with its last record. Incomplete lines of a killed process are ignored."""
-    names = {f.name for f in fields(Entry)}
-    latest: dict[tuple[str, str, int], Entry] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            entry = Entry(**{name: value for name, value in record.items() if name in names})
-        except (ValueError, TypeError, AttributeError):
-            continue
-        latest[entry.stage, entry.key, entry.attempt] = entry
-    return list(latest.values())
 
 
 class Meter:
@@ -144,6 +59,7 @@ class Meter:
         self._joules, self._interval, self._clock = joules, interval, clock
         self._lock = threading.Lock()
         self._flops = self._images = self._peak = 0
+        self._first: tuple[float, int] | None = None  # device-seconds and images at the first count
         self._worker_joules: float | None = None
         self._began = self._joules_began = 0.0
         self._stop = threading.Event()
@@ -168,6 +84,8 @@ class Meter:
         with self._lock:
             self._flops += round(flops)
             self._images += images
+            if images and self._first is None:
+                self._first = self._device_seconds(self._clock()), images
             self._peak = max(self._peak, peak_memory_bytes)
             if joules is not None:
                 self._worker_joules = (self._worker_joules or 0.0) + joules
@@ -196,7 +114,8 @@ class Meter:
         with self._lock:
             now = self._clock()
             wall = now - self._began
-            parts = [*self._before, (now - self._since, self._held)]
+            parts = self._parts(now)
+            device_seconds = self._device_seconds(now)
             priced = [seconds * held.hourly / 3600 for seconds, held in parts if held.hourly is not None]
             energy = self._worker_joules
             if joules is not None:
@@ -206,7 +125,8 @@ class Meter:
                 flops=self._flops,
                 images=self._images,
                 wall_seconds=wall,
-                device_seconds=sum(seconds * held.devices for seconds, held in parts),
+                device_seconds=device_seconds,
+                start_seconds=self._start(device_seconds),
                 peak_memory_bytes=max(self._peak, peak_rss()),
                 kwh=None if energy is None else energy / JOULES_PER_KWH,
                 usd=sum(priced) if len(priced) == len(parts) else None,
@@ -214,6 +134,18 @@ class Meter:
                 lost_flops=self._lost,
                 state=state,
             )
+
+    def _parts(self, now: float) -> list[tuple[float, Held]]:
+        return [*self._before, (now - self._since, self._held)]
+
+    def _device_seconds(self, now: float) -> float:
+        return sum(seconds * held.devices for seconds, held in self._parts(now))
+
+    def _start(self, device_seconds: float) -> float:
+        """``Entry.start_seconds`` of an attempt that took ``device_seconds`` so far."""
+        spent, images = self._first or (0.0, 0)
+        later = self._images - images
+        return max(0.0, spent - images * (device_seconds - spent) / later) if later > 0 else 0.0
 
     def beat(self) -> None:
         """Record the cost so far."""
@@ -319,81 +251,3 @@ class Ledger:
     def stages(self) -> list[dict[str, Any]]:
         """`stage_rows` of all entries."""
         return stage_rows(self.entries)
-
-
-def cost_summary(entries: Iterable[Entry], stages: Sequence[str] = STAGES) -> dict[str, Any]:
-    """The ``cost`` object of ``result.json``.
-
-    ``flops`` and ``device_seconds`` have a key for each stage, including ``evaluate``, and their ``total``. Entries of
-    any other stage (a baseline such as ``scratch``, or ``hygiene``) are not part of the method: they are under
-    ``baselines`` and in no total but ``with_baselines``, which is what was spent. ``usd`` is None if a price is not
-    known, ``kwh`` if nothing was measured. ``without_cache`` also has the original cost of the reused stages.
-
-    Args:
-        stages: the stages of the method; another job than those of the pipeline has its own.
-    """
-    all_entries = [replace(e, stage=PART_OF.get(e.stage, e.stage)) for e in entries]
-    method = [e for e in all_entries if e.stage in stages]
-    spent = [e for e in method if not e.cached]
-    others = [e for e in all_entries if e.stage not in stages]
-    return {
-        "flops": _by_stage(spent, "flops", stages),
-        "device_seconds": _by_stage(spent, "device_seconds", stages),
-        "wall_seconds": sum(e.wall_seconds for e in spent),
-        "usd": _money(spent),
-        "kwh": _energy(spent),
-        "images_seen": sum(e.images for e in spent),
-        "peak_memory_bytes": max((e.peak_memory_bytes for e in spent), default=0),
-        "without_cache": _totals(method),
-        "baselines": {s: _totals([e for e in others if e.stage == s]) for s in dict.fromkeys(e.stage for e in others)},
-        "with_baselines": _totals([e for e in all_entries if not e.cached]),
-    }
-
-
-def stage_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """The ``stages`` list of ``result.json``, in the order of the first entries; numbers are what this run spent."""
-    groups: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((entry.stage, entry.key), []).append(entry)
-    rows = []
-    for (stage, key), group in groups.items():
-        spent = [e for e in group if not e.cached]
-        rows.append(
-            {
-                "name": stage,
-                "key": key,
-                "cached": not spent,
-                "attempts": max(e.attempt for e in group),
-                "restarts": sum(e.restarts for e in group),
-                "wall_seconds": sum(e.wall_seconds for e in spent),
-                "flops": sum(e.flops for e in spent),
-                "lost_flops": sum(e.lost_flops for e in spent),
-                "device_seconds": sum(e.device_seconds for e in spent),
-                "images": sum(e.images for e in spent),
-                "usd": _money(spent),
-            }
-        )
-    return rows
-
-
-def _by_stage(spent: list[Entry], what: str, stages: Sequence[str]) -> dict[str, Any]:
-    sums = {stage: sum(getattr(e, what) for e in spent if e.stage == stage) for stage in stages}
-    return {**sums, "total": sum(sums.values())}
-
-
-def _totals(entries: list[Entry]) -> dict[str, Any]:
-    return {
-        "flops": sum(e.flops for e in entries),
-        "device_seconds": sum(e.device_seconds for e in entries),
-        "usd": _money(entries),
-    }
-
-
-def _money(entries: list[Entry]) -> float | None:
-    priced = [e.usd for e in entries if e.usd is not None]
-    return sum(priced) if len(priced) == len(entries) else None
-
-
-def _energy(entries: list[Entry]) -> float | None:
-    measured = [e.kwh for e in entries if e.kwh is not None]
-    return sum(measured) if measured else None

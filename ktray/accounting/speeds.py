@@ -62,14 +62,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run of a stage: the images that it processed, and the device-seconds that this took."""
+    """A run of a stage: the images that it processed, the device-seconds that this took, and the part of them before
+    the first image (0: not known)."""
 
     images: float
     device_seconds: float
+    start: float = 0.0
 
 
 def fit(runs: Sequence[Measured]) -> Speed | None:
-    """The line with the smallest sum of squared relative errors, with neither part negative; None without a run."""
+    """The line with the smallest sum of squared relative errors, with neither part negative; None without a run.
+
+    Runs of one length do not show a line; then the fixed part is the start that they measured.
+    """
     runs = [run for run in runs if run.images > 0 and run.device_seconds > 0]
     if not runs:
         return None
@@ -84,10 +89,12 @@ def fit(runs: Sequence[Measured]) -> Speed | None:
     fixed = mean_y - slope * mean_x
     if slope > 0 and fixed >= 0:
         return Speed(fixed, slope, len(runs))
-    # Through the origin: also for a single run, whose start-up time is not known.
+    fixed = sum(w * min(run.start, run.device_seconds) for w, run in zip(weights, runs, strict=True)) / total
     squares = sum(w * run.images**2 for w, run in zip(weights, runs, strict=True))
-    products = sum(w * run.images * run.device_seconds for w, run in zip(weights, runs, strict=True))
-    return Speed(0.0, products / squares, len(runs))
+    products = sum(w * run.images * (run.device_seconds - fixed) for w, run in zip(weights, runs, strict=True))
+    if products > 0:
+        return Speed(fixed, products / squares, len(runs))
+    return Speed(mean_y, 0.0, len(runs))
 
 
 class Speeds:
@@ -148,10 +155,15 @@ def _same_device(folder: str, asked: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _table() -> list[dict[str, Any]]:
+def _table() -> dict[str, Any]:
     text = resources.files("ktray.accounting").joinpath("speeds.yaml").read_text()
-    rows: list[dict[str, Any]] = yaml.safe_load(text)["speeds"]
-    return rows
+    tables: dict[str, Any] = yaml.safe_load(text)
+    return tables
+
+
+def shipped_start(stage: str) -> float:
+    """Seconds of a stage before its first image on CPU cores, in ktray's table: its processes start and load models."""
+    return float(_table()["starts"].get(stage, 0.0))
 
 
 def shipped(facts: Mapping[str, Any]) -> Speed | None:
@@ -165,7 +177,7 @@ def shipped(facts: Mapping[str, Any]) -> Speed | None:
     if facts.get("mode", "cached") != "cached":
         return None
     model, gpu = str(facts.get("model")), family(str(facts.get("device", "")))
-    for row in _table():
+    for row in _table()["speeds"]:
         same = facts.get("stage") in row["stages"] and facts.get("size") == row["size"] and gpu == row["device"]
         if same and re.split(r"[./]", model)[0] == row["model"]:
             rate = float(row["images_per_second"]) * float(row["flops_per_image"])

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ktray.accounting.attempts import Entry
 from ktray.accounting.device import device_name
-from ktray.accounting.ledger import Entry
 from ktray.accounting.prices import hourly_price
 from ktray.accounting.roofline import cpu_seconds, gpu_seconds
-from ktray.accounting.speeds import Speed
+from ktray.accounting.speeds import STORE, Speed, shipped_start
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.machines import ClusterMachines
 from ktray.pipeline.plan_stages import Line
@@ -66,16 +66,21 @@ class Estimate:
 def estimate(line: Line, values: float, speed: Speed | None, device: PlannedDevice) -> Estimate:
     """The device-seconds of a stage.
 
+    Only runs with the store have measured the start of a stage. Else it is that of ktray's table, which has none for
+    GPUs.
+
     Args:
         line: the stage in the plan.
         values: its memory traffic (`ktray.pipeline.plan_stages.TRAFFIC`); only GPUs need it.
         speed: the measured speed; None: it was not measured.
     """
+    start = 0.0 if device.gpu or not (line.images or line.flops) else shipped_start(line.stage)
     if speed is not None and (line.images or speed.per_flop):
-        return Estimate(speed.device_seconds(line.images, line.flops), speed.source)
+        seconds = speed.device_seconds(line.images, line.flops)
+        return Estimate(seconds if speed.source == STORE else start + seconds, speed.source)
     if device.gpu:
         return Estimate(gpu_seconds(line.flops, values, device.name), ROOFLINE)
-    return Estimate(cpu_seconds(line.flops, device.cores), CORES)
+    return Estimate(start + cpu_seconds(line.flops, device.cores), CORES)
 
 
 def compared(

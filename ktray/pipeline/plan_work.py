@@ -24,10 +24,10 @@ from ktray.storage.store import Store
 
 _SOURCES = {
     STORE: "store: measured by runs with this store",
-    BENCH: "bench: measured by jobs/bench.py with this store, without start-up",
+    BENCH: "bench: measured by jobs/bench.py with this store; start-up from ktray's table, which has none for GPUs",
     SHIPPED: "table: measured by ktray's authors on such a device, without reading and start-up",
     ROOFLINE: "roofline: from FLOPs and memory traffic, without reading, decoding and start-up",
-    CORES: f"cores: assumed {CORE_RATE / 1e9:g} GFLOP/s for each core, without decoding and start-up",
+    CORES: f"cores: assumed {CORE_RATE / 1e9:g} GFLOP/s for each core, without decoding; start-up from ktray's table",
 }
 
 

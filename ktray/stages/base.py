@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ktray.accounting.ledger import DirLog, Ledger, Meter
+from ktray.accounting.attempts import DirLog
+from ktray.accounting.ledger import Ledger, Meter
 from ktray.accounting.speeds import Speed
 from ktray.data.quarantine import Bad, BadLimit, Quarantine
 from ktray.distributed.allocation import Allocation

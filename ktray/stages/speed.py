@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktray.accounting.ledger import Entry
+from ktray.accounting.attempts import Entry
 from ktray.accounting.speeds import Measured, Speed, Speeds
 from ktray.stages.inputs import StageInputs
 from ktray.storage.clock import stamp
@@ -51,7 +51,7 @@ def keep_speed(store: Store, inputs: StageInputs, device: str, entry: Entry, man
     if facts and images and not entry.restarts:
         at = stamp()
         with contextlib.suppress(Exception):  # the stage is complete, and a full disk must not fail it now
-            measured = Measured(images, entry.device_seconds)
+            measured = Measured(images, entry.device_seconds, entry.start_seconds)
             measured_speeds(store).record({**facts, "device": device}, measured, at)
 
 

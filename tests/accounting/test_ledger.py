@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ktray.accounting.attempts import DirLog, Entry, attempts
 from ktray.accounting.energy import gpu_joules
 from ktray.accounting.held import Held
-from ktray.accounting.ledger import DirLog, Entry, Ledger, Meter, attempts, cost_summary
+from ktray.accounting.ledger import Ledger, Meter
 from ktray.accounting.prices import hourly_price
+from ktray.accounting.summary import cost_summary
 from ktray.errors import KtrayError
 from ktray.storage.store import Dir
 
@@ -79,6 +81,29 @@ def test_each_time_costs_what_was_held_then() -> None:
         m.hold(Held(1, None))  # a device without a price
         clock.now += 1
     assert m.entry.usd is None
+
+
+def test_the_start_is_what_passed_before_the_work_on_images():
+    """Two devices; the first 10 images after 30 s, then 10 images every 5 s: they began 5 s before the first count."""
+    log, clock = Lines(), Clock()
+    with meter(log, clock, held=Held(2, 7.2)) as m:
+        clock.now += 30
+        m.add(images=10)
+        for _ in range(3):
+            clock.now += 5
+            m.add(images=10)
+    assert m.entry.start_seconds == pytest.approx(2 * 25)
+    with meter(log, clock) as m:  # all at once: the start is not seen
+        clock.now += 30
+        m.add(images=10)
+        clock.now += 5
+    assert m.entry.start_seconds == 0
+    with meter(log, clock) as m:  # slower in the end than at first
+        clock.now += 1
+        m.add(images=10)
+        clock.now += 20
+        m.add(images=10)
+    assert m.entry.start_seconds == 0
 
 
 def test_energy_is_the_counters_difference_plus_what_workers_hand_in() -> None:

@@ -27,6 +27,15 @@ def test_one_run_is_scaled():
     assert fit([Measured(100, 10.0), Measured(100, 40.0)]).per_image == pytest.approx(12.5 / 106.25)
 
 
+def test_the_start_of_a_single_run_is_a_part_of_its_own():
+    assert fit([Measured(100, 17.0, start=12.0)]) == Speed(12.0, pytest.approx(0.05), 1)
+    # Runs on a line show their start themselves.
+    assert fit([Measured(100, 17.0, start=1.0), Measured(1_000, 62.0, start=1.0)]).fixed == pytest.approx(12.0)
+    # Runs of equal length: the starts 2 and 4 weighted by 1 / 10**2 and 1 / 20**2.
+    assert fit([Measured(100, 10.0, start=2.0), Measured(100, 20.0, start=4.0)]).fixed == pytest.approx(2.4)
+    assert fit([Measured(100, 5.0, start=5.0)]) == Speed(pytest.approx(5.0), 0.0, 1)
+
+
 def test_neither_part_is_negative():
     faster = fit([Measured(100, 20.0), Measured(1_000, 15.0)])  # the larger run was faster
     assert faster.fixed == 0

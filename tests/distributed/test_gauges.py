@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ktray.accounting.ledger import Entry, Ledger
+from ktray.accounting.attempts import Entry
+from ktray.accounting.ledger import Ledger
 from ktray.distributed import gauges
 from ktray.distributed.gauges import GAUGES, StageGauges
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from ktray import recipe as recipes
-from ktray.accounting.ledger import Entry
+from ktray.accounting.attempts import Entry
 from ktray.accounting.roofline import gpu_seconds
-from ktray.accounting.speeds import Speed
+from ktray.accounting.speeds import Speed, shipped_start
 from ktray.pipeline.estimate import Estimate, PlannedDevice, compared, estimate, together
 from ktray.pipeline.plan_gallery import missing_images
 from ktray.pipeline.plan_stages import Line
@@ -22,9 +22,19 @@ def test_a_measured_speed_comes_first_then_the_roofline():
     assert estimate(TEACH, 1e12, Speed(10.0, 0.05), GPU) == Estimate(60.0, "store")
     assert estimate(TEACH, 1e12, Speed(0.0, 0.0, 1, "table", 2e-12), GPU) == Estimate(12.0, "table")
     assert estimate(TEACH, 1e12, None, GPU) == Estimate(gpu_seconds(6e12, 1e12, "NVIDIA L4"), "roofline")
-    assert estimate(TEACH, 0.0, None, CPU) == Estimate(100.0, "cores")
     unknown = Line("index", 6e12, 0, "an unknown number of images")
     assert estimate(unknown, 0.0, Speed(10.0, 0.05), CPU).source == "cores"
+
+
+def test_the_start_is_added_where_no_run_measured_it():
+    start = shipped_start("teach")
+    assert 0.5 < start < 60
+    assert estimate(TEACH, 0.0, None, CPU) == Estimate(pytest.approx(100 + start), "cores")
+    assert estimate(TEACH, 0.0, Speed(0.0, 0.05, source="bench"), CPU) == Estimate(pytest.approx(50 + start), "bench")
+    assert estimate(TEACH, 0.0, Speed(0.0, 0.05), CPU) == Estimate(pytest.approx(50), "store")
+    # Nothing to do, and a stage that the table does not have.
+    assert estimate(Line("teach", 0.0, 0, "a list", images=0), 0.0, None, CPU).device_seconds == 0
+    assert estimate(Line("another", 6e12, 0, ""), 0.0, None, CPU).device_seconds == pytest.approx(100)
 
 
 def entry(stage, **changed):
@@ -46,13 +56,15 @@ def test_planned_and_taken_by_stage():
         entry("curate", attempt=2),  # resumed: a part of it is an earlier attempt's
     ]
     found = compared(lines, {}, {"teach": Speed(10.0, 0.05)}, CPU, entries)
+    start = shipped_start("transfer")
     teach, transfer = found["stages"]
     assert (teach["name"], teach["source"], teach["seconds"], teach["usd"]) == ("teach", "store", 40.0, 0.04)
     assert (teach["planned_seconds"], teach["planned_usd"]) == (pytest.approx(30.0), pytest.approx(0.03))
-    assert (transfer["source"], transfer["planned_seconds"]) == ("cores", pytest.approx(10.0))
-    assert (found["planned_seconds"], found["seconds"]) == (pytest.approx(40.0), 45.0)
-    assert (found["planned_usd"], found["usd"]) == (pytest.approx(0.05), pytest.approx(0.05))
-    assert planned_line({"plan": found}).startswith("planned 40 s, $0.05; took 45 s, $0.05")
+    assert (transfer["source"], transfer["planned_seconds"]) == ("cores", pytest.approx(10.0 + start))
+    assert (found["planned_seconds"], found["seconds"]) == (pytest.approx(40.0 + start), 45.0)
+    assert (found["planned_usd"], found["usd"]) == (pytest.approx(0.05 + start * 0.002), pytest.approx(0.05))
+    assert planned_line({"plan": found}).startswith(f"planned {40 + start:.0f} s, $")
+    assert "; took 45 s, $0.05" in planned_line({"plan": found})
     assert "(teach, transfer)." in planned_line({"plan": found})
     assert planned_line({"plan": compared(lines, {}, {}, CPU, [])}) == ""
     assert compared(lines, {}, {}, CPU, [entry("teach", usd=None)])["usd"] is None

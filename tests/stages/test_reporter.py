@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from heard import hearing
 
+from ktray.accounting.attempts import Entry
 from ktray.accounting.held import Held
-from ktray.accounting.ledger import Entry, Meter
+from ktray.accounting.ledger import Meter
 from ktray.data.quarantine import BadLimit, Quarantine
 from ktray.distributed.watchdog import Watchdog
 from ktray.errors import KtrayError

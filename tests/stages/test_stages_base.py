@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 from heard import heard
 
+from ktray.accounting.attempts import DirLog, attempts
 from ktray.accounting.device import describe_device
-from ktray.accounting.ledger import DirLog, Ledger, attempts
+from ktray.accounting.ledger import Ledger
 from ktray.data.quarantine import BadLimit
 from ktray.recipe.cluster import ClusterConfig
 from ktray.stages.base import Runtime, run_stage

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ktray.accounting.ledger import PART_OF, STAGES, DirLog, attempts
+from ktray.accounting.attempts import DirLog, attempts
+from ktray.accounting.summary import PART_OF, STAGES
 from ktray.storage.store import Store
 
 TEACHER = ("adapt", "index", "curate", "teach")  # stages in which the teacher works, before any student is trained

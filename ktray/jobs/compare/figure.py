@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from ktray.accounting.ledger import STAGES
+from ktray.accounting.summary import STAGES
 from ktray.recipe.registries import OBJECTIVES
 from ktray.tasks.base import metric_label
 

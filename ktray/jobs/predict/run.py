@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ktray.accounting.device import describe_device, versions
-from ktray.accounting.ledger import cost_summary
+from ktray.accounting.summary import cost_summary
 from ktray.data import filesystem
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.data.sources.base import Shard

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktray.accounting.ledger import PART_OF, STAGES, Entry
+from ktray.accounting.attempts import Entry
+from ktray.accounting.summary import PART_OF, STAGES
 from ktray.errors import KtrayError
 from ktray.recipe.tune import BudgetConfig
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from ktray import recipe as recipes
-from ktray.accounting.ledger import DirLog, Entry, attempts
+from ktray.accounting.attempts import DirLog, Entry, attempts
 from ktray.distributed import gauges
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.machines import ClusterMachines

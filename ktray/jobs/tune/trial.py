@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktray.accounting.ledger import Entry, Ledger
+from ktray.accounting.attempts import Entry
+from ktray.accounting.ledger import Ledger
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.explain import explain
 from ktray.errors import KtrayError

@@ -87,7 +87,7 @@ class Worth(ResultPart):
 
 
 class Cost(ResultPart):
-    """The cost of a run (`ktray.accounting.ledger.cost_summary`)."""
+    """The cost of a run (`ktray.accounting.summary.cost_summary`)."""
 
     flops: dict[str, Number] = Field(description="by stage, and their total")
     device_seconds: dict[str, Number] = Field(description="by stage, and their total")

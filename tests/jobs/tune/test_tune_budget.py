@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ktray.accounting.ledger import DirLog, Entry, Ledger
+from ktray.accounting.attempts import DirLog, Entry
+from ktray.accounting.ledger import Ledger
 from ktray.accounting.speeds import Measured, Speeds
 from ktray.errors import KtrayError
 from ktray.jobs.tune.budget import RECORD_SECONDS, BudgetExceeded, CostRate, SearchBudget, amounts, limits

@@ -9,7 +9,7 @@ from results import check_result
 from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
-from ktray.accounting.ledger import DirLog, attempts
+from ktray.accounting.attempts import DirLog, attempts
 from ktray.errors import KtrayError
 from ktray.jobs.tune import run as runs
 from ktray.jobs.tune.run import tune

@@ -53,7 +53,7 @@ def _stages(stages: dict[str, StageSeen]) -> Iterable[str]:
         yield _row(
             [
                 name,
-                f"{seen.ended - seen.began:.0f}",
+                f"{seen.seconds:.0f}",
                 f"{100 * seen.driver_share:.0f}%{late}",
                 f"{role}: {_bytes(sizes[1])}{large}",
                 _bytes(seen.shared),

@@ -11,24 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MARK = "KTRAY_REHEARSAL"
+BETWEEN = "between stages"
 _TICK = os.sysconf("SC_CLK_TCK")
 _STAGE = re.compile(r"^(?:\[[^]]*] )?([a-z_]+): ")
 
 
 @dataclass
 class StageSeen:
-    """What was seen while a stage's progress line was the newest one.
+    """What was seen while a stage's progress line was the newest one, and the stage was not done.
 
     Attributes:
-        began, ended: seconds since the start of the job.
+        seconds: how long that was, in all.
         driver_cpu: CPU seconds of the driver's process.
         memory: by role, the private memory in bytes of its largest process: at the first look, the largest, at the
             last look.
         shared: the largest object store, bytes.
     """
 
-    began: float
-    ended: float = 0.0
+    seconds: float = 0.0
     driver_cpu: float = 0.0
     memory: dict[str, list[int]] = field(default_factory=dict)
     shared: int = 0
@@ -36,7 +36,7 @@ class StageSeen:
     @property
     def driver_share(self) -> float:
         """CPU seconds of the driver for each second of the stage."""
-        return self.driver_cpu / max(self.ended - self.began, 1e-9)
+        return self.driver_cpu / max(self.seconds, 1e-9)
 
 
 class Watch:
@@ -52,7 +52,7 @@ class Watch:
         self.stages: dict[str, StageSeen] = {}
         self._mark, self._driver, self._known = f"{MARK}={mark}".encode(), driver, stages
         self._began, self._current = time.monotonic(), "start"
-        self._cpu = 0.0
+        self._cpu, self._looked = 0.0, self._began
         self._marked: dict[int, bool] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._looks, daemon=True)
@@ -61,9 +61,9 @@ class Watch:
     def line(self, text: str) -> None:
         """A line of the job's output, which may tell that another stage works."""
         found = _STAGE.match(text)
-        if found and found[1] in self._known and found[1] != self._current:
+        if found and found[1] in self._known:
             with self._lock:
-                self._current = found[1]
+                self._current = BETWEEN if f"{found[1]}: done" in text else found[1]
 
     def stop(self) -> dict[str, StageSeen]:
         self._stop.set()
@@ -76,9 +76,10 @@ class Watch:
                 self._look()
 
     def _look(self) -> None:
-        now = time.monotonic() - self._began
-        seen = self.stages.setdefault(self._current, StageSeen(now))
-        seen.ended = now
+        now = time.monotonic()
+        seen = self.stages.setdefault(self._current, StageSeen())
+        seen.seconds += now - self._looked
+        self._looked = now
         largest: dict[str, int] = defaultdict(int)
         for pid in self._processes():
             role = "driver" if pid == self._driver else _role(pid)
