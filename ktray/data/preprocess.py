@@ -29,6 +29,13 @@ ResizeMode = Literal["shortest", "squash", "longest"]
 # Longest side of an image as a multiple of its shortest one; of longer images the centre is used.
 MOST_ASPECT = 16
 
+# Pixels of the shorter side that `Ample` leaves: more than the input of any teacher here (518).
+AMPLE = 700
+
+_RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 _TIMM_CROP_MODES: dict[str, ResizeMode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
@@ -118,17 +125,23 @@ class Preprocess:
         """Hash of all fields, 16 hex digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def eval_transform(self, image: np.ndarray | Image.Image) -> np.ndarray:
+    def eval_transform(self, image: np.ndarray | Image.Image, whole: tuple[int, int] | None = None) -> np.ndarray:
         """Resize and crop one whole image as open_clip's and timm's own evaluation transforms do.
 
         Args:
             image: (H, W, 3) uint8, or an RGB PIL image.
+            whole: height and width of the original image, if ``image`` was decoded at a lower resolution: the crop is
+                then that of the original image to a fraction of a pixel.
 
         Returns:
             (3, height, width) uint8, contiguous.
         """
-        pil = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        pixels = np.asarray(_geometry(self)(_bounded(pil.convert("RGB"))))
+        pil = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
+        if whole and whole != (pil.height, pil.width):
+            resized = pil.resize(_resized(self, *whole), _RESAMPLING[self.interpolation])
+            pixels = np.asarray(_geometry(self).transforms[1](resized))
+        else:
+            pixels = np.asarray(_geometry(self)(_bounded(pil)))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
@@ -167,6 +180,33 @@ def _bounded(image: Image.Image) -> Image.Image:
         return image
     left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
     return image.crop((left, top, left + min(width, most), top + min(height, most)))
+
+
+class Ample:
+    """How much smaller an image may be where a teacher looks at the whole of it: a `ktray.data.decode.Enough` for the
+    stages that embed images and compare their fingerprints.
+
+    The factor depends on the size of the image alone, so that copies of a file have the same pixels, and the same
+    digest, in all these stages.
+
+    Attributes:
+        whole: height and width of the image that was asked for last; for `Preprocess.eval_transform`.
+    """
+
+    whole: tuple[int, int] = (0, 0)
+
+    def __call__(self, height: int, width: int) -> float:
+        self.whole = height, width
+        bounded = max(height, width) > MOST_ASPECT * min(height, width)
+        return 1.0 if bounded else min(height, width) / AMPLE
+
+
+@lru_cache(maxsize=256)
+def _resized(p: Preprocess, height: int, width: int) -> tuple[int, int]:
+    """Width and height to which an image of this size is resized before the crop. The transforms themselves tell it;
+    an image of one bit is resized in no time."""
+    size: tuple[int, int] = _geometry(p).transforms[0](Image.new("1", (width, height))).size
+    return size
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from ktray.data.labelled.hygiene import (
 from ktray.data.labelled.hygiene_copies import Looks, looks
 from ktray.data.labelled.hygiene_labels import doubts
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
-from ktray.data.preprocess import Preprocess
+from ktray.data.preprocess import Ample, Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.distributed.device_work import Item
 from ktray.errors import BadImage
@@ -162,14 +162,15 @@ class _Look:
     max_pixels: int
 
     def __call__(self, item: Item) -> Rows:
-        uris, images, files = [], [], []
+        uris, images, wholes, files, enough = [], [], [], [], Ample()
         for uri, data, error in fetch(item["uris"]):
             try:
-                image = decode_image(uri, data, error, max_pixels=self.max_pixels)
+                image = decode_image(uri, data, error, max_pixels=self.max_pixels, enough=enough)
             except BadImage:  # LABELS or EVALUATE quarantines it
                 continue
             uris.append(uri)
             images.append(image)
+            wholes.append(enough.whole)
             files.append(int.from_bytes(hashlib.blake2b(data or b"", digest_size=8).digest(), "big"))
         seen = looks(images)
         columns: Rows = {
@@ -180,7 +181,7 @@ class _Look:
             "thumb": seen.thumb,
         }
         if self.preprocess:
-            pixels = [self.preprocess.eval_transform(image) for image in images]
+            pixels = [self.preprocess.eval_transform(*pair) for pair in zip(images, wholes, strict=True)]
             columns["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
         return columns
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ktray.data.fingerprints import fingerprint_heldout
 from ktray.data.labelled.labelled_set import LabelledSet
-from ktray.data.preprocess import Preprocess
+from ktray.data.preprocess import Ample, Preprocess
 from ktray.data.sources.fetch import fetch_images
 from ktray.distributed.device_work import DeviceWork, Item
 from ktray.distributed.ray_data import cpu_shards, map_shards
@@ -100,18 +100,22 @@ class _Heldout:
     max_pixels: int
 
     def __call__(self, item: Item) -> Rows:
-        uris, images = [], []
-        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels):
+        uris, images, wholes, enough = [], [], [], Ample()
+        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels, enough=enough):
             # An image that cannot be decoded cannot leak into the transfer set; EVALUATE quarantines it.
             if image is not None:
                 images.append(image)
+                wholes.append(enough.whole)
                 uris.append(uri)
         prints = fingerprint_heldout(images)
         columns = {"uri": np.array(uris, dtype=str), "hash": prints.hash, "digest": prints.digest}
         if not self.preprocess:
             return columns
         mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
-        pixels = [self.preprocess.eval_transform(image) for image in [*images, *mirrored]]
+        pixels = [
+            self.preprocess.eval_transform(image, whole)
+            for image, whole in zip([*images, *mirrored], [*wholes, *wholes], strict=True)
+        ]
         both = {name: np.concatenate([column, column]) for name, column in columns.items()}
         both["pixels"] = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocess.size), np.uint8)
         return both

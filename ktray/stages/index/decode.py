@@ -1,4 +1,9 @@
-"""The CPU part of INDEX: decode a gallery shard into pieces of pixels and fingerprints that fit into memory."""
+"""The CPU part of INDEX: decode a gallery shard into pieces of pixels and fingerprints that fit into memory.
+
+Large JPEGs are decoded at a reduced size (`ktray.data.preprocess.Ample`): of a photo with 12 megapixels that takes a
+fraction of the time. Where crops are candidates too, images keep their size, because crops are in its pixels; copies of
+large held-out images are then found by their embedding and hash, not by their digest.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ktray.data.fingerprints import Small, fingerprint_small, shrink
-from ktray.data.preprocess import Preprocess
+from ktray.data.preprocess import Ample, Preprocess
 from ktray.data.sources.base import Shard
 from ktray.data.sources.fetch import decode_image, fetch
 from ktray.data.sources.records import ImageRecord
@@ -40,10 +45,11 @@ class DecodeGallery:
         image_bytes = 3 * int(np.prod(self.preprocess.size)) if self.preprocess else 3 * 256**2
         most = max(1, PIECE_BYTES // image_bytes)
         piece = _Piece(self.preprocess)
+        enough = Ample() if self.crops.kind == "none" else None
         for record, vector in self._records(item):
             uri = record.uri
             try:
-                image = decode_image(uri, record.data, record.error, max_pixels=self.max_pixels)
+                image = decode_image(uri, record.data, record.error, max_pixels=self.max_pixels, enough=enough)
             except BadImage as reason:
                 piece.read += 1
                 piece.bad.append((uri, reason.reason))
@@ -53,7 +59,7 @@ class DecodeGallery:
                 yield piece.columns()
                 piece = _Piece(self.preprocess)
             piece.read += 1
-            piece.add(uri, record.caption, image, vector)
+            piece.add(uri, record.caption, image, vector, enough.whole if enough else None)
             for box in boxes:
                 left, top, width, height = box
                 cut = np.ascontiguousarray(image[top : top + height, left : left + width])
@@ -83,14 +89,21 @@ class _Piece:
     bad: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
 
-    def add(self, uri: str, caption: str | None, image: np.ndarray, vector: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        uri: str,
+        caption: str | None,
+        image: np.ndarray,
+        vector: np.ndarray | None = None,
+        whole: tuple[int, int] | None = None,
+    ) -> None:
         self.uris.append(uri)
         self.captions.append(caption or "")
         self.small.append(shrink(image))
         if vector is not None:
             self.given.append(vector)
         if self.preprocess and len(self.given) <= CHECKED:
-            self.pixels.append(self.preprocess.eval_transform(image))
+            self.pixels.append(self.preprocess.eval_transform(image, whole))
 
     def columns(self) -> Rows:
         prints = fingerprint_small(self.small)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ktray.data.fingerprints import Fingerprints, fingerprint
 from ktray.data.labelled.labelled_set import LabelledSet
-from ktray.data.preprocess import Preprocess
+from ktray.data.preprocess import Ample, Preprocess
 from ktray.data.sources.fetch import fetch_images
 from ktray.data.sources.uris import ImageRef
 from ktray.distributed.device_work import Item
@@ -150,13 +150,14 @@ class _Plain:
     max_pixels: int
 
     def __call__(self, item: Item) -> Rows:
-        uris, images = [], []
-        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels):
+        uris, images, wholes, enough = [], [], [], Ample()
+        for uri, image, _ in fetch_images(item["uris"], max_pixels=self.max_pixels, enough=enough):
             if image is not None:  # what cannot be decoded cannot be labelled
                 uris.append(uri)
                 images.append(image)
+                wholes.append(enough.whole)
         prints = fingerprint(images)
-        pixels = [self.preprocess.eval_transform(image) for image in images]
+        pixels = [self.preprocess.eval_transform(*pair) for pair in zip(images, wholes, strict=True)]
         return {
             "uri": np.array(uris, dtype=str),
             "hash": prints.hash,
