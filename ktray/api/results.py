@@ -180,7 +180,8 @@ class Run(FinishedJob):
             raise KtrayError(
                 f"The test predictions of run '{self.id}' are not in '{self.store}'", "Run it again in this store."
             )
-        return str(self.result["metric"]["name"]), [str(uri) for uri in evaluate.load(stage)["uri"]]
+        uris = evaluate.load(stage, reduce=lambda rows: {"uri": rows["uri"].astype(str)})["uri"]
+        return str(self.result["metric"]["name"]), uris.tolist()
 
     def __repr__(self) -> str:
         r = self.result

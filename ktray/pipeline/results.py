@@ -127,7 +127,7 @@ def build(
         if "details" in student:
             content["metric"]["details"] = student["details"]
         assert outputs.evaluate is not None  # it has the metrics
-        honesty = context.kind.calibration(evaluate.load(outputs.evaluate.stage))
+        honesty = context.kind.calibration(evaluate.load(outputs.evaluate.stage, reduce=context.kind.compact))
         if honesty is not None:
             content["calibration"] = honesty
     elif not trial:
@@ -217,7 +217,8 @@ def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], 
     classes, kind = context.task.classes, context.kind
     worst, counts = [], None
     if outputs.evaluate is not None and context.task.test:
-        rows, reader = evaluate.load(outputs.evaluate.stage), kind.reader(context.task, whole=True)
+        rows = evaluate.load(outputs.evaluate.stage, reduce=kind.compact)
+        reader = kind.reader(context.task, whole=True)
         pixels = context.recipe.data.max_pixels
         worst = kind.worst(TestSet(rows, context.task, reader, partial(_trained, context, outputs), pixels))
         counts = evaluate.confusion(context, outputs.evaluate.stage)

@@ -340,9 +340,14 @@ class TaskKind(ABC):
         """
         raise NotImplementedError
 
+    def compact(self, rows: Rows) -> Rows:
+        """What the methods below need of the rows that EVALUATE stores. It is applied to each shard, so that memory
+        does not grow with images times classes. By default all columns."""
+        return rows
+
     @abstractmethod
     def image_counts(self, rows: Rows, model: str) -> np.ndarray:
-        """Counts (N, K) for `scores`, one row for each test image, from the rows of EVALUATE."""
+        """Counts (N, K) for `scores`, one row for each test image, from the rows of `compact`."""
 
     def test_metrics(self, rows: Rows, model: str, classes: list[str]) -> dict[str, Any]:
         """`scores` of one model on all test images, with ``per_class`` (name -> fraction or None; empty if the kind has

@@ -13,11 +13,13 @@ others (Geifman and El-Yaniv, arXiv 1705.08500, section 2).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 BINS = 15
+_AT_ONCE = 4096  # images of which all probabilities are in memory
 COVERAGE = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 
 
@@ -41,8 +43,29 @@ def calibration(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
         those with images, each with its number of ``images``, mean ``confidence`` and ``accuracy``; ``coverage``, a row
         for each of `COVERAGE` with its ``share``, ``accuracy``, and ``threshold``, the lowest confidence in it.
     """
-    p = probabilities(logits, temperature)
-    confidence, right = p.max(1), p.argmax(1) == labels
+    predicted, confidence, likelihood = certainty(logits, labels, temperature)
+    return honesty(confidence, predicted == labels, likelihood)
+
+
+def certainty(
+    logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `honesty` and accuracy need of each image, so that the logits of many classes need not be kept: the
+    predicted class (N,) int64, its probability (N,) float64, and the probability of the true class (N,) float64."""
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for first in range(0, max(1, len(logits)), _AT_ONCE):
+            p = probabilities(logits[first : first + _AT_ONCE], temperature)
+            true = labels[first : first + _AT_ONCE].astype(int)
+            yield p.argmax(1), p.max(1), p[np.arange(len(p)), true]
+
+    predicted, confidence, likelihood = (np.concatenate(columns) for columns in zip(*parts(), strict=True))
+    return predicted, confidence, likelihood
+
+
+def honesty(confidence: np.ndarray, right: np.ndarray, likelihood: np.ndarray) -> dict[str, Any]:
+    """`calibration`, from the probability of the predicted class (N,), whether it is right (N,) bool, and the
+    probability of the true class (N,)."""
     number = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins = [
         {
@@ -53,9 +76,8 @@ def calibration(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
         for inside in (number == b for b in range(BINS))
         if inside.any()
     ]
-    likelihood = p[np.arange(len(p)), labels.astype(int)]
     return {
-        "ece": sum(b["images"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(p),
+        "ece": sum(b["images"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(confidence),
         "nll": float(-np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)).mean()),
         "confidence": float(confidence.mean()),
         "bins": bins,

@@ -31,7 +31,7 @@ from ktray.recipe.schema import TaskConfig, TeacherConfig
 from ktray.reporting.worst import WorstError
 from ktray.storage.columns import Rows
 from ktray.tasks.base import WORST, FittedHeads, HeadSettings, LabelledSplit, TaskKind, TestSet
-from ktray.tasks.calibration import calibration, probabilities
+from ktray.tasks.calibration import certainty, honesty
 from ktray.tasks.weighted import Accuracy, MeanClassAccuracy, WeightedScores
 
 
@@ -118,16 +118,28 @@ class Classification(TaskKind):
     def test_rows(self, out: np.ndarray, columns: Rows) -> tuple[Rows, Any]:
         return {"": out}, None
 
+    def compact(self, rows: Rows) -> Rows:
+        """Instead of the logits of each model, its predicted class, and the probabilities of that class and of the true
+        one: ``MODEL``, ``MODEL.confidence``, ``MODEL.likelihood``."""
+        found: Rows = {}
+        for name, values in rows.items():
+            if values.ndim == 2:
+                certain = certainty(values, rows["label"])
+                found |= zip((name, f"{name}.confidence", f"{name}.likelihood"), certain, strict=True)
+            else:
+                found[name] = values
+        return found
+
     def image_counts(self, rows: Rows, model: str) -> np.ndarray:
-        predicted, true = rows[model].argmax(1), rows["label"].astype(np.int64)
-        counts = np.zeros((len(true), 3, rows[model].shape[1]), np.int64)
+        predicted, true = rows[model], rows["label"].astype(np.int64)
+        counts = np.zeros((len(true), 3, 1 + int(max(predicted.max(initial=0), true.max(initial=0)))), np.int64)
         image = np.arange(len(true))
         for i, classes in enumerate((true, predicted, true)):
             counts[image, i, classes] = predicted == true if i == 0 else 1
         return counts.reshape(len(true), -1)
 
     def weighted_scores(self, metric: str, seeds: Sequence[Rows]) -> WeightedScores:
-        correct = np.stack([rows["student"].argmax(1) == rows["label"] for rows in seeds])
+        correct = np.stack([rows["student"] == rows["label"] for rows in seeds])
         if metric == "mean_class_accuracy":
             return MeanClassAccuracy(correct, seeds[0]["label"].astype(np.int64))
         return Accuracy(correct)
@@ -136,28 +148,27 @@ class Classification(TaskKind):
         return metrics(rows[model], rows["label"], classes)
 
     def exported_metrics(self, student: Student, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return metrics(outputs, labels, student.classes)
+        return metrics(outputs.argmax(1), labels, student.classes)
 
     def confusion(self, rows: Rows, counts: Sequence[Any], classes: list[str]) -> np.ndarray:
-        return confusion_matrix(rows["student"].argmax(1), rows["label"], len(classes))
+        return confusion_matrix(rows["student"], rows["label"], len(classes))
 
     def calibration(self, rows: Rows) -> dict[str, Any]:
-        return calibration(rows["student"], rows["label"])
+        return honesty(rows["student.confidence"], rows["student"] == rows["label"], rows["student.likelihood"])
 
     def worst(self, tested: TestSet) -> list[WorstError]:
         """The errors in which the student was most confident."""
         rows, classes = tested.rows, tested.task.classes
-        labels, probability = rows["label"].astype(np.int64), probabilities(rows["student"])
-        predicted = probability.argmax(1)
+        labels, predicted = rows["label"].astype(np.int64), rows["student"]
         wrong = np.flatnonzero(predicted != labels)
-        wrong = wrong[np.argsort(-probability[wrong, predicted[wrong]], kind="stable")][:WORST]
+        wrong = wrong[np.argsort(-rows["student.confidence"][wrong], kind="stable")][:WORST]
         errors = []
         uris = [str(rows["uri"][i]) for i in wrong]
         images = fetch_images(uris, max_pixels=tested.max_pixels)
         for i, (uri, image, _) in zip(wrong.tolist(), images, strict=True):
             if image is None:
                 continue
-            confidence = float(probability[i, predicted[i]])
+            confidence = float(rows["student.confidence"][i])
             errors.append(WorstError(image, classes[labels[i]], classes[predicted[i]], confidence, uri))
         return errors
 
@@ -198,11 +209,11 @@ def recalls(right: np.ndarray, true: np.ndarray) -> np.ndarray:
     return np.divide(right, true, out=np.full(len(true), np.nan), where=true > 0)
 
 
-def metrics(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[str, Any]:
+def metrics(predicted: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Exact metrics over all rows.
 
     Args:
-        logits: (N, C) float scores, any scale.
+        predicted: (N,) int, 0..C-1.
         labels: (N,) int, 0..C-1.
         classes: C names.
 
@@ -212,7 +223,7 @@ def metrics(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[
     Raises:
         ValueError: no rows.
     """
-    confusion = confusion_matrix(logits.argmax(1), labels, len(classes))
+    confusion = confusion_matrix(predicted, labels, len(classes))
     right, claimed, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
     values = scores(np.concatenate([right, claimed, true]))
     return {**values, "per_class": by_class(recalls(right, true), classes), "n": len(labels)}

@@ -10,6 +10,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.calibration import calibration_curve
 
 from ktray.models.teacher.heads import fit_temperature
+from ktray.tasks import calibration as module
 from ktray.tasks.calibration import BINS, COVERAGE, answered, at_coverage, calibration, probabilities
 
 
@@ -88,3 +89,10 @@ def test_extreme_logits_have_probabilities() -> None:
     found = calibration(logits, np.array([1, 0, 1]))
     assert np.isfinite(found["nll"])
     assert [b["images"] for b in found["bins"]] == [1, 2]
+
+
+def test_pieces_of_many_images_are_as_the_whole(scored, monkeypatch) -> None:
+    logits, labels = scored
+    whole = calibration(logits, labels, 0.7)
+    monkeypatch.setattr(module, "_AT_ONCE", 333)
+    assert calibration(logits, labels, 0.7) == whole

@@ -19,12 +19,12 @@ from ktray.tasks.weighted import WeightedScores
 
 def load_scores(store: Store, results: Sequence[dict[str, Any]]) -> WeightedScores:
     """Load the test predictions of one method, one table for each seed, as scores for the bootstrap."""
+    with store.run(results[0]["run_id"]).local("recipe.yaml") as path:
+        kind = task_kind(recipes.load(str(path), []).task.kind)
     seeds = []
     for result in results:
         (key,) = {s["key"] for s in result["stages"] if s["name"] == "evaluate"}
-        seeds.append(evaluate.load(Stage(store.stage("evaluate", key).uri)))
-    with store.run(results[0]["run_id"]).local("recipe.yaml") as path:
-        kind = task_kind(recipes.load(str(path), []).task.kind)
+        seeds.append(evaluate.load(Stage(store.stage("evaluate", key).uri), reduce=kind.compact))
     return kind.weighted_scores(results[0]["metric"]["name"], seeds)
 
 

@@ -9,6 +9,7 @@ workers nor on the division into shards. Unusable test images are quarantined.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -238,17 +239,21 @@ def work(inputs: EvaluateInputs, runtime: Runtime, stage: Stage, reporter: Repor
     score(items, fitted)
     metrics: dict[str, dict[str, Any]] = {}
     if items:  # without a test split, only the decisions are fitted
-        rows = load(stage)
+        rows = load(stage, reduce=kind.compact)
         if not len(rows["uri"]):
             raise KtrayError("No test image can be used", "Check the quarantine list and the test split of task.data.")
         metrics = {name: kind.test_metrics(rows, name, classes) for name in models.names}
     return {"metrics": metrics} if fitted is None else {"metrics": metrics, "decisions": fitted}
 
 
-def load(stage: Stage, split: str = "test") -> Rows:
-    """All rows of a split: ``uri``, and the columns of the task kind for the labels and for each model."""
+def load(stage: Stage, split: str = "test", reduce: Callable[[Rows], Rows] = lambda rows: rows) -> Rows:
+    """All rows of a split: ``uri``, and the columns of the task kind for the labels and for each model.
+
+    Args:
+        reduce: applied to each shard, so that not all columns of all images are in memory.
+    """
     names = [name for name in stage.names(".parquet") if name.startswith(f"{split}-")]
-    shards = list(read_shards(stage, names))
+    shards = [reduce(rows) for rows in read_shards(stage, names)]
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 
@@ -256,4 +261,4 @@ def confusion(context: RunContext, stage: Stage) -> np.ndarray | None:
     """Confusion counts (C, C) of the student on the test split: rows are true classes, columns are predicted classes;
     None where the task kind has no counts."""
     counts = list(stage.read_each_json(stage.names(CONFUSION)))
-    return context.kind.confusion(load(stage), counts, context.task.classes)
+    return context.kind.confusion(load(stage, reduce=context.kind.compact), counts, context.task.classes)

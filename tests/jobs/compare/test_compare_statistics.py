@@ -133,7 +133,7 @@ def test_the_counts_of_a_task_kinds_images_make_the_same_scores(name, metric):
     for _ in range(2):
         rows = {"label": np.arange(30) % 4, "student": rng.normal(size=(30, 5)).astype(np.float32)}
         rows |= {f"student_{count}": rng.integers(0, 9, (30, 4)) for count in ("tp", "fp", "fn")}
-        seeds.append(rows)
+        seeds.append(kind.compact(rows))
     weights = drawn_weights(30).astype(float)
     counts = np.stack([kind.image_counts(rows, "student") for rows in seeds]).astype(float)
     plainly = WeightedCounts(counts, kind.scores, metric).score(weights)
