@@ -227,8 +227,12 @@ class TeacherCost:
 
 def teacher_cost(recipe: Recipe, counted: Counted = FLOPS) -> TeacherCost:
     t = recipe.teacher
-    sources = [TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size)]
-    sources += [TeacherSource(o.name, o.checkpoint, o.config, o.image_size) for o in t.others]
+    others = [TeacherSource(o.name, o.checkpoint, o.config, o.image_size) for o in t.others]
+    return _costs((TeacherSource(str(t.name), t.checkpoint, t.config, t.image_size), *others), counted)
+
+
+@lru_cache(maxsize=16)  # a comparison plans many runs with the same teachers
+def _costs(sources: tuple[TeacherSource, ...], counted: Counted) -> TeacherCost:
     models = [build_teacher(source, device="meta") for source in sources]
     towers = [counted.forward(model.image_tower, (3, *model.preprocess.size)) for model in models]
     heads = 2.0 * sum(model.embed_dim for model in models)

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 from ktray.accounting.device import describe_device
 from ktray.data.decode import formats
 from ktray.data.labelled.labelled_set import LabelledSet
-from ktray.data.labelled.memory import kept_in
+from ktray.data.labelled.memory import kept_in, once
 from ktray.data.labelled.more_labels import with_more_labels
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.base import Shard
@@ -254,7 +254,8 @@ def labelled_task(
             f"{hint}Available metrics: auto, {', '.join(kind.metrics)}.",
         )
     with kept_in(Dir(recipe.store).sub("labelled")):
-        task = kind.read(root, part)
+        task = once(f"{root} {part.model_dump_json()}", lambda: kind.read(root, part))
+        task = replace(task, notes=list(task.notes))
         return with_more_labels(task, part, kind.image_classes, kind.label_sets), names, prompts
 
 

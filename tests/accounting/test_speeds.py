@@ -28,7 +28,7 @@ def test_one_run_is_scaled():
 
 
 def test_the_start_of_a_single_run_is_a_part_of_its_own():
-    assert fit([Measured(100, 17.0, start=12.0)]) == Speed(12.0, pytest.approx(0.05), 1)
+    assert fit([Measured(100, 17.0, start=12.0)]) == Speed(pytest.approx(12.0), pytest.approx(0.05), 1)
     # Runs on a line show their start themselves.
     assert fit([Measured(100, 17.0, start=1.0), Measured(1_000, 62.0, start=1.0)]).fixed == pytest.approx(12.0)
     # Runs of equal length: the starts 2 and 4 weighted by 1 / 10**2 and 1 / 20**2.

@@ -77,10 +77,11 @@ def test_the_plan_of_several_runs_is_the_sum_of_theirs_by_stage():
     found = together([first, compared(lines, {}, {}, CPU, [entry("teach")])])
     teach, transfer = found["stages"]
     assert (teach["name"], teach["source"]) == ("teach", "cores, store")
-    # 30 of 40 s by the stored speed, and 100 of 80 device-seconds, which are 50 of 40 s, by cores.
-    assert (teach["planned_seconds"], teach["seconds"]) == (pytest.approx(80.0), pytest.approx(80.0))
-    assert (transfer["planned_seconds"], transfer["usd"]) == (pytest.approx(10.0), pytest.approx(0.01))
-    assert found["planned_seconds"] == pytest.approx(90.0)
+    # 30 of 40 s by the stored speed, and 100 and the start of 80 device-seconds, half as much of 40 s, by cores.
+    planned = 80 + shipped_start("teach") / 2, 10 + shipped_start("transfer")
+    assert (teach["planned_seconds"], teach["seconds"]) == (pytest.approx(planned[0]), pytest.approx(80.0))
+    assert (transfer["planned_seconds"], transfer["usd"]) == (pytest.approx(planned[1]), pytest.approx(0.01))
+    assert found["planned_seconds"] == pytest.approx(sum(planned))
     assert found["usd"] == pytest.approx(0.09)
     assert together([])["stages"] == []
     unpriced = compared(lines, {}, {}, CPU, [entry("teach", usd=None)])

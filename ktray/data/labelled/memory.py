@@ -1,4 +1,5 @@
-"""What is known of labelled images, kept in the store, so that not each start of a job reads all of them again."""
+"""What is known of labelled images, kept in the store, so that not each start of a job reads all of them again; and in
+the process, while a job plans several runs with the same images."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import contextlib
 import contextvars
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from ktray.storage.store import Dir
 
@@ -15,6 +16,7 @@ Files = Sequence[tuple[str, str]]  # uri and version (size and modification time
 Pairs = list[tuple[str, str]]
 
 _place: contextvars.ContextVar[Dir | None] = contextvars.ContextVar("labelled", default=None)
+_read_sets: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("read_sets", default=None)
 _VERSION = 1  # of the comparison; raise it if the same images give other copies
 
 
@@ -26,6 +28,34 @@ def kept_in(directory: Dir | None) -> Iterator[None]:
         yield
     finally:
         _place.reset(token)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Read the same labelled images only once inside the ``with`` block: a list of a million images takes a minute.
+
+    For planning, which takes seconds to minutes. A run reads its images anew, because they may have changed.
+    """
+    known = _read_sets.get()
+    token = _read_sets.set({} if known is None else known)
+    try:
+        yield
+    finally:
+        _read_sets.reset(token)
+
+
+Read = TypeVar("Read")
+
+
+def once(what: str, read: Callable[[], Read]) -> Read:
+    """The result of ``read``, or that of an earlier call for ``what`` inside `read_once`."""
+    known = _read_sets.get()
+    if known is None:
+        return read()
+    if what not in known:
+        known[what] = read()
+    found: Read = known[what]
+    return found
 
 
 def recall_copies(files: Files) -> Pairs | None:

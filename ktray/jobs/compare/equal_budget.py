@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ktray.accounting.device import describe_device
+from ktray.data.labelled.memory import read_once
 from ktray.distributed.allocation import Allocation
 from ktray.errors import KtrayError
 from ktray.jobs.compare.calibration import MeasuredSpeed
@@ -67,6 +68,7 @@ class _Cost:
         return max(0, int((budget - self._fixed) / self._step + 1e-9))
 
 
+@read_once()
 def budgets(
     base: Recipe,
     methods: Methods,
@@ -112,6 +114,7 @@ def budgets(
     return result
 
 
+@read_once()
 def show(recipe: Recipe) -> None:
     """Log the plan of a comparison: what each method will cost. Shared and reused stages count for every method."""
     recipe = with_steps(recipe)
