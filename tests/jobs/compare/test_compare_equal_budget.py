@@ -146,7 +146,7 @@ def test_a_plan_counts_seeds_and_trials(given, monkeypatch):
         name: resolve(recipe_of(base, method.keys, train__steps=found[name].steps), HERE)
         for name, method in list_methods(base).items()
     }
-    # No run has measured a speed in this store: 30 GFLOP/s for each core here and the start-up of ktray's table; of each
+    # No run has measured a speed in this store: 30 GFLOP/s for each core here and the start-up of the table; of each
     # GPU, the roofline.
     starts = sum(
         times[name] * shipped_start(line.stage)
