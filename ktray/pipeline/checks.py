@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from ktray.data import filesystem
 from ktray.data.labelled.labelled_set import LabelledSet
 from ktray.errors import KtrayError
 from ktray.recipe.schema import Recipe
+from ktray.recipe.section import digest
+from ktray.storage.store import Dir
 from ktray.tasks.base import task_kind
 
 _FEW_GB = 2.0
@@ -106,6 +110,8 @@ def cautions(recipe: Recipe) -> list[str]:
 def exportable(recipe: Recipe, classes: int) -> list[str]:
     """What stands in the way of an export of the student, as sentences.
 
+    Tracing takes seconds, so the store remembers the answer for each student and version of torch and timm.
+
     Args:
         recipe: a resolved recipe.
         classes: number of classes of the task.
@@ -113,15 +119,26 @@ def exportable(recipe: Recipe, classes: int) -> list[str]:
     from ktray.training.inputs import StudentSpec  # slow to import
 
     spec = StudentSpec.of(recipe, classes)
-    problem = _export_problem(
-        json.dumps([recipe.task.kind, spec.name, spec.kwargs, classes, spec.image_size, spec.options], sort_keys=True)
-    )
+    model = [recipe.task.kind, spec.name, spec.kwargs, classes, spec.image_size, spec.options]
+    problem = _remembered_problem(recipe.store, json.dumps(model, sort_keys=True))
     if not problem:
         return []
     return [
         f"WARNING: student '{spec.name}' cannot be exported by jobs/export.py: torch cannot trace it "
         f"({problem}). Its folder can be loaded in timm; choose another student.name for ONNX."
     ]
+
+
+def _remembered_problem(store: str, model: str) -> str:
+    place = Dir(store).sub("exportable")
+    facts = {"model": json.loads(model), "torch": version("torch"), "timm": version("timm")}
+    name = f"{digest(facts)}.json"
+    with contextlib.suppress(Exception):  # nothing is stored, or it is damaged
+        return str(place.read_json(name)["problem"])
+    problem = _export_problem(model)
+    with contextlib.suppress(Exception):  # a plan may look at a store that it cannot write
+        place.write_json(name, {**facts, "problem": problem})
+    return problem
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from ktray import recipe as recipes
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.errors import KtrayError
 from ktray.models.student.exportable import export_problem
+from ktray.pipeline import checks
 from ktray.pipeline.checks import exportable, require_files, require_test_split, task_counts, warnings
 from ktray.tasks.base import task_kind
 
@@ -82,8 +83,10 @@ class _Branches(torch.nn.Module):
         return self.layer(pooled if pooled.sum() > 0 else -pooled)
 
 
-def test_a_student_that_cannot_be_exported_is_told_before_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe("student.name=test_resnet", "image_size=32")
+def test_a_student_that_cannot_be_exported_is_told_before_it_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = recipe("student.name=test_resnet", "image_size=32", f"store={tmp_path}")
     assert exportable(asked, 3) == []
     kind = task_kind("classification")
     built = kind.build_student("test_resnet", {}, 3, 32)
@@ -92,6 +95,17 @@ def test_a_student_that_cannot_be_exported_is_told_before_it_is_trained(monkeypa
     (told,) = exportable(asked, 4)
     assert "student 'test_resnet' cannot be exported by jobs/export.py" in told
     assert "data-dependent" in told
+
+    # The next job with the store has the answer without tracing; a damaged answer, or none that can be kept, is no harm.
+    monkeypatch.setattr(checks, "_export_problem", lambda model: "traced anew")
+    assert exportable(asked, 4) == [told]
+    for file in (tmp_path / "exportable").iterdir():
+        file.write_text("{")
+    assert "traced anew" in exportable(asked, 4)[0]
+    (tmp_path / "file").write_text("")
+    assert (
+        "traced anew" in exportable(recipe("student.name=test_resnet", "image_size=32", f"store={tmp_path}/file"), 4)[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit", "test_efficientnet"])
