@@ -96,7 +96,7 @@ def test_a_student_that_cannot_be_exported_is_told_before_it_is_trained(
     assert "student 'test_resnet' cannot be exported by jobs/export.py" in told
     assert "data-dependent" in told
 
-    # The next job with the store has the answer without tracing; a damaged answer, or none that can be kept, is no harm.
+    # The next job with the store has the answer without tracing. A damaged answer, and no place for it, do no harm.
     monkeypatch.setattr(checks, "_export_problem", lambda model: "traced anew")
     assert exportable(asked, 4) == [told]
     for file in (tmp_path / "exportable").iterdir():

@@ -68,7 +68,7 @@ def test_killed_driver_resumes_from_the_last_checkpoint_with_the_same_result(tmp
     assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished stage was redone"
     # The number format and layout are measured once a store; both runs must compute with the same. The stages before
     # TRANSFER are the same, too; to compute them again would test nothing.
-    for part in ("precision", "exportable", *(f"stages/{name}" for name in BEFORE)):
+    for part in ("precision", "exportable", "galleries", *(f"stages/{name}" for name in BEFORE)):
         shutil.copytree(killed / part, whole / part)
     subprocess.run(command(tmp_path, whole), env=environment, check=True, capture_output=True, timeout=600)
     assert weights(killed) == weights(whole)
