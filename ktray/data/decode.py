@@ -5,7 +5,8 @@ viewer) and animations (the first frame); EXIF orientation is applied. For anyth
 
 RGB JPEGs are decoded by libjpeg-turbo (simplejpeg): the pixels are identical to those of Pillow, and it is faster than
 Pillow and torchvision. A JPEG that is much larger than its caller needs is decoded at 1/2, 1/4 or 1/8 of its size,
-which takes less work. Pillow decodes all other images, including those that libjpeg-turbo rejects.
+which takes less work. Pillow decodes all other images, including those that libjpeg-turbo rejects; for HEIC it needs the
+extra ``heic``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
+from ktray.data import heic
 from ktray.data.magic import HEAD_BYTES, what_it_is
 from ktray.errors import BadImage
 
@@ -185,4 +187,4 @@ def _reason(error: Exception) -> str:
 def formats() -> list[str]:
     """The supported formats of Pillow. Their decoders run in this process and start no other program."""
     Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+    return [name for name in (*_FORMATS, *([heic.FORMAT] if heic.available() else [])) if name in Image.OPEN]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ktray.data import heic
+
 HEAD_BYTES = 64
 
 _IMAGES = (
@@ -24,7 +26,6 @@ _OTHERS = (
     (b"\x1aE\xdf\xa3", "a video (Matroska)"),
 )
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-_UNUSABLE = {"HEIC": "a HEIC image: convert it to JPEG (docs/guide/data.md, Phone photos)"}
 
 
 def image_kind(head: bytes) -> str | None:
@@ -52,14 +53,14 @@ def image_kind(head: bytes) -> str | None:
 def decodable(head: bytes) -> bool:
     """Whether the file is an image in a format that ktray decodes."""
     kind = image_kind(head)
-    return kind is not None and kind not in _UNUSABLE
+    return kind is not None and (kind != "HEIC" or heic.available())
 
 
 def what_it_is(head: bytes) -> str:
     """A description of a file that is not an image ktray decodes; empty if nothing is known."""
     kind = image_kind(head)
-    if kind in _UNUSABLE:
-        return _UNUSABLE[kind]
+    if kind == "HEIC" and not heic.available():
+        return heic.MISSING
     for start, text in _OTHERS:
         if head.startswith(start):
             return text

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ktray.data import heic
 from ktray.data.decode import decode_rgb
 from ktray.data.magic import decodable, image_kind, what_it_is
 from ktray.data.preprocess import MOST_ASPECT, Preprocess
@@ -103,7 +104,7 @@ def test_the_content_tells_the_format(name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40, "HEIC image: convert it to JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40, "HEIC image: pip install 'ktray\\[heic\\]'"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + b"\0" * 40, "HEIC image"),
         (b"<!DOCTYPE html><html>not found</html>", "HTML page"),
         (b"<?xml version='1.0'?><svg/>", "SVG"),
@@ -116,7 +117,8 @@ def test_the_content_tells_the_format(name: str) -> None:
         (b"some text that is nothing", "not an image, or in an unsupported format"),
     ],
 )
-def test_what_is_not_an_image_is_called_by_its_name(data: bytes, what: str) -> None:
+def test_what_is_not_an_image_is_called_by_its_name(data: bytes, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heic, "available", lambda: False)
     with pytest.raises(BadImage, match=what):
         decode_rgb(data)
     assert not decodable(data[:64])

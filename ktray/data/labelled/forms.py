@@ -215,7 +215,8 @@ def _unusable(file: FileStat) -> str:
     kind = image_kind(head)
     if not kind:
         return "they are not images"
-    return f"they are {kind} images, which are not supported (convert them to JPEG: docs/guide/data.md, Phone photos)"
+    remedy = "install 'ktray[heic]', or convert them: docs/guide/data.md, Phone photos"
+    return f"they are {kind} images, which this installation cannot decode ({remedy})"
 
 
 def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
