@@ -5,8 +5,8 @@ viewer) and animations (the first frame); EXIF orientation is applied. For anyth
 
 RGB JPEGs are decoded by libjpeg-turbo (simplejpeg): the pixels are identical to those of Pillow, and it is faster than
 Pillow and torchvision. A JPEG that is much larger than its caller needs is decoded at 1/2, 1/4 or 1/8 of its size,
-which takes less work. Pillow decodes all other images, including those that libjpeg-turbo rejects; for HEIC it needs the
-extra ``heic``.
+which takes less work. Pillow decodes all other images, including those that libjpeg-turbo rejects; for HEIC it needs
+the extra ``heic``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ because the same grid of regularisation strengths can be used for all teachers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,9 @@ DEFAULT_TEMPLATES: tuple[str, ...] = (
     "a drawing of a {}.",
 )
 _TEMPERATURES = (0.01, 100.0)
+# Logits that are in memory at once, for thousands of rows with thousands of classes: 8 MB on a CPU, which its cache
+# nearly holds; a GPU needs large pieces.
+_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class LinearHead(nn.Module):
@@ -161,13 +164,31 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         logits: (N, C), of images that were not used to fit the head.
         labels: (N,) int64.
     """
-    z, y = logits.detach().double().cpu(), labels.cpu()
+    z, y = logits.detach().cpu(), labels.cpu()
     classes = z.shape[1]
     if not len(z) or classes < 2:
         return 1.0
     separable = bool((z.argmax(1) == y).all())
     smoothing = classes / (classes - 1) / (len(z) + 2) if separable else 0.0
-    return minimal_temperature(lambda t: float(F.cross_entropy(z / t, y, label_smoothing=min(smoothing, 1.0))))
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=min(smoothing, 1.0))
+
+    return minimal_temperature(lambda t: _mean_loss(loss, z, y, t))
+
+
+def _mean_loss(loss: Loss, logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> float:
+    """The mean loss of ``logits / temperature`` in float64, in pieces."""
+    total = 0.0
+    for part in _pieces(len(logits), logits.shape[1], logits.device):
+        total += len(labels[part]) * float(loss(logits[part].double() / temperature, labels[part]))
+    return total / len(logits)
+
+
+def _pieces(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Consecutive rows with about `_LOGITS` values each."""
+    step = max(1, _LOGITS[device.type] // width)
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def minimal_temperature(loss_at: Callable[[float], float]) -> float:
@@ -219,9 +240,14 @@ def _fit(
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = mean_loss(F.linear(x, weight, bias), y) + l2 / 2 * (weight - anchor).square().sum()
+        loss = l2 / 2 * (weight - anchor).square().sum()
         loss.backward()
-        value = float(loss.detach())
+        total = loss.detach()
+        for part in _pieces(len(x), num_classes, x.device):
+            loss = mean_loss(F.linear(x[part], weight, bias), y[part]) * (len(y[part]) / len(x))
+            loss.backward()
+            total += loss.detach()
+        value = float(total)
         beat(f"fitting a head, loss {value:.4g}")
         return value
 
@@ -244,7 +270,7 @@ def _path_scores(
     for strength in sorted(l2, reverse=True):
         warm = _fit(x, y, num_classes, strength, start, warm, link.loss)
         logits = F.linear(held_x, *warm)
-        scores[strength] = float(link.loss(logits / link.temperature(logits, held_y), held_y))
+        scores[strength] = _mean_loss(link.loss, logits, held_y, link.temperature(logits, held_y))
     return scores
 
 

@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from ktray.errors import KtrayError
-from ktray.models.teacher.heads import LinearHead, fit_temperature, probe_head, text_head
+from ktray.models.teacher import heads
+from ktray.models.teacher.heads import LinearHead, Link, fit_temperature, probe_head, text_head
 from ktray.models.teacher.load import load_teacher
 
 
@@ -50,6 +51,22 @@ def test_strength_is_chosen_on_validation() -> None:
         loss = F.cross_entropy(logits / fit_temperature(logits, val[1]), val[1])
         assert float(loss) == pytest.approx(head.scores[nearest], rel=1e-3)
     assert len({round(s, 4) for s in head.scores.values()}) > 3
+
+
+def test_many_classes_are_fitted_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(24, noise=2.0)
+    val = blobs(50, noise=2.0, seed=1)
+    whole = probe_head(x, y, 4, val=val)
+    temperature = fit_temperature(whole(val[0]), val[1])
+    monkeypatch.setitem(heads._LOGITS, "cpu", 4 * 7)
+    rows: list[int] = []
+    link = Link(lambda z, y: (rows.append(len(z)), F.cross_entropy(z, y))[1], fit_temperature)
+    found = probe_head(x, y, 4, val=val, link=link)
+    assert max(rows) == 7
+    assert found.l2 == whole.l2
+    torch.testing.assert_close(found.weight, whole.weight, atol=1e-4, rtol=1e-4)
+    assert list(found.scores.values()) == pytest.approx(list(whole.scores.values()), rel=1e-5)
+    assert fit_temperature(whole(val[0]), val[1]) == pytest.approx(temperature, rel=1e-5)
 
 
 def test_without_validation_it_cross_validates() -> None:
