@@ -46,7 +46,7 @@ def test_strength_is_chosen_on_validation_and_a_start_is_kept() -> None:
     near = label_probe(x, y, l2=[1e4], start=start)  # the strength holds the weights at those of the start
     torch.testing.assert_close(near.weight, start.weight, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(near.bias, start.bias, atol=1e-2)
-    assert label_probe(x, y).scores  # without validation: folds
+    assert label_probe(x, y, l2=[1e-3, 1e-2, 1e-1]).scores  # without validation: folds
     with pytest.raises(KtrayError, match="no labelled embeddings"):
         label_probe(x[:0], y[:0])
 
