@@ -12,6 +12,7 @@ import numpy as np
 from ktray.data.fingerprints import Fingerprints
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.ray_data import map_numbered
+from ktray.distributed.watchdog import waiting_for
 from ktray.recipe.choice import strategies
 from ktray.retrieval.heldout_duplicates import (
     DuplicateTable,
@@ -125,10 +126,19 @@ def duplicates(
         similarity: cosine similarity from which a pair is compared by pixels.
     """
     work, tables = partial(_duplicates, similarity=similarity), []
-    for _, rows in map_numbered(gallery.blocks(), work, plan, [heldout, prints]):
+    for rows in _of_blocks(gallery.blocks(), work, plan, [heldout, prints], "the search for copies"):
         reason, similar = rows.pop("reason").astype(str).tolist(), int(rows.pop("similar")[0])
         tables.append(DuplicateTable(**rows, reason=reason, similar=similar))
     return DuplicateTable.joined(tables)
+
+
+def _of_blocks(
+    blocks: Sequence[GalleryPart], work: Callable[..., Rows], plan: Allocation, shared: list[Any], what: str
+) -> Iterator[Rows]:
+    """What tasks find in each block. A million images take minutes on CPUs, so it says how far it is."""
+    for done, (_, rows) in enumerate(map_numbered(blocks, work, plan, shared), 1):
+        waiting_for(f"{what} ({done} of {len(blocks)} blocks of the gallery are done)")
+        yield rows
 
 
 def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerprints, similarity: float) -> Rows:
@@ -144,7 +154,7 @@ def _duplicates(part: GalleryPart, heldout: np.ndarray | None, prints: Fingerpri
 def exact(queries: np.ndarray, gallery: Gallery, k: int, plan: Allocation) -> Hits:
     """`ktray.retrieval.search.search` over the whole gallery, with one task for each block."""
     hits: Hits | None = None
-    for _, rows in map_numbered(gallery.blocks(), partial(_search, k=k), plan, [queries]):
+    for rows in _of_blocks(gallery.blocks(), partial(_search, k=k), plan, [queries], "the search for neighbours"):
         block_hits = rows["similarity"], rows["index"]
         hits = merge(hits, block_hits) if hits else block_hits
     assert hits is not None  # a gallery has rows
