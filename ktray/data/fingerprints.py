@@ -115,5 +115,7 @@ _BITS_OF_BYTE = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8
 
 
 def bit_counts(values: np.ndarray) -> np.ndarray:
-    """(P,) number of set bits of each of (P,) uint64. NumPy has its own ``bitwise_count`` only since version 2.0."""
-    return np.asarray(_BITS_OF_BYTE[values.view(np.uint8).reshape(-1, 8)].sum(1, dtype=np.int64))
+    """(P,) uint8, number of set bits of each of (P,) uint64."""
+    if hasattr(np, "bitwise_count"):  # since NumPy 2.0, and ten times as fast
+        return np.asarray(np.bitwise_count(values))
+    return np.asarray(_BITS_OF_BYTE[values.view(np.uint8).reshape(-1, 8)].sum(1, dtype=np.uint8))

@@ -216,10 +216,10 @@ def _bytes(hashes: np.ndarray) -> np.ndarray:
 
 def _distances(hash_: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(P,) int64: for pair p, the minimum of bits in which ``hash_[p]`` differs from one of ``hashes[rows[p]]``."""
-    out = np.full(len(rows), 64, dtype=np.int64)
+    out = np.full(len(rows), 64, dtype=np.uint8)
+    variants = np.ascontiguousarray(hashes.T)
     for first in range(0, len(rows), _PAIRS_AT_ONCE):
         part = slice(first, first + _PAIRS_AT_ONCE)
-        for variant in range(hashes.shape[1]):
-            differing = hash_[part] ^ hashes[rows[part], variant]
-            out[part] = np.minimum(out[part], bit_counts(differing))
-    return out
+        for variant in variants:
+            np.minimum(out[part], bit_counts(hash_[part] ^ variant[rows[part]]), out=out[part])
+    return out.astype(np.int64)
