@@ -129,7 +129,7 @@ def near_duplicates(
             digest, hash_ = block.fingerprints.digest[part], block.fingerprints.hash[part]
             positions = np.searchsorted(digests, digest).clip(max=len(digests) - 1)
             identical = digests[positions] == digest
-            g, h, cosine = _similar(embedding, reference, similarity)
+            g, h, cosine = similar_rows(embedding, reference, similarity)
             other = ~identical[g]
             g, h, cosine = g[other], h[other], cosine[other]
             bits = _distances(hash_[g], heldout.hash, h)
@@ -156,7 +156,7 @@ def near_duplicates(
     )
 
 
-def _similar(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def similar_rows(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of rows with at least this similarity: rows of ``a``, rows of ``b``, similarities."""
     if (place := device()).type == "cuda":
         return above(a, b, similarity, place)

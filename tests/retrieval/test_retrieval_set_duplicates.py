@@ -43,8 +43,9 @@ def brute(order, vectors, prints, similarity):
 
 def test_equal_to_brute_force_whatever_the_order(monkeypatch):
     vectors, prints = world()
-    for values in (16_000_000, 100):
+    for values, of_a_span in ((16_000_000, 1_000_000_000), (100, 1_000_000_000), (100, 150), (16_000_000, 1)):
         monkeypatch.setattr(module, "_VALUES_AT_ONCE", values)
+        monkeypatch.setattr(module, "_VALUES_OF_A_SPAN", of_a_span)
         for seed in range(5):
             order = np.random.default_rng(seed).permutation(40)
             found = SetDuplicates(look(vectors, prints), 0.95)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from ktray.distributed.allocation import Allocation
+from ktray.distributed.ray_data import map_numbered
 from ktray.errors import KtrayError
 from ktray.recipe.schema import TransferConfig
 from ktray.retrieval.floor import above
 from ktray.retrieval.heldout_duplicates import Fingerprints
 from ktray.retrieval.search import Hits
 from ktray.retrieval.select import Selection, listed_selection, random_selection
-from ktray.retrieval.set_duplicates import SetDuplicates
+from ktray.retrieval.set_duplicates import Pairs, SetDuplicates, Span, similar_pairs
 from ktray.stages.base import Reporter
 from ktray.stages.curate.judge import DRAWN, LARGEST_GALLERY, Judge, Predict, table
 from ktray.stages.curate.queries import Queries
 from ktray.stages.index.gallery import Gallery, alternatives, retrieve
 from ktray.stages.manifests import OnTask
+from ktray.storage.columns import Rows
 
 logger = logging.getLogger("ktray")
 
@@ -40,9 +44,11 @@ class Chosen:
     on_task: OnTask | None = None
 
 
-def without_queries(part: TransferConfig, gallery: Gallery, embedded: bool, exclude: np.ndarray) -> Chosen:
+def without_queries(
+    part: TransferConfig, gallery: Gallery, embedded: bool, exclude: np.ndarray, plan: Allocation
+) -> Chosen:
     """A random draw, or the images of a list, without near-duplicates."""
-    repeats = _repeats(part, gallery, embedded)
+    repeats = _repeats(part, gallery, embedded, plan)
     while True:
         chosen = (
             listed_selection(gallery.total, _size(part), exclude=exclude)
@@ -77,7 +83,8 @@ def retrieved(
     Raises:
         KtrayError: no image reaches the floor, or the labelled images do not give a floor.
     """
-    repeats = _repeats(part, gallery, embedded=True)
+    plan = reporter.runtime.plan
+    repeats = _repeats(part, gallery, True, plan)
     strategy, size, floor = part.chosen_strategy, _size(part) or 1, floors(part, query_set)
     found: dict[int, Hits] = {}
 
@@ -109,7 +116,7 @@ def retrieved(
     drawn = None
     if gallery.total <= LARGEST_GALLERY:
         like = part.model_copy(update={"source": "generic", "size": min(len(chosen), DRAWN)})
-        drawn = without_queries(like, gallery, True, exclude).selection.gallery if len(chosen) else None
+        drawn = without_queries(like, gallery, True, exclude, plan).selection.gallery if len(chosen) else None
     limit = query_set.floor if floor is None else floor
     known = not np.isnan(limit).any()
     facts: OnTask = {
@@ -189,7 +196,7 @@ def _above(every: Hits, floor: np.ndarray) -> Hits:
     return near
 
 
-def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDuplicates | None:
+def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool, plan: Allocation) -> SetDuplicates | None:
     similarity = part.repeat_similarity
     if similarity is None:
         return None
@@ -199,7 +206,26 @@ def _repeats(part: TransferConfig, gallery: Gallery, embedded: bool) -> SetDupli
         vectors = np.stack(gallery.take("embedding", rows)).astype(np.float32) if embedded else None
         return vectors, Fingerprints(*prints)
 
-    return SetDuplicates(look, similarity)
+    return SetDuplicates(look, similarity, find_pairs=partial(_pairs_in_tasks, plan=plan))
+
+
+def _pairs_in_tasks(
+    spans: Sequence[Span],
+    embedding: np.ndarray,
+    prints: Fingerprints,
+    similarity: float,
+    distance: int,
+    plan: Allocation,
+) -> Iterator[Pairs]:
+    """On all machines: for a transfer set of 150,000 images, it is a product of 10^10 pairs."""
+    work = partial(_pairs, similarity=similarity, distance=distance)
+    found = dict(map_numbered(spans, work, plan, [embedding, prints]))
+    return ((found[number]["i"], found[number]["j"]) for number in range(len(spans)))
+
+
+def _pairs(span: Span, embedding: np.ndarray, prints: Fingerprints, similarity: float, distance: int) -> Rows:
+    i, j = similar_pairs(span, embedding, prints, similarity, distance)
+    return {"i": i, "j": j}
 
 
 def _size(part: TransferConfig) -> int | None:

@@ -181,7 +181,7 @@ def work(inputs: CurateInputs, runtime: Runtime, stage: Stage, reporter: Reporte
         predict = adapt_stage.frozen_predictions(inputs.adapt) if able else None
         made = retrieved(part, gallery, query_set, nearest, exclude, predict, has_classes, reporter)
     else:
-        made = without_queries(part, gallery, embedded, exclude)
+        made = without_queries(part, gallery, embedded, exclude, runtime.plan)
     chosen, agreed, repeated = made.selection, made.agreed, made.repeated
     if chosen.missing and part.source != "list":
         limit = " reach the floor and" if made.on_task and made.on_task["applied"] else ""

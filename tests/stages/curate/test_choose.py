@@ -1,15 +1,21 @@
 """The choice above a floor, and the figures about it, against plain sums over a small gallery."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from heard import heard
 
+from ktray.data.fingerprints import Fingerprints
+from ktray.distributed.allocation import allocate
 from ktray.errors import KtrayError
 from ktray.recipe.schema import TransferConfig
+from ktray.retrieval import set_duplicates
 from ktray.retrieval.index_dir import IndexDir
 from ktray.retrieval.search import search
+from ktray.retrieval.set_duplicates import SetDuplicates
+from ktray.stages.curate import choose as module
 from ktray.stages.curate.choose import floors, retrieved
 from ktray.stages.curate.judge import Judge
 from ktray.stages.curate.queries import Queries
@@ -17,7 +23,8 @@ from ktray.stages.index.gallery import Gallery
 
 N, D, CLASSES, PER = 240, 8, 3, 4
 NONE = np.zeros(0, np.int64)
-REPORTER = SimpleNamespace(meter=SimpleNamespace(add=lambda flops: None))
+PLAN = allocate(2, 0, 1, 1, False)
+REPORTER = SimpleNamespace(meter=SimpleNamespace(add=lambda flops: None), runtime=SimpleNamespace(plan=PLAN))
 
 
 def unit(rows):
@@ -153,3 +160,29 @@ def test_queries_of_two_kinds_have_two_floors(world):
     assert made.on_task["floor"] == pytest.approx([0.6, 0.9])
     limit = np.where(made.selection.query < len(asked), 0.6, 0.9)
     assert (made.selection.similarity >= limit - 1e-6).all()
+
+
+def test_repeats_are_found_in_tasks_as_in_this_process(cluster, monkeypatch):
+    """Sixty images with copies and near copies, in spans of a few rows each, of which tasks find the pairs."""
+    rng = np.random.default_rng(4)
+    vectors = unit(rng.normal(size=(60, D)))
+    hashes = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    for copy, of in ((9, 2), (30, 2), (31, 30), (44, 43), (59, 0)):
+        vectors[copy], hashes[copy] = unit(vectors[of : of + 1] + 0.02), hashes[of] ^ np.uint64(copy % 4)
+    digests = np.arange(60, dtype=np.uint64)
+    digests[50] = digests[10]
+    hashes[50] = hashes[10]
+
+    def found(**more):
+        made = SetDuplicates(
+            lambda rows: (vectors[rows], Fingerprints(hashes[rows], digests[rows])), similarity=0.9, **more
+        )
+        return [made(np.arange(20)).tolist(), made(np.arange(60)).tolist(), made.repeats]
+
+    here = found()
+    assert here[0] == [9]
+    assert set(here[1]) == {30, 31, 44, 50, 59}
+    monkeypatch.setattr(set_duplicates, "_VALUES_OF_A_SPAN", 200)
+    assert len(set_duplicates._spans(0, 60)) > 5
+    assert found() == here
+    assert found(find_pairs=partial(module._pairs_in_tasks, plan=cluster)) == here
