@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,19 @@ from ktray.data.labelled.hygiene_labels import doubts
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.data.preprocess import Ample, Preprocess
 from ktray.data.sources.fetch import decode_image, fetch
+from ktray.distributed import watchdog
 from ktray.distributed.device_work import Item
+from ktray.distributed.mailbox import open_mailbox
+from ktray.distributed.retried_task import run_with_retries
 from ktray.errors import BadImage
 from ktray.models.teacher.leave_one_out import leave_one_out
 from ktray.models.teacher.spec import TeacherSpec
+from ktray.reporting.heartbeat import beat
 from ktray.reporting.hygiene import clauses
 from ktray.retrieval.heldout_duplicates import SIMILARITY
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.curate.heldout import embed_images
+from ktray.stages.curate.heldout import embedded_shards, stored_columns
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import HygieneManifest
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -45,6 +50,9 @@ from ktray.tasks.base import task_kind
 logger = logging.getLogger("ktray")
 
 LIST = "findings.parquet"
+OTHERS, TEST = "others", "test"  # folders with the looks of images; the test images have one of their own if embedded
+# Images up to which the driver itself compares, in a few seconds. For more, a task does, with the looks of all of them.
+FEW = 5_000
 # Nearest training or validation images of each held-out image, by the teacher, that are compared by their pixels.
 NEAREST = 3
 # Multiplications up to which embeddings are compared: a minute on a few cores.
@@ -100,24 +108,61 @@ def run(context: RunContext, adapt: StageResult | None, encoder: TeacherSpec | N
 
 
 def work(inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> HygieneManifest:
+    task, plan = inputs.task, runtime.plan
+    compare = partial(_compare, inputs, stage, _look(inputs, runtime, stage, reporter))
+    if len(task.train) + len(task.val) + len(task.test) <= FEW:
+        found = compare()
+    else:
+        watchdog.waiting_for("the comparison of the labelled images", f"{plan.actor_cpus:g} CPUs")
+        with open_mailbox(reporter.post) as mailbox:
+            found = run_with_retries(
+                compare,
+                "the task that compares labelled images",
+                "Use machines with more memory.",
+                runtime.cluster.max_failures,
+                cpus=plan.actor_cpus,
+                mailbox=mailbox,
+            )
+    reporter.meter.add(flops=found.flops)
+    for note in found.notes:
+        logger.info(f"hygiene   {note}")
+    _write(stage, found.findings)
+    return {"counts": counts(found.findings, task.torn), "torn": task.torn, "checked": found.checked}
+
+
+@dataclass(frozen=True)
+class _Compared:
+    findings: list[Finding]
+    checked: int
+    flops: float
+    notes: list[str]
+
+
+def _compare(inputs: HygieneInputs, stage: Stage, stored: dict[str, list[str]]) -> _Compared:
+    """Compare the looks of all images, which are stored in shards."""
     task, adapt, classed = inputs.task, inputs.adapt, task_kind(inputs.kind).image_classes
-    splits = {"train": task.train, "val": task.val, "test": task.test}
-    rows = _rows(splits, inputs, runtime, stage, reporter)
+    splits = _splits(task)
+    rows = _rows(splits, stage, stored)
     parts = [_checked(name, rows[name], splits[name], task.classes if classed else []) for name in splits]
     embedded = {name: r["embedding"].astype(np.float32) for name, r in rows.items() if "embedding" in r}
     if adapt:
         for part in parts[:2]:
             embedded[part.split] = _stored(adapt, part)
-    findings = copies_between(parts, _similar(embedded, reporter))
+    similar, flops, notes = _similar(embedded)
+    found = copies_between(parts, similar)
     if classed:
-        findings += two_labels(parts)
+        found += two_labels(parts)
     if classed and adapt:
         unit, uris, labels = adapt_stage.train_embeddings(adapt)
-        findings += doubtful(
+        beat("doubtful labels are searched")
+        found += doubtful(
             doubts(leave_one_out(unit, labels, len(task.classes)), labels), uris, labels.tolist(), task.classes
         )
-    _write(stage, findings)
-    return {"counts": counts(findings, task.torn), "torn": task.torn, "checked": sum(len(part.uris) for part in parts)}
+    return _Compared(found, sum(len(part.uris) for part in parts), flops, notes)
+
+
+def _splits(task: LabelledSet) -> dict[str, list[LabelledExample]]:
+    return {"train": task.train, "val": task.val, "test": task.test}
 
 
 def findings(done: StageResult) -> list[Finding]:
@@ -135,24 +180,34 @@ def _write(stage: Stage, found: list[Finding]) -> None:
     write_rows(stage, LIST, columns)
 
 
-def _rows(
-    splits: dict[str, list[LabelledExample]], inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Reporter
-) -> dict[str, Rows]:
-    """By split, ``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb`` of its usable images, and with a teacher
-    ``embedding`` of test images. ADAPT has embedded the others."""
+def _look(inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Reporter) -> dict[str, list[str]]:
+    """Store ``uri``, ``file``, ``pixels_digest``, ``hash`` and ``thumb`` of the usable images, and with a teacher
+    ``embedding`` of test images. ADAPT has embedded the others. Returns by folder the names of the shards."""
+    splits = _splits(inputs.task)
     apart = ["test"] if inputs.encoder and splits["test"] else []
     together = [name for name in splits if name not in apart]
-    out: dict[str, Rows] = {}
-    for folder, names, encoder in (("others", together, None), ("test", apart, inputs.encoder)):
+    stored = {}
+    for folder, names, encoder in ((OTHERS, together, None), (TEST, apart, inputs.encoder)):
         uris = [e.uri for name in names for e in splits[name]]
-        if not uris:
-            continue
-        prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
-        table = embed_images(runtime, Stage(stage.file(folder)), uris, prepare, encoder, reporter)
+        if uris:
+            prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
+            place = Stage(stage.file(folder))
+            stored[folder] = embedded_shards(runtime, place, uris, prepare, encoder, reporter)
+    return stored
+
+
+def _rows(splits: dict[str, list[LabelledExample]], stage: Stage, stored: dict[str, list[str]]) -> dict[str, Rows]:
+    """By split, the columns that `_look` has stored of its usable images."""
+    out: dict[str, Rows] = {}
+    for folder, shards in stored.items():
+        table = stored_columns(Stage(stage.file(folder)), shards)
+        beat("the looks of the images are read")
         place = {str(uri): i for i, uri in enumerate(table["uri"])}
-        for name in names:
-            own = np.array([place[e.uri] for e in splits[name] if e.uri in place], dtype=np.int64)
-            out[name] = {column: values[own] for column, values in table.items()}
+        apart = TEST in stored
+        for name in splits:
+            if (name == "test" and apart) == (folder == TEST):
+                own = np.array([place[e.uri] for e in splits[name] if e.uri in place], dtype=np.int64)
+                out[name] = {column: values[own] for column, values in table.items()}
     return out
 
 
@@ -202,20 +257,23 @@ def _stored(adapt: StageResult, part: Checked) -> np.ndarray:
     return vectors[[place.get(uri, -1) for uri in part.uris]]
 
 
-def _similar(embedded: dict[str, np.ndarray], reporter: Reporter) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """By the names of two splits, for each image of the second the most similar images of the first."""
-    found = {}
+def _similar(
+    embedded: dict[str, np.ndarray],
+) -> tuple[dict[tuple[str, str], list[tuple[int, int]]], float, list[str]]:
+    """By the names of two splits, for each image of the second the most similar images of the first; the FLOPs of that;
+    and notes."""
+    found, flops, notes = {}, 0.0, []
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         a, b = embedded.get(first), embedded.get(second)
         if a is None or b is None or not len(a) or not len(b):
             continue
         if float(len(a)) * b.size > _MULTIPLICATIONS:
-            logger.info(
-                f"hygiene   {first} and {second} have too many images ({len(a):,} x {len(b):,}) to compare all "
-                "embeddings: copies are found by their hashes only"
+            notes.append(
+                f"{first} and {second} have too many images ({len(a):,} x {len(b):,}) to compare all embeddings: "
+                "copies are found by their hashes only"
             )
             continue
-        reporter.meter.add(flops=2 * len(a) * b.size)
+        flops += 2.0 * len(a) * b.size
         pairs: list[tuple[int, int]] = []
         step = max(1, _VALUES_AT_ONCE // len(a))
         for start in range(0, len(b), step):
@@ -223,5 +281,6 @@ def _similar(embedded: dict[str, np.ndarray], reporter: Reporter) -> dict[tuple[
             nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :NEAREST]
             j, k = np.nonzero(np.take_along_axis(cosine, nearest, 1) >= SIMILARITY)
             pairs += zip(nearest[j, k].tolist(), (j + start).tolist(), strict=True)
+            beat(f"{first} and {second} are compared")
         found[first, second] = pairs
-    return found
+    return found, flops, notes

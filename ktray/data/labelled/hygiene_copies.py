@@ -30,6 +30,7 @@ from ktray.data.labelled.hygiene_fit import THUMB, WHOLE, Box, fits
 from ktray.data.labelled.memory import keep_copies, recall_copies
 from ktray.data.labelled.rows import LabelledRow
 from ktray.data.sources.fetch import fetch_images
+from ktray.reporting.heartbeat import beat
 
 logger = logging.getLogger("ktray")
 
@@ -47,6 +48,7 @@ _SIDE = 128
 _NEAREST = 110
 _FLAT = 20_000  # images up to which each pair of hashes is compared
 _PIECE = 512
+_QUERIES = 2048  # images of one search, after which it says how far it is
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,12 @@ def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
         index = faiss.IndexBinaryMultiHash(64, 4, 16)
         index.nflip = 2
     index.add(_bytes(hashes))
-    bits, rows = index.search(_bytes(query[:, 0]), min(_NEAREST, n * variants))
-    i, k = np.nonzero((bits <= DISTANCE) & (rows >= 0))
-    yield from set(zip(i.tolist(), (rows[i, k] // variants).tolist(), strict=True))
+    for first in range(0, len(query), _QUERIES):
+        part = query[first : first + _QUERIES, 0]
+        bits, rows = index.search(_bytes(part), min(_NEAREST, n * variants))
+        i, k = np.nonzero((bits <= DISTANCE) & (rows >= 0))
+        yield from set(zip((i + first).tolist(), (rows[i, k] // variants).tolist(), strict=True))
+        beat(f"copies of {first + len(part):,} of {len(query):,} images are searched")
 
 
 def _bytes(hashes: np.ndarray) -> np.ndarray:
@@ -135,6 +140,7 @@ def _structures(pairs: list[tuple[int, int]], a: np.ndarray, b: np.ndarray) -> I
     equal = {(i, j) for i, j in pairs if np.array_equal(a[i], b[j])}
     yield from (Copy(i, j, 1.0) for i, j in equal)
     for (i, j), fit in fits((pair for pair in pairs if pair not in equal), a, b):
+        beat("pairs of images are compared")
         if fit.value >= CORRELATION:
             whole, other = (b[j], a[i]) if fit.swapped else (a[i], b[j])
             view = np.ascontiguousarray(other[:, ::-1] if fit.mirrored else other)

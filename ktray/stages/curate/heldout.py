@@ -54,7 +54,19 @@ def embed_images(
 ) -> Rows:
     """The columns that ``prepare`` computes from the images, with ``embedding`` instead of ``pixels``. The shards are
     stored in ``folder``."""
-    return compute_images(runtime, folder, uris, prepare, _Embed(spec, folder) if spec else None, reporter)
+    return stored_columns(folder, embedded_shards(runtime, folder, uris, prepare, spec, reporter))
+
+
+def embedded_shards(
+    runtime: Runtime,
+    folder: Stage,
+    uris: list[str],
+    prepare: Callable[[Item], Rows],
+    spec: TeacherSpec | None,
+    reporter: Reporter,
+) -> list[str]:
+    """The names of the shards with the columns of `embed_images`, for work that reads them elsewhere."""
+    return image_shards(runtime, folder, uris, prepare, _Embed(spec, folder) if spec else None, reporter)
 
 
 def compute_images(
@@ -65,7 +77,26 @@ def compute_images(
     work: DeviceWork | None,
     reporter: Reporter,
 ) -> Rows:
-    """The columns that ``prepare`` and ``work`` compute from images, in the order of the images that can be used.
+    """The columns that ``prepare`` and ``work`` compute from images, in the order of the images that can be used; see
+    `image_shards`."""
+    return stored_columns(folder, image_shards(runtime, folder, uris, prepare, work, reporter))
+
+
+def stored_columns(folder: Stage, names: list[str]) -> Rows:
+    """The columns of shards, one after the other."""
+    shards = list(read_shards(folder, names))
+    return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
+
+
+def image_shards(
+    runtime: Runtime,
+    folder: Stage,
+    uris: list[str],
+    prepare: Callable[[Item], Rows],
+    work: DeviceWork | None,
+    reporter: Reporter,
+) -> list[str]:
+    """Compute columns of images, and return the names of the shards with them, in the order of the images.
 
     A repeated attempt computes only the shards that ``folder`` does not have.
 
@@ -90,8 +121,7 @@ def compute_images(
     )
     reporter.shards(ShardSummary.each(summaries))
     reporter.read = 0  # these images are counted by the stages that use them
-    shards = list(read_shards(folder, [str(item["name"]) for item in items]))
-    return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
+    return [str(item["name"]) for item in items]
 
 
 @dataclass(frozen=True)
