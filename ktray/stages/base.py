@@ -383,8 +383,7 @@ def _attempt(
             reporter.run.finish(
                 {"flops": cost.flops, "device_seconds": cost.device_seconds, "wall_seconds": cost.wall_seconds}, status
             )
-    manifest.update(key=key, stage=inputs.stage, inputs=parts)
-    manifest.update(run=runtime.run_id, read=reporter.read)
+    manifest.update(key=key, stage=inputs.stage, inputs=parts, run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)
     keep_speed(runtime.store, inputs, runtime.device, meter.entry, manifest)
