@@ -118,8 +118,8 @@ def check_plan(store: Path, first: set[Path]) -> None:
         planned = f"planned {row['planned_seconds']:6.1f} s ({row['source']})"
         print(f"{row['name']:<10}{planned}, took {row['seconds']:6.1f} s")
     print(f"planned {plan['planned_seconds']:.1f} s, took {plan['seconds']:.1f} s")
-    assert {"adapt", "curate", "teach", "transfer", "finetune"} <= {row["name"] for row in plan["stages"]}
-    assert {row["source"] for row in plan["stages"]} == {"store"}
+    # The speed of CURATE belongs to a number of queries, and the second job has others.
+    assert {"adapt", "teach", "transfer", "finetune"} <= {r["name"] for r in plan["stages"] if r["source"] == "store"}
     assert abs(plan["planned_seconds"] - plan["seconds"]) <= 0.25 * plan["seconds"]
     assert abs(plan["planned_usd"] - plan["usd"]) <= 0.25 * plan["usd"]
 
