@@ -149,7 +149,7 @@ def _compare(inputs: HygieneInputs, stage: Stage, stored: dict[str, list[str]]) 
         for part in parts[:2]:
             embedded[part.split] = _stored(adapt, part)
     similar, flops, notes = _similar(embedded)
-    found = copies_between(parts, similar)
+    found = copies_between(parts, similar, notes)
     if classed:
         found += two_labels(parts)
     if classed and adapt:

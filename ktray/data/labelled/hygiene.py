@@ -62,23 +62,29 @@ class Checked:
 
 
 def copies_between(
-    parts: Sequence[Checked], similar: Mapping[tuple[str, str], Iterable[tuple[int, int]]] | None = None
+    parts: Sequence[Checked],
+    similar: Mapping[tuple[str, str], Iterable[tuple[int, int]]] | None = None,
+    notes: list[str] | None = None,
 ) -> list[Finding]:
     """Images of different splits that show the same.
 
     Args:
         similar: by the names of two splits, further candidates as rows of their images, such as those that an encoder
             finds similar.
+        notes: gets a sentence for two splits with more candidates than are compared.
     """
     found = []
     for at, a in enumerate(parts):
         for b in parts[at + 1 :]:
             extra = [*_equal(a, b), *(similar or {}).get((a.split, b.split), ())]
-            for pair in copies(a.looks, b.looks, extra):
+            told: list[str] = []
+            for pair in copies(a.looks, b.looks, extra, told):
                 i, j = pair.a, pair.b
                 same_pixels, same_file = a.pixels[i] == b.pixels[j], a.file[i] == b.file[j]
                 kind = SAME_FILE if same_file else SAME_PIXELS if same_pixels else NEAR_COPY
                 found.append(_pair(kind, a, i, b, j, pair.structure))
+            if notes is not None:
+                notes += [f"{a.split} and {b.split}: {text}" for text in told]
     return sorted(found, key=lambda f: (COPIES.index(f.kind), -f.value))
 
 

@@ -40,13 +40,16 @@ STRUCTURE = 0.85
 # Number of images up to which copies are looked for before a split is drawn: about a minute on a few cores.
 MOST = 10_000
 _MANY = 5_000
+MOST_PAIRS = 100_000  # candidates that are compared by their pixels, about 1 ms each
 _FINE = 24
 _WINDOW = 5
 _C2 = (0.03 * 255) ** 2  # the constant of SSIM that makes plain windows equal
 _SIDE = 128
 # Nearest hashes per image; an image has 22 of them, so that this is at least 5 images.
 _NEAREST = 110
-_FLAT = 20_000  # images up to which each pair of hashes is compared
+# Pairs of hashes up to which each is compared, about 4 minutes of one core. An index of bands has far fewer candidates
+# if hashes are spread evenly; for 50,000 drawings that look alike, it took 8 times as long.
+_FLAT = 200_000_000_000
 _PIECE = 512
 _QUERIES = 2048  # images of one search, after which it says how far it is
 
@@ -88,23 +91,40 @@ def _small(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).reduce(factor)) if factor > 1 else image
 
 
-def copies(a: Looks, b: Looks | None = None, extra: Iterable[tuple[int, int]] = ()) -> list[Copy]:
+def copies(
+    a: Looks, b: Looks | None = None, extra: Iterable[tuple[int, int]] = (), notes: list[str] | None = None
+) -> list[Copy]:
     """The pairs of images of ``a`` and ``b`` that show the same, in the order of their rows.
+
+    Of very many candidates, only the `MOST_PAIRS` with the nearest hashes are compared by their pixels.
 
     Args:
         b: None: pairs within ``a``, each once, with ``Copy.a < Copy.b``.
         extra: further candidates (row of ``a``, row of ``b``), such as those that an encoder finds similar.
+        notes: gets a sentence if there are more candidates than are compared.
     """
     other = a if b is None else b
-    found = [*_close(a.hash, other.hash), *((i, j) for j, i in _close(other.hash, a.hash)), *extra]
-    if b is None:
-        found = [(min(pair), max(pair)) for pair in found if pair[0] != pair[1]]
-    scored = _structures(sorted(set(found)), a.thumb, other.thumb)
+    found: dict[tuple[int, int], int] = {}
+    near = (*_close(a.hash, other.hash), *((j, i, bits) for i, j, bits in _close(other.hash, a.hash)))
+    for i, j, bits in (*near, *((i, j, -1) for i, j in extra)):
+        pair = (i, j) if b is not None else (min(i, j), max(i, j))
+        if b is not None or i != j:
+            found[pair] = min(bits, found.get(pair, bits))
+    pairs = sorted(found)
+    if len(pairs) > MOST_PAIRS:
+        pairs = sorted(sorted(pairs, key=found.__getitem__)[:MOST_PAIRS])
+        if notes is not None:
+            notes.append(
+                f"{len(found):,} pairs of images have similar hashes; the nearest {MOST_PAIRS:,} of them are compared, "
+                "so that some copies may not be found"
+            )
+    scored = _structures(pairs, a.thumb, other.thumb)
     return sorted((pair for pair in scored if pair.structure >= STRUCTURE), key=lambda pair: (pair.a, pair.b))
 
 
-def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(row of ``query``, row of ``hashes``) where the first hash of the one is close to a hash of the other.
+def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(row of ``query``, row of ``hashes``, bits) where the first hash of the one is close to a hash of the other, of
+    which it differs in so many bits.
 
     Only the nearest `_NEAREST` hashes of each image are looked at, so that thousands of empty pages stay thousands of
     pairs.
@@ -117,7 +137,7 @@ def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
     # With 4 bands of 16 bits, two hashes that differ in at most 11 bits differ in at most 2 bits of one of the bands
     # (Norouzi et al., Fast Search in Hamming Space with Multi-Index Hashing, arXiv 1307.2982, section 3).
     index: Any = faiss.IndexBinaryFlat(64)
-    if n > _FLAT:
+    if len(query) * n * variants > _FLAT:
         index = faiss.IndexBinaryMultiHash(64, 4, 16)
         index.nflip = 2
     index.add(_bytes(hashes))
@@ -125,7 +145,7 @@ def _close(query: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
         part = query[first : first + _QUERIES, 0]
         bits, rows = index.search(_bytes(part), min(_NEAREST, n * variants))
         i, k = np.nonzero((bits <= DISTANCE) & (rows >= 0))
-        yield from set(zip((i + first).tolist(), (rows[i, k] // variants).tolist(), strict=True))
+        yield from zip((i + first).tolist(), (rows[i, k] // variants).tolist(), bits[i, k].tolist(), strict=True)
         beat(f"copies of {first + len(part):,} of {len(query):,} images are searched")
 
 

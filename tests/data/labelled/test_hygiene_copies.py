@@ -119,9 +119,23 @@ def test_many_hashes_are_searched_as_few_are(monkeypatch: pytest.MonkeyPatch) ->
         flipped = rng.permutation(64)[: i % 14]
         query[i, 0] ^= np.bitwise_or.reduce(np.uint64(1) << flipped.astype(np.uint64)) if len(flipped) else np.uint64(0)
     exact = set(module._close(query, hashes))
-    assert {(i, i) for i in range(60) if i % 14 <= module.DISTANCE} <= exact
+    assert {(i, i, i % 14) for i in range(60) if i % 14 <= module.DISTANCE} <= exact
     monkeypatch.setattr(module, "_FLAT", 10)
     assert set(module._close(query, hashes)) == exact
+
+
+def test_of_too_many_candidates_the_nearest_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three exact copies and, farther by their hashes, one that is cropped; another is named by an encoder."""
+    a, b = looks(PHOTOS[:5]), looks([*PHOTOS[:3], PHOTOS[3][3:-3, 3:-3], jpeg(PHOTOS[4])])
+    far = {(i, j): bits for i, j, bits in sorted(module._close(a.hash, b.hash), reverse=True)}
+    assert far[0, 0] == far[1, 1] == far[2, 2] == 0
+    notes: list[str] = []
+    assert [(pair.a, pair.b) for pair in copies(a, b, notes=notes)] == [(i, i) for i in range(5)]
+    assert notes == []
+    monkeypatch.setattr(module, "MOST_PAIRS", 4)
+    found = copies(a, b, extra=[(4, 4)], notes=notes)
+    assert {(0, 0), (1, 1), (2, 2), (4, 4)} == {(pair.a, pair.b) for pair in found}
+    assert "the nearest 4 of them are compared" in notes[0]
 
 
 def test_plain_images_are_copies_only_if_they_are_equal() -> None:
