@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ktray.accounting.attempts import Entry
@@ -56,11 +56,13 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """``device_seconds`` of a stage, and where they come from: ``store``, ``bench`` or ``table``
-    (`ktray.accounting.speeds`), ``roofline``, or ``cores``: one speed for all models on CPU cores."""
+    """``device_seconds`` of a stage, ``start`` of them before the first image, and where they come from: ``store``,
+    ``bench`` or ``table`` (`ktray.accounting.speeds`), ``roofline``, or ``cores``: one speed for all models on CPU cores.
+    """
 
     device_seconds: float
     source: str
+    start: float = field(default=0.0, compare=False)
 
 
 def estimate(line: Line, values: float, speed: Speed | None, device: PlannedDevice) -> Estimate:
@@ -77,10 +79,11 @@ def estimate(line: Line, values: float, speed: Speed | None, device: PlannedDevi
     start = 0.0 if device.gpu or not (line.images or line.flops) else shipped_start(line.stage)
     if speed is not None and (line.images or speed.per_flop):
         seconds = speed.device_seconds(line.images, line.flops)
-        return Estimate(seconds if speed.source == STORE else start + seconds, speed.source)
+        measured = speed.source == STORE
+        return Estimate(seconds + (0.0 if measured else start), speed.source, speed.fixed if measured else start)
     if device.gpu:
         return Estimate(gpu_seconds(line.flops, values, device.name), ROOFLINE)
-    return Estimate(start + cpu_seconds(line.flops, device.cores), CORES)
+    return Estimate(start + cpu_seconds(line.flops, device.cores), CORES, start)
 
 
 def compared(

@@ -184,9 +184,10 @@ def _open_budget(
 
 
 def planned_rate(work: PlannedWork, device: PlannedDevice, at_once: int) -> CostRate:
-    """The speed of each stage of the baseline on a device that ``at_once`` runs share, as it is planned."""
-    found = work.on(device)
-    timed = {line.stage: (line.flops, found[line.stage].device_seconds) for line in work.lines}
+    """The speed of each stage of the baseline on a device that ``at_once`` runs share, as it is planned, without the
+    start of stages, which `CostRate` adds."""
+    found = {stage: planned.device_seconds - planned.start for stage, planned in work.on(device).items()}
+    timed = {line.stage: (line.flops, found[line.stage]) for line in work.lines}
     timed = {stage: (flops, spent) for stage, (flops, spent) in timed.items() if flops > 0 and spent > 0}
     rates = {stage: flops / spent / at_once for stage, (flops, spent) in timed.items()}
     together = sum(flops for flops, _ in timed.values()) / sum(spent for _, spent in timed.values())

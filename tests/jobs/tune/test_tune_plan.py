@@ -6,7 +6,7 @@ from small_task import SMALL, write_gallery, write_task
 
 from ktray import recipe as recipes
 from ktray.accounting.device import describe_device, device_name
-from ktray.accounting.speeds import Measured
+from ktray.accounting.speeds import Measured, shipped_start
 from ktray.jobs.tune.plan import report
 from ktray.jobs.tune.run import baseline
 from ktray.pipeline.plan import this_machine
@@ -33,7 +33,7 @@ def test_time_follows_from_the_cores_until_a_run_has_measured(search):
     heard(said, report, search)
     text = "\n".join(said)
     rate = 30e9 * describe_device()["cores"]
-    own = (flops["transfer"] + flops["finetune"]) / rate
+    own = (flops["transfer"] + flops["finetune"]) / rate + shipped_start("transfer") + shipped_start("finetune")
     assert f"the baseline's student takes {seconds(own)} of device time" in text
     assert "cores: assumed 30 GFLOP/s" in text
     assert "WARNING: the gallery has 40 images, fewer than transfer.size=60" in text
@@ -50,6 +50,10 @@ def test_time_follows_from_the_cores_until_a_run_has_measured(search):
     assert f"the baseline's student takes {seconds(40 * 2 + 10 * 1)} of device time" in text
     assert "store: measured by runs with this store" in text
     # 2 h; the baseline and two seeds of the winner take 90 s each, and a first rung a half of it.
-    others = sum(value for stage, value in flops.items() if stage not in ("transfer", "finetune", "scratch", "start"))
-    rungs = int((7_200 - 3 * 90 - others / rate) / 45)
+    others = sum(
+        line.flops / rate + (shipped_start(line.stage) if line.images or line.flops else 0.0)
+        for line in lines(resolved)
+        if line.stage not in ("transfer", "finetune", "scratch", "start")
+    )
+    rungs = int((7_200 - 3 * 90 - others) / 45)
     assert f"the rest allows at most {rungs:,} first rungs" in text
