@@ -57,7 +57,7 @@ class PlannedDevice:
 @dataclass(frozen=True)
 class Estimate:
     """``device_seconds`` of a stage, ``start`` of them before the first image, and where they come from: ``store``,
-    ``bench`` or ``table`` (`ktray.accounting.speeds`), ``roofline``, or ``cores``: one speed for all models on CPU cores.
+    ``bench`` or ``table`` (`ktray.accounting.speeds`), ``roofline``, or ``cores``: one speed for all models on CPUs.
     """
 
     device_seconds: float
