@@ -110,7 +110,7 @@ def cautions(recipe: Recipe) -> list[str]:
 def exportable(recipe: Recipe, classes: int) -> list[str]:
     """What stands in the way of an export of the student, as sentences.
 
-    Tracing takes seconds, so the store remembers the answer for each student and version of torch and timm.
+    Tracing takes seconds, so the store remembers which students can be exported, by version of torch and timm.
 
     Args:
         recipe: a resolved recipe.
@@ -120,7 +120,7 @@ def exportable(recipe: Recipe, classes: int) -> list[str]:
 
     spec = StudentSpec.of(recipe, classes)
     model = [recipe.task.kind, spec.name, spec.kwargs, classes, spec.image_size, spec.options]
-    problem = _remembered_problem(recipe.store, json.dumps(model, sort_keys=True))
+    problem = _problem(recipe.store, json.dumps(model, sort_keys=True))
     if not problem:
         return []
     return [
@@ -129,15 +129,17 @@ def exportable(recipe: Recipe, classes: int) -> list[str]:
     ]
 
 
-def _remembered_problem(store: str, model: str) -> str:
+def _problem(store: str, model: str) -> str:
     place = Dir(store).sub("exportable")
     facts = {"model": json.loads(model), "torch": version("torch"), "timm": version("timm")}
     name = f"{digest(facts)}.json"
     with contextlib.suppress(Exception):  # nothing is stored, or it is damaged
-        return str(place.read_json(name)["problem"])
+        if place.read_json(name) == facts:
+            return ""
     problem = _export_problem(model)
-    with contextlib.suppress(Exception):  # a plan may look at a store that it cannot write
-        place.write_json(name, {**facts, "problem": problem})
+    if not problem:  # a problem may be one of the machine, such as little memory, and is looked at again
+        with contextlib.suppress(Exception):  # a plan may look at a store that it cannot write
+            place.write_json(name, facts)
     return problem
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ktray.accounting.attempts import Entry
@@ -62,7 +62,7 @@ class Estimate:
 
     device_seconds: float
     source: str
-    start: float = field(default=0.0, compare=False)
+    start: float = 0.0
 
 
 def estimate(line: Line, values: float, speed: Speed | None, device: PlannedDevice) -> Estimate:

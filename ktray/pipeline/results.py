@@ -221,7 +221,7 @@ def _report(context: RunContext, outputs: StageOutputs, result: dict[str, Any], 
         reader = kind.reader(context.task, whole=True)
         pixels = context.recipe.data.max_pixels
         worst = kind.worst(TestSet(rows, context.task, reader, partial(_trained, context, outputs), pixels))
-        counts = evaluate.confusion(context, outputs.evaluate.stage)
+        counts = evaluate.confusion(context, outputs.evaluate.stage, rows)
     trained = {"transfer": outputs.transfer, "finetune": outputs.finetune}
     trained |= {c.name: c.trained for c in outputs.candidates if c.name in BASELINES}
     curves = {name: done.manifest["curve"] for name, done in trained.items() if done is not None}

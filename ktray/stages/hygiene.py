@@ -40,7 +40,7 @@ from ktray.reporting.hygiene import clauses
 from ktray.retrieval.heldout_duplicates import SIMILARITY
 from ktray.stages.adapt import stage as adapt_stage
 from ktray.stages.base import Reporter, RunContext, Runtime, StageResult, run_stage
-from ktray.stages.curate.heldout import embedded_shards, stored_columns
+from ktray.stages.curate.heldout import embedding, image_shards, stored_columns
 from ktray.stages.inputs import StageInputs
 from ktray.stages.manifests import HygieneManifest
 from ktray.storage.columns import Rows, read_rows, write_rows
@@ -71,7 +71,7 @@ class HygieneInputs(StageInputs):
     """
 
     stage = "hygiene"
-    version = 1
+    version = 2  # 2: large JPEGs are reduced, at most 100,000 candidates of two splits
 
     task: LabelledSet
     kind: str
@@ -192,7 +192,7 @@ def _look(inputs: HygieneInputs, runtime: Runtime, stage: Stage, reporter: Repor
         if uris:
             prepare = _Look(encoder.preprocess if encoder else None, inputs.max_pixels)
             place = Stage(stage.file(folder))
-            stored[folder] = embedded_shards(runtime, place, uris, prepare, encoder, reporter)
+            stored[folder] = image_shards(runtime, place, uris, prepare, embedding(encoder, place), reporter)
     return stored
 
 

@@ -19,7 +19,7 @@ TEACH = Line("teach", 6e12, 0, "views", images=1_000)
 
 
 def test_a_measured_speed_comes_first_then_the_roofline():
-    assert estimate(TEACH, 1e12, Speed(10.0, 0.05), GPU) == Estimate(60.0, "store")
+    assert estimate(TEACH, 1e12, Speed(10.0, 0.05), GPU) == Estimate(60.0, "store", 10.0)
     assert estimate(TEACH, 1e12, Speed(0.0, 0.0, 1, "table", 2e-12), GPU) == Estimate(12.0, "table")
     assert estimate(TEACH, 1e12, None, GPU) == Estimate(gpu_seconds(6e12, 1e12, "NVIDIA L4"), "roofline")
     unknown = Line("index", 6e12, 0, "an unknown number of images")
@@ -29,8 +29,9 @@ def test_a_measured_speed_comes_first_then_the_roofline():
 def test_the_start_is_added_where_no_run_measured_it():
     start = shipped_start("teach")
     assert 0.5 < start < 60
-    assert estimate(TEACH, 0.0, None, CPU) == Estimate(pytest.approx(100 + start), "cores")
-    assert estimate(TEACH, 0.0, Speed(0.0, 0.05, source="bench"), CPU) == Estimate(pytest.approx(50 + start), "bench")
+    assert estimate(TEACH, 0.0, None, CPU) == Estimate(pytest.approx(100 + start), "cores", start)
+    bench = Speed(0.0, 0.05, source="bench")
+    assert estimate(TEACH, 0.0, bench, CPU) == Estimate(pytest.approx(50 + start), "bench", start)
     assert estimate(TEACH, 0.0, Speed(0.0, 0.05), CPU) == Estimate(pytest.approx(50), "store")
     # Nothing to do, and a stage that the table does not have.
     assert estimate(Line("teach", 0.0, 0, "a list", images=0), 0.0, None, CPU).device_seconds == 0

@@ -12,6 +12,7 @@ from ktray.data.labelled.hygiene_copies import Looks, copies
 from ktray.data.labelled.hygiene_labels import Doubts
 
 SPLITS = ("train", "val", "test")
+MOST_PAIRS = 100_000  # candidates of two splits that are compared by their pixels, about 1 ms each
 
 # Kinds of findings.
 SAME_FILE = "same_file"  # the bytes of two images in different splits are equal
@@ -78,7 +79,7 @@ def copies_between(
         for b in parts[at + 1 :]:
             extra = [*_equal(a, b), *(similar or {}).get((a.split, b.split), ())]
             told: list[str] = []
-            for pair in copies(a.looks, b.looks, extra, told):
+            for pair in copies(a.looks, b.looks, extra, MOST_PAIRS, told):
                 i, j = pair.a, pair.b
                 same_pixels, same_file = a.pixels[i] == b.pixels[j], a.file[i] == b.file[j]
                 kind = SAME_FILE if same_file else SAME_PIXELS if same_pixels else NEAR_COPY

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,6 @@ STRUCTURE = 0.85
 # Number of images up to which copies are looked for before a split is drawn: about a minute on a few cores.
 MOST = 10_000
 _MANY = 5_000
-MOST_PAIRS = 100_000  # candidates that are compared by their pixels, about 1 ms each
 _FINE = 24
 _WINDOW = 5
 _C2 = (0.03 * 255) ** 2  # the constant of SSIM that makes plain windows equal
@@ -48,7 +48,7 @@ _SIDE = 128
 # Nearest hashes per image; an image has 22 of them, so that this is at least 5 images.
 _NEAREST = 110
 # Pairs of hashes up to which each is compared, about 4 minutes of one core. An index of bands has far fewer candidates
-# if hashes are spread evenly; for 50,000 drawings that look alike, it took 8 times as long.
+# if hashes are spread evenly; for the looks that HYGIENE has in tests/scale/rehearse.py, it took 8 times as long.
 _FLAT = 200_000_000_000
 _PIECE = 512
 _QUERIES = 2048  # images of one search, after which it says how far it is
@@ -92,30 +92,33 @@ def _small(image: np.ndarray) -> np.ndarray:
 
 
 def copies(
-    a: Looks, b: Looks | None = None, extra: Iterable[tuple[int, int]] = (), notes: list[str] | None = None
+    a: Looks,
+    b: Looks | None = None,
+    extra: Iterable[tuple[int, int]] = (),
+    most: int | None = None,
+    notes: list[str] | None = None,
 ) -> list[Copy]:
     """The pairs of images of ``a`` and ``b`` that show the same, in the order of their rows.
-
-    Of very many candidates, only the `MOST_PAIRS` with the nearest hashes are compared by their pixels.
 
     Args:
         b: None: pairs within ``a``, each once, with ``Copy.a < Copy.b``.
         extra: further candidates (row of ``a``, row of ``b``), such as those that an encoder finds similar.
-        notes: gets a sentence if there are more candidates than are compared.
+        most: number of candidates that are compared by their pixels, those with the nearest hashes; None: all.
+        notes: gets a sentence if there are more.
     """
     other = a if b is None else b
     found: dict[tuple[int, int], int] = {}
-    near = (*_close(a.hash, other.hash), *((j, i, bits) for i, j, bits in _close(other.hash, a.hash)))
-    for i, j, bits in (*near, *((i, j, -1) for i, j in extra)):
+    back = ((i, j, bits) for j, i, bits in _close(other.hash, a.hash))
+    for i, j, bits in chain(_close(a.hash, other.hash), back, ((i, j, -1) for i, j in extra)):
         pair = (i, j) if b is not None else (min(i, j), max(i, j))
         if b is not None or i != j:
             found[pair] = min(bits, found.get(pair, bits))
     pairs = sorted(found)
-    if len(pairs) > MOST_PAIRS:
-        pairs = sorted(sorted(pairs, key=found.__getitem__)[:MOST_PAIRS])
+    if most is not None and len(pairs) > most:
+        pairs = sorted(sorted(pairs, key=found.__getitem__)[:most])
         if notes is not None:
             notes.append(
-                f"{len(found):,} pairs of images have similar hashes; the nearest {MOST_PAIRS:,} of them are compared, "
+                f"{len(found):,} pairs of images have similar hashes; the nearest {most:,} of them are compared, "
                 "so that some copies may not be found"
             )
     scored = _structures(pairs, a.thumb, other.thumb)

@@ -68,7 +68,6 @@ class _Cost:
         return max(0, int((budget - self._fixed) / self._step + 1e-9))
 
 
-@read_once()
 def budgets(
     base: Recipe,
     methods: Methods,
@@ -89,7 +88,8 @@ def budgets(
     Raises:
         KtrayError: one step of a method, with its other stages, costs more than the budget.
     """
-    costs = {name: _Cost(recipe_of(base, method.keys), plan) for name, method in methods.items()}
+    with read_once():  # not around ``measure``, which runs
+        costs = {name: _Cost(recipe_of(base, method.keys), plan) for name, method in methods.items()}
     first = next(iter(methods))
     equal, most = base.compare.equal, costs[first].steps
     steps = {name: cost.steps if equal == "own" else most for name, cost in costs.items()}

@@ -54,19 +54,12 @@ def embed_images(
 ) -> Rows:
     """The columns that ``prepare`` computes from the images, with ``embedding`` instead of ``pixels``. The shards are
     stored in ``folder``."""
-    return stored_columns(folder, embedded_shards(runtime, folder, uris, prepare, spec, reporter))
+    return compute_images(runtime, folder, uris, prepare, embedding(spec, folder), reporter)
 
 
-def embedded_shards(
-    runtime: Runtime,
-    folder: Stage,
-    uris: list[str],
-    prepare: Callable[[Item], Rows],
-    spec: TeacherSpec | None,
-    reporter: Reporter,
-) -> list[str]:
-    """The names of the shards with the columns of `embed_images`, for work that reads them elsewhere."""
-    return image_shards(runtime, folder, uris, prepare, _Embed(spec, folder) if spec else None, reporter)
+def embedding(spec: TeacherSpec | None, folder: Stage) -> DeviceWork | None:
+    """The work of `image_shards` that replaces ``pixels`` by ``embedding``; None without a teacher."""
+    return _Embed(spec, folder) if spec else None
 
 
 def compute_images(

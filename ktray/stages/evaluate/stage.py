@@ -257,8 +257,12 @@ def load(stage: Stage, split: str = "test", reduce: Callable[[Rows], Rows] = lam
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 
-def confusion(context: RunContext, stage: Stage) -> np.ndarray | None:
+def confusion(context: RunContext, stage: Stage, rows: Rows) -> np.ndarray | None:
     """Confusion counts (C, C) of the student on the test split: rows are true classes, columns are predicted classes;
-    None where the task kind has no counts."""
+    None where the task kind has no counts.
+
+    Args:
+        rows: what `load` returns, reduced by the task kind.
+    """
     counts = list(stage.read_each_json(stage.names(CONFUSION)))
-    return context.kind.confusion(load(stage, reduce=context.kind.compact), counts, context.task.classes)
+    return context.kind.confusion(rows, counts, context.task.classes)

@@ -124,7 +124,7 @@ def test_many_hashes_are_searched_as_few_are(monkeypatch: pytest.MonkeyPatch) ->
     assert set(module._close(query, hashes)) == exact
 
 
-def test_of_too_many_candidates_the_nearest_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_candidates_the_nearest_are_compared() -> None:
     """Three exact copies and, farther by their hashes, one that is cropped; another is named by an encoder."""
     a, b = looks(PHOTOS[:5]), looks([*PHOTOS[:3], PHOTOS[3][3:-3, 3:-3], jpeg(PHOTOS[4])])
     far = {(i, j): bits for i, j, bits in sorted(module._close(a.hash, b.hash), reverse=True)}
@@ -132,8 +132,7 @@ def test_of_too_many_candidates_the_nearest_are_compared(monkeypatch: pytest.Mon
     notes: list[str] = []
     assert [(pair.a, pair.b) for pair in copies(a, b, notes=notes)] == [(i, i) for i in range(5)]
     assert notes == []
-    monkeypatch.setattr(module, "MOST_PAIRS", 4)
-    found = copies(a, b, extra=[(4, 4)], notes=notes)
+    found = copies(a, b, extra=[(4, 4)], most=4, notes=notes)
     assert {(0, 0), (1, 1), (2, 2), (4, 4)} == {(pair.a, pair.b) for pair in found}
     assert "the nearest 4 of them are compared" in notes[0]
 
