@@ -41,8 +41,8 @@ from ktray.storage.store import Stage
 logger = logging.getLogger("ktray")
 
 # The reduced decoding of large JPEGs is no version of its own: to those of whole images, embeddings of twelve photos of
-# 12 megapixels had cosines of 0.9991 on average, and 0.9945 at least (EfficientNet-Lite0). A gallery of millions need
-# not be embedded again for that.
+# 12 megapixels had cosines of 0.9991 on average, and 0.9945 at least (tests/scale/large_photos.py). A gallery of
+# millions need not be embedded again for that.
 SHARDS_VERSION = 3  # version of the shards in the folder of an index; 2: captions; 3: shared among galleries, crops
 LABELLED_SHARD = 512
 BATCH = 256  # images of a forward pass on a GPU
