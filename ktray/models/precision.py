@@ -24,8 +24,13 @@ logger = logging.getLogger("ktray")
 
 DType = Literal["bf16"]
 Candidate = tuple[DType | None, bool, bool]  # autocast, channels-last, cuDNN's search for the fastest algorithm
+Steps = dict[Candidate, Callable[[], None]]
 # A format must be clearly faster, because it rounds. A layout has no cost, but a tie should have a stable result.
 _CLEARLY, _LAYOUT = 0.9, 0.97
+# Beside busy programs a measurement is wrong by a large factor now and then, and the decision is kept: a default job
+# once took emulated bfloat16, which is 3 to 8 times as slow, for 0.94 of the time of float32. Where a processor has
+# instructions for bfloat16, convolutions gain more than this.
+_CLEARLY_IN_ONE_THREAD = 0.5
 # A candidate that is slower than the fastest by this factor (after one round; after more rounds) is not timed again.
 _HOPELESS = (4.0, 1.5)
 _BUDGET_S = 2.0
@@ -123,7 +128,8 @@ def choose_precision(
         dtype, channels_last, benchmark = candidates[0]
         return Precision(dtype, channels_last, "the only safe choice", benchmark)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return _fastest(_measure(model, candidates, size, batch, train, torch.device(device)), kind)
+    seconds, crowded = _measure(model, candidates, size, batch, train, torch.device(device))
+    return _fastest(seconds, kind, _CLEARLY_IN_ONE_THREAD if crowded else _CLEARLY)
 
 
 def _cuda(convolves: bool, precision: str) -> list[Candidate]:
@@ -146,11 +152,11 @@ def _cpu(model: nn.Module, convolves: bool, train: bool, precision: str) -> list
     return candidates
 
 
-def _fastest(seconds: dict[Candidate, float], kind: str = "cpu") -> Precision:
+def _fastest(seconds: dict[Candidate, float], kind: str = "cpu", clearly: float = _CLEARLY) -> Precision:
     """The first candidate, unless another layout is faster or another format is clearly faster."""
     chosen = first = next(iter(seconds))
     for candidate in sorted(seconds, key=lambda c: seconds[c]):
-        if seconds[candidate] < (_LAYOUT if candidate[0] == first[0] else _CLEARLY) * seconds[first]:
+        if seconds[candidate] < (_LAYOUT if candidate[0] == first[0] else clearly) * seconds[first]:
             chosen = candidate
             break
     table = ", ".join(f"{_name(c)} {1000 * s:.3g} ms" for c, s in seconds.items())
@@ -165,63 +171,78 @@ def _measure(
     batch: int,
     train: bool,
     device: torch.device,
-) -> dict[Candidate, float]:
-    """Best time of a step, in seconds, per candidate. For slow models the last candidates are skipped.
+) -> tuple[dict[Candidate, float], bool]:
+    """Best time of a step, in seconds, per candidate, and whether a single thread was timed, because other programs use
+    the cores. For slow models the last candidates are skipped.
 
     The random number generator of the caller is not changed.
     """
-    start, on_gpu = time.perf_counter(), device.type == "cuda"
-    before, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    timed = _timed
+    before, threads, crowded = torch.backends.cudnn.benchmark, torch.get_num_threads(), False
     with torch.random.fork_rng(devices=[]):
         copies = {
             cl: deepcopy(model).to(device).to(memory_format=_layout(cl)).train(train)
             for cl in {c[1] for c in candidates}
         }
 
-        def steps(images: int) -> dict[Candidate, Callable[[], None]]:
+        def steps(images: int) -> Steps:
             return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size, device=device), train) for c in candidates}
 
-        if on_gpu:  # a small batch would measure how fast the host launches kernels
+        if device.type == "cuda":  # a small batch would measure how fast the host launches kernels
             ready = steps(max(2, batch))
             for step in ready.values():  # kernels are loaded, and cuDNN searches
                 step()
+            seconds = _rounds(ready, _timed)
         else:
-            probe = steps(2)[candidates[0]]
-            seconds_per_step, crowded = _probe(probe)
+            seconds, crowded = _on_cpu(steps, batch, _timed)
             if crowded:
                 # Threads that wait for each other beside another program make formats look slow by chance, and a run
-                # keeps the decision. The CPU time of a single thread does not depend on other programs.
+                # keeps the decision. The CPU time of a single thread depends much less on other programs.
                 logger.info("precision other programs use the cores: number formats are compared in one thread")
                 torch.set_num_threads(1)
-                timed = _timed_thread
-            # About five rounds of the two most relevant candidates fit into the budget.
-            images = int(2 * _BUDGET_S / (5 * 2) / max(seconds_per_step, 1e-6))
-            ready = steps(max(2, min(batch, 64, images)))
-        seconds: dict[Candidate, float] = {}
-        # Candidates alternate, so that other processes slow down all of them; the minimum excludes disturbances.
-        for round_number in range(8):
-            for candidate in candidates:
-                # The first round may be slow for other reasons, such as kernel compilation or other processes.
-                if round_number and seconds[candidate] > _HOPELESS[min(round_number, 2) - 1] * min(seconds.values()):
-                    continue
-                elapsed = time.perf_counter() - start
-                if seconds and elapsed > (5 if round_number == 0 else 1) * _BUDGET_S:
-                    break
-                seconds[candidate] = min(timed(ready[candidate]), seconds.get(candidate, math.inf))
+                seconds, _ = _on_cpu(steps, batch, _timed_thread)
     torch.backends.cudnn.benchmark = before
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    return seconds
+    return seconds, crowded
 
 
-def _probe(step: Callable[[], None]) -> tuple[float, bool]:
-    """The best time of a few steps in seconds, and whether the threads meanwhile waited for cores."""
+def _on_cpu(
+    steps: Callable[[int], Steps], batch: int, timed: Callable[[Callable[[], None]], float]
+) -> tuple[dict[Candidate, float], bool]:
+    """Best time of a step per candidate, and whether the threads meanwhile waited for cores. If wall time was to be
+    measured and they waited from the beginning, nothing is compared."""
     began, waited = time.perf_counter(), waited_seconds()
-    times = [_timed(step) for _ in range(4)]  # the first run compiles the kernels
+
+    def crowded() -> bool:
+        return waited_seconds() - waited > _CROWDED * (time.perf_counter() - began)
+
+    probe = next(iter(steps(2).values()))
+    times = [timed(probe) for _ in range(4)]  # the first run compiles the kernels
     while time.perf_counter() - began < _CROWDED_S:
-        times.append(_timed(step))
-    return min(times), waited_seconds() - waited > _CROWDED * (time.perf_counter() - began)
+        times.append(timed(probe))
+    if timed is _timed and crowded():
+        return {}, True
+    # About five rounds of the two most relevant candidates fit into the budget.
+    images = int(2 * _BUDGET_S / (5 * 2) / max(min(times), 1e-6))
+    seconds = _rounds(steps(max(2, min(batch, 64, images))), timed)
+    return seconds, crowded()  # other programs may have started since the probe
+
+
+def _rounds(ready: Steps, timed: Callable[[Callable[[], None]], float]) -> dict[Candidate, float]:
+    """Best time of a step per candidate, in seconds."""
+    start = time.perf_counter()
+    seconds: dict[Candidate, float] = {}
+    # Candidates alternate, so that other processes slow down all of them; the minimum excludes disturbances.
+    for round_number in range(8):
+        for candidate, step in ready.items():
+            # The first round may be slow for other reasons, such as kernel compilation or other processes.
+            if round_number and seconds[candidate] > _HOPELESS[min(round_number, 2) - 1] * min(seconds.values()):
+                continue
+            elapsed = time.perf_counter() - start
+            if seconds and elapsed > (5 if round_number == 0 else 1) * _BUDGET_S:
+                break
+            seconds[candidate] = min(timed(step), seconds.get(candidate, math.inf))
+    return seconds
 
 
 def _step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
