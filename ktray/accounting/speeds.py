@@ -12,7 +12,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Protocol
@@ -129,16 +129,25 @@ class Speeds:
                 return replace(found, source=source)
         return shipped(facts)
 
-    def record(self, facts: Mapping[str, Any], measured: Measured, at: str, bench: bool = False) -> None:
+    def record(
+        self, facts: Mapping[str, Any], measured: Measured, at: str, bench: bool = False, part_of: str = ""
+    ) -> None:
         """Keep what was measured.
 
         Args:
             at: begins the name of the file, so that names sort by time.
             bench: whether ``jobs/bench.py`` measured it, and not a run.
+            part_of: name of the work that this is a part of. Its parts count as one measurement, as in a plan: only the
+                first one starts processes.
         """
-        content = {"facts": dict(facts), "measured": asdict(measured)}
-        name = f"{at}-{uuid.uuid4().hex[:6]}{_BY_BENCH if bench else '.json'}"
-        self._place(facts).sub(_folder_name(str(facts["device"]))).write_json(name, content)
+        place = self._place(facts).sub(_folder_name(str(facts["device"])))
+        ending = f"-{part_of or uuid.uuid4().hex[:6]}{_BY_BENCH if bench else '.json'}"
+        name = f"{at}{ending}"
+        for earlier in [found for found in place.names(".json") if part_of and found.endswith(ending)]:
+            before = Measured(**place.read_json(earlier)["measured"])
+            parts = zip(astuple(before), astuple(measured), strict=True)
+            name, measured = earlier, Measured(*(one + other for one, other in parts))
+        place.write_json(name, {"facts": dict(facts), "measured": asdict(measured)})
 
     def _place(self, facts: Mapping[str, Any]) -> Any:
         text = json.dumps({name: value for name, value in facts.items() if name != "device"}, sort_keys=True)

@@ -386,7 +386,7 @@ def _attempt(
     manifest.update(key=key, stage=inputs.stage, inputs=parts, run=runtime.run_id, read=reporter.read)
     manifest["quarantine"] = [[b.uri, b.reason, b.stage] for b in reporter.quarantine]
     manifest = stage.commit(manifest, lease)
-    keep_speed(runtime.store, inputs, runtime.device, meter.entry, manifest)
+    keep_speed(runtime.store, inputs, runtime.device, meter.entry, manifest, runtime.run_id)
     _count(runtime, manifest)
     return StageResult(stage, manifest, cached=False)
 

@@ -45,14 +45,21 @@ def known_speed(store: Store, inputs: StageInputs, device: str) -> Speed | None:
     return measured_speeds(store).known({**facts, "device": device}) if facts else None
 
 
-def keep_speed(store: Store, inputs: StageInputs, device: str, entry: Entry, manifest: Mapping[str, Any]) -> None:
-    """Keep what a finished attempt measured, for plans of later runs with this store."""
+def keep_speed(
+    store: Store, inputs: StageInputs, device: str, entry: Entry, manifest: Mapping[str, Any], run: str
+) -> None:
+    """Keep what a finished attempt measured, for plans of later runs with this store.
+
+    Args:
+        run: name of the run. Its stages under one name in the ledger count as one (`StageLook.see`).
+    """
     facts, images = _facts(inputs), inputs.images_worked(entry.images, manifest)
     if facts and images and not entry.restarts:
         at = stamp()
         with contextlib.suppress(Exception):  # the stage is complete, and a full disk must not fail it now
             measured = Measured(images, entry.device_seconds, entry.start_seconds)
-            measured_speeds(store).record({**facts, "device": device}, measured, at)
+            part_of = f"{run}-{entry.stage}"
+            measured_speeds(store).record({**facts, "device": device}, measured, at, part_of=part_of)
 
 
 def _facts(inputs: StageInputs) -> dict[str, Any]:

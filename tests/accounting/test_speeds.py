@@ -63,6 +63,22 @@ def test_a_store_keeps_the_last_runs_by_facts(tmp_path):
     assert speeds.known({**FACTS, "size": 64}) is None
 
 
+def test_the_parts_of_a_runs_stage_count_as_one(tmp_path):
+    """LABELS of a run decodes the images twice, and only the first time starts processes."""
+    speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
+    for run, start in (("first", 8.0), ("second", 6.0)):
+        speeds.record(FACTS, Measured(200, 2.0 + start, start), f"{run}-1", part_of=f"{run}-labels")
+        speeds.record(FACTS, Measured(200, 2.0), f"{run}-2", part_of=f"{run}-labels")
+    found = speeds.known(FACTS)
+    assert found.runs == 2
+    # Equal lengths: the starts 8 and 6, weighted by 1 / 12**2 and 1 / 10**2.
+    assert found.fixed == pytest.approx((8 / 144 + 6 / 100) / (1 / 144 + 1 / 100))
+    assert 10 < found.device_seconds(400) < 12
+    speeds.record(FACTS, Measured(200, 9.0), "third")
+    speeds.record(FACTS, Measured(200, 9.0), "third")
+    assert speeds.known(FACTS).runs == 4, "without a name, each is a measurement of its own"
+
+
 def test_ktrays_own_table_is_used_where_the_store_knows_nothing(tmp_path):
     facts = {"stage": "transfer", "model": "vit_small_patch16_224", "size": 224, "device": "NVIDIA H200", "batch": 7}
     speeds = Speeds(Store(str(tmp_path)).sub("speeds"))
