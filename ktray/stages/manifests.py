@@ -115,6 +115,8 @@ class IndexManifest(IndexClasses):
         shards: (name, rows) of the parts of the index, in order.
         shard_count: number of shards of the source.
         images: number of usable images.
+        cosine_to_float32: mean and least cosine similarity of some embeddings with those of a teacher in float32; None
+            where the teacher computes in float32, or no shard was embedded.
     """
 
     search: dict[str, Any] | None
@@ -123,6 +125,7 @@ class IndexManifest(IndexClasses):
     shards: list[tuple[str, int]]
     shard_count: int
     images: int
+    cosine_to_float32: list[float] | None
 
 
 class OnTask(TypedDict):
@@ -212,6 +215,8 @@ class TeachManifest(TargetSizes):
         targets: names of the targets in the rows.
         view_size: side of the views that the teacher reads, pixels.
         shards: [name, rows].
+        cosine_to_float32: least cosine similarity of some stored targets with those of a teacher in float32; None where
+            the teacher computes in float32, or no targets are stored.
     """
 
     mode: str
@@ -222,6 +227,7 @@ class TeachManifest(TargetSizes):
     targets: list[str]
     view_size: int
     shards: list[tuple[str, int]]
+    cosine_to_float32: float | None
 
 
 class WorkerStart(TypedDict):

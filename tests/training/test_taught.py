@@ -211,6 +211,20 @@ def test_what_is_stored_is_compared_with_the_live_teacher(world, tmp_path):
     assert min(f["cosine"] for f in found) > 0.99999
 
 
+def test_what_is_stored_in_bf16_is_also_compared_with_float32(world, tmp_path, monkeypatch):
+    """As on a GPU."""
+    _, items, rows, cut, predict = world
+    (some, *_) = sample(items, rows)
+    assert both(CheckTargets(world[0], predict))(some, cut(some))["to_float32"] is None
+    monkeypatch.setattr("ktray.models.teacher.teacher.products_on", lambda gpu: "bf16")
+    made = Store(str(tmp_path)).stage("teach", "00000000000000cc")
+    both(WithTeacher(made, predict))(some, cut(some))
+    found = both(CheckTargets(made, predict))(some, cut(some))
+    assert found["cosine"] > 0.9999
+    assert 0.99 < found["to_float32"] < found["cosine"]
+    assert found["flops"] == 2 * predict.load().flops * found["checked"]
+
+
 @pytest.mark.parametrize("what", ["another view", "nan", "lost"])
 def test_a_wrong_cache_is_named(world, tmp_path, what):
     stage, items, _, cut, predict = world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,9 +14,12 @@ from ktray.models.device import device
 from ktray.models.features import is_convolutional
 from ktray.models.flops import forward_flops
 from ktray.models.teacher.adapted import AdaptedTeacher
-from ktray.models.teacher.teacher import Teacher, TeacherSource, fitting_batch
+from ktray.models.teacher.teacher import Teacher, TeacherSource, fitting_batch, float32_products, rounds
 from ktray.reporting.heartbeat import beat
 from ktray.storage.store import Dir
+
+COMPARED = 32
+_COMPARED: WeakKeyDictionary[Teacher, int] = WeakKeyDictionary()  # by model, the images that were compared
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,27 @@ def tower_flops(model: Teacher | AdaptedTeacher) -> float:
 def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 to (N, D) float32, not normalised."""
     return _batched(model, model.embed, pixels, batch, model.embed_dim)
+
+
+def cosine_to_float32(model: Teacher, pixels: np.ndarray) -> np.ndarray:
+    """How much the number format of this device changes embeddings.
+
+    Args:
+        pixels: (N, 3, H, W) uint8.
+
+    Returns:
+        (M,) float32: cosine similarities of embeddings with those of a pass in float32, for the first `COMPARED` images
+        that a loaded model is called with. (0,) for later images, and where all products are in float32.
+    """
+    compared = _COMPARED.setdefault(model, 0)
+    pixels = pixels[: COMPARED - compared]
+    if not len(pixels) or not rounds(device()):
+        return np.zeros(0, np.float32)
+    _COMPARED[model] = compared + len(pixels)
+    usual = torch.from_numpy(embed_numpy(model, pixels, len(pixels)))
+    with float32_products():
+        exact = torch.from_numpy(embed_numpy(model, pixels, len(pixels)))
+    return torch.nn.functional.cosine_similarity(usual, exact).numpy()
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from ktray.models.maps import resize_map
 from ktray.models.teacher.families.base import TeacherSource, family_of
 from ktray.models.teacher.layers import Layer, tower_layers
 
+_FLOAT32: ContextVar[bool] = ContextVar("float32_products", default=False)
 _CPU_PIXELS = 16 * 224**2  # of a batch on a CPU; with 16 images a tower needs half of the CPU time of 256
 
 
@@ -180,8 +183,24 @@ def products_on(gpu: bool) -> str:
     return "bf16" if gpu else "fp32"
 
 
+def rounds(device: torch.device) -> bool:
+    """Whether the matrix products of a teacher are rounded to a shorter format than float32 on a device."""
+    return products_on(device.type == "cuda") != "fp32"
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Inside the block, the matrix products of teachers are in float32, to compare their outputs with the usual."""
+    token = _FLOAT32.set(True)
+    try:
+        yield
+    finally:
+        _FLOAT32.reset(token)
+
+
 def _products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    lowered = rounds(device) and not _FLOAT32.get()
+    return torch.autocast(device.type, torch.bfloat16) if lowered else contextlib.nullcontext()
 
 
 def _dtype(tower: nn.Module) -> torch.dtype:

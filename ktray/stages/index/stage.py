@@ -21,7 +21,7 @@ from ktray.data.sources.lists import gallery_shards
 from ktray.distributed.device_work import Item
 from ktray.distributed.ray_data import cpu_shards, map_shards
 from ktray.errors import KtrayError
-from ktray.models.teacher.spec import TeacherSpec, Tower, embed_numpy, tower_flops
+from ktray.models.teacher.spec import TeacherSpec, Tower, cosine_to_float32, embed_numpy, tower_flops
 from ktray.models.teacher.teacher import Teacher, products_on
 from ktray.recipe.schema import GalleryConfig, index_alone
 from ktray.recipe.section import digest
@@ -53,9 +53,15 @@ SAME = 0.95
 
 @dataclass(frozen=True)
 class IndexPiece(PieceSummary):
-    """The summary of one piece of a shard. ``part``: the part of the index that was written, as `Part.to_json`."""
+    """The summary of one piece of a shard.
+
+    Attributes:
+        part: the part of the index that was written, as `Part.to_json`.
+        cosine: `ktray.models.teacher.spec.cosine_to_float32` of some of its images.
+    """
 
     part: Mapping[str, Any] = field(default_factory=dict)
+    cosine: tuple[float, ...] = ()
 
 
 def _write_part(
@@ -109,13 +115,17 @@ class EmbedGallery(EmbedPixels):
 
     folder: IndexDir
 
+    def compute(self, model: Teacher, columns: Rows) -> Rows:
+        return {**super().compute(model, columns), "cosine": cosine_to_float32(model, columns["pixels"])}
+
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         embedding = found = computed["embedding"]
         columns = {name: values for name, values in columns.items() if name not in self.reads}
         if "given" in columns:
             embedding = _unit(columns.pop("given").astype(np.float32))
             _check_given(embedding[: len(found)], found, item["source"], self.spec)
-        return _write_part(self.folder, item, columns, embedding, float(computed["flops"][0])).to_json()
+        piece = _write_part(self.folder, item, columns, embedding, float(computed["flops"][0]))
+        return replace(piece, cosine=tuple(computed["cosine"].tolist())).to_json()
 
 
 def _unit(embedding: np.ndarray) -> np.ndarray:
@@ -273,7 +283,8 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         if spec
         else _each(cpu_shards(todo, _WriteFingerprints(folder, inputs.prepare), runtime.plan))
     )
-    for shard in _gathered(IndexPiece.each(results), reporter, sources):
+    cosine: list[float] = []
+    for shard in _gathered(IndexPiece.each(results), reporter, sources, cosine):
         folder.finish(shard)
         finished[shard.shard] = shard
     folder.copy_summaries(finished)
@@ -284,6 +295,11 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     gallery = Gallery(folder, listed)
     is_compressed = bool(spec) and wanted(inputs.gallery.search, gallery.total)
     more: IndexClasses = {} if inputs.classes is None else {"classes": inputs.classes}
+    if cosine:
+        logger.info(
+            f"index     cosine of embeddings in {inputs.facts['products']} to those in float32, of {len(cosine)} "
+            f"images: {np.mean(cosine):.5f} on average, {min(cosine):.5f} at least"
+        )
     return {
         "search": compress(inputs.gallery, gallery, runtime.plan) if is_compressed else None,
         "rows": gallery.total,
@@ -291,6 +307,7 @@ def work(inputs: IndexInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "shards": listed,
         "shard_count": len(names),
         "images": sum(s.read - len(s.bad) for s in finished.values()),
+        "cosine_to_float32": [float(np.mean(cosine)), min(cosine)] if cosine else None,
         **more,
     }
 
@@ -326,9 +343,13 @@ def _each(several: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from result["several"]
 
 
-def _gathered(pieces: Iterable[IndexPiece], reporter: Reporter, sources: dict[str, str]) -> Iterator[IndexedShard]:
-    """Combine pieces into shards; a shard is yielded as soon as its last piece has arrived."""
+def _gathered(
+    pieces: Iterable[IndexPiece], reporter: Reporter, sources: dict[str, str], cosine: list[float]
+) -> Iterator[IndexedShard]:
+    """Combine pieces into shards; a shard is yielded as soon as its last piece has arrived. The cosines to float32 are
+    appended to ``cosine``."""
     for ordered in whole_shards(reporter.counted(pieces)):
+        cosine += [one for p in ordered for one in p.cosine]
         yield IndexedShard(
             ordered[0].name,
             tuple(Part.from_json(p.part) for p in ordered),

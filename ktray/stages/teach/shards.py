@@ -12,6 +12,7 @@ import numpy as np
 
 from ktray.distributed.device_work import Item
 from ktray.errors import KtrayError
+from ktray.models.teacher.teacher import float32_products, rounds
 from ktray.stages.shard_summary import ShardSummary, finish_shard, pairs
 from ktray.storage.columns import Rows, read_rows, write_rows
 from ktray.storage.concurrent import in_order
@@ -26,6 +27,7 @@ from ktray.training.read_windows import listed
 # change the cosine by far less.
 SAME = 0.999
 CHECKED_IMAGES = 4, 32
+_EXACT = "float32 "  # begins the names of the columns of a teacher in float32
 
 
 def _write(stage: Stage, item: Item, columns: Rows, flops: float, jpeg: int | None) -> dict[str, Any]:
@@ -106,11 +108,17 @@ def sample(items: list[Item], rows: dict[str, int]) -> list[Item]:
 
 @dataclass(frozen=True)
 class CheckedShard(ShardSummary):
-    """The summary of a comparison. ``checked``: number of views whose stored targets were compared; ``cosine``: their
-    lowest cosine similarity with the live teacher's targets."""
+    """The summary of a comparison.
+
+    Attributes:
+        checked: number of views whose stored targets were compared.
+        cosine: their lowest cosine similarity with the live teacher's targets.
+        to_float32: the same with those of a teacher in float32; None where the live one is.
+    """
 
     checked: int = 0
     cosine: float = 1.0
+    to_float32: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,15 +136,23 @@ class CheckTargets:
 
     def compute(self, model: Loaded, columns: Rows) -> Rows:
         facts = {"flops": np.array([model.flops]), "classes": np.array([len(model.teacher.classes)])}
-        return {**model.targets(columns["pixels"]), **facts}
+        found = {**model.targets(columns["pixels"]), **facts}
+        if rounds(model.device):
+            with float32_products():
+                found |= {f"{_EXACT}{name}": value for name, value in model.targets(columns["pixels"]).items()}
+            found["flops"] = 2 * found["flops"]
+        return found
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         flops, classes = float(computed.pop("flops")[0]), int(computed.pop("classes")[0])
+        exact = {name[len(_EXACT) :]: computed.pop(name) for name in list(computed) if name.startswith(_EXACT)}
         fresh = computed
         stored = read_rows(self.stage, item["name"], ["view_id", *self.predict.columns])
-        stored_rows, fresh_rows = (dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh))
+        stored_rows, fresh_rows, *exact_rows = (
+            dense_rows(rows, self.predict.columns, classes) for rows in (stored, fresh, *([exact] if exact else []))
+        )
         row_of = {int(view): row for row, view in enumerate(stored["view_id"])}
-        worst = 1.0
+        worst, to_float32 = 1.0, 1.0
         for here, view in enumerate(columns["view_id"].tolist()):
             where = f"view {columns['view_index'][here]} of '{columns['uri'][here]}' in {item['name']}"
             if view not in row_of:
@@ -146,6 +162,8 @@ class CheckTargets:
             for name in self.predict.targets:
                 cosine = _cosine(stored_rows[name][row_of[view]], fresh_rows[name][here])
                 worst = min(worst, cosine)
+                for rows in exact_rows:
+                    to_float32 = min(to_float32, _cosine(stored_rows[name][row_of[view]], rows[name][here]))
                 if not cosine >= SAME:
                     raise KtrayError(
                         f"The stored targets are wrong: the stored {name} of {where} has a cosine similarity of "
@@ -155,7 +173,8 @@ class CheckTargets:
                         "precision.",
                     )
         views = len(columns["view_id"])
-        return CheckedShard(item["name"], flops=flops * views, checked=views, cosine=worst).to_json()
+        more = to_float32 if exact else None
+        return CheckedShard(item["name"], flops=flops * views, checked=views, cosine=worst, to_float32=more).to_json()
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -182,7 +182,9 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
     extra = {"text": tokens, "label": table.get("label")}
     per_shard = images_per_shard(len(uris), part.view_count, view_size)
     items = shard_items(uris, extra, per_shard, part.seed)
-    rows = _store(inputs, runtime, stage, reporter, items) if cached else list_images(stage, items, cut.per_image)
+    rows, exact = (
+        _store(inputs, runtime, stage, reporter, items) if cached else (list_images(stage, items, cut.per_image), None)
+    )
     if not sum(rows.values()):
         raise KtrayError(
             "No image of the transfer set can be used",
@@ -217,14 +219,16 @@ def work(inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter
         "targets": list(targets),
         "view_size": view_size,
         "shards": [(name, rows[name]) for name in sorted(rows)],
+        "cosine_to_float32": exact,
         **sizes,
     }
 
 
 def _store(
     inputs: TeachInputs, runtime: Runtime, stage: Stage, reporter: Reporter, items: list[Item]
-) -> dict[str, int]:
-    """Store all shards; returns the number of rows of each shard by name."""
+) -> tuple[dict[str, int], float | None]:
+    """Store all shards; returns the number of rows of each shard by name, and `TeachManifest.cosine_to_float32`."""
+    exact = None
     cut, predict, jpeg = inputs.cut, inputs.predict, inputs.teach.jpeg
     reporter.expect(sum(len(item["uris"]) for item in items))
     finished = finished_shards(stage)
@@ -243,7 +247,10 @@ def _store(
             f"teach     compared the stored targets of {sum(s.checked for s in checked)} views with the live teacher's "
             f"outputs: lowest cosine similarity {min(s.cosine for s in checked):.5f}"
         )
-    return rows
+        exact = min((s.to_float32 for s in checked if s.to_float32 is not None), default=None)
+        if exact is not None:
+            logger.info(f"teach     lowest cosine similarity with those of a teacher in float32: {exact:.5f}")
+    return rows, exact
 
 
 def view_policy(part: TeachConfig) -> ViewPolicy:
