@@ -25,8 +25,9 @@ from ktray.distributed.allocation import Allocation
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_work import DeviceWork, Item, in_this_process
 from ktray.distributed.device_workers import RESTARTS, WORKERS, map_on_workers
+from ktray.distributed.freed_memory import give_back
 from ktray.distributed.packing import pack, unpack
-from ktray.distributed.ray_internals import capture_executor
+from ktray.distributed.ray_internals import capture_executor, rest_between_steps
 from ktray.distributed.watchdog import iterate_watched, waiting_for
 from ktray.storage.columns import Rows
 
@@ -175,6 +176,7 @@ def _batches(dataset: Any) -> Iterator[pa.Table]:
 
     executors: list[Any] = []
     capture_executor(dataset, executors.append)
+    rest_between_steps(dataset)
 
     def end() -> None:
         for executor in executors:
@@ -191,6 +193,7 @@ def ordered(rows: Sequence[dict[str, Any]]) -> Any:
     dataset: Any = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
+    rest_between_steps(dataset)
     return dataset
 
 
@@ -297,3 +300,10 @@ class _PrepareAndFinish:
         finish = in_this_process(self.work, kept[1])
         for item, columns in _pieces(json.loads(batch.column("item")[0].as_py()), self.prepare):
             yield self.to_table(item, finish(item, columns))
+        give_back()
+
+
+def forget_model() -> None:
+    """Drop the model that tasks have left in this process, and give freed memory back."""
+    _PrepareAndFinish.kept = None
+    give_back(now=True)

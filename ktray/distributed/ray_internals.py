@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from ray.train.v2._internal.exceptions import (
@@ -30,8 +32,14 @@ __all__ = [
     "hide_log_level_line",
     "reload_authentication",
     "remember_result",
+    "rest_between_steps",
     "spilled_bytes",
 ]
+
+
+# The shortest and the longest rest of an executor. It waits up to 0.1 s for its tasks anyway, and a step handles all
+# that are ready.
+RESTS_S = 0.005, 0.04
 
 
 def address_of_this_machine() -> str:
@@ -96,6 +104,37 @@ def capture_executor(dataset: Any, created: Callable[[Any], None]) -> None:
         return executor
 
     dataset._create_executor = capture
+
+
+@lru_cache(maxsize=1)
+def _resting() -> type:
+    from ray.data._internal.execution.execution_callback import ExecutionCallback  # slow to import
+
+    class Resting(ExecutionCallback):
+        """Rests after a step of an executor that took less than the shortest rest, longer each time."""
+
+        def before_execution_starts(self, executor: Any) -> None:
+            self.rest, self.began = RESTS_S[0], time.perf_counter()
+
+        def on_execution_step(self, executor: Any) -> None:
+            if time.perf_counter() - self.began < RESTS_S[0]:
+                time.sleep(self.rest)
+                self.rest = min(2 * self.rest, RESTS_S[1])
+            else:  # it has waited for its tasks
+                self.rest = RESTS_S[0]
+            self.began = time.perf_counter()
+
+    return Resting
+
+
+def rest_between_steps(dataset: Any) -> None:
+    """Let the executor of a Ray Data dataset rest after steps that took no time.
+
+    A step waits until all running tasks have something new. Where the consumer has no room for it, as a trainer that
+    uses a window, they have, and the executor would ask again at once, for minutes: it would need a core of its own,
+    and most of the time the interpreter lock of the process that trains.
+    """
+    dataset.context.custom_execution_callback_classes = [_resting()]
 
 
 def remember_result(scheduler: Any, trial: Any, time: float, metric: float) -> None:

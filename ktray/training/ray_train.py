@@ -25,6 +25,7 @@ import torch
 from ktray.distributed import watchdog
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.device_workers import WORKERS
+from ktray.distributed.ray_data import forget_model
 from ktray.distributed.retried_task import run_with_retries
 from ktray.models.device import device
 from ktray.reporting.heartbeat import heard_by
@@ -287,6 +288,7 @@ def _fit(
     from ray import cloudpickle
 
     torch.set_num_threads(config["threads"])
+    forget_model()  # a task of an earlier stage may have run in this process
     job: TrainingSpec = cloudpickle.loads(config["job"])
     mailbox = config["mailbox"]
     torch.manual_seed(job.settings.seed)
