@@ -5,10 +5,10 @@ size of a window and the number of virtual ranks. A run that restarts at step ``
 workers, therefore continues with exactly the batches that it would have had, and does not read the rows again that it
 has already used. All epochs are one stream without a pause between them.
 
-Rows that stay in memory are shuffled together. Larger sets are read in windows of many shards in random order, and each
-epoch divides the shards anew among the virtual ranks. Shards contain images in random order
-(`ktray.stages.teach.items`), so that a window is a random sample of the set. In a window, the views of an image are
-kept apart (`spread_views`).
+Rows that stay in memory are shuffled together. Larger sets are read in windows of many shards in random order, of which
+the first ones are small (`first_windows`), and each epoch divides the shards anew among the virtual ranks. Shards
+contain images in random order (`ktray.stages.teach.items`), so that a window is a random sample of the set. In a
+window, the views of an image are kept apart (`spread_views`).
 """
 
 from __future__ import annotations
@@ -94,6 +94,22 @@ def spread_views(images: int, views: int, rng: np.random.Generator) -> np.ndarra
     return np.concatenate([order * views + view[order, number] for number, order in enumerate(rounds)])
 
 
+def first_windows(window_rows: int, rows: int, least: int) -> list[int]:
+    """Sizes of the first windows of a training, each twice that of the one before, up to ``window_rows``: the first
+    batch waits until its whole window is read.
+
+    Args:
+        rows: of the epoch; at least as many as in the last small window remain.
+        least: size of the smallest window whose batches have no two views of an image (`spread_views`).
+    """
+    sizes: list[int] = []
+    size = max(least, window_rows // 32)
+    while size < window_rows and sum(sizes) + 2 * size <= rows:
+        sizes.append(size)
+        size *= 2
+    return sizes
+
+
 @dataclass(frozen=True)
 class _Part:
     """Rows ``first``..``last - 1`` (shuffled) of a window of an epoch; ``step`` is the first step that needs them."""
@@ -116,9 +132,10 @@ class RowSampler:
         ranks: the virtual ranks of the worker.
         rank_count: number of virtual ranks of all workers.
         seed: seed of all shuffles.
-        window_rows: number of rows of a virtual rank that are read and shuffled together, up to one slice more. If no
-            virtual rank has more rows, all are resident: they keep the same rows in all epochs, read them once and hold
-            them in memory.
+        window_rows: number of rows of a virtual rank that are read and shuffled together, up to one slice more; fewer
+            at the beginning. If no
+            virtual rank has more rows, all are resident: they keep the same rows in all epochs, read them once and
+            hold them in memory.
         views: number of consecutive rows of a shard that show one image.
         weigh: a function from the rows of a window to their weights (N,), at least 0: how often each row of the window
             is drawn, relative to the mean of the window. None: each row is drawn once per epoch.
@@ -238,8 +255,14 @@ class _Stream:
         order = self._rng(epoch, 1 << 30).permutation(len(slices))
         rows = np.array([slices[i].count for i in order])
         ends = np.cumsum(rows)
-        # Windows of nearly equal size. The images of a very small one at the end would repeat within a batch.
-        number = ((ends - rows / 2) / ends[-1] * -(-ends[-1] // self.window_rows)).astype(np.int64)
+        middle = ends - rows / 2
+        sizes = first_windows(self.window_rows, ends[-1], 2 * self.views * self.batch) if epoch == 0 else []
+        small = np.cumsum(np.array(sizes, dtype=np.int64))
+        begun = small[-1] if len(small) else 0
+        # The others have nearly equal size. The images of a very small one at the end would repeat within a batch.
+        rest = ends[-1] - begun
+        equal = ((middle - begun) / rest * -(-rest // self.window_rows)).astype(np.int64)
+        number = np.where(middle < begun, np.searchsorted(small, middle), len(small) + equal)
         return [[slices[i] for i in order[number == window]] for window in np.unique(number)]
 
     def _begin(self, row: int) -> tuple[int, int]:

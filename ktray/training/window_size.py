@@ -5,16 +5,16 @@ With large windows, images that are in one batch in one epoch are rarely togethe
 
 from __future__ import annotations
 
-FEWEST_BYTES, MOST_BYTES = 256_000_000, 2_000_000_000
+FEWEST_BYTES, USUAL_BYTES, MOST_BYTES = 256_000_000, 1_000_000_000, 2_000_000_000
 _SHARE = 8  # of the memory; a worker holds a window, parts of the next ones, and its model
 
 
 def window_bytes(memory: float, row_bytes: int, views: int, batch: int, computed: bool) -> int:
-    """The size of the windows of a worker, in bytes: a share of its memory, between `FEWEST_BYTES` and `MOST_BYTES`.
-
-    Rows that are computed during training take time, and the first batch waits for its whole window. Their windows are
-    only as large as necessary for a batch in which no two views show the same image
+    """The size of the windows of a worker, in bytes: a share of its memory, between `FEWEST_BYTES` and `USUAL_BYTES`,
+    or up to `MOST_BYTES` where a batch in which no two views show the same image needs as much
     (`ktray.training.sampler.spread_views`).
+
+    Rows that are computed during training take time. Their windows are only as large as such batches need.
 
     Args:
         memory: memory of a worker, in bytes; 0 if it is not known.
@@ -24,6 +24,4 @@ def window_bytes(memory: float, row_bytes: int, views: int, batch: int, computed
         computed: whether rows are computed during training.
     """
     room = min(MOST_BYTES, max(FEWEST_BYTES, int(memory / _SHARE)))
-    if not computed:
-        return room
-    return min(room, max(FEWEST_BYTES, 2 * views * batch * row_bytes))
+    return min(room, max(FEWEST_BYTES if computed else USUAL_BYTES, 2 * views * batch * row_bytes))

@@ -181,6 +181,34 @@ def test_the_first_batch_does_not_wait_for_the_schedule(monkeypatch):
     assert len(divided) <= 12
 
 
+def test_the_first_windows_of_a_training_are_small():
+    """Each is at most twice the one before; every image is there once, and no batch has two views of one."""
+    views, images = 2, 64
+    shards = [(f"s{i}", views * images) for i in range(400)]
+    sizes, shown = [], []
+
+    def read(windows):
+        for window in windows:
+            sizes.append(sum(s.count for s in window))
+            rows = [np.arange(s.rows) + int(s.shard[1:]) * views * images for s in window]
+            yield {"id": np.concatenate(rows)}
+
+    feed = RowSampler(shards, read, batch=32, window_rows=16_384, views=views, seed=4)
+    for batch in feed.batches(0, 400 * views * images // 32):
+        shown.append(batch["id"])
+    assert sizes == [512, 1024, 2048, 4096, 8192, 11_776, 11_776, 11_776]
+    assert sorted(np.concatenate(shown).tolist()) == list(range(400 * views * images))
+    assert all(len(set((ids // views).tolist())) == 32 for ids in shown)
+    sizes.clear()
+    later = iter(feed.batches(400 * views * images // 32, 401 * views * images // 32))
+    next(later)
+    assert sizes == [12_800], "in later epochs, a window is read while the one before is used"
+    # Never so small that views of an image come close; nothing where a window is small, or the set.
+    assert sampler.first_windows(1_000, 10_000, 300) == [300, 600]
+    assert sampler.first_windows(1_000, 10_000, 1_000) == []
+    assert sampler.first_windows(1_000, 1_001, 600) == []
+
+
 def test_batch_larger_than_the_set_spans_epochs():
     feed = RowSampler([("s0", 7)], reader(), batch=16, seed=0)
     batch = next(iter(feed.batches(0, 1)))["id"]

@@ -16,10 +16,13 @@ from ktray.jobs.bench.rows import BenchRow
 from ktray.stages.teach.items import images_per_shard, shard_numbers
 from ktray.storage.columns import Rows
 from ktray.training.sampler import RowSampler, Window
-from ktray.training.window_size import FEWEST_BYTES, MOST_BYTES
+from ktray.training.window_size import FEWEST_BYTES, window_bytes
 
 SEED = 0
 STEPS = 300
+
+
+_MEMORY = 64e9  # of a worker
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class OrderCase:
         batch: number of rows of a step, over all workers.
         size: side of a view, pixels.
         ranks: number of virtual ranks.
-        window: size of a worker's window in bytes.
+        window: size of a worker's window in bytes; None: that of a worker with much memory.
     """
 
     name: str
@@ -41,7 +44,7 @@ class OrderCase:
     batch: int
     ranks: int = 1
     size: int = 224
-    window: int = MOST_BYTES
+    window: int | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -51,7 +54,9 @@ class OrderCase:
     @property
     def window_rows(self) -> int:
         """Number of rows in the window of a virtual rank."""
-        return int(max(self.batch // self.ranks, self.window // (3 * self.size**2) // self.ranks))
+        row = 3 * self.size**2
+        window = self.window or window_bytes(_MEMORY, row, self.views, self.batch, computed=False)
+        return int(max(self.batch // self.ranks, window // row // self.ranks))
 
 
 CASES = [
