@@ -88,6 +88,11 @@ class TaskConfig(Section):
         description="name of the training list in task.splits, such as train_1percent; null: the one for the "
         "label budget, or the full one",
     )
+    label: str | None = Field(
+        None,
+        description="column of a CSV or Parquet list that has the labels, such as dx or coarse_label; null: the column "
+        "label, or another usual name",
+    )
     group: str | None = Field(
         None,
         description="column of a CSV or Parquet list that names the group of each image, such as a patient or a video; "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.fetch import fetch_images
 from ktray.errors import KtrayError
@@ -58,7 +59,7 @@ class Classification(TaskKind):
             labels_per_class=part.labels_per_class,
             layout=part.layout,
             train_list=part.train_list,
-            group=part.group,
+            columns=ListColumns(part.label, part.group),
         )
 
     def loss(self, out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ktray.data.labelled.decode import LabelReader, SetReader
 from ktray.data.labelled.label_sets import read_label_sets
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.sources.fetch import fetch_images
 from ktray.errors import KtrayError
 from ktray.models.flops import count_flops
@@ -88,7 +89,7 @@ class MultiLabel(TaskKind):
             test_fraction=part.test_fraction,
             labels=part.labels,
             labels_per_class=part.labels_per_class,
-            group=part.group,
+            columns=ListColumns(part.label, part.group),
         )
 
     def reader(self, task: LabelledSet, whole: bool = False) -> LabelReader:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from ktray.data.augment import random_views
 from ktray.data.labelled.decode import LabelReader, MaskReader
-from ktray.data.labelled.forms import no_groups
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.masked import read_masked
 from ktray.data.labelled.masks import IGNORE
 from ktray.data.preprocess import Preprocess
@@ -78,7 +78,7 @@ class Segmentation(TaskKind):
                 "task.labels_per_class cannot be used with task.kind=segmentation, because an image has many classes",
                 "Set task.labels=N for N labelled images in total, or task.train_list.",
             )
-        no_groups(part.group, data)
+        ListColumns(part.label, part.group).refuse(data, "data with masks")
         return read_masked(
             data,
             splits=part.splits,

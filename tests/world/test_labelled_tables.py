@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import picture
 
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.csv_lists import CsvTable
 from ktray.data.sources.fetch import fetch
@@ -177,8 +178,42 @@ def test_a_column_that_may_be_a_group_is_told(tmp_path: Path, put: Callable[...,
     (tmp_path / "l.csv").write_text(text)
     found = read_labelled(str(tmp_path / "l.csv"), seed=0)
     assert any("task.group=lesion_id" in note for note in found.notes)
-    grouped = read_labelled(str(tmp_path / "l.csv"), seed=0, group="lesion_id")
+    grouped = read_labelled(str(tmp_path / "l.csv"), seed=0, columns=ListColumns(group="lesion_id"))
     assert not any("may name images that belong together" in note for note in grouped.notes)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_the_recipe_may_name_the_column_of_the_labels(tmp_path: Path, put: Callable[..., None], form: str) -> None:
+    """As of HAM10000 (dx), or the coarse classes of CIFAR-100, whose fine ones are in another column."""
+    put("x", 12)
+    columns = {
+        "path": [f"x/{i:03d}.jpg" for i in range(12)],
+        "fine_label": [f"f{i % 4}" for i in range(12)],
+        "coarse_label": [f"c{i % 2}" for i in range(12)],
+        "dx": ["abc"[i % 3] for i in range(12)],
+    }
+    path = tmp_path / f"l.{form}"
+    if form == "csv":
+        rows = [",".join(columns), *(",".join(row) for row in zip(*columns.values(), strict=True))]
+        path.write_text("\n".join(rows))
+    else:
+        pq.write_table(pa.table(columns), path)
+
+    def classes(label: str | None) -> tuple[list[str], list[str]]:
+        found = read_labelled(str(path), seed=0, columns=ListColumns(label))
+        return found.classes, found.notes
+
+    fine, notes = classes(None)
+    assert fine == ["f0", "f1", "f2", "f3"]
+    assert f"The column 'fine_label' of 'l.{form}' has the labels; task.label=coarse_label takes another." in notes
+    coarse, notes = classes("Coarse_Label")
+    assert coarse == ["c0", "c1"]
+    assert not any("has the labels" in note for note in notes)
+    assert classes("dx")[0] == ["a", "b", "c"]
+    with pytest.raises(KtrayError, match=r"no column 'corse_label' \(task\.label\). Is 'coarse_label' meant\?"):
+        classes("corse_label")
+    with pytest.raises(KtrayError, match=r"no column 'kind' \(task\.label\). It has the columns path, fine_label"):
+        classes("kind")
 
 
 def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.label_lists import decode, encode
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc, three
 from ktray.errors import KtrayError
 
@@ -31,18 +32,14 @@ def fits(path: str, file: FileStat | None) -> bool:
     return bool(path.lower().endswith(_SUFFIX) if file else _files(path))
 
 
-def read(path: str, file: FileStat | None, notes: list[str], group: str | None) -> list[LabelledRow]:
+def read(path: str, file: FileStat | None, notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     """The rows of all images. Their labels are those of `ktray.data.labelled.label_lists.encode`.
 
     Raises:
         KtrayError: a file is not in the format, an annotation refers to an image or a category that does not exist, or
             no image exists.
     """
-    if group is not None:
-        raise KtrayError(
-            f"task.group={group} is a column of a CSV or Parquet list, and '{path}' has COCO annotations",
-            "Remove task.group, or convert the annotations to a list with the columns path,label and this one.",
-        )
+    asked.refuse(path, "a file or folder with COCO annotations")
     files = {"": [path]} if file else _files(path)
     twice = next((names for names in files.values() if len(names) > 1), None)
     if twice:

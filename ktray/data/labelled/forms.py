@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
 from ktray.data.labelled.annotations import annotated
+from ktray.data.labelled.list_columns import USUAL, ListColumns
 from ktray.data.labelled.rows import SPLITS, LabelledRow, count, nfc, three
 from ktray.data.labelled.tables import is_table, read_folder_tables, read_table, read_tables, tables_of_folder
 from ktray.data.magic import HEAD_BYTES, decodable, image_kind
@@ -25,12 +26,12 @@ FORMS = (
 )
 
 
-def read_rows(data: str, notes: list[str], group: str | None = None, layout: str = "auto") -> list[LabelledRow]:
+def read_rows(data: str, notes: list[str], asked: ListColumns = USUAL, layout: str = "auto") -> list[LabelledRow]:
     """All labelled images of a folder of class folders, of a list, or of the tables that a folder or pattern names.
     Ignored files are reported in ``notes``.
 
     Args:
-        group: the column of a list with the group of each image; None: the column ``group``, if there is one.
+        asked: the columns of a list that the recipe names.
         layout: ``classes``: every folder is a class, whatever its name; ``splits``: train, val and test are splits, and
             other folders beside them are ignored; auto: recognised.
 
@@ -39,38 +40,29 @@ def read_rows(data: str, notes: list[str], group: str | None = None, layout: str
     """
     normal = filesystem.normalise(data)
     if filesystem.has_glob(normal) and filesystem.stat(normal) is None and not filesystem.is_folder(normal):
-        return _pattern(normal, notes, group)
+        return _pattern(normal, notes, asked)
     path, file = place(data)
     if file is None:
         if tables := tables_of_folder(path):
-            return read_folder_tables(tables, notes, group)
+            return read_folder_tables(tables, notes, asked)
         before = len(notes)
         rows = _folder(path, notes, layout)
         if not rows:
             seen = notes[before:]
             del notes[before:]  # they would say that the tables are ignored
-            rows = _tables_below(path, notes, group)
+            rows = _tables_below(path, notes, asked)
             if not rows:
                 notes[before:] = seen
-        elif group is not None:
-            no_groups(group, path)
+        else:
+            asked.refuse(path, "a folder")
         if not rows:
             raise _nothing(path, notes)
         return rows
     if is_table(path):
-        return read_table(file, notes, group)
+        return read_table(file, notes, asked)
     if path.lower().endswith(_ARCHIVES):
         raise KtrayError(f"'{path}' is an archive", "Unpack it, and set task.data to the folder.")
     raise KtrayError(f"'{path}' is not in a format of labelled data", FORMS)
-
-
-def no_groups(group: str | None, path: str) -> None:
-    """Raises KtrayError if task.group is set, for data without columns."""
-    if group is not None:
-        raise KtrayError(
-            f"task.group={group} is a column of a CSV or Parquet list, and '{path}' is a folder",
-            "Remove task.group, or set task.data to a list with the columns path,label and this one.",
-        )
 
 
 def place(data: str) -> tuple[str, FileStat | None]:
@@ -219,15 +211,15 @@ def _unusable(file: FileStat) -> str:
     return f"they are {kind} images, which this installation cannot decode ({remedy})"
 
 
-def _pattern(pattern: str, notes: list[str], group: str | None) -> list[LabelledRow]:
+def _pattern(pattern: str, notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     matches = filesystem.expand_files(pattern)
     files = [file for path, file in matches if file is not None and is_table(path)]
     if not files:
         raise KtrayError(f"No list of labelled images matches '{pattern}'", f"Check task.data. {FORMS}")
-    return read_tables(files, notes, group)
+    return read_tables(files, notes, asked)
 
 
-def _tables_below(path: str, notes: list[str], group: str | None) -> list[LabelledRow]:
+def _tables_below(path: str, notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     """The rows of tables (Parquet files, tar shards, ...) in a folder, in its folder ``data``, or in its only folder
     that has some; none if there are no such files. CSV lists must be named themselves."""
     found: dict[str, list[FileStat]] = defaultdict(list)
@@ -236,12 +228,12 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
         found[file.path.rpartition("/")[0]].append(file)
     for folder in (path, f"{path}/data"):
         if folder in found:
-            return read_tables(found[folder], notes, group)
+            return read_tables(found[folder], notes, asked)
     if all(folder.rpartition("/")[0] == path and folder.rpartition("/")[2].lower() in SPLITS for folder in found):
         rows: list[LabelledRow] = []
         for folder, files in sorted(found.items()):
             for file in sorted(files, key=lambda f: f.path):
-                rows += read_table(file, notes, group, SPLITS[folder.rpartition("/")[2].lower()])
+                rows += read_table(file, notes, asked, SPLITS[folder.rpartition("/")[2].lower()])
         notes += missing_shards(file.path for files in found.values() for file in files)
         return rows
     if len(found) > 1:
@@ -249,7 +241,7 @@ def _tables_below(path: str, notes: list[str], group: str | None) -> list[Labell
         raise KtrayError(
             f"'{path}' has {tables[0][1]} in {count(names, 'folder')}: {three(names)}", "Set task.data to one of them."
         )
-    return read_tables(next(iter(found.values())), notes, group) if found else []
+    return read_tables(next(iter(found.values())), notes, asked) if found else []
 
 
 def _one_kind(path: str, files: Sequence[FileStat]) -> list[tuple[FileStat, str]]:

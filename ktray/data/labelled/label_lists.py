@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.rows import LabelledRow, nfc
 from ktray.data.labelled.tables import cell_text, read_table
 from ktray.data.sources.csv_lists import is_csv
@@ -30,17 +31,17 @@ def fits(path: str, file: FileStat | None) -> bool:
     return file is not None and (is_csv(path) or is_parquet(path))
 
 
-def read(path: str, file: FileStat | None, notes: list[str], group: str | None) -> list[LabelledRow]:
+def read(path: str, file: FileStat | None, notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     """The rows of a list. Their labels are those of `encode`.
 
     Raises:
         KtrayError: the list cannot be read or lacks a column, or its images do not exist.
     """
     assert file is not None  # see `fits`
-    sets = None if is_csv(path) else _lists(path)
+    sets = None if is_csv(path) else _lists(path, asked.label or "label")
     if sets is not None:
-        return read_table(file, notes, group, labels=[encode(names) for names in sets])
-    rows = read_table(file, notes, group, unlabelled=True)
+        return read_table(file, notes, asked, labels=[encode(names) for names in sets])
+    rows = read_table(file, notes, asked, unlabelled=True)
     return [replace(row, label=encode(split_names(row.label))) for row in rows]
 
 
@@ -62,12 +63,12 @@ def decode(label: str) -> list[str]:
     return names
 
 
-def _lists(path: str) -> list[list[str]] | None:
+def _lists(path: str, label: str) -> list[list[str]] | None:
     """The names of each row, if the column ``label`` of a Parquet file has lists; None: it has something else."""
     try:
         with filesystem.open_random(path) as stream, pq.ParquetFile(stream) as file:
             columns = {field.name.lower(): field for field in reversed(list(file.schema_arrow))}
-            field = columns.get("label")
+            field = columns.get(label.lower())
             if field is None or not (pa.types.is_list(field.type) or pa.types.is_large_list(field.type)):
                 return None
             if pa.types.is_nested(field.type.value_type):

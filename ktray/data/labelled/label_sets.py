@@ -9,6 +9,7 @@ from ktray.data.labelled.draw_sets import SetDrawing
 from ktray.data.labelled.forms import place
 from ktray.data.labelled.label_lists import decode
 from ktray.data.labelled.labelled_set import LabelledSet, divide
+from ktray.data.labelled.list_columns import USUAL, ListColumns
 from ktray.data.labelled.read import in_order
 from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.errors import KtrayError
@@ -29,7 +30,7 @@ def read_label_sets(
     test_fraction: float = 0.2,
     labels: int | None = None,
     labels_per_class: int | None = None,
-    group: str | None = None,
+    columns: ListColumns = USUAL,
 ) -> LabelledSet:
     """Read images with a set of classes each; the set may be empty.
 
@@ -39,7 +40,7 @@ def read_label_sets(
         seed, val_fraction, test_fraction: see `ktray.data.labelled.draw_sets`.
         labels: label budget: number of training images in all. None keeps all.
         labels_per_class: label budget: number of training images of each class, as far as there are as many.
-        group: the column of a list with the group of each image; None: the column ``group``, if there is one.
+        columns: the columns of a list that the recipe names.
 
     Returns:
         The set; the labels of its examples are tuples of class numbers.
@@ -56,7 +57,7 @@ def read_label_sets(
         raise KtrayError(f"'{path}' is not in a format of images with sets of classes", _FORMS)
     notes: list[str] = []
     found = divide(
-        form.read(path, file, notes, group),
+        form.read(path, file, notes, columns),
         classes=lambda rows: _class_names(rows, path),
         label=lambda row, number: tuple(sorted(number[name] for name in decode(row.label))),
         seed=seed,

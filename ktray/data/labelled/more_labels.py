@@ -18,6 +18,7 @@ from ktray.data import filesystem
 from ktray.data.labelled.contents import content_versions
 from ktray.data.labelled.label_lists import split_names
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
+from ktray.data.labelled.list_columns import USUAL
 from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.data.labelled.tables import is_table, read_table
 from ktray.data.sources.uris import ImageRef
@@ -94,7 +95,7 @@ def _read(path: str) -> list[LabelledRow]:
         raise KtrayError(f"{_KEY}={path} does not exist", filesystem.missing(path))
     if not is_table(path):
         raise KtrayError(f"{_KEY}={path} is not a list", _FORM)
-    rows = read_table(file, [], None, unlabelled=True)
+    rows = read_table(file, [], USUAL, unlabelled=True)
     heldout = [row.uri for row in rows if row.split != "train"]
     if heldout:
         raise KtrayError(

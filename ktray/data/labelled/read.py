@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ktray.data.filesystem import normalise
-from ktray.data.labelled.forms import no_groups, place, read_rows
+from ktray.data.labelled.forms import place, read_rows
 from ktray.data.labelled.labelled_set import LabelledSet, check_train_list, divide
 from ktray.data.labelled.layouts import readable
+from ktray.data.labelled.list_columns import USUAL, ListColumns
 from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.data.labelled.split_lists import read_split_lists
 from ktray.errors import KtrayError
@@ -26,7 +27,7 @@ def read_labelled(
     labels_per_class: int | None = None,
     layout: str = "auto",
     train_list: str | None = None,
-    group: str | None = None,
+    columns: ListColumns = USUAL,
 ) -> LabelledSet:
     """Read images with one class each.
 
@@ -44,7 +45,7 @@ def read_labelled(
             `layouts.LAYOUTS`; auto recognises it by the file names in the lists and by the folders.
         train_list: name of the train list in ``splits``, with or without suffix; None: the list for the budget if there
             is one, otherwise the full list.
-        group: the column of a list with the group of each image; None: the column ``group``, if there is one.
+        columns: the columns of a list that the recipe names.
 
     Returns:
         The set, each part in a fixed order.
@@ -74,10 +75,10 @@ def read_labelled(
                 f"task.splits needs a folder of images, but '{root}' is a list",
                 "Remove task.splits, or set task.data to a folder.",
             )
-        no_groups(group, root)
+        columns.refuse(root, "a folder")
         rows, recognised = read_split_lists(root, normalise(splits), labels_per_class, train_list, layout, notes)
     else:
-        rows = read_rows(data, notes, group, layout)
+        rows = read_rows(data, notes, columns, layout)
     return divide(
         rows,
         classes=lambda rows: _classes(rows, data),

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from ktray.data import filesystem
 from ktray.data.filesystem import FileStat
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.rows import SPLITS, LabelledRow, nfc
 from ktray.data.sources.base import LabelTable, in_order
 from ktray.data.sources.csv_lists import CsvTable, is_csv, no_rows
@@ -73,7 +74,7 @@ def tables_of_folder(path: str) -> list[LabelTable]:
 def read_table(
     file: FileStat,
     notes: list[str],
-    group: str | None,
+    asked: ListColumns,
     split: str = "train",
     labels: Sequence[str] | None = None,
     unlabelled: bool = False,
@@ -82,7 +83,7 @@ def read_table(
 
     Args:
         notes: decisions with their reasons are appended.
-        group: the column with the group of each image; None: the column ``group``, if there is one.
+        asked: the columns that the recipe names.
         split: the split of rows without one.
         labels: the label of each row, if it is not a text in the column; None: it is.
         unlabelled: whether a label may be empty.
@@ -93,16 +94,16 @@ def read_table(
     """
     path, version = file.path, f"list {file.size}:{file.mtime_ns}"
     if is_csv(path):
-        return _labelled(path, version, _csv(path, group, notes), notes, split, labels, unlabelled)
+        return _labelled(path, version, _csv(path, asked, notes), notes, split, labels, unlabelled)
     source = next(source for _, source in in_order() if source.labelled and source.fits(path))
     rows: list[LabelledRow] = []
     for table in source.tables(path, file):
-        part = _columns(table, group, notes)
+        part = _columns(table, asked, notes)
         rows += _labelled(path, version, part, notes, table.split or split, labels, unlabelled)
     return rows
 
 
-def read_folder_tables(tables: Sequence[LabelTable], notes: list[str], group: str | None) -> list[LabelledRow]:
+def read_folder_tables(tables: Sequence[LabelTable], notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     """The labelled images of the tables of a folder (`tables_of_folder`).
 
     Raises:
@@ -111,7 +112,7 @@ def read_folder_tables(tables: Sequence[LabelTable], notes: list[str], group: st
     rows: list[LabelledRow] = []
     for table in tables:
         split = table.split or "train"
-        rows += _labelled(table.path, table.version, _columns(table, group, notes), notes, split)
+        rows += _labelled(table.path, table.version, _columns(table, asked, notes), notes, split)
     return rows
 
 
@@ -184,7 +185,7 @@ def _splits(paths: Sequence[str]) -> dict[str, str | None]:
     return inside if "train" in inside.values() and None not in inside.values() else splits
 
 
-def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) -> list[LabelledRow]:
+def read_tables(files: Sequence[FileStat], notes: list[str], asked: ListColumns) -> list[LabelledRow]:
     """The labelled images of several tables, whose names begin with their splits (see `split_of_file`).
 
     Raises:
@@ -201,7 +202,7 @@ def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) 
     rows: list[LabelledRow] = []
     for file in sorted(files, key=lambda f: f.path):
         split = splits[file.path] or "train"
-        rows += read_table(file, notes, group, split)
+        rows += read_table(file, notes, asked, split)
         read[split].append(file.path)
     listed = ", ".join(f"{len(paths)} for {split}" for split, paths in sorted(read.items()))
     notes.append(f"{len(files)} tables are read: {listed}.")
@@ -212,10 +213,10 @@ def read_tables(files: Sequence[FileStat], notes: list[str], group: str | None) 
     return rows
 
 
-def _csv(path: str, group: str | None, notes: list[str]) -> _Table:
+def _csv(path: str, asked: ListColumns, notes: list[str]) -> _Table:
     table = CsvTable.open(path)
     paths = _column(table.names, ("path", *PATH_NAMES), "path", path)
-    wanted = [paths, *_described(table.names, path, group, notes)]
+    wanted = [paths, *_described(table.names, path, asked, notes)]
     present = [name for name in wanted if name]
     at = [present.index(name) if name else -1 for name in wanted]
 
@@ -227,11 +228,11 @@ def _csv(path: str, group: str | None, notes: list[str]) -> _Table:
     return _Table(rows(), first=2)
 
 
-def _columns(table: LabelTable, group: str | None, notes: list[str]) -> _Table:
+def _columns(table: LabelTable, asked: ListColumns, notes: list[str]) -> _Table:
     path = table.path
     names = [*(name for name in table.schema.names if name != table.images), *table.fixed]
     paths = "" if table.uri else _column(names, ("path", *PATH_NAMES), "path", path)
-    described = _described(names, path, group, notes)
+    described = _described(names, path, asked, notes)
     wanted = (paths, *described)
     columns = table.read([name for name in dict.fromkeys(wanted) if name and name not in table.fixed])
     columns |= {name: [value] * table.count for name, value in table.fixed.items()}
@@ -257,15 +258,20 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
         return []
 
 
-def _described(names: Sequence[str], path: str, group: str | None, notes: list[str]) -> tuple[str, str, str]:
+def _described(names: Sequence[str], path: str, asked: ListColumns, notes: list[str]) -> tuple[str, str, str]:
     """The columns with label, split and group; "" for a split or group that the table does not have."""
-    label = _column(names, LABEL_NAMES, "label", path)
-    if label.lower() != LABEL_NAMES[0]:
-        notes.append(f"The column '{label}' of '{path.rpartition('/')[2]}' has the labels.")
+    if asked.label is not None:
+        label = _column(names, (asked.label.lower(),), asked.label, path, " (task.label)")
+    else:
+        label = _column(names, LABEL_NAMES, "label", path)
+        if label.lower() != LABEL_NAMES[0]:
+            others = [name for name in names if name != label and name.lower() in LABEL_NAMES]
+            other = f"; task.label={others[0]} takes another" if others else ""
+            notes.append(f"The column '{label}' of '{path.rpartition('/')[2]}' has the labels{other}.")
     lower = {name.lower(): name for name in reversed(names)}
     split = next((lower[name] for name in SPLIT_NAMES if name in lower), "")
-    if group is not None:
-        member = _column(names, (group.lower(),), group, path, " (task.group)")
+    if asked.group is not None:
+        member = _column(names, (asked.group.lower(),), asked.group, path, " (task.group)")
     else:
         member = lower.get("group", "")
         seen = [name for name in names if _GROUP_LIKE.fullmatch(name) and name not in (label, split)]
@@ -283,9 +289,14 @@ def _column(names: Sequence[str], known: Sequence[str], needed: str, path: str, 
     if found is not None:
         return found
     near = difflib.get_close_matches(needed.lower(), lower, n=1)
+    if key:
+        hint = f"Is '{lower[near[0]]}' meant?" if near else f"It has the columns {', '.join(names)}."
+        raise KtrayError(f"List '{path}' has no column '{needed}'{key}", hint)
     hint = f"Rename '{lower[near[0]]}'" if near else f"This one has the columns {', '.join(names)}"
+    other = ", or name yours in task.label" if needed == "label" else ""
     raise KtrayError(
-        f"List '{path}' has no column '{needed}'{key}", f"A list has the columns path,label[,split][,group]. {hint}."
+        f"List '{path}' has no column '{needed}'",
+        f"A list has the columns path,label[,split][,group]. {hint}{other}.",
     )
 
 

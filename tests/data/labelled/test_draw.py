@@ -15,6 +15,7 @@ from PIL import Image
 from ktray.data.labelled.draw import draws, fill_splits, keep_budget
 from ktray.data.labelled.hygiene_groups import torn_groups, units
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.read import read_labelled
 from ktray.data.labelled.rows import LabelledRow
 from ktray.errors import KtrayError
@@ -170,7 +171,7 @@ def splits_of(task: LabelledSet) -> dict[int, str]:
 def test_the_group_column_of_a_list_is_kept_together(tmp_path, form: str, column: str, key: str | None) -> None:
     path = write_list(tmp_path, form, column)
     for seed in range(3):
-        split = splits_of(read_labelled(str(path), seed=seed, group=key))
+        split = splits_of(read_labelled(str(path), seed=seed, columns=ListColumns(group=key)))
         assert set(split.values()) == {"train", "val", "test"}
         for patient in range(9):
             assert len({split[i] for i in range(4 * patient, 4 * patient + 4)}) == 1
@@ -210,9 +211,11 @@ def test_a_folder_has_no_columns(tmp_path, kind: str) -> None:
         picture(tmp_path / name / "0.png", 0)
     with pytest.raises(KtrayError, match=r"task\.group=patient is a column of a CSV or Parquet list"):
         task_kind(kind).read(str(tmp_path), TaskConfig(group="patient"))
+    with pytest.raises(KtrayError, match=r"task\.label=dx is a column of a CSV or Parquet list"):
+        task_kind(kind).read(str(tmp_path), TaskConfig(label="dx"))
 
 
 def test_a_missing_group_column_names_the_nearest(tmp_path) -> None:
     path = write_list(tmp_path, "csv", "patient_id")
-    with pytest.raises(KtrayError, match=r"no column 'patientid' \(task\.group\)[\s\S]*Rename 'patient_id'"):
-        read_labelled(str(path), seed=0, group="patientid")
+    with pytest.raises(KtrayError, match=r"no column 'patientid' \(task\.group\)[\s\S]*Is 'patient_id' meant"):
+        read_labelled(str(path), seed=0, columns=ListColumns(group="patientid"))

@@ -14,6 +14,7 @@ from image_zoo import jpeg
 from ktray.data.labelled.decode import SetReader, decode_examples
 from ktray.data.labelled.label_sets import read_label_sets
 from ktray.data.labelled.labelled_set import LabelledSet
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.errors import KtrayError
 
 ROWS = [
@@ -71,6 +72,21 @@ def test_names_in_parquet_lists_may_have_separators_and_be_numbers(tmp_path: Pat
         table = pa.table({"path": ["a.jpg", "b.jpg"], "label": values, "split": ["train", "val"]})
         pq.write_table(table, tmp_path / "list.parquet")
         assert read_label_sets(str(tmp_path / "list.parquet"), seed=0).classes == classes
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_the_recipe_may_name_the_column_of_the_sets(tmp_path: Path, form: str) -> None:
+    images(tmp_path, [name for name, _, _ in ROWS])
+    sets = {name: [c for c in ("bird", "cat", "dog") if c in label] for name, label, _ in ROWS}
+    if form == "csv":
+        lines = [f"{name},nothing,{'|'.join(sets[name])},{split}" for name, _, split in ROWS]
+        (tmp_path / "list.csv").write_text("\n".join(["path,label,Tags,split", *lines]), encoding="utf-8")
+    else:
+        table = {"path": list(sets), "label": ["nothing"] * len(ROWS), "Tags": list(sets.values())}
+        pq.write_table(pa.table({**table, "split": [r[2] for r in ROWS]}), tmp_path / "list.parquet")
+    found = read_label_sets(str(tmp_path / f"list.{form}"), seed=0, columns=ListColumns(label="tags"))
+    assert found.classes == ["bird", "cat", "dog"]
+    assert labels(found) == EXPECTED
 
 
 def test_images_inside_a_parquet_file(tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
         with pytest.raises(KtrayError, match=message):
             read_label_sets(str(tmp_path / name), seed=0)
     with pytest.raises(KtrayError, match=r"task\.group=patient is a column"):
-        read_label_sets(str(tmp_path / "x.json"), seed=0, group="patient")
+        read_label_sets(str(tmp_path / "x.json"), seed=0, columns=ListColumns(group="patient"))
 
 
 def test_classes_that_cannot_be_learned_are_named(tmp_path: Path) -> None:

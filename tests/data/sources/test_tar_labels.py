@@ -10,6 +10,7 @@ import pytest
 from archives import tar_bytes
 from pictures import picture
 
+from ktray.data.labelled.list_columns import ListColumns
 from ktray.data.labelled.read import read_labelled
 from ktray.data.sources.fetch import fetch
 from ktray.errors import KtrayError
@@ -68,7 +69,7 @@ def test_a_cls_decides_over_json_and_splits_may_be_in_json(tmp_path: Path) -> No
         facts = {"label": 9, "split": "test" if i > 5 else "train", "patient": f"p{i}"}
         members |= {f"{i}.cls": str(i % 2).encode(), f"{i}.json": json.dumps(facts).encode()}
         members[f"{i}.jpg"] = picture(str(i))
-    found = read_labelled(str(shard(tmp_path / "x.tar", members)), seed=0, group="patient")
+    found = read_labelled(str(shard(tmp_path / "x.tar", members)), seed=0, columns=ListColumns(group="patient"))
     assert found.classes == ["0", "1"]
     assert len(found.test) == 2
 
