@@ -161,8 +161,10 @@ def similar_rows(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.nd
     if (place := device()).type == "cuda":
         return above(a, b, similarity, place)
     cosine = a @ b.T
-    g, h = np.nonzero(cosine >= similarity)
-    return g, h, cosine[g, h]
+    # NumPy looks through a row of a billion values several times as fast as through a table of them.
+    flat = np.flatnonzero(cosine >= similarity)
+    g, h = np.divmod(flat, len(b))
+    return g, h, cosine.reshape(-1)[flat]
 
 
 def hash_duplicates(

@@ -44,21 +44,31 @@ def similar_pairs(span: Span, embedding: np.ndarray, prints: Fingerprints, simil
         embedding: (N, D) float32 unit embeddings of all images.
         prints: their fingerprints.
     """
-    found: list[Pairs] = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    found = [_equal_pairs(span, prints.digest)]
     step = max(1, _VALUES_AT_ONCE // max(1, span[1]))
     for first in range(*span, step):
         last = min(span[1], first + step)
-        identical = np.nonzero(prints.digest[first:last, None] == prints.digest[None, :last])
-        alike = similar_rows(embedding[first:last], embedding[:last], similarity)
-        i, j = (np.concatenate([a, b]) for a, b in zip(identical, alike, strict=False))
+        i, j, _ = similar_rows(embedding[first:last], embedding[:last], similarity)
         i += first
-        near = j < i
-        i, j = i[near], j[near]
+        i, j = i[j < i], j[j < i]
         near = bit_counts(prints.hash[i] ^ prints.hash[j]) <= distance
-        pairs = np.unique(np.stack([i[near], j[near]]), axis=1)
-        found.append((pairs[0], pairs[1]))
+        found.append((i[near], j[near]))
     i, j = (np.concatenate(rows) for rows in zip(*found, strict=True))
-    return i, j
+    pairs = np.unique(np.stack([i, j]), axis=1)
+    return pairs[0], pairs[1]
+
+
+def _equal_pairs(span: Span, values: np.ndarray) -> Pairs:
+    """The rows i of a span and j < i with the same value."""
+    values = values[: span[1]]
+    order = np.argsort(values, kind="stable")  # rows with the same value are neighbours, in ascending order
+    begins = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0]) if len(values) else np.zeros(0, np.int64)
+    place, begin = np.empty(len(order), np.int64), np.repeat(begins, np.diff(np.r_[begins, len(order)]))
+    place[order] = np.arange(len(order))
+    first = begin[place[slice(*span)]]
+    earlier = place[slice(*span)] - first  # number of rows before it with its value
+    at = np.arange(earlier.sum()) - np.repeat(np.cumsum(earlier) - earlier, earlier)
+    return np.repeat(np.arange(*span), earlier), order[np.repeat(first, earlier) + at]
 
 
 def _one_after_the_other(
