@@ -61,6 +61,7 @@ class LinearHead(nn.Module):
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Fitted = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a head
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,15 @@ def probe_head(
         raise KtrayError("The teacher's embeddings are not finite", "Check teacher.checkpoint.")
     x, y = _unit(embeddings), labels.to(_compute_device(embeddings))
     scores: dict[float, float] = {}
+    per_fold: list[dict[float, tuple[float, Fitted]]] = []
     if len(l2) > 1:
         folds = [(x, y, _unit(val[0]), val[1].to(y.device))] if val is not None else _folds(x, y, seed)
         per_fold = [_path_scores(*fold, num_classes, l2, start, link) for fold in folds]
-        scores = {s: float(np.mean([fold[s] for fold in per_fold])) for s in l2} if per_fold else {}
+        scores = {s: float(np.mean([fold[s][0] for fold in per_fold])) for s in l2} if per_fold else {}
     # With one label per class, no labels can be held out; the middle of the grid is a safe choice.
     chosen = min(scores, key=lambda s: (scores[s], -s)) if scores else sorted(l2)[len(l2) // 2]
-    weight, bias = _fit(x, y, num_classes, chosen, start, None, link.loss)
+    near = per_fold[0][chosen][1] if scores else None
+    weight, bias = _fit(x, y, num_classes, chosen, start, near, link.loss)
     head = LinearHead(weight.to(embeddings.device), bias.to(embeddings.device))
     head.l2, head.scores = chosen, scores
     return head
@@ -218,23 +221,26 @@ def _fit(
     num_classes: int,
     l2: float,
     start: LinearHead | None,
-    warm: tuple[torch.Tensor, torch.Tensor] | None,
+    warm: Fitted | None,
     mean_loss: Loss,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rough: bool = False,
+) -> Fitted:
+    """The head with the smallest loss. ``warm``: where to begin; ``rough``: precise enough to compare strengths."""
     if start is None:
         anchor = x.new_zeros(num_classes, x.shape[1])
         first = (anchor, x.new_zeros(num_classes))
     else:
         anchor = start.weight.detach().to(x)
         first = (anchor, start.bias.detach().to(x))
-    weight, bias = (t.clone().requires_grad_() for t in (warm or first))
+    weight, bias = (t.to(x, copy=True).requires_grad_() for t in (warm or first))
+    iterations, change = (100, 1e-9) if rough else (500, 1e-11)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=500,
+        max_iter=iterations,
         max_eval=1000,
         history_size=20,
         tolerance_grad=1e-7,
-        tolerance_change=1e-11,
+        tolerance_change=change,
         line_search_fn="strong_wolfe",
     )
 
@@ -264,14 +270,19 @@ def _path_scores(
     l2: Sequence[float],
     start: LinearHead | None,
     link: Link,
-) -> dict[float, float]:
-    """Held-out loss for each strength, from strong to weak; each fit starts from the result of the previous fit."""
-    scores, warm = {}, None
+) -> dict[float, tuple[float, Fitted]]:
+    """For each strength, from strong to weak, the held-out loss and the head; each fit begins at the one before.
+
+    These fits are rough and in float32, because they only choose a strength: in float64, thousands of images of a
+    thousand classes take minutes.
+    """
+    x, held_x = x.float(), held_x.float()
+    found, warm = {}, None
     for strength in sorted(l2, reverse=True):
-        warm = _fit(x, y, num_classes, strength, start, warm, link.loss)
+        warm = _fit(x, y, num_classes, strength, start, warm, link.loss, rough=True)
         logits = F.linear(held_x, *warm)
-        scores[strength] = _mean_loss(link.loss, logits, held_y, link.temperature(logits, held_y))
-    return scores
+        found[strength] = _mean_loss(link.loss, logits, held_y, link.temperature(logits, held_y)), warm
+    return found
 
 
 def _folds(

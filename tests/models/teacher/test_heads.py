@@ -65,7 +65,7 @@ def test_many_classes_are_fitted_in_pieces_of_rows(monkeypatch: pytest.MonkeyPat
     assert max(rows) == 7
     assert found.l2 == whole.l2
     torch.testing.assert_close(found.weight, whole.weight, atol=1e-4, rtol=1e-4)
-    assert list(found.scores.values()) == pytest.approx(list(whole.scores.values()), rel=1e-5)
+    assert list(found.scores.values()) == pytest.approx(list(whole.scores.values()), rel=1e-3)
     assert fit_temperature(whole(val[0]), val[1]) == pytest.approx(temperature, rel=1e-5)
 
 
