@@ -213,7 +213,10 @@ SHRUNKEN = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCALE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("eurosat", "places365") else name for name in SCALE],
+)
 def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
     data, lists, gallery = small_copy(tmp_path, name)
     keys = [f"store={tmp_path}/store", f"task.data={data}", f"task.splits={lists}", f"gallery.data={gallery}"]
