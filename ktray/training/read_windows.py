@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ktray.distributed.device_work import Item
-from ktray.distributed.packing import pack, views
+from ktray.distributed.packing import views
 from ktray.distributed.ray_data import WorkerPool, map_items, ordered
 from ktray.storage.columns import Rows, read_rows
 from ktray.storage.store import Dir
@@ -24,6 +24,7 @@ from ktray.targets.jpeg import decode_views
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Loaded, Predict
 from ktray.training.messages import BadImages, TeacherFlops
+from ktray.training.read_slices import ReadSlice, SliceTask, slice_table, some_images
 from ktray.training.sampler import Reader, Window
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def read_windows(directory: Dir, columns: Sequence[str], version: str = "") -> R
         shared = len({s.shard for w in windows for s in w}) < sum(map(len, windows))
         whole = (cache if shared else lambda plain: plain)(lambda shard: read_rows(directory, shard, columns, version))
         for window in windows:
-            yield _concat([decode_views(_some(whole(s.shard), s.start, s.step, s.views)) for s in window])
+            yield _concat([decode_views(some_images(whole(s.shard), s.start, s.step, s.views)) for s in window])
 
     return read
 
@@ -58,7 +59,7 @@ def stream_windows(directory: Dir, columns: Sequence[str], cpus: float, version:
         cpus: CPUs of a task.
         version: version of the shards, of which each node then keeps copies (`ktray.storage.node_cache`).
     """
-    read = _ReadSlice(directory, columns, version)
+    read = ReadSlice(directory, columns, version)
     return _StreamReader(lambda dataset: _map_slices(dataset, read, cpus), None, SLICES)
 
 
@@ -80,7 +81,7 @@ def made_windows(
         return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report, SLICES)
     slices = SLICES_ON_GPUS if pool.gpus else SLICES
     work = _PredictRows(predict)
-    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, work, pool, _to_table), report, slices)
+    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, work, pool, slice_table), report, slices)
 
 
 class _StreamReader:
@@ -144,31 +145,7 @@ class _StreamReader:
 
 def _map_slices(dataset: Any, prepare: Callable[[Item], Rows], cpus: float) -> Any:
     # Ray Data may start a task 0.1 s late, which is as long as a slice takes: two tasks for each CPU keep it busy.
-    return dataset.map_batches(_SliceTask(prepare), batch_size=1, batch_format="pyarrow", num_cpus=cpus / 2)
-
-
-class _SliceTask:
-    def __init__(self, prepare: Callable[[Item], Rows]) -> None:
-        self.prepare = prepare
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        item = json.loads(batch.column("item")[0].as_py())
-        return _to_table(item, self.prepare(item))
-
-
-def _to_table(item: Item, rows: Rows) -> pa.Table:
-    return pa.table({"columns": pack(rows), "last": [bool(item["last"])]})
-
-
-@dataclass(frozen=True)
-class _ReadSlice:
-    directory: Dir
-    columns: Sequence[str]
-    version: str
-
-    def __call__(self, item: Item) -> Rows:
-        rows = read_rows(self.directory, item["shard"], self.columns, self.version)
-        return decode_views(_some(rows, item["start"], item["step"], item["views"]))
+    return dataset.map_batches(SliceTask(prepare), batch_size=1, batch_format="pyarrow", num_cpus=cpus / 2)
 
 
 @dataclass(frozen=True)
@@ -232,13 +209,6 @@ def in_background(call: Callable[[], T]) -> Future[T]:
 def listed(shard: str) -> str:
     """Name of the file with the list of a shard's images: ``uris`` and ``beside``, the input of `MakeViews`."""
     return f"{shard}.images"
-
-
-def _some(rows: Rows, start: int, step: int, views: int) -> Rows:
-    """The rows of images ``start::step``; each ``views`` consecutive rows show one image."""
-    if (start, step) == (0, 1):
-        return rows
-    return {k: v.reshape(-1, views, *v.shape[1:])[start::step].reshape(-1, *v.shape[1:]) for k, v in rows.items()}
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:

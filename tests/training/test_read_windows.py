@@ -9,7 +9,8 @@ import pytest
 
 from ktray.training import read_windows as module
 from ktray.training.messages import BadImages
-from ktray.training.read_windows import _StreamReader, _to_table, group_windows
+from ktray.training.read_slices import slice_table
+from ktray.training.read_windows import _StreamReader, group_windows
 from ktray.training.sampler import Slice
 
 
@@ -28,7 +29,7 @@ class Dataset:
             rows = {"id": 100 * int(item["shard"]) + np.arange(item["rows"])[item["start"] :: item["step"]]}
             if item["shard"] in ("3", "7"):
                 rows["bad"] = np.array([["3.png", "empty"]])
-            yield _to_table(item, rows)
+            yield slice_table(item, rows)
 
 
 @pytest.fixture
