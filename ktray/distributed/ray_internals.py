@@ -134,7 +134,8 @@ def rest_between_steps(dataset: Any) -> None:
     uses a window, they have, and the executor would ask again at once, for minutes: it would need a core of its own,
     and most of the time the interpreter lock of the process that trains.
     """
-    dataset.context.custom_execution_callback_classes = [_resting()]
+    others = [one for one in dataset.context.custom_execution_callback_classes if one is not _resting()]
+    dataset.context.custom_execution_callback_classes = [*others, _resting()]
 
 
 def remember_result(scheduler: Any, trial: Any, time: float, metric: float) -> None:

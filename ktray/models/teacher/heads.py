@@ -87,7 +87,7 @@ def probe_head(
     seed: int = 0,
     link: Link | None = None,
 ) -> LinearHead:
-    """Logistic regression on frozen embeddings, by full-batch L-BFGS in float64.
+    """Logistic regression on frozen embeddings, by full-batch L-BFGS in float64 (in float32 to compare strengths).
 
     It minimises ``mean loss + l2 / 2 * |W - W0|^2``, where the loss is the cross-entropy (multinomial regression) or
     that of `link`. The bias is not regularised. ``W0`` is zero, or the

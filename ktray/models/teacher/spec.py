@@ -111,11 +111,12 @@ def embed_numpy(model: Teacher | AdaptedTeacher, pixels: np.ndarray, batch: int)
     return _batched(model, model.embed, pixels, batch, model.embed_dim)
 
 
-def cosine_to_float32(model: Teacher, pixels: np.ndarray) -> np.ndarray:
+def cosine_to_float32(model: Teacher, pixels: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """How much the number format of this device changes embeddings.
 
     Args:
         pixels: (N, 3, H, W) uint8.
+        usual: (N, D) their embeddings, as they are computed here.
 
     Returns:
         (M,) float32: cosine similarities of embeddings with those of a pass in float32, for the first `COMPARED` images
@@ -126,10 +127,10 @@ def cosine_to_float32(model: Teacher, pixels: np.ndarray) -> np.ndarray:
     if not len(pixels) or not rounds(device()):
         return np.zeros(0, np.float32)
     _COMPARED[model] = compared + len(pixels)
-    usual = torch.from_numpy(embed_numpy(model, pixels, len(pixels)))
     with float32_products():
         exact = torch.from_numpy(embed_numpy(model, pixels, len(pixels)))
-    return torch.nn.functional.cosine_similarity(usual, exact).numpy()
+    found = torch.from_numpy(usual[: len(pixels)].astype(np.float32))
+    return torch.nn.functional.cosine_similarity(found, exact).numpy()
 
 
 @torch.inference_mode()

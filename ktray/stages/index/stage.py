@@ -116,7 +116,9 @@ class EmbedGallery(EmbedPixels):
     folder: IndexDir
 
     def compute(self, model: Teacher, columns: Rows) -> Rows:
-        return {**super().compute(model, columns), "cosine": cosine_to_float32(model, columns["pixels"])}
+        computed = super().compute(model, columns)
+        cosine = cosine_to_float32(model, columns["pixels"], computed["embedding"])
+        return {**computed, "flops": computed["flops"] + tower_flops(model) * len(cosine), "cosine": cosine}
 
     def finish(self, item: Item, columns: Rows, computed: Rows) -> dict[str, Any]:
         embedding = found = computed["embedding"]

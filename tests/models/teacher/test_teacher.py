@@ -46,14 +46,14 @@ def test_a_rounded_teacher_is_compared_with_float32_on_its_first_images(
     teacher = load_teacher("timm:test_vit", checkpoint=tiny_vit.checkpoint)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3, *teacher.preprocess.size), dtype=np.uint8)
     exact = embed_numpy(teacher, pixels, 20)
-    assert len(cosine_to_float32(teacher, pixels)) == 0, "on a CPU, products are in float32"
+    assert len(cosine_to_float32(teacher, pixels, exact)) == 0, "on a CPU, products are in float32"
     monkeypatch.setattr("ktray.models.teacher.teacher.products_on", lambda gpu: "bf16")  # as on a GPU
     rounded = embed_numpy(teacher, pixels, 20)
     with float32_products():
         np.testing.assert_allclose(embed_numpy(teacher, pixels, 20), exact, rtol=1e-5, atol=1e-6)
     dot = (rounded * exact).sum(1, dtype=np.float64)
     expected = dot / (np.linalg.norm(rounded, axis=1) * np.linalg.norm(exact, axis=1))
-    found = [cosine_to_float32(teacher, pixels) for _ in range(3)]
+    found = [cosine_to_float32(teacher, pixels, rounded) for _ in range(3)]
     assert [len(some) for some in found] == [20, COMPARED - 20, 0]
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
     assert 0.99 < found[0].mean() < 0.999999

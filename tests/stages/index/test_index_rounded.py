@@ -11,7 +11,7 @@ from PIL import Image
 from ktray.data.decode import MAX_PIXELS
 from ktray.distributed.device_work import in_this_process
 from ktray.models.teacher.families.base import TeacherSource
-from ktray.models.teacher.spec import TeacherSpec
+from ktray.models.teacher.spec import TeacherSpec, tower_flops
 from ktray.retrieval.crops import Crops
 from ktray.retrieval.index_dir import IndexDir
 from ktray.stages.index.decode import DecodeGallery
@@ -32,7 +32,9 @@ def test_a_piece_has_the_cosines_of_its_first_images(
     item = {"name": "x", "source": "here", "uris": [str(path) for path in paths]}
     (columns,) = DecodeGallery([], spec.preprocess, Crops(), MAX_PIXELS)(item)
     work = EmbedGallery(spec, IndexDir(str(tmp_path / "index")))
-    piece = IndexPiece.from_json(in_this_process(work, spec.tower())(item, columns))
+    tower = spec.tower()
+    piece = IndexPiece.from_json(in_this_process(work, tower)(item, columns))
     assert piece.rows == 40
     assert len(piece.cosine) == (32 if rounded else 0)
+    assert piece.flops == tower_flops(tower) * (40 + len(piece.cosine)), "the comparison is counted"
     assert all(0.99 < one < 1 for one in piece.cosine)
