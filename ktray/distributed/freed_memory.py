@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import time
 
-_EVERY_S = 5.0  # giving back takes up to a tenth of a second
+_EVERY_S = 5.0  # so that short tasks do not ask the system for the same memory again and again
 _last = 0.0
 
 

@@ -28,8 +28,8 @@ Steps = dict[Candidate, Callable[[], None]]
 # A format must be clearly faster, because it rounds. A layout has no cost, but a tie should have a stable result.
 _CLEARLY, _LAYOUT = 0.9, 0.97
 # Beside busy programs a measurement is wrong by a large factor now and then, and the decision is kept: a default job
-# once took emulated bfloat16, which is 3 to 8 times as slow, for 0.94 of the time of float32. Where a processor has
-# instructions for bfloat16, convolutions gain more than this.
+# once took emulated bfloat16, which is 3 to 8 times as slow, for 0.94 of the time of float32. To keep float32 where
+# bfloat16 is somewhat faster costs less than that.
 _CLEARLY_IN_ONE_THREAD = 0.5
 # A candidate that is slower than the fastest by this factor (after one round; after more rounds) is not timed again.
 _HOPELESS = (4.0, 1.5)
