@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ktray.models import lean_imports
+
 if TYPE_CHECKING:
     from ktray.api.calls import compare, curate, distill, export, index, open_run, predict, tune
     from ktray.api.results import Run
@@ -34,6 +36,8 @@ _PLACES = {
     "Run": "ktray.api.results",
     "load_student": "ktray.tasks.students",
 }
+
+lean_imports.install()
 
 
 def __getattr__(name: str) -> Any:

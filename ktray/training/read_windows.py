@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -26,6 +27,7 @@ from ktray.targets.predict import Loaded, Predict
 from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.read_slices import ReadSlice, SliceTask, slice_table, some_images
 from ktray.training.sampler import Reader, Window
+from ktray.training.window_buffers import FillingWindow, WindowBuffers
 
 T = TypeVar("T")
 Report = Callable[[BadImages | TeacherFlops], None]
@@ -99,23 +101,25 @@ class _StreamReader:
     def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int) -> None:
         self.compute, self.report, self.slices = compute, report, slices
         self.reported: set[str] = set()  # the uris of bad images
+        self.buffers = WindowBuffers()
 
     def __call__(self, windows: Iterable[Window]) -> Iterator[Rows]:
         groups = group_windows(windows, self.slices)
         group = next(groups, None)
         begun = in_background(partial(self._begin, group)) if group else None
         while group and begun:
-            parts: list[Rows] = []
-            batches, left = begun.result(), len(group)
+            batches, sizes = begun.result(), deque(sum(s.count for s in window) for window in group)
             group, begun = next(groups, None), None
+            window = FillingWindow(sizes[0], self.buffers)
             for batch in batches:
-                if left == 1 and group and begun is None:
+                if len(sizes) == 1 and group and begun is None:
                     begun = in_background(partial(self._begin, group))
                 for i in range(batch.num_rows):
-                    parts.append(self._report(views(batch.column("columns"), i)))
+                    window.add(self._report(views(batch.column("columns"), i)))
                     if batch.column("last")[i].as_py():
-                        yield _concat(parts)
-                        parts, left = [], left - 1
+                        yield window.take()
+                        sizes.popleft()
+                        window = FillingWindow(sizes[0] if sizes else 0, self.buffers)
             if group and begun is None:
                 begun = in_background(partial(self._begin, group))
 
@@ -212,6 +216,5 @@ def listed(shard: str) -> str:
 
 
 def _concat(parts: Sequence[Rows]) -> Rows:
-    """The concatenated columns. A single part is also copied, because it may be in Ray's object store, which should not
-    hold a whole window."""
+    """The concatenated columns."""
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}

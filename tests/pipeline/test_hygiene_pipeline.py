@@ -108,6 +108,19 @@ def test_another_run_reuses_the_check_by_its_key(finished) -> None:
     assert again["hygiene"] == result["hygiene"]
 
 
+def test_tasks_find_what_the_driver_finds(finished, cluster, tmp_path, monkeypatch) -> None:
+    root, result, _ = finished
+    monkeypatch.setattr(hygiene, "FEW", 0)
+    again = run(recipes.load(None, quick(tmp_path / "store", f"task.data={root / 'task'}")))
+
+    def found(numbers: dict[str, object]) -> list[hygiene.Finding]:
+        folder = Path(str(numbers["path"])).parent
+        return hygiene.findings(StageResult(Stage(str(folder)), {}, True))
+
+    assert found(again["hygiene"]) == found(result["hygiene"])
+    assert {**again["hygiene"], "path": ""} == {**result["hygiene"], "path": ""}
+
+
 def test_a_task_without_classes_has_copies_only(cluster, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(hygiene, "FEW", 0)  # as for many images: a task compares them
     write_scenes(tmp_path / "task", tmp_path / "gallery")

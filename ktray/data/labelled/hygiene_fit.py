@@ -26,7 +26,8 @@ GRID = 16
 PROMISING = 0.8
 _STEPS = (0.03, 0.015, 0.0075)
 _SIDES = (0, 1, 2, 3, 0, 1, 2, 3)
-_KEPT = 4_096  # images whose crops are kept in memory: 280 MB
+_KEPT = 4_096  # images of the second set whose crops are kept in memory: 280 MB
+_KEPT_FIRST = 512  # of the first set, by which pairs are usually sorted; more than are searched together
 _TOGETHER = 256  # pairs whose crops are searched together: 10 MB
 
 
@@ -58,7 +59,8 @@ def fits(pairs: Iterable[tuple[int, int]], a: np.ndarray, b: np.ndarray) -> Iter
         pairs: (row of ``a``, row of ``b``) each; computed values of an image are kept for its next pairs.
         a, b: (n, 32, 32, 3) uint8 thumbnails.
     """
-    crops_a, crops_b = (lru_cache(maxsize=_KEPT)(partial(fixed_crops, thumbs)) for thumbs in (a, b))
+    crops_a = lru_cache(maxsize=_KEPT_FIRST)(partial(fixed_crops, a))
+    crops_b = lru_cache(maxsize=_KEPT)(partial(fixed_crops, b))
 
     def starts(pair: tuple[int, int]) -> Iterator[_Start]:
         one, other = crops_a(pair[0]), crops_b(pair[1])

@@ -7,6 +7,7 @@ the data. Therefore it is the same on every machine and for every order of direc
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ktray.data.labelled.contents import content_versions
 from ktray.data.labelled.draw import Drawing
 from ktray.data.labelled.hygiene_copies import find_copies
 from ktray.data.labelled.hygiene_groups import in_words, torn_groups
+from ktray.data.labelled.names import Names
 from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.errors import KtrayError
 
@@ -58,7 +60,7 @@ class LabelledSet:
     train: list[LabelledExample]
     val: list[LabelledExample]
     test: list[LabelledExample]
-    unlabeled: list[str] = field(default_factory=list)
+    unlabeled: Sequence[str] = ()
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     names: list[str] = field(default_factory=list)
@@ -140,18 +142,21 @@ def divide(
         digest.update(repr(facts).encode())
     if grouped := sorted((r.key, r.group) for r in rows if r.group):
         digest.update(repr(grouped).encode())
-    return LabelledSet(
+    found = LabelledSet(
         class_names,
         part(kept),
         part(val),
         part(test),
-        [r.uri for r in pool],
+        Names(r.uri for r in pool),
         notes,
         digest.hexdigest(),
         names(class_names),
         mask_offset,
         torn,
     )
+    # A copy: its strings lie together. Strings of the rows, one here and one there, would keep the memory of all rows.
+    copied: LabelledSet = pickle.loads(pickle.dumps(replace(found, notes=[])))
+    return replace(copied, notes=notes)
 
 
 def check_train_list(train_list: str | None, splits: str | None) -> None:

@@ -19,6 +19,7 @@ from ktray.data.labelled.contents import content_versions
 from ktray.data.labelled.label_lists import split_names
 from ktray.data.labelled.labelled_set import LabelledExample, LabelledSet
 from ktray.data.labelled.list_columns import USUAL
+from ktray.data.labelled.names import Names
 from ktray.data.labelled.rows import LabelledRow, count, three
 from ktray.data.labelled.tables import is_table, read_table
 from ktray.data.sources.uris import ImageRef
@@ -71,7 +72,7 @@ def with_more_labels(task: LabelledSet, part: TaskConfig, image_classes: bool, s
     return replace(
         task,
         train=sorted([*task.train, *added], key=lambda example: example.label),
-        unlabeled=[uri for uri in task.unlabeled if uri not in new],
+        unlabeled=Names(uri for uri in task.unlabeled if uri not in new),
         notes=[*task.notes, *notes],
         fingerprint=_fingerprint(task, added, {row.uri: row for row in rows}),
     )

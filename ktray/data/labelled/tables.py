@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ def _labelled(
     without = 0
     for number, (name, label, own_split, member) in enumerate(table.rows, table.first):
         at = number - table.first
-        label = nfc(label) if labels is None else labels[at]
+        # Interned: a million rows share the strings of a thousand classes.
+        label = sys.intern(nfc(label)) if labels is None else labels[at]
         part = own_split.lower() or split
         if table.classes and label == _UNLABELLED:
             without += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,9 +75,9 @@ def compute_images(
     return stored_columns(folder, image_shards(runtime, folder, uris, prepare, work, reporter))
 
 
-def stored_columns(folder: Stage, names: list[str]) -> Rows:
-    """The columns of shards, one after the other."""
-    shards = list(read_shards(folder, names))
+def stored_columns(folder: Stage, names: list[str], columns: Sequence[str] | None = None) -> Rows:
+    """The columns of shards, one after the other; None: all columns."""
+    shards = list(read_shards(folder, names, columns))
     return {name: np.concatenate([s[name] for s in shards]) for name in shards[0]}
 
 

@@ -120,7 +120,8 @@ def of_task(
     Args:
         folder: where their embeddings are stored.
     """
-    free = [uri for uri in task.unlabeled if uri not in labelled_uris(task)]
+    labelled = labelled_uris(task)
+    free = [uri for uri in task.unlabeled if uri not in labelled]
     chosen = drawn(free, most, seed)
     if not chosen:
         none = np.zeros(0, np.uint64)
