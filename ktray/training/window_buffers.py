@@ -44,11 +44,12 @@ class WindowBuffers:
                 buffer = min(fitting, key=len)
                 self._free.remove(buffer)
                 return buffer
+            # The first windows of a training are small, each twice the one before. Their buffers will not be needed.
+            self._free = [buffer for buffer in self._free if len(buffer) > size]
         return mmap.mmap(-1, size + size // _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def _give(self, buffer: mmap.mmap) -> None:
         with self._lock:
-            # The first windows of a training are small; their buffers go first.
             self._free = sorted([*self._free, buffer], key=len)[-_KEPT:]
 
 
