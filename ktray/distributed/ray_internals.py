@@ -32,6 +32,7 @@ __all__ = [
     "hide_log_level_line",
     "reload_authentication",
     "remember_result",
+    "remove_placement_groups",
     "rest_between_steps",
     "spilled_bytes",
 ]
@@ -63,6 +64,21 @@ def spilled_bytes() -> int:
 
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
+
+
+def remove_placement_groups(actor: Any) -> None:
+    """Remove the placement groups that an actor has created. Ray does it only when its driver has ended, too; until
+    then, it keeps machines for them and asks an autoscaler for more."""
+    from ray._private.state import state
+    from ray._raylet import PlacementGroupID
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        ended = group.state == PlacementGroupTableData.REMOVED
+        if group.creator_actor_id == actor._actor_id.binary() and not ended:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def reload_authentication() -> None:

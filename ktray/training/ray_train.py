@@ -37,6 +37,7 @@ from ktray.training.worker import TrainingSpec, WorkerContext
 
 FOLDER = "train"  # folder for checkpoints in the stage's directory
 LAST = "last.json"  # names the last checkpoint of a single worker
+_STARTING_S = 10.0  # in which a controller of Ray Train starts
 MANAGED = "checkpoint_manager_snapshot.json"  # Ray Train's own file, which names the checkpoints of its workers
 
 
@@ -167,12 +168,20 @@ def _end(mailbox: Any) -> None:
     """End the training whose controller is known to the mailbox."""
     import ray
 
+    from ktray.distributed.ray_internals import remove_placement_groups
+
     if mailbox is None:
         return
-    for controller in ray.get(mailbox.controller.remote(), timeout=10):
+    # One that is still starting would otherwise begin to train, or to ask for machines, after this end.
+    until, controllers = time.monotonic() + _STARTING_S, []
+    while not controllers and time.monotonic() < until:
+        controllers = ray.get(mailbox.controller.remote(), timeout=10)
+        time.sleep(0.0 if controllers else 0.2)
+    for controller in controllers:
         with contextlib.suppress(ray.exceptions.RayError):  # the controller dies when it aborts
             ray.get(controller.abort.remote(), timeout=5)
         ray.kill(controller)
+        remove_placement_groups(controller)
 
 
 def _outcome(folder: Path, on_weights: Callable[[Path], None]) -> Outcome:

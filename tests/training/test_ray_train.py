@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from toy_job import FAILS, STEPS, Shared, Toy
@@ -119,3 +120,6 @@ def test_workers_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_fr
     while controllers() and time.monotonic() < limit:
         time.sleep(0.2)
     assert not controllers(), "it goes on trying"
+    time.sleep(5)  # a controller that came late would have its group by now
+    groups = ray.util.placement_group_table().values()
+    assert not [g for g in groups if g["state"] != "REMOVED"], "an autoscaler would go on adding machines"
