@@ -71,12 +71,13 @@ def remove_placement_groups(actor: Any) -> None:
     then, it keeps machines for them and asks an autoscaler for more."""
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+    table: Any = vars(gcs_pb2)["PlacementGroupTableData"]  # generated when it is imported
     for row in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(row)
-        ended = group.state == PlacementGroupTableData.REMOVED
+        group = table.FromString(row)
+        ended = group.state == table.REMOVED
         if group.creator_actor_id == actor._actor_id.binary() and not ended:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 

@@ -173,7 +173,8 @@ def _end(mailbox: Any) -> None:
     if mailbox is None:
         return
     # One that is still starting would otherwise begin to train, or to ask for machines, after this end.
-    until, controllers = time.monotonic() + _STARTING_S, []
+    until = time.monotonic() + _STARTING_S
+    controllers: list[Any] = []
     while not controllers and time.monotonic() < until:
         controllers = ray.get(mailbox.controller.remote(), timeout=10)
         time.sleep(0.0 if controllers else 0.2)
