@@ -2,8 +2,8 @@
 
 ``torchvision.ops.roi_align`` imports ``torch._dynamo.utils`` for one function, which it calls only on a GPU with
 deterministic algorithms; timm marks a method as one that is not compiled. With ``torch._dynamo`` come the compiler,
-sympy and ``torch.distributed``: two seconds in every process of a job. While the two packages are imported, stand-ins
-with what they need are in the place of the modules. Whoever asks them for anything else gets the real modules.
+sympy and ``torch.distributed``: more than a second in every process of a job. While the two packages are imported,
+stand-ins with what they need are in the place of the modules. Whoever asks for anything else gets the real ones.
 """
 
 from __future__ import annotations

@@ -174,10 +174,8 @@ def _end(mailbox: Any) -> None:
         return
     # One that is still starting would otherwise begin to train, or to ask for machines, after this end.
     until = time.monotonic() + _STARTING_S
-    controllers: list[Any] = []
-    while not controllers and time.monotonic() < until:
-        controllers = ray.get(mailbox.controller.remote(), timeout=10)
-        time.sleep(0.0 if controllers else 0.2)
+    while not (controllers := ray.get(mailbox.controller.remote(), timeout=10)) and time.monotonic() < until:
+        time.sleep(0.2)
     for controller in controllers:
         with contextlib.suppress(ray.exceptions.RayError):  # the controller dies when it aborts
             ray.get(controller.abort.remote(), timeout=5)

@@ -292,9 +292,8 @@ class _Stream:
     def batches(self, parts: Iterable[_Part], next_rows: Callable[[], Rows]) -> Iterator[Rows]:
         """The batches of ``parts``; ``next_rows`` returns the rows of the window of each part, in order."""
         carried: Rows | None = None
-        rows: Rows = {}
         for part in parts:
-            rows = {}  # the next window can take over the memory of this one
+            rows: Rows = {}  # the next window can take over the memory of this one
             rows = next_rows()
             order, visit = self._drawn(part, rows)
             at = 0

@@ -8,8 +8,8 @@ memory of three windows where one is in use.
 from __future__ import annotations
 
 import mmap
-import threading
 import weakref
+from collections import deque
 
 import numpy as np
 
@@ -21,11 +21,12 @@ _KEPT = 4  # free buffers: the large columns of a window
 
 
 class WindowBuffers:
-    """Buffers for the columns of windows."""
+    """Buffers for the columns of windows. One thread takes them."""
 
     def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+        # Buffers come back whenever an array is collected, perhaps in the middle of `_take`: a lock could wait for
+        # itself, and the operations of a deque need none.
+        self._free: deque[mmap.mmap] = deque()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array with any content. Its memory is used again as soon as neither it nor a view of it exists."""
@@ -34,23 +35,21 @@ class WindowBuffers:
             return np.empty(shape, dtype)
         buffer = self._take(size)
         array = np.frombuffer(buffer, np.uint8, size)
-        weakref.finalize(array, self._give, buffer).atexit = False
+        weakref.finalize(array, self._free.append, buffer).atexit = False
         return array.view(dtype).reshape(shape)
 
     def _take(self, size: int) -> mmap.mmap:
-        with self._lock:
-            fitting = [buffer for buffer in self._free if size <= len(buffer) <= 2 * size]
-            if fitting:
-                buffer = min(fitting, key=len)
-                self._free.remove(buffer)
+        free: list[mmap.mmap] = []
+        while self._free:
+            free.append(self._free.popleft())
+        free = sorted(free, key=len)[-_KEPT:]
+        for at, buffer in enumerate(free):
+            if size <= len(buffer) <= 2 * size:
+                self._free.extend(free[:at] + free[at + 1 :])
                 return buffer
-            # The first windows of a training are small, each twice the one before. Their buffers will not be needed.
-            self._free = [buffer for buffer in self._free if len(buffer) > size]
+        # The first windows of a training are small, each twice the one before. Their buffers will not be needed.
+        self._free.extend(buffer for buffer in free if len(buffer) > size)
         return mmap.mmap(-1, size + size // _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-    def _give(self, buffer: mmap.mmap) -> None:
-        with self._lock:
-            self._free = sorted([*self._free, buffer], key=len)[-_KEPT:]
 
 
 class FillingWindow:

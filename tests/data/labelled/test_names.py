@@ -26,7 +26,6 @@ def test_names_are_a_sequence_of_the_same_strings():
 def test_names_are_equal_to_sequences_of_the_same_strings_only():
     assert Names(WORDS) == WORDS
     assert Names(WORDS) == tuple(WORDS)
-    assert Names(WORDS) == WORDS
     assert Names(WORDS) == Names(WORDS)
     assert Names([]) == []
     assert Names(WORDS) != WORDS[:3]
