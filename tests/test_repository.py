@@ -170,9 +170,12 @@ def fresh_checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_objective_is_added_as_the_text_says(fresh_checkout: Path) -> None:
+@pytest.mark.parametrize("with_job", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_an_objective_is_added_as_the_text_says(fresh_checkout: Path, with_job: bool) -> None:
     blocks = walk_through()
     assert [language for language, _ in blocks] == ["toml", "python", "python", "bash", "bash"]
+    assert "jobs/distill.py" in blocks[-1][1]
+    blocks = blocks if with_job else blocks[:-1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     printed = ""
@@ -187,6 +190,8 @@ def test_an_objective_is_added_as_the_text_says(fresh_checkout: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(content, encoding="utf-8")
     assert "1 passed" in printed
+    if not with_job:
+        return
     (folder,) = (fresh_checkout / "ktray-store" / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert result["objective"] == "logits_mse"

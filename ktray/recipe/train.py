@@ -71,7 +71,12 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="number format of training; auto: the faster one in a short measurement"
     )
-    compile: bool = Field(False, description="compile the student with torch.compile")
+    compile: bool | Literal["auto", "graphs"] = Field(
+        "auto",
+        description="compile the student with torch.compile in pretraining; auto: on a GPU, if a measurement, which "
+        "only long trainings make, says that it saves more time than it takes; graphs: compile into CUDA graphs, for "
+        "small batches on a GPU",
+    )
     accumulate: int = Field(
         1,
         ge=1,

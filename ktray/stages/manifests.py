@@ -247,6 +247,7 @@ class TrainedManifest(TypedDict):
         images_per_second: mean over all attempts.
         flops_per_step: sum over all workers.
         precision: number format of the matrix products.
+        compiled: how ``torch.compile`` was used, and why (`ktray.models.compilation`); empty: the training never is.
         starts: the starts of workers in the last attempt.
     """
 
@@ -257,6 +258,7 @@ class TrainedManifest(TypedDict):
     images_per_second: float
     flops_per_step: float
     precision: str
+    compiled: str
     starts: list[WorkerStart]
 
 

@@ -176,5 +176,6 @@ def fit(runtime: Runtime, stage: Stage, reporter: Reporter, job: TrainingSpec, s
         "images_per_second": state.step * report.images_per_step / max(1e-9, state.seconds),
         "flops_per_step": report.flops_per_step,
         "precision": report.autocast,
+        "compiled": report.compiled,
         "starts": reporter.starts,
     }

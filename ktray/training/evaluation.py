@@ -91,3 +91,14 @@ def evaluator(
         return score(scores, metric, loss), {**{f"val_{k}": v for k, v in scores.items()}, "val_loss": loss}
 
     return evaluate
+
+
+def uncompiled(evaluate: Evaluate) -> Evaluate:
+    """The same evaluation, without the compiled form of the model: its batches have other sizes than those of training,
+    and it would be compiled once more for each."""
+
+    def eager(model: nn.Module) -> tuple[float, dict[str, float]]:
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate(model)
+
+    return eager

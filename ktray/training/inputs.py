@@ -30,6 +30,7 @@ from ktray.targets.predict import Loaded, Predict
 from ktray.targets.top_k import columns as stored_columns
 from ktray.targets.top_k import densify
 from ktray.tasks.base import TaskKind, task_kind
+from ktray.training.card_rows import ROW, CardRows, fits
 from ktray.training.loop import Batch
 from ktray.training.prefetch import on_device
 from ktray.training.read_windows import made_windows, read_windows, stream_windows
@@ -175,10 +176,25 @@ class TargetSet:
     views: int = 1
     version: str = ""
 
-    def sampler(self, part: TrainConfig, env: WorkerContext, batch: int, seed: int) -> RowSampler:
-        """The sampler of a worker, for ``batch`` rows of each of its virtual ranks."""
-        rows = sum(n for _, n in self.shards)
-        resident = rows * self.row_bytes <= part.resident_bytes
+    @property
+    def size(self) -> int:
+        """The size of all rows in bytes."""
+        return sum(n for _, n in self.shards) * self.row_bytes
+
+    def sampler(
+        self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, card: CardRows | None = None
+    ) -> RowSampler:
+        """The sampler of a worker, for ``batch`` rows of each of its virtual ranks.
+
+        Args:
+            card: takes the columns of a set that stays in memory; the sampler's rows then are places in it.
+        """
+        resident = self.size <= part.resident_bytes
+        read, weigh = self._reader(env, resident), None
+        if self.weight in WEIGHTS:
+            weigh = partial(WEIGHTS[self.weight], classes=self.classes)
+        if card is not None:
+            read, weigh = card.reader(read, weigh), None
         # The windows of a virtual rank are the same with any number of workers, so their size is what each worker can
         # hold when there are the fewest workers.
         window = 1 << 62
@@ -186,29 +202,32 @@ class TargetSet:
             window = max(batch, (part.window_bytes or FEWEST_BYTES) // self.row_bytes // env.max_ranks)
         return RowSampler(
             self.shards,
-            self._reader(env, resident),
+            read,
             batch=batch,
             ranks=env.own_ranks,
             rank_count=env.rank_count,
             seed=seed,
             window_rows=window,
             views=self.views,
-            weigh=partial(WEIGHTS[self.weight], classes=self.classes) if self.weight in WEIGHTS else None,
+            weigh=weigh,
         )
 
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:
         live = self.mode == "live"
         targets = tuple(t for t in self.targets if not (live and t in TEACHER_TARGETS))
+        apart = (
+            env.device.type == "cuda"
+        )  # there, a step is a sequence of launches, which wait for the interpreter lock
         columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(targets, self.classes)]
         if self.cut is None:
             return (
                 read_windows(self.directory, columns, self.version)
                 if resident
-                else stream_windows(self.directory, columns, env.read_cpus, self.version)
+                else stream_windows(self.directory, columns, env.read_cpus, self.version, apart)
             )
         pool = WorkerPool(env.teachers, env.read_cpus, env.read_cpus, env.teacher_gpus, env.teacher_threads)
         predict = None if live else self.predict
-        return made_windows(self.directory, self.cut, predict, columns, pool, env.report)
+        return made_windows(self.directory, self.cut, predict, columns, pool, env.report, apart)
 
     def teacher(self) -> Live | None:
         """The teacher that the trainer calls in each step, in this process; None if rows already have their targets."""
@@ -237,15 +256,19 @@ class TargetSet:
     ) -> Iterator[Batch]:
         """Batches ``start``..``stop - 1`` on the device, with ``batch`` rows of each of the worker's virtual ranks, as
         `ktray.objectives.base.Objective.step` expects them."""
+        # Each of several workers on one GPU holds a part of the set only; the whole set is an upper bound.
+        card = CardRows(env.device) if self.size <= part.resident_bytes and fits(env.device, self.size) else None
 
         def on_cpu() -> Iterator[Batch]:
-            for rows in self.sampler(part, env, batch, seed).batches(start, stop):
+            for rows in self.sampler(part, env, batch, seed, card).batches(start, stop):
                 keys = view_keys(seed, rows.pop("view_id"), rows.pop("visit"))
                 yield {"view_key": keys, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in rows.items()}}
 
         # The random numbers of a view are computed from its key on the CPU.
         for columns in on_device(on_cpu(), env.device, stay=("view_key",)):
             keys = columns.pop("view_key")
+            if card is not None:
+                columns = card.gather(columns[ROW])
             yield {**densify(columns, self.classes), "view_key": keys}
 
 

@@ -22,6 +22,7 @@ class CostReport:
         seconds: duration of this attempt.
         pid: process id of the first worker.
         span: minimum and maximum number of workers at the start of the run; None in checkpoints of older versions.
+        compiled: as in `ktray.training.loop.TrainingProgram`.
     """
 
     flops_per_step: float
@@ -31,6 +32,7 @@ class CostReport:
     seconds: float
     pid: int
     span: tuple[int, int] | None = None
+    compiled: str = ""
 
     @classmethod
     def load(cls, checkpoint: Path) -> CostReport:

@@ -5,34 +5,29 @@ A specification is plain data (paths in the store, numbers); a worker builds the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ktray.accounting.device import cpu_model
 from ktray.data.preprocess import Preprocess
 from ktray.data.strong import PLAIN, StrongPolicy, strong_views
 from ktray.data.views import ViewPolicy
 from ktray.models.features import Features, Maps, feature_dim, freeze_idle, map_shape, pooled_features, trunk
 from ktray.models.flops import count_flops, forward_flops, train_flops
-from ktray.models.precision import Precision, choose_precision
 from ktray.models.student.classifier import FeaturesAndLogits, classifier_of
 from ktray.models.teacher.heads import LinearHead
 from ktray.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, Traits
 from ktray.recipe.schema import TrainConfig
-from ktray.recipe.section import digest
 from ktray.reporting.heartbeat import beat
 from ktray.storage.store import Dir
 from ktray.tasks.base import TaskKind
-from ktray.training.evaluation import evaluator, fall
+from ktray.training.evaluation import evaluator, fall, uncompiled
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
 from ktray.training.optimisation import decay_groups
+from ktray.training.settled import settle_compilation, settle_precision
 from ktray.training.worker import WorkerContext
 
 
@@ -41,16 +36,24 @@ class Pretrain(nn.Module):
 
     Args:
         strong: the augmentation of stored views and of labelled images, which only the student sees.
+        graphs: whether the student's kernels are in CUDA graphs.
     """
 
     def __init__(
-        self, student: nn.Module, preprocess: Preprocess, objective: Objective, strong: StrongPolicy = PLAIN
+        self,
+        student: nn.Module,
+        preprocess: Preprocess,
+        objective: Objective,
+        strong: StrongPolicy = PLAIN,
+        graphs: bool = False,
     ) -> None:
         super().__init__()
         self.student, self.objective, self.strong = student, objective, strong
-        self.preprocess = preprocess
+        self.preprocess, self.graphs = preprocess, graphs
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if self.graphs:  # an objective may call the student several times; all its outputs are kept until the next step
+            torch.compiler.cudagraph_mark_step_begin()
         if self.strong.active:
             batch = {**batch, "pixels": strong_views(batch["pixels"], self.strong, batch["view_key"])}
             if "label_images" in batch:
@@ -135,38 +138,6 @@ def _fit_classifier(model: nn.Module, preprocess: Preprocess, labels: Labels, en
     return (flops + forward_flops(model, pixels.shape[1:]) * (len(pixels) + len(val_pixels))) * env.world
 
 
-def settle_precision(
-    directory: Dir, spec: StudentSpec, model: nn.Module, env: WorkerContext, rows: int, requested: Any
-) -> Precision:
-    """Choose the number format and memory layout of the student's training, and apply the layout to the model.
-
-    Args:
-        directory: the directory of the store where decisions are kept.
-        rows: number of rows of a virtual rank in a step.
-        requested: the precision in the recipe.
-    """
-    size = spec.image_size
-    # The batch of a worker when there are the most workers, so that the decision does not depend on their number.
-    world = env.span[1] if env.span else env.world
-    batch = rows * -(-env.rank_count // world)
-    # A repeated measurement may have another result. The first decision in a store is used for every rank, restart and
-    # seed, so that runs differ only by their recipes.
-    kind = env.device.type
-    machine = torch.cuda.get_device_name(env.device) if kind == "cuda" else cpu_model()
-    name = f"{digest([spec.name, spec.kwargs, size, batch, world, kind, machine, requested])}.json"
-    decision: list[Any] = [None]
-    if env.rank == 0:
-        if not directory.exists(name):
-            measured = choose_precision(model, env.device, size, batch, train=True, precision=requested)
-            directory.create(name, json.dumps(measured.to_dict()).encode())  # has no effect if another job was first
-        decision = [Precision.from_dict(directory.read_json(name))]
-    if env.world > 1:
-        dist.broadcast_object_list(decision, 0)
-    chosen: Precision = decision[0]
-    chosen.apply(model)
-    return chosen
-
-
 @dataclass(frozen=True)
 class TransferSpec:
     """Pretraining on the transfer set.
@@ -234,9 +205,11 @@ class TransferSpec:
         )
         # An objective that cuts its own views from whole images also changes them itself.
         strong = self.strong if traits.views == "fixed" else PLAIN
-        module = Pretrain(student, preprocess, objective, strong).to(env.device)
-        if self.part.compile:
-            module.student.compile()  # in place: the names in checkpoints stay the same
+        compilation = settle_compilation(
+            self.directory, self.student, model, precision, env, batch, s.steps, self.part.compile
+        )
+        module = Pretrain(student, preprocess, objective, strong, compilation.graphs).to(env.device)
+        compilation.apply(module.student)
         label_batch = env.rows(self.label_batch) if labelled else 0
 
         def batches(start: int, stop: int) -> Iterator[Batch]:
@@ -253,6 +226,7 @@ class TransferSpec:
         if traits.trains_classifier or labelled:
             pixels, labels = self.labels.load("val", "pixels")
             evaluate = evaluator(self.labels.kind, pixels, labels, _predict(preprocess), env, self.metric)
+            evaluate = uncompiled(evaluate) if compilation.mode else evaluate
             tolerance = fall(len(labels))
             validation = forward_flops(model, (3, size, size)) * len(labels)
         labelled_cost = train_flops(model, (3, size, size)) * label_batch if label_batch else 0.0
@@ -279,6 +253,7 @@ class TransferSpec:
             after_step=lambda progress: objective.after_step(student, progress),
             finish=objective.finish,
             tolerance=tolerance,
+            compiled=f"{compilation.mode or 'no'}: {compilation.reason}",
             teach=(lambda views: {**views, **teacher(views["pixels"])}) if teacher else None,
         )
 

@@ -368,4 +368,5 @@ def _report(program: TrainingProgram, seconds: float, span: tuple[int, int]) -> 
         seconds=seconds,
         pid=os.getpid(),
         span=span,
+        compiled=program.compiled,
     )

@@ -54,19 +54,28 @@ def read_windows(directory: Dir, columns: Sequence[str], version: str = "") -> R
     return read
 
 
-def stream_windows(directory: Dir, columns: Sequence[str], cpus: float, version: str = "") -> Reader:
+def stream_windows(
+    directory: Dir, columns: Sequence[str], cpus: float, version: str = "", apart: bool = False
+) -> Reader:
     """A reader that uses Ray Data: tasks read stored shards in the sampler's order, ahead of the training steps.
 
     Args:
         cpus: CPUs of a task.
         version: version of the shards, of which each node then keeps copies (`ktray.storage.node_cache`).
+        apart: as for `_StreamReader`.
     """
     read = ReadSlice(directory, columns, version)
-    return _StreamReader(lambda dataset: _map_slices(dataset, read, cpus), None, SLICES)
+    return _StreamReader(lambda dataset: _map_slices(dataset, read, cpus), None, SLICES, apart)
 
 
 def made_windows(
-    directory: Dir, cut: MakeViews, predict: Predict | None, columns: Sequence[str], pool: WorkerPool, report: Report
+    directory: Dir,
+    cut: MakeViews,
+    predict: Predict | None,
+    columns: Sequence[str],
+    pool: WorkerPool,
+    report: Report,
+    apart: bool = False,
 ) -> Reader:
     """A reader that computes rows when they are needed. Images are decoded and cut into views; with ``predict``, a
     teacher that runs during training computes the targets.
@@ -77,13 +86,14 @@ def made_windows(
         columns: the columns of the rows.
         pool: the workers that compute the rows; without ``predict``, only the CPUs of its decode tasks are used.
         report: receives `BadImages` (each image once) and `TeacherFlops`.
+        apart: as for `_StreamReader`.
     """
     cut_slice = _CutSlice(directory, cut, columns)
     if predict is None:
-        return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report, SLICES)
+        return _StreamReader(lambda dataset: _map_slices(dataset, cut_slice, pool.decode_cpus), report, SLICES, apart)
     slices = SLICES_ON_GPUS if pool.gpus else SLICES
     work = _PredictRows(predict)
-    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, work, pool, slice_table), report, slices)
+    return _StreamReader(lambda dataset: map_items(dataset, cut_slice, work, pool, slice_table), report, slices, apart)
 
 
 class _StreamReader:
@@ -96,24 +106,26 @@ class _StreamReader:
         compute: turns a dataset of items into a dataset of packed rows.
         report: receives messages about the rows.
         slices: number of slices from which a dataset has no further window.
+        apart: whether Ray Data schedules its tasks in a process of its own, and not on threads of this one. That takes
+            some seconds to start, so the first dataset, for which the first batch waits, is scheduled here.
     """
 
-    def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int) -> None:
-        self.compute, self.report, self.slices = compute, report, slices
+    def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int, apart: bool) -> None:
+        self.compute, self.report, self.slices, self.apart = compute, report, slices, apart
         self.reported: set[str] = set()  # the uris of bad images
         self.buffers = WindowBuffers()
 
     def __call__(self, windows: Iterable[Window]) -> Iterator[Rows]:
         groups = group_windows(windows, self.slices)
         group = next(groups, None)
-        begun = in_background(partial(self._begin, group)) if group else None
+        begun = in_background(partial(self._begin, group, False)) if group else None
         while group and begun:
             batches, sizes = begun.result(), deque(sum(s.count for s in window) for window in group)
             group, begun = next(groups, None), None
             window = FillingWindow(sizes[0], self.buffers)
             for batch in batches:
                 if len(sizes) == 1 and group and begun is None:
-                    begun = in_background(partial(self._begin, group))
+                    begun = in_background(partial(self._begin, group, self.apart))
                 for i in range(batch.num_rows):
                     window.add(self._report(views(batch.column("columns"), i)))
                     if batch.column("last")[i].as_py():
@@ -121,9 +133,9 @@ class _StreamReader:
                         sizes.popleft()
                         window = FillingWindow(sizes[0] if sizes else 0, self.buffers)
             if group and begun is None:
-                begun = in_background(partial(self._begin, group))
+                begun = in_background(partial(self._begin, group, self.apart))
 
-    def _begin(self, windows: Sequence[Window]) -> Iterator[pa.Table]:
+    def _begin(self, windows: Sequence[Window], apart: bool) -> Iterator[pa.Table]:
         """The batches of one dataset; the first one is read already."""
         rows = [
             {"item": json.dumps({**asdict(s), "last": i == len(window) - 1})}
@@ -131,6 +143,8 @@ class _StreamReader:
             for i, s in enumerate(window)
         ]
         dataset = self.compute(ordered(rows))
+        if apart:
+            (dataset,) = dataset.streaming_split(1)
         batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
         return chain([next(batches)], batches)
 

@@ -132,6 +132,7 @@ def workers(cloud, head):
         assert "/.ray/auth_token:/home/ktray/.ray/auth_token" in ran
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_up_workers_and_down(cloud):
     vpc = cloud.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"][0]["VpcId"]

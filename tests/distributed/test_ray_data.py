@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from ray.data import Dataset
 
 from ktray.distributed import ray_data
 from ktray.distributed.ray_data import cpu_shards, map_numbered, map_shards
@@ -237,13 +238,15 @@ def test_what_all_calls_share_is_put_into_the_object_store_once(cluster, tmp_pat
     assert (log.read_text() if log.exists() else "") == ("x" if count > 1 else "")
 
 
-@pytest.mark.parametrize("slices", [512, 3])
+@pytest.mark.parametrize(("slices", "apart"), [(512, False), (3, False), (3, True)])
 def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_restart(
-    cluster, tmp_path, monkeypatch, slices
+    cluster, tmp_path, monkeypatch, slices, apart
 ):
     original, sizes = read_module.ordered, []
     monkeypatch.setattr(read_module, "ordered", lambda rows: sizes.append(len(rows)) or original(rows))
     monkeypatch.setattr(read_module, "SLICES", slices)
+    split, coordinators = Dataset.streaming_split, []
+    monkeypatch.setattr(Dataset, "streaming_split", lambda self, n: coordinators.append(n) or split(self, n))
     directory = Dir(str(tmp_path))
     shards = []
     for i, n in enumerate([7, 5, 9, 4]):
@@ -255,15 +258,18 @@ def test_streamed_batches_equal_resident_ones_and_the_feed_goes_on_after_a_resta
         return RowSampler(shards, reader, batch=4, seed=5, window_rows=10)
 
     here = list(feed(read_windows(directory, names)).batches(0, 14))
-    streamed = list(feed(stream_windows(directory, names, 0.5)).batches(0, 14))
-    later = list(feed(stream_windows(directory, names, 0.5)).batches(9, 14))
+    streamed = list(feed(stream_windows(directory, names, 0.5, apart=apart)).batches(0, 14))
+    later = list(feed(stream_windows(directory, names, 0.5, apart=apart)).batches(9, 14))
     assert len(here) == len(streamed) == 14
     for a, b in zip(here, streamed, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"])
         np.testing.assert_array_equal(a["pixels"], b["pixels"])
     for a, b in zip(here[9:], later, strict=True):
         np.testing.assert_array_equal(a["id"], b["id"])
-    assert len(sizes) == 2 if slices == 512 else max(sizes) <= 6, sizes
+    assert len(sizes) == 2 if slices == 512 else max(sizes) <= slices + 3, sizes
+    # The first dataset of each of the two is scheduled in this process.
+    assert len(coordinators) == (len(sizes) - 2 if apart else 0)
+    assert slices == 512 or len(sizes) > 3
 
 
 def test_tasks_that_nobody_has_room_for_end_with_what_was_asked_and_what_is_free(cluster):

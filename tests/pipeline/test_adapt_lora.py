@@ -35,15 +35,15 @@ KEYS = [
 ]
 
 
+def distil(folder: Path, *keys: str) -> dict[str, Any]:
+    base = [f"store={folder / 'store'}", f"task.data={folder / 'task'}", *KEYS, *keys]
+    return heard([], run, recipes.load(None, base))
+
+
 @pytest.mark.slow
 def test_lora_ends_in_an_ordinary_teacher_and_resumes(cluster: Any, tmp_path: Path) -> None:
     write_task(tmp_path / "task", train=8)
-
-    def distil(*keys: str) -> dict[str, Any]:
-        base = [f"store={tmp_path / 'store'}", f"task.data={tmp_path / 'task'}", *KEYS, *keys]
-        return heard([], run, recipes.load(None, base))
-
-    first = distil("teacher.adapt=lora")
+    first = distil(tmp_path, "teacher.adapt=lora")
     assert first["teacher_metric"]["adapt"] == "lora"
     (stage,) = (tmp_path / "store/stages/adapt").iterdir()
     folder = stage / "candidate-lora"
@@ -66,18 +66,25 @@ def test_lora_ends_in_an_ordinary_teacher_and_resumes(cluster: Any, tmp_path: Pa
     (stage / "manifest.json").unlink()
     (folder / "scores.json").write_text((folder / "scores.json").read_text())
     before = (folder / "tower.safetensors").stat().st_mtime_ns
-    second = distil("teacher.adapt=lora")
+    second = distil(tmp_path, "teacher.adapt=lora")
     assert second["teacher_metric"] == first["teacher_metric"]
     assert (folder / "tower.safetensors").stat().st_mtime_ns == before
 
-    # Both trainings in one stage, each with checkpoints of its own.
-    both = distil()
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_both_trainings_in_one_stage_have_checkpoints_of_their_own(cluster: Any, tmp_path: Path) -> None:
+    write_task(tmp_path / "task", train=8)
+    distil(tmp_path, "teacher.adapt=lora")
+    (stage,) = (tmp_path / "store/stages/adapt").iterdir()
+    alone = scores_of(stage)["lora"]["loss"]
+    both = distil(tmp_path)
     (other,) = set((tmp_path / "store/stages/adapt").iterdir()) - {stage}
-    scores = json.loads((other / "manifest.json").read_text())["scores"]
-    assert {"finetune", "lora"} <= set(scores)
-    assert scores["lora"]["loss"] == pytest.approx(first_loss(stage), rel=1e-4)
+    assert {"finetune", "lora"} <= set(scores_of(other))
+    assert scores_of(other)["lora"]["loss"] == pytest.approx(alone, rel=1e-4)
     assert both["teacher_metric"]["adapt"] in ("finetune", "lora")
 
 
-def first_loss(stage: Path) -> float:
-    return float(json.loads((stage / "manifest.json").read_text())["scores"]["lora"]["loss"])
+def scores_of(stage: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((stage / "manifest.json").read_text())["scores"]
+    return scores

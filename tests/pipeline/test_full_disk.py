@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="needs unprivileged mounts (Linux)")
 @pytest.mark.parametrize(
-    ("size", "where"), [pytest.param("300k", "labels", marks=pytest.mark.long), ("2500k", "teach")]
+    ("size", "where"), [("300k", "labels"), pytest.param("2500k", "teach", marks=pytest.mark.long)]
 )
 def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
     write_task(tmp_path / "task")

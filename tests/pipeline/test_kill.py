@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from heard import heard
 from small_task import SMALL, write_gallery, write_task
+
+from ktray import recipe as recipes
+from ktray.pipeline.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 160
@@ -45,7 +49,7 @@ def result_of(store):
 
 
 @pytest.mark.slow
-def test_killed_driver_resumes_from_the_last_checkpoint_with_the_same_result(tmp_path):
+def test_killed_driver_resumes_from_the_last_checkpoint_with_the_same_result(cluster, tmp_path):
     write_task(tmp_path / "task")
     write_gallery(tmp_path / "gallery")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -70,7 +74,7 @@ def test_killed_driver_resumes_from_the_last_checkpoint_with_the_same_result(tmp
     # TRANSFER are the same, too; to compute them again would test nothing.
     for part in ("precision", "exportable", "galleries", *(f"stages/{name}" for name in BEFORE)):
         shutil.copytree(killed / part, whole / part)
-    subprocess.run(command(tmp_path, whole), env=environment, check=True, capture_output=True, timeout=600)
+    heard([], run, recipes.load(None, command(tmp_path, whole)[2:]))
     assert weights(killed) == weights(whole)
     resumed, plain = result_of(killed), result_of(whole)
     assert resumed["metric"] == plain["metric"]

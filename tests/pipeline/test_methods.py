@@ -52,7 +52,13 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
+# Shorter tests train with these, too: tests/training/test_programs_objectives.py.
+COVERED = ("oriented features", "mtkd", "consistency", "dual, balanced")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.long) if name in COVERED else name for name in WAYS]
+)
 def way(request, world):
     chosen = keys(world, *WAYS[request.param])
     lines: list[str] = []

@@ -215,7 +215,7 @@ SHRUNKEN = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("eurosat", "places365") else name for name in SCALE],
+    [name if name == "ade20k" else pytest.param(name, marks=pytest.mark.long) for name in SCALE],
 )
 def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
     data, lists, gallery = small_copy(tmp_path, name)
@@ -234,6 +234,7 @@ def test_one_shrunken_step_of_each_runs_to_its_end(cluster, tmp_path, name):
     assert result["transfer_set"]["kept"] == 5
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_page_on_compute_tells_what_the_plan_counts(tmp_path):
     page = (recipes.BUILTIN.parents[2] / "docs" / "measured" / "compute.md").read_text(encoding="utf-8")

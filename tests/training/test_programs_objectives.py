@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ktray.data.views import ViewPolicy
+from ktray.models.compilation import Compilation
 from ktray.recipe.choice import chosen
 from ktray.recipe.schema import TrainConfig
 from ktray.storage.columns import write_rows
@@ -92,6 +94,31 @@ def train(job, root: Path, resume=None, stop=None):
     with contextlib.suppress(InterruptedError):
         Trainer(program, job.settings, TrainerCallbacks(save, lambda message: None, folder), resume).run()
     return saved[-1]
+
+
+def test_a_training_may_go_on_with_or_without_compiling_and_validates_uncompiled(stored, tmp_path, monkeypatch):
+    """The objective calls the student twice a step, with and without gradients."""
+    sizes = []
+
+    def seen(graph, inputs):
+        sizes.extend(
+            value.shape[0] for value in inputs if torch.is_tensor(value) and value.shape[1:] == (3, SIZE, SIZE)
+        )
+        return graph.forward
+
+    monkeypatch.setattr(Compilation, "apply", lambda self, model: self.mode and model.compile(backend=seen))
+    plain = spec(stored, "consistency")
+    modes = {mode: replace(plain, part=plain.part.model_copy(update={"compile": mode})) for mode in (True, "graphs")}
+    whole = load_file(str(train(plain, tmp_path / "plain") / "weights.safetensors"))
+    for first, second in ((modes[True], plain), (plain, modes["graphs"])):
+        sizes.clear()
+        torch.compiler.reset()  # otherwise the code of the round before is used again
+        half = train(first, tmp_path / f"half-{len(list(tmp_path.iterdir()))}", stop=1)
+        ended = train(second, tmp_path / f"rest-{len(list(tmp_path.iterdir()))}", resume=half)
+        assert sizes, "nothing was compiled"
+        assert 9 not in sizes, "the nine images of validation were compiled"
+        for key, value in load_file(str(ended / "weights.safetensors")).items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

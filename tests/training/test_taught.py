@@ -23,6 +23,7 @@ from ktray.storage.columns import read_rows, write_rows
 from ktray.storage.store import Dir, Store
 from ktray.targets.make_views import MakeViews
 from ktray.targets.predict import Predict
+from ktray.training.card_rows import CardRows, fits
 from ktray.training.inputs import TargetSet
 from ktray.training.messages import BadImages, TeacherFlops
 from ktray.training.worker import WorkerContext
@@ -104,6 +105,40 @@ def test_a_sample_needs_stored_targets(world, mode):
     with pytest.raises(KtrayError, match=f"teach.mode={mode} stores none") as caught:
         taught(world, mode).sample("embedding")
     assert "teach.mode=cached" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("mode", "weight", "of"), [("cached", "confidence", 2), ("streamed", "none", 1)])
+def test_batches_that_a_device_gathers_are_those_of_the_host(cluster, world, monkeypatch, mode, weight, of):
+    """As on a GPU, where the set stays on the card."""
+    source = replace(taught(world, mode), weight=weight)
+    made = []
+
+    class Seen(CardRows):
+        def __init__(self, device):
+            super().__init__(device)
+            made.append(self)
+
+    monkeypatch.setattr("ktray.training.inputs.CardRows", Seen)
+    for rank in range(of):
+        expected = list(batches(source, RESIDENT, rank, of))
+        assert not made, "nothing stays on a CPU"
+        with monkeypatch.context() as patch:
+            patch.setattr("ktray.training.inputs.fits", lambda device, size: True)
+            found = list(batches(source, RESIDENT, rank, of))
+        (card,) = made
+        made.clear()
+        assert {len(column) for column in card.columns.values()} == {20 // of}
+        for a, b in zip(found, expected, strict=True):
+            assert a.keys() == b.keys()
+            for name, value in b.items():
+                assert torch.equal(a[name], value), name
+
+
+def test_a_set_that_is_streamed_or_too_large_does_not_stay_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 80))
+    assert fits(torch.device("cuda"), 10)
+    assert not fits(torch.device("cuda"), 11)
+    assert not fits(torch.device("cpu"), 10)
 
 
 @pytest.mark.parametrize("mode", ["streamed", "live"])

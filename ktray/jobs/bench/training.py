@@ -26,8 +26,8 @@ from ktray.storage.store import Store
 from ktray.training.loop import Batch, TrainerSettings, TrainingProgram
 from ktray.training.messages import Message, StepProgress
 from ktray.training.outcome import Outcome
-from ktray.training.programs import settle_precision
 from ktray.training.ray_train import train
+from ktray.training.settled import settle_precision
 from ktray.training.worker import TrainingSpec, WorkerContext
 
 PART = TrainConfig()

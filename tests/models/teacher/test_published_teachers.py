@@ -66,6 +66,7 @@ def test_open_clip_vit_b_32(cluster, tmp_path):
     assert set(json.loads(json.dumps(found[1].manifest()))["scores"]) == {"text", "probe"}
 
 
+@pytest.mark.long
 def test_timm_dinov2_small(cluster, tmp_path):
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=98).eval()
     with torch.no_grad():  # layer scale starts at 1e-5, which would hide the blocks
