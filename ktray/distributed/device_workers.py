@@ -96,12 +96,11 @@ class _DeviceWorker:
 
     def _forget(self, keep: int) -> None:
         """Drop the models that were not used for the longest time."""
-        import torch
+        from ktray.models.compilation import forget_compiled
 
         while len(self._models) > keep:
             self._models.popitem(last=False)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        forget_compiled()
 
 
 class DeviceWorkers:

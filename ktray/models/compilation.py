@@ -7,7 +7,7 @@ kernels round in another way.
 from __future__ import annotations
 
 import gc
-import logging
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,8 +19,7 @@ from torch import nn
 
 from ktray.models.messages import cause
 from ktray.models.precision import Precision
-
-logger = logging.getLogger("ktray")
+from ktray.reporting.heartbeat import beat
 
 Mode = Literal["default", "reduce-overhead"]  # the latter also puts the kernels into CUDA graphs
 # Compiling FastViT-S12 took 70 s on an H200; a training that is compiled does it twice, once to measure. A step is
@@ -35,16 +34,27 @@ class Compilation:
 
     Attributes:
         mode: the mode of ``torch.compile``; None: not compiled.
-        reason: the reason of the decision, one line for the log.
+        reason: the reason of the decision, one line.
+        failed: whether the measurement failed. The next training measures again, because the cause may be gone.
     """
 
     mode: Mode | None
     reason: str
+    failed: bool = False
 
-    def apply(self, model: nn.Module) -> None:
-        """Compile the model in place: the names in checkpoints stay the same."""
-        if self.mode is not None:
-            model.compile(mode=self.mode)
+    def apply(self, model: nn.Module, forgiving: bool = False) -> None:
+        """Compile the model in place: the names in checkpoints stay the same.
+
+        Args:
+            forgiving: whether what cannot be compiled runs uncompiled. Otherwise, it is an error in the first step.
+        """
+        if self.mode is None:
+            return
+        import torch._dynamo  # slow to import
+
+        torch._dynamo.config.suppress_errors = forgiving
+        forget_compiled()  # a limit on recompilations counts those of earlier trainings in this process
+        model.compile(mode=self.mode)
 
     @property
     def graphs(self) -> bool:
@@ -57,6 +67,15 @@ class Compilation:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Compilation:
         return cls(**value)
+
+
+def forget_compiled() -> None:
+    """Drop what this process has compiled, with its memory. Nothing happens if it has compiled nothing."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()  # a compiled model is part of cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def may_pay(steps: int, seconds: float) -> bool:
@@ -77,17 +96,25 @@ def choose_compilation(
     """Compile a copy of the model and time its steps, if `may_pay`. The training is compiled if its steps together save
     more time than it took to compile the copy.
 
+    The copy has one input size. An objective with several (crops, or a pass without gradients) compiles once for each.
+
     Args:
         model: takes normalised float images (N, 3, h, w); it is not changed.
         precision: the number format and layout of the training.
         image_size: image size of the training, in pixels.
-        batch: images per step of this worker.
-        steps: optimizer steps of the training.
+        batch: images of this worker that are in one pass.
+        steps: passes of the training.
+        compile_in_place: compiles a model.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        images = torch.rand(batch, 3, *size, device=device)
-        return _measured(model, precision, images, steps, compile_in_place)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            images = torch.rand(batch, 3, *size, device=device)
+            return _measured(model, precision, images, steps, compile_in_place)
+    except Exception as error:  # compilers refuse models and machines in many ways, and the training can do without
+        return Compilation(None, f"torch.compile failed: {cause(getattr(error, 'inner_exception', error))}", True)
+    finally:
+        forget_compiled()
 
 
 def _measured(
@@ -97,29 +124,23 @@ def _measured(
     steps: int,
     compile_in_place: Callable[[nn.Module], Any],
 ) -> Compilation:
-    device = images.device
-    eager = _seconds(deepcopy(model).to(device), precision, images)
+    beat("timing the student's steps")
+    eager = _seconds(deepcopy(model).to(images.device), precision, images)
     if not may_pay(steps, eager):
-        text = f"{steps:,} steps of {1000 * eager:.3g} ms are too few: compiling takes about {COMPILE_S:.0f} s"
+        text = f"{steps:,} steps of {_ms(eager)} are too few: compiling takes about {COMPILE_S:.0f} s"
         return Compilation(None, text)
-    logger.info("compile   measuring whether torch.compile pays, which takes a minute or two")
+    beat("measuring whether torch.compile pays, which takes a minute or two")
     began = time.perf_counter()
-    copy = deepcopy(model).to(device)
-    try:
-        compile_in_place(copy)
-        compiled = _seconds(copy, precision, images)
-    except Exception as error:  # compilers refuse models and machines in many ways, and eager steps always work
-        return Compilation(None, f"torch.compile failed: {cause(getattr(error, 'inner_exception', error))}")
-    finally:
-        del copy
-        torch.compiler.reset()
-        gc.collect()  # a compiled model is part of cycles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    copy = deepcopy(model).to(images.device)
+    compile_in_place(copy)
+    compiled = _seconds(copy, precision, images)
     spent = time.perf_counter() - began
-    saved = steps * (eager - compiled)
-    text = f"measured: eager {1000 * eager:.3g} ms, compiled {1000 * compiled:.3g} ms a step, compiling {spent:.0f} s"
-    return Compilation("default" if saved > spent else None, text)
+    text = f"measured: eager {_ms(eager)}, compiled {_ms(compiled)} a step, compiling {spent:.0f} s"
+    return Compilation("default" if steps * (eager - compiled) > spent else None, text)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def _seconds(model: nn.Module, precision: Precision, images: torch.Tensor) -> float:
@@ -141,6 +162,7 @@ def _seconds(model: nn.Module, precision: Precision, images: torch.Tensor) -> fl
 
     for _ in range(3):
         step()
+        beat()
     began = settled()
     for _ in range(_STEPS):
         step()

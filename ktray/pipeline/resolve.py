@@ -210,6 +210,12 @@ def resolve(recipe: Recipe, plan: Allocation) -> Resolved:
             + (f" (and the {recipe.finetune.batch_size} labelled images)" if traits.labelled else ""),
             "Set train.accumulate to a divisor of these numbers, or change train.batch_size.",
         )
+    if recipe.train.accumulate > 1 and recipe.train.compile == "graphs":
+        raise KtrayError(
+            f"train.compile=graphs cannot add up the gradients of train.accumulate={recipe.train.accumulate} parts: "
+            "each run of a CUDA graph overwrites those of the run before",
+            "Set train.accumulate=1, or train.compile=true.",
+        )
     if recipe.train.steps is None:
         epochs = recipe.train.epochs
         if epochs is None:

@@ -73,9 +73,9 @@ class TrainConfig(Section):
     )
     compile: bool | Literal["auto", "graphs"] = Field(
         "auto",
-        description="compile the student with torch.compile in pretraining; auto: on a GPU, if a measurement, which "
-        "only long trainings make, says that it saves more time than it takes; graphs: compile into CUDA graphs, for "
-        "small batches on a GPU",
+        description="compile the student with torch.compile in pretraining; auto: on a GPU, if the training is long "
+        "and a measurement shows that it saves more time than it takes; graphs: compile into CUDA graphs, for small "
+        "batches on a GPU",
     )
     accumulate: int = Field(
         1,
@@ -87,8 +87,8 @@ class TrainConfig(Section):
     resident_bytes: int = Field(
         2_000_000_000,
         ge=0,
-        description="size in bytes up to which a transfer set stays in the memory of a worker; larger ones are "
-        "streamed",
+        description="size in bytes up to which a transfer set stays in the memory of a worker, or on its GPU; larger "
+        "ones are streamed",
     )
     window_bytes: int | None = Field(
         None,

@@ -247,7 +247,8 @@ class TrainedManifest(TypedDict):
         images_per_second: mean over all attempts.
         flops_per_step: sum over all workers.
         precision: number format of the matrix products.
-        compiled: how ``torch.compile`` was used, and why (`ktray.models.compilation`); empty: the training never is.
+        compiled: how ``torch.compile`` was used, and why (`ktray.models.compilation`); empty: this training is never
+            compiled.
         starts: the starts of workers in the last attempt.
     """
 

@@ -27,7 +27,7 @@ from ktray.training.worker import TrainingSpec
 
 WEIGHTS = "weights.safetensors"
 HOW = NotInKey(
-    "how often checkpoints are saved, how rows are read, and epochs, which `steps` replaces",
+    "how often checkpoints are saved, how rows are read, whether kernels are compiled, and epochs, which steps replace",
     ("checkpoint_seconds", "epochs", "resident_bytes", "window_bytes", "compile"),
 )
 

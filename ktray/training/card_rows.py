@@ -17,12 +17,14 @@ from ktray.training.weights import WEIGHT
 
 ROW = "row"
 _ON_HOST = ("view_id",)  # what random numbers are computed from
-_SHARE = 4  # of the GPU's free memory, before the training has taken its own
+# Part of the GPU's free memory. The training, which takes its own later, may need nearly all of it.
+_SHARE = 16
 _PIECE = 4096  # rows that are copied at once
 
 
 def fits(device: torch.device, size: int) -> bool:
-    """Whether a set of ``size`` bytes may stay on the device: on a GPU, with a quarter of its free memory."""
+    """Whether a set of ``size`` bytes may stay on the device: on a GPU, if a sixteenth of what is free is
+    enough."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / _SHARE
 
 
@@ -51,6 +53,7 @@ class CardRows:
                 kept = {name: rows[name] for name in _ON_HOST}
                 for name in rows.keys() - kept.keys():
                     self._fill(name, rows[name], first, total)
+                del rows  # this generator waits at its last row for the whole training
                 yield {ROW: np.arange(first, first + count), **kept, **weight}
                 first += count
 

@@ -215,9 +215,8 @@ class TargetSet:
     def _reader(self, env: WorkerContext, resident: bool) -> Reader:
         live = self.mode == "live"
         targets = tuple(t for t in self.targets if not (live and t in TEACHER_TARGETS))
-        apart = (
-            env.device.type == "cuda"
-        )  # there, a step is a sequence of launches, which wait for the interpreter lock
+        # On a GPU, a step is a sequence of launches, which wait for the interpreter lock.
+        apart = env.device.type == "cuda"
         columns = [JPEG if self.jpeg else PIXELS, "view_id", *stored_columns(targets, self.classes)]
         if self.cut is None:
             return (

@@ -79,7 +79,7 @@ class TrainingProgram:
         tolerance: scores that differ by less are equally good. Only evaluations that are worse than the best one by
             more count for `TrainerSettings.patience`, and the best weights are only kept if the last ones are worse by
             more.
-        compiled: how the model is compiled, and why, in words; empty: it never is.
+        compiled: how the model is compiled, and why, in words; empty: this training is never compiled.
         teach: adds the targets of a teacher in this process to a batch. Its time counts as part of the step, not as
             waiting for data.
     """

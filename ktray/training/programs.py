@@ -150,7 +150,7 @@ class TransferSpec:
         strong: the augmentation that only the student sees.
         part: the recipe's section ``train``.
         metric: name of the metric for validation.
-        directory: the directory of the store for decisions about precision.
+        directory: the directory of the store for measured decisions (`ktray.training.settled`).
         probe: whether the classifier starts as a linear head on the features of the initial weights.
     """
 
@@ -205,11 +205,12 @@ class TransferSpec:
         )
         # An objective that cuts its own views from whole images also changes them itself.
         strong = self.strong if traits.views == "fixed" else PLAIN
+        more = [self.objective.name, traits.reads, self.label_batch]
         compilation = settle_compilation(
-            self.directory, self.student, model, precision, env, batch, s.steps, self.part.compile
+            self.directory, self.student, model, precision, env, batch, s.steps, self.part, more
         )
         module = Pretrain(student, preprocess, objective, strong, compilation.graphs).to(env.device)
-        compilation.apply(module.student)
+        compilation.apply(module.student, forgiving=self.part.compile == "auto")
         label_batch = env.rows(self.label_batch) if labelled else 0
 
         def batches(start: int, stop: int) -> Iterator[Batch]:

@@ -1,13 +1,14 @@
 """Decisions about how a student is computed, which a store keeps: they are measured, and another measurement could
 decide otherwise.
 
-The first decision in a store is used for every rank, restart and seed, so that runs differ only by their recipes.
+The first decision in a store for a kind of device is used for every rank, restart and seed, so that runs differ only by
+their recipes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from ktray.accounting.device import cpu_model
 from ktray.models.compilation import Compilation, Mode, choose_compilation
 from ktray.models.precision import Precision, choose_precision
+from ktray.recipe.schema import TrainConfig
 from ktray.recipe.section import digest
 from ktray.storage.store import Dir
 from ktray.training.inputs import StudentSpec
@@ -52,7 +54,8 @@ def settle_compilation(
     env: WorkerContext,
     rows: int,
     steps: int,
-    requested: bool | str,
+    part: TrainConfig,
+    more: Sequence[Any] = (),
 ) -> Compilation:
     """Choose whether the student is compiled; `Compilation.apply` does it.
 
@@ -60,18 +63,21 @@ def settle_compilation(
         directory, rows: as for `settle_precision`.
         precision: the decision of `settle_precision`.
         steps: optimizer steps of the training.
-        requested: ``train.compile`` in the recipe.
+        part: the recipe's section ``train``.
+        more: what else the compiled kernels depend on, such as the name of the objective.
     """
-    if requested != "auto":
-        mode: Mode | None = "reduce-overhead" if requested == "graphs" else "default" if requested else None
-        return Compilation(mode, "the recipe asks for it")
+    if part.compile != "auto":
+        mode: Mode | None = "reduce-overhead" if part.compile == "graphs" else "default" if part.compile else None
+        return Compilation(mode, f"train.compile={str(part.compile).lower()}")
     if env.device.type != "cuda":
         return Compilation(None, "not on a GPU")
     size, (batch, world) = spec.image_size, _batch(env, rows)
-    facts = ["compile", spec.name, spec.kwargs, size, batch, world, *_machine(env), precision.to_dict(), steps]
+    own = [spec.name, spec.kwargs, size, batch, world, *_machine(env), steps, part.accumulate, *more]
+    facts = ["compile", torch.__version__, precision.to_dict(), *own]
 
     def measure() -> dict[str, Any]:
-        return choose_compilation(model, precision, env.device, size, batch, steps).to_dict()
+        passes = batch // part.accumulate, steps * part.accumulate
+        return choose_compilation(model, precision, env.device, size, *passes).to_dict()
 
     return Compilation.from_dict(_settled(directory, facts, env, measure))
 
@@ -91,13 +97,14 @@ def _machine(env: WorkerContext) -> tuple[str, str]:
 def _settled(
     directory: Dir, facts: list[Any], env: WorkerContext, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The stored decision for the facts. Rank 0 makes it if there is none."""
+    """The stored decision for the facts. Rank 0 makes it if there is none; a failed one is not stored."""
     name = f"{digest(facts)}.json"
     decision: list[Any] = [None]
     if env.rank == 0:
-        if not directory.exists(name):
-            directory.create(name, json.dumps(measure()).encode())  # has no effect if another job was first
-        decision = [directory.read_json(name)]
+        measured = {} if directory.exists(name) else measure()
+        if measured and not measured.get("failed"):
+            directory.create(name, json.dumps(measured).encode())  # has no effect if another job was first
+        decision = [measured if measured.get("failed") else directory.read_json(name)]
     if env.world > 1:
         dist.broadcast_object_list(decision, 0)
     found: dict[str, Any] = decision[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,10 +53,10 @@ def test_what_is_saved_must_exceed_what_compiling_takes(
     seconds, clock = iter([1.0, compiled]), iter([100.0, 160.0])  # one minute to compile
     monkeypatch.setattr(compilation, "may_pay", lambda steps, seconds: True)
     monkeypatch.setattr(compilation, "_seconds", lambda *arguments: next(seconds))
-    monkeypatch.setattr(compilation.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(compilation, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = chosen(model, steps)
     assert found.mode == mode
-    assert found.reason == f"measured: eager 1e+03 ms, compiled {1000 * compiled:.3g} ms a step, compiling 60 s"
+    assert found.reason == f"measured: eager 1,000 ms, compiled {1000 * compiled:,.0f} ms a step, compiling 60 s"
 
 
 def test_the_copy_is_compiled_and_timed_and_the_model_is_as_before(
@@ -86,8 +87,38 @@ def test_a_compiler_that_fails_is_no_error(model: nn.Module, monkeypatch: pytest
 
     monkeypatch.setattr(compilation, "may_pay", lambda steps, seconds: True)
     found = chosen(model, 10**6, backend=broken)
-    assert found.mode is None
-    assert "no compiler on this machine" in found.reason
+    assert (found.mode, found.failed) == (None, True)
+    assert found.reason == "torch.compile failed: no compiler on this machine"
+
+
+def test_memory_that_does_not_suffice_is_no_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compilation, "_seconds", full)
+    assert chosen(model, 10).failed
+
+
+@pytest.mark.parametrize("forgiving", [True, False])
+def test_what_cannot_be_compiled_runs_uncompiled_where_nobody_asked_for_it(forgiving: bool) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler on this machine")
+
+    model = nn.Linear(2, 3)
+    expected = model(torch.ones(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        plain = nn.Module.compile
+        patch.setattr(nn.Module, "compile", lambda self, mode: plain(self, backend=broken))
+        Compilation("default", "a test").apply(model, forgiving)
+    try:
+        if forgiving:
+            assert torch.equal(model(torch.ones(1, 2)), expected)
+        else:
+            with pytest.raises(Exception, match="no compiler on this machine"):
+                model(torch.ones(1, 2))
+    finally:
+        torch._dynamo.config.suppress_errors = False
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])

@@ -190,6 +190,15 @@ def test_no_more_views_are_stored_than_training_uses(photos, steps, views, monke
     assert (part.views, part.mode) == (views, "cached")
 
 
+def test_parts_of_a_batch_need_equal_sizes_and_no_cuda_graphs(photos):
+    keys = ["train.batch_size=32", "train.accumulate=2"]
+    assert resolve(load(photos, *keys, "train.compile=true"), CPU).recipe.train.accumulate == 2
+    with pytest.raises(KtrayError, match=r"train\.compile=graphs cannot add up .* train\.accumulate=2 parts"):
+        resolve(load(photos, *keys, "train.compile=graphs"), CPU)
+    with pytest.raises(KtrayError, match=r"train\.accumulate=3 does not divide the 32 images"):
+        resolve(load(photos, "train.batch_size=32", "train.accumulate=3"), CPU)
+
+
 def test_weights_need_predictions_that_exist_before_images_are_drawn(photos):
     found = resolve(load(photos, "transfer.weight=confidence", "teach.views=50"), CPU)
     assert (found.recipe.transfer.weight, found.recipe.teach.mode) == ("confidence", "cached")

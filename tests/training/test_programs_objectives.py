@@ -75,7 +75,7 @@ def spec(stored, name):
     )
 
 
-def train(job, root: Path, resume=None, stop=None):
+def train(job, root: Path, resume=None, stop=None, device=None):
     """Run to the end, or until the checkpoint number ``stop``; returns its folder."""
     saved = []
 
@@ -90,7 +90,7 @@ def train(job, root: Path, resume=None, stop=None):
             raise InterruptedError
 
     root.mkdir(parents=True, exist_ok=True)
-    program = job.build(WorkerContext(torch.device("cpu"), 0, 1, 1.0))
+    program = job.build(WorkerContext(device or torch.device("cpu"), 0, 1, 1.0))
     with contextlib.suppress(InterruptedError):
         Trainer(program, job.settings, TrainerCallbacks(save, lambda message: None, folder), resume).run()
     return saved[-1]
@@ -106,7 +106,11 @@ def test_a_training_may_go_on_with_or_without_compiling_and_validates_uncompiled
         )
         return graph.forward
 
-    monkeypatch.setattr(Compilation, "apply", lambda self, model: self.mode and model.compile(backend=seen))
+    def apply(self, model, forgiving=False):
+        if self.mode:
+            model.compile(backend=seen)
+
+    monkeypatch.setattr(Compilation, "apply", apply)
     plain = spec(stored, "consistency")
     modes = {mode: replace(plain, part=plain.part.model_copy(update={"compile": mode})) for mode in (True, "graphs")}
     whole = load_file(str(train(plain, tmp_path / "plain") / "weights.safetensors"))
@@ -119,6 +123,19 @@ def test_a_training_may_go_on_with_or_without_compiling_and_validates_uncompiled
         assert 9 not in sizes, "the nine images of validation were compiled"
         for key, value in load_file(str(ended / "weights.safetensors")).items():
             torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_train_as_steps_do(stored, tmp_path):
+    """The objective calls the student twice a step, with and without gradients."""
+    plain, device = spec(stored, "consistency"), torch.device("cuda")
+    graphs = replace(plain, part=plain.part.model_copy(update={"compile": "graphs"}))
+    found = [
+        load_file(str(train(job, tmp_path / name, device=device) / "weights.safetensors"))
+        for name, job in (("plain", plain), ("graphs", graphs))
+    ]
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-2, atol=1e-2, msg=key)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

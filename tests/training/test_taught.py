@@ -134,10 +134,23 @@ def test_batches_that_a_device_gathers_are_those_of_the_host(cluster, world, mon
                 assert torch.equal(a[name], value), name
 
 
+@pytest.mark.gpu
+def test_a_real_gpu_gathers_the_batches_of_the_host(cluster, world):
+    source, found = taught(world, "cached"), []
+    expected = list(batches(source, RESIDENT))
+    env = WorkerContext(torch.device("cuda"), 0, 1, 0.5)
+    for batch in source.batches(RESIDENT, env, BATCH, 7, 0, 9):
+        assert batch["pixels"].is_cuda
+        found.append({name: value.cpu() for name, value in batch.items()})
+    for a, b in zip(found, expected, strict=True):
+        for name, value in b.items():
+            assert torch.equal(a[name], value), name
+
+
 def test_a_set_that_is_streamed_or_too_large_does_not_stay_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 80))
-    assert fits(torch.device("cuda"), 10)
-    assert not fits(torch.device("cuda"), 11)
+    assert fits(torch.device("cuda"), 2)
+    assert not fits(torch.device("cuda"), 3)
     assert not fits(torch.device("cpu"), 10)
 
 
