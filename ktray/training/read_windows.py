@@ -110,7 +110,7 @@ class _StreamReader:
             some seconds to start, so the first dataset, for which the first batch waits, is scheduled here.
     """
 
-    def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int, apart: bool) -> None:
+    def __init__(self, compute: Callable[[Any], Any], report: Report | None, slices: int, apart: bool = False) -> None:
         self.compute, self.report, self.slices, self.apart = compute, report, slices, apart
         self.reported: set[str] = set()  # the uris of bad images
         self.buffers = WindowBuffers()

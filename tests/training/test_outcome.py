@@ -24,6 +24,7 @@ REPORT = {
     "seconds": 1.5,
     "pid": 42,
     "span": [1, 3],
+    "compiled": "default: measured",
 }
 
 
@@ -39,6 +40,12 @@ def test_files_of_a_checkpoint_come_back_as_they_were_written(tmp_path):
     found.report.save(again)
     assert json.loads((again / "outcome.json").read_text()) == STATE
     assert json.loads((again / "report.json").read_text()) == REPORT
+
+
+def test_a_report_without_compilation_is_of_an_older_version(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({k: v for k, v in REPORT.items() if k != "compiled"}))
+    found = CostReport.load(tmp_path)
+    assert (found.compiled, found.span) == ("", (1, 3))
 
 
 def test_a_report_without_a_span_is_of_an_older_version(tmp_path):
