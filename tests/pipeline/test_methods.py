@@ -53,7 +53,7 @@ WAYS = {
 
 
 # Shorter tests train with these, too: tests/training/test_programs_objectives.py.
-COVERED = ("oriented features", "mtkd", "consistency", "dual, balanced")
+COVERED = ("oriented features", "mtkd", "specmatch", "consistency", "dual, balanced")
 
 
 @pytest.fixture(

@@ -167,6 +167,7 @@ def test_the_same_recipe_again_reuses_every_stage(first):
     assert run(saved)["metric"] == result["metric"]
 
 
+@pytest.mark.long  # tests/training/test_ray_train.py trains with one to three workers
 def test_two_workers_learn_as_one_does_and_evaluation_is_exact(first, tmp_path):
     store, data, result, _, _ = first
     for name in ("labels", "adapt", "index", "curate", "teach"):

@@ -127,6 +127,7 @@ def test_a_floor_shortens_the_set_and_every_image_reaches_it(world, balanced):
         curate_only(keys(world, "transfer.min_similarity=1.0"))
 
 
+@pytest.mark.long
 def test_weights_train_another_student_on_the_same_targets(world):
     short = ["train.steps=3", "baselines.scratch=false", "teach.mode=cached"]
     plain, weighted = (run(keys(world, *short, f"transfer.weight={name}")) for name in ("none", "confidence"))
