@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ktray.models.messages import cause
-from ktray.models.precision import Precision
+from ktray.models.precision import Precision, one_step
 from ktray.reporting.heartbeat import beat
 
 Mode = Literal["default", "reduce-overhead"]  # the latter also puts the kernels into CUDA graphs
@@ -88,7 +88,7 @@ def choose_compilation(
     model: nn.Module,
     precision: Precision,
     device: torch.device,
-    image_size: int | tuple[int, int],
+    image_size: int,
     batch: int,
     steps: int,
     compile_in_place: Callable[[nn.Module], Any] = nn.Module.compile,
@@ -106,10 +106,9 @@ def choose_compilation(
         steps: passes of the training.
         compile_in_place: compiles a model.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            images = torch.rand(batch, 3, *size, device=device)
+            images = torch.rand(batch, 3, image_size, image_size, device=device)
             return _measured(model, precision, images, steps, compile_in_place)
     except Exception as error:  # compilers refuse models and machines in many ways, and the training can do without
         return Compilation(None, f"torch.compile failed: {cause(getattr(error, 'inner_exception', error))}", True)
@@ -145,25 +144,13 @@ def _ms(seconds: float) -> str:
 
 def _seconds(model: nn.Module, precision: Precision, images: torch.Tensor) -> float:
     """Mean time of a forward and a backward pass in seconds, after those in which kernels are made."""
+    candidate = precision.autocast, precision.channels_last, precision.benchmark
     model.train().to(memory_format=precision.memory_format)
-    images = images.to(memory_format=precision.memory_format)
-    kind = images.device.type
-
-    def step() -> None:
-        with torch.autocast(kind, dtype=precision.autocast_dtype, enabled=precision.autocast_dtype is not None):
-            out = model(images)
-        model.zero_grad(set_to_none=True)
-        (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
-
-    def settled() -> float:
-        if kind == "cuda":
-            torch.cuda.synchronize(images.device)
-        return time.perf_counter()
-
+    step = one_step(model, candidate, images, train=True)
     for _ in range(3):
         step()
         beat()
-    began = settled()
+    began = time.perf_counter()
     for _ in range(_STEPS):
         step()
-    return (settled() - began) / _STEPS
+    return (time.perf_counter() - began) / _STEPS

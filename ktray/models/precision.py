@@ -185,7 +185,9 @@ def _measure(
         }
 
         def steps(images: int) -> Steps:
-            return {c: _step(copies[c[1]], c, torch.rand(images, 3, *size, device=device), train) for c in candidates}
+            return {
+                c: one_step(copies[c[1]], c, torch.rand(images, 3, *size, device=device), train) for c in candidates
+            }
 
         if device.type == "cuda":  # a small batch would measure how fast the host launches kernels
             ready = steps(max(2, batch))
@@ -245,7 +247,8 @@ def _rounds(ready: Steps, timed: Callable[[Callable[[], None]], float]) -> dict[
     return seconds
 
 
-def _step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
+def one_step(model: nn.Module, candidate: Candidate, x: torch.Tensor, train: bool) -> Callable[[], None]:
+    """A function that makes a forward pass, and with ``train`` a backward pass, and returns when they are done."""
     autocast, channels_last, benchmark = candidate
     images = x.to(memory_format=_layout(channels_last))
 

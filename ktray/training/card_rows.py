@@ -16,7 +16,6 @@ from ktray.training.sampler import Reader, Window
 from ktray.training.weights import WEIGHT
 
 ROW = "row"
-_ON_HOST = ("view_id",)  # what random numbers are computed from
 # Part of the GPU's free memory. The training, which takes its own later, may need nearly all of it.
 _SHARE = 16
 _PIECE = 4096  # rows that are copied at once
@@ -48,14 +47,13 @@ class CardRows:
             total = sum(s.count for window in windows for s in window)
             first = 0
             for rows in read(windows):
-                count = len(rows["view_id"])
                 weight = {WEIGHT: weigh(rows)} if weigh else {}
-                kept = {name: rows[name] for name in _ON_HOST}
-                for name in rows.keys() - kept.keys():
+                views = rows["view_id"]  # random numbers are computed from them, on the CPU
+                for name in rows.keys() - {"view_id"}:
                     self._fill(name, rows[name], first, total)
-                del rows  # this generator waits at its last row for the whole training
-                yield {ROW: np.arange(first, first + count), **kept, **weight}
-                first += count
+                del rows  # this generator waits at its last window for the whole training
+                yield {ROW: np.arange(first, first + len(views)), "view_id": views, **weight}
+                first += len(views)
 
         return moved
 
