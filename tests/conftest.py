@@ -1,4 +1,4 @@
-"""One local Ray cluster for the whole test session: its start-up is what makes suites slow."""
+"""One local Ray cluster for all tests of a process: its start-up is what makes suites slow."""
 
 import gc
 import os

@@ -151,7 +151,7 @@ def test_the_readme_is_short() -> None:
 def test_the_readme_begins_with_the_commands_to_run_and_to_test() -> None:
     run, test = FENCE.findall(README.read_text(encoding="utf-8"))[:2]
     assert run == "python3 -m ktray.bootstrap && .venv/bin/python jobs/distill.py\n"
-    assert test == "python3 -m ktray.bootstrap --dev && .venv/bin/python -m pytest\n"
+    assert test == "python3 -m ktray.bootstrap --dev && .venv/bin/python -m pytest -n 2\n"
 
 
 def test_every_folder_is_in_the_map_of_the_code() -> None:

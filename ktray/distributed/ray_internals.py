@@ -12,14 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ray.train.v2._internal.exceptions import (
-    CheckpointManagerInitializationError,
-    InsufficientClusterResourcesError,
-    WorkerGroupStartupTimeoutError,
-)
-from ray.train.v2._internal.execution.callback import ControllerCallback
+if TYPE_CHECKING:
+    from ray.train.v2._internal.exceptions import (
+        CheckpointManagerInitializationError,
+        InsufficientClusterResourcesError,
+        WorkerGroupStartupTimeoutError,
+    )
+    from ray.train.v2._internal.execution.callback import ControllerCallback
 
 __all__ = [
     "CheckpointManagerInitializationError",
@@ -38,9 +40,23 @@ __all__ = [
 ]
 
 
+# Imported on first use: with Ray Train come Ray Data and more, half a second in every process of a job.
+_RAY_TRAIN = {
+    "CheckpointManagerInitializationError": "exceptions",
+    "ControllerCallback": "execution.callback",
+    "InsufficientClusterResourcesError": "exceptions",
+    "WorkerGroupStartupTimeoutError": "exceptions",
+}
+
 # The shortest and the longest rest of an executor. It waits up to 0.1 s for its tasks anyway, and a step handles all
 # that are ready.
 RESTS_S = 0.005, 0.04
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RAY_TRAIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"ray.train.v2._internal.{_RAY_TRAIN[name]}"), name)
 
 
 def address_of_this_machine() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -91,7 +90,6 @@ def choose_compilation(
     image_size: int,
     batch: int,
     steps: int,
-    compile_in_place: Callable[[nn.Module], Any] = nn.Module.compile,
 ) -> Compilation:
     """Compile a copy of the model and time its steps, if `may_pay`. The training is compiled if its steps together save
     more time than it took to compile the copy.
@@ -104,25 +102,18 @@ def choose_compilation(
         image_size: image size of the training, in pixels.
         batch: images of this worker that are in one pass.
         steps: passes of the training.
-        compile_in_place: compiles a model.
     """
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             images = torch.rand(batch, 3, image_size, image_size, device=device)
-            return _measured(model, precision, images, steps, compile_in_place)
+            return _measured(model, precision, images, steps)
     except Exception as error:  # compilers refuse models and machines in many ways, and the training can do without
         return Compilation(None, f"torch.compile failed: {cause(getattr(error, 'inner_exception', error))}", True)
     finally:
         forget_compiled()
 
 
-def _measured(
-    model: nn.Module,
-    precision: Precision,
-    images: torch.Tensor,
-    steps: int,
-    compile_in_place: Callable[[nn.Module], Any],
-) -> Compilation:
+def _measured(model: nn.Module, precision: Precision, images: torch.Tensor, steps: int) -> Compilation:
     beat("timing the student's steps")
     eager = _seconds(deepcopy(model).to(images.device), precision, images)
     if not may_pay(steps, eager):
@@ -131,7 +122,7 @@ def _measured(
     beat("measuring whether torch.compile pays, which takes a minute or two")
     began = time.perf_counter()
     copy = deepcopy(model).to(images.device)
-    compile_in_place(copy)
+    copy.compile()
     compiled = _seconds(copy, precision, images)
     spent = time.perf_counter() - began
     text = f"measured: eager {_ms(eager)}, compiled {_ms(compiled)} a step, compiling {spent:.0f} s"

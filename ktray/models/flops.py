@@ -14,7 +14,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from ktray.models.lean_calls import FlopCounterMode
 
 _ALONE = threading.RLock()
 

@@ -181,6 +181,10 @@ class TargetSet:
         """The size of all rows in bytes."""
         return sum(n for _, n in self.shards) * self.row_bytes
 
+    def is_resident(self, part: TrainConfig) -> bool:
+        """Whether all rows stay in memory during a training."""
+        return self.size <= part.resident_bytes
+
     def sampler(
         self, part: TrainConfig, env: WorkerContext, batch: int, seed: int, card: CardRows | None = None
     ) -> RowSampler:
@@ -189,7 +193,7 @@ class TargetSet:
         Args:
             card: takes the columns of a set that stays in memory; the sampler's rows then are places in it.
         """
-        resident = self.size <= part.resident_bytes
+        resident = self.is_resident(part)
         read, weigh = self._reader(env, resident), None
         if self.weight in WEIGHTS:
             weigh = partial(WEIGHTS[self.weight], classes=self.classes)
@@ -256,7 +260,7 @@ class TargetSet:
         """Batches ``start``..``stop - 1`` on the device, with ``batch`` rows of each of the worker's virtual ranks, as
         `ktray.objectives.base.Objective.step` expects them."""
         # Each of several workers on one GPU holds a part of the set only; the whole set is an upper bound.
-        card = CardRows(env.device) if self.size <= part.resident_bytes and fits(env.device, self.size) else None
+        card = CardRows(env.device) if self.is_resident(part) and fits(env.device, self.size) else None
 
         def on_cpu() -> Iterator[Batch]:
             for rows in self.sampler(part, env, batch, seed, card).batches(start, stop):

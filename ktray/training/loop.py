@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from ktray.models.lean_calls import AdamW
 from ktray.recipe.section import Section
 from ktray.training.average import Average
 from ktray.training.checkpoint_interval import CheckpointInterval
@@ -189,7 +190,7 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.state = State()
         fused = program.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(program.groups, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = AdamW(program.groups, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
         self.averaged = program.averaged if program.averaged is not None else program.model
         self.average = Average(self.averaged, settings.ema) if settings.ema else None
         self.best: dict[str, torch.Tensor] | None = None

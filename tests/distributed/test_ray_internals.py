@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -35,3 +37,17 @@ def test_the_executor_of_a_dataset_rests(cluster: Any) -> None:
     assert [row["i"] for batch in batches for row in batch.to_pylist()] == [0, 1, 2]
     (executor,) = made
     assert any(isinstance(callback, module._resting()) for callback in executor._callbacks)
+
+
+def test_a_process_that_trains_alone_does_not_import_ray_train() -> None:
+    packages = "ray.train", "ray.tune", "ray.data"
+    code = f"import sys, ktray.training.ray_train; print([name for name in {packages} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_names_of_ray_train_are_imported_when_they_are_used() -> None:
+    for name in module._RAY_TRAIN:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'ControllerCall'"):
+        _ = module.ControllerCall

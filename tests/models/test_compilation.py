@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +27,9 @@ def model() -> nn.Module:
 
 
 def chosen(model: nn.Module, steps: int, backend: Any = "eager") -> Compilation:
-    def with_backend(copy: nn.Module) -> None:
-        copy.compile(backend=backend)
-
-    return choose_compilation(model, PRECISION, CPU, 32, 4, steps, with_backend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+        return choose_compilation(model, PRECISION, CPU, 32, 4, steps)
 
 
 def test_the_arithmetic_counts_the_measurement_and_the_training() -> None:

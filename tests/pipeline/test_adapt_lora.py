@@ -71,7 +71,6 @@ def test_lora_ends_in_an_ordinary_teacher_and_resumes(cluster: Any, tmp_path: Pa
     assert (folder / "tower.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_both_trainings_in_one_stage_have_checkpoints_of_their_own(cluster: Any, tmp_path: Path) -> None:
     write_task(tmp_path / "task", train=8)

@@ -26,9 +26,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="needs unprivileged mounts (Linux)")
-@pytest.mark.parametrize(
-    ("size", "where"), [("300k", "labels"), pytest.param("2500k", "teach", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("size", "where"), [("300k", "labels"), ("2500k", "teach")])
 def test_a_full_disk_ends_with_one_line(tmp_path, size, where):
     write_task(tmp_path / "task")
     write_gallery(tmp_path / "gallery")

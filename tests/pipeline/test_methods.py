@@ -52,13 +52,7 @@ WAYS = {
 }
 
 
-# Shorter tests train with these, too: tests/training/test_programs_objectives.py.
-COVERED = ("oriented features", "mtkd", "specmatch", "consistency", "dual, balanced")
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.long) if name in COVERED else name for name in WAYS]
-)
+@pytest.fixture(scope="module", params=WAYS)
 def way(request, world):
     chosen = keys(world, *WAYS[request.param])
     lines: list[str] = []

@@ -167,7 +167,6 @@ def test_the_same_recipe_again_reuses_every_stage(first):
     assert run(saved)["metric"] == result["metric"]
 
 
-@pytest.mark.long  # tests/training/test_ray_train.py trains with one to three workers
 def test_two_workers_learn_as_one_does_and_evaluation_is_exact(first, tmp_path):
     store, data, result, _, _ = first
     for name in ("labels", "adapt", "index", "curate", "teach"):
@@ -310,7 +309,7 @@ def test_the_plan_of_the_same_run_has_stored_speeds_and_its_time(first):
         assert found[row["name"]].device_seconds == pytest.approx(row["device_seconds"], rel=0.25), row["name"]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_agnostic_transfer_learns_and_trains_no_classifier(first, workers):
     store, data, _, _, _ = first
     lines: list[str] = []

@@ -27,7 +27,6 @@ OTHERS = "teacher.others=[{name: efficientnet-lite0, image_size: 48}]"
 SHORT = ["train.steps=2", "finetune.steps=0", "baselines.scratch=false"]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_student_learns_the_mean_of_two_teachers(cluster: Any, tmp_path: Path) -> None:
     write_task(tmp_path / "task")

@@ -13,7 +13,6 @@ from ktray.models.flops import forward_flops
 from ktray.models.teacher.load import load_teacher
 from ktray.pipeline.run import run
 
-pytestmark = pytest.mark.long  # tests/training/test_taught.py has the rows of each mode
 STEPS, BATCH = 30, 32
 
 

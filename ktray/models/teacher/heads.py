@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ktray.errors import KtrayError
+from ktray.models.lean_calls import LBFGS
 from ktray.models.teacher.teacher import Teacher
 from ktray.reporting.heartbeat import beat
 
@@ -234,7 +235,7 @@ def _fit(
         first = (anchor, start.bias.detach().to(x))
     weight, bias = (t.to(x, copy=True).requires_grad_() for t in (warm or first))
     iterations, change = (100, 1e-9) if rough else (500, 1e-11)
-    optimizer = torch.optim.LBFGS(
+    optimizer = LBFGS(
         [weight, bias],
         max_iter=iterations,
         max_eval=1000,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ktray.models.lean_calls import LBFGS
 from ktray.models.teacher.heads import L2_GRID, LinearHead, Link, minimal_temperature, probe_head
 
 
@@ -79,7 +80,7 @@ def scaled_text_head(head: LinearHead, embeddings: torch.Tensor, labels: torch.T
     centre, spread = z.mean(), z.std().clamp_min(1e-12)
     scale = torch.ones((), dtype=torch.float64, device=z.device, requires_grad=True)
     offset = torch.zeros((), dtype=torch.float64, device=z.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, offset], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = LBFGS([scale, offset], max_iter=200, line_search_fn="strong_wolfe")
     y = labels.to(z)
 
     def closure() -> float:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ktray.data.labelled.masks import IGNORE
 from ktray.errors import KtrayError
+from ktray.models.lean_calls import LBFGS
 from ktray.models.maps import map_loss, resize_map
 from ktray.models.teacher.heads import LinearHead, fit_temperature
 from ktray.reporting.heartbeat import beat
@@ -158,7 +159,7 @@ def _fit(
     labels = _coarser(y, (x.shape[2], x.shape[3]))
     counted = (labels != IGNORE).sum().clamp(min=1)
     each = max(1, _CHUNK // (num_classes * labels.shape[1] * labels.shape[2]))
-    optimizer = torch.optim.LBFGS(
+    optimizer = LBFGS(
         [weight, bias],
         max_iter=_ITERATIONS,
         history_size=20,

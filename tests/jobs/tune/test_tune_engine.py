@@ -56,7 +56,6 @@ def test_an_interrupted_search_goes_on_with_the_same_trials(cluster, tmp_path):
     assert len({str(t.params) for t in trials[1:]}) == 7, "new trials are new"
 
 
-@pytest.mark.long
 def test_a_grid_is_gone_through_once(cluster, tmp_path):
     space = {"train.lr": [0.01, 0.03, 0.1], "train.batch_size": [16, 32]}
     trials = Toy(tmp_path, space=space, search="grid", rungs=[1.0]).run()
