@@ -249,6 +249,7 @@ class Trainer:
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
+                state.seconds = before + time.perf_counter() - begun  # the loss is there: a GPU is done with the steps
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {state.step}: lower the learning rate")
                 self._evaluate(loss)

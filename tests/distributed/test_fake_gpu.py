@@ -36,10 +36,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.slow
 def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path) -> None:
     found = job(tmp_path, 1, "devices")
-    assert found["with a GPU"] == [True, "cpu"]  # torch has none
+    assert found["with a GPU"] == [True, found["torch"]]  # "cpu" where torch finds none
     assert found["without"] == [False, "cpu"]
     assert found["numbered"] == [[True], [True]]
     assert found["cpu shards"] == [False]
+    assert (tmp_path / "died").exists()
+    assert found["killed"] == [[0, [4]], [1, [5]], [2, [6]]], "a killed worker is started again and loses nothing"
     assert found["shared"] == [[i, [(i + 1) * 4999950000 + 5], [False]] for i in range(3)]
 
 

@@ -6,12 +6,14 @@ Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune or de
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 
 def seen() -> list[Any]:
@@ -41,6 +43,11 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
                 (number, rows["sum"].tolist(), rows["writeable"].tolist())
                 for number, rows in map_numbered([1, 2, 3], added, plan, [np.arange(100_000), 5])
             ),
+            "killed": sorted(
+                (number, rows["item"].tolist())
+                for number, rows in map_numbered([4, 5, 6], fragile, plan, [str(folder)])
+            ),
+            "torch": "cuda" if torch.cuda.is_available() else "cpu",
             "cpu shards": [summary["gpu"] for summary in cpu_shards([{"name": "x"}], shard, plan)],
         }
     elif job == "distill":
@@ -60,6 +67,14 @@ def numbered(item: int) -> dict[str, Any]:
 
 def added(item: int, first: Any, second: int) -> dict[str, Any]:
     return {"sum": np.array([item * first.sum() + second]), "writeable": np.array([first.flags.writeable])}
+
+
+def fragile(item: int, folder: str) -> dict[str, Any]:
+    """The first call for the second item ends the process, as a lack of memory would."""
+    if item == 5 and not (Path(folder) / "died").exists():
+        (Path(folder) / "died").touch()
+        os._exit(1)
+    return {"item": np.array([item])}
 
 
 def shard(item: dict[str, Any]) -> dict[str, Any]:

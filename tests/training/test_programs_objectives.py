@@ -1,6 +1,7 @@
 """Objectives through a whole pretraining in this process: what the student becomes, and what a restart changes."""
 
 import contextlib
+import gc
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ktray.storage.columns import write_rows
 from ktray.storage.store import Store
 from ktray.tasks.base import task_kind
 from ktray.training.inputs import Labels, StudentSpec, TargetSet
-from ktray.training.loop import Trainer, TrainerCallbacks, TrainerSettings
+from ktray.training.loop import State, Trainer, TrainerCallbacks, TrainerSettings
 from ktray.training.programs import TransferSpec
 from ktray.training.worker import WorkerContext
 
@@ -123,6 +124,57 @@ def test_a_training_may_go_on_with_or_without_compiling_and_validates_uncompiled
         assert 9 not in sizes, "the nine images of validation were compiled"
         for key, value in load_file(str(ended / "weights.safetensors")).items():
             torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+# The cases on a CPU show that the checks themselves work.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["oriented_features", "consistency", "dual balanced"])
+def test_bfloat16_has_the_losses_and_the_flops_of_float32_on_a_cpu(stored, tmp_path, device, name):
+    still = replace(spec(stored, name).settings, lr=1e-8)  # otherwise the steps drift apart
+    plain = replace(spec(stored, name), settings=still)
+    rounded = replace(plain, part=plain.part.model_copy(update={"precision": "bf16"}))
+    found = []
+    for job, where in ((plain, "cpu"), (rounded, device)):
+        program = job.build(WorkerContext(torch.device(where), 0, 1, 1.0))
+        state = State.load(train(job, tmp_path / f"{len(found)}", device=torch.device(where)))
+        found.append((program.flops_per_step, [row["loss"] for row in state.curve if "loss" in row]))
+    (flops, losses), (rounded_flops, rounded_losses) = found
+    assert rounded_flops == flops
+    assert len(losses) == 2
+    assert rounded_losses == pytest.approx(losses, rel=0.05)
+    assert rounded_losses != losses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_step_does_not_wait_for_the_device_and_memory_is_given_back(stored, tmp_path, device, name):
+    def used():
+        gc.collect()
+        return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+    def steps():
+        program = spec(stored, name).build(WorkerContext(torch.device(device), 0, 1, 1.0))
+        trainer = Trainer(program, spec(stored, name).settings, TrainerCallbacks(None, None, None))
+        stream = program.batches(0, STEPS)
+        # The first epoch of three steps brings the rows to the device; the first step makes kernels and state.
+        losses = [trainer._step(next(stream), step) for step in range(4)]
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses += [trainer._step(next(stream), step) for step in range(4, STEPS)]
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert torch.stack(losses).isfinite().all()
+
+    if device == "cuda":
+        steps()  # libraries keep their workspaces
+    before = used()
+    steps()
+    assert used() - before < 1_000_000
 
 
 @pytest.mark.gpu
