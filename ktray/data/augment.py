@@ -64,14 +64,13 @@ def random_views(
     n, _, height, width = images.shape
     size = size or min(height, width)
     draws = uniforms(keys, salt, 8)
-    grid = F.affine_grid(
-        _boxes(draws[:5], policy, height, width).to(images.device), [n, 3, size, size], align_corners=False
-    )
+    boxes = _boxes(draws[:5], policy, height, width).to(images.device, non_blocking=True)
+    grid = F.affine_grid(boxes, [n, 3, size, size], align_corners=False)
     pixels = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     strengths = (policy.brightness, policy.contrast, policy.saturation)
     if any(strengths):
         factors = [1 + (2 * u - 1) * x for u, x in zip(draws[5:], strengths, strict=True)]
-        pixels = _recolour(pixels, *(f.to(pixels).view(n, 1, 1, 1) for f in factors))
+        pixels = _recolour(pixels, *(f.to(pixels, non_blocking=True).view(n, 1, 1, 1) for f in factors))
     views = pixels.round_().clamp_(0, 255).to(torch.uint8)
     if masks is None:
         return views

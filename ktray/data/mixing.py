@@ -75,7 +75,7 @@ def cutmix(
         pasted = np.zeros((height, width), bool)
         pasted[top:bottom, left:right] = True
         rows, columns = (_centres(n, side) for n, side in zip(targets.shape[2:], (height, width), strict=True))
-        cells = torch.from_numpy(pasted[np.ix_(rows, columns)]).to(targets.device)
+        cells = torch.from_numpy(pasted[np.ix_(rows, columns)]).to(targets.device, non_blocking=True)
         return mixed, torch.where(cells, targets[pairing], targets)
     return mixed, targets.lerp(targets[pairing], (bottom - top) * (right - left) / (height * width))
 

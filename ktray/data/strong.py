@@ -99,7 +99,7 @@ def _photometric(images: torch.Tensor, choice: np.ndarray, strength: np.ndarray,
             continue
         levels = np.where(chosen, level if name not in ("autocontrast", "equalize") else 0, -1)
         for one in np.unique(levels[chosen]).tolist():
-            rows = torch.from_numpy(np.flatnonzero(levels == one)).to(images.device)
+            rows = torch.from_numpy(np.flatnonzero(levels == one)).to(images.device, non_blocking=True)
             out[rows] = apply(images[rows], name, magnitude * signed_level(one))
     return out
 
@@ -145,7 +145,7 @@ def _erase(images: torch.Tensor, draws: np.ndarray, probability: float) -> torch
     """
     inside = boxes(draws[1:], *images.shape[2:]) & (draws[0] < probability)[:, None, None]
     mean = images.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
-    return torch.where(torch.from_numpy(inside).to(images.device)[:, None], mean, images)
+    return torch.where(torch.from_numpy(inside).to(images.device, non_blocking=True)[:, None], mean, images)
 
 
 def boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-# Imported on first use: with Ray Train come Ray Data and more, half a second in every process of a job.
+# Imported on first use: with Ray Train come Ray Data and more, half a second in every worker.
 _RAY_TRAIN = {
     "CheckpointManagerInitializationError": "exceptions",
     "ControllerCallback": "execution.callback",
@@ -53,10 +53,12 @@ _RAY_TRAIN = {
 RESTS_S = 0.005, 0.04
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _RAY_TRAIN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ray.train.v2._internal.{_RAY_TRAIN[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RAY_TRAIN:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"ray.train.v2._internal.{_RAY_TRAIN[name]}"), name)
 
 
 def address_of_this_machine() -> str:

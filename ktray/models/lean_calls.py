@@ -1,8 +1,8 @@
 """Optimizers and a counter of FLOPs that do not import ``torch._dynamo``.
 
-torch excludes methods of these from compilation. For this, their first call imports the compiler, which takes more than
-a second in every process that trains, fits a head or counts. While nobody has imported the compiler, nothing can be
-compiled, and the plain methods do the same.
+torch keeps some of their methods out of compilation, and therefore imports the compiler at their first call. This takes
+more than a second in every process that trains, fits a head or counts. While nobody has imported the compiler, nothing
+can be compiled, and the plain methods do the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ def _lean(kind: Kind) -> Kind:
     (``differentiable=False``).
     """
     methods = {name: without_compiler(getattr(kind, name)) for name in _EXCLUDED}
-    methods["step"] = without_compiler(kind.step, torch.no_grad()(inspect.unwrap(kind.step)))
+    # The first optimizer of a class wraps its step for hooks and the profiler, and marks it. Without the mark, ours is
+    # wrapped, too.
+    step: Any = kind.step
+    step = step.__wrapped__ if getattr(step, "hooked", False) else step
+    methods["step"] = without_compiler(step, torch.no_grad()(inspect.unwrap(step)))
     made: Any = type(kind.__name__, (kind,), methods)
     return made
 
@@ -54,6 +58,7 @@ AdamW = _lean(torch.optim.AdamW)
 LBFGS = _lean(torch.optim.LBFGS)
 
 FlopCounterMode = flop_counter.FlopCounterMode
-_counting: Any = getattr(flop_counter, "_FlopCounterMode", None)  # which it enters; other versions may have another
+# Other versions of torch may name it otherwise.
+_counting: Any = getattr(flop_counter, "_FlopCounterMode", None)  # the mode that it enters
 if _counting is not None:
     _counting.__torch_dispatch__ = without_compiler(_counting.__torch_dispatch__)

@@ -22,6 +22,7 @@ images of other classes than those of the task.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -158,5 +159,11 @@ def erase(views: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     The rectangle of a view depends only on its key. It lies inside the view: sides that are too long are cut.
     """
     inside = boxes(uniforms(keys, _ERASED, 4).numpy(), *views.shape[2:])
-    grey = torch.tensor(_GREY, device=views.device).to(views.dtype).view(1, 3, 1, 1)
-    return torch.where(torch.from_numpy(inside).to(views.device)[:, None], grey, views)
+    erased = torch.from_numpy(inside).to(views.device, non_blocking=True)[:, None]
+    return torch.where(erased, _grey(views.device, views.dtype), views)
+
+
+@lru_cache
+def _grey(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(1, 3, 1, 1); kept, because a copy to a GPU makes the host wait."""
+    return torch.tensor(_GREY, device=device).to(dtype).view(1, 3, 1, 1)

@@ -94,7 +94,7 @@ class Labels:
         for rows in _order(len(labels), env, batch, seed, start, stop):
             take = torch.from_numpy(rows["row"]).to(canvases.device, non_blocking=True)
             keys = view_keys(seed, rows["row"], rows["visit"])
-            images, target = canvases[take].to(env.device), labels[take].to(env.device)
+            images, target = (x[take].to(env.device, non_blocking=True) for x in (canvases, labels))
             views, target = self.kind.random_views(images, target, policy, keys, size)
             yield {"images": views, "label": target, "view_key": keys}
 

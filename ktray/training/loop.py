@@ -198,8 +198,8 @@ class Trainer:
             self._restore(resume)
         self.module: nn.Module = program.module
         if dist.is_initialized() and dist.get_world_size() > 1:
-            ids = [program.device] if program.device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(program.module, device_ids=ids)
+            # With device_ids, it would copy the batch's keys, which the host uses, to the GPU and wait for them.
+            self.module = nn.parallel.DistributedDataParallel(program.module)
 
     @contextlib.contextmanager
     def finished_model(self) -> Iterator[nn.Module]:
@@ -249,7 +249,7 @@ class Trainer:
             if state.step % eval_every == 0 or state.step == s.steps:
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
-                state.seconds = before + time.perf_counter() - begun  # the loss is there: a GPU is done with the steps
+                state.seconds = before + time.perf_counter() - begun  # reading the loss has waited for the GPU
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {state.step}: lower the learning rate")
                 self._evaluate(loss)

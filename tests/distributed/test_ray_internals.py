@@ -39,7 +39,7 @@ def test_the_executor_of_a_dataset_rests(cluster: Any) -> None:
     assert any(isinstance(callback, module._resting()) for callback in executor._callbacks)
 
 
-def test_a_process_that_trains_alone_does_not_import_ray_train() -> None:
+def test_the_launcher_of_trainings_does_not_import_ray_train() -> None:
     packages = "ray.train", "ray.tune", "ray.data"
     code = f"import sys, ktray.training.ray_train; print([name for name in {packages} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

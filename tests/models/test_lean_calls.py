@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,16 +42,28 @@ def fitted(kind, options, model):
         ("LBFGS", {"max_iter": 5, "line_search_fn": "strong_wolfe"}),
     ],
 )
-def test_weights_and_state_are_those_of_torchs_own(name, options):
+def test_weights_and_state_are_those_of_torchs_own(name, options, monkeypatch):
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     expected, expected_state = fitted(getattr(torch.optim, name), options, deepcopy(model))
+    monkeypatch.setattr(lean, "sys", SimpleNamespace(modules={}))  # as if nobody had imported the compiler
     weights, state = fitted(getattr(lean, name), options, deepcopy(model))
     assert not torch.equal(weights[0], model.weight)
     for value, other in zip(weights, expected, strict=True):
         assert torch.equal(value, other)
-    assert state.keys() == expected_state.keys()
-    assert state["param_groups"] == expected_state["param_groups"]
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+
+
+def test_hooks_of_a_step_are_called(monkeypatch):
+    monkeypatch.setattr(lean, "sys", SimpleNamespace(modules={}))
+    for kind in (lean.AdamW, lean._lean(torch.optim.AdamW)):  # the second one when torch's own has been used
+        weight = nn.Parameter(torch.ones(1))
+        optimizer, seen = kind([weight]), []
+        optimizer.register_step_post_hook(lambda *arguments, seen=seen: seen.append(1))
+        weight.sum().backward()
+        optimizer.step()
+        assert seen == [1]
+        torch.optim.AdamW([weight])
 
 
 def _python(code):
@@ -59,7 +72,7 @@ def _python(code):
     return done.stdout
 
 
-# If the case of torch's own fails, a version of torch is installed that does not need ours.
+# If the case of torch's own fails, the installed torch no longer needs ours.
 @pytest.mark.parametrize(
     ("module", "imported"), [("ktray.models.lean_calls", False), ("torch.optim", True)], ids=["ours", "torch's"]
 )
@@ -119,7 +132,7 @@ def backend(graph, inputs):
     graphs.append(graph)
     return graph.forward
 compiled = torch.compile(lambda x: lean(x + 1) * 2, backend=backend)
-assert compiled(torch.ones(1)) == 4
+assert compiled(torch.ones(1)) == 4 and called == ["plain"] * 2
 print(len(graphs))  # before and after the call that is excluded
 """)
         == "2\n"

@@ -126,15 +126,18 @@ def test_a_training_may_go_on_with_or_without_compiling_and_validates_uncompiled
             torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
-# The cases on a CPU show that the checks themselves work.
+# On a CPU, the test of waits and memory shows only that it runs.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["oriented_features", "consistency", "dual balanced"])
 def test_bfloat16_has_the_losses_and_the_flops_of_float32_on_a_cpu(stored, tmp_path, device, name):
-    still = replace(spec(stored, name).settings, lr=1e-8)  # otherwise the steps drift apart
-    plain = replace(spec(stored, name), settings=still)
+    plain = spec(stored, name)
+    # Steps that move would drift apart, and mixup and a threshold decide otherwise on another device.
+    steady = {key: 0.0 for key in ("mixup", "threshold") if hasattr(plain.objective, key)}
+    section = plain.objective.model_copy(update=steady)
+    plain = replace(plain, settings=replace(plain.settings, lr=1e-8), objective=section)
     rounded = replace(plain, part=plain.part.model_copy(update={"precision": "bf16"}))
     found = []
     for job, where in ((plain, "cpu"), (rounded, device)):
