@@ -69,3 +69,22 @@ def test_two_trials_of_a_search_share_a_gpu(keys: list[str], tmp_path: Path) -> 
     result = job(tmp_path, 1, "tune", f"store={tmp_path / 'store'}", *keys, *search)
     assert len(result["trials"]) == 3  # with the baseline
     assert {trial["state"] for trial in result["trials"]} == {"finished"}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_every_row_of_the_benchmark_of_a_gpu_is_measured(tmp_path: Path) -> None:
+    student, teacher = "mobilenetv3_small_050 at 64 px", "timm:vit_tiny_patch16_224"
+    rows = job(tmp_path, 1, "bench")
+    trained = ["cached", "cached, read from disk", "cached as JPEG, read from disk", "live"]
+    assert [name for name, _, _ in rows] == [
+        *(f"train {way}, {student}" for way in trained),
+        f"timm's distillation task, {student}",
+        f"INDEX, {teacher}",
+        f"TEACH, {teacher}",
+        "exact search, 20,000 x 512",
+        "default job (letters)",
+    ]
+    for name, limit, reached in rows:
+        assert min(limit) > 0, name
+        assert min(reached) > 0, name

@@ -1,6 +1,6 @@
 """A job on a Ray that believes in GPUs which this machine does not have, so that device workers compute on the CPU.
 
-Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune or devices
+Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune, bench or devices
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
         from ktray.pipeline.run import run
 
         found = run(recipes.load(None, keys))
+    elif job == "bench":
+        from ktray.jobs.bench.gpu import gpu
+
+        rows = gpu(folder / "bench", allocate(4, gpus, 1, 1, "auto"), 2, quick=True)
+        found = [[row.name, row.limit, row.reached] for row in rows]
     else:
         from ktray.jobs.tune.run import tune
 

@@ -27,7 +27,7 @@ from ktray.jobs.bench.embedding import embedding, encoder
 from ktray.jobs.bench.lesson import BenchTargets, Case, ensure_targets
 from ktray.jobs.bench.rows import BenchRow, StageSpeed
 from ktray.jobs.bench.searching import searching
-from ktray.jobs.bench.training import VARIANTS, Variant, on_device, stage_speed, through_ktray
+from ktray.jobs.bench.training import VARIANTS, Variant, on_device, stage_speed, through_ktray, timm_step
 from ktray.miniverse.photos import ensure_tars
 from ktray.models.device import device
 from ktray.models.flops import train_flops
@@ -87,6 +87,9 @@ def _students(case: Case, folder: Path, plan: Allocation, steps: int) -> Iterato
             limit, name = 1 / (1 / teacher + 1 / eager), "bare teacher, then bare step"
         stage, title = stage_speed(own, variant, count, plan), f"train {variant.name}, {case.name}"
         yield BenchRow(title, "images/s", name, [limit], [rate], {**facts, **more}, stage)
+        if variant.with_teacher:
+            rate = on_device(timm_step, targets, count, plan)
+            yield BenchRow(f"timm's distillation task, {case.name}", "images/s", name, [limit], [rate])
 
 
 def _teacher(case: Case, folder: Path, plan: Allocation, cores: int) -> Iterator[BenchRow]:

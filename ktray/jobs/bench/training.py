@@ -109,7 +109,7 @@ def training(folder: Path, plan: Allocation, repeats: int, quick: bool = False) 
             stage = stage_speed(targets, variant, steps, plan)
             yield BenchRow(f"train {variant.name}, {case.name}", "images/s", limit_name, *rates, facts, stage)
         if case.large and not quick:
-            rates = in_turns(limit, partial(on_device, _timm_step, targets, steps_with_teacher, plan), repeats)
+            rates = in_turns(limit, partial(on_device, timm_step, targets, steps_with_teacher, plan), repeats)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", limit_name, *rates)
 
 
@@ -211,7 +211,7 @@ def _bare_step(targets: BenchTargets, steps: int, threads: int) -> float:
     return _rate(step, steps, case.batch, place)
 
 
-def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
+def timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
     """Measure timm's LogitDistillationTask with the frozen teacher's tower, and the same student and optimizer."""
     from timm.task import LogitDistillationTask
 
@@ -219,7 +219,9 @@ def _timm_step(targets: BenchTargets, steps: int, threads: int) -> float:
 
     case, (model, preprocess, precision, place) = targets.case, _student(targets, threads)
     teacher = encoder(case.teacher, Path(targets.home.path).parent).tower()
-    tower = nn.Sequential(teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(place).eval()
+    side = teacher.preprocess.size
+    resize = nn.Identity() if side == (case.size, case.size) else nn.Upsample(side, mode="bilinear")
+    tower = nn.Sequential(resize, teacher.image_tower, nn.Linear(teacher.embed_dim, CLASSES)).to(place).eval()
     task = LogitDistillationTask(
         model, tower, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, device=place, verbose=False
     )
