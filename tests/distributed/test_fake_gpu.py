@@ -20,7 +20,7 @@ def job(folder: Path, gpus: int, name: str, *keys: str) -> Any:
     hidden = ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")  # Ray checks the latter against its number of GPUs
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     command = [sys.executable, str(JOB), str(gpus), str(folder), name, *keys]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
 
