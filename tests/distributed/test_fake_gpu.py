@@ -34,8 +34,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path) -> None:
-    found = job(tmp_path, 1, "devices")
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path, gpus: int) -> None:
+    found = job(tmp_path, gpus, "devices")
     assert found["with a GPU"] == [True, found["torch"]]  # "cpu" where torch finds none
     assert found["without"] == [False, "cpu"]
     assert found["numbered"] == [[True], [True]]
