@@ -12,6 +12,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -35,16 +36,12 @@ class _DeviceWorker:
         self._model_name = b""  # of the work
         self._lock = threading.Lock()  # two calls must not load a model twice
 
-    def set_threads(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-    def call(self, work: bytes) -> Any:
+    def call(self, threads: int, work: bytes) -> Any:
         """Call a function that needs the whole device. The kept models make room for it."""
         import torch
         from ray import cloudpickle
 
+        _use(threads)
         with self._lock:
             self._forget(0)
         try:
@@ -52,20 +49,17 @@ class _DeviceWorker:
         finally:
             torch.backends.cudnn.benchmark = False  # the next stage may have varying shapes
 
-    def compute(self, key: str, work: list[Any], columns: pa.Table) -> pa.Table:
-        """`DeviceWork.compute` on packed columns.
-
-        Args:
-            key: identifies the work.
-            work: reference to the pickled work, in a list, so that it is read only once.
-        """
+    def compute(self, threads: int, key: str, work: list[Any], columns: pa.Table) -> pa.Table:
+        """`DeviceWork.compute` on packed columns."""
+        _use(threads)
         plan, model = self._ready(key, work)
         return pa.table({"columns": pack(compute(plan, model, unpack(columns.column("columns"))))})
 
-    def apply(self, key: str, work: list[Any], item: Any, shared: list[Any]) -> Any:
-        """Call a function, which is identified like the work of `compute`, with an item and the referenced values."""
+    def apply(self, threads: int, key: str, work: list[Any], item: Any, shared: list[Any]) -> Any:
+        """Call a function with an item and the referenced values."""
         import ray
 
+        _use(threads)
         with self._lock:
             function = self._loaded(key, work)
         return function(item, *ray.get(shared))
@@ -103,6 +97,41 @@ class _DeviceWorker:
         forget_compiled()
 
 
+def _use(threads: int) -> None:
+    """Let this thread, one of several that Ray calls, compute with ``threads`` threads.
+
+    OpenMP keeps the number for each thread, and a worker that was started again has no number from before.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class BorrowedWorker:
+    """A device worker in which a stage may compute with ``threads`` threads; picklable. The calls return references."""
+
+    actor: Any
+    threads: int
+
+    def call(self, work: bytes) -> Any:
+        """Call a pickled function that needs the whole device. If the process dies, that is an error."""
+        return self.actor.call.options(max_task_retries=0).remote(self.threads, work)
+
+    def compute(self, key: str, work: list[Any], columns: pa.Table) -> Any:
+        """`DeviceWork.compute` on packed columns.
+
+        Args:
+            key: identifies the work.
+            work: reference to the pickled work, in a list, so that it is read only once.
+        """
+        return self.actor.compute.remote(self.threads, key, work, columns)
+
+    def apply(self, key: str, work: list[Any], item: Any, shared: list[Any]) -> Any:
+        """Call a function, which is identified like the work of `compute`, with an item and the referenced values."""
+        return self.actor.apply.remote(self.threads, key, work, item, shared)
+
+
 class DeviceWorkers:
     """The device workers of this driver. Pipelines on several threads borrow different ones."""
 
@@ -111,8 +140,8 @@ class DeviceWorkers:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def borrow(self, count: int, cpus: float, gpus: float, threads: int = 1) -> Iterator[list[Any]]:
-        """Handles of ``count`` workers with ``cpus``, ``gpus`` and ``threads`` each; new ones if too few are idle.
+    def borrow(self, count: int, cpus: float, gpus: float, threads: int = 1) -> Iterator[list[BorrowedWorker]]:
+        """``count`` workers with ``cpus``, ``gpus`` and ``threads`` each; new ones if too few are idle.
 
         Idle workers of another size are ended, because they hold the GPUs. After an error the workers are ended, too,
         because they may still be at work.
@@ -124,10 +153,8 @@ class DeviceWorkers:
             self._idle = [(known, worker) for known, worker in self._idle if known == kind and worker not in own]
         _end(others)
         own += [_start(*kind) for _ in range(count - len(own))]
-        for worker in own:
-            worker.set_threads.remote(threads)
         try:
-            yield own
+            yield [BorrowedWorker(worker, threads) for worker in own]
         except BaseException:
             _end(own)
             raise
@@ -148,7 +175,12 @@ def _start(cpus: float, gpus: float) -> Any:
     import ray
 
     remote: Any = ray.remote  # Ray declares only some of the options
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": AT_ONCE, "max_restarts": RESTARTS}
+    options: dict[str, Any] = {
+        "num_cpus": cpus, "num_gpus": gpus, "max_concurrency": AT_ONCE, "max_restarts": RESTARTS,
+        # Calls wait while the process starts again. With a limit, Ray would count each second of waiting as a try;
+        # the restarts are what is limited.
+        "max_task_retries": -1,
+    }  # fmt: skip
     return remote(**options)(_DeviceWorker).remote()
 
 
@@ -161,7 +193,7 @@ def _end(workers: Sequence[Any]) -> None:
 
 
 def map_on_workers(
-    workers: Sequence[Any], items: Sequence[Any], function: Callable[..., Any], shared: Sequence[Any] = ()
+    workers: Sequence[BorrowedWorker], items: Sequence[Any], function: Callable[..., Any], shared: Sequence[Any] = ()
 ) -> Iterator[tuple[int, Any]]:
     """Call ``function`` (picklable) with every item in the workers. Yields (number of the item, result) as they
     arrive.
@@ -174,13 +206,12 @@ def map_on_workers(
 
     content = cloudpickle.dumps(function)
     key, reference = hashlib.sha256(content).hexdigest(), ray.put(content)
-    running: dict[Any, tuple[int, Any]] = {}
+    running: dict[Any, tuple[int, BorrowedWorker]] = {}
     todo = iter(enumerate(items))
 
-    def start(worker: Any) -> None:
+    def start(worker: BorrowedWorker) -> None:
         for number, item in todo:
-            call = worker.apply.options(max_task_retries=RESTARTS).remote(key, [reference], item, list(shared))
-            running[call] = number, worker
+            running[worker.apply(key, [reference], item, list(shared))] = number, worker
             return
 
     for worker in [w for w in workers for _ in range(AT_ONCE)]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.assigned import use_assigned_device
 from ktray.distributed.device_work import DeviceWork, Item, in_this_process
-from ktray.distributed.device_workers import RESTARTS, WORKERS, map_on_workers
+from ktray.distributed.device_workers import WORKERS, BorrowedWorker, map_on_workers
 from ktray.distributed.freed_memory import give_back
 from ktray.distributed.packing import pack, unpack
 from ktray.distributed.ray_internals import capture_executor, rest_between_steps
@@ -243,7 +243,7 @@ class _Prepare:
 class _PrepareSendFinish:
     """A CPU task for a shard, whose model is in device workers."""
 
-    def __init__(self, prepare: Prepare, work: DeviceWork, workers: Sequence[Any]) -> None:
+    def __init__(self, prepare: Prepare, work: DeviceWork, workers: Sequence[BorrowedWorker]) -> None:
         import ray
         from ray import cloudpickle
 
@@ -259,8 +259,7 @@ class _PrepareSendFinish:
         worker = self.workers[zlib.crc32(text.encode()) % len(self.workers)]
         for item, columns in _pieces(json.loads(text), self.prepare):
             sent = pa.table({"columns": pack({name: columns[name] for name in self.work.reads})})
-            answer = worker.compute.options(max_task_retries=RESTARTS).remote(self.key, [self.reference], sent)
-            computed = unpack(ray.get(answer).column("columns"))
+            computed = unpack(ray.get(worker.compute(self.key, [self.reference], sent)).column("columns"))
             yield _summary_table(item, self.work.finish(item, columns, computed))
 
 

@@ -93,9 +93,9 @@ def _on_device(work: Callable[[], T], cpus: float, gpus: float) -> tuple[T, str]
     from ray import cloudpickle
 
     with WORKERS.borrow(1, cpus, gpus) as (worker,):
-        under_way = worker.call.remote(cloudpickle.dumps(partial(_with_place, work)))
+        under_way = worker.call(cloudpickle.dumps(partial(_with_place, work)))
         # A call of an actor cannot be cancelled; the error ends the worker.
-        return cast("tuple[T, str]", watchdog.run_watched(partial(ray.get, under_way), partial(ray.kill, worker)))
+        return cast("tuple[T, str]", watchdog.run_watched(partial(ray.get, under_way), partial(ray.kill, worker.actor)))
 
 
 def _call(work: Callable[[], T]) -> tuple[T, str]:

@@ -43,6 +43,8 @@ def test_a_task_has_the_device_that_ray_assigned(tmp_path: Path, gpus: int) -> N
     assert found["cpu shards"] == [False]
     assert (tmp_path / "died").exists()
     assert found["killed"] == [[0, [4]], [1, [5]], [2, [6]]], "a killed worker is started again and loses nothing"
+    assert (tmp_path / "died with a model").exists()
+    assert found["killed with a model"] == [[x, [x + 7], [4 // gpus]] for x in (4, 5, 6)], "threads, too, are the same"
     assert found["shared"] == [[i, [(i + 1) * 4999950000 + 5], [False]] for i in range(3)]
 
 

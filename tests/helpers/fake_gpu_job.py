@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
         log_to_driver=False,
     )  # fmt: skip
     from ktray import recipe as recipes
+    from ktray.distributed import device_workers
     from ktray.distributed.allocation import allocate
-    from ktray.distributed.ray_data import cpu_shards, map_numbered
+    from ktray.distributed.ray_data import cpu_shards, map_numbered, map_shards
     from ktray.distributed.retried_task import run_with_retries
 
     if job == "devices":
+        device_workers._DeviceWorker = slow_after_death(folder)
         plan = allocate(4, gpus, 1, 1, "auto")
         found: Any = {
             "with a GPU": run_with_retries(seen, "a", "b", 0, cpus=1, gpus=1),
@@ -46,6 +50,10 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
             "killed": sorted(
                 (number, rows["item"].tolist())
                 for number, rows in map_numbered([4, 5, 6], fragile, plan, [str(folder)])
+            ),
+            "killed with a model": sorted(
+                (summary["item"], summary["sum"], summary["threads"])
+                for summary in map_shards([{"x": 4}, {"x": 5}, {"x": 6}], column, FragileWork(str(folder)), plan)
             ),
             "torch": "cuda" if torch.cuda.is_available() else "cpu",
             "cpu shards": [summary["gpu"] for summary in cpu_shards([{"name": "x"}], shard, plan)],
@@ -76,10 +84,51 @@ def added(item: int, first: Any, second: int) -> dict[str, Any]:
 
 def fragile(item: int, folder: str) -> dict[str, Any]:
     """The first call for the second item ends the process, as a lack of memory would."""
-    if item == 5 and not (Path(folder) / "died").exists():
-        (Path(folder) / "died").touch()
-        os._exit(1)
+    die_once(item, Path(folder) / "died")
     return {"item": np.array([item])}
+
+
+def die_once(item: int, marker: Path) -> None:
+    if item == 5 and not marker.exists():
+        marker.touch()
+        os._exit(1)
+
+
+def slow_after_death(folder: Path) -> Any:
+    """A device worker whose process needs longer to start again than Ray's tries of a call would last."""
+    from ktray.distributed.device_workers import _DeviceWorker
+
+    class SlowWorker(_DeviceWorker):
+        def __init__(self) -> None:
+            time.sleep(8 if (folder / "died").exists() else 0)
+            super().__init__()
+
+    return SlowWorker
+
+
+class Constant:
+    def load(self) -> int:
+        return 7
+
+
+@dataclass(frozen=True)
+class FragileWork:
+    """Like `fragile`, for shards with a model."""
+
+    folder: str
+    model: Any = field(default_factory=Constant)
+    reads: tuple[str, ...] = ("x",)
+
+    def compute(self, model: int, columns: dict[str, Any]) -> dict[str, Any]:
+        die_once(int(columns["x"][0]), Path(self.folder) / "died with a model")
+        return {"sum": columns["x"] + model, "threads": np.full(len(columns["x"]), torch.get_num_threads())}
+
+    def finish(self, item: dict[str, Any], columns: dict[str, Any], computed: dict[str, Any]) -> dict[str, Any]:
+        return {"item": item["x"], "sum": computed["sum"].tolist(), "threads": computed["threads"].tolist()}
+
+
+def column(item: dict[str, Any]) -> dict[str, Any]:
+    return {"x": np.array([item["x"]])}
 
 
 def shard(item: dict[str, Any]) -> dict[str, Any]:

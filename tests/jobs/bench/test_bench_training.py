@@ -45,7 +45,7 @@ def test_training_goes_through_the_job_of_a_run(targets, cluster, variant):
 def test_the_limit_and_the_peer_train_the_same_student(targets, cluster):
     _, one = targets
     assert training.bare(one, 4, cluster) > 0
-    assert training.on_device(training._timm_step, one, 4, cluster) > 0
+    assert training.on_device(training.timm_step, one, 4, cluster) > 0
 
 
 def test_ingest_reads_every_image(targets, cluster, tmp_path):
