@@ -25,6 +25,7 @@ from ktray.errors import KtrayError
 from ktray.jobs.bench.busy import busy_share
 from ktray.jobs.bench.embedding import embedding, encoder
 from ktray.jobs.bench.lesson import BenchTargets, Case, ensure_targets
+from ktray.jobs.bench.lightly import lightly_rate
 from ktray.jobs.bench.rows import BenchRow, StageSpeed
 from ktray.jobs.bench.searching import searching
 from ktray.jobs.bench.training import VARIANTS, Variant, on_device, stage_speed, through_ktray, timm_step
@@ -62,13 +63,13 @@ def gpu(
         small = Case("mobilenetv3_small_050", 64, "timm:vit_tiny_patch16_224", 16, 256, large=True)
         cases, vectors = (small,), 20_000
     for case in cases:
-        yield from _students(case, folder, plan, 8 if quick else STEPS)
+        yield from _students(case, folder, plan, 8 if quick else STEPS, lightly=case is cases[0])
     yield from _teacher(cases[0], folder, plan, cores)
     yield next(searching(folder, vectors, plan, cores, 1, quick=True))
     yield _default_job(folder, quick)
 
 
-def _students(case: Case, folder: Path, plan: Allocation, steps: int) -> Iterator[BenchRow]:
+def _students(case: Case, folder: Path, plan: Allocation, steps: int, lightly: bool) -> Iterator[BenchRow]:
     targets = ensure_targets(case, folder, plan)
     rates: dict[str, float] = on_device(_bare_rates, targets, steps, plan)
     eager = max(rate for name, rate in rates.items() if not name.startswith(("compiled", "graph")))
@@ -90,6 +91,8 @@ def _students(case: Case, folder: Path, plan: Allocation, steps: int) -> Iterato
         if variant.with_teacher:
             rate = on_device(timm_step, targets, count, plan)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", name, [limit], [rate])
+            if lightly and (peer := lightly_rate(case, folder, count)) is not None:
+                yield BenchRow(f"lightly-train's distillation, {case.name}", "images/s", name, [limit], [peer])
 
 
 def _teacher(case: Case, folder: Path, plan: Allocation, cores: int) -> Iterator[BenchRow]:
