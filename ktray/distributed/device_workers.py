@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ktray.distributed.packing import pack, unpack
 
 MODELS = 2  # models that a worker keeps: the teacher of one stage, and that of the next
 AT_ONCE = 2  # shards of a worker at a time: one is computed while the columns of the other are copied
-RESTARTS = 3  # of a worker's process in the middle of a stage
+_PROBE = "probe"  # Ray's group of threads for `BorrowedWorker.probe`, so that it does not wait behind the work
 
 
 class _DeviceWorker:
@@ -35,6 +35,9 @@ class _DeviceWorker:
         self._work: tuple[str, Any] = ("", None)  # its key, and what was loaded
         self._model_name = b""  # of the work
         self._lock = threading.Lock()  # two calls must not load a model twice
+
+    def here(self) -> None:
+        """Return if the process runs."""
 
     def call(self, threads: int, work: bytes) -> Any:
         """Call a function that needs the whole device. The kept models make room for it."""
@@ -109,14 +112,22 @@ def _use(threads: int) -> None:
 
 @dataclass(frozen=True)
 class BorrowedWorker:
-    """A device worker in which a stage may compute with ``threads`` threads; picklable. The calls return references."""
+    """A device worker in which a stage may compute with ``threads`` threads; picklable.
+
+    The calls return references. If the process dies during a call, the reference has one of Ray's errors
+    (`ktray.distributed.device_calls.lost_errors`); the process is started again, and further calls wait for it.
+    """
 
     actor: Any
     threads: int
 
+    def probe(self) -> Any:
+        """Call a function that returns at once if the process runs, also if it is at work."""
+        return self.actor.here.options(concurrency_group=_PROBE).remote()
+
     def call(self, work: bytes) -> Any:
-        """Call a pickled function that needs the whole device. If the process dies, that is an error."""
-        return self.actor.call.options(max_task_retries=0).remote(self.threads, work)
+        """Call a pickled function that needs the whole device."""
+        return self._once("call", work)
 
     def compute(self, key: str, work: list[Any], columns: pa.Table) -> Any:
         """`DeviceWork.compute` on packed columns.
@@ -125,11 +136,14 @@ class BorrowedWorker:
             key: identifies the work.
             work: reference to the pickled work, in a list, so that it is read only once.
         """
-        return self.actor.compute.remote(self.threads, key, work, columns)
+        return self._once("compute", key, work, columns)
 
     def apply(self, key: str, work: list[Any], item: Any, shared: list[Any]) -> Any:
         """Call a function, which is identified like the work of `compute`, with an item and the referenced values."""
-        return self.actor.apply.remote(self.threads, key, work, item, shared)
+        return self._once("apply", key, work, item, shared)
+
+    def _once(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.actor, method).options(max_task_retries=0).remote(self.threads, *arguments)
 
 
 class DeviceWorkers:
@@ -176,10 +190,10 @@ def _start(cpus: float, gpus: float) -> Any:
 
     remote: Any = ray.remote  # Ray declares only some of the options
     options: dict[str, Any] = {
-        "num_cpus": cpus, "num_gpus": gpus, "max_concurrency": AT_ONCE, "max_restarts": RESTARTS,
-        # Calls wait while the process starts again. With a limit, Ray would count each second of waiting as a try;
-        # the restarts are what is limited.
-        "max_task_retries": -1,
+        "num_cpus": cpus, "num_gpus": gpus, "max_concurrency": AT_ONCE, "concurrency_groups": {_PROBE: 1},
+        # Each loss of a call is counted for its item, not here. Without a limit here, calls wait while the process
+        # starts again; otherwise Ray would take each second of that as a try, and end the call after the last one.
+        "max_restarts": -1, "max_task_retries": -1,
     }  # fmt: skip
     return remote(**options)(_DeviceWorker).remote()
 
@@ -190,34 +204,3 @@ def _end(workers: Sequence[Any]) -> None:
     for worker in workers:
         with contextlib.suppress(Exception):  # Ray may have ended already
             ray.kill(worker)
-
-
-def map_on_workers(
-    workers: Sequence[BorrowedWorker], items: Sequence[Any], function: Callable[..., Any], shared: Sequence[Any] = ()
-) -> Iterator[tuple[int, Any]]:
-    """Call ``function`` (picklable) with every item in the workers. Yields (number of the item, result) as they
-    arrive.
-
-    Args:
-        shared: references to further arguments, which are the same in all calls.
-    """
-    import ray
-    from ray import cloudpickle
-
-    content = cloudpickle.dumps(function)
-    key, reference = hashlib.sha256(content).hexdigest(), ray.put(content)
-    running: dict[Any, tuple[int, BorrowedWorker]] = {}
-    todo = iter(enumerate(items))
-
-    def start(worker: BorrowedWorker) -> None:
-        for number, item in todo:
-            running[worker.apply(key, [reference], item, list(shared))] = number, worker
-            return
-
-    for worker in [w for w in workers for _ in range(AT_ONCE)]:
-        start(worker)
-    while running:
-        (done,), _ = ray.wait(list(running))
-        number, worker = running.pop(done)
-        yield number, ray.get(done)
-        start(worker)

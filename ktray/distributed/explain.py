@@ -17,6 +17,10 @@ OOM_RETRIES = 5
 _LOST = re.compile(
     r"OutOfMemory|WorkerCrashed|ActorDied|ActorUnavailable|NodeDied|ObjectLost|ObjectStoreFull|RaySystem"
 )
+# Not errors: the end of an iteration, during which the error appeared, and Ray Data's wrapper without a text.
+_ENDS = ("StopIteration", "StopAsyncIteration", "GeneratorExit", "ObjectRefStreamEndOfStreamError", "SystemException")
+# Ray Data's advice to retry, which it appends to the message of an error.
+_RETRIES = re.compile(r"\s*Failed to apply UDF transform after .*", re.DOTALL)
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -64,8 +68,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         # torch has an error of the same name, for the memory of a GPU.
         if type(link).__name__ == "OutOfMemoryError" and type(link).__module__.startswith("ray."):
             return str(out_of_memory("A task", link)), RESOURCES
-    last = chain[-1]
-    text = " ".join(str(last).split()) or type(last).__name__
+    last = ([link for link in chain if type(link).__name__ not in _ENDS] or chain)[-1]
+    said = str(last.args[0]) if isinstance(last, KeyError) and last.args else str(last)  # without its quotation marks
+    text = " ".join(_RETRIES.sub("", said).split()) or type(last).__name__
     where = next(
         (f"on {link.ip}, process {link.pid}; " for link in chain if hasattr(link, "ip") and hasattr(link, "pid")), ""
     )

@@ -17,14 +17,16 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.device_calls import first_result, map_on_workers
 from ktray.distributed.device_work import DeviceWork, Item, in_this_process
-from ktray.distributed.device_workers import WORKERS, BorrowedWorker, map_on_workers
+from ktray.distributed.device_workers import WORKERS, BorrowedWorker
 from ktray.distributed.freed_memory import give_back
 from ktray.distributed.packing import pack, unpack
 from ktray.distributed.ray_internals import capture_executor, rest_between_steps
@@ -252,15 +254,17 @@ class _PrepareSendFinish:
         self.key, self.reference = hashlib.sha256(content).hexdigest(), ray.put(content)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        import ray
-
         use_assigned_device()
         text = batch.column("item")[0].as_py()
-        worker = self.workers[zlib.crc32(text.encode()) % len(self.workers)]
+        first = zlib.crc32(text.encode())
         for item, columns in _pieces(json.loads(text), self.prepare):
             sent = pa.table({"columns": pack({name: columns[name] for name in self.work.reads})})
-            computed = unpack(ray.get(worker.compute(self.key, [self.reference], sent)).column("columns"))
+            start = partial(self._start, sent)
+            computed = unpack(first_result(self.workers, first, start, text[:200]).column("columns"))
             yield _summary_table(item, self.work.finish(item, columns, computed))
+
+    def _start(self, sent: pa.Table, worker: BorrowedWorker) -> Any:
+        return worker.compute(self.key, [self.reference], sent)
 
 
 class _Actor:

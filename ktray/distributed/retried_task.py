@@ -12,8 +12,10 @@ from typing import Any, TypeVar, cast
 
 from ktray.distributed import watchdog
 from ktray.distributed.assigned import use_assigned_device
+from ktray.distributed.device_calls import lost_errors
 from ktray.distributed.device_workers import WORKERS
 from ktray.distributed.explain import out_of_memory
+from ktray.errors import ResourceError
 from ktray.reporting.heartbeat import heard_by
 
 T = TypeVar("T")
@@ -49,7 +51,8 @@ def run_with_retries(
             (`ktray.reporting.heartbeat`); None: they are not heard.
 
     Raises:
-        KtrayError: the last attempt ran out of memory, or the stage's watchdog ended the work.
+        KtrayError: the last attempt ran out of memory, or (on a GPU) its process ended, or the stage's watchdog ended
+            the work.
         ray.exceptions.RayError: the worker of the last attempt died.
         Exception: any other error that ``work`` raised.
     """
@@ -57,9 +60,7 @@ def run_with_retries(
 
     if mailbox is not None:
         work = partial(_heard, work, mailbox)
-    errors = ray.exceptions
-    lost: tuple[Any, ...] = errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError
-    again: tuple[Any, ...] = (errors.OutOfMemoryError, errors.RayActorError, *lost, *also)
+    again = (*lost_errors(), *also)
     failures = 0
     while True:
         try:
@@ -69,14 +70,25 @@ def run_with_retries(
             return result
         except again as error:
             failures += 1
-            ended_for_memory = isinstance(error, errors.OutOfMemoryError) or "memory" in str(error)
+            ended_for_memory = isinstance(error, ray.exceptions.OutOfMemoryError) or "memory" in str(error)
             if failures <= max_failures:
                 why = "it ran out of memory" if ended_for_memory else type(error).__name__
                 logger.warning(f"{what} was lost ({why}); it is started again ({failures} of at most {max_failures})")
                 continue
             if ended_for_memory:
                 raise out_of_memory(f"{what[0].upper()}{what[1:]}", error, failures, remedy) from error
+            if gpus and isinstance(error, ray.exceptions.RayActorError):
+                # Ray does not say of a process that it starts again why it ended.
+                raise ResourceError(
+                    f"The process of {what} ended {failures} time{'s' if failures > 1 else ''} ({_line(error)})",
+                    f"Most often its machine has too little memory: {remedy} Ray's logs under "
+                    "/tmp/ray/session_latest/logs say how it ended.",
+                ) from error
             raise
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _in_task(work: Callable[[], T], cpus: float) -> tuple[T, str]:

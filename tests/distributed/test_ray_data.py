@@ -98,6 +98,8 @@ class Double:
 def prepare(item):
     if item.get("fail"):
         raise KtrayError("This shard is broken", "Mend it.")
+    if item.get("fault"):
+        raise KeyError("a column")
     return {"x": np.arange(item["n"], dtype=np.float32), "y": np.full(item["n"], 7)}
 
 
@@ -121,6 +123,16 @@ def test_an_error_in_a_task_reaches_the_driver_as_one_line(cluster, tmp_path):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
         list(map_shards(items, prepare, Double(Dir(str(tmp_path))), cluster))
     assert explain(caught.value) == "This shard is broken. Mend it."
+
+
+def test_a_fault_in_a_task_is_told_by_its_own_error(cluster, tmp_path):
+    from ktray.distributed.explain import FAULT, exit_code, explain
+
+    items = [{"name": "s.parquet", "n": 1, "fault": True}]
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray decides the wrapper's type
+        list(map_shards(items, prepare, Double(Dir(str(tmp_path))), cluster))
+    assert explain(caught.value) == "KeyError: a column (run with --debug to see the traceback)"
+    assert exit_code(caught.value) == FAULT
 
 
 def test_a_process_loads_a_model_once_and_keeps_it_for_the_next_stage(cluster):

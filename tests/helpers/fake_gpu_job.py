@@ -1,6 +1,6 @@
 """A job on a Ray that believes in GPUs which this machine does not have, so that device workers compute on the CPU.
 
-Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune, bench or devices
+Usage: fake_gpu_job.py GPUS FOLDER JOB key=value ...    JOB: distill, tune, bench, devices, deadly or lost
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from ray.cluster_utils import Cluster
 
 
 def seen() -> list[Any]:
@@ -26,10 +29,12 @@ def seen() -> list[Any]:
 
 
 def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
-    ray.init(
-        address="local", num_cpus=4, num_gpus=gpus, include_dashboard=False, object_store_memory=300_000_000,
-        log_to_driver=False,
-    )  # fmt: skip
+    size: dict[str, Any] = {"num_cpus": 4, "num_gpus": gpus, "object_store_memory": 300_000_000}
+    if job == "lost":
+        cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+        ray.init(cluster.address, log_to_driver=False)
+    else:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **size)
     from ktray import recipe as recipes
     from ktray.distributed import device_workers
     from ktray.distributed.allocation import allocate
@@ -58,6 +63,17 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
             "torch": "cuda" if torch.cuda.is_available() else "cpu",
             "cpu shards": [summary["gpu"] for summary in cpu_shards([{"name": "x"}], shard, plan)],
         }
+    elif job == "deadly":
+        plan = allocate(4, gpus, 1, 1, "auto")
+        found = {
+            "numbered": failure(lambda: list(map_numbered([4, 5], deadly, plan))),
+            "shards": failure(lambda: list(map_shards([{"x": 4}, {"x": 5}], column, DeadlyWork(), plan))),
+            "alone": failure(
+                lambda: run_with_retries(partial(os._exit, 1), "the worker", "Change it.", 1, cpus=1, gpus=1)
+            ),
+        }
+    elif job == "lost":
+        found = with_a_lost_machine(cluster)
     elif job == "distill":
         from ktray.pipeline.run import run
 
@@ -72,6 +88,9 @@ def main(gpus: int, folder: Path, job: str, keys: list[str]) -> None:
 
         found = tune(recipes.load(None, keys))
     (folder / "found.json").write_text(json.dumps(found, default=float))
+    ray.shutdown()
+    if job == "lost":
+        cluster.shutdown()  # otherwise it ends at exit, before this process has left it
 
 
 def numbered(item: int) -> dict[str, Any]:
@@ -115,16 +134,77 @@ class Constant:
 class FragileWork:
     """Like `fragile`, for shards with a model."""
 
-    folder: str
+    folder: str = ""
     model: Any = field(default_factory=Constant)
     reads: tuple[str, ...] = ("x",)
 
     def compute(self, model: int, columns: dict[str, Any]) -> dict[str, Any]:
-        die_once(int(columns["x"][0]), Path(self.folder) / "died with a model")
+        if self.folder:
+            die_once(int(columns["x"][0]), Path(self.folder) / "died with a model")
         return {"sum": columns["x"] + model, "threads": np.full(len(columns["x"]), torch.get_num_threads())}
 
     def finish(self, item: dict[str, Any], columns: dict[str, Any], computed: dict[str, Any]) -> dict[str, Any]:
         return {"item": item["x"], "sum": computed["sum"].tolist(), "threads": computed["threads"].tolist()}
+
+
+def deadly(item: int) -> dict[str, Any]:
+    if item == 5:
+        os._exit(1)
+    return {"item": np.array([item])}
+
+
+class DeadlyWork(FragileWork):
+    """Ends the process each time."""
+
+    def compute(self, model: int, columns: dict[str, Any]) -> dict[str, Any]:
+        deadly(int(columns["x"][0]))
+        return super().compute(model, columns)
+
+
+def failure(work: Any) -> list[Any]:
+    """How a job tells the error of the work, and its exit code."""
+    from ktray.distributed.explain import exit_code, explain
+
+    try:
+        return [work()]
+    except Exception as error:
+        return [explain(error), exit_code(error)]
+
+
+def with_a_lost_machine(cluster: Any) -> dict[str, Any]:
+    """Two machines with a GPU each, of which one is lost while both work."""
+    from ktray.distributed import device_calls
+    from ktray.distributed.allocation import allocate
+    from ktray.distributed.ray_data import map_numbered, map_shards
+
+    device_calls.PATIENCE_S = 3.0  # in this process; the tasks have the usual time
+    plan, found = allocate(8, 2, 2, 1, "auto"), {}
+
+    def numbered() -> list[Any]:
+        return [(number, rows["item"].tolist()) for number, rows in map_numbered(list(range(12)), slow, plan)]
+
+    def shards() -> list[Any]:
+        return [(s["item"], s["sum"]) for s in map_shards([{"x": x} for x in range(12)], column, SlowWork(), plan)]
+
+    for name, work in (("numbered", numbered), ("shards", shards)):
+        second = cluster.add_node(num_cpus=4, num_gpus=1, object_store_memory=200_000_000)
+        cluster.wait_for_nodes()
+        lost = threading.Timer(10, cluster.remove_node, [second], {"allow_graceful": False})
+        lost.start()
+        found[name] = sorted(work())
+        lost.join()
+    return found
+
+
+def slow(item: int) -> dict[str, Any]:
+    time.sleep(3)
+    return {"item": np.array([item])}
+
+
+class SlowWork(FragileWork):
+    def compute(self, model: int, columns: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(3)
+        return super().compute(model, columns)
 
 
 def column(item: dict[str, Any]) -> dict[str, Any]:

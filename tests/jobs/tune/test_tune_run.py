@@ -40,8 +40,11 @@ def given(tmp_path_factory):
 def done(cluster, given):
     store, keys = given
     lines: list[str] = []
+    searching: list[dict] = []
 
     def pulled(*arguments):
+        (folder,) = (store.run(name) for name in store.sub("runs").children() if "-tune-" in name)
+        searching.append(folder.read_json("result.json"))
         raise KtrayError("pulled the plug")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -49,8 +52,10 @@ def done(cluster, given):
         with pytest.raises(KtrayError, match="plug"):
             heard(lines, tune, recipes.load(None, keys))
     (folder,) = (store.run(name) for name in store.sub("runs").children() if "-tune-" in name)
+    failed = folder.read_json("result.json")
+    assert (failed["status"], failed["error"]) == ("failed", "pulled the plug.")
     before = (
-        folder.read_json("result.json"),
+        searching[0],
         store.sub("stages").exists("evaluate"),
         len(store.sub("runs").children()),
     )
@@ -85,6 +90,7 @@ def test_everything_is_charged_once_and_within_the_budget(given, done):
     made = [
         entry
         for name in stages.children()
+        if name != "hygiene"  # a check of the labels, not a part of the method
         for key in stages.sub(name).children()
         for entry in attempts(DirLog(store.stage(name, key)).read())
     ]
@@ -108,7 +114,8 @@ def test_the_winner_is_tested_with_each_seed_and_is_compared_with_the_baseline(g
     assert winner["validation_seeds"][0] == winner["validation"], "the search's own run is its first seed"
     assert winner["validation"] >= first["validation"]
     assert winner["cost"] <= first["cost"]
-    assert "the baseline is in the Pareto set" in found["says"] or winner["validation"] > first["validation"]
+    as_good = ("the baseline is in the Pareto set", "the baseline is as accurate as any other run")
+    assert any(text in found["says"] for text in as_good) or winner["validation"] > first["validation"]
     assert any(found["says"] in line for line in lines)
     over = [percent(sum(winner[name]) / 2) for name in ("validation_seeds", "test_seeds")]
     assert f"over 2 seeds is {over[0]} on validation and {over[1]} ± " in found["says"]
