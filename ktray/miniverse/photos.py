@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 500, 375
-_DISTINCT = 64
+DISTINCT = 64
 _QUALITY = 90
 _POWER = 1.35
 
@@ -25,12 +25,12 @@ def ensure_tars(folder: Path, images: int, a_tar: int = 250) -> list[str]:
         paths.append(str(path))
         if path.exists():
             continue
-        contents = contents or [jpeg(seed) for seed in range(_DISTINCT)]
+        contents = contents or [jpeg(seed) for seed in range(DISTINCT)]
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".tmp")
         with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, first + count):
-                content = contents[i % _DISTINCT]
+                content = contents[i % DISTINCT]
                 info = tarfile.TarInfo(f"{i:08d}.jpg")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

@@ -63,7 +63,7 @@ def gpu(
         small = Case("mobilenetv3_small_050", 64, "timm:vit_tiny_patch16_224", 16, 256, large=True)
         cases, vectors = (small,), 20_000
     for case in cases:
-        yield from _students(case, folder, plan, 8 if quick else STEPS, lightly=case is cases[0])
+        yield from _students(case, folder, plan, 8 if quick else STEPS, lightly=case is cases[min(1, len(cases) - 1)])
     yield from _teacher(cases[0], folder, plan, cores)
     yield next(searching(folder, vectors, plan, cores, 1, quick=True))
     yield _default_job(folder, quick)
@@ -91,7 +91,7 @@ def _students(case: Case, folder: Path, plan: Allocation, steps: int, lightly: b
         if variant.with_teacher:
             rate = on_device(timm_step, targets, count, plan)
             yield BenchRow(f"timm's distillation task, {case.name}", "images/s", name, [limit], [rate])
-            if lightly and (peer := lightly_rate(case, folder, count)) is not None:
+            if lightly and (peer := lightly_rate(case, folder, max(8, count * 3))) is not None:
                 yield BenchRow(f"lightly-train's distillation, {case.name}", "images/s", name, [limit], [peer])
 
 

@@ -9,52 +9,71 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ktray.distributed.device_workers import WORKERS
 from ktray.jobs.bench.lesson import Case
-from ktray.miniverse.photos import ensure_tars
+from ktray.miniverse.photos import DISTINCT, jpeg
 
 PACKAGE = "lightly_train"
 
+logger = logging.getLogger("ktray")
+
 
 def lightly_rate(case: Case, folder: Path, steps: int) -> float | None:
-    """Measure images a second of the second half of ``steps`` steps; None if lightly-train is not installed.
+    """Measure images a second of the second half of ``steps`` steps; None if lightly-train is not installed, or, with a
+    warning, if it fails.
 
     Args:
-        case: its teacher must be a model of timm.
+        case: its teacher must be a model of timm. Some students do not fit (FastViT: its last layer has more channels
+            than the features that lightly-train takes).
         folder: of the benchmark; images are kept there.
-
-    Raises:
-        subprocess.CalledProcessError: the training failed; its message is on the terminal.
+        steps: at least 4.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         return None
+    WORKERS.end()  # they hold memory of the GPU
     facts = {
         "student": case.student, "teacher": case.teacher.removeprefix("timm:"), "batch": case.batch,
-        "side": case.size, "steps": steps, "images": str(_loose(case, folder)), "out": str(folder / "lightly-train"),
+        "side": case.size, "steps": steps, "images": str(_images(case.batch * steps, folder)),
+        "out": str(folder / "lightly-train"),
     }  # fmt: skip
     command = [sys.executable, "-m", "ktray.jobs.bench.lightly", json.dumps(facts)]
     environment = {**os.environ, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}  # it reports its use over the network otherwise
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    except subprocess.CalledProcessError as error:  # the other rows must not be lost for it
+        logger.warning(f"lightly-train has no row, because it ended with exit code {error.returncode}")
+        return None
+    finally:
+        shutil.rmtree(folder / "lightly-train", ignore_errors=True)
     return float(json.loads(done.stdout.splitlines()[-1])["rate"])
 
 
-def _loose(case: Case, folder: Path) -> Path:
-    """The images of the benchmark's tars as single files."""
-    loose = folder / f"photos-loose-{case.images}"
-    if not loose.exists():
-        part = loose.with_suffix(".tmp")
-        for path in ensure_tars(folder / "photos", case.images, a_tar=50):
-            with tarfile.open(path) as tar:
-                tar.extractall(part, filter="data")
-        part.replace(loose)
-    return loose
+def _images(count: int, folder: Path) -> Path:
+    """A folder with ``count`` JPEGs of 500 x 375 pixels. Few are distinct; the others are links, which take no space.
+
+    All steps are in one epoch, because a new epoch starts with new processes that read.
+    """
+    images = folder / f"photos-{count}"
+    if not images.exists():
+        part = images.with_suffix(".tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for number in range(count):
+            if number < DISTINCT:
+                (part / f"{number:08d}.jpg").write_bytes(jpeg(number))
+            else:
+                os.link(part / f"{number % DISTINCT:08d}.jpg", part / f"{number:08d}.jpg")
+        part.replace(images)
+    return images
 
 
 class StepClock:
@@ -89,7 +108,6 @@ def main(argument: str) -> None:
 
     facts = json.loads(argument)
     batch, side, steps = facts["batch"], facts["side"], facts["steps"]
-    images = len(list(Path(facts["images"]).glob("*.jpg")))
     model = timm.create_model(facts["student"], num_classes=0)
     clock = StepClock(steps)
     # The methods of the model are called one by one, so that a hook of the model itself would never be.
@@ -100,7 +118,7 @@ def main(argument: str) -> None:
         model=model,
         method="distillationv3",  # the only one with teachers of timm
         method_args={"teacher": f"timm/{facts['teacher']}"},
-        epochs=-(-steps // (images // batch)),
+        epochs=1,
         batch_size=batch,
         devices=1,
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",

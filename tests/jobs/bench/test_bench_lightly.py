@@ -22,11 +22,11 @@ def pretrain(**given):
     model.forward_features(torch.zeros(1, 3, 64, 64))  # e.g. to learn the size of the features
     model.train()
     side, batch = given["transform_args"]["image_size"][0], given["batch_size"]
-    for _ in range(given["epochs"] * (24 // batch)):
+    for _ in range(given["epochs"] * len(os.listdir(given["data"])) // batch):
         model.forward_features(torch.zeros(batch, 3, side, side))
     given["told"] = os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"]
     given["files"] = sorted(os.listdir(given["data"]))
-    pathlib.Path(given["out"]).write_text(json.dumps(given))
+    pathlib.Path(given["data"]).with_name("given.json").write_text(json.dumps(given))
 """
 
 
@@ -38,18 +38,29 @@ def test_it_is_called_with_the_pair_of_the_case(tmp_path, monkeypatch):
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package), *before]))
     assert lightly_rate(CASE, tmp_path, 5) > 0
-    given = json.loads((tmp_path / "lightly-train").read_text())
+    given = json.loads((tmp_path / "given.json").read_text())
     assert given["method_args"] == {"teacher": "timm/test_vit"}
-    assert given["epochs"] == 2, "three steps an epoch are enough for five steps in two epochs"
+    assert given["epochs"] == 1, "another one would start with new processes that read"
     assert given["batch_size"] == 8
     assert given["told"] == "1", "it would report its use over the network"
-    assert given["files"] == [f"{number:08d}.jpg" for number in range(24)]
+    assert given["files"] == [f"{number:08d}.jpg" for number in range(40)]
+    assert not (tmp_path / "lightly-train").exists()
 
 
 def test_without_it_nothing_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert lightly_rate(CASE, tmp_path, 5) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_its_failure_costs_no_more_than_its_row(tmp_path, monkeypatch, caplog):
+    package = tmp_path / "packages"
+    package.mkdir()
+    (package / f"{PACKAGE}.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    assert lightly_rate(CASE, tmp_path, 5) is None
+    assert "lightly-train has no row, because it ended with exit code 1" in caplog.text
 
 
 def test_steps_of_training_are_counted_from_the_half():
@@ -66,4 +77,4 @@ def test_steps_of_training_are_counted_from_the_half():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="lightly-train is not installed")
 def test_the_real_one_trains(tmp_path):
-    assert lightly_rate(CASE, tmp_path, 4) > 0
+    assert lightly_rate(CASE, tmp_path, 8) > 0
