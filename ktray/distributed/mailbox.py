@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 LIMIT = 10_000  # messages
+ANSWER_S = 10.0  # for the mailbox to answer, before the driver does something else
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -56,9 +57,17 @@ def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Itera
     mailbox = ProgressActor.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
+    late: list[Any] = []  # the reference to messages that did not come in time; they are no longer in the mailbox
+
     def drain() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            for message in ray.get(mailbox.drain.remote(), timeout=10):
+            reference = late.pop() if late else mailbox.drain.remote()
+            try:
+                messages = ray.get(reference, timeout=ANSWER_S)
+            except ray.exceptions.GetTimeoutError:
+                late.append(reference)
+                return
+            for message in messages:
                 on_post(message)
 
     problems: list[Exception] = []
@@ -77,9 +86,11 @@ def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Itera
         yield mailbox
     finally:
         stop.set()
-        thread.join(timeout=15)
-        if not problems:
-            drain()
-        ray.kill(mailbox)
+        thread.join(timeout=ANSWER_S + 5)
+        try:
+            if not problems:
+                drain()
+        finally:
+            ray.kill(mailbox)
     if problems:
         raise problems[0]

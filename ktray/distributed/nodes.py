@@ -30,6 +30,8 @@ def on_nodes(
     for node, ref in refs.items():
         try:
             results[node] = ray.get(ref, timeout=0.1)
-        except Exception as error:  # a node that died, a process that cannot import ktray, a timeout
-            lost[node] = " ".join(str(error).split())[-200:] or f"no answer within {seconds:g} s"
+        except ray.exceptions.GetTimeoutError:
+            lost[node] = f"no answer within {seconds:g} s"
+        except Exception as error:  # a node that died, a process that cannot import ktray
+            lost[node] = " ".join(str(error).split())[-200:] or type(error).__name__
     return results, lost

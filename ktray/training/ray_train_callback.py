@@ -30,6 +30,7 @@ class ControllerWatcher(ControllerCallback):
     def __init__(self, mailbox: Any, limit: int) -> None:
         self.mailbox, self.limit = mailbox, limit
         self.last_state, self.failures = "", 0
+        self.introduced: Any = None  # the future of the call that gives this controller's handle to the mailbox
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         state = type(current_state).__name__.removesuffix("State").lower()
@@ -53,7 +54,12 @@ class ControllerWatcher(ControllerCallback):
         import ray
 
         if not self.last_state:
-            self.mailbox.set_controller.remote(ray.get_runtime_context().current_actor)
+            call = self.mailbox.set_controller.remote(ray.get_runtime_context().current_actor)
+            self.introduced = call.future()
+        elif self.introduced.done() and isinstance(self.introduced.exception(), ray.exceptions.ActorDiedError):
+            # The driver has died, or has ended this training before this controller had started. A training that nobody
+            # hears would hold its workers.
+            raise self.introduced.exception()
         self.mailbox.post.remote(ControllerState(state, reason(error) if error is not None else ""))
 
 

@@ -1,6 +1,10 @@
+import threading
+import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
@@ -8,6 +12,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from ktray.distributed.mailbox import open_mailbox
 from ktray.errors import KtrayError
 from ktray.training.messages import ControllerState
 from ktray.training.ray_train_callback import ControllerWatcher, reason, should_restart
@@ -54,9 +59,12 @@ def test_waiting_for_machines_is_no_failure():
 
 def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(monkeypatch):
     posts, held = [], []
-    board = SimpleNamespace(
-        post=SimpleNamespace(remote=posts.append), set_controller=SimpleNamespace(remote=held.append)
-    )
+
+    def hold(handle):
+        held.append(handle)
+        return SimpleNamespace(future=Future)
+
+    board = SimpleNamespace(post=SimpleNamespace(remote=posts.append), set_controller=SimpleNamespace(remote=hold))
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(current_actor="controller"))
     told = ControllerWatcher(board, 1)
     died = WorkerGroupError("long", {1: ValueError("bad\n rows"), 3: ValueError("worse")})
@@ -70,3 +78,41 @@ def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(mo
         ControllerState("restarting", "worker 1: ValueError: bad rows"),
     ]
     assert reason(ControllerError(TimeoutError("late"))) == "TimeoutError: late"
+
+
+@ray.remote(max_concurrency=2)
+class Controller:
+    """A controller that starts to report its states when it is told to."""
+
+    def __init__(self, mailbox):
+        self.go = threading.Event()
+        self.told = ControllerWatcher(mailbox, 1)
+
+    def start(self):
+        self.go.set()
+
+    def run(self):
+        self.go.wait()
+        self.told.after_controller_state_update(None, state("Initializing"))
+        while not self.told.introduced.done():
+            time.sleep(0.05)
+        try:
+            self.told.after_controller_state_update(None, state("Scheduling"))
+        except ray.exceptions.ActorDiedError:
+            return "ends"
+        return "trains"
+
+
+def test_a_training_that_its_driver_ended_before_it_began_does_not_begin(cluster):
+    for ended in (False, True):
+        with open_mailbox(lambda post: None) as mailbox:
+            controller = Controller.remote(mailbox)
+            run = controller.run.remote()
+            if not ended:
+                ray.get(controller.start.remote())
+                assert ray.get(run) == "trains"
+                assert len(ray.get(mailbox.controller.remote())) == 1
+        if ended:
+            ray.get(controller.start.remote())
+            assert ray.get(run) == "ends"
+        ray.kill(controller)

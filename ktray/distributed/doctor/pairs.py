@@ -7,7 +7,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-_SECONDS = 30  # time limit of each step
+_SECONDS = 60  # time limit of each step, in which the processes of two nodes also start and import torch
 _PARTNER = 5.0  # seconds within which the other rank should end after one rank has failed
 _NUMBERS = 1 << 20  # 4 MB
 
