@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,9 +20,8 @@ from ktray.errors import ResourceError
 DEATHS = 3  # times that a process may die during one item
 PATIENCE_S = 30.0  # without a result, after which a worker is asked whether it is there
 _PROBE_S = 10.0  # for its answer
-_GONE_S = 300.0  # for which a worker that did not answer gets no further call of this process
 
-_gone: dict[BorrowedWorker, float] = {}  # until when
+_gone: dict[BorrowedWorker, Any] = {}  # probes of this process that have no answer; until then, others get the calls
 
 logger = logging.getLogger("ktray")
 
@@ -53,13 +51,16 @@ def first_result(
     import ray
 
     lost, deaths = lost_errors(), 0
-    worker = _chosen([worker for worker in workers if _gone.get(worker, 0.0) < time.monotonic()] or workers, first)
+    for away, probe in list(_gone.items()):
+        if ray.wait([probe], timeout=0)[0]:
+            del _gone[away]
+    worker = _chosen([worker for worker in workers if worker not in _gone] or workers, first)
     reference = call(worker)
     while True:
         if not ray.wait([reference], timeout=PATIENCE_S)[0]:
             there = present(workers)
             if there and worker not in there:
-                _gone[worker] = time.monotonic() + _GONE_S
+                _gone[worker] = worker.probe()
                 worker = _chosen(there, first)
                 reference = call(worker)
             continue
