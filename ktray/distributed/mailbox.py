@@ -44,6 +44,27 @@ class ProgressActor:
         return posts
 
 
+class Posts:
+    """Posts the messages of a worker to a mailbox without waiting for it; with None, nothing is posted."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+        self._last: Any = None
+
+    def __reduce__(self) -> tuple[type[Posts], tuple[Any]]:
+        return Posts, (self.mailbox,)
+
+    def __call__(self, message: Any) -> None:
+        if self.mailbox is not None:
+            self._last = self.mailbox.post.remote(message)
+
+    def deliver(self) -> None:
+        """Wait until the mailbox has the messages. The driver reads it for the last time when the work has returned,
+        and messages that were still under way would not count."""
+        if self._last is not None:
+            ray.wait([self._last], timeout=ANSWER_S)  # the mailbox takes the messages of a process in their order
+
+
 @contextlib.contextmanager
 def open_mailbox(on_post: Callable[[Any], None], interval: float = 0.5) -> Iterator[Any]:
     """Start a mailbox, and call ``on_post`` with each message on a thread of the driver. Yields the actor's handle.

@@ -25,13 +25,14 @@ import torch
 from ktray.distributed import watchdog
 from ktray.distributed.allocation import Allocation
 from ktray.distributed.device_workers import WORKERS
+from ktray.distributed.mailbox import Posts
 from ktray.distributed.ray_data import forget_model
 from ktray.distributed.retried_task import run_with_retries
 from ktray.models.device import device
 from ktray.reporting.heartbeat import heard_by
 from ktray.storage.store import Stage, storage_error
 from ktray.training.loop import Trainer, TrainerCallbacks, TrainingProgram
-from ktray.training.messages import LoopMessage, Message, Started
+from ktray.training.messages import LoopMessage, Started
 from ktray.training.outcome import CostReport, Outcome
 from ktray.training.worker import TrainingSpec, WorkerContext
 
@@ -298,12 +299,8 @@ def _fit(
     torch.set_num_threads(config["threads"])
     forget_model()  # a task of an earlier stage may have run in this process
     job: TrainingSpec = cloudpickle.loads(config["job"])
-    mailbox = config["mailbox"]
+    report = Posts(config["mailbox"])
     torch.manual_seed(job.settings.seed)
-
-    def report(message: Message) -> None:
-        if mailbox is not None:
-            mailbox.post.remote(message)
 
     span = _span(config["span"], env.world, resume)
     with heard_by(report):  # before the first step, each worker may compute features of all labelled images
@@ -329,8 +326,11 @@ def _fit(
         path.mkdir()
         return path
 
-    with heard_by(report):
-        Trainer(program, job.settings, TrainerCallbacks(save=keep, progress=progress, folder=folder), resume).run()
+    try:
+        with heard_by(report):
+            Trainer(program, job.settings, TrainerCallbacks(save=keep, progress=progress, folder=folder), resume).run()
+    finally:
+        report.deliver()
 
 
 def _span(span: tuple[int, int], world: int, resume: Path | None) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """The mailbox under bad conditions; its normal use is tested with trainings."""
 
+import time
 from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 import ray
 
 from ktray.distributed import mailbox as module
-from ktray.distributed.mailbox import open_mailbox
+from ktray.distributed.mailbox import Posts, open_mailbox
 
 
 def slow_ray(answers, ended):
@@ -49,3 +51,29 @@ def test_the_mailbox_ends_also_if_its_last_message_is_refused(monkeypatch):
     with pytest.raises(OSError, match="no space"), open_mailbox(refuse, interval=99):
         pass
     assert ended == [actor]
+
+
+@ray.remote(num_cpus=0)
+class Slow:
+    def __init__(self):
+        self.messages = []
+
+    def post(self, message):
+        time.sleep(0.4)
+        self.messages.append(message)
+
+
+def test_all_posts_are_in_the_mailbox_once_they_are_delivered(cluster):
+    box = Slow.remote()
+    posts = Posts(box)
+    assert cloudpickle.loads(cloudpickle.dumps(posts)).mailbox == box
+    for message in range(3):
+        posts(message)
+    posts.deliver()
+    assert ray.wait([posts._last], timeout=0)[0], "it did not wait"
+    ray.kill(box)
+    posts(3)
+    posts.deliver()  # a dead mailbox is no error
+    nowhere = Posts(None)
+    nowhere("message")
+    nowhere.deliver()
