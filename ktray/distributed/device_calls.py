@@ -100,7 +100,10 @@ def map_on_workers(
 
     def hand_out() -> None:
         while todo and idle:
-            number, worker = todo.popleft(), idle.pop(0)
+            number = todo.popleft()
+            if number not in left:  # it was lost or moved, and another call has done it since
+                continue
+            worker = idle.pop(0)
             running[worker.apply(key, [reference], items[number], list(shared))] = number, worker
 
     hand_out()
@@ -130,10 +133,12 @@ def map_on_workers(
             hand_out()
             continue
         idle.append(worker)
-        hand_out()
         if number in left:
             left.remove(number)
+            hand_out()
             yield number, result
+        else:
+            hand_out()
 
 
 def _chosen(workers: Sequence[BorrowedWorker], number: int) -> BorrowedWorker:

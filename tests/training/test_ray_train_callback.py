@@ -82,7 +82,7 @@ def test_each_state_is_posted_once_with_its_reason_and_the_controller_is_held(mo
 
 @ray.remote(max_concurrency=2)
 class Controller:
-    """A controller that starts to report its states when it is told to."""
+    """A controller that reports its states after `start`."""
 
     def __init__(self, mailbox):
         self.go = threading.Event()

@@ -1,4 +1,4 @@
-"""What one GPU does in ktray against what it can do: `jobs/bench.py --only gpu`, in about five minutes.
+"""What one GPU does in ktray against what it can do: `jobs/bench.py --only gpu`.
 
 The limits are measured in the same run: the strongest bare step of each student, over memory layouts, cuDNN's search
 for algorithms, torch.compile and CUDA graphs, and the bare forward pass of the teacher in bfloat16.
